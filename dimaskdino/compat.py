@@ -1,0 +1,19 @@
+"""What differs between detectron2 0.5 and its current main, in one place."""
+
+import torch.distributed as dist
+from detectron2.utils import comm
+
+
+def create_local_process_group(num_processes_per_machine: int) -> None:
+    """Tell detectron2 which processes share this machine; every process of the job calls this once.
+
+    detectron2 0.5 keeps the group in a private name that its own launcher sets; newer releases have a function.
+    """
+    if hasattr(comm, "create_local_process_group"):
+        comm.create_local_process_group(num_processes_per_machine)
+        return
+    first_ranks = range(0, dist.get_world_size(), num_processes_per_machine)
+    for first in first_ranks:
+        group = dist.new_group(list(range(first, first + num_processes_per_machine)))
+        if first <= dist.get_rank() < first + num_processes_per_machine:
+            comm._LOCAL_PROCESS_GROUP = group
