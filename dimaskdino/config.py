@@ -154,6 +154,8 @@ def _add_data_keys(cfg: CfgNode) -> None:
     cfg.INPUT.MIN_SCALE = 0.1
     cfg.INPUT.MAX_SCALE = 2.0
 
+    # Train and evaluate on the first images of each list of datasets only, to try things; 0 means all.
+    cfg.DATASETS.MAX_IMAGES = 0
     cfg.DATASETS.SHAPES = CfgNode()
     # Folder of the synthetic dataset; "" means $DETECTRON2_DATASETS/shapes (or datasets/shapes).
     cfg.DATASETS.SHAPES.ROOT = ""
