@@ -1,0 +1,133 @@
+"""Start the processes of a job: alone, one per GPU as detectron2's launcher does, or as torchrun started them."""
+
+import logging
+import os
+import socket
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.queues import SimpleQueue
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from dimaskdino.compat import create_local_process_group
+from dimaskdino.errors import UserError
+
+Main = Callable[[Namespace], object]
+
+USER_ERROR_STATUS = 2
+TIMEOUT = timedelta(minutes=30)
+
+
+def launch(main: Main, args: Namespace) -> None:
+    """Run ``main(args)`` in every process of the job.
+
+    ``args.num_gpus`` (per machine; None means one where there is one) is replaced by the number that is used.
+    Under torchrun its processes are the job's, on GPUs where there are any and ``--num-gpus`` is not 0.
+    A :class:`UserError` of any process ends the program with one line on stderr and exit status 2.
+    """
+    try:
+        if _under_torchrun():
+            _join_torchrun(args)
+            main(args)
+            return
+        args.num_gpus = _num_gpus(args.num_gpus)
+        num_local = max(args.num_gpus, 1)
+        if num_local * args.num_machines == 1:
+            main(args)
+        else:
+            _spawn(main, args, num_local)
+    except UserError as error:
+        _exit_with(error)
+
+
+def one_line(error: BaseException) -> str:
+    """The message of ``error`` alone: a data-loader worker wraps it in the text of its traceback."""
+    last_line = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+    if "Original Traceback" in str(error):
+        last_line = last_line.partition(": ")[2]
+        return last_line
+    return " ".join(str(error).split())
+
+
+def _exit_with(error: UserError) -> None:
+    rank = f" (process {dist.get_rank()})" if dist.is_initialized() and dist.get_rank() else ""
+    sys.stderr.write(f"error{rank}: {one_line(error)}\n")
+    sys.exit(USER_ERROR_STATUS)
+
+
+def _num_gpus(asked: int | None) -> int:
+    available = torch.cuda.device_count()
+    if asked is None:
+        return min(1, available)
+    if asked < 0 or asked > available:
+        raise UserError(
+            f"--num-gpus {asked}, but this machine has {available}; give a number from 0 (train on the CPU) to {available}."
+        )
+    return asked
+
+
+def _under_torchrun() -> bool:
+    return {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= os.environ.keys()
+
+
+def _join_torchrun(args: Namespace) -> None:
+    num_local = int(os.environ["LOCAL_WORLD_SIZE"])
+    available = torch.cuda.device_count()
+    args.num_gpus = 0 if args.num_gpus == 0 or available == 0 else num_local
+    if args.num_gpus > available:
+        raise UserError(
+            f"torchrun started {num_local} processes on a machine with {available} GPUs; "
+            f"use --nproc_per_node {available}, or --num-gpus 0 to train on the CPU."
+        )
+    _join(num_local=num_local, local_rank=int(os.environ["LOCAL_RANK"]), on_gpu=args.num_gpus > 0)
+
+
+def _join(*, num_local: int, local_rank: int, on_gpu: bool, **init_options: object) -> None:
+    if on_gpu:
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, **init_options)
+    create_local_process_group(num_local)
+
+
+def _spawn(main: Main, args: Namespace, num_local: int) -> None:
+    """Start this machine's processes and wait for them; the first user error among them becomes ours."""
+    url = _dist_url(args)
+    errors = mp.get_context("spawn").SimpleQueue()
+    try:
+        mp.spawn(_worker, args=(main, args, num_local, url, errors), nprocs=num_local)
+    except mp.ProcessExitedException as failure:
+        if failure.exit_code == USER_ERROR_STATUS and not errors.empty():
+            raise UserError(errors.get()) from None
+        raise
+
+
+def _worker(local_rank: int, main: Main, args: Namespace, num_local: int, url: str, errors: SimpleQueue) -> None:
+    try:
+        _join(
+            num_local=num_local,
+            local_rank=local_rank,
+            on_gpu=args.num_gpus > 0,
+            init_method=url,
+            world_size=num_local * args.num_machines,
+            rank=num_local * args.machine_rank + local_rank,
+        )
+        main(args)
+    except UserError as error:
+        errors.put(one_line(error))
+        sys.exit(USER_ERROR_STATUS)
+
+
+def _dist_url(args: Namespace) -> str:
+    if args.dist_url != "auto":
+        if args.num_machines > 1 and args.dist_url.startswith("file://"):
+            logging.getLogger(__name__).warning("A file:// --dist-url is unreliable between machines; prefer tcp://.")
+        return args.dist_url
+    if args.num_machines > 1:
+        raise UserError("--dist-url auto works on one machine alone; give tcp://HOST:PORT of the first machine.")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"

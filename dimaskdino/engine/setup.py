@@ -1,0 +1,126 @@
+"""From the command line to a frozen configuration, a run directory, loggers and seeds."""
+
+import argparse
+import contextlib
+import logging
+from argparse import Namespace
+from collections.abc import Iterator
+from logging.handlers import MemoryHandler
+
+from detectron2.engine import default_argument_parser, default_setup
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from dimaskdino.config import Config, get_cfg
+from dimaskdino.data.checks import check_datasets
+from dimaskdino.errors import ConfigError, UserError
+
+logger = logging.getLogger(__name__)
+
+
+EXAMPLES = """
+Without --num-gpus, one GPU is used where there is one, else the CPU; --num-gpus 0 always means the CPU.
+
+  train on 8 GPUs      train_net.py --config-file FILE --num-gpus 8
+  change keys          train_net.py --config-file FILE SOLVER.BASE_LR 0.0002 OUTPUT_DIR output/run
+  go on                train_net.py --config-file FILE --resume
+  evaluate             train_net.py --config-file FILE --eval-only MODEL.WEIGHTS model.pth
+  two machines         train_net.py --config-file FILE --num-gpus 8 --num-machines 2 --machine-rank 0|1 --dist-url URL
+  under torchrun       torchrun --nproc_per_node 8 train_net.py --config-file FILE
+"""
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """detectron2's command line and ``--eval-layers``; ``num_gpus`` is None where it is not given."""
+    parser = default_argument_parser(epilog=EXAMPLES)
+    parser.set_defaults(num_gpus=None)
+    parser.add_argument(
+        "--eval-layers",
+        metavar="STAGES",
+        default="",
+        help='also evaluate after these stages: "all", or names such as layer.0,layer.5 (TEST.EVAL_LAYERS)',
+    )
+    return parser
+
+
+def setup(args: Namespace) -> Config:
+    """Read the configuration, check it against the datasets and the job, and prepare the run directory.
+
+    Args:
+        args: what :func:`argument_parser` returns, after :func:`dimaskdino.engine.launch`.
+
+    Returns:
+        The frozen configuration of this process.
+
+    Raises:
+        UserError: an unknown key, a dataset that is missing or does not fit, a batch that cannot be divided.
+    """
+    with _held_log_records():
+        cfg = load_config(args)
+        _place(cfg, args.num_gpus)
+        _check_batch(cfg)
+        cfg.freeze()
+        default_setup(cfg, args)
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="dimaskdino")
+    logging.getLogger("detectron2.engine.train_loop").addFilter(_is_no_user_error)
+    _check_datasets_once(cfg, train=not args.eval_only)
+    return cfg
+
+
+def load_config(args: Namespace) -> Config:
+    """The keys of ``--config-file``, then of ``KEY VALUE``, then of the shortcuts."""
+    cfg = get_cfg()
+    if args.config_file:
+        cfg.merge_from_file(args.config_file)
+    cfg.merge_from_list(args.opts)
+    if args.eval_layers:
+        cfg.TEST.EVAL_LAYERS = args.eval_layers.split(",")
+    return cfg
+
+
+def _place(cfg: Config, num_gpus: int) -> None:
+    """Set MODEL.DEVICE to where this job runs."""
+    on_cpu = cfg.MODEL.DEVICE == "cpu"
+    if num_gpus == 0 and not on_cpu:
+        cfg.MODEL.DEVICE = "cpu"
+        logger.info("No GPU is used: MODEL.DEVICE is set to cpu.")
+    elif on_cpu and comm.get_world_size() > 1 and num_gpus:
+        raise ConfigError("MODEL.DEVICE cpu with several GPU processes; give --num-gpus 0, or remove the key.")
+
+
+def _check_batch(cfg: Config) -> None:
+    world_size = comm.get_world_size()
+    if cfg.SOLVER.IMS_PER_BATCH < 1 or cfg.SOLVER.IMS_PER_BATCH % world_size:
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} (images per step over all processes) "
+            f"is not a multiple of the {world_size} processes of this job."
+        )
+
+
+def _check_datasets_once(cfg: Config, *, train: bool) -> None:
+    """Check on the main process first: it may be the one that generates a dataset, the others then find it."""
+    if not comm.is_main_process():
+        comm.synchronize()
+    check_datasets(cfg, train=train)
+    if comm.is_main_process():
+        comm.synchronize()
+
+
+@contextlib.contextmanager
+def _held_log_records() -> Iterator[None]:
+    """Keep what the package logs before its loggers exist, and log it once they do."""
+    package = logging.getLogger("dimaskdino")
+    held = MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1)
+    package.addHandler(held)
+    package.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        package.removeHandler(held)
+    for record in held.buffer:
+        package.handle(record)
+
+
+def _is_no_user_error(record: logging.LogRecord) -> bool:
+    """Filter for detectron2's loop, which logs a traceback; the launcher tells a user error in one line."""
+    return not (record.exc_info and isinstance(record.exc_info[1], UserError))

@@ -1,0 +1,174 @@
+"""The training loop: detectron2's trainer and hooks around our own step."""
+
+import logging
+import os
+import weakref
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase
+from detectron2.modeling import build_model
+from detectron2.solver import LRMultiplier
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from dimaskdino.checkpoint import Checkpointer
+from dimaskdino.engine import loaders
+from dimaskdino.engine.optimizer import GradientClipper, build_optimizer
+from dimaskdino.engine.progress import ProgressLog
+from dimaskdino.engine.schedule import build_lr_scheduler
+from dimaskdino.engine.train_step import TrainStep
+from dimaskdino.errors import UserError
+from dimaskdino.evaluation import build_evaluator, write_results
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer(DefaultTrainer):
+    """Trains the configured model and evaluates it; what a run writes lies under OUTPUT_DIR.
+
+    Beyond detectron2's trainer: runs on the CPU in several processes too, saves the optimiser with either version of
+    detectron2, goes on with the order of the images when it resumes, clips and records the gradient norm.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        # DefaultTrainer's own constructor distributes a model over GPUs only and knows two kinds of step.
+        TrainerBase.__init__(self)
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        self.cfg = cfg
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        self._trainer = TrainStep(
+            model=_distribute(model),
+            optimizer=optimizer,
+            clipper=GradientClipper.from_config(cfg),
+            amp=_uses_amp(cfg),
+        )
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.register_hooks(self.build_hooks())
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Go on from the last checkpoint of OUTPUT_DIR if ``resume``, else load MODEL.WEIGHTS and start at 0."""
+        if resume and not self.checkpointer.has_checkpoint():
+            logger.warning("--resume: no checkpoint in %s; starting from MODEL.WEIGHTS.", self.cfg.OUTPUT_DIR)
+        super().resume_or_load(resume=resume)
+        if self.start_iter and self.cfg.SEED >= 0:
+            # The random numbers of iteration 0 were spent on other images; draw different ones from here.
+            seed_all_rng(self.cfg.SEED + comm.get_rank() + self.start_iter * comm.get_world_size())
+
+    def train(self) -> dict[str, Any] | None:
+        """Train from ``start_iter`` to SOLVER.MAX_ITER.
+
+        Returns:
+            The last evaluation's results on the main process where there is a test set.
+        """
+        self.data_loader = self.build_train_loader(self.cfg, self.start_iter)
+        super().train()
+        return getattr(self, "_last_eval_results", None)
+
+    def build_hooks(self) -> list[HookBase]:
+        """detectron2's hooks, and progress on the main process's console."""
+        hooks = super().build_hooks()
+        if comm.is_main_process():
+            hooks.append(ProgressLog())
+        return hooks
+
+    def build_writers(self) -> list[EventWriter]:
+        """metrics.json and TensorBoard; the console has :class:`ProgressLog`."""
+        return [
+            JSONWriter(os.path.join(self.cfg.OUTPUT_DIR, "metrics.json")),
+            TensorboardXWriter(self.cfg.OUTPUT_DIR),
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Iteration and hooks (schedule), and the step (optimiser)."""
+        return {**TrainerBase.state_dict(self), "step": self._trainer.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave."""
+        TrainerBase.load_state_dict(self, state_dict)
+        self._trainer.load_state_dict(state_dict["step"])
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """The registered meta-architecture, on MODEL.DEVICE."""
+        model = build_model(cfg)
+        for name, part in model.named_children():
+            logger.info("%s: %.2f M parameters", name, sum(p.numel() for p in part.parameters()) / 1e6)
+        return model
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
+        """See :func:`dimaskdino.engine.optimizer.build_optimizer`."""
+        return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: Optimizer) -> LRMultiplier:
+        """See :func:`dimaskdino.engine.schedule.build_lr_scheduler`."""
+        return build_lr_scheduler(cfg, optimizer)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode, start_iter: int = 0) -> Any:
+        """See :func:`dimaskdino.engine.loaders.build_train_loader`."""
+        return loaders.build_train_loader(cfg, start_iter)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
+        """See :func:`dimaskdino.engine.loaders.build_test_loader`."""
+        return loaders.build_test_loader(cfg, dataset_name)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> Any:
+        """COCO evaluation, of several stages where TEST.EVAL_LAYERS names them."""
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference")
+        if len(cfg.DATASETS.TEST) > 1:
+            folder = os.path.join(folder, dataset_name)
+        return build_evaluator(cfg, dataset_name, folder)
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict[str, Any]:
+        """Evaluate ``model`` on every DATASETS.TEST; the results also go to OUTPUT_DIR/inference/results.json."""
+        results = super().test(cfg, model, evaluators)
+        if comm.is_main_process():
+            write_results(results, os.path.join(cfg.OUTPUT_DIR, "inference", "results.json"))
+        return results
+
+
+def evaluate(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
+    """Evaluate MODEL.WEIGHTS, or the last checkpoint of OUTPUT_DIR if ``resume``, on every DATASETS.TEST.
+
+    Raises:
+        UserError: there are no weights to evaluate.
+    """
+    model = Trainer.build_model(cfg)
+    checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
+    if resume and not checkpointer.has_checkpoint():
+        raise UserError(f"--eval-only --resume: no checkpoint in {cfg.OUTPUT_DIR}; train first, or set MODEL.WEIGHTS.")
+    if not resume and not cfg.MODEL.WEIGHTS:
+        raise UserError("--eval-only needs weights: set MODEL.WEIGHTS to a file, or give --resume.")
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    return Trainer.test(cfg, model)
+
+
+def _distribute(model: nn.Module) -> nn.Module:
+    """Wrap ``model`` for gradient averaging where the job has several processes."""
+    if comm.get_world_size() == 1:
+        return model
+    device = next(model.parameters()).device
+    device_ids = None if device.type == "cpu" else [device.index]
+    return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
+
+
+def _uses_amp(cfg: CfgNode) -> bool:
+    if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu":
+        logger.info("SOLVER.AMP.ENABLED has no effect on the CPU: training in fp32.")
+        return False
+    return cfg.SOLVER.AMP.ENABLED

@@ -1,0 +1,184 @@
+"""COCO's average precision of boxes and masks."""
+
+import contextlib
+import copy
+import io
+import itertools
+import json
+import logging
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.data import MetadataCatalog
+from detectron2.data.datasets.coco import convert_to_coco_json
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.utils import comm
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from dimaskdino.errors import DatasetError
+from dimaskdino.evaluation.report import METRICS, TASKS, class_table, coco_table
+
+try:
+    from faster_coco_eval import COCOeval_faster
+except ImportError:
+    COCOeval_faster = None
+
+logger = logging.getLogger(__name__)
+
+Result = dict[str, Any]
+Scores = dict[str, float]
+
+
+class CocoEvaluator(DatasetEvaluator):
+    """Collects predictions and computes box and mask AP as COCO defines them; crowd regions are ignored.
+
+    Args:
+        dataset_name: a registered instance dataset; without a COCO file its registered form is converted.
+        output_dir: where ``coco_instances_results.json`` goes.
+        seen_only: evaluate on the images that were predicted instead of on the whole dataset.
+    """
+
+    def __init__(self, *, dataset_name: str, output_dir: str, seen_only: bool = False) -> None:
+        self._metadata = MetadataCatalog.get(dataset_name)
+        self._output_dir = output_dir
+        self._seen_only = seen_only
+        os.makedirs(output_dir, exist_ok=True)
+        if not self._metadata.get("thing_classes"):
+            raise DatasetError(f"{dataset_name} has no object classes (thing_classes), so it has no box or mask AP.")
+        if not self._metadata.get("json_file"):
+            path = os.path.join(output_dir, f"{dataset_name}_coco_format.json")
+            convert_to_coco_json(dataset_name, path, allow_cached=False)
+            self._metadata.json_file = path
+        with _quiet():
+            self._truth = COCO(self._metadata.json_file)
+        self.reset()
+
+    def for_stage(self, name: str) -> "CocoEvaluator":
+        """An empty evaluator against the same ground truth that writes to a folder ``name`` of this one's."""
+        stage = copy.copy(self)
+        stage._output_dir = os.path.join(self._output_dir, name)
+        os.makedirs(stage._output_dir, exist_ok=True)
+        stage.reset()
+        return stage
+
+    def reset(self) -> None:
+        """Forget all predictions."""
+        self._results: list[Result] = []
+        self._image_ids: list[int] = []
+
+    def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
+        """Add the predicted ``instances`` of a batch."""
+        cpu = torch.device("cpu")
+        for image, output in zip(inputs, outputs, strict=True):
+            self._image_ids.append(image["image_id"])
+            self._results += instances_to_coco_json(output["instances"].to(cpu), image["image_id"])
+
+    def evaluate(self) -> dict[str, Scores]:
+        """Score the predictions of all processes and log the table; returns as :meth:`score`."""
+        scores = self.score()
+        if scores:
+            logger.info("%s:\n%s\n\n%s", self._metadata.name, coco_table(scores), class_table(scores))
+        return scores
+
+    def score(self) -> dict[str, Scores]:
+        """Score the predictions of all processes.
+
+        Returns:
+            On the main process ``{"bbox": scores, "segm": scores}``, each with AP, AP50, AP75, APs, APm, APl and
+            ``AP-<class>`` in percent (nan where the dataset has no such object); elsewhere an empty dict.
+        """
+        gathered = comm.gather((self._results, self._image_ids))
+        if not comm.is_main_process():
+            return {}
+        results = self._with_dataset_categories(itertools.chain.from_iterable(part[0] for part in gathered))
+        with open(os.path.join(self._output_dir, "coco_instances_results.json"), "w") as file:
+            json.dump(results, file)
+        if "annotations" not in self._truth.dataset:
+            logger.info("The dataset has no annotations: predictions are written, not scored.")
+            return {}
+        image_ids = sorted(itertools.chain.from_iterable(part[1] for part in gathered)) if self._seen_only else None
+        return {task: self._score(results, task, image_ids) for task in TASKS}
+
+    def _with_dataset_categories(self, results: Any) -> list[Result]:
+        """Replace class indices by the dataset's category ids."""
+        to_index = self._metadata.get("thing_dataset_id_to_contiguous_id")
+        if to_index is None:
+            return list(results)
+        to_category = {index: category for category, index in to_index.items()}
+        mapped = []
+        for result in results:
+            if result["category_id"] not in to_category:
+                raise DatasetError(
+                    f"The model predicts class {result['category_id']}, but {self._metadata.name} has "
+                    f"{len(to_category)} classes; set MODEL.SEM_SEG_HEAD.NUM_CLASSES to {len(to_category)}."
+                )
+            mapped.append({**result, "category_id": to_category[result["category_id"]]})
+        return mapped
+
+    def _score(self, results: list[Result], task: str, image_ids: list[int] | None) -> Scores:
+        evaluation = run_coco_eval(self._truth, results, task, image_ids=image_ids)
+        scores = {name: _percent(value) for name, value in zip(METRICS, evaluation.stats, strict=False)}
+        # precision: (IoU threshold, recall, class, area range, detections per image)
+        precision = evaluation.eval["precision"][:, :, :, 0, -1]
+        for index, name in enumerate(self._metadata.thing_classes):
+            known = precision[:, :, index][precision[:, :, index] > -1]
+            scores[f"AP-{name}"] = _percent(known.mean() if known.size else -1)
+        return scores
+
+
+def run_coco_eval(
+    truth: COCO,
+    results: list[Result],
+    task: str,
+    *,
+    image_ids: list[int] | None = None,
+    implementation: type[COCOeval] | None = None,
+) -> COCOeval:
+    """Evaluate ``results`` (COCO's result format) against ``truth``.
+
+    Args:
+        truth: the ground truth.
+        results: detections, possibly none.
+        task: ``"bbox"`` or ``"segm"``.
+        image_ids: images to evaluate on; None for all.
+        implementation: faster-coco-eval's class where it is installed (the same numbers), else pycocotools'.
+
+    Returns:
+        The evaluation, with ``stats`` and ``eval`` filled.
+    """
+    implementation = implementation or COCOeval_faster or COCOeval
+    if task == "segm":
+        # With a box present COCO would take its area, not the mask's, to tell small from large.
+        results = [{key: value for key, value in result.items() if key != "bbox"} for result in results]
+    with _quiet():
+        evaluation = implementation(truth, _load_results(truth, results), task)
+        if image_ids is not None:
+            evaluation.params.imgIds = image_ids
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation
+
+
+def _load_results(truth: COCO, results: list[Result]) -> COCO:
+    if results:
+        return truth.loadRes(copy.deepcopy(results))
+    # COCO's own loader cannot read an empty list.
+    empty = COCO()
+    empty.dataset = {**truth.dataset, "annotations": []}
+    empty.createIndex()
+    return empty
+
+
+def _percent(value: float) -> float:
+    """COCO's -1 means that there is nothing to measure."""
+    return float(value) * 100 if value >= 0 else float(np.nan)
+
+
+def _quiet() -> contextlib.AbstractContextManager[Any]:
+    """The COCO API prints; results are logged by whoever asks for them."""
+    return contextlib.redirect_stdout(io.StringIO())

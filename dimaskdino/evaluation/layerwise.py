@@ -1,0 +1,88 @@
+"""Box and mask AP after every stage of the decoder: the detection-segmentation imbalance and how it closes."""
+
+import csv
+import itertools
+import logging
+import os
+from typing import Any
+
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils import comm
+
+from dimaskdino.evaluation.coco import CocoEvaluator
+from dimaskdino.evaluation.report import layer_table, write_results
+
+logger = logging.getLogger(__name__)
+
+StageRow = dict[str, Any]
+
+
+class LayerwiseEvaluator(DatasetEvaluator):
+    """Evaluates the final instances and those of every stage in the model's ``layers`` in one pass over the images.
+
+    Writes ``layers.json`` and ``layers.csv`` next to the final stage's results.
+
+    Args:
+        final: evaluator of the final instances; each stage gets one like it.
+        output_dir: where the tables go.
+    """
+
+    def __init__(self, *, final: CocoEvaluator, output_dir: str) -> None:
+        self._final = final
+        self._output_dir = output_dir
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all predictions."""
+        self._final.reset()
+        self._stages: dict[str, CocoEvaluator] = {}
+
+    def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
+        """Add a batch: ``instances`` and ``layers`` (stage name to instances) of every image."""
+        self._final.process(inputs, outputs)
+        for image, output in zip(inputs, outputs, strict=True):
+            for name, instances in output["layers"].items():
+                self._stage(name).process([image], [{"instances": instances}])
+
+    def evaluate(self) -> dict[str, dict[str, float]]:
+        """Score every stage.
+
+        Returns:
+            On the main process the final stage's ``bbox`` and ``segm`` scores and ``layers``: ``<stage>/box_AP``,
+            ``<stage>/mask_AP`` and ``<stage>/gap`` (box minus mask) in percent; elsewhere an empty dict.
+        """
+        results = self._final.evaluate()
+        rows = []
+        for name in self._stage_names():
+            scores = self._stage(name).score()
+            if scores:
+                rows.append(stage_row(name, scores))
+        if not comm.is_main_process():
+            return {}
+        self._write(rows)
+        logger.info("Box and mask AP by stage:\n%s", layer_table(rows))
+        results["layers"] = {f"{row['stage']}/{key}": row[key] for row in rows for key in ("box_AP", "mask_AP", "gap")}
+        return results
+
+    def _stage(self, name: str) -> CocoEvaluator:
+        if name not in self._stages:
+            self._stages[name] = self._final.for_stage(name)
+        return self._stages[name]
+
+    def _stage_names(self) -> list[str]:
+        """Stages in the model's order; a process that got no image knows none of them."""
+        names = comm.all_gather(list(self._stages))
+        return list(dict.fromkeys(itertools.chain.from_iterable(names)))
+
+    def _write(self, rows: list[StageRow]) -> None:
+        write_results(rows, os.path.join(self._output_dir, "layers.json"))
+        with open(os.path.join(self._output_dir, "layers.csv"), "w", newline="") as file:
+            writer = csv.DictWriter(file, ["stage", "box_AP", "mask_AP", "gap"], extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def stage_row(name: str, scores: dict[str, dict[str, float]]) -> StageRow:
+    """A stage's line of the table: its box AP, mask AP, their difference, and all scores."""
+    box, mask = scores["bbox"]["AP"], scores["segm"]["AP"]
+    return {"stage": name, "box_AP": box, "mask_AP": mask, "gap": box - mask, **scores}

@@ -1,0 +1,207 @@
+"""COCO evaluation on predictions made by hand from the ground truth."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import Boxes, Instances
+from pycocotools import mask as mask_api
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from dimaskdino.config import get_cfg
+from dimaskdino.errors import DatasetError
+from dimaskdino.evaluation import CocoEvaluator, LayerwiseEvaluator, build_evaluator
+from dimaskdino.evaluation.coco import COCOeval_faster, run_coco_eval
+
+SIDE = 40
+CATEGORY_IDS = {3: 0, 7: 1}
+# (image id, class index, x0, y0, x1, y1, is crowd): image 2 holds a crowd region only, image 3 nothing.
+OBJECTS = [
+    (1, 0, 2, 2, 20, 20, False),
+    (1, 1, 20, 22, 38, 36, False),
+    (2, 0, 0, 0, 40, 30, True),
+]
+IMAGE_IDS = [1, 2, 3]
+
+
+def mask_of(x0: int, y0: int, x1: int, y1: int) -> np.ndarray:
+    mask = np.zeros((SIDE, SIDE), dtype=np.uint8, order="F")
+    mask[y0:y1, x0:x1] = 1
+    return mask
+
+
+def annotation(number: int, image_id: int, label: int, box: tuple[int, ...], crowd: bool) -> dict[str, Any]:
+    rle = mask_api.encode(mask_of(*box))
+    x0, y0, x1, y1 = box
+    return {
+        "id": number,
+        "image_id": image_id,
+        "category_id": list(CATEGORY_IDS)[label],
+        "bbox": [x0, y0, x1 - x0, y1 - y0],
+        "area": (x1 - x0) * (y1 - y0),
+        "iscrowd": int(crowd),
+        "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
+    }
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Any:
+    name = "hand_made"
+    coco = {
+        "images": [{"id": i, "file_name": f"{i}.png", "height": SIDE, "width": SIDE} for i in IMAGE_IDS],
+        "categories": [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}],
+        "annotations": [annotation(n, o[0], o[1], o[2:6], o[6]) for n, o in enumerate(OBJECTS, start=1)],
+    }
+    path = tmp_path / "truth.json"
+    path.write_text(json.dumps(coco))
+    DatasetCatalog.register(name, lambda: [])
+    MetadataCatalog.get(name).set(
+        json_file=str(path), thing_classes=["cat", "dog"], thing_dataset_id_to_contiguous_id=CATEGORY_IDS
+    )
+    yield name
+    DatasetCatalog.remove(name)
+    MetadataCatalog.remove(name)
+
+
+def instances(found: list[tuple[int, tuple[int, ...], float]]) -> Instances:
+    """Instances from (class index, box, score); masks fill the boxes."""
+    result = Instances((SIDE, SIDE))
+    result.pred_boxes = Boxes(torch.tensor([box for _, box, _ in found], dtype=torch.float32).reshape(-1, 4))
+    result.pred_classes = torch.tensor([label for label, _, _ in found], dtype=torch.int64)
+    result.scores = torch.tensor([score for _, _, score in found])
+    masks = [torch.from_numpy(mask_of(*box)).bool() for _, box, _ in found]
+    result.pred_masks = torch.stack(masks) if masks else torch.zeros(0, SIDE, SIDE, dtype=torch.bool)
+    return result
+
+
+def perfect() -> dict[int, Instances]:
+    by_image: dict[int, list[Any]] = {image_id: [] for image_id in IMAGE_IDS}
+    for image_id, label, *box, crowd in OBJECTS:
+        if not crowd:
+            by_image[image_id].append((label, tuple(box), 0.9))
+    return {image_id: instances(found) for image_id, found in by_image.items()}
+
+
+def scores_of(evaluator: Any, predictions: dict[int, Instances]) -> dict[str, dict[str, float]]:
+    for image_id, found in predictions.items():
+        evaluator.process([{"image_id": image_id}], [{"instances": found}])
+    return evaluator.evaluate()
+
+
+def test_perfect_predictions_score_one_hundred(dataset: str, tmp_path: Path) -> None:
+    scores = scores_of(CocoEvaluator(dataset_name=dataset, output_dir=str(tmp_path / "out")), perfect())
+    for task in ("bbox", "segm"):
+        assert scores[task]["AP"] == pytest.approx(100.0)
+        assert scores[task]["AP-dog"] == pytest.approx(100.0)
+        # No object is large, so there is nothing to measure.
+        assert np.isnan(scores[task]["APl"])
+
+
+def test_no_predictions_score_zero(dataset: str, tmp_path: Path) -> None:
+    nothing = {image_id: instances([]) for image_id in IMAGE_IDS}
+    scores = scores_of(CocoEvaluator(dataset_name=dataset, output_dir=str(tmp_path / "out")), nothing)
+    assert scores["bbox"]["AP"] == scores["segm"]["AP"] == 0.0
+    assert json.loads((tmp_path / "out" / "coco_instances_results.json").read_text()) == []
+
+
+def test_detections_inside_a_crowd_region_are_ignored_and_others_are_false_positives(
+    dataset: str, tmp_path: Path
+) -> None:
+    evaluator = CocoEvaluator(dataset_name=dataset, output_dir=str(tmp_path / "out"))
+    in_crowd = {**perfect(), 2: instances([(0, (5, 5, 15, 15), 0.95)])}
+    assert scores_of(evaluator, in_crowd)["bbox"]["AP-cat"] == pytest.approx(100.0)
+    evaluator.reset()
+    elsewhere = {**perfect(), 3: instances([(0, (5, 5, 15, 15), 0.95)])}
+    # A better-scored false positive halves the precision at every recall.
+    assert scores_of(evaluator, elsewhere)["bbox"]["AP-cat"] == pytest.approx(50.0)
+
+
+def test_results_are_written_with_the_dataset_category_ids(dataset: str, tmp_path: Path) -> None:
+    scores_of(CocoEvaluator(dataset_name=dataset, output_dir=str(tmp_path / "out")), perfect())
+    written = json.loads((tmp_path / "out" / "coco_instances_results.json").read_text())
+    assert [result["category_id"] for result in written] == [3, 7]
+    assert written[0]["bbox"] == [2.0, 2.0, 18.0, 18.0]
+
+
+def test_a_class_beyond_the_dataset_is_named(dataset: str, tmp_path: Path) -> None:
+    evaluator = CocoEvaluator(dataset_name=dataset, output_dir=str(tmp_path / "out"))
+    with pytest.raises(DatasetError, match="class 2, but hand_made has 2 classes.*NUM_CLASSES to 2"):
+        scores_of(evaluator, {1: instances([(2, (0, 0, 9, 9), 0.5)])})
+
+
+def test_evaluation_can_be_limited_to_the_images_seen(dataset: str, tmp_path: Path) -> None:
+    only_empty = {3: instances([])}
+    whole = CocoEvaluator(dataset_name=dataset, output_dir=str(tmp_path / "whole"))
+    assert scores_of(whole, only_empty)["bbox"]["AP"] == 0.0
+    seen = CocoEvaluator(dataset_name=dataset, output_dir=str(tmp_path / "seen"), seen_only=True)
+    assert np.isnan(scores_of(seen, only_empty)["bbox"]["AP"])
+
+
+@pytest.mark.skipif(COCOeval_faster is None, reason="faster-coco-eval is not installed")
+@pytest.mark.parametrize("task", ["bbox", "segm"])
+def test_faster_coco_eval_gives_pycocotools_numbers(task: str) -> None:
+    truth, results = random_truth_and_results(seed=3)
+    ours = run_coco_eval(truth, results, task, implementation=COCOeval_faster)
+    reference = run_coco_eval(truth, results, task, implementation=COCOeval)
+    assert 0.05 < reference.stats[0] < 0.95
+    np.testing.assert_allclose(ours.stats[:12], reference.stats, atol=1e-12)
+    np.testing.assert_allclose(ours.eval["precision"], reference.eval["precision"], atol=1e-12)
+
+
+def random_truth_and_results(seed: int) -> tuple[COCO, list[dict[str, Any]]]:
+    """Twenty images of random boxes, every fifth object a crowd, and detections that shift and miss some."""
+    rng = np.random.default_rng(seed)
+    annotations: list[dict[str, Any]] = []
+    results = []
+    for image_id in range(1, 21):
+        for _ in range(int(rng.integers(0, 7))):
+            x0, y0 = rng.integers(0, SIDE // 2, 2)
+            box = (int(x0), int(y0), int(x0 + rng.integers(4, 20)), int(y0 + rng.integers(4, 20)))
+            number = len(annotations) + 1
+            annotations.append(annotation(number, image_id, int(rng.integers(2)), box, number % 5 == 0))
+            shifted = tuple(int(np.clip(side + rng.integers(-2, 3), 0, SIDE)) for side in box)
+            found = annotation(0, image_id, int(rng.random() < 0.2), shifted, False)
+            if rng.random() < 0.8:
+                results.append({**found, "category_id": annotations[-1]["category_id"], "score": float(rng.random())})
+            results.append({**found, "score": float(rng.random() * 0.5)})
+    truth = COCO()
+    truth.dataset = {
+        "images": [{"id": i, "height": SIDE, "width": SIDE} for i in range(1, 21)],
+        "categories": [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}],
+        "annotations": annotations,
+    }
+    truth.createIndex()
+    keep = ("image_id", "category_id", "bbox", "segmentation", "score")
+    return truth, [{key: result[key] for key in keep} for result in results]
+
+
+def test_layerwise_evaluation_scores_every_stage_and_writes_the_table(dataset: str, tmp_path: Path) -> None:
+    cfg = get_cfg()
+    cfg.TEST.EVAL_LAYERS = ["all"]
+    evaluator = build_evaluator(cfg, dataset, str(tmp_path / "out"))
+    assert isinstance(evaluator, LayerwiseEvaluator)
+    for image_id, found in perfect().items():
+        wrong_boxes = Instances(found.image_size, **found.get_fields())
+        wrong_boxes.pred_boxes = Boxes(torch.zeros(len(found), 4))
+        layers = {"layer.0": wrong_boxes, "layer.1": found}
+        evaluator.process([{"image_id": image_id}], [{"instances": found, "layers": layers}])
+    results = evaluator.evaluate()
+    assert results["bbox"]["AP"] == pytest.approx(100.0)
+    assert results["layers"] == pytest.approx(
+        {
+            **{"layer.0/box_AP": 0.0, "layer.0/mask_AP": 100.0, "layer.0/gap": -100.0},
+            **{"layer.1/box_AP": 100.0, "layer.1/mask_AP": 100.0, "layer.1/gap": 0.0},
+        }
+    )
+    rows = json.loads((tmp_path / "out" / "layers.json").read_text())
+    assert [row["stage"] for row in rows] == ["layer.0", "layer.1"]
+    assert rows[0]["bbox"]["APl"] is None
+    assert (tmp_path / "out" / "layers.csv").read_text().splitlines()[:2] == [
+        "stage,box_AP,mask_AP,gap",
+        "layer.0,0.0,100.0,-100.0",
+    ]

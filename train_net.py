@@ -1,0 +1,21 @@
+#!/usr/bin/env python
+"""Train or evaluate DI-MaskDINO and MaskDINO: detectron2's command line; also under torchrun."""
+
+import argparse
+
+from dimaskdino.engine import Trainer, argument_parser, evaluate, launch, setup
+
+
+def main(args: argparse.Namespace) -> None:
+    """What every process of the job does."""
+    cfg = setup(args)
+    if args.eval_only:
+        evaluate(cfg, resume=args.resume)
+        return
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    trainer.train()
+
+
+if __name__ == "__main__":
+    launch(main, argument_parser().parse_args())
