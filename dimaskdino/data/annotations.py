@@ -1,0 +1,150 @@
+"""From annotations in detectron2's format, and the transforms that an image went through, to training targets.
+
+Everything geometric happens on run-length encodings: areas, boxes and unions of polygons are cheap there, and a mask is
+unpacked only once its object is known to be kept.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.data.transforms import TransformList
+from detectron2.structures import BitMasks, Boxes, Instances
+from pycocotools import mask as mask_util
+
+from dimaskdino.errors import DatasetError
+
+Annotation = dict[str, Any]
+Rle = dict[str, Any]
+Size = tuple[int, int]  # (height, width) in pixels
+
+
+def annotations_to_instances(
+    annotations: list[Annotation],
+    *,
+    transforms: TransformList,
+    source_size: Size,
+    target_size: Size,
+    num_classes: int,
+    file_name: str,
+) -> Instances:
+    """Build the targets of one image; crowd regions and objects without a pixel left are not among them.
+
+    Args:
+        annotations: objects of the image before its transforms, in detectron2's format, with polygons or RLE.
+        transforms: what the image went through; moves coordinates linearly.
+        source_size: size of the image before, which RLE labels must have.
+        target_size: size of the image after.
+        num_classes: category ids must lie in [0, num_classes).
+        file_name: the image's path, for errors.
+
+    Returns:
+        Instances of ``target_size`` with gt_classes (N,) int64, gt_masks BitMasks (N, H, W), and gt_boxes (N, 4)
+        float32, xyxy in pixels, tight around the masks: the far edge is the last pixel's index + 1.
+
+    Raises:
+        DatasetError: for an annotation without a usable mask or with a category out of range.
+
+    Deviation: the releases take boxes from the transformed polygons and keep objects whose mask has no pixel.
+    """
+    classes, rles = [], []
+    for index, annotation in enumerate(annotations):
+        if annotation.get("iscrowd", 0):
+            continue
+        where = f"annotation {annotation.get('id', f'number {index}')} of {file_name}"
+        label = _checked_class(annotation, num_classes, where)
+        rle = _transformed_rle(annotation, transforms, source_size, target_size, where)
+        if mask_util.area(rle) > 0:
+            classes.append(label)
+            rles.append(rle)
+    instances = Instances(target_size)
+    instances.gt_classes = torch.tensor(classes, dtype=torch.int64)
+    instances.gt_boxes = _boxes(rles)
+    instances.gt_masks = BitMasks(_unpack(rles, instances.gt_boxes, target_size))
+    return instances
+
+
+def _checked_class(annotation: Annotation, num_classes: int, where: str) -> int:
+    label = annotation["category_id"]
+    if not 0 <= label < num_classes:
+        raise DatasetError(
+            f"Category index {label} in {where} is outside [0, {num_classes}); "
+            "set MODEL.SEM_SEG_HEAD.NUM_CLASSES to the dataset's number of categories or correct the annotation."
+        )
+    return label
+
+
+def _transformed_rle(
+    annotation: Annotation, transforms: TransformList, source_size: Size, target_size: Size, where: str
+) -> Rle:
+    segmentation = annotation.get("segmentation")
+    if isinstance(segmentation, list) and segmentation:
+        return _rle_of_polygons(segmentation, transforms, target_size, where)
+    if isinstance(segmentation, dict):
+        return _rle_of_rle(segmentation, transforms, source_size, where)
+    raise DatasetError(
+        f"No segmentation in {where}; every object needs polygons or an RLE: add it or remove the annotation."
+    )
+
+
+def _rle_of_polygons(polygons: list[Any], transforms: TransformList, target_size: Size, where: str) -> Rle:
+    """Move the corners, then rasterise; what lies outside the target is left out by the rasteriser itself."""
+    height, width = target_size
+    moved = []
+    for polygon in polygons:
+        corners = np.array(polygon, dtype=np.float64).reshape(-1)
+        if len(corners) < 6 or len(corners) % 2 or not np.isfinite(corners).all():
+            raise DatasetError(
+                f"A polygon with {len(corners)} numbers in {where}; it needs at least three finite points x, y."
+            )
+        points = transforms.apply_coords(corners.reshape(-1, 2))
+        if (points.max(axis=0) > 0).all() and (points.min(axis=0) < (width, height)).all():
+            moved.append(points.reshape(-1).tolist())
+    return mask_util.merge(mask_util.frPyObjects(moved, height, width)) if moved else _empty_rle(target_size)
+
+
+def _rle_of_rle(segmentation: Rle, transforms: TransformList, source_size: Size, where: str) -> Rle:
+    """Unpack, move the pixels (nearest neighbour) and pack again."""
+    size = tuple(segmentation["size"])
+    if size != tuple(source_size):
+        raise DatasetError(
+            f"RLE of height x width {size[0]}x{size[1]} in {where}, whose image is {source_size[0]}x{source_size[1]}; "
+            "encode the mask at the image's size."
+        )
+    try:
+        mask = mask_util.decode(_compressed(segmentation))
+    except (ValueError, TypeError) as error:
+        raise DatasetError(f"Unreadable RLE in {where} ({error}); encode the mask again.") from error
+    # Comparing with 1 keeps a transform's padding out, whatever value it pads with.
+    moved = transforms.apply_segmentation(mask) == 1
+    return mask_util.encode(np.asfortranarray(moved, dtype=np.uint8))
+
+
+def _compressed(segmentation: Rle) -> Rle:
+    """pycocotools' own form of an RLE, from that form or from a list of run lengths."""
+    if not isinstance(segmentation["counts"], list):
+        return segmentation
+    height, width = segmentation["size"]
+    if sum(segmentation["counts"]) != height * width:
+        raise ValueError(f"its runs cover {sum(segmentation['counts'])} of {height * width} pixels")
+    return mask_util.frPyObjects(segmentation, height, width)
+
+
+def _empty_rle(size: Size) -> Rle:
+    return mask_util.encode(np.zeros(size, dtype=np.uint8, order="F"))
+
+
+def _boxes(rles: list[Rle]) -> Boxes:
+    """Tight boxes (N, 4), xyxy in pixels, far edges exclusive."""
+    xywh = np.array([mask_util.toBbox(rle) for rle in rles], dtype=np.float32).reshape(-1, 4)
+    xywh[:, 2:] += xywh[:, :2]
+    return Boxes(torch.from_numpy(xywh))
+
+
+def _unpack(rles: list[Rle], boxes: Boxes, size: Size) -> torch.Tensor:
+    """(N, H, W) bool, contiguous. Unpacked masks lie column by column; turning them inside the box alone is cheap."""
+    masks = np.zeros((len(rles), *size), dtype=bool)
+    for mask, rle, box in zip(masks, rles, boxes.tensor.int().tolist(), strict=True):
+        left, top, right, bottom = box
+        mask[top:bottom, left:right] = mask_util.decode(rle)[top:bottom, left:right]
+    return torch.from_numpy(masks)

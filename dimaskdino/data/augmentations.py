@@ -1,0 +1,60 @@
+"""The augmentations behind each mapper name, read from the configuration."""
+
+from detectron2.config import CfgNode
+from detectron2.data import transforms as T
+
+from dimaskdino.errors import ConfigError
+
+PAD_VALUE = 128.0  # gray of the canvas around a picture that large-scale jitter made small, as in the releases
+DETR_CROP_SHORT_EDGES = (400, 500, 600)
+DETR_CROP_PROBABILITY = 0.5
+
+
+def large_scale_jitter(cfg: CfgNode) -> list[T.Augmentation]:
+    """Flip, scale by a random factor, then crop or pad at the bottom right to a square canvas.
+
+    Args:
+        cfg: reads INPUT.{RANDOM_FLIP, MIN_SCALE, MAX_SCALE, IMAGE_SIZE, COLOR_AUG_SSD}.
+
+    Source: Ghiasi et al., "Simple Copy-Paste is a Strong Data Augmentation Method for Instance Segmentation".
+    """
+    side = cfg.INPUT.IMAGE_SIZE
+    resize = T.ResizeScale(cfg.INPUT.MIN_SCALE, cfg.INPUT.MAX_SCALE, side, side)
+    return [*_color_and_flip(cfg), resize, T.FixedSizeCrop((side, side), pad_value=PAD_VALUE)]
+
+
+def shortest_edge(cfg: CfgNode) -> list[T.Augmentation]:
+    """Flip, with INPUT.CROP.ENABLED crop every other image, then resize the shortest edge to one of several sizes.
+
+    Args:
+        cfg: reads INPUT.{RANDOM_FLIP, CROP, MIN_SIZE_TRAIN, MAX_SIZE_TRAIN, MIN_SIZE_TRAIN_SAMPLING, COLOR_AUG_SSD}.
+
+    Source: Carion et al., "End-to-End Object Detection with Transformers".
+    """
+    augmentations = _color_and_flip(cfg)
+    if cfg.INPUT.CROP.ENABLED:
+        resize = T.ResizeShortestEdge(DETR_CROP_SHORT_EDGES, sample_style="choice")
+        crop = T.AugmentationList([resize, T.RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE)])
+        augmentations.append(T.RandomApply(crop, prob=DETR_CROP_PROBABILITY))
+    sizes, style = cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING
+    return [*augmentations, T.ResizeShortestEdge(sizes, cfg.INPUT.MAX_SIZE_TRAIN, style)]
+
+
+def test_resize(cfg: CfgNode) -> list[T.Augmentation]:
+    """Resize the shortest edge to INPUT.MIN_SIZE_TEST, the longest staying within INPUT.MAX_SIZE_TEST."""
+    return [T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, "choice")]
+
+
+def _color_and_flip(cfg: CfgNode) -> list[T.Augmentation]:
+    augmentations: list[T.Augmentation] = []
+    if cfg.INPUT.COLOR_AUG_SSD:
+        # Imported here because it needs OpenCV, which nothing else in this package does.
+        from detectron2.projects.point_rend import ColorAugSSDTransform
+
+        augmentations.append(ColorAugSSDTransform(img_format=cfg.INPUT.FORMAT))
+    flip = cfg.INPUT.RANDOM_FLIP
+    if flip not in ("none", "horizontal", "vertical"):
+        raise ConfigError(f"INPUT.RANDOM_FLIP is {flip!r}; it must be none, horizontal or vertical.")
+    if flip != "none":
+        augmentations.append(T.RandomFlip(horizontal=flip == "horizontal", vertical=flip == "vertical"))
+    return augmentations

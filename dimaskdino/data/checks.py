@@ -1,0 +1,135 @@
+"""Checks of the configured datasets before anything is built, each with one clear line."""
+
+import difflib
+import functools
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from dimaskdino.data.datasets import data_root, register_all
+from dimaskdino.data.images import read_image
+from dimaskdino.errors import ConfigError, DatasetError
+
+__all__ = ["DatasetError", "check_datasets"]
+
+
+@dataclass(frozen=True)
+class _Summary:
+    """What the checks need of a dataset: class names by index and the first image's path."""
+
+    class_names: tuple[str, ...]
+    first_image: str
+
+
+def check_datasets(cfg: CfgNode, *, train: bool = True, test: bool = True) -> None:
+    """Check the datasets that a job will use; makes the synthetic dataset if it is named and not there yet.
+
+    Args:
+        cfg: reads DATASETS, MODEL.SEM_SEG_HEAD.NUM_CLASSES and INPUT.FORMAT.
+        train: whether DATASETS.TRAIN will be used.
+        test: whether DATASETS.TEST will be used.
+
+    Raises:
+        ConfigError: if there is no dataset to train on.
+        DatasetError: if a dataset is not registered, lacks a file, is malformed or does not fit the configuration.
+    """
+    register_all(cfg=cfg)
+    if train and not cfg.DATASETS.TRAIN:
+        raise ConfigError("DATASETS.TRAIN names no dataset; set it, for example to ('coco_2017_train',).")
+    names = [*(cfg.DATASETS.TRAIN if train else ()), *(cfg.DATASETS.TEST if test else ())]
+    for name in dict.fromkeys(names):
+        summary = _summarize(name)
+        _check_classes(name, summary.class_names, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)
+        read_image(summary.first_image, cfg.INPUT.FORMAT)
+
+
+def _summarize(name: str) -> _Summary:
+    registered = DatasetCatalog.list()
+    if name not in registered:
+        closest = difflib.get_close_matches(name, registered, n=1, cutoff=0)[0]
+        raise DatasetError(f"Dataset {name} is not registered; did you mean {closest}?")
+    metadata = MetadataCatalog.get(name)
+    make = metadata.get("make")
+    if make is not None:
+        make()
+    if hasattr(metadata, "json_file"):
+        _check_files(name, Path(metadata.json_file), Path(metadata.image_root))
+    if metadata.get("evaluator_type") != "coco":
+        return _summarize_entries(name)
+    summary = _summarize_coco(metadata.json_file, metadata.image_root, os.stat(metadata.json_file).st_mtime_ns)
+    names = tuple(metadata.get("thing_classes", summary.class_names))
+    if names != summary.class_names:
+        raise DatasetError(
+            f"Dataset {name} is registered with {len(names)} classes, but {metadata.json_file} has "
+            f"{len(summary.class_names)} categories or other names; register that file under a name of its own."
+        )
+    return summary
+
+
+def _check_files(name: str, json_file: Path, image_root: Path) -> None:
+    for kind, path, found in (
+        ("annotation file", json_file, json_file.is_file()),
+        ("image folder", image_root, image_root.is_dir()),
+    ):
+        if not found:
+            raise DatasetError(f"Dataset {name}: {kind} {path} does not exist; {_layout_hint(json_file, image_root)}")
+
+
+def _layout_hint(json_file: Path, image_root: Path) -> str:
+    root = data_root()
+    if not (json_file.is_relative_to(root) and image_root.is_relative_to(root)):
+        return "correct the paths that the dataset is registered with."
+    return (
+        f"set DETECTRON2_DATASETS (now {root}) to the folder that holds {json_file.relative_to(root)} and "
+        f"{image_root.relative_to(root)}/ (layouts: datasets/README.md)."
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _summarize_coco(json_file: str, image_root: str, modified_ns: int) -> _Summary:
+    """Read a COCO annotation file; ``modified_ns`` makes a changed file be read again."""
+    try:
+        coco = json.loads(Path(json_file).read_bytes())
+        categories = {category["id"]: category["name"] for category in coco["categories"]}
+        images = {image["id"]: image["file_name"] for image in coco["images"]}
+        annotations = coco["annotations"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DatasetError(
+            f"Annotation file {json_file} is not in COCO's format ({type(error).__name__}: {error}); it needs images, "
+            "annotations and categories."
+        ) from error
+    if not images:
+        raise DatasetError(f"Annotation file {json_file} lists no image.")
+    for annotation in annotations:
+        if annotation["category_id"] not in categories:
+            raise DatasetError(
+                f"Annotation {annotation['id']} of {json_file} has category id {annotation['category_id']}, "
+                "which is not among the file's categories."
+            )
+    return _Summary(
+        class_names=tuple(categories[key] for key in sorted(categories)),
+        first_image=os.path.join(image_root, images[min(images)]),
+    )
+
+
+def _summarize_entries(name: str) -> _Summary:
+    """For datasets that are not in COCO's format: load them through detectron2."""
+    entries = DatasetCatalog.get(name)
+    if not entries:
+        raise DatasetError(f"Dataset {name} is empty; check the function that it is registered with.")
+    class_names = MetadataCatalog.get(name).get("thing_classes")
+    if class_names is None:
+        raise DatasetError(f"Dataset {name} has no class names; set thing_classes in its metadata.")
+    return _Summary(class_names=tuple(class_names), first_image=entries[0]["file_name"])
+
+
+def _check_classes(name: str, class_names: tuple[str, ...], num_classes: int) -> None:
+    if len(class_names) != num_classes:
+        raise DatasetError(
+            f"MODEL.SEM_SEG_HEAD.NUM_CLASSES is {num_classes}, but dataset {name} has {len(class_names)} categories; "
+            f"set it to {len(class_names)}."
+        )

@@ -1,0 +1,168 @@
+"""Draws the pictures of the synthetic dataset: overlapping shapes on textured backgrounds, and who owns which pixel.
+
+Shapes are drawn with 3x3 samples per pixel, so that edges are smooth; a pixel belongs to a shape when the shape covers
+more than half of it. Colours say nothing about classes. Every random choice comes from the picture's own generator.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from dimaskdino.data.datasets.shapes_textures import background, contrasting_color, random_color, texture
+
+MIN_DIAMETER, MAX_DIAMETER = 1 / 16, 0.7  # of the picture's side: 8 to 90 pixels at 128
+MIN_VISIBLE_SHARE = 0.4  # of a shape's whole area; shapes that would hide more of another are not placed
+MIN_VISIBLE_PIXELS = 20
+MAX_OBJECTS = 8
+EMPTY_SHARE = 0.04  # of the pictures
+SAMPLES = 3  # per pixel and direction
+PLACEMENT_TRIES = 4
+MAX_STROKES = 6
+
+
+def _circle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return u**2 + v**2 <= 1
+
+
+def _square(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return np.maximum(np.abs(u), np.abs(v)) <= np.sqrt(0.5)
+
+
+def _triangle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return (v <= 0.5) & (np.sqrt(3) * np.abs(u) - v <= 1)
+
+
+def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """The pentagram: its points lie on the inner side of at least four of the five lines that draw it."""
+    inner_sides = [np.cos(a) * u + np.sin(a) * v <= np.cos(2 * np.pi / 5) for a in 2 * np.pi * np.arange(5) / 5]
+    return np.sum(inner_sides, axis=0) >= 4
+
+
+def _ring(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    squared = u**2 + v**2
+    return (squared <= 1) & (squared >= 0.55**2)
+
+
+def _cross(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    narrow, wide = np.minimum(np.abs(u), np.abs(v)), np.maximum(np.abs(u), np.abs(v))
+    return (narrow <= 0.28) & (wide <= 0.96)
+
+
+# Class name -> whether a point of the shape's own frame, where it fits the unit circle, lies inside. In class order.
+SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "circle": _circle,
+    "square": _square,
+    "triangle": _triangle,
+    "star": _star,
+    "ring": _ring,
+    "cross": _cross,
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One drawn picture.
+
+    Attributes:
+        image: (S, S, 3) uint8, RGB.
+        classes: class index of each shape, back to front.
+        owner: (S, S) int16, index of the shape that a pixel belongs to, -1 for the background.
+    """
+
+    image: np.ndarray
+    classes: tuple[int, ...]
+    owner: np.ndarray
+
+
+def draw_picture(rng: np.random.Generator, size: int) -> Picture:
+    """Draw one picture of ``size`` x ``size`` pixels."""
+    canvas = background(rng, size)
+    _draw_clutter(rng, canvas)
+    owner = np.full((size, size), -1, dtype=np.int16)
+    classes: list[int] = []
+    whole_areas: list[int] = []
+    wanted = 0 if rng.random() < EMPTY_SHARE else int(rng.integers(1, MAX_OBJECTS + 1))
+    for _ in range(wanted):
+        for _ in range(PLACEMENT_TRIES):
+            label = int(rng.integers(len(SHAPES)))
+            patch = _random_shape(rng, label, size)
+            if _leaves_enough_visible(patch, owner, whole_areas):
+                _paint(rng, canvas, patch)
+                owner[patch.rows, patch.columns][patch.coverage > 0.5] = len(classes)
+                classes.append(label)
+                whole_areas.append(patch.whole_area)
+                break
+    canvas += rng.normal(0, rng.uniform(1, 4), (size, size, 1))
+    return Picture(image=np.clip(np.rint(canvas), 0, 255).astype(np.uint8), classes=tuple(classes), owner=owner)
+
+
+@dataclass(frozen=True)
+class _Patch:
+    """A shape's part inside the picture: where it is and how much of each pixel it covers; and the whole shape's area."""
+
+    rows: slice
+    columns: slice
+    coverage: np.ndarray
+    whole_area: int
+
+
+def _random_shape(rng: np.random.Generator, label: int, size: int) -> _Patch:
+    diameter = size * MIN_DIAMETER * (MAX_DIAMETER / MIN_DIAMETER) ** (rng.random() ** 0.7)
+    center_x, center_y = rng.uniform(0, size, 2)
+    angle, stretch = rng.uniform(0, 2 * np.pi), rng.uniform(0.75, 1)
+    return _rasterize(label, size, (center_x, center_y), diameter / 2, angle, stretch)
+
+
+def _rasterize(
+    label: int, size: int, center: tuple[float, float], radius: float, angle: float, stretch: float
+) -> _Patch:
+    left, top = (int(np.floor(c - radius)) for c in center)
+    side = int(np.ceil(2 * radius)) + 2
+    offsets = (np.arange(side * SAMPLES) + 0.5) / SAMPLES
+    dx, dy = np.meshgrid(left + offsets - center[0], top + offsets - center[1])
+    u = (np.cos(angle) * dx + np.sin(angle) * dy) / radius
+    v = (-np.sin(angle) * dx + np.cos(angle) * dy) / (radius * stretch)
+    inside = list(SHAPES.values())[label](u, v)
+    coverage = inside.reshape(side, SAMPLES, side, SAMPLES).mean(axis=(1, 3))
+    rows, columns = (slice(max(start, 0), min(start + side, size)) for start in (top, left))
+    within = coverage[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
+    return _Patch(rows=rows, columns=columns, coverage=within, whole_area=int((coverage > 0.5).sum()))
+
+
+def _leaves_enough_visible(patch: _Patch, owner: np.ndarray, whole_areas: list[int]) -> bool:
+    """Whether the new shape and every shape that it would cover keep enough visible pixels to be worth a label."""
+    covered = patch.coverage > 0.5
+    after = owner.copy()
+    after[patch.rows, patch.columns][covered] = len(whole_areas)
+    visible = np.bincount(after[after >= 0], minlength=len(whole_areas) + 1)
+    needed = np.maximum(MIN_VISIBLE_SHARE * np.array([*whole_areas, patch.whole_area]), MIN_VISIBLE_PIXELS)
+    return bool((visible >= needed).all())
+
+
+def _paint(rng: np.random.Generator, canvas: np.ndarray, patch: _Patch) -> None:
+    """Blend the shape in, in a colour that stands out from what it covers."""
+    region = canvas[patch.rows, patch.columns]
+    alpha = patch.coverage[..., None]
+    behind = (region * alpha).sum(axis=(0, 1)) / max(alpha.sum(), 1e-6)
+    color = contrasting_color(rng, behind)
+    shade = texture(rng, *region.shape[:2])[..., None] - 0.5
+    fill = color + shade * rng.uniform(0, 60)
+    region += alpha * (fill - region)
+
+
+def _draw_clutter(rng: np.random.Generator, canvas: np.ndarray) -> None:
+    """Thin strokes behind the shapes that belong to no class."""
+    size = canvas.shape[0]
+    for _ in range(int(rng.integers(0, MAX_STROKES + 1))):
+        start, length, angle = rng.uniform(0, size, 2), size * rng.uniform(0.1, 0.5), rng.uniform(0, 2 * np.pi)
+        half_width, color = rng.uniform(0.5, 1.5), random_color(rng, max_saturation=0.6)
+        direction = np.array([np.cos(angle), np.sin(angle)])
+        low = np.floor(np.minimum(start, start + length * direction) - half_width - 1).astype(int).clip(0)
+        high = np.ceil(np.maximum(start, start + length * direction) + half_width + 1).astype(int)
+        region = canvas[low[1] : high[1], low[0] : high[0]]
+        x = low[0] + np.arange(region.shape[1])[None, :] + 0.5 - start[0]
+        y = low[1] + np.arange(region.shape[0])[:, None] + 0.5 - start[1]
+        along = np.clip(direction[0] * x + direction[1] * y, 0, length)
+        distance = np.hypot(x - along * direction[0], y - along * direction[1])
+        region += np.clip(half_width + 0.5 - distance, 0, 1)[..., None] * (color - region)

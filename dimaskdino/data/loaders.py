@@ -1,0 +1,58 @@
+"""Loaders from the configuration: detectron2's own, with our mapper."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import build_detection_test_loader, build_detection_train_loader, get_detection_dataset_dicts
+from detectron2.data.build import filter_images_with_only_crowd_annotations
+from torch.utils.data import Sampler
+
+from dimaskdino.data.build import build_mapper
+from dimaskdino.data.datasets import register_all
+from dimaskdino.errors import DatasetError
+
+Batches = Iterable[list[dict[str, Any]]]
+
+
+def build_train_loader(cfg: CfgNode, *, make_sampler: Callable[[int], Sampler] | None = None) -> Batches:
+    """Endless batches of SOLVER.IMS_PER_BATCH / processes mapped images of DATASETS.TRAIN.
+
+    Images without objects, or with crowd regions alone, are left out where DATALOADER.FILTER_EMPTY_ANNOTATIONS says so;
+    detectron2 logs how many.
+
+    Args:
+        cfg: the configuration.
+        make_sampler: number of images -> the order to draw them in; None means DATALOADER.SAMPLER_TRAIN.
+
+    Raises:
+        DatasetError: if no image is left.
+    """
+    register_all(cfg=cfg)
+    entries = _entries(cfg, cfg.DATASETS.TRAIN)
+    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+        entries = filter_images_with_only_crowd_annotations(entries)
+    if not entries:
+        raise DatasetError(
+            f"No image with an object (crowd regions aside) in {', '.join(cfg.DATASETS.TRAIN)}; check the annotations, "
+            "or set DATALOADER.FILTER_EMPTY_ANNOTATIONS False to train on background."
+        )
+    mapper = build_mapper(cfg, is_train=True)
+    sampler = make_sampler(len(entries)) if make_sampler else None
+    return build_detection_train_loader(cfg, mapper=mapper, dataset=entries, sampler=sampler)
+
+
+def build_test_loader(cfg: CfgNode, dataset_name: str) -> Batches:
+    """Every image of one dataset once, in order, one per batch, divided between the processes."""
+    register_all(cfg=cfg)
+    return build_detection_test_loader(
+        dataset=_entries(cfg, [dataset_name]),
+        mapper=build_mapper(cfg, is_train=False),
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+    )
+
+
+def _entries(cfg: CfgNode, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Images of the named datasets in detectron2's format; the first DATASETS.MAX_IMAGES of them unless that is 0."""
+    entries = get_detection_dataset_dicts(list(names), filter_empty=False)
+    return entries[: cfg.DATASETS.MAX_IMAGES] if cfg.DATASETS.MAX_IMAGES else entries
