@@ -1,0 +1,7 @@
+"""Building blocks that know nothing of detection."""
+
+from dimaskdino.layers.attention import FeedForward, MultiheadAttention
+from dimaskdino.layers.mlp import MLP
+from dimaskdino.layers.ms_deform_attn import MSDeformAttn, ms_deform_attn
+
+__all__ = ["MLP", "FeedForward", "MSDeformAttn", "MultiheadAttention", "ms_deform_attn"]

@@ -1,0 +1,63 @@
+"""Post-norm attention and feed-forward blocks, batch first."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    """``nn.MultiheadAttention`` that is batch first and returns the output alone, so that the fused kernel is used."""
+
+    def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0) -> None:
+        super().__init__(embed_dim, num_heads, dropout=dropout, batch_first=True)
+
+    def forward(  # type: ignore[override]  # one tensor instead of (output, weights)
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None
+    ) -> Tensor:
+        """Attend from ``query`` to ``key`` and ``value``.
+
+        Args:
+            query: (B, Q, C).
+            key: (B, K, C).
+            value: (B, K, C).
+            attn_mask: (Q, K) bool, True where a query must not see a key; shared by the batch.
+
+        Returns:
+            (B, Q, C).
+        """
+        output, _ = super().forward(query, key, value, attn_mask=attn_mask, need_weights=False)
+        return output
+
+
+class FeedForward(nn.Module):
+    """Mixin of the layers that end in ``norm(x + W2 relu(W1 x))``.
+
+    The two linear maps and the norm belong to the layer itself (``linear1``, ``linear2`` and the norm that is passed
+    in), as in the releases' weights.
+    """
+
+    linear1: nn.Linear
+    linear2: nn.Linear
+
+    def add_feed_forward(self, dim: int, hidden_dim: int, dropout: float) -> None:
+        """Create the two linear maps; call from the constructor."""
+        self.linear1 = nn.Linear(dim, hidden_dim)
+        self.linear2 = nn.Linear(hidden_dim, dim)
+        self.dropout = dropout
+
+    def feed_forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """Map (B, N, C) to (B, N, C)."""
+        hidden = self.drop(self.linear1(x).relu())
+        return norm(x + self.drop(self.linear2(hidden)))
+
+    def drop(self, x: Tensor) -> Tensor:
+        """Dropout with the layer's probability; the identity in evaluation."""
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+
+def xavier_init(module: nn.Module) -> None:
+    """Xavier-uniform for every weight of two or more dimensions under ``module``, as DETR's transformers start."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)

@@ -1,0 +1,206 @@
+"""The training loss: one loop over supervised stages."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.utils import comm
+from torch import Tensor, nn
+
+from dimaskdino.layers.points import sample_binary_masks, sample_points
+from dimaskdino.losses.functions import box_losses, class_loss, mask_losses
+from dimaskdino.losses.matcher import CostWeights, HungarianMatcher, Matches
+from dimaskdino.losses.points import PointSampler, RandomPointSampler
+from dimaskdino.modeling.decoder import DecoderOutput
+from dimaskdino.modeling.heads import StagePrediction
+from dimaskdino.modeling.targets import Targets
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weights of the loss terms, by the name that the term has in the logs."""
+
+    loss_ce: float
+    loss_bbox: float
+    loss_giou: float
+    loss_mask: float
+    loss_dice: float
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """One stage with the objects that its queries stand for, and the ending of its loss names."""
+
+    stage: StagePrediction
+    matches: Matches
+    suffix: str
+    num_objects: Tensor
+    use_masks: bool
+
+
+class Criterion(nn.Module):
+    """Weighted losses of every stage.
+
+    Args:
+        num_classes: K.
+        weights: of the terms.
+        matcher: pairs queries and objects.
+        sampler: gives the points of the mask losses.
+        use_boxes: supervise boxes.
+        denoising: ``no``, ``standard`` (class and box) or ``seg`` (mask as well).
+        deep_supervision: supervise every decoder layer; otherwise the last one, and selection, alone.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        weights: LossWeights,
+        matcher: HungarianMatcher,
+        sampler: PointSampler,
+        use_boxes: bool,
+        denoising: str,
+        deep_supervision: bool,
+    ) -> None:
+        super().__init__()
+        self.num_classes, self.weights, self.matcher, self.sampler = num_classes, weights, matcher, sampler
+        self.use_boxes, self.denoising, self.deep_supervision = use_boxes, denoising, deep_supervision
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, sampler: PointSampler | None = None) -> dict:
+        node = cfg.MODEL.MaskDINO
+        sampler = sampler or RandomPointSampler(
+            num_points=node.TRAIN_NUM_POINTS,
+            oversample_ratio=node.OVERSAMPLE_RATIO,
+            importance_ratio=node.IMPORTANCE_SAMPLE_RATIO,
+        )
+        costs = CostWeights(
+            classes=node.COST_CLASS_WEIGHT,
+            box=node.COST_BOX_WEIGHT,
+            giou=node.COST_GIOU_WEIGHT,
+            mask=node.COST_MASK_WEIGHT,
+            dice=node.COST_DICE_WEIGHT,
+        )
+        return {
+            "num_classes": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
+            "weights": LossWeights(
+                loss_ce=node.CLASS_WEIGHT,
+                loss_bbox=node.BOX_WEIGHT,
+                loss_giou=node.GIOU_WEIGHT,
+                loss_mask=node.MASK_WEIGHT,
+                loss_dice=node.DICE_WEIGHT,
+            ),
+            "matcher": HungarianMatcher(weights=costs, sampler=sampler),
+            "sampler": sampler,
+            "use_boxes": node.BOX_LOSS,
+            "denoising": node.DN,
+            "deep_supervision": node.DEEP_SUPERVISION,
+        }
+
+    def forward(self, output: DecoderOutput, targets: Sequence[Targets]) -> dict[str, Tensor]:
+        """Weighted losses.
+
+        Args:
+            output: of the decoder, in training.
+            targets: of each image.
+
+        Returns:
+            Scalar per term and stage: loss_ce, loss_bbox, loss_giou, loss_mask, loss_dice, with the ending _interm,
+            _di_i, _i (decoder, before layer i), none (last layer), and the same after _dn for denoising queries. The
+            names depend on the configuration alone, so that all processes log the same ones.
+        """
+        suffixes = self._suffixes(output)
+        num_objects = self._count_objects(targets)
+        losses: dict[str, Tensor] = {}
+        for supervision in self._supervise(output, targets, suffixes, num_objects):
+            losses.update(self._stage_losses(supervision, targets))
+        if self.denoising != "no" and output.denoising is None:
+            terms = self._terms(self.denoising == "seg")
+            losses.update({f"{term}_dn{end}": num_objects.new_zeros(()) for end in suffixes.values() for term in terms})
+        return losses
+
+    def _suffixes(self, output: DecoderOutput) -> dict[str, str]:
+        """Ending of the loss names of each supervised decoder stage, "initial" and "layer.l", by stage name."""
+        refined = [stage.name for stage in output.stages if is_refined(stage.name)]
+        earlier = {name: f"_{index}" for index, name in enumerate(refined[:-1])} if self.deep_supervision else {}
+        return earlier | {refined[-1]: ""}
+
+    def _terms(self, use_masks: bool) -> list[str]:
+        boxes = ["loss_bbox", "loss_giou"] if self.use_boxes else []
+        return ["loss_ce", *boxes, *(["loss_mask", "loss_dice"] if use_masks else [])]
+
+    @staticmethod
+    def _count_objects(targets: Sequence[Targets]) -> Tensor:
+        """Objects per process, averaged over the processes, at least 1; stays on the device."""
+        count = torch.tensor(float(sum(len(target) for target in targets)), device=targets[0].labels.device)
+        if comm.get_world_size() > 1:
+            torch.distributed.all_reduce(count)
+        return (count / comm.get_world_size()).clamp(min=1)
+
+    def _supervise(
+        self, output: DecoderOutput, targets: Sequence[Targets], suffixes: dict[str, str], num_objects: Tensor
+    ) -> list[Supervision]:
+        """Every stage to supervise, with its matches."""
+        stages = [stage for stage in output.stages if stage.name in suffixes or not is_refined(stage.name)]
+        supervisions = [
+            Supervision(
+                stage,
+                matches,
+                suffixes.get(stage.name, "_" + stage.name.replace(".", "_")),
+                num_objects,
+                stage.masks is not None,
+            )
+            for stage, matches in zip(stages, self.matcher(stages, targets), strict=True)
+        ]
+        if output.denoising is None:
+            return supervisions
+        matches, num_groups = output.denoising.matches, output.denoising.num_groups
+        return supervisions + [
+            Supervision(stage, matches, f"_dn{suffixes[name]}", num_objects * num_groups, self.denoising == "seg")
+            for stage in output.denoising_stages
+            if (name := stage.name.removeprefix("dn.")) in suffixes
+        ]
+
+    def _stage_losses(self, supervision: Supervision, targets: Sequence[Targets]) -> dict[str, Tensor]:
+        stage, matches = supervision.stage, supervision.matches
+        terms = {"loss_ce": class_loss(stage.logits.float(), self._labels(stage, matches, targets))}
+        if self.use_boxes:
+            boxes = torch.cat([stage.boxes[image, query].float() for image, (query, _) in enumerate(matches)])
+            target_boxes = torch.cat([target.boxes[obj] for target, (_, obj) in zip(targets, matches, strict=True)])
+            terms["loss_bbox"], terms["loss_giou"] = box_losses(boxes, target_boxes)
+        if supervision.use_masks:
+            terms["loss_mask"], terms["loss_dice"] = self._mask_terms(stage, matches, targets)
+        return {
+            f"{name}{supervision.suffix}": getattr(self.weights, name) * value / supervision.num_objects
+            for name, value in terms.items()
+        }
+
+    def _labels(self, stage: StagePrediction, matches: Matches, targets: Sequence[Targets]) -> Tensor:
+        """(B, Q) class of the matched object, K for none."""
+        labels = torch.full(stage.logits.shape[:2], self.num_classes, dtype=torch.int64, device=stage.logits.device)
+        for image, (query, obj) in enumerate(matches):
+            labels[image, query] = targets[image].labels[obj]
+        return labels
+
+    def _mask_terms(
+        self, stage: StagePrediction, matches: Matches, targets: Sequence[Targets]
+    ) -> tuple[Tensor, Tensor]:
+        """Both mask losses of a stage; only the masks of matched queries are ever computed."""
+        assert stage.masks is not None
+        logits = torch.cat([stage.masks.select(image, query) for image, (query, _) in enumerate(matches)]).float()
+        points = self.sampler.per_mask(logits.detach())
+        counts = [len(obj) for _, obj in matches]
+        labels = torch.cat(
+            [
+                sample_binary_masks(target.masks, obj, image_points)
+                for target, (_, obj), image_points in zip(targets, matches, points.split(counts), strict=True)
+            ]
+        )
+        return mask_losses(sample_points(logits[:, None], points)[:, 0], labels)
+
+
+def is_refined(name: str) -> bool:
+    """Whether a stage belongs to the decoder proper: "initial" or "layer.l"."""
+    return name == "initial" or name.startswith("layer.")

@@ -1,0 +1,160 @@
+"""Images to losses (training) or results (evaluation)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY, SEM_SEG_HEADS_REGISTRY, build_backbone
+from detectron2.structures import ImageList
+from torch import Tensor, nn
+
+from dimaskdino.errors import ConfigError
+from dimaskdino.losses import Criterion, PointSampler
+from dimaskdino.modeling.decoder import DecoderOutput
+from dimaskdino.modeling.inference import instances_of_image
+from dimaskdino.modeling.targets import Targets
+
+
+@META_ARCH_REGISTRY.register()
+class DIMaskDINO(nn.Module):
+    """Joint object detection and instance segmentation.
+
+    Args:
+        backbone: images to features by name.
+        sem_seg_head: features, and targets for denoising, to predictions.
+        criterion: predictions and targets to losses.
+        num_classes: classes K.
+        pixel_mean: of each channel, on the 0-255 scale.
+        pixel_std: of each channel.
+        size_divisibility: images are padded with zeros to a multiple of this.
+        max_detections: results per image.
+        score_by_mask: multiply class scores by mask quality.
+        eval_layers: stages to report besides the final one: none, ("all",) or names of :meth:`eval_layer_names`.
+        num_decoder_layers: layers of the decoder.
+        two_stage: whether there is a first selection.
+
+    Source: DI-MaskDINO (NeurIPS 2024), on MaskDINO (Li et al., 2023).
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: nn.Module,
+        sem_seg_head: nn.Module,
+        criterion: Criterion,
+        num_classes: int,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        size_divisibility: int,
+        max_detections: int,
+        score_by_mask: bool,
+        eval_layers: Sequence[str],
+        num_decoder_layers: int,
+        two_stage: bool,
+    ) -> None:
+        super().__init__()
+        self.backbone, self.sem_seg_head, self.criterion = backbone, sem_seg_head, criterion
+        self.num_classes, self.size_divisibility = num_classes, size_divisibility
+        self.max_detections, self.score_by_mask = max_detections, score_by_mask
+        self.num_decoder_layers, self.two_stage = num_decoder_layers, two_stage
+        self.eval_layers = self._resolve_eval_layers(eval_layers)
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, point_sampler: PointSampler | None = None) -> dict:
+        node = cfg.MODEL.MaskDINO
+        backbone = build_backbone(cfg)
+        head = SEM_SEG_HEADS_REGISTRY.get(cfg.MODEL.SEM_SEG_HEAD.NAME)(cfg, backbone.output_shape())
+        return {
+            "backbone": backbone,
+            "sem_seg_head": head,
+            "criterion": Criterion(cfg, sampler=point_sampler),
+            "num_classes": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "size_divisibility": max(node.SIZE_DIVISIBILITY, backbone.size_divisibility, 1),
+            "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "score_by_mask": not node.TEST.TEST_FOUCUS_ON_BOX,
+            "eval_layers": cfg.TEST.EVAL_LAYERS,
+            "num_decoder_layers": node.DEC_LAYERS,
+            "two_stage": node.TWO_STAGE,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives; images are moved there."""
+        return self.pixel_mean.device
+
+    def eval_layer_names(self) -> list[str]:
+        """Stages that evaluation can report, in the order they are predicted."""
+        first = ["interm"] if self.two_stage else []
+        return first + [f"layer.{index}" for index in range(self.num_decoder_layers)]
+
+    def _resolve_eval_layers(self, asked: Sequence[str]) -> tuple[str, ...]:
+        known = self.eval_layer_names()
+        if list(asked) == ["all"]:
+            return tuple(known)
+        unknown = [name for name in asked if name not in known]
+        if unknown:
+            raise ConfigError(f"TEST.EVAL_LAYERS names {unknown}; this model has {', '.join(known)} (or all).")
+        return tuple(name for name in known if name in asked)
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> dict[str, Tensor] | list[dict[str, Any]]:
+        """Train on or evaluate a batch.
+
+        Args:
+            batched_inputs: for each image a dict with "image" (3, H, W) in the channel order of INPUT.FORMAT, 0 to 255;
+                optionally "height" and "width" of the wanted result in px (default: those of "image"); in training
+                "instances" with gt_classes, gt_boxes and gt_masks in the frame of "image".
+
+        Returns:
+            In training the weighted losses by name. In evaluation for each image {"instances": Instances}, and
+            "layers": {stage: Instances} where TEST.EVAL_LAYERS asks for it.
+        """
+        images = self._preprocess(batched_inputs)
+        features = self.backbone(images.tensor)
+        if not self.training:
+            output = self.sem_seg_head(features)
+            return [self._results(output, index, images, given) for index, given in enumerate(batched_inputs)]
+        height, width = images.tensor.shape[-2:]
+        targets = [
+            Targets.from_instances(given["instances"].to(self.device), height, width, self.num_classes)
+            for given in batched_inputs
+        ]
+        return self.criterion(self.sem_seg_head(features, targets), targets)
+
+    def _preprocess(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
+        images = [(given["image"].to(self.device).float() - self.pixel_mean) / self.pixel_std for given in batched_inputs]
+        return ImageList.from_tensors(images, self.size_divisibility)
+
+    def _results(self, output: DecoderOutput, index: int, images: ImageList, given: dict[str, Any]) -> dict[str, Any]:
+        """Results of one image: of the last stage, and of the stages that evaluation asks for."""
+        image_size = images.image_sizes[index]
+        stages = {stage.name: stage for stage in output.stages}
+        final = output.stages[-1].name
+
+        def instances(name: str):  # noqa: ANN202
+            return instances_of_image(
+                stages[name],
+                index,
+                padded_size=tuple(images.tensor.shape[-2:]),
+                image_size=tuple(image_size),
+                output_size=(given.get("height", image_size[0]), given.get("width", image_size[1])),
+                max_detections=self.max_detections,
+                score_by_mask=self.score_by_mask,
+            )
+
+        result = {"instances": instances(final)}
+        if self.eval_layers:
+            result["layers"] = {
+                name: result["instances"] if name == final else instances(name) for name in self.eval_layers
+            }
+        return result
+
+
+@META_ARCH_REGISTRY.register()
+class MaskDINO(DIMaskDINO):
+    """The same model under the name that the releases' configurations use."""

@@ -1,0 +1,116 @@
+"""Balance-Aware Tokens Optimization: Q_bal guides the feature tokens (Eqs. 5 to 8)."""
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import Conv2d, get_norm
+from fvcore.nn import weight_init
+from torch import Tensor, nn
+
+from dimaskdino.layers import FeedForward, MultiheadAttention
+from dimaskdino.layers.attention import xavier_init
+from dimaskdino.modeling.heads import PredictionHeads
+from dimaskdino.modeling.registry import BATO_REGISTRY
+from dimaskdino.modeling.selection import highest_scores, take
+
+
+class GuidedAttentionLayer(FeedForward):
+    """Cross-attention from feature tokens to guiding tokens and a feed-forward block, both post-norm (Eq. 8)."""
+
+    def __init__(self, *, dim: int, hidden_dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.multihead_attn = MultiheadAttention(dim, num_heads)
+        self.norm1 = nn.LayerNorm(dim)
+        self.add_feed_forward(dim, hidden_dim, dropout=0.0)
+        self.norm2 = nn.LayerNorm(dim)
+
+    def forward(self, tokens: Tensor, position: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Renew ``tokens`` (B, N, C) at ``position`` (N, C) from ``keys`` and ``values`` (B, G, C)."""
+        attended = self.multihead_attn(tokens + position, keys, values)
+        tokens = self.norm1(tokens + attended)
+        return self.feed_forward(tokens, self.norm2)
+
+
+@BATO_REGISTRY.register()
+class BalanceAwareTokensOptimization(nn.Module):
+    """T_bal = MHCA(T_i, T_g), and mask features renewed from it.
+
+    Args:
+        dim: channels C; also the channels of the mask features.
+        hidden_dim: width of the feed-forward block.
+        num_heads: attention heads.
+        num_guiding_tokens: G, the queries with the highest class logit that guide.
+        generate_guiding_tokens: make mask and box guiding tokens (Eqs. 5 to 7); otherwise the queries themselves guide.
+
+    Deviation: the paper makes both guiding tokens by an MLP of Q_bal and attends to their sum; the released code, and
+    this default, uses the mask-embedding head and the positional embedding of the box, and attends with the sum as key
+    and the mask part alone as value.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        dim: int,
+        hidden_dim: int,
+        num_heads: int,
+        num_guiding_tokens: int,
+        generate_guiding_tokens: bool,
+    ) -> None:
+        super().__init__()
+        self.num_guiding_tokens = num_guiding_tokens
+        self.generate_guiding_tokens = generate_guiding_tokens
+        self.attention = GuidedAttentionLayer(dim=dim, hidden_dim=hidden_dim, num_heads=num_heads)
+        self.mask_conv = Conv2d(dim, dim, 3, padding=1, bias=False, norm=get_norm("GN", dim), activation=F.relu)
+        xavier_init(self.attention)
+        weight_init.c2_xavier_fill(self.mask_conv)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        node = cfg.MODEL.MaskDINO
+        return {
+            "dim": node.HIDDEN_DIM,
+            "hidden_dim": node.DIM_FEEDFORWARD,
+            "num_heads": node.NHEADS,
+            "num_guiding_tokens": node.NUM_GUIDING_TOKENS,
+            "generate_guiding_tokens": node.BATO.GTG,
+        }
+
+    def forward(
+        self, t_i: Tensor, token_position: Tensor, content: Tensor, position: Tensor, heads: PredictionHeads
+    ) -> Tensor:
+        """Renew the feature tokens.
+
+        Args:
+            t_i: (B, N, C) initial tokens.
+            token_position: (N, C) sine positions of the tokens.
+            content: (B, Q, C) of the guiding queries (Q_bal).
+            position: (B, Q, C) positional embedding of their boxes.
+            heads: the decoder's prediction heads; class head for the choice, mask head for the guiding tokens.
+
+        Returns:
+            T_bal (B, N, C) float32.
+        """
+        index = highest_scores(heads.class_embed(content), self.num_guiding_tokens)
+        guide = take(content, index)
+        if self.generate_guiding_tokens:
+            t_g_mask = heads.mask_embed(guide)
+            t_g_box = take(position, index)
+            keys, values = t_g_mask + t_g_box, t_g_mask
+        else:
+            keys = values = guide
+        with torch.autocast(t_i.device.type, enabled=False):
+            return self.attention(t_i.float(), token_position, keys.float(), values.float())
+
+    def renew_mask_features(self, mask_features: Tensor, finest_level: Tensor) -> Tensor:
+        """Fuse the finest level of T_bal into the mask features.
+
+        Args:
+            mask_features: (B, C, h, w) at stride 4.
+            finest_level: (B, C, h', w') of T_bal, at stride 8.
+
+        Returns:
+            (B, C, h, w).
+        """
+        upsampled = F.interpolate(finest_level, size=mask_features.shape[-2:], mode="bilinear", align_corners=False)
+        return self.mask_conv(mask_features + upsampled)

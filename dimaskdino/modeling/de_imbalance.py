@@ -1,0 +1,131 @@
+"""De-Imbalance: selection, token interaction, second selection (Eqs. 1 to 3). Eq. 4 is decoder layer 0."""
+
+from collections.abc import Sequence
+
+import torch
+from detectron2.config import CfgNode, configurable
+from torch import Tensor, nn
+
+from dimaskdino.errors import ConfigError
+from dimaskdino.layers import MLP, FeedForward, MultiheadAttention
+from dimaskdino.layers.attention import xavier_init
+from dimaskdino.layers.boxes import inverse_sigmoid
+from dimaskdino.layers.position import box_sine_embedding
+from dimaskdino.modeling.heads import PredictionHeads, StagePrediction
+from dimaskdino.modeling.registry import DE_IMBALANCE_REGISTRY
+from dimaskdino.modeling.selection import Tokens, highest_scores
+
+
+class TokenInteractionLayer(FeedForward):
+    """Self-attention among the selected tokens and a feed-forward block, both post-norm (Eq. 2)."""
+
+    def __init__(self, *, dim: int, hidden_dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.self_attn = MultiheadAttention(dim, num_heads)
+        self.norm1 = nn.LayerNorm(dim)
+        self.add_feed_forward(dim, hidden_dim, dropout=0.0)
+        self.norm2 = nn.LayerNorm(dim)
+
+    def forward(self, content: Tensor, position: Tensor) -> Tensor:
+        """Renew ``content`` (B, k, C), given ``position`` (B, k, C)."""
+        query = content + position
+        content = self.norm1(content + self.self_attn(query, query, content))
+        return self.feed_forward(content, self.norm2)
+
+
+@DE_IMBALANCE_REGISTRY.register()
+class DeImbalance(nn.Module):
+    """T_s1 to T_s2: the selected tokens interact, then the best of them are selected again.
+
+    Args:
+        dim: channels C.
+        hidden_dim: width of the feed-forward blocks.
+        num_heads: attention heads.
+        num_layers: token-interaction layers before each selection.
+        num_selected: tokens that each selection keeps, the first one (which the decoder makes) included: (600, 300) is
+            the paper's double selection, (600, 450, 300) its triple one.
+        single_delta_boxes: supervise the box that was refined once.
+
+    Deviation: the releases supervise token interaction on boxes to which the shared box head was applied twice; their
+    weights were trained so, and it is the default. ``single_delta_boxes`` gives the once-applied form.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        dim: int,
+        hidden_dim: int,
+        num_heads: int,
+        num_layers: int,
+        num_selected: Sequence[int],
+        single_delta_boxes: bool,
+    ) -> None:
+        super().__init__()
+        if len(num_selected) < 2 or min(num_selected) < 1 or any(
+            later > earlier for earlier, later in zip(num_selected, num_selected[1:], strict=False)
+        ):
+            raise ConfigError(
+                f"MODEL.MaskDINO.DI.NUM_SELECTED is {list(num_selected)}; De-Imbalance needs two or more positive "
+                "numbers, none larger than the one before (single selection is DI.ENABLED False)."
+            )
+        self.num_selected = tuple(num_selected)
+        self.layers_per_selection = num_layers
+        self.single_delta_boxes = single_delta_boxes
+        self.layers = nn.ModuleList(
+            TokenInteractionLayer(dim=dim, hidden_dim=hidden_dim, num_heads=num_heads)
+            for _ in range(num_layers * (len(num_selected) - 1))
+        )
+        self.query_pos = MLP(2 * dim, dim, dim, 2)
+        self.norm = nn.LayerNorm(dim)
+        self.box_embed = MLP(dim, dim, 4, 3)
+        self.dim = dim
+        xavier_init(self)
+        nn.init.zeros_(self.box_embed.layers[-1].weight)
+        nn.init.zeros_(self.box_embed.layers[-1].bias)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        node = cfg.MODEL.MaskDINO
+        return {
+            "dim": node.HIDDEN_DIM,
+            "hidden_dim": node.DIM_FEEDFORWARD,
+            "num_heads": node.NHEADS,
+            "num_layers": node.TI_LAYERS,
+            "num_selected": node.DI.NUM_SELECTED or [node.FIRST_SELECTED_QUERIES, node.NUM_OBJECT_QUERIES],
+            "single_delta_boxes": node.DI.SINGLE_DELTA_BOXES,
+        }
+
+    def forward(self, t_s1: Tokens, heads: PredictionHeads) -> tuple[Tokens, list[StagePrediction]]:
+        """Interact and select, once per number after the first.
+
+        Args:
+            t_s1: (B, k1, .) the first selection, detached; runs in float32.
+            heads: the decoder's prediction heads (norm and class head are shared with them).
+
+        Returns:
+            T_s2 (B, k_last, .), in the graph; one prediction "di.i" (class and box) per layer.
+        """
+        with torch.autocast(t_s1.content.device.type, enabled=False):
+            tokens = Tokens(t_s1.content.float(), t_s1.boxes.float())
+            predictions: list[StagePrediction] = []
+            for step, num_selected in enumerate(self.num_selected[1:]):
+                first = step * self.layers_per_selection
+                for index in range(first, first + self.layers_per_selection):
+                    tokens, prediction = self._interact(index, tokens, heads)
+                    predictions.append(prediction)
+                tokens = tokens.gather(highest_scores(heads.class_embed(self.norm(tokens.content)), num_selected))
+            return tokens, predictions
+
+    def _interact(self, index: int, tokens: Tokens, heads: PredictionHeads) -> tuple[Tokens, StagePrediction]:
+        """Layer ``index``: renew the content, then the boxes."""
+        reference = tokens.boxes.detach()
+        position = self.query_pos(box_sine_embedding(reference, self.dim))
+        content = self.layers[index](tokens.content, position)
+        refined = self._move(content, reference)
+        normed = self.norm(content)
+        supervised = self._move(normed, tokens.boxes if self.single_delta_boxes else refined)
+        return Tokens(content, refined), heads(f"di.{index}", normed, supervised, None)
+
+    def _move(self, content: Tensor, boxes: Tensor) -> Tensor:
+        return (self.box_embed(content) + inverse_sigmoid(boxes)).sigmoid()

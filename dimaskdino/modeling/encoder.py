@@ -1,0 +1,251 @@
+"""The encoder: backbone features to the initial feature tokens T_i and the mask features."""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from fvcore.nn import weight_init
+from torch import Tensor, nn
+
+from dimaskdino.errors import ConfigError
+from dimaskdino.layers import FeedForward, MSDeformAttn
+from dimaskdino.layers.attention import xavier_init
+from dimaskdino.layers.ms_deform_attn import SpatialShapes
+from dimaskdino.layers.position import pixel_sine_embedding
+from dimaskdino.modeling.registry import PIXEL_DECODER_REGISTRY
+
+_FEATURE_ORDERS = ("low2high", "high2low")
+
+
+class EncoderOutput(NamedTuple):
+    """What the encoder gives the decoder.
+
+    Attributes:
+        levels: feature maps (B, C, h_l, w_l) float32, in the order that MODEL.SEM_SEG_HEAD.FEATURE_ORDER names.
+        mask_features: (B, C_mask, h, w) float32 at the common stride (4); predicted masks are dot products with it.
+    """
+
+    levels: list[Tensor]
+    mask_features: Tensor
+
+
+class EncoderLayer(FeedForward):
+    """Deformable self-attention over all levels and a feed-forward block, both post-norm."""
+
+    def __init__(self, *, dim: int, hidden_dim: int, dropout: float, num_levels: int, num_heads: int) -> None:
+        super().__init__()
+        self.self_attn = MSDeformAttn(dim=dim, num_levels=num_levels, num_heads=num_heads)
+        self.norm1 = nn.LayerNorm(dim)
+        self.add_feed_forward(dim, hidden_dim, dropout)
+        self.norm2 = nn.LayerNorm(dim)
+
+    def forward(self, tokens: Tensor, position: Tensor, reference: Tensor, spatial_shapes: SpatialShapes) -> Tensor:
+        """Renew ``tokens`` (B, N, C), given ``position`` (N, C) and ``reference`` points (1, N, 2)."""
+        reference = reference.expand(tokens.shape[0], -1, -1)
+        attended = self.self_attn(tokens + position, reference, tokens, spatial_shapes)
+        tokens = self.norm1(tokens + self.drop(attended))
+        return self.feed_forward(tokens, self.norm2)
+
+
+@PIXEL_DECODER_REGISTRY.register()
+class MaskDINOEncoder(nn.Module):
+    """MaskDINO's encoder ("pixel decoder"): deformable transformer over several levels, then one FPN step.
+
+    Args:
+        input_shape: channels and stride of each backbone feature, by name.
+        in_features: the features that become tokens.
+        num_levels: levels after adding stride-2 convolutions of the coarsest feature; at least ``len(in_features)``.
+        feature_order: ``low2high`` lists the finest level first, ``high2low`` the coarsest.
+        conv_dim: width C of the tokens, a multiple of 32.
+        mask_dim: channels of the mask features.
+        norm: detectron2's name of the norm of the FPN convolutions.
+        num_layers: transformer layers.
+        num_heads: attention heads.
+        hidden_dim: width of the feed-forward blocks.
+        dropout: probability, in training.
+        common_stride: stride of the mask features.
+
+    Source: MaskDINO (Li et al., 2023); Deformable DETR for the layers.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        input_shape: Mapping[str, ShapeSpec],
+        in_features: list[str],
+        num_levels: int,
+        feature_order: str,
+        conv_dim: int,
+        mask_dim: int,
+        norm: str,
+        num_layers: int,
+        num_heads: int,
+        hidden_dim: int,
+        dropout: float,
+        common_stride: int,
+    ) -> None:
+        super().__init__()
+        _check_features(input_shape, in_features, num_levels, feature_order)
+        by_stride = sorted(input_shape, key=lambda name: input_shape[name].stride)
+        # The releases number the projections against the order of the levels: finest first in low2high.
+        self.token_features = sorted(
+            in_features, key=lambda name: input_shape[name].stride, reverse=feature_order != "low2high"
+        )
+        self.feature_order = feature_order
+        self.coarsest_feature = max(in_features, key=lambda name: input_shape[name].stride)
+        self.input_proj = _input_projections(
+            [input_shape[name].channels for name in self.token_features],
+            input_shape[self.coarsest_feature].channels,
+            num_levels,
+            conv_dim,
+        )
+        self.conv_dim = conv_dim
+        self.level_embed = nn.Parameter(torch.empty(num_levels, conv_dim))
+        self.layers = nn.ModuleList(
+            EncoderLayer(
+                dim=conv_dim, hidden_dim=hidden_dim, dropout=dropout, num_levels=num_levels, num_heads=num_heads
+            )
+            for _ in range(num_layers)
+        )
+        finest_stride = min(input_shape[name].stride for name in in_features)
+        num_fpn_levels = max(int(math.log2(finest_stride) - math.log2(common_stride)), 1)
+        self.fpn_features = by_stride[:num_fpn_levels]
+        self.lateral_convs = nn.ModuleList(
+            Conv2d(input_shape[name].channels, conv_dim, 1, bias=norm == "", norm=get_norm(norm, conv_dim))
+            for name in self.fpn_features
+        )
+        self.output_convs = nn.ModuleList(
+            Conv2d(conv_dim, conv_dim, 3, padding=1, bias=norm == "", norm=get_norm(norm, conv_dim), activation=F.relu)
+            for _ in self.fpn_features
+        )
+        self.mask_features = Conv2d(conv_dim, mask_dim, 1)
+        self._reset_parameters()
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> dict:
+        head = cfg.MODEL.SEM_SEG_HEAD
+        missing = [name for name in head.IN_FEATURES if name not in input_shape]
+        if missing:
+            raise ConfigError(
+                f"MODEL.SEM_SEG_HEAD.IN_FEATURES names {missing}, but the backbone gives {sorted(input_shape)}."
+            )
+        return {
+            "input_shape": {name: input_shape[name] for name in head.IN_FEATURES},
+            "in_features": head.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES,
+            "num_levels": head.TOTAL_NUM_FEATURE_LEVELS,
+            "feature_order": head.FEATURE_ORDER,
+            "conv_dim": head.CONVS_DIM,
+            "mask_dim": head.MASK_DIM,
+            "norm": head.NORM,
+            "num_layers": head.TRANSFORMER_ENC_LAYERS,
+            "num_heads": cfg.MODEL.MaskDINO.NHEADS,
+            "hidden_dim": head.DIM_FEEDFORWARD,
+            "dropout": cfg.MODEL.MaskDINO.DROPOUT,
+            "common_stride": head.COMMON_STRIDE,
+        }
+
+    def _reset_parameters(self) -> None:
+        for proj in self.input_proj:
+            nn.init.xavier_uniform_(proj[0].weight)
+            nn.init.zeros_(proj[0].bias)
+        xavier_init(self.layers)
+        for layer in self.layers:
+            layer.self_attn.reset_parameters()
+        nn.init.normal_(self.level_embed)
+        for conv in [*self.lateral_convs, *self.output_convs, self.mask_features]:
+            weight_init.c2_xavier_fill(conv)
+
+    def forward(self, features: Mapping[str, Tensor]) -> EncoderOutput:
+        """Encode backbone features.
+
+        Args:
+            features: by name, (B, C_f, h_f, w_f), any floating dtype; the encoder itself runs in float32.
+
+        Returns:
+            The levels and the mask features.
+        """
+        with torch.autocast(self.level_embed.device.type, enabled=False):
+            features = {name: feature.float() for name, feature in features.items()}
+            levels = self._attend(*self._project(features))
+            return EncoderOutput(levels, self._fuse(features, levels))
+
+    def _project(self, features: Mapping[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Feature maps of width C: of the features, in ``feature_order``, and of the levels beyond the coarsest."""
+        maps = [proj(features[name]) for name, proj in zip(self.token_features, self.input_proj, strict=False)]
+        extra: list[Tensor] = []
+        source = features[self.coarsest_feature]
+        for proj in self.input_proj[len(maps) :]:
+            source = proj(source)
+            extra.append(source)
+        return maps, extra
+
+    def _attend(self, maps: list[Tensor], extra: list[Tensor]) -> list[Tensor]:
+        """Run the transformer over all levels.
+
+        Deviation: with two or more extra levels the releases list those coarsest first in either order, and give them
+        each other's positions; their weights were trained so, and it is kept. With none or one there is no difference.
+        """
+        low2high = self.feature_order == "low2high"
+        levels = maps + extra[::-1] if low2high else extra[::-1] + maps
+        positioned = maps + extra if low2high else extra + maps
+        spatial_shapes = [(level.shape[-2], level.shape[-1]) for level in levels]
+        tokens = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)
+        device = tokens.device
+        position = torch.cat(
+            [
+                pixel_sine_embedding(level.shape[-2], level.shape[-1], self.conv_dim, device) + self.level_embed[index]
+                for index, level in enumerate(positioned)
+            ]
+        )
+        reference = torch.cat([pixel_centers(height, width, device) for height, width in spatial_shapes])[None]
+        for layer in self.layers:
+            tokens = layer(tokens, position, reference, spatial_shapes)
+        chunks = tokens.split([height * width for height, width in spatial_shapes], dim=1)
+        return [
+            chunk.transpose(1, 2).unflatten(-1, shape) for chunk, shape in zip(chunks, spatial_shapes, strict=True)
+        ]
+
+    def _fuse(self, features: Mapping[str, Tensor], levels: list[Tensor]) -> Tensor:
+        """Mask features: the finest level, upsampled and joined with the finer backbone features."""
+        fused = levels[0 if self.feature_order == "low2high" else -1]
+        for index in reversed(range(len(self.fpn_features))):
+            lateral = self.lateral_convs[index](features[self.fpn_features[index]])
+            upsampled = F.interpolate(fused, size=lateral.shape[-2:], mode="bilinear", align_corners=False)
+            fused = self.output_convs[index](lateral + upsampled)
+        return self.mask_features(fused)
+
+
+def pixel_centers(height: int, width: int, device: torch.device) -> Tensor:
+    """(height * width, 2) float32 centres of the pixels as (x, y) in (0, 1), row by row."""
+    y = (torch.arange(height, dtype=torch.float32, device=device) + 0.5) / height
+    x = (torch.arange(width, dtype=torch.float32, device=device) + 0.5) / width
+    return torch.stack((x.expand(height, width), y[:, None].expand(height, width)), dim=-1).flatten(0, 1)
+
+
+def _check_features(shape: Mapping[str, ShapeSpec], in_features: list[str], num_levels: int, order: str) -> None:
+    if order not in _FEATURE_ORDERS:
+        raise ConfigError(f"MODEL.SEM_SEG_HEAD.FEATURE_ORDER is {order!r}; it must be one of {_FEATURE_ORDERS}.")
+    missing = [name for name in in_features if name not in shape]
+    if missing or not in_features:
+        raise ConfigError(
+            f"MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES is {in_features}; "
+            f"it must name some of IN_FEATURES {sorted(shape)}."
+        )
+    if num_levels < len(in_features):
+        raise ConfigError(
+            f"MODEL.SEM_SEG_HEAD.TOTAL_NUM_FEATURE_LEVELS is {num_levels}, fewer than the {len(in_features)} features "
+            "of DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES."
+        )
+
+
+def _input_projections(channels: list[int], coarsest: int, num_levels: int, dim: int) -> nn.ModuleList:
+    """1x1 convolutions for the features, 3x3 stride-2 ones for the levels beyond them."""
+    convs = [nn.Conv2d(width, dim, 1) for width in channels]
+    extra = num_levels - len(channels)
+    convs += [nn.Conv2d(coarsest if i == 0 else dim, dim, 3, stride=2, padding=1) for i in range(extra)]
+    return nn.ModuleList(nn.Sequential(conv, nn.GroupNorm(32, dim)) for conv in convs)

@@ -1,0 +1,89 @@
+"""Predictions to results: the best detections, their masks at the asked size, scores, boxes."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from detectron2.structures import Boxes, Instances
+from torch import Tensor
+
+from dimaskdino.layers.boxes import cxcywh_to_xyxy
+from dimaskdino.modeling.heads import StagePrediction
+
+_MASKS_PER_CHUNK = 25
+
+
+def instances_of_image(
+    prediction: StagePrediction,
+    image: int,
+    *,
+    padded_size: tuple[int, int],
+    image_size: tuple[int, int],
+    output_size: tuple[int, int],
+    max_detections: int,
+    score_by_mask: bool,
+) -> Instances:
+    """Results of one image.
+
+    Args:
+        prediction: of a stage, with masks.
+        image: index in the batch.
+        padded_size: (height, width) of the padded batch, px.
+        image_size: (height, width) of the image before padding, px.
+        output_size: (height, width) of the result, px.
+        max_detections: at most this many (query, class) pairs; all where there are fewer.
+        score_by_mask: multiply class scores by the mean mask probability inside the mask.
+
+    Returns:
+        pred_boxes (xyxy px), scores in [0, 1], pred_classes, pred_masks (N, H, W) bool, by descending class score.
+    """
+    scores = prediction.logits[image].float().sigmoid().flatten()
+    scores, index = scores.topk(min(max_detections, scores.numel()))
+    num_classes = prediction.logits.shape[-1]
+    query, classes = index.div(num_classes, rounding_mode="floor"), index % num_classes
+    masks, quality = _masks_at_output_size(prediction, image, query, padded_size, image_size, output_size)
+    result = Instances(output_size)
+    result.pred_boxes = Boxes(_scale_boxes(prediction.boxes[image, query].float(), padded_size, image_size, output_size))
+    result.scores = scores * quality if score_by_mask else scores
+    result.pred_classes = classes
+    result.pred_masks = masks
+    return result
+
+
+def _scale_boxes(
+    boxes: Tensor, padded_size: Sequence[int], image_size: Sequence[int], output_size: Sequence[int]
+) -> Tensor:
+    """cxcywh on the padded canvas, normalised, to xyxy px of the result."""
+    scale_y, scale_x = (
+        padded / image * output for padded, image, output in zip(padded_size, image_size, output_size, strict=True)
+    )
+    return cxcywh_to_xyxy(boxes) * boxes.new_tensor([scale_x, scale_y, scale_x, scale_y])
+
+
+def _masks_at_output_size(
+    prediction: StagePrediction,
+    image: int,
+    query: Tensor,
+    padded_size: tuple[int, int],
+    image_size: tuple[int, int],
+    output_size: tuple[int, int],
+) -> tuple[Tensor, Tensor]:
+    """Masks (N, H, W) bool and the mean probability inside each (N,).
+
+    A query that is asked for several times (with several classes) is computed once, and few masks are floating at a
+    time, whatever the size of the result.
+    """
+    assert prediction.masks is not None
+    unique, inverse = torch.unique(query, return_inverse=True)
+    masks, qualities = [], []
+    for chunk in unique.split(_MASKS_PER_CHUNK):
+        logits = prediction.masks.select(image, chunk).float()[:, None]
+        logits = F.interpolate(logits, size=padded_size, mode="bilinear", align_corners=False)
+        logits = logits[..., : image_size[0], : image_size[1]]
+        if image_size != output_size:
+            logits = F.interpolate(logits, size=output_size, mode="bilinear", align_corners=False)
+        mask = logits[:, 0] > 0
+        area = mask.sum((1, 2))
+        qualities.append((logits[:, 0].sigmoid() * mask).sum((1, 2)) / (area + 1e-6))
+        masks.append(mask)
+    return torch.cat(masks)[inverse], torch.cat(qualities)[inverse]
