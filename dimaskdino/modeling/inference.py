@@ -35,18 +35,21 @@ def instances_of_image(
         score_by_mask: multiply class scores by the mean mask probability inside the mask.
 
     Returns:
-        pred_boxes (xyxy px), scores in [0, 1], pred_classes, pred_masks (N, H, W) bool, by descending class score.
+        pred_boxes (xyxy px), scores in [0, 1], pred_classes, pred_masks (N, H, W) bool, by descending score.
     """
     scores = prediction.logits[image].float().sigmoid().flatten()
-    scores, index = scores.topk(min(max_detections, scores.numel()))
+    scores, index = scores.topk(min(max_detections, scores.numel()), sorted=False)
     num_classes = prediction.logits.shape[-1]
     query, classes = index.div(num_classes, rounding_mode="floor"), index % num_classes
     masks, quality = _masks_at_output_size(prediction, image, query, padded_size, image_size, output_size)
+    boxes = _scale_boxes(prediction.boxes[image, query].float(), padded_size, image_size, output_size)
+    scores = scores * quality if score_by_mask else scores
+    order = scores.argsort(descending=True)
     result = Instances(output_size)
-    result.pred_boxes = Boxes(_scale_boxes(prediction.boxes[image, query].float(), padded_size, image_size, output_size))
-    result.scores = scores * quality if score_by_mask else scores
-    result.pred_classes = classes
-    result.pred_masks = masks
+    result.pred_boxes = Boxes(boxes[order])
+    result.scores = scores[order]
+    result.pred_classes = classes[order]
+    result.pred_masks = masks[order]
     return result
 
 
