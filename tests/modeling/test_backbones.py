@@ -87,7 +87,8 @@ def test_timm_backbone_is_built_by_name_from_the_configuration() -> None:
     model = build_backbone(cfg)
     assert isinstance(model, TimmBackbone)
     assert list(model.output_shape()) == ALL
-    assert "build_timm_backbone" in BACKBONE_REGISTRY and "D2SwinTransformer" in BACKBONE_REGISTRY
+    assert "build_timm_backbone" in BACKBONE_REGISTRY
+    assert "D2SwinTransformer" in BACKBONE_REGISTRY
 
 
 @pytest.mark.parametrize(

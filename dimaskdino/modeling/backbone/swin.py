@@ -18,7 +18,7 @@ class D2SwinTransformer(Backbone):
     """Swin with one output per stage, each through its own LayerNorm ``norm{i}``; stage i is named ``res{i + 2}``."""
 
     @configurable
-    def __init__(
+    def __init__(  # noqa: PLR0913  (one argument per key of MODEL.SWIN)
         self,
         *,
         patch_size: int,
@@ -39,7 +39,8 @@ class D2SwinTransformer(Backbone):
         patch_norm: bool = True,
         use_checkpoint: bool = False,
     ) -> None:
-        """
+        """Build the stages of `out_features` and all before them.
+
         Args:
             patch_size: pixels; the stride of the first stage.
             embed_dim: channels of the first stage; each further stage has twice as many.
@@ -129,7 +130,8 @@ class D2SwinTransformer(Backbone):
         return max(self._out_feature_strides.values())
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """
+        """Map a batch of images to its features.
+
         Args:
             images: (B, 3, H, W) float, normalised; any H and W.
 
@@ -143,12 +145,10 @@ class D2SwinTransformer(Backbone):
         x = self.pos_drop(x)
         outputs = {}
         for name, stage in zip(self._stage_of, self.layers, strict=True):
-            x = stage(x)
+            feature, x = stage(x)
             if name in self._out_feature_strides:
-                normed = getattr(self, f"norm{self._stage_of[name]}")(x)
+                normed = getattr(self, f"norm{self._stage_of[name]}")(feature)
                 outputs[name] = normed.permute(0, 3, 1, 2).contiguous()
-            if stage.downsample is not None:
-                x = stage.downsample(x)
         return outputs
 
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def split_windows(x: Tensor, window_size: int) -> Tensor:
-    """(B, H, W, C), H and W multiples of `window_size` -> (B * windows, window_size^2, C), windows in row-major order."""
+    """(B, H, W, C), of whole windows -> (B * windows, window_size^2, C), the windows in row-major order."""
     batch, height, width, channels = x.shape
     x = x.view(batch, height // window_size, window_size, width // window_size, window_size, channels)
     return x.transpose(2, 3).reshape(-1, window_size * window_size, channels)
@@ -82,7 +82,8 @@ class WindowAttention(nn.Module):
         self.proj_drop = nn.Dropout(drop_rate)
 
     def forward(self, windows: Tensor, mask: Tensor | None) -> Tensor:
-        """
+        """Let the positions of every window attend to each other.
+
         Args:
             windows: (B * M, N, C), N positions in each of M windows.
             mask: (M, N, N), added to the attention logits.
@@ -141,7 +142,8 @@ class SwinBlock(nn.Module):
         self.mlp = Mlp(dim=dim, hidden_dim=int(dim * mlp_ratio), drop_rate=drop_rate)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """
+        """Attend, then apply the MLP.
+
         Args:
             x: (B, H, W, C).
             mask: of :func:`shifted_window_mask` at the padded size; used by shifted blocks.
@@ -201,8 +203,8 @@ class SwinStage(nn.Module):
         )
         self.downsample = PatchMerging(dim=dim) if downsample else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) -> (B, H, W, C), before the way down."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, H, W, C) -> the stage's map, of the same shape, and the next stage's input (or the same map at the end)."""
         window = self.window_size
         height, width = x.shape[1] + -x.shape[1] % window, x.shape[2] + -x.shape[2] % window
         mask = shifted_window_mask(height, width, window, window // 2, x.device)
@@ -211,7 +213,7 @@ class SwinStage(nn.Module):
                 x = checkpoint(block, x, mask, use_reentrant=False)
             else:
                 x = block(x, mask)
-        return x
+        return x, x if self.downsample is None else self.downsample(x)
 
 
 class PatchEmbed(nn.Module):

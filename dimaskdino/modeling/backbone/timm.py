@@ -39,7 +39,8 @@ class TimmBackbone(Backbone):
         drop_path_rate: float = 0.0,
         in_channels: int = 3,
     ) -> None:
-        """
+        """Build the model, and try it on an image that is not of its own size.
+
         Args:
             name: a timm model name, with or without a weight tag ("resnet50.a1_in1k").
             out_features: names ``res{n}``, n being log2 of the stride.
@@ -51,17 +52,17 @@ class TimmBackbone(Backbone):
             ConfigError: for an unknown name, a model without such strides, or weights that cannot be fetched.
         """
         super().__init__()
-        options = {"pretrained": pretrained, _DROP_PATH: drop_path_rate, "in_chans": in_channels}
+        options: dict[str, Any] = {"pretrained": pretrained, _DROP_PATH: drop_path_rate, "in_chans": in_channels}
         body = _create(name, **options)
         self._index = _feature_indices(name, body, out_features)
-        if max(self._index.values()) < len(body.feature_info.channels()) - 1:
+        if max(self._index.values()) < len(_info(body).channels()) - 1:
             # Built again without the stages that no output needs: they would hold parameters without gradients.
-            indices = sorted(body.feature_info.out_indices[i] for i in self._index.values())
+            indices = sorted(_info(body).out_indices[i] for i in self._index.values())
             body = _create(name, out_indices=indices, **options)
             self._index = _feature_indices(name, body, out_features)
         self.body = body
         self._channels_last = _is_channels_last(name, body, self._index, in_channels)
-        channels, strides = body.feature_info.channels(), body.feature_info.reduction()
+        channels, strides = _info(body).channels(), _info(body).reduction()
         self._out_features = list(out_features)
         self._out_feature_channels = {key: channels[i] for key, i in self._index.items()}
         self._out_feature_strides = {key: int(strides[i]) for key, i in self._index.items()}
@@ -90,7 +91,8 @@ class TimmBackbone(Backbone):
         }
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """
+        """Map a batch of images to its features.
+
         Args:
             images: (B, 3, H, W) float, normalised.
 
@@ -134,6 +136,11 @@ def _create(name: str, *, pretrained: bool, **options: Any) -> nn.Module:
             raise ConfigError(_creation_message(name, pretrained, error)) from error
 
 
+def _info(body: nn.Module) -> Any:
+    """Timm's record of the channels and strides of what `body` returns."""
+    return body.feature_info
+
+
 def _check_known(name: str) -> None:
     if ":" in name or timm.is_model(name):  # "hf-hub:..." and "local-dir:..." are looked up by timm itself
         return
@@ -154,7 +161,7 @@ def _creation_message(name: str, pretrained: bool, error: Exception) -> str:
 
 def _feature_indices(name: str, body: nn.Module, out_features: list[str]) -> dict[str, int]:
     """Position, in the list that `body` returns, of each of `out_features`; the deepest where strides repeat."""
-    strides = body.feature_info.reduction()
+    strides = _info(body).reduction()
     found = {f"res{int(math.log2(s))}": i for i, s in enumerate(strides) if s > 0 and math.log2(s).is_integer()}
     absent = [key for key in out_features if key not in found]
     if absent or not out_features:
@@ -172,7 +179,7 @@ def _is_channels_last(name: str, body: nn.Module, indices: dict[str, int], in_ch
     Raises:
         ConfigError: if the model takes one size of image only, or its maps are not of the sizes that it declares.
     """
-    channels, strides = body.feature_info.channels(), body.feature_info.reduction()
+    channels, strides = _info(body).channels(), _info(body).reduction()
     height, width = 3 * max(strides), 5 * max(strides)
     weight = next(body.parameters())
     try:

@@ -1,0 +1,119 @@
+"""Loading, saving and resuming: our own checkpoints, both releases' and others' backbones."""
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from detectron2.checkpoint import DetectionCheckpointer
+from torch import Tensor, nn
+
+from dimaskdino.checkpoint.backbones import BACKBONE, match_backbone
+from dimaskdino.checkpoint.fitting import Misfit, compare, describe, num_classes
+from dimaskdino.checkpoint.names import CLASS_KEYS, from_release, is_release
+from dimaskdino.checkpoint.reading import read_weights
+from dimaskdino.errors import CheckpointError
+
+
+class Checkpointer(DetectionCheckpointer):
+    """A DetectionCheckpointer that knows the releases' names, fits all weights or says why not, and runs no code.
+
+    It loads by itself: our own checkpoints, those of MaskDINO's and DI-MaskDINO's releases, and backbones or
+    classifiers from detectron2's model zoo, torchvision, timm and Swin's authors; local files, http(s):// and
+    detectron2:// addresses.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        save_to_disk: bool | None = None,
+        finetune: bool = False,
+        trust: bool = False,
+        **checkpointables: Any,
+    ) -> None:
+        """Say what to load into, and how strictly.
+
+        Args:
+            model: what to load into and save; a (Distributed)DataParallel wrapper is looked through.
+            save_dir: where :meth:`save` writes and :meth:`resume_or_load` looks for the last checkpoint.
+            save_to_disk: whether this process writes; the main process by default.
+            finetune: weights are a starting point: a backbone alone is enough, and weights that depend on the number
+                of classes keep their initial values where that number differs. Not when resuming.
+            trust: let weight files run code; with a warning.
+            checkpointables: further objects with `state_dict` and `load_state_dict`, by name.
+        """
+        super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
+        self.logger = logging.getLogger(__name__)
+        self.finetune = finetune
+        self.trust = trust
+        self._path = ""
+        self._is_resuming = False
+
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+        """Load weights, and with them the state of `checkpointables` (None: of all).
+
+        Args:
+            path: a file or an address; nothing is loaded where it is empty.
+            checkpointables: names of what was given to the constructor.
+
+        Returns:
+            What else the file holds, such as "iteration".
+
+        Raises:
+            CheckpointError: if the file is absent, unreadable, would run code, or does not fit the model.
+        """
+        self._is_resuming = checkpointables is None and bool(self.checkpointables)
+        self._path = path
+        return super().load(self._local_path(path) if path else path, checkpointables)
+
+    def _local_path(self, path: str) -> str:
+        try:
+            local = self.path_manager.get_local_path(path)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"The weights {path} cannot be fetched: {' '.join(str(error).split())}") from error
+        if not os.path.isfile(local):
+            what = "is a folder, not a weight file" if os.path.isdir(local) else "does not exist"
+            raise CheckpointError(f"The weight file {path} {what}; MODEL.WEIGHTS names it.")
+        return local
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        return read_weights(filename, trust=self.trust)
+
+    def _load_model(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint.pop("model")
+        try:
+            weights = self._weights(state, checkpoint.get("__author__"))
+        except CheckpointError as error:
+            raise CheckpointError(f"{self._path}: {error}") from error
+        self.model.load_state_dict(weights, strict=False)
+
+    def _weights(self, state: Mapping[str, Tensor], author: str | None) -> dict[str, Tensor]:
+        """The part of `state` to load, under our names; all that the model needs, or an error."""
+        model_state = self.model.state_dict()
+        may_differ = self.finetune and not self._is_resuming
+        if is_release(state):
+            self.logger.info("Names as in the public releases: renamed to ours.")
+            state = from_release(state)
+        elif not any(key in model_state and not key.startswith(BACKBONE) for key in state):
+            if not may_differ:
+                raise CheckpointError(
+                    "The file holds no weights of this model's heads; a trained model is needed here."
+                )
+            return match_backbone(state, model_state, author=author)
+        misfit = compare(state, model_state)
+        by_class = [key for key in misfit.reshaped if key in CLASS_KEYS]
+        if may_differ and by_class:
+            self.logger.warning(
+                "Fine-tuning from %s classes to %s: %s keep their initial values; everything else is loaded.",
+                num_classes(state),
+                num_classes(model_state),
+                ", ".join(by_class),
+            )
+            state = {key: value for key, value in state.items() if key not in by_class}
+            rest = [key for key in misfit.reshaped if key not in by_class]
+            misfit = Misfit(missing=misfit.missing, unexpected=misfit.unexpected, reshaped=rest)
+        if misfit:
+            raise CheckpointError(f"The weights do not fit the model: {describe(misfit, state, model_state)}")
+        return {key: value for key, value in state.items() if key in model_state}
