@@ -28,7 +28,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Iterable, Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 UPSTREAM_URL = "https://github.com/facebookresearch/detectron2.git"
@@ -60,7 +60,7 @@ REQUIRES = (
     "tqdm>4.29.0",
     "tensorboard",
     "fvcore>=0.1.5,<0.1.6",
-    "iopath>=0.1.7,<0.2",
+    "iopath>=0.1.7,<0.1.10",
     "omegaconf>=2.1",
     "hydra-core>=1.1",
 )
@@ -145,9 +145,13 @@ def __getattr__(name):
     return not_built
 '''
 
-_TABLE_DIGEST = hashlib.sha256(repr([astuple(e) for e in EDITS] + [STUB_TEXT, REQUIRES]).encode()).hexdigest()
-# The digest tells a wheel made with other edits from this one.
-WHEEL_VERSION = f"0.5+index.{_TABLE_DIGEST[:8]}"
+
+def table_digest(edits: Iterable[Edit]) -> str:
+    """Eight hex digits that tell a wheel made with these edits from one made with others."""
+    return hashlib.sha256(repr((tuple(edits), STUB_TEXT, REQUIRES)).encode()).hexdigest()[:8]
+
+
+WHEEL_VERSION = f"0.5+index.{table_digest(EDITS)}"
 
 
 class InstallError(Exception):
@@ -244,8 +248,8 @@ def repackage(sdist: Path, folder: Path) -> Path:
 
 
 def importable_detectron2() -> str | None:
-    """Version of the detectron2 that this Python can import, or None. Asked of a fresh process, away from our folder."""
-    code = "import detectron2, detectron2.modeling; print(detectron2.__version__)"
+    """Version of the detectron2 that a fresh process of this Python can import, or None."""
+    code = "import detectron2, detectron2.layers; print(detectron2.__version__)"
     with tempfile.TemporaryDirectory() as neutral:
         done = subprocess.run([sys.executable, "-c", code], cwd=neutral, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -301,7 +305,8 @@ def check_official_possible() -> None:
     except subprocess.TimeoutExpired:
         raise InstallError(f"official: no answer from {UPSTREAM_URL} within {NETWORK_TIMEOUT_S} s") from None
     if done.returncode != 0:
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        lines = done.stderr.strip().splitlines() or ["no reason given"]
+        reason = next((line for line in lines if line.startswith("fatal:")), lines[-1])
         raise InstallError(f"official: cannot reach {UPSTREAM_URL} ({reason})")
 
 
@@ -312,9 +317,7 @@ def install_official() -> None:
         return
     check_official_possible()
     print(f"detectron2: building the official commit {UPSTREAM_COMMIT[:8]}; this takes some minutes", flush=True)
-    pip("install", "--no-build-isolation", "--force-reinstall", "--no-deps", f"git+{UPSTREAM_URL}@{UPSTREAM_COMMIT}")
-    pip("install", "--no-build-isolation", f"detectron2 @ git+{UPSTREAM_URL}@{UPSTREAM_COMMIT}")
-    require_importable("official")
+    install(f"git+{UPSTREAM_URL}@{UPSTREAM_COMMIT}")
     print(f"detectron2: installed the official commit {UPSTREAM_COMMIT[:8]}")
 
 
@@ -325,16 +328,21 @@ def install_index(sdist: Path | None) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         wheel = repackage(sdist or download_sdist(Path(folder)), Path(folder))
-        pip("install", "--quiet", "--force-reinstall", "--no-deps", str(wheel))
-        pip("install", "--quiet", str(wheel))
-    require_importable("index")
+        install(str(wheel))
     print(f"detectron2: installed {WHEEL_VERSION}, repackaged from {SDIST_REQUIREMENT} without compiled operators")
 
 
-def require_importable(source: str) -> None:
-    """Raise InstallError where the detectron2 that was just installed cannot be imported."""
+def install(requirement: str) -> None:
+    """Put this detectron2 in the place of any other, then install what it requires and is missing.
+
+    pip by itself would keep another commit or build of the same version.
+    """
+    pip("install", "--no-build-isolation", "--force-reinstall", "--no-deps", requirement)
+    importlib.invalidate_caches()
+    needed = importlib.metadata.requires("detectron2") or []
+    pip("install", "--quiet", *(need for need in needed if "extra ==" not in need))
     if importable_detectron2() is None:
-        raise InstallError(f"{source}: installed, but `import detectron2.modeling` fails; run it to see why")
+        raise InstallError("detectron2 is installed, but `import detectron2.layers` fails; run it to see why")
 
 
 def download_sdist(folder: Path) -> Path:
@@ -342,7 +350,10 @@ def download_sdist(folder: Path) -> Path:
     environment = dict(os.environ)
     if importlib.util.find_spec("unearth") is None:
         tools = folder / "tools"
-        pip("install", "--quiet", "--target", str(tools), DOWNLOADER)
+        try:
+            pip("install", "--quiet", "--target", str(tools), DOWNLOADER)
+        except InstallError as error:
+            raise InstallError(f"index: no downloader, is the package index reachable? {error}") from None
         environment["PYTHONPATH"] = str(tools)
     command = [sys.executable, "-m", "unearth", *index_options(), SDIST_REQUIREMENT, "--download", str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -372,7 +383,7 @@ def install_auto(sdist: Path | None) -> None:
     try:
         install_official()
     except InstallError as error:
-        print(f"detectron2: taking the index, because not possible: {error}", flush=True)
+        print(f"detectron2: taking the index, because {error}", flush=True)
         install_index(sdist)
 
 

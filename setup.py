@@ -1,0 +1,31 @@
+"""The dimaskdino package: `python -m pip install -e .`, where torch and detectron2 are already installed.
+
+Neither of those two is listed as a requirement, so installing this package never replaces them; how to get detectron2
+is told by tools/install_detectron2.py. configs/ and train_net.py are used from the repository and are not packaged.
+"""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="dimaskdino",
+    version="0.1.0",
+    description="DI-MaskDINO: joint object detection and instance segmentation, on detectron2",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=("dimaskdino", "dimaskdino.*")),
+    install_requires=[
+        "faster-coco-eval>=1.6",
+        "fvcore>=0.1.5",
+        "iopath>=0.1.7",
+        "numpy>=1.23",
+        "opencv-python-headless>=4.6",  # imported by detectron2, which leaves it to the user
+        "Pillow>=9.1",
+        "pycocotools>=2.0.6",
+        "PyYAML>=6.0",
+        "safetensors>=0.4",
+        "scipy>=1.9",
+        "tabulate>=0.8",
+        "tensorboard>=2.10",
+        "timm>=0.9.10",
+    ],
+)
