@@ -1,5 +1,6 @@
 """The training loss: one loop over supervised stages."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,13 +31,43 @@ class LossWeights:
 
 @dataclass(frozen=True)
 class Supervision:
-    """One stage with the objects that its queries stand for, and the ending of its loss names."""
+    """One stage with the objects that its queries stand for.
+
+    Attributes:
+        stage: the predictions.
+        matches: (query, object) indices of each image.
+        suffix: ending of the names of its losses.
+        num_objects: scalar that its losses are divided by.
+        use_masks: supervise the masks.
+    """
 
     stage: StagePrediction
     matches: Matches
     suffix: str
     num_objects: Tensor
     use_masks: bool
+
+
+class JoinedTargets:
+    """The objects of a whole batch in one row, so that a stage takes one kernel and not one per image.
+
+    Args:
+        targets: of each image.
+    """
+
+    def __init__(self, targets: Sequence[Targets]) -> None:
+        self.labels = torch.cat([target.labels for target in targets])
+        self.boxes = torch.cat([target.boxes for target in targets])
+        self.masks = torch.cat([target.masks for target in targets])
+        ends = itertools.accumulate(len(target) for target in targets)
+        self.starts = [0, *ends][:-1]
+
+    def join(self, matches: Matches) -> tuple[Tensor, Tensor, Tensor]:
+        """Image, query and object (in the row) of every matched pair, each (N,) int64."""
+        image = torch.cat([torch.full_like(query, index) for index, (query, _) in enumerate(matches)])
+        query = torch.cat([query for query, _ in matches])
+        obj = torch.cat([obj + start for (_, obj), start in zip(matches, self.starts, strict=True)])
+        return image, query, obj
 
 
 class Criterion(nn.Module):
@@ -114,8 +145,9 @@ class Criterion(nn.Module):
         suffixes = self._suffixes(output)
         num_objects = self._count_objects(targets)
         losses: dict[str, Tensor] = {}
+        joined = JoinedTargets(targets)
         for supervision in self._supervise(output, targets, suffixes, num_objects):
-            losses.update(self._stage_losses(supervision, targets))
+            losses.update(self._stage_losses(supervision, joined))
         if self.denoising != "no" and output.denoising is None:
             terms = self._terms(self.denoising == "seg")
             losses.update({f"{term}_dn{end}": num_objects.new_zeros(()) for end in suffixes.values() for term in terms})
@@ -163,42 +195,29 @@ class Criterion(nn.Module):
             if (name := stage.name.removeprefix("dn.")) in suffixes
         ]
 
-    def _stage_losses(self, supervision: Supervision, targets: Sequence[Targets]) -> dict[str, Tensor]:
-        stage, matches = supervision.stage, supervision.matches
-        terms = {"loss_ce": class_loss(stage.logits.float(), self._labels(stage, matches, targets))}
+    def _stage_losses(self, supervision: Supervision, targets: JoinedTargets) -> dict[str, Tensor]:
+        stage = supervision.stage
+        image, query, obj = targets.join(supervision.matches)
+        labels = torch.full(stage.logits.shape[:2], self.num_classes, dtype=torch.int64, device=stage.logits.device)
+        labels[image, query] = targets.labels[obj]
+        terms = {"loss_ce": class_loss(stage.logits.float(), labels)}
         if self.use_boxes:
-            boxes = torch.cat([stage.boxes[image, query].float() for image, (query, _) in enumerate(matches)])
-            target_boxes = torch.cat([target.boxes[obj] for target, (_, obj) in zip(targets, matches, strict=True)])
-            terms["loss_bbox"], terms["loss_giou"] = box_losses(boxes, target_boxes)
+            terms["loss_bbox"], terms["loss_giou"] = box_losses(stage.boxes[image, query].float(), targets.boxes[obj])
         if supervision.use_masks:
-            terms["loss_mask"], terms["loss_dice"] = self._mask_terms(stage, matches, targets)
+            terms["loss_mask"], terms["loss_dice"] = self._mask_terms(stage, supervision.matches, targets.masks, obj)
         return {
             f"{name}{supervision.suffix}": getattr(self.weights, name) * value / supervision.num_objects
             for name, value in terms.items()
         }
 
-    def _labels(self, stage: StagePrediction, matches: Matches, targets: Sequence[Targets]) -> Tensor:
-        """(B, Q) class of the matched object, K for none."""
-        labels = torch.full(stage.logits.shape[:2], self.num_classes, dtype=torch.int64, device=stage.logits.device)
-        for image, (query, obj) in enumerate(matches):
-            labels[image, query] = targets[image].labels[obj]
-        return labels
-
     def _mask_terms(
-        self, stage: StagePrediction, matches: Matches, targets: Sequence[Targets]
+        self, stage: StagePrediction, matches: Matches, masks: Tensor, obj: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Both mask losses of a stage; only the masks of matched queries are ever computed."""
         assert stage.masks is not None
         logits = torch.cat([stage.masks.select(image, query) for image, (query, _) in enumerate(matches)]).float()
         points = self.sampler.per_mask(logits.detach())
-        counts = [len(obj) for _, obj in matches]
-        labels = torch.cat(
-            [
-                sample_binary_masks(target.masks, obj, image_points)
-                for target, (_, obj), image_points in zip(targets, matches, points.split(counts), strict=True)
-            ]
-        )
-        return mask_losses(sample_points(logits[:, None], points)[:, 0], labels)
+        return mask_losses(sample_points(logits[:, None], points)[:, 0], sample_binary_masks(masks, obj, points))
 
 
 def is_refined(name: str) -> bool:

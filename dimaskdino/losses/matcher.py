@@ -60,31 +60,33 @@ class HungarianMatcher:
         Raises:
             FloatingPointError: when a cost is not finite; names stage and image.
         """
-        costs = [[] for _ in stages]
+        costs: list[list[Tensor]] = [[] for _ in stages]
         for image, target in enumerate(targets):
             points = self.sampler.shared(target.labels.device)
             everything = torch.arange(len(target), device=points.device)
             labels = sample_binary_masks(target.masks, everything, points.expand(len(target), -1, -1))
             sampled: dict[int, Tensor] = {}
-            for index, stage in enumerate(stages):
-                cost = self._class_and_box_cost(stage, image, target)
+            for stage, row, cost in zip(stages, costs, self._class_and_box_costs(stages, image, target), strict=True):
                 if stage.masks is not None:
                     cost = cost + self._mask_cost(stage.masks, image, points, labels, sampled)
-                costs[index].append(cost)
+                row.append(cost)
         return self._assign(costs, stages)
 
-    def _class_and_box_cost(self, stage: StagePrediction, image: int, target: Targets) -> Tensor:
-        """(Q, n)."""
-        logits, boxes = stage.logits[image].float(), stage.boxes[image].float()
+    def _class_and_box_costs(
+        self, stages: Sequence[StagePrediction], image: int, target: Targets
+    ) -> Sequence[Tensor]:
+        """(Q, n) of each stage, computed for all stages at once."""
+        logits = torch.cat([stage.logits[image] for stage in stages]).float()
         probability = logits.sigmoid()
         positive = FOCAL_ALPHA * (1 - probability) ** FOCAL_GAMMA * F.softplus(-logits)
         negative = (1 - FOCAL_ALPHA) * probability**FOCAL_GAMMA * F.softplus(logits)
         cost = self.weights.classes * (positive - negative)[:, target.labels]
-        if not self.use_boxes:
-            return cost
-        distance = torch.cdist(boxes, target.boxes, p=1)
-        overlap = generalized_iou(cxcywh_to_xyxy(boxes)[:, None], cxcywh_to_xyxy(target.boxes)[None])
-        return cost + self.weights.box * distance - self.weights.giou * overlap
+        if self.use_boxes:
+            boxes = torch.cat([stage.boxes[image] for stage in stages]).float()
+            distance = torch.cdist(boxes, target.boxes, p=1)
+            overlap = generalized_iou(cxcywh_to_xyxy(boxes)[:, None], cxcywh_to_xyxy(target.boxes)[None])
+            cost = cost + self.weights.box * distance - self.weights.giou * overlap
+        return cost.split([stage.logits.shape[1] for stage in stages])
 
     def _mask_cost(
         self, masks: MaskLogits, image: int, points: Tensor, labels: Tensor, sampled: dict[int, Tensor]
