@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+import dimaskdino.meta_arch  # noqa: F401  registers the meta-architectures
 from dimaskdino.checkpoint import Checkpointer
 from dimaskdino.engine import loaders
 from dimaskdino.engine.optimizer import GradientClipper, build_optimizer
@@ -83,6 +84,7 @@ class Trainer(DefaultTrainer):
 
     def build_writers(self) -> list[EventWriter]:
         """metrics.json and TensorBoard; the console has :class:`ProgressLog`."""
+        os.makedirs(self.cfg.OUTPUT_DIR, exist_ok=True)
         return [
             JSONWriter(os.path.join(self.cfg.OUTPUT_DIR, "metrics.json")),
             TensorboardXWriter(self.cfg.OUTPUT_DIR),

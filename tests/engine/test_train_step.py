@@ -1,0 +1,84 @@
+"""One optimisation step, with a model of one parameter."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
+
+from dimaskdino.engine import GradientClipper, TrainStep
+
+
+class Line(nn.Module):
+    """Losses ``a * weight`` and ``b * weight`` for a batch ``[{"a": a, "b": b}]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, batch: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return {"loss_ce": self.weight * batch[0]["a"], "loss_bbox": self.weight * batch[0]["b"]}
+
+
+def step_on(*batches: dict[str, Any], clip: float = math.inf) -> TrainStep:
+    model = Line()
+    return TrainStep(
+        model=model,
+        data_loader=[[batch] for batch in batches],
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        clipper=GradientClipper(clip_type="full_model", limit=clip),
+        amp=False,
+    )
+
+
+def test_a_step_descends_the_sum_of_the_losses_and_records_each_and_the_gradient_norm() -> None:
+    step = step_on({"a": 2.0, "b": 3.0})
+    with EventStorage() as storage:
+        step.run_step()
+    # The gradient of 2w + 3w is 5.
+    assert step.model.weight.item() == pytest.approx(1.0 - 0.1 * 5.0)
+    latest = {name: value for name, (value, _) in storage.latest().items()}
+    assert latest["loss_ce"] == 2.0 and latest["loss_bbox"] == 3.0 and latest["total_loss"] == 5.0
+    assert latest["grad_norm"] == 5.0
+
+
+def test_the_update_is_by_the_clipped_gradient_and_the_record_by_the_whole_one() -> None:
+    step = step_on({"a": 2.0, "b": 3.0}, clip=1.0)
+    with EventStorage() as storage:
+        step.run_step()
+    assert step.model.weight.item() == pytest.approx(1.0 - 0.1 * 1.0, abs=1e-5)
+    assert storage.latest()["grad_norm"][0] == 5.0
+
+
+def test_gradients_do_not_add_up_over_steps() -> None:
+    step = step_on({"a": 1.0, "b": 0.0}, {"a": 1.0, "b": 0.0})
+    with EventStorage():
+        step.run_step()
+        step.run_step()
+    assert step.model.weight.item() == pytest.approx(1.0 - 0.1 - 0.1)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_term_iteration_and_image() -> None:
+    step = step_on({"a": 2.0, "b": math.nan, "image_id": 139})
+    step.iter = 7
+    with EventStorage(), pytest.raises(FloatingPointError, match="iteration 7: loss_bbox = nan.*images 139"):
+        step.run_step()
+    assert step.model.weight.item() == 1.0
+
+
+def test_a_gradient_that_is_not_finite_stops_too() -> None:
+    step = step_on({"a": 2.0, "b": 0.0, "file_name": "x.png"})
+    step.model.weight.register_hook(lambda gradient: gradient * math.inf)
+    with EventStorage(), pytest.raises(FloatingPointError, match="grad_norm = inf.*images x.png"):
+        step.run_step()
+    assert step.model.weight.item() == 1.0
+
+
+def test_state_of_the_optimizer_round_trips() -> None:
+    step = step_on({"a": 1.0, "b": 1.0})
+    step.optimizer.param_groups[0]["lr"] = 0.01
+    other = step_on()
+    other.load_state_dict(step.state_dict())
+    assert other.optimizer.param_groups[0]["lr"] == 0.01

@@ -1,0 +1,122 @@
+"""Training runs of a toy detector: what they write, how they resume, what they refuse."""
+
+import json
+import logging
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.utils.events import EventStorage
+
+from dimaskdino.config import Config
+from dimaskdino.engine import Trainer, evaluate
+from dimaskdino.engine.loaders import ResumableSampler, build_test_loader, build_train_loader
+from dimaskdino.engine.progress import progress_line
+from dimaskdino.errors import UserError
+
+
+def train(cfg: Config, *, resume: bool = False) -> Trainer:
+    torch.manual_seed(cfg.SEED)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    trainer.train()
+    return trainer
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return trainer.model.state_dict()
+
+
+def test_a_run_leaves_checkpoints_metrics_events_and_results(toy_cfg: Config) -> None:
+    toy_cfg.TEST.EVAL_LAYERS = ["all"]
+    trainer = train(toy_cfg)
+    run = Path(toy_cfg.OUTPUT_DIR)
+    assert (run / "last_checkpoint").read_text() == "model_final.pth"
+    assert {"model_0000004.pth", "model_final.pth"} <= {path.name for path in run.iterdir()}
+    assert list(run.glob("events.out.tfevents.*"))
+    last = json.loads((run / "metrics.json").read_text().splitlines()[0])
+    assert last["iteration"] == 9
+    assert {"total_loss", "loss_bbox", "loss_bbox_0", "grad_norm", "lr", "data_time"} <= set(last)
+    results = json.loads((run / "inference" / "results.json").read_text())
+    assert set(results) == {"bbox", "segm", "layers"}
+    assert results["bbox"]["AP"] == trainer._last_eval_results["bbox"]["AP"]
+    assert (run / "inference" / "coco_instances_results.json").is_file()
+    assert (run / "inference" / "layers.csv").is_file()
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(toy_cfg: Config) -> None:
+    whole = weights(train(toy_cfg))
+    interrupted = toy_cfg.clone()
+    interrupted.OUTPUT_DIR += "_resumed"
+    torch.manual_seed(interrupted.SEED)
+    trainer = Trainer(interrupted)
+    trainer.max_iter = 5
+    trainer.train()
+    resumed = train(interrupted, resume=True)
+    assert resumed.start_iter == 5
+    for name, value in weights(resumed).items():
+        torch.testing.assert_close(value, whole[name], msg=name)
+
+
+def test_without_resume_a_run_starts_anew(toy_cfg: Config) -> None:
+    train(toy_cfg)
+    trainer = Trainer(toy_cfg)
+    trainer.resume_or_load(resume=False)
+    assert trainer.start_iter == 0
+
+
+def test_resume_without_a_checkpoint_says_so_and_starts_at_zero(
+    toy_cfg: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = Trainer(toy_cfg)
+    with caplog.at_level(logging.WARNING):
+        trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == 0
+    assert "no checkpoint in" in caplog.text
+
+
+def test_evaluation_of_a_checkpoint_repeats_the_last_evaluation_of_training(toy_cfg: Config) -> None:
+    trained = train(toy_cfg)._last_eval_results
+    evaluated = evaluate(toy_cfg, resume=True)
+    assert set(evaluated) == {"bbox", "segm"}
+    for task, scores in evaluated.items():
+        assert scores == pytest.approx(trained[task], nan_ok=True)
+
+
+def test_evaluation_without_weights_is_refused(toy_cfg: Config) -> None:
+    with pytest.raises(UserError, match="MODEL.WEIGHTS"):
+        evaluate(toy_cfg)
+    with pytest.raises(UserError, match="no checkpoint in"):
+        evaluate(toy_cfg, resume=True)
+
+
+def test_amp_on_the_cpu_is_off_and_says_so(toy_cfg: Config, caplog: pytest.LogCaptureFixture) -> None:
+    toy_cfg.SOLVER.AMP.ENABLED = True
+    with caplog.at_level(logging.INFO):
+        trainer = Trainer(toy_cfg)
+    assert not trainer._trainer.amp
+    assert "SOLVER.AMP.ENABLED has no effect on the CPU" in caplog.text
+
+
+def test_the_resumed_stream_is_the_rest_of_the_whole_one() -> None:
+    whole = list(islice(ResumableSampler(7, seed=3), 30))
+    assert sorted(whole[:7]) == list(range(7))
+    assert list(islice(ResumableSampler(7, seed=3, num_drawn=12), 18)) == whole[12:]
+
+
+def test_a_limited_number_of_images_is_the_same_in_training_and_testing(toy_cfg: Config) -> None:
+    toy_cfg.DATASETS.MAX_IMAGES = 3
+    toy_cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
+    tested = [batch[0]["image_id"] for batch in build_test_loader(toy_cfg, "shapes_train")]
+    trained = {image["image_id"] for batch in islice(build_train_loader(toy_cfg), 6) for image in batch}
+    assert len(tested) == 3
+    assert trained == set(tested)
+
+
+def test_the_progress_line_shows_the_final_stage_and_the_time_left() -> None:
+    with EventStorage() as storage:
+        storage.put_scalars(total_loss=9.0, loss_ce=1.5, loss_ce_0=2.0, loss_mask_interm=3.0, loss_dice_dn_1=2.5, time=2.0)
+        line = progress_line(storage, done=10, max_iter=70)
+    assert line.startswith("eta 0:02:00  10/70  total_loss 9  loss_ce 1.5  time 2")
+    assert "interm" not in line and "dn" not in line and "loss_ce_0" not in line
