@@ -121,7 +121,7 @@ def _rle_of_rle(segmentation: Rle, transforms: TransformList, source_size: Size,
 
 
 def _compressed(segmentation: Rle) -> Rle:
-    """pycocotools' own form of an RLE, from that form or from a list of run lengths."""
+    """The form of an RLE that pycocotools decodes, from that form or from a list of run lengths."""
     if not isinstance(segmentation["counts"], list):
         return segmentation
     height, width = segmentation["size"]

@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -130,17 +131,15 @@ def _make_then_rename(folder: Path, spec: ShapesSpec, num_workers: int) -> None:
 
 
 def _write_dataset(folder: Path, spec: ShapesSpec, num_workers: int) -> None:
-    annotation_file(folder, "").parent.mkdir(parents=True)
-    for split in SPLITS:
-        (folder / split).mkdir()
-        draw = partial(_write_picture, folder / split, (spec.seed, SPLITS.index(split)), spec.image_size)
-        indices = range(spec.num_images(split))
-        if num_workers:
-            with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
-                coco = _coco_json(spec, pool.map(draw, indices, chunksize=32))
-        else:
-            coco = _coco_json(spec, map(draw, indices))
-        annotation_file(folder, split).write_text(json.dumps(coco, separators=(",", ":")), encoding="utf-8")
+    annotation_file(folder, SPLITS[0]).parent.mkdir(parents=True)
+    pool = ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) if num_workers else None
+    with pool or nullcontext():
+        for split in SPLITS:
+            (folder / split).mkdir()
+            draw = partial(_write_picture, folder / split, (spec.seed, SPLITS.index(split)), spec.image_size)
+            indices = range(spec.num_images(split))
+            coco = _coco_json(spec, pool.map(draw, indices, chunksize=32) if pool else map(draw, indices))
+            annotation_file(folder, split).write_text(json.dumps(coco, separators=(",", ":")), encoding="utf-8")
 
 
 def _write_picture(folder: Path, seeds: tuple[int, int], size: int, index: int) -> list[dict[str, Any]]:

@@ -99,7 +99,7 @@ def draw_picture(rng: np.random.Generator, size: int) -> Picture:
 
 @dataclass(frozen=True)
 class _Patch:
-    """A shape's part inside the picture: where it is and how much of each pixel it covers; and the whole shape's area."""
+    """A shape's part inside the picture: where it is, how much of each pixel it covers; and the whole shape's area."""
 
     rows: slice
     columns: slice

@@ -1,0 +1,156 @@
+"""Annotations become masks, boxes and classes in the frame of the transformed image."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import transforms as T
+from detectron2.structures import BitMasks, Instances
+from pycocotools import mask as mask_util
+
+from dimaskdino.data.annotations import annotations_to_instances
+from dimaskdino.errors import DatasetError
+from tests.data_pipeline.conftest import HEIGHT, POLYGON, WIDTH
+
+# The same pixels as POLYGON (columns 1 to 3, rows 1 to 2), as run lengths down the columns:
+# column 0 and row 0 of column 1 are 6 + 1 zeros; then 2 ones and 4 zeros a column, three times; then two columns more.
+RUNS = [7, 2, 4, 2, 4, 2, 27]
+RLE_UNCOMPRESSED = {"size": [HEIGHT, WIDTH], "counts": RUNS}
+RLE_COMPRESSED = mask_util.frPyObjects(RLE_UNCOMPRESSED, HEIGHT, WIDTH)
+RLE_COMPRESSED_TEXT = {**RLE_COMPRESSED, "counts": RLE_COMPRESSED["counts"].decode("ascii")}
+LABELS = {
+    "polygon": [POLYGON],
+    "two polygons": [[1, 1, 3, 1, 3, 3, 1, 3], [2, 1, 4, 1, 4, 3, 2, 3]],
+    "uncompressed RLE": RLE_UNCOMPRESSED,
+    "compressed RLE": RLE_COMPRESSED,
+    "compressed RLE as text": RLE_COMPRESSED_TEXT,
+}
+
+
+def targets(segmentation: Any, transforms: list[T.Transform], size: tuple[int, int], **more: Any) -> Instances:
+    """One object of class 1 in the 8 x 6 image, after the transforms."""
+    return annotations_to_instances(
+        [{"id": 5, "category_id": 1, "segmentation": segmentation, **more}],
+        transforms=T.TransformList(transforms),
+        source_size=(HEIGHT, WIDTH),
+        target_size=size,
+        num_classes=2,
+        file_name="folder/image.png",
+    )
+
+
+def rectangle(size: tuple[int, int], left: int, top: int, right: int, bottom: int) -> torch.Tensor:
+    """A mask of ``size`` (height, width) with columns [left, right) and rows [top, bottom) set."""
+    mask = torch.zeros(size, dtype=torch.bool)
+    mask[top:bottom, left:right] = True
+    return mask
+
+
+@pytest.mark.parametrize("label", LABELS)
+@pytest.mark.parametrize(
+    ("transform", "size", "box"),
+    [
+        (T.NoOpTransform(), (6, 8), (1, 1, 4, 3)),
+        # Column x goes to 7 - x: columns 1 to 3 become 4 to 6.
+        (T.HFlipTransform(WIDTH), (6, 8), (4, 1, 7, 3)),
+        (T.VFlipTransform(HEIGHT), (6, 8), (1, 3, 4, 5)),
+        # The crop starts at (2, 2): columns 2 and 3 and row 2 remain.
+        (T.CropTransform(2, 2, 5, 4, WIDTH, HEIGHT), (4, 5), (0, 0, 2, 1)),
+        # The crop ends at (3, 2): columns 1 and 2 and row 1 remain.
+        (T.CropTransform(0, 0, 3, 2, WIDTH, HEIGHT), (2, 3), (1, 1, 3, 2)),
+        (T.ResizeTransform(HEIGHT, WIDTH, 12, 24), (12, 24), (3, 2, 12, 6)),
+        (T.PadTransform(0, 0, 4, 2, WIDTH, HEIGHT, 128), (8, 12), (1, 1, 4, 3)),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, T.Transform) else None,
+)
+def test_every_kind_of_label_moves_with_the_image(
+    label: str, transform: T.Transform, size: tuple[int, int], box: tuple[int, int, int, int]
+) -> None:
+    instances = targets(LABELS[label], [transform], size)
+    assert instances.image_size == size
+    assert isinstance(instances.gt_masks, BitMasks)
+    assert instances.gt_masks.tensor.is_contiguous()
+    assert instances.gt_masks.tensor.dtype == torch.bool
+    assert torch.equal(instances.gt_masks.tensor, rectangle(size, *box)[None])
+    assert instances.gt_boxes.tensor.tolist() == [list(box)]
+    assert instances.gt_boxes.tensor.dtype == torch.float32
+    assert instances.gt_classes.tolist() == [1]
+    assert instances.gt_classes.dtype == torch.int64
+
+
+def test_the_box_of_a_clipped_triangle_is_tight_around_what_is_left() -> None:
+    # The triangle holds the pixels whose centre has x + y < 6. The crop starts at column 3, where two rows of them
+    # remain, one in column 4 and none in column 5; the clipped box of the whole triangle would be (0, 0, 3, 6).
+    crop = T.CropTransform(3, 0, 5, 6, WIDTH, HEIGHT)
+    assert targets([[0, 0, 6, 0, 0, 6]], [crop], (6, 5)).gt_boxes.tensor.tolist() == [[0, 0, 2, 2]]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_polygon_cut_by_the_crop_equals_the_cut_mask_of_the_whole_polygon(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    polygon = rng.uniform(-30, 130, (7, 2))
+    left, top, width, height = (int(value) for value in rng.integers(5, 60, 4))
+    whole = mask_util.decode(mask_util.frPyObjects([(polygon + 40).reshape(-1).tolist()], 180, 180))[..., 0]
+    expected = whole[40 + top : 40 + top + height, 40 + left : 40 + left + width].astype(bool)
+    crop = T.CropTransform(left, top, width, height)
+    instances = targets([polygon.reshape(-1).tolist()], [crop], (height, width))
+    found = instances.gt_masks.tensor.any(dim=0).numpy()
+    assert (found != expected).mean() < 0.01
+
+
+def test_padding_never_counts_as_mask_whatever_its_value() -> None:
+    pad = T.PadTransform(0, 0, 4, 2, WIDTH, HEIGHT, pad_value=128, seg_pad_value=128)
+    assert targets(RLE_COMPRESSED, [pad], (8, 12)).gt_masks.tensor.sum() == 6
+
+
+def test_a_mask_with_a_hole_keeps_its_hole() -> None:
+    ring = np.zeros((HEIGHT, WIDTH), dtype=np.uint8, order="F")
+    ring[1:5, 1:5] = 1
+    ring[2:4, 2:4] = 0
+    instances = targets(mask_util.encode(ring), [T.HFlipTransform(WIDTH)], (HEIGHT, WIDTH))
+    assert np.array_equal(instances.gt_masks.tensor[0].numpy(), ring[:, ::-1].astype(bool))
+
+
+def test_crowd_is_left_out() -> None:
+    assert len(targets(RLE_UNCOMPRESSED, [], (HEIGHT, WIDTH), iscrowd=1)) == 0
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_a_crop_beside_the_object_leaves_empty_targets_of_the_right_shape(label: str) -> None:
+    instances = targets(LABELS[label], [T.CropTransform(5, 0, 3, 6, WIDTH, HEIGHT)], (6, 3))
+    assert instances.gt_masks.tensor.shape == (0, 6, 3)
+    assert instances.gt_boxes.tensor.shape == (0, 4)
+    assert instances.gt_classes.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("annotation", "words"),
+    [
+        (
+            {"category_id": 2, "segmentation": [POLYGON]},
+            r"Category index 2 .*\[0, 2\); set MODEL.SEM_SEG_HEAD.NUM_CLASSES",
+        ),
+        ({"category_id": -1, "segmentation": [POLYGON]}, "Category index -1"),
+        ({"category_id": 0}, "No segmentation"),
+        ({"category_id": 0, "segmentation": []}, "No segmentation"),
+        ({"category_id": 0, "segmentation": [[1, 1, 2, 2]]}, "polygon with 4 numbers"),
+        ({"category_id": 0, "segmentation": [[1, 1, 2, 2, 3, 3, 4]]}, "polygon with 7 numbers"),
+        ({"category_id": 0, "segmentation": [[1, 1, 2, 2, 3, float("nan")]]}, "finite"),
+        ({"category_id": 0, "segmentation": {"size": [8, 6], "counts": RUNS}}, "8x6 .* image is 6x8"),
+        ({"category_id": 0, "segmentation": {"size": [6, 8], "counts": [7, 2, 4]}}, "runs cover 13 of 48"),
+        ({"category_id": 0, "segmentation": {"size": [6, 8], "counts": 3}}, "Unreadable RLE"),
+    ],
+)
+def test_an_unusable_annotation_is_named_with_its_file(annotation: dict[str, Any], words: str) -> None:
+    with pytest.raises(DatasetError, match=words) as error:
+        annotations_to_instances(
+            [{"id": 5, **annotation}],
+            transforms=T.TransformList([]),
+            source_size=(HEIGHT, WIDTH),
+            target_size=(HEIGHT, WIDTH),
+            num_classes=2,
+            file_name="folder/image.png",
+        )
+    assert "annotation 5 of folder/image.png" in str(error.value)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,156 @@
+"""What is wrong with a dataset is said in one line, before anything is built."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+
+from dimaskdino.config import Config
+from dimaskdino.data import register_all
+from dimaskdino.data.checks import check_datasets
+from dimaskdino.errors import ConfigError, DatasetError
+from tests.data_pipeline.conftest import Json
+
+pytestmark = pytest.mark.usefixtures("registrations")
+
+Write = Callable[[Json], tuple[Path, Path]]
+
+
+@pytest.fixture
+def mine(cfg: Config, coco: Json, write_coco: Write) -> Config:
+    """A configuration that trains and tests on a sound dataset "mine"."""
+    register_coco_instances("mine", {}, *(str(path) for path in write_coco(coco)))
+    cfg.merge_from_list(["DATASETS.TRAIN", ("mine",), "DATASETS.TEST", ("mine",)])
+    return cfg
+
+
+def message(cfg: Config, **which: bool) -> str:
+    """The one line that the checks answer with."""
+    with pytest.raises(DatasetError) as error:
+        check_datasets(cfg, **which)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def rewrite(change: Callable[[Json], Any]) -> Path:
+    """Change the annotation file of "mine"."""
+    path = Path(MetadataCatalog.get("mine").json_file)
+    coco = json.loads(path.read_text())
+    change(coco)
+    path.write_text(json.dumps(coco))
+    return path
+
+
+def test_a_sound_dataset_passes(mine: Config) -> None:
+    check_datasets(mine)
+
+
+def test_a_name_that_is_not_registered_is_answered_with_the_closest(mine: Config) -> None:
+    mine.DATASETS.TRAIN = ("coco_2017_trian",)
+    assert message(mine) == "Dataset coco_2017_trian is not registered; did you mean coco_2017_train?"
+    mine.DATASETS.TEST = ("shape_val",)
+    assert "did you mean shapes_val?" in message(mine, train=False)
+
+
+def test_only_the_datasets_of_the_job_are_checked(mine: Config) -> None:
+    mine.DATASETS.TRAIN = ("nowhere",)
+    check_datasets(mine, train=False)
+    mine.DATASETS.TRAIN, mine.DATASETS.TEST = ("mine",), ("nowhere",)
+    check_datasets(mine, test=False)
+
+
+def test_training_on_nothing_names_the_key(mine: Config) -> None:
+    mine.DATASETS.TRAIN = ()
+    with pytest.raises(ConfigError, match=r"DATASETS\.TRAIN"):
+        check_datasets(mine)
+    check_datasets(mine, train=False)
+
+
+def test_missing_coco_names_the_path_the_variable_and_the_layout(cfg: Config, tmp_path: Path) -> None:
+    register_all(tmp_path)
+    cfg.merge_from_list(["DATASETS.TRAIN", ("coco_2017_train",), "DATASETS.TEST", ()])
+    annotations = tmp_path / "coco/annotations/instances_train2017.json"
+    text = message(cfg)
+    assert f"annotation file {annotations} does not exist" in text
+    assert f"set DETECTRON2_DATASETS (now {tmp_path})" in text
+    assert "coco/annotations/instances_train2017.json and coco/train2017/" in text
+    annotations.parent.mkdir(parents=True)
+    annotations.write_text("{}")
+    assert f"image folder {tmp_path / 'coco/train2017'} does not exist" in message(cfg)
+
+
+def test_a_missing_file_of_another_dataset_does_not_blame_the_variable(mine: Config) -> None:
+    Path(MetadataCatalog.get("mine").json_file).unlink()
+    text = message(mine)
+    assert "annotations.json does not exist" in text
+    assert "DETECTRON2_DATASETS" not in text
+
+
+def test_a_class_count_that_does_not_fit_names_both_numbers_the_key_and_the_dataset(mine: Config) -> None:
+    mine.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 80
+    assert message(mine) == "MODEL.SEM_SEG_HEAD.NUM_CLASSES is 80, but dataset mine has 2 categories; set it to 2."
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "not in COCO's format"),
+        ("[]", "not in COCO's format"),
+        ('{"images": [], "annotations": []}', "'categories'"),
+        ('{"images": [{"id": 1}], "annotations": [], "categories": []}', "'file_name'"),
+        ('{"images": [], "annotations": [], "categories": []}', "lists no image"),
+    ],
+)
+def test_a_malformed_annotation_file_is_named(mine: Config, text: str, words: str) -> None:
+    path = Path(MetadataCatalog.get("mine").json_file)
+    path.write_text(text)
+    assert words in message(mine)
+    assert str(path) in message(mine)
+
+
+def test_a_category_that_the_file_does_not_define_names_the_annotation(mine: Config) -> None:
+    path = rewrite(lambda coco: coco["annotations"][0].update(category_id=5))
+    assert f"Annotation 11 of {path} has category id 5" in message(mine)
+
+
+def test_a_changed_annotation_file_is_read_again(mine: Config) -> None:
+    check_datasets(mine)
+    rewrite(lambda coco: coco["categories"].append({"id": 9, "name": "cone"}))
+    assert "has 3 categories" in message(mine)
+
+
+def test_a_file_with_other_classes_than_registered_is_told_apart(mine: Config) -> None:
+    MetadataCatalog.get("mine").thing_classes = ["ball", "crate"]
+    assert "is registered with 2 classes" in message(mine)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"?")], ids=["missing", "unreadable"])
+def test_a_damaged_first_image_is_named(mine: Config, damage: Callable[[Path], Any]) -> None:
+    first = Path(MetadataCatalog.get("mine").image_root) / "one.png"
+    damage(first)
+    assert str(first) in message(mine)
+
+
+def test_a_dataset_registered_as_a_function_is_checked_too(mine: Config) -> None:
+    entries = DatasetCatalog.get("mine")
+    DatasetCatalog.register("function", lambda: entries)
+    mine.merge_from_list(["DATASETS.TRAIN", ("function",)])
+    assert "no class names" in message(mine)
+    MetadataCatalog.get("function").thing_classes = ["ball", "box", "cone"]
+    assert "has 3 categories" in message(mine)
+    mine.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 3
+    check_datasets(mine, test=False)
+    entries.clear()
+    assert "is empty" in message(mine)
+
+
+def test_the_synthetic_dataset_is_made_by_the_check(cfg: Config, tmp_path: Path) -> None:
+    cfg.merge_from_list(["DATASETS.TRAIN", ("shapes_train",), "DATASETS.TEST", ("shapes_val",)])
+    assert "dataset shapes_train has 6 categories" in message(cfg)
+    cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 6
+    check_datasets(cfg)
+    assert Path(MetadataCatalog.get("shapes_val").json_file).is_relative_to(tmp_path / "shapes")

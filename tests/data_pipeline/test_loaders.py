@@ -1,0 +1,70 @@
+"""The loaders: which images they keep and in which order, and what is said when none is left."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from detectron2.data.datasets import register_coco_instances
+from torch.utils.data import SequentialSampler
+
+from dimaskdino.config import Config
+from dimaskdino.data import build_test_loader, build_train_loader
+from dimaskdino.errors import DatasetError
+from tests.data_pipeline.conftest import Json
+
+pytestmark = pytest.mark.usefixtures("registrations")
+
+
+@pytest.fixture
+def mine(cfg: Config, coco: Json, write_coco: Callable[[Json], tuple[Path, Path]]) -> Config:
+    """Image 1 holds an object, image 2 nothing, image 3 a crowd region alone."""
+    coco["images"].append({**coco["images"][0], "id": 3, "file_name": "three.png"})
+    coco["annotations"].append({**coco["annotations"][0], "id": 12, "image_id": 3, "iscrowd": 1})
+    register_coco_instances("mine", {}, *(str(path) for path in write_coco(coco)))
+    cfg.merge_from_list(["DATASETS.TRAIN", ("mine",), "DATASETS.TEST", ("mine",), "SOLVER.IMS_PER_BATCH", 1])
+    cfg.DATALOADER.ASPECT_RATIO_GROUPING = False
+    return cfg
+
+
+def drawn_objects(cfg: Config) -> dict[int, int]:
+    """Image id -> number of its targets, of every image that training draws from."""
+    loader = build_train_loader(cfg, make_sampler=lambda size: SequentialSampler(range(size)))
+    return {image["image_id"]: len(image["instances"]) for batch in loader for image in batch}
+
+
+def test_images_without_an_object_are_left_out_and_counted(mine: Config, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        assert set(drawn_objects(mine)) == {1}
+    assert "Removed 2 images with no usable annotations. 1 images left." in caplog.text
+
+
+def test_background_images_are_trained_on_where_asked(mine: Config) -> None:
+    mine.merge_from_list(["DATALOADER.FILTER_EMPTY_ANNOTATIONS", False, "INPUT.MIN_SCALE", 1.0, "INPUT.MAX_SCALE", 1.0])
+    assert drawn_objects(mine) == {1: 1, 2: 0, 3: 0}
+
+
+def test_training_repeats_without_end_by_default(mine: Config) -> None:
+    batches = iter(build_train_loader(mine))
+    assert [next(batches)[0]["image_id"] for _ in range(3)] == [1, 1, 1]
+
+
+def test_every_test_image_comes_once_and_in_order(mine: Config) -> None:
+    batches = list(build_test_loader(mine, "mine"))
+    assert [[image["image_id"] for image in batch] for batch in batches] == [[1], [2], [3]]
+    assert all("instances" not in batch[0] for batch in batches)
+
+
+def test_the_first_images_alone_where_asked(mine: Config) -> None:
+    mine.merge_from_list(["DATASETS.MAX_IMAGES", 2, "DATALOADER.FILTER_EMPTY_ANNOTATIONS", False])
+    assert set(drawn_objects(mine)) == {1, 2}
+    assert len(list(build_test_loader(mine, "mine"))) == 2
+
+
+def test_training_without_an_object_names_the_dataset_and_the_key(
+    mine: Config, coco: Json, write_coco: Callable[[Json], tuple[Path, Path]]
+) -> None:
+    coco["annotations"] = [annotation for annotation in coco["annotations"] if annotation["iscrowd"]]
+    write_coco(coco)
+    with pytest.raises(DatasetError, match=r"No image with an object .* in mine; .*FILTER_EMPTY_ANNOTATIONS"):
+        build_train_loader(mine)

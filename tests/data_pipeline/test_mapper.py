@@ -1,0 +1,202 @@
+"""The mappers by name: sizes, random ranges, background images, test time, images that cannot be read."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dimaskdino.config import Config
+from dimaskdino.data import build_mapper
+from dimaskdino.errors import ConfigError, DatasetError
+
+GRAY = 128
+Entry = dict[str, Any]
+
+
+@pytest.fixture
+def entry(tmp_path: Path) -> Entry:
+    """A 100 x 50 image, red in its left half and blue in its right half; one object covers each half."""
+    pixels = np.zeros((50, 100, 3), dtype=np.uint8)
+    pixels[:, :50, 0] = pixels[:, 50:, 2] = 255
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    halves = ([0, 0, 50, 0, 50, 50, 0, 50], [50, 0, 100, 0, 100, 50, 50, 50])
+    return {
+        "file_name": str(tmp_path / "image.png"),
+        "height": 50,
+        "width": 100,
+        "image_id": 9,
+        "annotations": [{"id": k, "category_id": k, "segmentation": [half]} for k, half in enumerate(halves)],
+    }
+
+
+def masked_colors(mapped: Entry) -> list[tuple[int, list[int]]]:
+    """Class and mean colour under the mask of every object whose mask is large enough to judge."""
+    instances = mapped["instances"]
+    return [
+        (label, mapped["image"][:, mask].float().mean(dim=1).round().int().tolist())
+        for label, mask in zip(instances.gt_classes.tolist(), instances.gt_masks.tensor, strict=True)
+        if mask.sum() >= 200
+    ]
+
+
+@pytest.mark.parametrize("size", [64, 96, 160])
+def test_large_scale_jitter_fills_a_square_canvas_within_its_scales(cfg: Config, entry: Entry, size: int) -> None:
+    cfg.INPUT.IMAGE_SIZE = size
+    mapper = build_mapper(cfg, is_train=True)
+    np.random.seed(size)
+    widths = []
+    for _ in range(60):
+        mapped = mapper(entry)
+        image = mapped["image"]
+        assert image.shape == (3, size, size)
+        assert image.dtype == torch.uint8
+        assert image.is_contiguous()
+        assert mapped["instances"].image_size == (size, size)
+        is_picture = (image != GRAY).any(dim=0)
+        width, height = int(is_picture.any(dim=0).sum()), int(is_picture.any(dim=1).sum())
+        # The picture lies in the top left corner, undistorted: 2:1 unless the crop cut its width.
+        assert is_picture[:height, :width].all()
+        assert height == pytest.approx(width / 2, abs=1) or width == size
+        widths.append(width)
+    assert min(widths) >= round(0.1 * size)
+    assert min(widths) < 0.4 * size, "small scales occur"
+    assert widths.count(size) > 15, "so do scales above one, about half of all"
+
+
+def test_the_scale_of_large_scale_jitter_reaches_its_configured_ends(cfg: Config, entry: Entry) -> None:
+    cfg.merge_from_list(["INPUT.IMAGE_SIZE", 100, "INPUT.MIN_SCALE", 0.5, "INPUT.MAX_SCALE", 0.5])
+    image = build_mapper(cfg, is_train=True)(entry)["image"]
+    # Scale one fits the 100 x 50 picture into the canvas exactly, so that half of it leaves 50 x 25.
+    assert (image != GRAY).any(dim=0).sum() == 50 * 25
+
+
+@pytest.mark.parametrize("name", ["coco_instance_lsj", "coco_instance_detr"])
+@pytest.mark.parametrize("flip", ["none", "horizontal", "vertical"])
+def test_masks_and_boxes_stay_on_their_objects(cfg: Config, entry: Entry, name: str, flip: str) -> None:
+    cfg.merge_from_list(["INPUT.DATASET_MAPPER_NAME", name, "INPUT.RANDOM_FLIP", flip])
+    cfg.merge_from_list(["INPUT.MIN_SIZE_TRAIN", (30, 60), "INPUT.CROP.ENABLED", True])
+    mapper = build_mapper(cfg, is_train=True)
+    np.random.seed(1)
+    red_is_left = set()
+    for _ in range(20):
+        mapped = mapper(entry)
+        for label, color in masked_colors(mapped):
+            assert color[label * 2] > 240
+            assert color[2 - label * 2] < 15
+        instances = mapped["instances"]
+        for box, mask in zip(instances.gt_boxes.tensor.int().tolist(), instances.gt_masks.tensor, strict=True):
+            rows, columns = mask.any(dim=1).nonzero(), mask.any(dim=0).nonzero()
+            assert box == [int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1]
+        if len(instances) == 2:
+            red_is_left.add(bool(instances.gt_boxes.tensor[0, 0] < instances.gt_boxes.tensor[1, 0]))
+    assert red_is_left == ({True, False} if flip == "horizontal" else {True})
+
+
+@pytest.mark.parametrize("short_edges", [(32,), (40, 56)])
+def test_the_plain_mapper_resizes_the_shortest_edge_to_the_given_sizes(
+    cfg: Config, entry: Entry, short_edges: tuple[int, ...]
+) -> None:
+    cfg.merge_from_list(["INPUT.DATASET_MAPPER_NAME", "coco_instance_detr", "INPUT.MIN_SIZE_TRAIN", short_edges])
+    mapper = build_mapper(cfg, is_train=True)
+    np.random.seed(0)
+    sizes = {tuple(mapper(entry)["image"].shape[1:]) for _ in range(12)}
+    assert sizes == {(edge, 2 * edge) for edge in short_edges}
+
+
+def test_the_plain_mapper_crops_about_every_other_image_where_asked(cfg: Config, entry: Entry) -> None:
+    cfg.merge_from_list(["INPUT.DATASET_MAPPER_NAME", "coco_instance_detr", "INPUT.MIN_SIZE_TRAIN", (32,)])
+    cfg.merge_from_list(
+        ["INPUT.CROP.ENABLED", True, "INPUT.CROP.TYPE", "absolute_range", "INPUT.CROP.SIZE", (384, 600)]
+    )
+    mapper = build_mapper(cfg, is_train=True)
+    np.random.seed(0)
+    shapes = [tuple(mapper(entry)["image"].shape[1:]) for _ in range(40)]
+    assert 8 <= shapes.count((32, 64)) <= 32
+    assert len(set(shapes)) > 4
+
+
+def test_an_image_without_an_object_left_is_background(cfg: Config, entry: Entry) -> None:
+    corner = {"id": 0, "category_id": 0, "segmentation": [[98, 48, 100, 48, 100, 50, 98, 50]]}
+    cfg.merge_from_list(["INPUT.MIN_SCALE", 2.0])
+    mapper = build_mapper(cfg, is_train=True)
+    np.random.seed(0)
+    counts = [len(mapper({**entry, "annotations": [corner]})["instances"]) for _ in range(10)]
+    assert 0 in counts
+    assert len(mapper({**entry, "annotations": []})["instances"]) == 0
+
+
+def test_mapping_leaves_the_entry_as_it_is_and_repeats_with_the_seed(cfg: Config, entry: Entry) -> None:
+    mapper = build_mapper(cfg, is_train=True)
+    before = repr(entry)
+    np.random.seed(3)
+    first = mapper(entry)
+    np.random.seed(3)
+    second = mapper(entry)
+    assert repr(entry) == before
+    assert torch.equal(first["image"], second["image"])
+    assert torch.equal(first["instances"].gt_masks.tensor, second["instances"].gt_masks.tensor)
+
+
+@pytest.mark.parametrize("name", ["coco_instance_lsj", "coco_instance_detr"])
+def test_test_time_resizes_alone_and_leaves_annotations_out(cfg: Config, entry: Entry, name: str) -> None:
+    cfg.merge_from_list(["INPUT.DATASET_MAPPER_NAME", name, "INPUT.MIN_SIZE_TEST", 20, "INPUT.MAX_SIZE_TEST", 30])
+    mapped = build_mapper(cfg, is_train=False)(entry)
+    # The longest edge of 40 would pass 30, so that the picture shrinks to 30 x 15.
+    assert mapped["image"].shape == (3, 15, 30)
+    assert (mapped["height"], mapped["width"], mapped["image_id"]) == (50, 100, 9)
+    assert mapped["file_name"] == entry["file_name"]
+    assert "annotations" not in mapped
+    assert "instances" not in mapped
+    assert len(build_mapper(cfg, is_train=False, with_instances=True)(entry)["instances"]) == 2
+
+
+@pytest.mark.parametrize(("image_format", "first"), [("RGB", [255, 0, 0]), ("BGR", [0, 0, 255])])
+def test_channels_come_in_the_configured_order(cfg: Config, entry: Entry, image_format: str, first: list[int]) -> None:
+    cfg.INPUT.FORMAT = image_format
+    assert build_mapper(cfg, is_train=False)(entry)["image"][:, 0, 0].tolist() == first
+
+
+def test_color_distortion_changes_colors_alone(cfg: Config, entry: Entry) -> None:
+    pytest.importorskip("cv2")
+    cfg.merge_from_list(["INPUT.MIN_SCALE", 1.0, "INPUT.MAX_SCALE", 1.0, "INPUT.COLOR_AUG_SSD", True])
+    np.random.seed(0)
+    mapper = build_mapper(cfg, is_train=True)
+    mapped = [mapper(entry) for _ in range(6)]
+    assert len({tuple(m["image"][:, 5, 5].tolist()) for m in mapped}) > 1
+    assert {tuple(m["instances"].gt_boxes.tensor[0].tolist()) for m in mapped} == {(0, 0, 32, 32)}
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda path: path.unlink(), "does not exist"),
+        (lambda path: path.write_bytes(b"no image at all"), "Cannot read image"),
+        (lambda path: path.write_bytes(path.read_bytes()[:60]), "Cannot read image"),
+        (lambda path: Image.new("RGB", (9, 9)).save(path), "9x9 .* 50x100"),
+    ],
+    ids=["missing", "no image", "cut short", "other size"],
+)
+def test_a_damaged_image_is_named(cfg: Config, entry: Entry, damage: Callable[[Path], Any], words: str) -> None:
+    damage(Path(entry["file_name"]))
+    with pytest.raises(DatasetError, match=words) as error:
+        build_mapper(cfg, is_train=True)(entry)
+    assert entry["file_name"] in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("INPUT.DATASET_MAPPER_NAME", "coco_instance_lsg", "coco_instance_detr, coco_instance_lsj"),
+        ("INPUT.RANDOM_FLIP", "diagonal", "none, horizontal or vertical"),
+    ],
+)
+def test_an_unknown_name_is_answered_with_the_known_ones(cfg: Config, key: str, value: str, words: str) -> None:
+    cfg.merge_from_list([key, value])
+    with pytest.raises(ConfigError, match=words) as error:
+        build_mapper(cfg, is_train=True)
+    assert key in str(error.value)

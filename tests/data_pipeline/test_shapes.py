@@ -1,0 +1,240 @@
+"""The synthetic dataset: the same bytes from the same seed, valid COCO, honest labels, made once."""
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
+from pycocotools import mask as mask_util
+from pycocotools.coco import COCO
+
+from dimaskdino.config import Config
+from dimaskdino.data import build_mapper, register_all
+from dimaskdino.data.datasets import shapes
+from dimaskdino.data.datasets.shapes import ShapesSpec, annotation_file, make_shapes
+from dimaskdino.data.datasets.shapes_drawing import MIN_VISIBLE_PIXELS, SHAPES, draw_picture
+from dimaskdino.data.datasets.shapes_labels import trace_outlines, visible_object
+from dimaskdino.errors import ConfigError, DatasetError
+
+SPEC = ShapesSpec(num_train=60, num_val=6, image_size=96, seed=3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The dataset of SPEC, made once for this file."""
+    return make_shapes(tmp_path_factory.mktemp("shapes"), SPEC)
+
+
+@pytest.fixture(scope="module")
+def coco(folder: Path) -> COCO:
+    """Its training split, as pycocotools reads it."""
+    return COCO(str(annotation_file(folder, "train")))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Relative path -> bytes of every file."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_the_files_depend_on_the_seed_alone_not_on_the_processes(tmp_path: Path) -> None:
+    spec = ShapesSpec(num_train=6, num_val=2, image_size=48, seed=5)
+    alone = contents(make_shapes(tmp_path / "alone", spec))
+    assert len(alone) == 6 + 2 + 2
+    assert contents(make_shapes(tmp_path / "two", spec, num_workers=2)) == alone
+    other = contents(make_shapes(tmp_path / "alone", ShapesSpec(num_train=6, num_val=2, image_size=48, seed=6)))
+    assert all(other[name] != alone[name] for name in alone)
+
+
+def test_a_longer_dataset_begins_with_the_pictures_of_a_shorter_one(folder: Path, tmp_path: Path) -> None:
+    shorter = make_shapes(tmp_path, ShapesSpec(num_train=3, num_val=1, image_size=96, seed=3))
+    for picture in sorted((shorter / "train").iterdir()):
+        assert picture.read_bytes() == (folder / "train" / picture.name).read_bytes()
+
+
+def test_train_and_val_share_no_picture(folder: Path) -> None:
+    train, val = ({path.read_bytes() for path in (folder / split).iterdir()} for split in ("train", "val"))
+    assert (len(train), len(val)) == (60, 6)
+    assert not train & val
+
+
+def test_areas_and_boxes_are_those_of_the_masks(coco: COCO) -> None:
+    for annotation in coco.anns.values():
+        mask = coco.annToMask(annotation)
+        rows, columns = np.nonzero(mask)
+        assert annotation["area"] == mask.sum() >= MIN_VISIBLE_PIXELS
+        left, top, width, height = annotation["bbox"]
+        assert (left, left + width) == (columns.min(), columns.max() + 1)
+        assert (top, top + height) == (rows.min(), rows.max() + 1)
+
+
+def test_every_picture_is_a_png_of_the_listed_size(folder: Path, coco: COCO) -> None:
+    for image in coco.imgs.values():
+        with Image.open(folder / "train" / image["file_name"]) as picture:
+            assert (picture.format, picture.mode) == ("PNG", "RGB")
+            assert picture.size == (image["width"], image["height"]) == (96, 96)
+
+
+def test_masks_of_one_picture_never_share_a_pixel(coco: COCO) -> None:
+    for image_id in coco.imgs:
+        masks = [coco.annToMask(annotation) for annotation in coco.imgToAnns[image_id]]
+        assert not masks or np.sum(masks, axis=0).max() == 1
+
+
+def test_the_variety_that_the_dataset_promises_is_there(coco: COCO) -> None:
+    annotations = list(coco.anns.values())
+    counts = [len(coco.imgToAnns[image_id]) for image_id in coco.imgs]
+    assert {category["name"] for category in coco.loadCats(coco.getCatIds())} == set(SHAPES)
+    assert {annotation["category_id"] for annotation in annotations} == set(range(1, len(SHAPES) + 1))
+    assert min(counts) == 0, "empty pictures"
+    assert max(counts) >= 6, "crowded ones"
+    sides = [max(annotation["bbox"][2:]) for annotation in annotations]
+    assert min(sides) < 0.1 * 96
+    assert max(sides) > 0.5 * 96
+    is_rle = [isinstance(annotation["segmentation"], dict) for annotation in annotations]
+    assert any(is_rle)
+    assert not all(is_rle)
+    pieces = [len(a["segmentation"]) for a in annotations if isinstance(a["segmentation"], list)]
+    assert max(pieces) > 1, "shapes that another one cuts in two"
+
+
+@pytest.mark.parametrize("size", [32, 64, 200])
+def test_shapes_scale_with_the_picture(size: int) -> None:
+    sides = []
+    for index in range(25):
+        picture = draw_picture(np.random.default_rng(index), size)
+        assert picture.image.shape == (size, size, 3)
+        assert picture.owner.shape == (size, size)
+        for shape in range(len(picture.classes)):
+            rows, columns = np.nonzero(picture.owner == shape)
+            sides.append(max(np.ptp(rows), np.ptp(columns)) + 1)
+    assert max(sides) <= 0.7 * size + 1
+    assert max(sides) > 0.4 * size
+
+
+@pytest.mark.parametrize(
+    ("rows", "num_outlines", "is_polygon"),
+    [
+        (["#"], 1, True),
+        ([".##", "##.", "#.."], 1, True),
+        (["#.#", "#.#"], 2, True),
+        (["#.", ".#"], 2, True),
+        (["###", "#.#", "###"], 2, False),
+        (["##.", "#.#", "###"], 1, True),
+        ([".#.", "#.#", ".#."], 4, True),
+    ],
+    ids=["pixel", "steps", "two pieces", "touching corners", "hole", "notch open at a corner", "diamond of pixels"],
+)
+def test_outlines_give_back_the_mask(rows: list[str], num_outlines: int, is_polygon: bool) -> None:
+    mask = np.array([[cell == "#" for cell in row] for row in rows])
+    padded = np.pad(mask, ((2, 1), (3, 2)))
+    label = visible_object(padded)
+    assert len(trace_outlines(mask)) == num_outlines
+    assert isinstance(label["segmentation"], list) == is_polygon
+    segmentation = label["segmentation"]
+    rles = mask_util.frPyObjects(segmentation, *padded.shape) if is_polygon else [segmentation]
+    assert np.array_equal(mask_util.decode(mask_util.merge(rles)).astype(bool), padded)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_outlines_give_back_random_masks(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    for _ in range(30):
+        mask = rng.random(rng.integers(1, 12, 2)) < rng.uniform(0.2, 0.9)
+        mask[0, 0] = True
+        label = visible_object(mask)
+        if isinstance(label["segmentation"], list):
+            rles = mask_util.frPyObjects(label["segmentation"], *mask.shape)
+            assert np.array_equal(mask_util.decode(mask_util.merge(rles)).astype(bool), mask)
+
+
+def test_processes_that_ask_at_once_make_it_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    spec = ShapesSpec(num_train=5, num_val=1, image_size=32)
+    with caplog.at_level(logging.INFO, logger=shapes.__name__), ThreadPoolExecutor(4) as pool:
+        folders = set(pool.map(lambda _: make_shapes(tmp_path, spec), range(4)))
+    assert folders == {tmp_path / spec.folder_name}
+    assert sum("Making" in record.message for record in caplog.records) == 1
+
+
+def test_an_interrupted_making_leaves_nothing_that_looks_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = ShapesSpec(num_train=3, num_val=1, image_size=32)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shapes, "draw_picture", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            make_shapes(tmp_path, spec)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert annotation_file(make_shapes(tmp_path, spec), "val").is_file()
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    with pytest.raises(DatasetError, match=r"Cannot write .*file.* DATASETS\.SHAPES\.ROOT"):
+        make_shapes(blocker, SPEC)
+
+
+@pytest.mark.parametrize(("key", "value"), [("NUM_TRAIN", 0), ("NUM_VAL", -1), ("IMAGE_SIZE", 16), ("SEED", -1)])
+def test_numbers_out_of_range_are_named_by_their_key(cfg: Config, key: str, value: int) -> None:
+    cfg.DATASETS.SHAPES[key] = value
+    with pytest.raises(ConfigError, match=f"DATASETS.SHAPES.{key} is {value}; it must be at least"):
+        ShapesSpec.from_config(cfg)
+
+
+@pytest.mark.usefixtures("registrations")
+def test_it_is_registered_without_being_made_and_made_on_first_use(cfg: Config, tmp_path: Path) -> None:
+    register_all(cfg=cfg)
+    metadata = MetadataCatalog.get("shapes_val")
+    assert metadata.thing_classes == list(SHAPES)
+    assert metadata.evaluator_type == "coco"
+    assert not (tmp_path / "shapes").exists()
+    entries = DatasetCatalog.get("shapes_val")
+    assert len(entries) == 2
+    assert Path(metadata.json_file).is_file()
+    assert all(Path(entry["file_name"]).parent == Path(metadata.image_root) for entry in entries)
+    assert len(DatasetCatalog.get("shapes_train")) == 4
+
+
+@pytest.mark.usefixtures("registrations")
+def test_another_seed_or_root_is_another_dataset(cfg: Config, tmp_path: Path) -> None:
+    register_all(cfg=cfg)
+    first = MetadataCatalog.get("shapes_train").json_file
+    cfg.DATASETS.SHAPES.SEED = 1
+    register_all(cfg=cfg)
+    second = MetadataCatalog.get("shapes_train").json_file
+    register_all(tmp_path / "elsewhere")
+    third = Path(MetadataCatalog.get("shapes_train").json_file)
+    assert len({first, second, str(third)}) == 3
+    assert third.is_relative_to(tmp_path / "elsewhere" / "shapes")
+    assert MetadataCatalog.get("coco_2017_val").json_file == str(
+        tmp_path / "elsewhere/coco/annotations/instances_val2017.json"
+    )
+
+
+@pytest.mark.usefixtures("registrations")
+def test_the_root_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    register_all()
+    for name in ("shapes_train", "coco_2017_train"):
+        assert Path(MetadataCatalog.get(name).json_file).is_relative_to(tmp_path)
+
+
+@pytest.mark.usefixtures("registrations")
+def test_mapped_targets_are_the_annotated_masks(cfg: Config) -> None:
+    cfg.merge_from_list(["MODEL.SEM_SEG_HEAD.NUM_CLASSES", 6, "INPUT.MIN_SIZE_TEST", 64])
+    register_all(cfg=cfg)
+    entries = DatasetCatalog.get("shapes_train")
+    labels = COCO(MetadataCatalog.get("shapes_train").json_file).imgToAnns
+    mapper = build_mapper(cfg, is_train=False, with_instances=True)
+    for entry in entries:
+        instances, expected = mapper(entry)["instances"], labels[entry["image_id"]]
+        assert instances.gt_classes.tolist() == [a["category_id"] - 1 for a in expected]
+        assert instances.gt_masks.tensor.sum(dim=(1, 2)).tolist() == [a["area"] for a in expected]
+        corners = [[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in expected)]
+        assert instances.gt_boxes.tensor.tolist() == corners
+    assert sum(len(labels[entry["image_id"]]) for entry in entries) > 0
