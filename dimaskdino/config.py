@@ -1,7 +1,7 @@
 """Every configuration key of dimaskdino, on top of detectron2's own.
 
 Keys of the two public releases (MaskDINO and DI-MaskDINO) keep their names, so that their YAML files load unchanged.
-Keys that had no effect there are listed in :data:`IGNORED_KEYS`: they are accepted, dropped and reported once.
+Keys without effect on instance segmentation are listed in :data:`IGNORED_KEYS`: accepted, dropped and reported once.
 """
 
 import difflib
@@ -18,7 +18,8 @@ from dimaskdino.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-# Keys of the releases that nothing there read (the decoder's own default was used, or the code path was never built).
+# Keys of the releases that nothing there read (the decoder's own default was used, or the code path was never built),
+# and those that act on semantic and panoptic results alone, which this package does not compute.
 IGNORED_KEYS = frozenset(
     {
         "Default_loading",
@@ -30,10 +31,15 @@ IGNORED_KEYS = frozenset(
         "MODEL.RESNETS.STEM_TYPE",
         "MODEL.MaskDINO.ENC_LAYERS",
         "MODEL.MaskDINO.EVAL_FLAG",
+        "MODEL.MaskDINO.NO_OBJECT_WEIGHT",
+        "MODEL.MaskDINO.PANO_BOX_LOSS",
         "MODEL.MaskDINO.PRED_CONV",
         "MODEL.MaskDINO.PRE_NORM",
-        "MODEL.MaskDINO.TEST.PANO_TRANSFORM_EVAL",
+        "MODEL.MaskDINO.TEST.OBJECT_MASK_THRESHOLD",
+        "MODEL.MaskDINO.TEST.OVERLAP_THRESHOLD",
         "MODEL.MaskDINO.TEST.PANO_TEMPERATURE",
+        "MODEL.MaskDINO.TEST.PANO_TRANSFORM_EVAL",
+        "MODEL.MaskDINO.TEST.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE",
         "MODEL.SEM_SEG_HEAD.ASPP_CHANNELS",
         "MODEL.SEM_SEG_HEAD.ASPP_DILATIONS",
         "MODEL.SEM_SEG_HEAD.ASPP_DROPOUT",
@@ -119,7 +125,7 @@ def _unknown_key_message(key: str, known: list[str]) -> str:
 
 @functools.cache
 def _report_ignored(keys: tuple[str, ...]) -> None:
-    logger.info("Accepted and ignored (they had no effect in the releases either): %s", ", ".join(keys))
+    logger.info("Accepted and ignored (no effect on instance segmentation in the releases either): %s", ", ".join(keys))
 
 
 def get_cfg() -> Config:
@@ -211,13 +217,11 @@ def _add_decoder_keys(cfg: CfgNode) -> None:
     node.COST_MASK_WEIGHT = 5.0
     node.COST_BOX_WEIGHT = 5.0
     node.COST_GIOU_WEIGHT = 2.0
-    # Whether boxes are supervised, whether only those of thing classes are, and whether every layer is supervised.
+    # Whether boxes are supervised, and whether every layer is.
     node.BOX_LOSS = True
-    node.PANO_BOX_LOSS = False
     node.DEEP_SUPERVISION = True
-    # Softmax cross entropy with a no-object class (semantic segmentation), and the weight of that class.
+    # Class head with a no-object logit, as the releases' semantic models have it; they load, but do not train here.
     node.SEMANTIC_CE_LOSS = False
-    node.NO_OBJECT_WEIGHT = 0.1
     # Attention heads, width, feed-forward width, dropout (encoder only, as in the releases).
     node.NHEADS = 8
     node.HIDDEN_DIM = 256
@@ -280,15 +284,11 @@ def _add_inference_keys(cfg: CfgNode) -> None:
     cfg.MODEL.MaskDINO.TEST = node
     # Score instances by class alone (True) or by class times mask quality (False). The spelling is the releases'.
     node.TEST_FOUCUS_ON_BOX = False
-    # Which results inference computes.
-    node.INSTANCE_ON = False
+    # Instance results are the ones this package computes; the other two only tell which class head a release's
+    # semantic or panoptic model has.
+    node.INSTANCE_ON = True
     node.SEMANTIC_ON = True
     node.PANOPTIC_ON = False
-    # Panoptic merging: least class score, least visible share of a segment.
-    node.OBJECT_MASK_THRESHOLD = 0.0
-    node.OVERLAP_THRESHOLD = 0.0
-    # Resize semantic and panoptic maps to the asked size before they are merged.
-    node.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE = False
 
 
 def _add_backbone_keys(cfg: CfgNode) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dimaskdino.errors import ConfigError
 from dimaskdino.losses import Criterion, PointSampler
-from dimaskdino.modeling.decoder import DecoderOutput
+from dimaskdino.modeling.decoder import DecoderOutput, uses_no_object_class
 from dimaskdino.modeling.inference import instances_of_image
 from dimaskdino.modeling.targets import Targets
 
@@ -33,6 +33,8 @@ class DIMaskDINO(nn.Module):
         eval_layers: stages to report besides the final one: none, ("all",) or names of :meth:`eval_layer_names`.
         num_decoder_layers: layers of the decoder.
         two_stage: whether there is a first selection.
+        instance_results: False for a configuration that asks for semantic or panoptic results alone.
+        no_object_class: whether the class head has a no-object logit (semantic models of the releases).
 
     Source: DI-MaskDINO (NeurIPS 2024), on MaskDINO (Li et al., 2023).
     """
@@ -53,12 +55,15 @@ class DIMaskDINO(nn.Module):
         eval_layers: Sequence[str],
         num_decoder_layers: int,
         two_stage: bool,
+        instance_results: bool = True,
+        no_object_class: bool = False,
     ) -> None:
         super().__init__()
         self.backbone, self.sem_seg_head, self.criterion = backbone, sem_seg_head, criterion
         self.num_classes, self.size_divisibility = num_classes, size_divisibility
         self.max_detections, self.score_by_mask = max_detections, score_by_mask
         self.num_decoder_layers, self.two_stage = num_decoder_layers, two_stage
+        self.instance_results, self.no_object_class = instance_results, no_object_class
         self.eval_layers = self._resolve_eval_layers(eval_layers)
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
@@ -81,6 +86,8 @@ class DIMaskDINO(nn.Module):
             "eval_layers": cfg.TEST.EVAL_LAYERS,
             "num_decoder_layers": node.DEC_LAYERS,
             "two_stage": node.TWO_STAGE,
+            "instance_results": node.TEST.INSTANCE_ON,
+            "no_object_class": uses_no_object_class(cfg),
         }
 
     @property
@@ -113,7 +120,12 @@ class DIMaskDINO(nn.Module):
         Returns:
             In training the weighted losses by name. In evaluation for each image {"instances": Instances}, and
             "layers": {stage: Instances} where TEST.EVAL_LAYERS asks for it.
+
+        Raises:
+            ConfigError: for a semantic or panoptic configuration.
+            DatasetError: for training data that does not fit the model.
         """
+        self._check_supported()
         images = self._preprocess(batched_inputs)
         features = self.backbone(images.tensor)
         if not self.training:
@@ -125,6 +137,13 @@ class DIMaskDINO(nn.Module):
             for given in batched_inputs
         ]
         return self.criterion(self.sem_seg_head(features, targets), targets)
+
+    def _check_supported(self) -> None:
+        if self.no_object_class or not (self.training or self.instance_results):
+            raise ConfigError(
+                "This configuration is a semantic or panoptic one; the model loads its weights, but computes instance "
+                "losses and results alone: set MODEL.MaskDINO.TEST.INSTANCE_ON True and SEMANTIC_CE_LOSS False."
+            )
 
     def _preprocess(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
         images = [(given["image"].to(self.device).float() - self.pixel_mean) / self.pixel_std for given in batched_inputs]
