@@ -104,7 +104,7 @@ def match_backbone(
     extra = [key for key in left_out if _stage(key) in stages and not _DERIVED.search(key)]
     shapes = [key for key in found if found[key].shape != wanted[key].shape]
     if missing or extra or shapes:
-        raise CheckpointError(_message(found, wanted, state, missing, extra, shapes))
+        raise CheckpointError(_message(found, wanted, names, state, missing, extra, shapes))
     _report(scheme, found, wanted, left_out)
     if author == "Caffe2":
         logger.warning(
@@ -169,6 +169,7 @@ def describe_backbone(state: Mapping[str, Tensor]) -> str:
 def _message(
     found: Mapping[str, Tensor],
     wanted: Mapping[str, Tensor],
+    names: Mapping[str, str],
     state: Mapping[str, Tensor],
     missing: list[str],
     extra: list[str],
@@ -178,9 +179,9 @@ def _message(
     if not found:
         parts.append(f"none of its {len(state)} names is known; the first are {', '.join(list(state)[:3])}")
     elif missing:
-        parts.append(f"missing in the file: {group(missing, state)}")
+        parts.append(f"missing in the file: {group(missing, found)}")
     if extra:
-        parts.append(f"not in the model: {group(extra, wanted)}")
+        parts.append(f"not in the model: {group(extra, names)}")
     if shapes:
         first = shapes[0]
         parts.append(

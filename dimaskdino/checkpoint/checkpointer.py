@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
+from fvcore.common.checkpoint import Checkpointer as FvcoreCheckpointer
 from torch import Tensor, nn
 
 from dimaskdino.checkpoint.backbones import BACKBONE, match_backbone
@@ -29,7 +30,7 @@ class Checkpointer(DetectionCheckpointer):
         save_dir: str = "",
         *,
         save_to_disk: bool | None = None,
-        finetune: bool = False,
+        finetune: bool | None = None,
         trust: bool = False,
         **checkpointables: Any,
     ) -> None:
@@ -40,13 +41,14 @@ class Checkpointer(DetectionCheckpointer):
             save_dir: where :meth:`save` writes and :meth:`resume_or_load` looks for the last checkpoint.
             save_to_disk: whether this process writes; the main process by default.
             finetune: weights are a starting point: a backbone alone is enough, and weights that depend on the number
-                of classes keep their initial values where that number differs. Not when resuming.
+                of classes keep their initial values where that number differs. Not when resuming. None: where there are
+                `checkpointables`, that is, where a trainer loads and not an evaluation.
             trust: let weight files run code; with a warning.
             checkpointables: further objects with `state_dict` and `load_state_dict`, by name.
         """
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self.logger = logging.getLogger(__name__)
-        self.finetune = finetune
+        self.finetune = bool(checkpointables) if finetune is None else finetune
         self.trust = trust
         self._path = ""
         self._is_resuming = False
@@ -66,7 +68,8 @@ class Checkpointer(DetectionCheckpointer):
         """
         self._is_resuming = checkpointables is None and bool(self.checkpointables)
         self._path = path
-        return super().load(self._local_path(path) if path else path, checkpointables)
+        # Not detectron2's `load`: it resolves addresses once more, each version in its own way.
+        return FvcoreCheckpointer.load(self, self._local_path(path) if path else path, checkpointables)
 
     def _local_path(self, path: str) -> str:
         try:

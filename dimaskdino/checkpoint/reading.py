@@ -81,7 +81,7 @@ def _read_content(path: Path, trust: bool) -> Any:
 def _refusal(what: str) -> str:
     return (
         f"asks for {what}, which is no weight and could run code, so it was not read. If you know where the file is "
-        "from, --trust reads it all the same; a safer way is to have it saved again as a plain state dict."
+        "from, tools/convert_checkpoint.py with --trust rewrites it as plain weights, running whatever it holds."
     )
 
 

@@ -204,7 +204,7 @@ class SwinStage(nn.Module):
         self.downsample = PatchMerging(dim=dim) if downsample else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, H, W, C) -> the stage's map, of the same shape, and the next stage's input (or the same map at the end)."""
+        """(B, H, W, C) -> its map, of the same shape, and the next stage's input (or the map again at the end)."""
         window = self.window_size
         height, width = x.shape[1] + -x.shape[1] % window, x.shape[2] + -x.shape[2] % window
         mask = shifted_window_mask(height, width, window, window // 2, x.device)

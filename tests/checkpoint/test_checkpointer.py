@@ -1,0 +1,235 @@
+"""Whole models load completely or not at all, and the error says why; training goes on where it stopped."""
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dimaskdino.checkpoint import Checkpointer, from_release, to_release
+from dimaskdino.checkpoint.names import CLASS_KEYS
+from dimaskdino.errors import CheckpointError
+from tests.checkpoint.models import assert_loaded, randomised, save, small_model
+
+MASKDINO = {"MODEL.MaskDINO.TRANSFORMER_DECODER_NAME": "MaskDINODecoder"}
+ONE_STAGE = {**MASKDINO, "MODEL.MaskDINO.TWO_STAGE": False, "MODEL.MaskDINO.INITIALIZE_BOX_TYPE": "no"}
+OTHER_CLASSES = {"MODEL.SEM_SEG_HEAD.NUM_CLASSES": 7}
+
+
+class Counter:
+    """Something that a trainer would save with the weights."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def state_dict(self) -> dict[str, int]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.count = state["count"]
+
+
+@pytest.mark.parametrize("options", [{}, MASKDINO, ONE_STAGE])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_releases_file_fills_the_matching_model(tmp_path: Path, options: dict[str, Any], prefix: str) -> None:
+    model = small_model(options)
+    expected = randomised(model)
+    theirs = {prefix + key: value for key, value in to_release(expected).items()}
+    assert len(theirs) > len(expected)
+    Checkpointer(model).load(save({"model": theirs}, tmp_path / "theirs.pth"))
+    assert_loaded(model, expected)
+
+
+def test_our_own_file_fills_the_model_and_returns_the_rest(tmp_path: Path) -> None:
+    model = small_model()
+    expected = randomised(model)
+    rest = Checkpointer(model).load(save({"model": expected, "iteration": 41}, tmp_path / "ours.pth"))
+    assert rest == {"iteration": 41}
+    assert_loaded(model, expected)
+
+
+def test_names_that_share_a_tensor_in_the_release_must_hold_equal_numbers(tmp_path: Path) -> None:
+    theirs = to_release(randomised(small_model()))
+    key = "sem_seg_head.predictor.bbox_embed.1.layers.0.bias"
+    theirs[key] = theirs[key] + 1
+    path = save({"model": theirs}, tmp_path / "theirs.pth")
+    with pytest.raises(
+        CheckpointError, match=f"theirs.pth: .*{re.escape(key)} are one tensor in the releases, but differ"
+    ):
+        Checkpointer(small_model()).load(path)
+
+
+def test_a_file_under_both_names_at_once_must_agree() -> None:
+    ours = randomised(small_model())
+    both = {**ours, **to_release(ours)}
+    assert from_release(both).keys() == ours.keys()
+
+
+@pytest.mark.parametrize(
+    ("file", "model", "message"),
+    [
+        ({}, MASKDINO, r"bato\.\* \(15\).*the file is of DI-MaskDINO \(De-Imbalance and BATO\)"),
+        (MASKDINO, {}, r"missing in the file: .*de_imbalance\.\* \(36\).*the configuration is of DI-MaskDINO"),
+        ({}, {"MODEL.MaskDINO.BATO.ENABLED": False}, r"the file is of DI-MaskDINO \(BATO\)"),
+        (
+            {},
+            {"MODEL.MaskDINO.DEC_LAYERS": 4},
+            r"layers\.2\.\* \(22\).*2 layers in the file, 4 in the model .*DEC_LAYERS",
+        ),
+        (
+            {"MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS": 3},
+            {},
+            r"layers\.2\.\* \(16\).*3 layers in the file, 1 in the model .*TRANSFORMER_ENC_LAYERS",
+        ),
+        (
+            {},
+            {"MODEL.SWIN.DEPTHS": [1, 1, 2, 1]},
+            r"another backbone, Swin of 8 .* 1, 1, 1, 1 .* 1, 1, 2, 1 blocks in the",
+        ),
+        (
+            {},
+            {"MODEL.MaskDINO.DIM_FEEDFORWARD": 32},
+            r"\(16, 32\) for \(32, 32\).*MaskDINO\.DIM_FEEDFORWARD is 32 but 16",
+        ),
+        ({}, {"MODEL.SEM_SEG_HEAD.DIM_FEEDFORWARD": 32}, r"SEM_SEG_HEAD\.DIM_FEEDFORWARD is 32 but 16 in the file"),
+        ({}, {"MODEL.SEM_SEG_HEAD.TOTAL_NUM_FEATURE_LEVELS": 3}, r"TOTAL_NUM_FEATURE_LEVELS is 3 but 4 in the file"),
+        (
+            ONE_STAGE,
+            {**ONE_STAGE, "MODEL.MaskDINO.NUM_OBJECT_QUERIES": 8},
+            r"NUM_OBJECT_QUERIES is 8 but 6 in the file",
+        ),
+        (ONE_STAGE, MASKDINO, r"one-stage and two-stage queries"),
+    ],
+)
+@pytest.mark.parametrize("finetune", [False, True])
+def test_a_file_that_does_not_fit_is_refused_with_the_likely_cause(
+    tmp_path: Path, file: dict[str, Any], model: dict[str, Any], message: str, finetune: bool
+) -> None:
+    target = small_model(model)
+    before = {key: value.clone() for key, value in target.state_dict().items()}
+    path = save({"model": to_release(randomised(small_model(file)))}, tmp_path / "theirs.pth")
+    with pytest.raises(CheckpointError, match=f"theirs.pth: The weights do not fit the model: .*{message}"):
+        Checkpointer(target, finetune=finetune).load(path)
+    assert_loaded(target, before)  # nothing was half loaded
+
+
+def test_another_number_of_classes_is_refused_where_weights_are_to_be_evaluated(tmp_path: Path) -> None:
+    path = save({"model": randomised(small_model())}, tmp_path / "ours.pth")
+    with pytest.raises(
+        CheckpointError, match=r"class_embed\.weight \(5, 32\) for \(7, 32\).*trained for 5 classes, .*for 7"
+    ):
+        Checkpointer(small_model(OTHER_CLASSES)).load(path)
+
+
+def test_fine_tuning_keeps_fresh_class_weights_loads_the_rest_and_names_them_in_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = small_model(OTHER_CLASSES)
+    fresh = {key: model.state_dict()[key].clone() for key in CLASS_KEYS}
+    trained = randomised(small_model())
+    with caplog.at_level(logging.INFO):
+        Checkpointer(model, finetune=True).load(save({"model": to_release(trained)}, tmp_path / "theirs.pth"))
+    assert_loaded(model, trained, but=CLASS_KEYS)
+    for key in CLASS_KEYS:
+        assert torch.equal(model.state_dict()[key], fresh[key])
+    line = next(record.getMessage() for record in caplog.records if "Fine-tuning" in record.getMessage())
+    assert "from 5 classes to 7" in line
+    assert all(key in line for key in CLASS_KEYS)
+
+
+def test_fine_tuning_with_the_same_classes_keeps_the_class_weights(tmp_path: Path) -> None:
+    model = small_model()
+    trained = randomised(model)
+    Checkpointer(model, finetune=True).load(save({"model": trained}, tmp_path / "ours.pth"))
+    assert_loaded(model, trained)
+
+
+def test_a_trainer_may_fine_tune_and_an_evaluation_may_not() -> None:
+    assert Checkpointer(small_model(), trainer=Counter(0)).finetune
+    assert not Checkpointer(small_model()).finetune
+
+
+def test_evaluation_refuses_a_backbone_alone(tmp_path: Path) -> None:
+    model = small_model()
+    backbone = {key: value for key, value in randomised(model).items() if key.startswith("backbone.")}
+    path = save({"model": backbone}, tmp_path / "backbone.pth")
+    with pytest.raises(CheckpointError, match="holds no weights of this model's heads"):
+        Checkpointer(model).load(path)
+    Checkpointer(model, finetune=True).load(path)
+    assert torch.equal(model.state_dict()["backbone.norm0.weight"], backbone["backbone.norm0.weight"])
+
+
+def test_saving_and_resuming_restores_weights_iteration_and_the_trainers_state(tmp_path: Path) -> None:
+    model = small_model()
+    expected = randomised(model)
+    model.load_state_dict(expected)
+    Checkpointer(model, str(tmp_path), trainer=Counter(7)).save("model_0000041", iteration=41)
+    again, counter = small_model(), Counter(0)
+    checkpointer = Checkpointer(again, str(tmp_path), trainer=counter)
+    assert checkpointer.resume_or_load("", resume=True)["iteration"] == 41
+    assert counter.count == 7
+    assert_loaded(again, expected)
+
+
+def test_loading_without_resuming_leaves_the_trainers_state_alone(tmp_path: Path) -> None:
+    path = save({"model": randomised(small_model()), "trainer": {"count": 7}}, tmp_path / "ours.pth")
+    counter = Counter(0)
+    Checkpointer(small_model(), str(tmp_path), trainer=counter).resume_or_load(path, resume=True)
+    assert counter.count == 0
+
+
+def test_resuming_with_another_number_of_classes_is_an_error(tmp_path: Path) -> None:
+    Checkpointer(small_model(), str(tmp_path), trainer=Counter(1)).save("model_final")
+    checkpointer = Checkpointer(small_model(OTHER_CLASSES), str(tmp_path), finetune=True, trainer=Counter(0))
+    with pytest.raises(CheckpointError, match="trained for 5 classes"):
+        checkpointer.resume_or_load("", resume=True)
+
+
+def test_an_optimisers_state_survives_saving_and_resuming(tmp_path: Path) -> None:
+    def stepped(model: nn.Module) -> torch.optim.Optimizer:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        model(torch.ones(2, 3)).sum().backward()
+        optimizer.step()
+        return optimizer
+
+    model = nn.Linear(3, 2)
+    optimizer = stepped(model)
+    Checkpointer(model, str(tmp_path), optimizer=optimizer).save("model_final")
+    fresh = torch.optim.AdamW(model.parameters(), lr=0.2)
+    Checkpointer(nn.Linear(3, 2), str(tmp_path), optimizer=fresh).resume_or_load("")
+    assert fresh.param_groups[0]["lr"] == 0.1
+    assert torch.equal(fresh.state_dict()["state"][0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
+
+
+def test_a_wrapped_model_is_loaded_through_its_wrapper(tmp_path: Path) -> None:
+    model = nn.DataParallel(nn.Linear(3, 2))
+    expected = {"weight": torch.ones(2, 3), "bias": torch.ones(2)}
+    Checkpointer(model).load(save({"model": expected}, tmp_path / "a.pth"))
+    assert_loaded(model.module, expected)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("nowhere.pth", "nowhere.pth does not exist; MODEL.WEIGHTS names it"),
+        (".", "is a folder, not a weight file"),
+        ("http://localhost:1/R-50.pkl", "http://localhost:1/R-50.pkl cannot be fetched"),
+        ("detectron2://ImageNetPretrained/nowhere/R-50.pkl", "R-50.pkl cannot be fetched"),
+    ],
+)
+def test_weights_that_are_not_there_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, message: str
+) -> None:
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        Checkpointer(small_model()).load(path)
+
+
+def test_no_path_loads_nothing() -> None:
+    model = small_model()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    assert Checkpointer(model).load("") == {}
+    assert_loaded(model, before)

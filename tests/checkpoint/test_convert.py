@@ -1,0 +1,106 @@
+"""tools/convert_checkpoint.py: there and back, and what it refuses."""
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dimaskdino.checkpoint import is_release
+from tests.checkpoint.models import RunsCode, randomised, save, small_model
+
+TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *args: str | Path) -> None:
+    monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, args)])
+    runpy.run_path(str(TOOL), run_name="__main__")
+
+
+def test_there_and_back_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = randomised(small_model())
+    save({"model": ours}, tmp_path / "ours.pth")
+    run(monkeypatch, tmp_path / "ours.pth", tmp_path / "new" / "theirs.pth", "--to", "release")
+    theirs = torch.load(tmp_path / "new" / "theirs.pth", weights_only=True)["model"]
+    assert is_release(theirs)
+    assert theirs["criterion.empty_weight"].tolist() == pytest.approx([1, 1, 1, 1, 1, 0.1])
+    # Names of one tensor are stored as one tensor, so the file is no larger.
+    names = ("_bbox_embed", "bbox_embed.0", "decoder.bbox_embed.1")
+    shared = {theirs[f"sem_seg_head.predictor.{name}.layers.0.bias"].data_ptr() for name in names}
+    assert len(shared) == 1
+    run(monkeypatch, tmp_path / "new" / "theirs.pth", tmp_path / "back.pth", "--to", "ours")
+    back = torch.load(tmp_path / "back.pth", weights_only=True)["model"]
+    assert back.keys() == ours.keys()
+    assert all(torch.equal(back[key], ours[key]) for key in ours)
+
+
+@pytest.mark.parametrize(
+    ("to", "strip", "kept"), [("ours", [], True), ("ours", ["--strip"], False), ("release", [], False)]
+)
+def test_the_state_of_a_training_is_kept_only_where_the_names_stay(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    to: str,
+    strip: list[str],
+    kept: bool,
+) -> None:
+    content = {"model": randomised(small_model()), "trainer": {"optimizer": {}}, "iteration": 3}
+    run(monkeypatch, save(content, tmp_path / "a.pth"), tmp_path / "b.pth", "--to", to, *strip)
+    written = torch.load(tmp_path / "b.pth", weights_only=True)
+    assert (written.keys() == content.keys()) == kept
+    assert ("Left out the state of a training" in capsys.readouterr().out) != kept
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "a.pth does not exist"),
+        ({"epoch": 3}, "a.pth holds no weights"),
+        ({"model": {"a": torch.zeros(1)}, "trainer": RunsCode()}, "could run code"),
+    ],
+)
+def test_what_cannot_be_converted_ends_with_one_line_and_status_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, content: object, message: str
+) -> None:
+    if content is not None:
+        save(content, tmp_path / "a.pth")
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, tmp_path / "a.pth", tmp_path / "b.pth", "--to", "ours")
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert re.search(message, error)
+    assert not (tmp_path / "b.pth").exists()
+
+
+def test_a_file_without_our_heads_keeps_its_names_and_the_tool_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    path = save({"model": {"fc.weight": torch.zeros(1)}, "__author__": "Caffe2"}, tmp_path / "a.pth")
+    run(monkeypatch, path, tmp_path / "b.pth", "--to", "release")
+    assert "names are kept" in capsys.readouterr().out
+    written = torch.load(tmp_path / "b.pth", weights_only=True)
+    assert list(written["model"]) == ["fc.weight"]
+    assert written["__author__"] == "Caffe2"
+
+
+def test_the_input_is_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    path = save({"model": randomised(small_model())}, tmp_path / "a.pth")
+    with pytest.raises(SystemExit):
+        run(monkeypatch, path, path, "--to", "release")
+    assert "is the input itself" in capsys.readouterr().err
+
+
+def test_a_trusted_file_is_converted_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = save({"model": randomised(small_model()), "trainer": RunsCode()}, tmp_path / "a.pth")
+    run(monkeypatch, path, tmp_path / "b.pth", "--to", "ours", "--strip", "--trust")
+    assert "is trusted" in caplog.text
+    assert (tmp_path / "b.pth").exists()

@@ -1,0 +1,65 @@
+"""What the releases hold: keys, shapes and settings, recorded in tests/data/release_keys.json.gz."""
+
+import functools
+import gzip
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dimaskdino.config import Config, get_cfg
+from tests.parity.weights import reference_state_dict
+
+DATA = Path(__file__).parents[1] / "data" / "release_keys.json.gz"
+NAMES = (
+    "dimaskdino_r50_12ep",
+    "dimaskdino_r50_24ep",
+    "dimaskdino_r50_50ep",
+    "maskdino_r50_50ep",
+    "dimaskdino_tiny",
+    "maskdino_tiny",
+)
+
+# Recorded at their defaults from a detectron2 that is newer than the oldest one that we support.
+NEWER_KEYS = frozenset({"DATALOADER.REPEAT_SQRT", "SOLVER.BASE_LR_END", "SOLVER.NUM_DECAYS", "SOLVER.RESCALE_INTERVAL"})
+
+
+@dataclass(frozen=True)
+class Release:
+    """One configuration of a release: its state dict's names and shapes, and its resolved settings."""
+
+    name: str
+    keys: dict[str, list[int]]
+    alias: dict[str, str]
+    config_values: dict[str, Any]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Its state dict with the made-up weights of :mod:`tests.parity.weights`."""
+        return dict(_state_dict(self.name))
+
+    def cfg(self) -> Config:
+        """Our configuration with its settings, on the CPU and without weights."""
+        cfg = get_cfg()
+        for key, value in self.config_values.items():
+            if key not in NEWER_KEYS:
+                cfg.merge_from_list([key, value])
+        cfg.merge_from_list(["MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu"])
+        return cfg
+
+
+@functools.cache
+def _recorded() -> dict[str, dict[str, Any]]:
+    return json.loads(gzip.decompress(DATA.read_bytes()))
+
+
+@functools.cache
+def _state_dict(name: str) -> dict[str, Tensor]:
+    return reference_state_dict(_recorded()[name]["keys"], _recorded()[name]["alias"])
+
+
+def release(name: str) -> Release:
+    """The configuration of that name, one of NAMES."""
+    recorded = _recorded()[name]
+    return Release(name, recorded["keys"], recorded["alias"], recorded["config_values"])
