@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, SEM_SEG_HEADS_REGISTRY, build_backbone
-from detectron2.structures import ImageList
+from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
 from dimaskdino.errors import ConfigError
@@ -69,7 +69,8 @@ class DIMaskDINO(nn.Module):
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, point_sampler: PointSampler | None = None) -> dict:
+    def from_config(cls, cfg: CfgNode, point_sampler: PointSampler | None = None) -> dict[str, Any]:
+        """Build the parts by their registered names; ``point_sampler`` replaces the random one in training."""
         node = cfg.MODEL.MaskDINO
         backbone = build_backbone(cfg)
         head = SEM_SEG_HEADS_REGISTRY.get(cfg.MODEL.SEM_SEG_HEAD.NAME)(cfg, backbone.output_shape())
@@ -93,7 +94,7 @@ class DIMaskDINO(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the model lives; images are moved there."""
-        return self.pixel_mean.device
+        return next(self.parameters()).device
 
     def eval_layer_names(self) -> list[str]:
         """Stages that evaluation can report, in the order they are predicted."""
@@ -146,7 +147,9 @@ class DIMaskDINO(nn.Module):
             )
 
     def _preprocess(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
-        images = [(given["image"].to(self.device).float() - self.pixel_mean) / self.pixel_std for given in batched_inputs]
+        images = [
+            (given["image"].to(self.device).float() - self.pixel_mean) / self.pixel_std for given in batched_inputs
+        ]
         return ImageList.from_tensors(images, self.size_divisibility)
 
     def _results(self, output: DecoderOutput, index: int, images: ImageList, given: dict[str, Any]) -> dict[str, Any]:
@@ -155,7 +158,7 @@ class DIMaskDINO(nn.Module):
         stages = {stage.name: stage for stage in output.stages}
         final = output.stages[-1].name
 
-        def instances(name: str):  # noqa: ANN202
+        def instances(name: str) -> Instances:
             return instances_of_image(
                 stages[name],
                 index,

@@ -16,7 +16,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-import dimaskdino.meta_arch  # noqa: F401  registers the meta-architectures
 from dimaskdino.checkpoint import Checkpointer
 from dimaskdino.engine import loaders
 from dimaskdino.engine.optimizer import GradientClipper, build_optimizer

@@ -20,6 +20,13 @@ class MLP(nn.Module):
             nn.Linear(narrow, wide) for narrow, wide in zip(widths[:-1], widths[1:], strict=True)
         )
 
+    def zero_last_layer(self) -> None:
+        """Start from an output of zero."""
+        last = self.layers[-1]
+        assert isinstance(last, nn.Linear)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., input_dim) to (..., output_dim)."""
         for layer in self.layers[:-1]:

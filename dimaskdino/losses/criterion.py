@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -100,7 +101,8 @@ class Criterion(nn.Module):
         self.use_boxes, self.denoising, self.deep_supervision = use_boxes, denoising, deep_supervision
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, sampler: PointSampler | None = None) -> dict:
+    def from_config(cls, cfg: CfgNode, sampler: PointSampler | None = None) -> dict[str, Any]:
+        """Read the weights of MODEL.MaskDINO; ``sampler`` replaces the random one."""
         node = cfg.MODEL.MaskDINO
         sampler = sampler or RandomPointSampler(
             num_points=node.TRAIN_NUM_POINTS,

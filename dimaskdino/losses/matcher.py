@@ -72,9 +72,7 @@ class HungarianMatcher:
                 row.append(cost)
         return self._assign(costs, stages)
 
-    def _class_and_box_costs(
-        self, stages: Sequence[StagePrediction], image: int, target: Targets
-    ) -> Sequence[Tensor]:
+    def _class_and_box_costs(self, stages: Sequence[StagePrediction], image: int, target: Targets) -> Sequence[Tensor]:
         """(Q, n) of each stage, computed for all stages at once."""
         logits = torch.cat([stage.logits[image] for stage in stages]).float()
         probability = logits.sigmoid()

@@ -40,10 +40,12 @@ class RandomPointSampler:
         self.num_uncertain = int(num_points * importance_ratio)
 
     def shared(self, device: torch.device) -> Tensor:
+        """Uniform points, (P, 2)."""
         return torch.rand(self.num_points, 2, device=device)
 
     @torch.no_grad()
     def per_mask(self, logits: Tensor) -> Tensor:
+        """The most uncertain of the candidates, then uniform points, (N, P, 2)."""
         count, device = len(logits), logits.device
         candidates = torch.rand(count, self.num_candidates, 2, device=device)
         certainty = sample_points(logits[:, None], candidates)[:, 0].abs()

@@ -1,5 +1,7 @@
 """Balance-Aware Tokens Optimization: Q_bal guides the feature tokens (Eqs. 5 to 8)."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
@@ -66,7 +68,8 @@ class BalanceAwareTokensOptimization(nn.Module):
         weight_init.c2_xavier_fill(self.mask_conv)
 
     @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict:
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Read MODEL.MaskDINO."""
         node = cfg.MODEL.MaskDINO
         return {
             "dim": node.HIDDEN_DIM,

@@ -1,6 +1,7 @@
 """De-Imbalance: selection, token interaction, second selection (Eqs. 1 to 3). Eq. 4 is decoder layer 0."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -62,8 +63,10 @@ class DeImbalance(nn.Module):
         single_delta_boxes: bool,
     ) -> None:
         super().__init__()
-        if len(num_selected) < 2 or min(num_selected) < 1 or any(
-            later > earlier for earlier, later in zip(num_selected, num_selected[1:], strict=False)
+        if (
+            len(num_selected) < 2
+            or min(num_selected) < 1
+            or any(later > earlier for earlier, later in zip(num_selected, num_selected[1:], strict=False))
         ):
             raise ConfigError(
                 f"MODEL.MaskDINO.DI.NUM_SELECTED is {list(num_selected)}; De-Imbalance needs two or more positive "
@@ -81,11 +84,11 @@ class DeImbalance(nn.Module):
         self.box_embed = MLP(dim, dim, 4, 3)
         self.dim = dim
         xavier_init(self)
-        nn.init.zeros_(self.box_embed.layers[-1].weight)
-        nn.init.zeros_(self.box_embed.layers[-1].bias)
+        self.box_embed.zero_last_layer()
 
     @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict:
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Read MODEL.MaskDINO."""
         node = cfg.MODEL.MaskDINO
         return {
             "dim": node.HIDDEN_DIM,

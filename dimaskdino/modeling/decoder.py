@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -192,7 +193,12 @@ class DIMaskDINODecoder(nn.Module):
         )
 
     @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict:
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Read MODEL.MaskDINO.
+
+        Raises:
+            ConfigError: for values that cannot work together.
+        """
         node = cfg.MODEL.MaskDINO
         _check_config(cfg)
         use_de_imbalance = node.DI.ENABLED
@@ -265,6 +271,8 @@ class DIMaskDINODecoder(nn.Module):
         """T_s1 and T_s2 (the same where De-Imbalance is off), and what they predict."""
         batch = t_i.tokens.shape[0]
         if self.selection is None:
+            assert self.query_feat is not None
+            assert self.query_embed is not None
             learned = Tokens(
                 self.query_feat.weight.expand(batch, -1, -1), self.query_embed.weight.sigmoid().expand(batch, -1, -1)
             )
@@ -324,7 +332,8 @@ class DIMaskDINODecoder(nn.Module):
     def _optimize_tokens(
         self, t_i: FeatureTokens, mask_features: Tensor, content: Tensor, position: Tensor, t_s1: Tokens, t_s2: Tokens
     ) -> tuple[Tensor, Tensor]:
-        """T_bal and the mask features renewed from it, guided by the queries that MODEL.MaskDINO.BATO.GUIDANCE names."""
+        """T_bal and the mask features renewed from it, guided by the queries that BATO.GUIDANCE names."""
+        assert self.bato is not None
         if self.guidance in ("t_s1", "t_s2"):
             chosen = t_s1 if self.guidance == "t_s1" else t_s2
             guide, guide_position = chosen.content, self._embed_boxes(chosen.boxes)
@@ -333,7 +342,7 @@ class DIMaskDINODecoder(nn.Module):
             num_matching = t_s2.content.shape[1]
             guide, guide_position = content[:, -num_matching:], position[:, -num_matching:]
         t_bal = self.bato(t_i.tokens, t_i.position, guide, guide_position, self.heads)
-        return t_bal, self.bato.renew_mask_features(mask_features, t_i.finest_level(t_bal))
+        return t_bal, self.bato.renew_mask_features(mask_features, t_i.finest_level(t_bal))  # type: ignore[operator]
 
     def _touch_denoising(self, stage: StagePrediction) -> StagePrediction:
         """Give the label embedding a zero gradient where a batch denoises nothing, as data-parallel training needs."""
@@ -346,7 +355,8 @@ class MaskDINODecoder(DIMaskDINODecoder):
     """MaskDINO: the same decoder without De-Imbalance and BATO."""
 
     @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict:
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Read MODEL.MaskDINO as if DI.ENABLED and BATO.ENABLED were False."""
         cfg = cfg.clone()
         cfg.defrost()
         cfg.MODEL.MaskDINO.DI.ENABLED = False

@@ -29,6 +29,7 @@ class DenoisingQueries:
 
     @property
     def num_queries(self) -> int:
+        """Places of all groups, P."""
         return self.num_groups * self.group_size
 
     def attention_mask(self, num_matching: int) -> Tensor:

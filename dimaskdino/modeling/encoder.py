@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -127,7 +127,8 @@ class MaskDINOEncoder(nn.Module):
         self._reset_parameters()
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> dict:
+    def from_config(cls, cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> dict[str, Any]:
+        """Read MODEL.SEM_SEG_HEAD; heads and dropout come from MODEL.MaskDINO."""
         head = cfg.MODEL.SEM_SEG_HEAD
         missing = [name for name in head.IN_FEATURES if name not in input_shape]
         if missing:
@@ -150,12 +151,14 @@ class MaskDINOEncoder(nn.Module):
         }
 
     def _reset_parameters(self) -> None:
-        for proj in self.input_proj:
-            nn.init.xavier_uniform_(proj[0].weight)
-            nn.init.zeros_(proj[0].bias)
+        for module in self.input_proj.modules():
+            if isinstance(module, nn.Conv2d) and module.bias is not None:
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
         xavier_init(self.layers)
-        for layer in self.layers:
-            layer.self_attn.reset_parameters()
+        for module in self.layers.modules():
+            if isinstance(module, MSDeformAttn):
+                module.reset_parameters()
         nn.init.normal_(self.level_embed)
         for conv in [*self.lateral_convs, *self.output_convs, self.mask_features]:
             weight_init.c2_xavier_fill(conv)
@@ -206,9 +209,7 @@ class MaskDINOEncoder(nn.Module):
         for layer in self.layers:
             tokens = layer(tokens, position, reference, spatial_shapes)
         chunks = tokens.split([height * width for height, width in spatial_shapes], dim=1)
-        return [
-            chunk.transpose(1, 2).unflatten(-1, shape) for chunk, shape in zip(chunks, spatial_shapes, strict=True)
-        ]
+        return [chunk.transpose(1, 2).unflatten(-1, shape) for chunk, shape in zip(chunks, spatial_shapes, strict=True)]
 
     def _fuse(self, features: Mapping[str, Tensor], levels: list[Tensor]) -> Tensor:
         """Mask features: the finest level, upsampled and joined with the finer backbone features."""

@@ -88,8 +88,7 @@ class PredictionHeads(nn.Module):
         self.box_embed = MLP(dim, dim, 4, 3)
         self.mask_embed = MLP(dim, dim, mask_dim, 3)
         # A new model predicts the reference box itself.
-        nn.init.zeros_(self.box_embed.layers[-1].weight)
-        nn.init.zeros_(self.box_embed.layers[-1].bias)
+        self.box_embed.zero_last_layer()
 
     def refine_box(self, content: Tensor, boxes: Tensor) -> Tensor:
         """Move ``boxes`` (B, Q, 4) cxcywh in [0, 1] by the offsets predicted from ``content`` (B, Q, C), in logits."""

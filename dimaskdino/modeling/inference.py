@@ -56,7 +56,7 @@ def instances_of_image(
 def _scale_boxes(
     boxes: Tensor, padded_size: Sequence[int], image_size: Sequence[int], output_size: Sequence[int]
 ) -> Tensor:
-    """cxcywh on the padded canvas, normalised, to xyxy px of the result."""
+    """Boxes cxcywh, normalised to the padded canvas, as xyxy px of the result."""
     scale_y, scale_x = (
         padded / image * output for padded, image, output in zip(padded_size, image_size, output_size, strict=True)
     )

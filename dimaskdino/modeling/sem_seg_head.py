@@ -1,6 +1,7 @@
 """The head of the model: encoder and decoder, each by its registered name."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
@@ -28,7 +29,12 @@ class MaskDINOHead(nn.Module):
         self.predictor = predictor
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> dict:
+    def from_config(cls, cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> dict[str, Any]:
+        """Read the registered names of both parts.
+
+        Raises:
+            ConfigError: for a name that is not registered.
+        """
         encoder = get_registered(
             PIXEL_DECODER_REGISTRY, cfg.MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME, "MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME"
         )

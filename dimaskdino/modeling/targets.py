@@ -46,7 +46,7 @@ class Targets:
         differs for batches of mixed size only.
         """
         labels = instances.gt_classes
-        if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) < num_classes):
+        if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= num_classes):
             raise DatasetError(
                 f"Classes {int(labels.min())} to {int(labels.max())} in the training data, but "
                 f"MODEL.SEM_SEG_HEAD.NUM_CLASSES is {num_classes}."
