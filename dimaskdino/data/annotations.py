@@ -4,7 +4,7 @@ Everything geometric happens on run-length encodings: areas, boxes and unions of
 unpacked only once its object is known to be kept.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,14 @@ from dimaskdino.errors import DatasetError
 Annotation = dict[str, Any]
 Rle = dict[str, Any]
 Size = tuple[int, int]  # (height, width) in pixels
+Box = tuple[float, float, float, float]  # xyxy in pixels
+
+
+class Region(NamedTuple):
+    """Where an object lies in the target: its mask, and its box."""
+
+    rle: Rle
+    box: Box
 
 
 def annotations_to_instances(
@@ -40,27 +48,29 @@ def annotations_to_instances(
 
     Returns:
         Instances of ``target_size`` with gt_classes (N,) int64, gt_masks BitMasks (N, H, W), and gt_boxes (N, 4)
-        float32, xyxy in pixels, tight around the masks: the far edge is the last pixel's index + 1.
+        float32, xyxy in pixels: the extent of an object's polygons inside the target, or of its mask for RLE labels,
+        where the far edge is the last pixel's index + 1.
 
     Raises:
         DatasetError: for an annotation without a usable mask or with a category out of range.
 
-    Deviation: the releases take boxes from the transformed polygons and keep objects whose mask has no pixel.
+    Deviation: the releases keep objects whose mask has no pixel, with a mask loss that nothing can lower.
     """
-    classes, rles = [], []
+    classes: list[int] = []
+    regions: list[Region] = []
     for index, annotation in enumerate(annotations):
         if annotation.get("iscrowd", 0):
             continue
         where = f"annotation {annotation.get('id', f'number {index}')} of {file_name}"
         label = _checked_class(annotation, num_classes, where)
-        rle = _transformed_rle(annotation, transforms, source_size, target_size, where)
-        if mask_util.area(rle) > 0:
+        region = _transformed_region(annotation, transforms, source_size, target_size, where)
+        if mask_util.area(region.rle) > 0:
             classes.append(label)
-            rles.append(rle)
+            regions.append(region)
     instances = Instances(target_size)
     instances.gt_classes = torch.tensor(classes, dtype=torch.int64)
-    instances.gt_boxes = _boxes(rles)
-    instances.gt_masks = BitMasks(_unpack(rles, instances.gt_boxes, target_size))
+    instances.gt_boxes = Boxes(torch.tensor([region.box for region in regions], dtype=torch.float32).reshape(-1, 4))
+    instances.gt_masks = BitMasks(_unpack([region.rle for region in regions], target_size))
     return instances
 
 
@@ -74,23 +84,23 @@ def _checked_class(annotation: Annotation, num_classes: int, where: str) -> int:
     return label
 
 
-def _transformed_rle(
+def _transformed_region(
     annotation: Annotation, transforms: TransformList, source_size: Size, target_size: Size, where: str
-) -> Rle:
+) -> Region:
     segmentation = annotation.get("segmentation")
     if isinstance(segmentation, list) and segmentation:
-        return _rle_of_polygons(segmentation, transforms, target_size, where)
+        return _region_of_polygons(segmentation, transforms, target_size, where)
     if isinstance(segmentation, dict):
-        return _rle_of_rle(segmentation, transforms, source_size, where)
+        return _region_of_rle(segmentation, transforms, source_size, where)
     raise DatasetError(
         f"No segmentation in {where}; every object needs polygons or an RLE: add it or remove the annotation."
     )
 
 
-def _rle_of_polygons(polygons: list[Any], transforms: TransformList, target_size: Size, where: str) -> Rle:
+def _region_of_polygons(polygons: list[Any], transforms: TransformList, target_size: Size, where: str) -> Region:
     """Move the corners, then rasterise; what lies outside the target is left out by the rasteriser itself."""
     height, width = target_size
-    moved = []
+    moved: list[np.ndarray] = []
     for polygon in polygons:
         corners = np.array(polygon, dtype=np.float64).reshape(-1)
         if len(corners) < 6 or len(corners) % 2 or not np.isfinite(corners).all():
@@ -99,11 +109,25 @@ def _rle_of_polygons(polygons: list[Any], transforms: TransformList, target_size
             )
         points = transforms.apply_coords(corners.reshape(-1, 2))
         if (points.max(axis=0) > 0).all() and (points.min(axis=0) < (width, height)).all():
-            moved.append(points.reshape(-1).tolist())
-    return mask_util.merge(mask_util.frPyObjects(moved, height, width)) if moved else _empty_rle(target_size)
+            moved.append(points)
+    if not moved:
+        return Region(_empty_rle(target_size), (0.0, 0.0, 0.0, 0.0))
+    rle = mask_util.merge(mask_util.frPyObjects([points.reshape(-1).tolist() for points in moved], height, width))
+    return Region(rle, _box_of_polygons(np.concatenate(moved), rle, target_size))
 
 
-def _rle_of_rle(segmentation: Rle, transforms: TransformList, source_size: Size, where: str) -> Rle:
+def _box_of_polygons(corners: np.ndarray, rle: Rle, size: Size) -> Box:
+    """Extent of polygons in an image; where they leave it, the pixels that are left bound the box to within one."""
+    extent = np.concatenate((corners.min(axis=0), corners.max(axis=0)))
+    far_corner = np.array([size[1], size[0], size[1], size[0]])
+    if (extent.clip(0, far_corner) != extent).any():
+        pixels = np.array(_box_of_rle(rle))
+        extent = extent.clip(pixels - 1, pixels + 1).clip(0, far_corner)
+    left, top, right, bottom = extent.tolist()
+    return left, top, right, bottom
+
+
+def _region_of_rle(segmentation: Rle, transforms: TransformList, source_size: Size, where: str) -> Region:
     """Unpack, move the pixels (nearest neighbour) and pack again."""
     size = tuple(segmentation["size"])
     if size != tuple(source_size):
@@ -117,7 +141,8 @@ def _rle_of_rle(segmentation: Rle, transforms: TransformList, source_size: Size,
         raise DatasetError(f"Unreadable RLE in {where} ({error}); encode the mask again.") from error
     # Comparing with 1 keeps a transform's padding out, whatever value it pads with.
     moved = transforms.apply_segmentation(mask) == 1
-    return mask_util.encode(np.asfortranarray(moved, dtype=np.uint8))
+    rle = mask_util.encode(np.asfortranarray(moved, dtype=np.uint8))
+    return Region(rle, _box_of_rle(rle))
 
 
 def _compressed(segmentation: Rle) -> Rle:
@@ -134,17 +159,16 @@ def _empty_rle(size: Size) -> Rle:
     return mask_util.encode(np.zeros(size, dtype=np.uint8, order="F"))
 
 
-def _boxes(rles: list[Rle]) -> Boxes:
-    """Tight boxes (N, 4), xyxy in pixels, far edges exclusive."""
-    xywh = np.array([mask_util.toBbox(rle) for rle in rles], dtype=np.float32).reshape(-1, 4)
-    xywh[:, 2:] += xywh[:, :2]
-    return Boxes(torch.from_numpy(xywh))
+def _box_of_rle(rle: Rle) -> Box:
+    """Tight box of a mask, far edges exclusive."""
+    left, top, width, height = mask_util.toBbox(rle).tolist()
+    return left, top, left + width, top + height
 
 
-def _unpack(rles: list[Rle], boxes: Boxes, size: Size) -> torch.Tensor:
+def _unpack(rles: list[Rle], size: Size) -> torch.Tensor:
     """(N, H, W) bool, contiguous. Unpacked masks lie column by column; turning them inside the box alone is cheap."""
     masks = np.zeros((len(rles), *size), dtype=bool)
-    for mask, rle, box in zip(masks, rles, boxes.tensor.int().tolist(), strict=True):
-        left, top, right, bottom = box
+    for mask, rle in zip(masks, rles, strict=True):
+        left, top, right, bottom = (int(edge) for edge in _box_of_rle(rle))
         mask[top:bottom, left:right] = mask_util.decode(rle)[top:bottom, left:right]
     return torch.from_numpy(masks)

@@ -79,11 +79,16 @@ def test_every_kind_of_label_moves_with_the_image(
     assert instances.gt_classes.dtype == torch.int64
 
 
-def test_the_box_of_a_clipped_triangle_is_tight_around_what_is_left() -> None:
-    # The triangle holds the pixels whose centre has x + y < 6. The crop starts at column 3, where two rows of them
-    # remain, one in column 4 and none in column 5; the clipped box of the whole triangle would be (0, 0, 3, 6).
+def test_the_box_of_a_clipped_triangle_is_that_of_what_is_left() -> None:
+    # Behind the cut at x = 3 the triangle x + y < 6 keeps the corners (3, 0), (6, 0) and (3, 3); the clipped box of the
+    # whole triangle would reach down to y = 6.
     crop = T.CropTransform(3, 0, 5, 6, WIDTH, HEIGHT)
-    assert targets([[0, 0, 6, 0, 0, 6]], [crop], (6, 5)).gt_boxes.tensor.tolist() == [[0, 0, 2, 2]]
+    assert targets([[0, 0, 6, 0, 0, 6]], [crop], (6, 5)).gt_boxes.tensor.tolist() == [[0, 0, 3, 3]]
+
+
+def test_the_box_of_a_polygon_is_its_extent_not_that_of_its_pixels() -> None:
+    instances = targets([[1.25, 0.5, 4.75, 0.5, 4.75, 3.0]], [], (HEIGHT, WIDTH))
+    assert instances.gt_boxes.tensor.tolist() == [[1.25, 0.5, 4.75, 3.0]]
 
 
 @pytest.mark.parametrize("seed", range(8))
