@@ -69,5 +69,7 @@ def _to_bitmask_tensor(instances: Instances) -> Tensor:
         raise DatasetError("The training data has no masks; DI-MaskDINO needs gt_masks (instance segmentation labels).")
     masks = instances.gt_masks
     if isinstance(masks, PolygonMasks):
+        if not len(masks):  # which detectron2 cannot rasterise
+            return torch.zeros(0, *instances.image_size, dtype=torch.bool)
         masks = BitMasks.from_polygon_masks(masks, *instances.image_size)
     return (masks.tensor if isinstance(masks, BitMasks) else masks).bool()
