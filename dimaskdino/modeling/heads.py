@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from dimaskdino.layers import MLP
 from dimaskdino.layers.boxes import inverse_sigmoid
-from dimaskdino.layers.points import sample_points
 
 
 @dataclass(frozen=True)
@@ -29,21 +28,6 @@ class MaskLogits:
     def select(self, image: int, queries: Tensor) -> Tensor:
         """Masks of some queries of one image: ``queries`` (N,) int64 to (N, h, w) logits."""
         return torch.einsum("nc,chw->nhw", self.embed[image, queries], self.features[image])
-
-    def at_points(self, image: int, points: Tensor) -> Tensor:
-        """Logits of all queries of one image at shared points.
-
-        Sampling is linear, so the features are sampled instead of Q masks.
-
-        Args:
-            image: index in the batch.
-            points: (P, 2) as (x, y) in [0, 1].
-
-        Returns:
-            (Q, P).
-        """
-        features = sample_points(self.features[image][None], points[None])[0]
-        return self.embed[image] @ features.to(self.embed.dtype)
 
 
 @dataclass(frozen=True)
