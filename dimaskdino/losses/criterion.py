@@ -151,8 +151,8 @@ class Criterion(nn.Module):
         for supervision in self._supervise(output, targets, suffixes, num_objects):
             losses.update(self._stage_losses(supervision, joined))
         if self.denoising != "no" and output.denoising is None:
-            terms = self._terms(self.denoising == "seg")
-            losses.update({f"{term}_dn{end}": num_objects.new_zeros(()) for end in suffixes.values() for term in terms})
+            terms, endings = self._terms(self.denoising == "seg"), _denoising_suffixes(output, suffixes).values()
+            losses.update({f"{term}{end}": num_objects.new_zeros(()) for end in endings for term in terms})
         return losses
 
     def _suffixes(self, output: DecoderOutput) -> dict[str, str]:
@@ -191,10 +191,11 @@ class Criterion(nn.Module):
         if output.denoising is None:
             return supervisions
         matches, num_groups = output.denoising.matches, output.denoising.num_groups
+        endings = _denoising_suffixes(output, suffixes)
         return supervisions + [
-            Supervision(stage, matches, f"_dn{suffixes[name]}", num_objects * num_groups, self.denoising == "seg")
+            Supervision(stage, matches, endings[name], num_objects * num_groups, self.denoising == "seg")
             for stage in output.denoising_stages
-            if (name := stage.name.removeprefix("dn.")) in suffixes
+            if (name := stage.name.removeprefix("dn.")) in endings
         ]
 
     def _stage_losses(self, supervision: Supervision, targets: JoinedTargets) -> dict[str, Tensor]:
@@ -220,6 +221,15 @@ class Criterion(nn.Module):
         logits = torch.cat([stage.masks.select(image, query) for image, (query, _) in enumerate(matches)]).float()
         points = self.sampler.per_mask(logits.detach())
         return mask_losses(sample_points(logits[:, None], points)[:, 0], sample_binary_masks(masks, obj, points))
+
+
+def _denoising_suffixes(output: DecoderOutput, suffixes: dict[str, str]) -> dict[str, str]:
+    """Ending of the denoising queries' loss names, by decoder stage.
+
+    As in the releases, a model of learned queries (one-stage) does not denoise its first stage.
+    """
+    one_stage = all(is_refined(stage.name) for stage in output.stages)
+    return {name: f"_dn{end}" for name, end in suffixes.items() if not (one_stage and end == "_0")}
 
 
 def is_refined(name: str) -> bool:
