@@ -10,11 +10,11 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-import yaml
 from detectron2.config import CfgNode
 from detectron2.config import get_cfg as get_detectron2_cfg
 
 from dimaskdino.errors import ConfigError
+from dimaskdino.yaml_files import read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -65,10 +65,7 @@ class Config(CfgNode):
         """Merge a YAML file and the files that its ``_BASE_`` names; YAML that runs code is refused."""
         if allow_unsafe:
             raise ConfigError(f"{cfg_filename}: unsafe YAML is not supported; write the value as plain YAML.")
-        try:
-            loaded = self.load_yaml_with_base(str(cfg_filename), allow_unsafe=False)
-        except (OSError, yaml.YAMLError) as error:
-            raise ConfigError(f"Cannot read the configuration {cfg_filename}: {_one_line(error)}") from error
+        loaded = read_yaml(str(cfg_filename))
         loaded.pop("VERSION", None)
         try:
             self.merge_from_other_cfg(type(self)(loaded))
