@@ -8,26 +8,31 @@ from argparse import Namespace
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.queues import SimpleQueue
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from dimaskdino.compat import create_local_process_group
-from dimaskdino.errors import UserError
+from dimaskdino.errors import USER_ERROR_STATUS, UserError
 
 Main = Callable[[Namespace], object]
 
-USER_ERROR_STATUS = 2
 TIMEOUT = timedelta(minutes=30)
 
 
-def launch(main: Main, args: Namespace) -> None:
+def launch(main: Main, args: Namespace, *, cpu_processes: int = 1) -> None:
     """Run ``main(args)`` in every process of the job.
 
     ``args.num_gpus`` (per machine; None means one where there is one) is replaced by the number that is used.
     Under torchrun its processes are the job's, on GPUs where there are any and ``--num-gpus`` is not 0.
     A :class:`UserError` of any process ends the program with one line on stderr and exit status 2.
+
+    Args:
+        main: what every process does; with several processes a function of a module's top level.
+        args: of the command line.
+        cpu_processes: how many processes to start on this machine where no GPU is used; they share its cores.
     """
     try:
         if _under_torchrun():
@@ -35,7 +40,7 @@ def launch(main: Main, args: Namespace) -> None:
             main(args)
             return
         args.num_gpus = _num_gpus(args.num_gpus)
-        num_local = max(args.num_gpus, 1)
+        num_local = args.num_gpus or cpu_processes
         if num_local * args.num_machines == 1:
             main(args)
         else:
@@ -46,11 +51,11 @@ def launch(main: Main, args: Namespace) -> None:
 
 def one_line(error: BaseException) -> str:
     """The message of ``error`` alone: a data-loader worker wraps it in the text of its traceback."""
-    last_line = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-    if "Original Traceback" in str(error):
-        last_line = last_line.partition(": ")[2]
-        return last_line
-    return " ".join(str(error).split())
+    message = str(error).strip()
+    if "Original Traceback" in message:
+        # The last line of a traceback is "module.ClassName: message".
+        message = message.splitlines()[-1].partition(": ")[2]
+    return " ".join(message.split())
 
 
 def _exit_with(error: UserError) -> None:
@@ -65,9 +70,15 @@ def _num_gpus(asked: int | None) -> int:
         return min(1, available)
     if asked < 0 or asked > available:
         raise UserError(
-            f"--num-gpus {asked}, but this machine has {available}; give a number from 0 (train on the CPU) to {available}."
+            f"--num-gpus {asked}, but this machine has {available}; "
+            f"give a number from 0 (train on the CPU) to {available}."
         )
     return asked
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _under_torchrun() -> bool:
@@ -86,9 +97,12 @@ def _join_torchrun(args: Namespace) -> None:
     _join(num_local=num_local, local_rank=int(os.environ["LOCAL_RANK"]), on_gpu=args.num_gpus > 0)
 
 
-def _join(*, num_local: int, local_rank: int, on_gpu: bool, **init_options: object) -> None:
+def _join(*, num_local: int, local_rank: int, on_gpu: bool, **init_options: Any) -> None:
     if on_gpu:
         torch.cuda.set_device(local_rank)
+    else:
+        # Threads beyond the cores wait for each other instead of computing.
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), num_cores() // num_local)))
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, **init_options)
     create_local_process_group(num_local)
 

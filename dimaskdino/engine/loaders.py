@@ -42,6 +42,7 @@ def build_train_loader(cfg: CfgNode, start_iter: int = 0) -> Iterable[list[dict[
     """Endless batches of SOLVER.IMS_PER_BATCH / processes mapped training images.
 
     Args:
+        cfg: the configuration.
         start_iter: iterations that earlier runs of this training have done.
     """
     dataset = _dataset_dicts(cfg, cfg.DATASETS.TRAIN)

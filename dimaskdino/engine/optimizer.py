@@ -88,9 +88,7 @@ class GradientClipper:
 
     def __init__(self, *, clip_type: str, limit: float, norm_type: float = 2.0) -> None:
         if clip_type not in self.TYPES:
-            raise ConfigError(
-                f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE {clip_type!r} is unknown; use {', '.join(self.TYPES)}."
-            )
+            raise ConfigError(f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE {clip_type!r} is unknown; use {', '.join(self.TYPES)}.")
         self.clip_type = clip_type
         self.limit = limit
         self.norm_type = norm_type

@@ -3,12 +3,17 @@
 import argparse
 import contextlib
 import logging
+import os
+import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from logging.handlers import MemoryHandler
 
-from detectron2.engine import default_argument_parser, default_setup
+import torch
+from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
+from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
 from dimaskdino.config import Config, get_cfg
@@ -58,11 +63,9 @@ def setup(args: Namespace) -> Config:
     with _held_log_records():
         cfg = load_config(args)
         _place(cfg, args.num_gpus)
-        _check_batch(cfg)
+        _check_solver(cfg)
         cfg.freeze()
-        default_setup(cfg, args)
-        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="dimaskdino")
-    logging.getLogger("detectron2.engine.train_loop").addFilter(_is_no_user_error)
+        _prepare_run(cfg, eval_only=args.eval_only)
     _check_datasets_once(cfg, train=not args.eval_only)
     return cfg
 
@@ -88,13 +91,37 @@ def _place(cfg: Config, num_gpus: int) -> None:
         raise ConfigError("MODEL.DEVICE cpu with several GPU processes; give --num-gpus 0, or remove the key.")
 
 
-def _check_batch(cfg: Config) -> None:
+def _check_solver(cfg: Config) -> None:
+    if cfg.SOLVER.MAX_ITER < 1:
+        raise ConfigError(f"SOLVER.MAX_ITER is {cfg.SOLVER.MAX_ITER}; it must be at least 1.")
     world_size = comm.get_world_size()
     if cfg.SOLVER.IMS_PER_BATCH < 1 or cfg.SOLVER.IMS_PER_BATCH % world_size:
         raise ConfigError(
             f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} (images per step over all processes) "
             f"is not a multiple of the {world_size} processes of this job."
         )
+
+
+def _prepare_run(cfg: Config, *, eval_only: bool) -> None:
+    """Make the run directory with config.yaml and log.txt, and seed this process.
+
+    detectron2's default_setup does the same, and prints the whole configuration in colour, to the log file too.
+    """
+    rank = comm.get_rank()
+    os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+    for name in ("fvcore", "detectron2", "dimaskdino"):
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name=name)
+    logging.getLogger("detectron2.engine.train_loop").addFilter(_is_no_user_error)
+    logger.info("Process %d of %d; environment:\n%s", rank, comm.get_world_size(), collect_env_info())
+    logger.info("Command line: %s", " ".join(sys.argv))
+    if comm.is_main_process():
+        path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
+        with open(path, "w") as file:
+            file.write(cfg.dump())
+        logger.info("The whole configuration is in %s", path)
+    seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + rank)
+    if not eval_only:
+        torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
 
 
 def _check_datasets_once(cfg: Config, *, train: bool) -> None:

@@ -26,9 +26,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Data
         dataset_name: a registered instance dataset.
         output_folder: where predictions and tables go.
     """
-    final = CocoEvaluator(
-        dataset_name=dataset_name, output_dir=output_folder, seen_only=cfg.DATASETS.MAX_IMAGES > 0
-    )
+    final = CocoEvaluator(dataset_name=dataset_name, output_dir=output_folder, seen_only=cfg.DATASETS.MAX_IMAGES > 0)
     if not cfg.TEST.EVAL_LAYERS:
         return final
     return LayerwiseEvaluator(final=final, output_dir=output_folder)

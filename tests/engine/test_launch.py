@@ -27,7 +27,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize(("available", "asked", "used"), [(0, None, 0), (4, None, 1), (4, 0, 0), (1, 1, 1)])
-def test_one_process_runs_here_on_one_gpu_where_there_is_one(available: int, asked: int | None, used: int, gpus) -> None:
+def test_one_process_uses_one_gpu_where_there_is_one(available: int, asked: int | None, used: int, gpus) -> None:
     gpus(available)
     seen = []
     launch(lambda args: seen.append(args.num_gpus), arguments(num_gpus=asked))
@@ -85,7 +85,7 @@ def report_then_fail(args: argparse.Namespace) -> None:
     comm.synchronize()
 
 
-def test_spawned_processes_form_a_job_for_detectron2_and_the_user_error_of_one_reaches_the_parent(tmp_path: Path) -> None:
+def test_spawned_processes_form_a_job_and_the_user_error_of_one_reaches_the_parent(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="^only rank 1 saw the bad file$"):
         _spawn(report_then_fail, arguments(num_gpus=0, folder=tmp_path), num_local=2)
     for rank in range(2):

@@ -72,7 +72,8 @@ def test_equal_settings_share_a_group_and_every_parameter_is_in_one_group_once()
 
 def test_decay_of_norms_and_embeddings_follows_its_own_keys() -> None:
     model = Parts()
-    cfg = cfg_with("SOLVER.WEIGHT_DECAY_NORM", 0.01, "SOLVER.WEIGHT_DECAY_EMBED", 0.02, "SOLVER.BACKBONE_MULTIPLIER", 0.5)
+    decays = ("SOLVER.WEIGHT_DECAY_NORM", 0.01, "SOLVER.WEIGHT_DECAY_EMBED", 0.02)
+    cfg = cfg_with(*decays, "SOLVER.BACKBONE_MULTIPLIER", 0.5)
     settings = settings_by_name(model, parameter_groups(cfg, model))
     assert settings["norm.weight"] == (1e-4, 0.01)
     assert settings["labels.weight"] == (1e-4, 0.02)
@@ -83,7 +84,8 @@ def test_the_optimizer_is_the_one_that_is_named() -> None:
     model = Parts()
     assert type(build_optimizer(cfg_with(), model)) is torch.optim.AdamW
     sgd = build_optimizer(cfg_with("SOLVER.OPTIMIZER", "SGD"), model)
-    assert type(sgd) is torch.optim.SGD and sgd.defaults["momentum"] == 0.9
+    assert type(sgd) is torch.optim.SGD
+    assert sgd.defaults["momentum"] == 0.9
     with pytest.raises(ConfigError, match="ADAM' is unknown; use ADAMW or SGD"):
         build_optimizer(cfg_with("SOLVER.OPTIMIZER", "ADAM"), model)
 

@@ -9,7 +9,6 @@ from torch import nn
 from dimaskdino.config import Config, get_cfg
 from dimaskdino.engine import build_lr_scheduler
 
-
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
@@ -46,7 +45,7 @@ def test_coco_r50_schedules_drop_the_learning_rate_where_the_releases_do(
 ) -> None:
     cfg = get_cfg()
     cfg.merge_from_file(str(CONFIGS / "coco" / f"{method}_r50_{epochs}ep.yaml"))
-    assert cfg.SOLVER.MAX_ITER == max_iter
+    assert max_iter == cfg.SOLVER.MAX_ITER
     expected = 1e-4
     # The warm-up of the releases starts at factor 1: there is none.
     assert learning_rate_at(cfg, 0) == learning_rate_at(cfg, 5) == pytest.approx(expected)

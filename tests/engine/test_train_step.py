@@ -40,7 +40,8 @@ def test_a_step_descends_the_sum_of_the_losses_and_records_each_and_the_gradient
     # The gradient of 2w + 3w is 5.
     assert step.model.weight.item() == pytest.approx(1.0 - 0.1 * 5.0)
     latest = {name: value for name, (value, _) in storage.latest().items()}
-    assert latest["loss_ce"] == 2.0 and latest["loss_bbox"] == 3.0 and latest["total_loss"] == 5.0
+    assert (latest["loss_ce"], latest["loss_bbox"]) == (2.0, 3.0)
+    assert latest["total_loss"] == 5.0
     assert latest["grad_norm"] == 5.0
 
 

@@ -1,4 +1,4 @@
-"""A detector small enough to train in milliseconds, with the interface of the real one: for tests of the engine alone."""
+"""A detector that trains in milliseconds, with the interface of the real one: for tests of the engine alone."""
 
 from typing import Any
 
@@ -52,7 +52,7 @@ class ToyDetector(nn.Module):
         masks = torch.zeros(NUM_DETECTIONS, height, width, dtype=torch.bool)
         masks[:, : height // 2, : width // 2] = True
         found.pred_masks = masks
-        return {"instances": found, "layers": {name: found for name in self.eval_layer_names()}}
+        return {"instances": found, "layers": dict.fromkeys(self.eval_layer_names(), found)}
 
 
 if "ToyDetector" not in META_ARCH_REGISTRY:

@@ -1,0 +1,100 @@
+"""train_net.py from the command line: a whole run, and one clear line for what cannot be used."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+SCRIPT = "train_net.py"
+
+
+def assert_one_error_line(finished, *parts: str) -> None:
+    assert finished.status == 2
+    lines = finished.err.strip().splitlines()
+    assert lines[-1].startswith("error: ")
+    assert "Traceback" not in finished.err
+    for part in parts:
+        assert part in lines[-1]
+
+
+def test_help_shows_detectron2s_flags_and_examples(run) -> None:
+    finished = run(SCRIPT, "--help")
+    assert finished.status == 0
+    for flag in ("config-file", "num-gpus", "num-machines", "machine-rank", "dist-url", "resume", "eval-only"):
+        assert f"--{flag}" in finished.out
+    assert "--eval-layers" in finished.out
+    assert "torchrun" in finished.out
+
+
+def test_a_run_trains_evaluates_resumes_and_is_evaluated_again_by_stage(run, tiny: list[str], tmp_path: Path) -> None:
+    assert run(SCRIPT, *tiny).status == 0
+    folder = tmp_path / "run"
+    for name in ("config.yaml", "log.txt", "metrics.json", "model_final.pth", "inference/results.json"):
+        assert (folder / name).is_file(), name
+    assert "eta" in (folder / "log.txt").read_text()
+
+    resumed = run(SCRIPT, "--resume", *tiny, "SOLVER.MAX_ITER", 4)
+    assert resumed.status == 0
+    assert "Starting training from iteration 3" in resumed.out
+    iterations = [json.loads(line)["iteration"] for line in (folder / "metrics.json").read_text().splitlines()]
+    assert iterations == sorted(iterations)
+    assert {2, 3} <= set(iterations)
+
+    evaluation = ["--eval-only", "--eval-layers", "all", *tiny, "MODEL.WEIGHTS", folder / "model_final.pth"]
+    evaluated = run(SCRIPT, *evaluation, "OUTPUT_DIR", tmp_path / "evaluation")
+    assert evaluated.status == 0
+    rows = json.loads((tmp_path / "evaluation" / "inference" / "layers.json").read_text())
+    assert [row["stage"] for row in rows] == ["interm", "layer.0", "layer.1"]
+    assert rows[-1]["bbox"] == json.loads((folder / "inference" / "results.json").read_text())["bbox"]
+    assert "box - mask" in evaluated.out
+
+
+def test_an_unknown_key_names_the_closest_known_one(run, tiny: list[str]) -> None:
+    assert_one_error_line(run(SCRIPT, *tiny, "SOLVER.BASE_LRR", 1), "SOLVER.BASE_LRR", "Did you mean SOLVER.BASE_LR?")
+
+
+def test_a_missing_configuration_file_is_named(run) -> None:
+    assert_one_error_line(run(SCRIPT, "--config-file", "configs/none.yaml"), "configs/none.yaml")
+
+
+def test_a_missing_dataset_says_where_it_was_looked_for(
+    run, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "nowhere"))
+    options = ["DATASETS.TRAIN", "('coco_2017_train',)", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 80]
+    finished = run(SCRIPT, *tiny, *options)
+    assert_one_error_line(finished, "coco_2017_train", str(tmp_path / "nowhere"), "DETECTRON2_DATASETS")
+
+
+def test_an_unregistered_dataset_names_the_closest_one(run, tiny: list[str]) -> None:
+    finished = run(SCRIPT, *tiny, "DATASETS.TRAIN", "('shapes_trian',)")
+    assert_one_error_line(finished, "shapes_trian", "shapes_train")
+
+
+def test_a_class_count_that_does_not_fit_gives_both_numbers(run, tiny: list[str]) -> None:
+    finished = run(SCRIPT, *tiny, "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 5)
+    assert_one_error_line(finished, "NUM_CLASSES is 5", "shapes_train has 6")
+
+
+def test_an_unreadable_image_of_a_loader_process_is_named(run, tiny: list[str], tmp_path: Path) -> None:
+    # A dataset of its own, since its images are broken here.
+    options = [*tiny, "DATASETS.SHAPES.ROOT", tmp_path / "broken", "DATALOADER.NUM_WORKERS", 1]
+    assert run(SCRIPT, *options, "SOLVER.MAX_ITER", 1, "DATASETS.TEST", "()").status == 0
+    images = sorted((tmp_path / "broken").glob("*/train/*.png"))
+    for image in images[1:]:
+        image.write_bytes(b"not an image")
+    assert_one_error_line(run(SCRIPT, *options), ".png")
+
+
+def test_evaluation_without_weights_or_with_a_missing_file_is_refused(run, tiny: list[str], tmp_path: Path) -> None:
+    assert_one_error_line(run(SCRIPT, "--eval-only", *tiny), "MODEL.WEIGHTS")
+    missing = tmp_path / "absent.pth"
+    assert_one_error_line(run(SCRIPT, "--eval-only", *tiny, "MODEL.WEIGHTS", missing), str(missing))
+
+
+def test_a_stage_that_the_model_does_not_have_is_refused_with_those_it_has(run, tiny: list[str]) -> None:
+    assert_one_error_line(run(SCRIPT, "--eval-layers", "layer.9", *tiny), "layer.9", "layer.1")
+
+
+def test_more_gpus_than_there_are_is_refused(run, tiny: list[str]) -> None:
+    assert_one_error_line(run(SCRIPT, "--num-gpus", 99, *tiny[2:]), "--num-gpus 99")
