@@ -1,0 +1,94 @@
+"""Training starts from the releases' losses and gradients."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dimaskdino.checkpoint.names import our_name
+from tests.parity.recorded import NAMES, model, recorded, training_batch
+
+# loss_bbox_dn_0 compares boxes with themselves (no noise): what is left is rounding, in the releases as well.
+FLOOR = 1e-6
+
+
+class Run:
+    """One training step without the update."""
+
+    def __init__(self, name: str) -> None:
+        net = model(name).train()
+        net.sem_seg_head.predictor.register_forward_hook(lambda _m, _i, output: setattr(self, "decoded", output))
+        losses = net(training_batch(name))
+        total = sum(losses.values())
+        total.backward()
+        self.losses: dict[str, float] = {key: value.item() for key, value in losses.items()}
+        self.total: float = total.item()
+        self.gradients: dict[str, Tensor] = {
+            key: parameter.grad for key, parameter in net.named_parameters() if parameter.grad is not None
+        }
+
+
+@pytest.fixture(scope="module")
+def runs() -> dict[str, Run]:
+    return {name: Run(name) for name in NAMES}
+
+
+def our_loss(name: str) -> str:
+    """oldm_loss_ce_1 is ours as loss_ce_di_1."""
+    if not name.startswith("oldm_"):
+        return name
+    term, index = name.removeprefix("oldm_").rsplit("_", 1)
+    return f"{term}_di_{index}"
+
+
+def recorded_losses(name: str) -> dict[str, float]:
+    data = recorded(name)
+    return {
+        our_loss(str(key)): float(value)
+        for key, value in zip(data["train/loss_names"], data["train/loss_values"], strict=True)
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_loss_terms_are_the_recorded_ones(runs, name):
+    assert set(runs[name].losses) == set(recorded_losses(name))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_weighted_term_is_the_same(runs, name):
+    different = {
+        key: (runs[name].losses[key], value)
+        for key, value in recorded_losses(name).items()
+        if not math.isclose(runs[name].losses[key], value, rel_tol=1e-4, abs_tol=FLOOR)
+    }
+    assert not different
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_total_is_the_same(runs, name):
+    assert runs[name].total == pytest.approx(float(recorded(name)["train/total"]), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_parameters_get_gradients_of_the_same_norm(runs, name):
+    data = recorded(name)
+    expected = {
+        our_name(str(key)): float(value)
+        for key, value in zip(data["train/grad_names"], data["train/grad_norms"], strict=True)
+    }
+    norms = {key: gradient.norm().item() for key, gradient in runs[name].gradients.items()}
+    assert set(norms) == set(expected)
+    different = {
+        key: (norms[key], value) for key, value in expected.items() if not math.isclose(norms[key], value, rel_tol=1e-3)
+    }
+    assert not different
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_last_layer_predicts_the_same_in_training(runs, name):
+    final = runs[name].decoded.stages[-1]
+    for ours, key in ((final.logits, "pred_logits"), (final.boxes, "pred_boxes")):
+        theirs: np.ndarray = recorded(name)[f"train/final/{key}"]
+        torch.testing.assert_close(ours.detach(), torch.from_numpy(theirs), rtol=0, atol=1e-4)
