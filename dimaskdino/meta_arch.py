@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from dimaskdino.errors import ConfigError
 from dimaskdino.losses import Criterion, PointSampler
-from dimaskdino.modeling.decoder import DecoderOutput, uses_no_object_class
+from dimaskdino.modeling.decoder import DecoderOutput
+from dimaskdino.modeling.decoder_config import uses_no_object_class
 from dimaskdino.modeling.inference import instances_of_image
 from dimaskdino.modeling.targets import Targets
 

@@ -10,11 +10,12 @@ from detectron2.layers import Conv2d
 from fvcore.nn import weight_init
 from torch import Tensor, nn
 
-from dimaskdino.errors import ConfigError
-from dimaskdino.layers import MLP, FeedForward, MSDeformAttn, MultiheadAttention
+from dimaskdino.layers import MLP
 from dimaskdino.layers.attention import xavier_init
 from dimaskdino.layers.ms_deform_attn import SpatialShapes
 from dimaskdino.layers.position import box_sine_embedding, pixel_sine_embedding
+from dimaskdino.modeling.decoder_config import check_decoder_config, num_first_selected, uses_no_object_class
+from dimaskdino.modeling.decoder_layer import DecoderLayer
 from dimaskdino.modeling.denoising import Denoising, DenoisingQueries
 from dimaskdino.modeling.encoder import EncoderOutput
 from dimaskdino.modeling.heads import PredictionHeads, StagePrediction
@@ -26,10 +27,6 @@ from dimaskdino.modeling.registry import (
 )
 from dimaskdino.modeling.selection import FirstSelection, Tokens
 from dimaskdino.modeling.targets import Targets
-
-_BOX_TYPES = ("no", "mask2box", "bitmask")
-_DN_KINDS = ("no", "standard", "seg")
-_GUIDANCE = ("q_bal", "t_s2", "t_s1", "t_i")
 
 
 @dataclass(frozen=True)
@@ -70,71 +67,23 @@ class FeatureTokens:
         return chunk.transpose(1, 2).unflatten(-1, self.spatial_shapes[finest])
 
 
-class DecoderLayer(FeedForward):
-    """Self-attention, deformable cross-attention to the feature tokens and a feed-forward block, post-norm."""
-
-    def __init__(self, *, dim: int, hidden_dim: int, num_levels: int, num_heads: int) -> None:
-        super().__init__()
-        self.cross_attn = MSDeformAttn(dim=dim, num_levels=num_levels, num_heads=num_heads)
-        self.norm1 = nn.LayerNorm(dim)
-        self.self_attn = MultiheadAttention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim)
-        self.add_feed_forward(dim, hidden_dim, dropout=0.0)
-        self.norm3 = nn.LayerNorm(dim)
-        xavier_init(self)
-        self.cross_attn.reset_parameters()
-
-    def forward(
-        self,
-        content: Tensor,
-        position: Tensor,
-        boxes: Tensor,
-        tokens: Tensor,
-        spatial_shapes: SpatialShapes,
-        attn_mask: Tensor | None,
-    ) -> Tensor:
-        """Renew the queries' ``content`` (B, Q, C).
-
-        Args:
-            content: (B, Q, C).
-            position: (B, Q, C) positional embedding of ``boxes``.
-            boxes: (B, Q, 4) cxcywh in [0, 1], where the queries look.
-            tokens: (B, N, C) feature tokens.
-            spatial_shapes: (height, width) of each level.
-            attn_mask: (Q, Q) bool, True where a query must not see another; None when all see all.
-        """
-        query = content + position
-        content = self.norm2(content + self.self_attn(query, query, content, attn_mask))
-        content = self.norm1(content + self.cross_attn(content + position, boxes, tokens, spatial_shapes))
-        return self.feed_forward(content, self.norm3)
-
-
 @TRANSFORMER_DECODER_REGISTRY.register()
 class DIMaskDINODecoder(nn.Module):
     """Selection, De-Imbalance, BATO and the refining layers.
 
     Args:
-        in_channels: width of the encoder's levels.
         dim: width C of queries and tokens.
-        num_classes: classes K; denoising draws labels from them.
-        num_logits: class logits, K, or K + 1 with a no-object class.
-        num_queries: queries that the decoder refines.
-        num_levels: feature levels.
-        num_layers: decoder layers, layer 0 included.
-        num_heads: attention heads.
-        hidden_dim: width of the feed-forward blocks.
-        mask_dim: channels of the mask features.
-        two_stage: queries from selected tokens; otherwise learned ones.
-        learn_content: learned content on the selected boxes.
-        initial_prediction: predict before layer 0 as well.
-        initialize_box_type: ``no``, ``mask2box`` or ``bitmask``.
-        enforce_input_projection: project the levels although their width fits.
-        denoising: ``no``, ``standard`` or ``seg``.
-        dn_num_queries: denoising queries per image.
-        dn_noise_scale: noise on denoising labels and boxes.
-        num_first_selected: tokens of the first selection.
+        input_proj: projections of the encoder's levels to C, in their order; empty where none is needed.
+        heads: class, box and mask heads.
+        selection: first selection; None for learned queries.
+        num_first_selected: tokens that it keeps.
+        query_feat: learned content of the queries, or None to take that of the selected tokens.
+        query_embed: learned boxes (logits), for learned queries alone.
+        denoising: makes denoising queries in training.
         de_imbalance: the De-Imbalance module, or None.
         bato: the BATO module, or None.
+        layers: of the decoder, layer 0 included.
+        initial_prediction: predict before layer 0 as well.
         guidance: the queries that guide BATO: ``q_bal`` (output of layer 0), ``t_s2``, ``t_s1``, ``t_i`` (DI off).
         random_position: draw the boxes of the matching queries at random (Table 3).
     """
@@ -143,93 +92,72 @@ class DIMaskDINODecoder(nn.Module):
     def __init__(
         self,
         *,
-        in_channels: int,
         dim: int,
-        num_classes: int,
-        num_logits: int,
-        num_queries: int,
-        num_levels: int,
-        num_layers: int,
-        num_heads: int,
-        hidden_dim: int,
-        mask_dim: int,
-        two_stage: bool,
-        learn_content: bool,
-        initial_prediction: bool,
-        initialize_box_type: str,
-        enforce_input_projection: bool,
-        denoising: str,
-        dn_num_queries: int,
-        dn_noise_scale: float,
+        input_proj: Sequence[nn.Module],
+        heads: PredictionHeads,
+        selection: FirstSelection | None,
         num_first_selected: int,
+        query_feat: nn.Embedding | None,
+        query_embed: nn.Embedding | None,
+        denoising: Denoising,
         de_imbalance: nn.Module | None,
         bato: nn.Module | None,
+        layers: Sequence[nn.Module],
+        initial_prediction: bool,
         guidance: str,
         random_position: bool,
     ) -> None:
         super().__init__()
-        self.dim, self.num_queries, self.num_first_selected = dim, num_queries, num_first_selected
+        self.dim, self.num_first_selected = dim, num_first_selected
         self.initial_prediction, self.guidance, self.random_position = initial_prediction, guidance, random_position
-        self.use_denoising = denoising != "no"
-        self.input_proj = nn.ModuleList()
-        if in_channels != dim or enforce_input_projection:
-            self.input_proj.extend(Conv2d(in_channels, dim, 1) for _ in range(num_levels))
-            for proj in self.input_proj:
-                weight_init.c2_xavier_fill(proj)
-        self.selection = FirstSelection(dim=dim, initialize_box_type=initialize_box_type) if two_stage else None
-        self.query_feat = nn.Embedding(num_queries, dim) if learn_content or not two_stage else None
-        self.query_embed = None if two_stage else nn.Embedding(num_queries, 4)
-        self.heads = PredictionHeads(dim=dim, num_logits=num_logits, mask_dim=mask_dim)
-        self.denoising = Denoising(
-            dim=dim, num_classes=num_classes, num_queries=dn_num_queries, noise_scale=dn_noise_scale
-        )
-        self.de_imbalance = de_imbalance
-        self.bato = bato
+        self.input_proj = nn.ModuleList(input_proj)
+        self.heads, self.selection, self.denoising = heads, selection, denoising
+        self.query_feat, self.query_embed = query_feat, query_embed
+        self.de_imbalance, self.bato = de_imbalance, bato
         self.query_pos = MLP(2 * dim, dim, dim, 2)
         xavier_init(self.query_pos)
-        self.layers = nn.ModuleList(
-            DecoderLayer(dim=dim, hidden_dim=hidden_dim, num_levels=num_levels, num_heads=num_heads)
-            for _ in range(num_layers)
-        )
+        self.layers = nn.ModuleList(layers)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """Read MODEL.MaskDINO.
+        """Build the parts from MODEL.MaskDINO.
 
         Raises:
             ConfigError: for values that cannot work together.
         """
-        node = cfg.MODEL.MaskDINO
-        _check_config(cfg)
-        use_de_imbalance = node.DI.ENABLED
+        check_decoder_config(cfg)
+        node, head = cfg.MODEL.MaskDINO, cfg.MODEL.SEM_SEG_HEAD
+        dim, num_levels = node.HIDDEN_DIM, head.TOTAL_NUM_FEATURE_LEVELS
+        project = dim != head.CONVS_DIM or node.ENFORCE_INPUT_PROJ
+        num_logits = head.NUM_CLASSES + uses_no_object_class(cfg)
+        learned_content = node.LEARN_TGT or not node.TWO_STAGE
         return {
-            "in_channels": cfg.MODEL.SEM_SEG_HEAD.CONVS_DIM,
-            "dim": node.HIDDEN_DIM,
-            "num_classes": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
-            "num_logits": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES + uses_no_object_class(cfg),
-            "num_queries": node.NUM_OBJECT_QUERIES,
-            "num_levels": cfg.MODEL.SEM_SEG_HEAD.TOTAL_NUM_FEATURE_LEVELS,
-            "num_layers": node.DEC_LAYERS,
-            "num_heads": node.NHEADS,
-            "hidden_dim": node.DIM_FEEDFORWARD,
-            "mask_dim": cfg.MODEL.SEM_SEG_HEAD.MASK_DIM,
-            "two_stage": node.TWO_STAGE,
-            "learn_content": node.LEARN_TGT,
-            "initial_prediction": node.INITIAL_PRED,
-            "initialize_box_type": node.INITIALIZE_BOX_TYPE,
-            "enforce_input_projection": node.ENFORCE_INPUT_PROJ,
-            "denoising": node.DN,
-            "dn_num_queries": node.DN_NUM,
-            "dn_noise_scale": node.DN_NOISE_SCALE,
-            "num_first_selected": (node.DI.NUM_SELECTED or [node.FIRST_SELECTED_QUERIES])[0]
-            if use_de_imbalance
-            else node.NUM_OBJECT_QUERIES,
+            "dim": dim,
+            "input_proj": [_projection(head.CONVS_DIM, dim) for _ in range(num_levels if project else 0)],
+            "heads": PredictionHeads(dim=dim, num_logits=num_logits, mask_dim=head.MASK_DIM),
+            "selection": FirstSelection(dim=dim, initialize_box_type=node.INITIALIZE_BOX_TYPE)
+            if node.TWO_STAGE
+            else None,
+            "num_first_selected": num_first_selected(cfg),
+            "query_feat": nn.Embedding(node.NUM_OBJECT_QUERIES, dim) if learned_content else None,
+            "query_embed": None if node.TWO_STAGE else nn.Embedding(node.NUM_OBJECT_QUERIES, 4),
+            "denoising": Denoising(
+                dim=dim,
+                num_classes=head.NUM_CLASSES,
+                num_queries=node.DN_NUM if node.DN != "no" else 0,
+                noise_scale=node.DN_NOISE_SCALE,
+            ),
             "de_imbalance": get_registered(DE_IMBALANCE_REGISTRY, node.DI.NAME, "MODEL.MaskDINO.DI.NAME")(cfg)
-            if use_de_imbalance
+            if node.DI.ENABLED
             else None,
             "bato": get_registered(BATO_REGISTRY, node.BATO.NAME, "MODEL.MaskDINO.BATO.NAME")(cfg)
             if node.BATO.ENABLED
             else None,
+            "layers": [
+                DecoderLayer(dim=dim, hidden_dim=node.DIM_FEEDFORWARD, num_levels=num_levels, num_heads=node.NHEADS)
+                for _ in range(node.DEC_LAYERS)
+            ],
+            "initial_prediction": node.INITIAL_PRED,
             "guidance": node.BATO.GUIDANCE,
             "random_position": node.DI.RANDOM_POSITION,
         }
@@ -246,7 +174,7 @@ class DIMaskDINODecoder(nn.Module):
         """
         t_i = self._flatten(encoded.levels)
         t_s1, t_s2, stages = self._select(t_i, encoded.mask_features)
-        denoising = self.denoising(targets) if self.use_denoising and targets is not None else None
+        denoising = None if targets is None else self.denoising(targets)
         queries, attn_mask = _prepend(denoising, t_s2)
         refined = self._refine(queries, attn_mask, t_i, encoded.mask_features, t_s1, t_s2)
         if denoising is None:
@@ -364,12 +292,6 @@ class MaskDINODecoder(DIMaskDINODecoder):
         return super().from_config(cfg)
 
 
-def uses_no_object_class(cfg: CfgNode) -> bool:
-    """Whether the class head has a no-object logit: semantic segmentation with softmax cross entropy."""
-    test = cfg.MODEL.MaskDINO.TEST
-    return bool(test.SEMANTIC_ON and cfg.MODEL.MaskDINO.SEMANTIC_CE_LOSS and not test.PANOPTIC_ON)
-
-
 def _prepend(denoising: DenoisingQueries | None, matching: Tokens) -> tuple[Tokens, Tensor | None]:
     """Denoising queries before the matching ones, and who sees whom."""
     if denoising is None:
@@ -379,47 +301,7 @@ def _prepend(denoising: DenoisingQueries | None, matching: Tokens) -> tuple[Toke
     return Tokens(content, boxes), denoising.attention_mask(matching.content.shape[1])
 
 
-def _check_config(cfg: CfgNode) -> None:
-    """Refuse combinations that cannot work.
-
-    Raises:
-        ConfigError: naming the keys and what to change.
-    """
-    node = cfg.MODEL.MaskDINO
-    for key, value, allowed in (
-        ("INITIALIZE_BOX_TYPE", node.INITIALIZE_BOX_TYPE, _BOX_TYPES),
-        ("DN", node.DN, _DN_KINDS),
-        ("BATO.GUIDANCE", node.BATO.GUIDANCE, _GUIDANCE),
-    ):
-        if value not in allowed:
-            raise ConfigError(f"MODEL.MaskDINO.{key} is {value!r}; it must be one of {', '.join(allowed)}.")
-    selected = node.DI.NUM_SELECTED
-    if node.DI.ENABLED and selected and selected[-1] != node.NUM_OBJECT_QUERIES:
-        raise ConfigError(
-            f"MODEL.MaskDINO.DI.NUM_SELECTED ends in {selected[-1]}, but NUM_OBJECT_QUERIES is "
-            f"{node.NUM_OBJECT_QUERIES}; the last selection gives the decoder its queries."
-        )
-    problems = {
-        "DI.ENABLED needs TWO_STAGE: De-Imbalance selects from tokens.": node.DI.ENABLED and not node.TWO_STAGE,
-        "INITIALIZE_BOX_TYPE needs TWO_STAGE: learned queries bring their own boxes.": (
-            node.INITIALIZE_BOX_TYPE != "no" and not node.TWO_STAGE
-        ),
-        "INITIALIZE_BOX_TYPE needs INITIAL_PRED, as in MaskDINO.": (
-            node.INITIALIZE_BOX_TYPE != "no" and not node.INITIAL_PRED
-        ),
-        "BATO.ENABLED needs DEC_LAYERS of at least 2: it acts before layer 1.": (
-            node.BATO.ENABLED and node.DEC_LAYERS < 2
-        ),
-        "BATO.GUIDANCE t_i means that De-Imbalance is off: set DI.ENABLED False.": (
-            node.BATO.ENABLED and node.BATO.GUIDANCE == "t_i" and node.DI.ENABLED
-        ),
-        "BATO.ENABLED needs HIDDEN_DIM and SEM_SEG_HEAD.MASK_DIM to be equal.": (
-            node.BATO.ENABLED and node.HIDDEN_DIM != cfg.MODEL.SEM_SEG_HEAD.MASK_DIM
-        ),
-        "DEC_LAYERS must be at least 1.": node.DEC_LAYERS < 1,
-        "NUM_GUIDING_TOKENS must be at least 1.": node.BATO.ENABLED and node.NUM_GUIDING_TOKENS < 1,
-        "DN_NUM must be at least 1 (or set DN no).": node.DN != "no" and node.DN_NUM < 1,
-    }
-    for message, applies in problems.items():
-        if applies:
-            raise ConfigError(f"MODEL.MaskDINO.{message}")
+def _projection(in_channels: int, dim: int) -> nn.Module:
+    projection = Conv2d(in_channels, dim, 1)
+    weight_init.c2_xavier_fill(projection)
+    return projection

@@ -50,7 +50,7 @@ class Denoising(nn.Module):
     Args:
         dim: channels C.
         num_classes: classes K.
-        num_queries: at most this many denoising queries per image (MODEL.MaskDINO.DN_NUM).
+        num_queries: at most this many denoising queries per image (MODEL.MaskDINO.DN_NUM); 0 for none.
         noise_scale: noise on labels (probability scale / 2) and boxes; 0 for none.
     """
 
@@ -60,7 +60,7 @@ class Denoising(nn.Module):
         self.num_classes, self.num_queries, self.noise_scale = num_classes, num_queries, noise_scale
 
     def forward(self, targets: Sequence[Targets]) -> DenoisingQueries | None:
-        """Queries for a batch; None where no image has an object.
+        """Queries for a batch; None where no image has an object, or denoising is off.
 
         Deviation: the releases drop denoising for the whole batch when an image has more objects than ``num_queries``;
         here such an image denoises a random choice of that many objects, in one group.

@@ -1,0 +1,69 @@
+"""What the decoder's keys mean together, and which combinations cannot work."""
+
+from detectron2.config import CfgNode
+
+from dimaskdino.errors import ConfigError
+
+_BOX_TYPES = ("no", "mask2box", "bitmask")
+_DN_KINDS = ("no", "standard", "seg")
+_GUIDANCE = ("q_bal", "t_s2", "t_s1", "t_i")
+
+
+def uses_no_object_class(cfg: CfgNode) -> bool:
+    """Whether the class head has a no-object logit: semantic segmentation with softmax cross entropy."""
+    test = cfg.MODEL.MaskDINO.TEST
+    return bool(test.SEMANTIC_ON and cfg.MODEL.MaskDINO.SEMANTIC_CE_LOSS and not test.PANOPTIC_ON)
+
+
+def num_first_selected(cfg: CfgNode) -> int:
+    """Tokens of the first selection: k1 with De-Imbalance, the decoder's queries without."""
+    node = cfg.MODEL.MaskDINO
+    if not node.DI.ENABLED:
+        return node.NUM_OBJECT_QUERIES
+    return node.DI.NUM_SELECTED[0] if node.DI.NUM_SELECTED else node.FIRST_SELECTED_QUERIES
+
+
+def check_decoder_config(cfg: CfgNode) -> None:
+    """Refuse combinations that cannot work.
+
+    Raises:
+        ConfigError: naming the keys and what to change.
+    """
+    node = cfg.MODEL.MaskDINO
+    for key, value, allowed in (
+        ("INITIALIZE_BOX_TYPE", node.INITIALIZE_BOX_TYPE, _BOX_TYPES),
+        ("DN", node.DN, _DN_KINDS),
+        ("BATO.GUIDANCE", node.BATO.GUIDANCE, _GUIDANCE),
+    ):
+        if value not in allowed:
+            raise ConfigError(f"MODEL.MaskDINO.{key} is {value!r}; it must be one of {', '.join(allowed)}.")
+    selected = node.DI.NUM_SELECTED
+    if node.DI.ENABLED and selected and selected[-1] != node.NUM_OBJECT_QUERIES:
+        raise ConfigError(
+            f"MODEL.MaskDINO.DI.NUM_SELECTED ends in {selected[-1]}, but NUM_OBJECT_QUERIES is "
+            f"{node.NUM_OBJECT_QUERIES}; the last selection gives the decoder its queries."
+        )
+    problems = {
+        "DI.ENABLED needs TWO_STAGE: De-Imbalance selects from tokens.": node.DI.ENABLED and not node.TWO_STAGE,
+        "INITIALIZE_BOX_TYPE needs TWO_STAGE: learned queries bring their own boxes.": (
+            node.INITIALIZE_BOX_TYPE != "no" and not node.TWO_STAGE
+        ),
+        "INITIALIZE_BOX_TYPE needs INITIAL_PRED, as in MaskDINO.": (
+            node.INITIALIZE_BOX_TYPE != "no" and not node.INITIAL_PRED
+        ),
+        "BATO.ENABLED needs DEC_LAYERS of at least 2: it acts before layer 1.": (
+            node.BATO.ENABLED and node.DEC_LAYERS < 2
+        ),
+        "BATO.GUIDANCE t_i means that De-Imbalance is off: set DI.ENABLED False.": (
+            node.BATO.ENABLED and node.BATO.GUIDANCE == "t_i" and node.DI.ENABLED
+        ),
+        "BATO.ENABLED needs HIDDEN_DIM and SEM_SEG_HEAD.MASK_DIM to be equal.": (
+            node.BATO.ENABLED and node.HIDDEN_DIM != cfg.MODEL.SEM_SEG_HEAD.MASK_DIM
+        ),
+        "DEC_LAYERS must be at least 1.": node.DEC_LAYERS < 1,
+        "NUM_GUIDING_TOKENS must be at least 1.": node.BATO.ENABLED and node.NUM_GUIDING_TOKENS < 1,
+        "DN_NUM must be at least 1 (or set DN no).": node.DN != "no" and node.DN_NUM < 1,
+    }
+    for message, applies in problems.items():
+        if applies:
+            raise ConfigError(f"MODEL.MaskDINO.{message}")
