@@ -4,11 +4,16 @@ Neither of those two is listed as a requirement, so installing this package neve
 is told by tools/install_detectron2.py. configs/ and train_net.py are used from the repository and are not packaged.
 """
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+VERSION = re.findall('__version__ = "(.+)"', (Path(__file__).parent / "dimaskdino" / "__init__.py").read_text())
 
 setup(
     name="dimaskdino",
-    version="0.1.0",
+    version=VERSION[0],
     description="DI-MaskDINO: joint object detection and instance segmentation, on detectron2",
     license="Apache-2.0",
     python_requires=">=3.10",

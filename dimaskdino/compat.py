@@ -1,4 +1,4 @@
-"""What differs between detectron2 0.5 and its current main, in one place."""
+"""What differs between detectron2 0.5 and its current main, and what either needs on a new torch, in one place."""
 
 import torch.distributed as dist
 from detectron2.utils import comm
@@ -17,3 +17,14 @@ def create_local_process_group(num_processes_per_machine: int) -> None:
         group = dist.new_group(list(range(first, first + num_processes_per_machine)))
         if first <= dist.get_rank() < first + num_processes_per_machine:
             comm._LOCAL_PROCESS_GROUP = group
+
+
+def leave_process_group() -> None:
+    """End this process's part in the job; every process calls this once, after its last communication.
+
+    Either detectron2 keeps two groups alive: the local one and, once results were gathered, the global one in a cache.
+    A Gloo group that something still holds when the interpreter exits aborts the process now and then.
+    """
+    comm._LOCAL_PROCESS_GROUP = None
+    comm._get_global_gloo_group.cache_clear()
+    dist.destroy_process_group()

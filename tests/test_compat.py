@@ -1,0 +1,28 @@
+"""The process groups of a job, as either detectron2 needs them."""
+
+from pathlib import Path
+
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from detectron2.utils import comm
+
+from dimaskdino.compat import create_local_process_group, leave_process_group
+
+
+def _report_ranks(rank: int, folder: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    create_local_process_group(1)
+    ranks = comm.all_gather((comm.get_rank(), comm.get_local_rank(), comm.get_local_size()))
+    (folder / f"{rank}.txt").write_text(repr(ranks))
+    leave_process_group()
+    # Nothing of the job may be left behind: a second one in the same processes starts from scratch.
+    assert not dist.is_initialized()
+    dist.init_process_group("gloo", init_method=f"file://{folder}/second", rank=rank, world_size=2)
+    assert comm.all_gather(rank) == [0, 1]
+    leave_process_group()
+
+
+def test_local_ranks_start_at_zero_on_each_machine_and_leaving_allows_another_job(tmp_path: Path) -> None:
+    mp.spawn(_report_ranks, args=(tmp_path,), nprocs=2)
+    expected = repr([(0, 0, 1), (1, 0, 1)])
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)] == [expected] * 2
