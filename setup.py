@@ -22,6 +22,7 @@ setup(
         "faster-coco-eval>=1.6",
         "fvcore>=0.1.5",
         "iopath>=0.1.7",
+        "matplotlib>=3.5",
         "numpy>=1.23",
         "opencv-python-headless>=4.6",  # imported by detectron2, which leaves it to the user
         "Pillow>=9.1",

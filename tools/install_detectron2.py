@@ -77,14 +77,10 @@ class Edit:
 
 
 NUMPY_ALIAS = "NumPy 1.24 removed its aliases of the builtin types"
+PKG_RESOURCES = "setuptools 82 removed pkg_resources"
 
 EDITS = (
-    Edit(
-        "detectron2/data/transforms/transform.py",
-        "Image.LINEAR",
-        "Image.BILINEAR",
-        "Pillow 10 removed the alias",
-    ),
+    Edit("detectron2/data/transforms/transform.py", "Image.LINEAR", "Image.BILINEAR", "Pillow 10 removed the alias"),
     Edit("detectron2/data/build.py", "dtype=np.int)", "dtype=int)", NUMPY_ALIAS),
     Edit("detectron2/data/build.py", "dtype=np.int\n", "dtype=int\n", NUMPY_ALIAS),
     Edit("detectron2/data/datasets/pascal_voc.py", "dtype=np.str)", "dtype=str)", NUMPY_ALIAS),
@@ -100,17 +96,12 @@ EDITS = (
         "np.asarray(mask)",
         "NumPy 2 raises where copy=False cannot be honoured, as for a Pillow image",
     ),
-    Edit(
-        "detectron2/model_zoo/model_zoo.py",
-        "import pkg_resources\n",
-        "from importlib import resources\n",
-        "setuptools 82 removed pkg_resources",
-    ),
+    Edit("detectron2/model_zoo/model_zoo.py", "import pkg_resources", "from importlib import resources", PKG_RESOURCES),
     Edit(
         "detectron2/model_zoo/model_zoo.py",
         'pkg_resources.resource_filename(\n        "detectron2.model_zoo", os.path.join("configs", config_path)\n    )',
         'str(resources.files("detectron2.model_zoo").joinpath("configs", config_path))',
-        "setuptools 82 removed pkg_resources",
+        PKG_RESOURCES,
     ),
 )
 
