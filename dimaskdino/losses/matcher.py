@@ -36,15 +36,14 @@ class HungarianMatcher:
     Args:
         weights: of the costs.
         sampler: gives the points at which masks are compared.
-        use_boxes: whether boxes count.
 
     Source: MaskDINO (Li et al., 2023), section 3.3; DETR for the assignment.
     Deviation: the releases draw new points for every stage; here the stages of an image share them, so that the masks
     are sampled once. Costs of the releases add 1e-8 inside logarithms; here they are computed from the logits.
     """
 
-    def __init__(self, *, weights: CostWeights, sampler: PointSampler, use_boxes: bool = True) -> None:
-        self.weights, self.sampler, self.use_boxes = weights, sampler, use_boxes
+    def __init__(self, *, weights: CostWeights, sampler: PointSampler) -> None:
+        self.weights, self.sampler = weights, sampler
 
     @torch.no_grad()
     def __call__(self, stages: Sequence[StagePrediction], targets: Sequence[Targets]) -> list[Matches]:
@@ -79,11 +78,10 @@ class HungarianMatcher:
         positive = FOCAL_ALPHA * (1 - probability) ** FOCAL_GAMMA * F.softplus(-logits)
         negative = (1 - FOCAL_ALPHA) * probability**FOCAL_GAMMA * F.softplus(logits)
         cost = self.weights.classes * (positive - negative)[:, target.labels]
-        if self.use_boxes:
-            boxes = torch.cat([stage.boxes[image] for stage in stages]).float()
-            distance = torch.cdist(boxes, target.boxes, p=1)
-            overlap = generalized_iou(cxcywh_to_xyxy(boxes)[:, None], cxcywh_to_xyxy(target.boxes)[None])
-            cost = cost + self.weights.box * distance - self.weights.giou * overlap
+        boxes = torch.cat([stage.boxes[image] for stage in stages]).float()
+        distance = torch.cdist(boxes, target.boxes, p=1)
+        overlap = generalized_iou(cxcywh_to_xyxy(boxes)[:, None], cxcywh_to_xyxy(target.boxes)[None])
+        cost = cost + self.weights.box * distance - self.weights.giou * overlap
         return cost.split([stage.logits.shape[1] for stage in stages])
 
     def _mask_cost(

@@ -11,10 +11,10 @@ LN2 = math.log(2)
 LEFT, RIGHT, LOWER = [0.25, 0.25, 0.5, 0.5], [0.75, 0.25, 0.5, 0.5], [0.5, 0.75, 1.0, 0.5]
 
 
-def matcher(use_boxes: bool = True, **weights: float) -> HungarianMatcher:
+def matcher(**weights: float) -> HungarianMatcher:
     """A matcher whose costs that are not named weigh nothing."""
     none = dict.fromkeys(("classes", "box", "giou", "mask", "dice"), 0.0)
-    return HungarianMatcher(weights=CostWeights(**(none | weights)), sampler=GridSampler(), use_boxes=use_boxes)
+    return HungarianMatcher(weights=CostWeights(**(none | weights)), sampler=GridSampler())
 
 
 RELEASE = {"classes": 4.0, "box": 5.0, "giou": 2.0, "mask": 5.0, "dice": 5.0}
@@ -125,13 +125,6 @@ def test_stages_without_masks_are_matched_on_class_and_box_alone(costs):
     stage, target = make_stage([[0.0], [1.0]], [LEFT, RIGHT]), [make_targets([0], [LEFT])]
     matcher(**RELEASE)([stage], target)
     matcher(**(RELEASE | {"mask": 0.0, "dice": 0.0}))([stage], target)
-    torch.testing.assert_close(costs[0], costs[1])
-
-
-def test_without_boxes_the_class_and_the_mask_count(costs):
-    stage, target = make_stage([[0.0]], [LEFT], torch.zeros(1, 8, 8)), [make_targets([0], [LOWER])]
-    matcher(use_boxes=False, **RELEASE)([stage], target)
-    matcher(**(RELEASE | {"box": 0.0, "giou": 0.0}))([stage], target)
     torch.testing.assert_close(costs[0], costs[1])
 
 
