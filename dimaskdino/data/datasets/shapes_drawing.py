@@ -11,10 +11,10 @@ import numpy as np
 
 from dimaskdino.data.datasets.shapes_textures import background, contrasting_color, random_color, texture
 
-MIN_DIAMETER, MAX_DIAMETER = 1 / 16, 0.7  # of the picture's side: 8 to 90 pixels at 128
+MIN_DIAMETER, MAX_DIAMETER = 0.09, 0.6  # of the picture's side: 12 to 77 pixels at 128
 MIN_VISIBLE_SHARE = 0.4  # of a shape's whole area; shapes that would hide more of another are not placed
 MIN_VISIBLE_PIXELS = 20
-MAX_OBJECTS = 8
+MIN_OBJECTS, MAX_OBJECTS = 2, 12
 EMPTY_SHARE = 0.04  # of the pictures
 SAMPLES = 3  # per pixel and direction
 PLACEMENT_TRIES = 4
@@ -82,7 +82,7 @@ def draw_picture(rng: np.random.Generator, size: int) -> Picture:
     owner = np.full((size, size), -1, dtype=np.int16)
     classes: list[int] = []
     whole_areas: list[int] = []
-    wanted = 0 if rng.random() < EMPTY_SHARE else int(rng.integers(1, MAX_OBJECTS + 1))
+    wanted = 0 if rng.random() < EMPTY_SHARE else int(rng.integers(MIN_OBJECTS, MAX_OBJECTS + 1))
     for _ in range(wanted):
         for _ in range(PLACEMENT_TRIES):
             label = int(rng.integers(len(SHAPES)))
