@@ -17,9 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from dimaskdino.checkpoint import Checkpointer
-from dimaskdino.engine import loaders
+from dimaskdino.data import build_test_loader, build_train_loader
 from dimaskdino.engine.optimizer import GradientClipper, build_optimizer
 from dimaskdino.engine.progress import ProgressLog
+from dimaskdino.engine.sampler import ResumableSampler
 from dimaskdino.engine.schedule import build_lr_scheduler
 from dimaskdino.engine.train_step import TrainStep
 from dimaskdino.errors import UserError
@@ -118,13 +119,15 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode, start_iter: int = 0) -> Any:
-        """See :func:`dimaskdino.engine.loaders.build_train_loader`."""
-        return loaders.build_train_loader(cfg, start_iter)
+        """Endless training batches, after those of the first ``start_iter`` iterations."""
+        if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
+            return build_train_loader(cfg)
+        return build_train_loader(cfg, make_sampler=lambda size: ResumableSampler.from_config(cfg, size, start_iter))
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
-        """See :func:`dimaskdino.engine.loaders.build_test_loader`."""
-        return loaders.build_test_loader(cfg, dataset_name)
+        """See :func:`dimaskdino.data.build_test_loader`."""
+        return build_test_loader(cfg, dataset_name)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> Any:

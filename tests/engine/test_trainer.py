@@ -11,8 +11,8 @@ from detectron2.utils.events import EventStorage
 
 from dimaskdino.config import Config
 from dimaskdino.engine import Trainer, evaluate
-from dimaskdino.engine.loaders import ResumableSampler, build_test_loader, build_train_loader
 from dimaskdino.engine.progress import progress_line
+from dimaskdino.engine.sampler import ResumableSampler
 from dimaskdino.errors import UserError
 
 
@@ -103,15 +103,6 @@ def test_the_resumed_stream_is_the_rest_of_the_whole_one() -> None:
     whole = list(islice(ResumableSampler(7, seed=3), 30))
     assert sorted(whole[:7]) == list(range(7))
     assert list(islice(ResumableSampler(7, seed=3, num_drawn=12), 18)) == whole[12:]
-
-
-def test_a_limited_number_of_images_is_the_same_in_training_and_testing(toy_cfg: Config) -> None:
-    toy_cfg.DATASETS.MAX_IMAGES = 3
-    toy_cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
-    tested = [batch[0]["image_id"] for batch in build_test_loader(toy_cfg, "shapes_train")]
-    trained = {image["image_id"] for batch in islice(build_train_loader(toy_cfg), 6) for image in batch}
-    assert len(tested) == 3
-    assert trained == set(tested)
 
 
 def test_the_progress_line_shows_the_final_stage_and_the_time_left() -> None:
