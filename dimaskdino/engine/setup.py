@@ -95,6 +95,8 @@ def _check_solver(cfg: Config) -> None:
     if cfg.SOLVER.MAX_ITER < 1:
         raise ConfigError(f"SOLVER.MAX_ITER is {cfg.SOLVER.MAX_ITER}; it must be at least 1.")
     world_size = comm.get_world_size()
+    if cfg.SOLVER.REFERENCE_WORLD_SIZE:
+        return  # The trainer scales the batch to the job.
     if cfg.SOLVER.IMS_PER_BATCH < 1 or cfg.SOLVER.IMS_PER_BATCH % world_size:
         raise ConfigError(
             f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} (images per step over all processes) "

@@ -31,7 +31,9 @@ def test_a_run_trains_evaluates_resumes_and_is_evaluated_again_by_stage(run, tin
     folder = tmp_path / "run"
     for name in ("config.yaml", "log.txt", "metrics.json", "model_final.pth", "inference/results.json"):
         assert (folder / name).is_file(), name
-    assert "eta" in (folder / "log.txt").read_text()
+    log = (folder / "log.txt").read_text()
+    assert "eta" in log
+    assert "No GPU is used: MODEL.DEVICE is set to cpu." in log
 
     resumed = run(SCRIPT, "--resume", *tiny, "SOLVER.MAX_ITER", 4)
     assert resumed.status == 0

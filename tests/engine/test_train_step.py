@@ -22,14 +22,14 @@ class Line(nn.Module):
         return {"loss_ce": self.weight * batch[0]["a"], "loss_bbox": self.weight * batch[0]["b"]}
 
 
-def step_on(*batches: dict[str, Any], clip: float = math.inf) -> TrainStep:
+def step_on(*batches: dict[str, Any], clip: float = math.inf, amp: bool = False) -> TrainStep:
     model = Line()
     return TrainStep(
         model=model,
         data_loader=[[batch] for batch in batches],
         optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
         clipper=GradientClipper(clip_type="full_model", limit=clip),
-        amp=False,
+        amp=amp,
     )
 
 
@@ -51,6 +51,25 @@ def test_the_update_is_by_the_clipped_gradient_and_the_record_by_the_whole_one()
         step.run_step()
     assert step.model.weight.item() == pytest.approx(1.0 - 0.1 * 1.0, abs=1e-5)
     assert storage.latest()["grad_norm"][0] == 5.0
+
+
+def test_with_loss_scaling_the_true_gradient_is_clipped_and_recorded() -> None:
+    step = step_on({"a": 2.0, "b": 3.0}, clip=1.0, amp=True)
+    with EventStorage() as storage:
+        step.run_step()
+    assert step.model.weight.item() == pytest.approx(1.0 - 0.1 * 1.0, abs=1e-5)
+    assert storage.latest()["grad_norm"][0] == 5.0
+
+
+def test_with_loss_scaling_a_gradient_that_overflows_skips_the_update_and_lowers_the_scale() -> None:
+    step = step_on({"a": 2.0, "b": 3.0}, amp=True)
+    step.model.weight.register_hook(lambda gradient: gradient * math.inf)
+    before = step._scaler.get_scale()
+    with EventStorage() as storage:
+        step.run_step()
+    assert step.model.weight.item() == 1.0
+    assert step._scaler.get_scale() < before
+    assert "grad_norm" not in storage.latest()
 
 
 def test_gradients_do_not_add_up_over_steps() -> None:
