@@ -66,6 +66,14 @@ def test_feed_forward_is_post_norm_with_a_residual():
     torch.testing.assert_close(block(x), expected)
 
 
+def test_feed_forward_drops_the_hidden_values_and_the_output():
+    block, x, seen = Block(0.5), torch.randn(2, 3, 4), []
+    drop = block.drop
+    block.drop = lambda values: seen.append(values.shape[-1]) or drop(values)
+    block(x)
+    assert seen == [6, 4]
+
+
 def test_feed_forward_drops_in_training_alone():
     block, x = Block(0.5), torch.randn(2, 3, 4)
     assert not torch.equal(block(x), block(x))

@@ -3,7 +3,8 @@
 import pytest
 
 from dimaskdino.errors import ConfigError
-from dimaskdino.modeling.decoder import DIMaskDINODecoder, MaskDINODecoder, uses_no_object_class
+from dimaskdino.modeling.decoder import DIMaskDINODecoder, MaskDINODecoder
+from dimaskdino.modeling.decoder_config import uses_no_object_class
 from tests.tiny_model import DIM, NUM_CLASSES, tiny_cfg
 
 NO_INITIAL_BOX = {"INITIALIZE_BOX_TYPE": "no"}

@@ -3,6 +3,7 @@ import torch
 from detectron2.layers import ShapeSpec
 
 from dimaskdino.errors import ConfigError
+from dimaskdino.layers.position import pixel_sine_embedding
 from dimaskdino.modeling.encoder import MaskDINOEncoder, pixel_centers
 from tests.tiny_model import DIM, ToyBackbone, scramble, tiny_cfg
 
@@ -61,6 +62,42 @@ def test_two_extra_levels_come_coarsest_first_in_either_order_as_in_the_releases
 
 
 @pytest.mark.parametrize("order", ["low2high", "high2low"])
+def test_two_extra_levels_have_each_others_positions_as_in_the_releases(order):
+    encoder, seen = build(**{LEVELS: 5, ORDER: order}), []
+    encoder.layers[0].register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[1]))
+    encoder(features(64, 128))
+    # The tokens are those of the 1 x 1 level, then those of the 1 x 2 level; the positions come the other way round.
+    embed, cpu = encoder.level_embed, torch.device("cpu")
+    wide, single = pixel_sine_embedding(1, 2, DIM, cpu), pixel_sine_embedding(1, 1, DIM, cpu)
+    if order == "low2high":
+        torch.testing.assert_close(seen[0][-3:], torch.cat((wide + embed[3], single + embed[4])))
+    else:
+        torch.testing.assert_close(seen[0][:3], torch.cat((wide + embed[0], single + embed[1])))
+
+
+def test_with_one_extra_level_every_token_has_its_own_position():
+    encoder, seen = build(), []
+    encoder.layers[0].register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[1]))
+    shapes = [tuple(level.shape[-2:]) for level in encoder(features(64, 128)).levels]
+    expected = [
+        pixel_sine_embedding(*shape, DIM, torch.device("cpu")) + encoder.level_embed[index]
+        for index, shape in enumerate(shapes)
+    ]
+    torch.testing.assert_close(seen[0], torch.cat(expected))
+
+
+@pytest.mark.parametrize("order", ["low2high", "high2low"])
+def test_with_two_fpn_steps_each_joins_the_one_before(order):
+    encoder = build(**{IN_FEATURES: ["res4", "res5"], ORDER: order, HEAD + "TRANSFORMER_ENC_LAYERS": 0})
+    given = features(64, 64)
+    fused = encoder(given).levels[0 if order == "low2high" else -1]
+    for index, name in ((1, "res3"), (0, "res2")):
+        upsampled = torch.nn.functional.interpolate(fused, scale_factor=2, mode="bilinear")
+        fused = encoder.output_convs[index](encoder.lateral_convs[index](given[name]) + upsampled)
+    torch.testing.assert_close(encoder(given).mask_features, encoder.mask_features(fused))
+
+
+@pytest.mark.parametrize("order", ["low2high", "high2low"])
 def test_in_features_may_be_listed_in_any_order(order):
     encoder = build(**{IN_FEATURES: ["res5", "res3", "res4"], ORDER: order})
     other = build(**{ORDER: order})
@@ -103,10 +140,11 @@ def test_every_level_influences_every_other():
         assert not torch.allclose(level, expected)
 
 
-def test_mask_features_are_the_finest_level_joined_with_the_finer_feature():
-    encoder, given = build(), features(64, 64)
+@pytest.mark.parametrize(("order", "finest"), [("low2high", 0), ("high2low", -1)])
+def test_mask_features_are_the_finest_level_joined_with_the_finer_feature(order, finest):
+    encoder, given = build(**{ORDER: order}), features(64, 64)
     output = encoder(given)
-    upsampled = torch.nn.functional.interpolate(output.levels[0], scale_factor=2, mode="bilinear")
+    upsampled = torch.nn.functional.interpolate(output.levels[finest], scale_factor=2, mode="bilinear")
     fused = encoder.output_convs[0](encoder.lateral_convs[0](given["res2"]) + upsampled)
     torch.testing.assert_close(output.mask_features, encoder.mask_features(fused))
 
