@@ -9,12 +9,13 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.catalog import Metadata
 
 from dimaskdino.data.datasets import data_root, register_all
 from dimaskdino.data.images import read_image
 from dimaskdino.errors import ConfigError, DatasetError
 
-__all__ = ["DatasetError", "check_datasets"]
+__all__ = ["DatasetError", "check_datasets", "find_dataset"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,12 @@ def check_datasets(cfg: CfgNode, *, train: bool = True, test: bool = True) -> No
         read_image(summary.first_image, cfg.INPUT.FORMAT)
 
 
-def _summarize(name: str) -> _Summary:
+def find_dataset(name: str) -> Metadata:
+    """The metadata of a registered dataset whose files are there; makes what is made on first use.
+
+    Raises:
+        DatasetError: if it is not registered, or its annotation file or image folder is missing.
+    """
     registered = DatasetCatalog.list()
     if name not in registered:
         closest = difflib.get_close_matches(name, registered, n=1, cutoff=0)[0]
@@ -58,6 +64,11 @@ def _summarize(name: str) -> _Summary:
         make()
     if hasattr(metadata, "json_file"):
         _check_files(name, Path(metadata.json_file), Path(metadata.image_root))
+    return metadata
+
+
+def _summarize(name: str) -> _Summary:
+    metadata = find_dataset(name)
     if metadata.get("evaluator_type") != "coco":
         return _summarize_entries(name)
     summary = _summarize_coco(metadata.json_file, metadata.image_root, os.stat(metadata.json_file).st_mtime_ns)

@@ -1,5 +1,6 @@
 """Loaders from the configuration: detectron2's own, with our mapper."""
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from dimaskdino.data.build import build_mapper
 from dimaskdino.data.datasets import register_all
 from dimaskdino.errors import DatasetError
 
+logger = logging.getLogger(__name__)
+
 Batches = Iterable[list[dict[str, Any]]]
 
 
@@ -19,7 +22,7 @@ def build_train_loader(cfg: CfgNode, *, make_sampler: Callable[[int], Sampler] |
     """Endless batches of SOLVER.IMS_PER_BATCH / processes mapped images of DATASETS.TRAIN.
 
     Images without objects, or with crowd regions alone, are left out where DATALOADER.FILTER_EMPTY_ANNOTATIONS says so;
-    detectron2 logs how many.
+    detectron2 logs how many. Crowd regions, and with them BDD100K's ignored regions, are never trained on.
 
     Args:
         cfg: the configuration.
@@ -30,6 +33,8 @@ def build_train_loader(cfg: CfgNode, *, make_sampler: Callable[[int], Sampler] |
     """
     register_all(cfg=cfg)
     entries = _entries(cfg, cfg.DATASETS.TRAIN)
+    regions = sum(annotation.get("iscrowd", 0) for entry in entries for annotation in entry.get("annotations", ()))
+    logger.info("Crowd and ignored regions are left out of training: %d", regions)
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
         entries = filter_images_with_only_crowd_annotations(entries)
     if not entries:

@@ -1,10 +1,11 @@
-"""The datasets that dimaskdino registers with detectron2 when it is imported: COCO and the synthetic shapes."""
+"""The datasets that dimaskdino registers with detectron2 when it is imported: COCO, BDD100K, the synthetic shapes."""
 
 import os
 from pathlib import Path
 
 from detectron2.config import CfgNode
 
+from dimaskdino.data.datasets.bdd100k import register_bdd100k
 from dimaskdino.data.datasets.coco import register_coco
 from dimaskdino.data.datasets.shapes import ShapesSpec, register_shapes
 
@@ -29,5 +30,6 @@ def register_all(root: str | Path | None = None, *, cfg: CfgNode | None = None) 
     if root is not None:
         _given_root = Path(root).expanduser()
     register_coco(data_root())
+    register_bdd100k(data_root())
     shapes_root = Path(cfg.DATASETS.SHAPES.ROOT).expanduser() if cfg is not None and cfg.DATASETS.SHAPES.ROOT else None
     register_shapes(shapes_root or data_root() / "shapes", ShapesSpec.from_config(cfg) if cfg else ShapesSpec())

@@ -1,0 +1,173 @@
+"""Makes the COCO JSON of a BDD100K split: in parallel, going on where a broken run stopped, the same bytes always."""
+
+import json
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dimaskdino.data.datasets.bdd100k import CLASSES, annotation_file
+from dimaskdino.data.datasets.bdd100k_labels import labels_of_bitmask, labels_of_frame
+from dimaskdino.data.datasets.bdd100k_sources import Task, find_tasks
+from dimaskdino.data.parallel import Progress, no_progress, parallel_map
+from dimaskdino.data.reports import Problem
+from dimaskdino.data.rle import Size
+from dimaskdino.errors import DatasetError
+
+logger = logging.getLogger(__name__)
+
+CONVERSION_VERSION = 1  # raise when the annotations of an image change: what an older version began is then left alone
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+Json = dict[str, Any]
+
+
+def convert_split(
+    folder: Path, split: str, source: str, *, num_workers: int = 0, progress: Progress = no_progress
+) -> tuple[Json, list[Problem]]:
+    """Convert a split and write its annotation file.
+
+    What is done is kept in a file beside the annotation file until that is written, so that a broken run goes on where
+    it stopped; an image whose files changed in between is converted again.
+
+    Args:
+        folder: the folder ``bdd100k`` in the official layout.
+        split: ``train`` or ``val``.
+        source: ``bitmasks``, ``rles`` or ``polygons``.
+        num_workers: processes that convert; 0 converts in this one. The file does not depend on it.
+        progress: passes the converted images on and may draw a bar.
+
+    Returns:
+        What was written, and everything that was left out or strange.
+
+    Raises:
+        DatasetError: if files or folders are missing, a JSON is malformed, or no image is left.
+    """
+    tasks, problems = find_tasks(folder, split, source)
+    output = annotation_file(folder, split)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    journal = _Journal(output.with_name(f"{output.name}.part"), f"version {CONVERSION_VERSION} of {source}")
+    to_do = [task for task in tasks if task.key not in journal.records]
+    if len(to_do) < len(tasks):
+        logger.info("%s: going on after %d of %d images", output.name, len(tasks) - len(to_do), len(tasks))
+    with journal:
+        for record in progress(parallel_map(convert_image, to_do, num_workers=num_workers), total=len(to_do)):
+            journal.add(record)
+    records = [journal.records[task.key] for task in tasks]
+    problems += [Problem(kind, record["file_name"]) for record in records for kind in record["problems"]]
+    coco = _assemble(records, split, source)
+    if not coco["images"]:
+        kinds = ", ".join(dict.fromkeys(problem.kind for problem in problems)) or "the folders are empty"
+        raise DatasetError(f"No image of {split} in {folder} could be converted from {source}: {kinds}.")
+    _write_whole(output, json.dumps(coco, separators=(",", ":")))
+    journal.path.unlink()
+    return coco, problems
+
+
+def convert_image(task: Task) -> Json:
+    """Convert one image.
+
+    Returns:
+        ``key``, ``file_name``, ``problems`` (kinds, one for each time) and, unless the image is left out, ``size``
+        (height, width) and ``annotations``.
+    """
+    record: Json = {"key": task.key, "file_name": Path(task.image).name}
+    try:
+        size = _image_size(task.image)
+        if isinstance(task.labels, str):
+            labels = labels_of_bitmask(_read_bitmask(task.labels, size))
+        else:
+            labels = labels_of_frame(task.labels, size)
+    except _UnusableError as error:
+        return {**record, "problems": [f"image left out: {error}"]}
+    return {**record, "problems": labels.problems, "size": size, "annotations": labels.annotations}
+
+
+class _UnusableError(Exception):
+    """Why an image cannot be converted."""
+
+
+def _image_size(path: str) -> Size:
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except UNREADABLE:
+        raise _UnusableError("it cannot be read") from None
+
+
+def _read_bitmask(path: str, size: Size) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            bitmask = np.asarray(image)
+    except UNREADABLE:
+        raise _UnusableError("its bitmask cannot be read") from None
+    if bitmask.dtype != np.uint8 or bitmask.shape[2:] != (4,):
+        raise _UnusableError("its bitmask is not RGBA with 8 bits a channel")
+    if bitmask.shape[:2] != size:
+        raise _UnusableError("its bitmask has another size")
+    return bitmask
+
+
+class _Journal:
+    """Converted images by key, kept in a file of one JSON a line that begins with what the lines depend on."""
+
+    def __init__(self, path: Path, depends_on: str) -> None:
+        self.path = path
+        self._header = json.dumps(depends_on)
+        self.records = {record["key"]: record for record in self._read()}
+
+    def _read(self) -> Iterable[Json]:
+        if not self.path.is_file():
+            return
+        with self.path.open(encoding="utf-8") as file:
+            if file.readline().rstrip("\n") != self._header:
+                return
+            for line in file:
+                # The line that a broken run was writing has no end.
+                if line.endswith("\n"):
+                    yield json.loads(line)
+
+    def __enter__(self) -> None:
+        """Write what is known to a new file, without a line that was broken off, and go on in it."""
+        lines = [self._header, *(json.dumps(record) for record in self.records.values())]
+        _write_whole(self.path, "".join(f"{line}\n" for line in lines))
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def add(self, record: Json) -> None:
+        """Keep a converted image; one that could not be read is tried again by the next run."""
+        self.records[record["key"]] = record
+        if "annotations" in record:
+            self._file.write(f"{json.dumps(record)}\n")
+            self._file.flush()
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file as a whole or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def _assemble(records: list[Json], split: str, source: str) -> Json:
+    images: list[Json] = []
+    annotations: list[Json] = []
+    for record in records:
+        if "annotations" not in record:
+            continue
+        height, width = record["size"]
+        images.append({"id": len(images) + 1, "file_name": record["file_name"], "width": width, "height": height})
+        for annotation in record["annotations"]:
+            annotations.append({"id": len(annotations) + 1, "image_id": len(images), **annotation})
+    return {
+        "info": {"description": f"BDD100K instance segmentation, {split}", "source": source},
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": index + 1, "name": name} for index, name in enumerate(CLASSES)],
+    }

@@ -1,0 +1,151 @@
+"""From the labels of one BDD100K image (a bitmask, or a Scalabel frame with RLE or polygons) to COCO annotations.
+
+The three official kinds of labels hold the same masks and give the same annotations.
+
+Source: the label format on doc.bdd100k.com and the official toolkit (PyPI: bdd100k 1.0.1, scalabel 0.3.1).
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as mask_util
+
+from dimaskdino.data.datasets.bdd100k import CLASSES
+from dimaskdino.data.datasets.bdd100k_polygons import PolygonPainter, outline
+from dimaskdino.data.rle import Rle, Size, checked_rle
+
+Json = dict[str, Any]
+
+# Bits of a bitmask's second channel; the names are those of a Scalabel label's attributes.
+ATTRIBUTE_BITS = {"truncated": 8, "occluded": 4, "crowd": 2, "ignored": 1}
+OTHER_NAMES = {"bike": "bicycle", "caravan": "car", "motor": "motorcycle", "person": "pedestrian", "van": "car"}
+# Labels of these names are ignored regions of a class.
+IGNORED_NAMES = {"other person": "pedestrian", "other vehicle": "car", "trailer": "truck"}
+
+
+@dataclass
+class ImageLabels:
+    """COCO annotations of one image, without ids, and the kinds of problems met, one for each time."""
+
+    annotations: list[Json] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def labels_of_bitmask(bitmask: np.ndarray) -> ImageLabels:
+    """Read a bitmask.
+
+    Args:
+        bitmask: (H, W, 4) uint8: category id, attribute bits, and the high and low byte of the instance id.
+
+    Returns:
+        One annotation per instance, by instance id.
+
+    Deviation: where the pixels of one instance id differ in category or attributes, the toolkit's evaluation stops;
+    here, as in its conversion, they become objects of their own.
+    """
+    labels = ImageLabels()
+    codes = np.ascontiguousarray(bitmask).view(">u4")[..., 0].astype(np.uint32)
+    found = [(code & 0xFFFF, code >> 24, (code >> 16) & 0xFF, code) for code in np.unique(codes).tolist()]
+    seen: set[int] = set()
+    for instance_id, category_id, bits, code in sorted(found):
+        if category_id == 0 and instance_id == 0:
+            continue
+        if not 1 <= category_id <= len(CLASSES):
+            labels.problems.append(f"object left out: category id {category_id} is not 1 to {len(CLASSES)}")
+        elif instance_id == 0:
+            labels.problems.append("object left out: instance id 0, which is the background's")
+        else:
+            if instance_id in seen:
+                labels.problems.append("object kept apart: its instance id has another category or attributes too")
+            seen.add(instance_id)
+            attributes = {name: bool(bits & bit) for name, bit in ATTRIBUTE_BITS.items()}
+            labels.annotations.append(_annotation(category_id, attributes, _encode(codes == code), instance_id))
+    return labels
+
+
+def labels_of_frame(frame: Json, size: Size) -> ImageLabels:
+    """Read the labels of a Scalabel frame.
+
+    Args:
+        frame: with ``labels``, each with a ``category``, and ``rle`` or ``poly2d``; the polygons of a label cover those
+            of the labels before it.
+        size: size of the image.
+
+    Returns:
+        One annotation per usable label, in the frame's order.
+    """
+    labels = ImageLabels()
+    drawn = _draw_polygons(frame.get("labels") or (), size, labels.problems)
+    for index, label in enumerate(frame.get("labels") or ()):
+        category_id, attributes = _class_and_attributes(label)
+        if category_id is None:
+            labels.problems.append(f"object left out: category {label.get('category', '')!r} has no class")
+            continue
+        try:
+            rle = _mask_of_label(label, drawn == index, size)
+        except ValueError as error:
+            labels.problems.append(f"object left out: {error}")
+        else:
+            labels.annotations.append(_annotation(category_id, attributes, rle, label.get("id")))
+    return labels
+
+
+def _mask_of_label(label: Json, drawn: np.ndarray, size: Size) -> Rle:
+    """The RLE of a label, or of the pixels (H, W) that its polygons have; ValueError says why there is none."""
+    if label.get("rle"):
+        rle = checked_rle(label["rle"], size)
+    elif label.get("poly2d"):
+        rle = _encode(drawn)
+    else:
+        raise ValueError("neither RLE nor polygons")
+    if mask_util.area(rle) == 0:
+        raise ValueError("a mask without a pixel, or all of them covered")
+    return rle
+
+
+def _class_and_attributes(label: Json) -> tuple[int | None, dict[str, bool]]:
+    """A label's category id (None if it has no class), and its attributes."""
+    given = label.get("attributes") or {}
+    attributes = {name: bool(given.get(name)) for name in ATTRIBUTE_BITS}
+    name = label.get("category", "")
+    name = OTHER_NAMES.get(name, name)
+    if name in IGNORED_NAMES:
+        name, attributes["ignored"] = IGNORED_NAMES[name], True
+    return (CLASSES.index(name) + 1 if name in CLASSES else None), attributes
+
+
+def _draw_polygons(labels: Any, size: Size, problems: list[str]) -> np.ndarray:
+    """Index (H, W) int64 of the label that has a pixel, -1 where none has."""
+    owner = np.full(size, -1)
+    painter: PolygonPainter | None = None
+    for index, label in enumerate(labels):
+        outlines = []
+        if _class_and_attributes(label)[0] is None:
+            continue
+        for part in label.get("poly2d") or ():
+            try:
+                outlines.append(outline(part))
+            except ValueError as error:
+                problems.append(f"polygon left out: {error}")
+        if outlines:
+            painter = painter or PolygonPainter(size)
+            owner[painter.paint(outlines)] = index
+    return owner
+
+
+def _encode(mask: np.ndarray) -> Rle:
+    return mask_util.encode(np.asfortranarray(mask, dtype=np.uint8))
+
+
+def _annotation(category_id: int, attributes: dict[str, bool], rle: Rle, source_id: Any) -> Json:
+    """A COCO annotation. COCO's evaluation knows one kind of region to ignore, ``iscrowd``, as does the toolkit's."""
+    return {
+        "category_id": category_id,
+        "iscrowd": int(attributes["crowd"] or attributes["ignored"]),
+        "bbox": mask_util.toBbox(rle).tolist(),
+        "area": int(mask_util.area(rle)),
+        "segmentation": {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")},
+        **{name: int(attributes[name]) for name in ATTRIBUTE_BITS},
+        "source_id": source_id,
+    }

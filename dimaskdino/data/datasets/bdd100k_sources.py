@@ -1,0 +1,105 @@
+"""Finds the images of a BDD100K split and the labels of each."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+from zlib import crc32
+
+from dimaskdino.data.datasets.bdd100k import image_folder
+from dimaskdino.data.reports import Problem
+from dimaskdino.errors import DatasetError
+
+SOURCES = ("bitmasks", "rles", "polygons")
+IMAGE_SUFFIXES = (".jpg", ".png")
+
+Frame = dict[str, Any]
+
+
+class Task(NamedTuple):
+    """One image to convert.
+
+    Attributes:
+        image: its path.
+        labels: path of its bitmask, or its Scalabel frame.
+        key: changes with the image and its labels.
+    """
+
+    image: str
+    labels: str | Frame
+    key: str
+
+
+def find_tasks(folder: Path, split: str, source: str) -> tuple[list[Task], list[Problem]]:
+    """Every image of a split that has labels.
+
+    Args:
+        folder: the folder ``bdd100k`` in the official layout.
+        split: ``train`` or ``val``.
+        source: one of ``SOURCES``.
+
+    Returns:
+        The images by name, and the images and labels that are without the other.
+
+    Raises:
+        DatasetError: if a folder or label file is missing or malformed.
+    """
+    images = image_folder(folder, split)
+    _require(images.is_dir(), "Image folder", images)
+    image_of = {path.stem: path for path in sorted(images.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES}
+    problems: list[Problem] = []
+    labels_of = _bitmasks(folder, split) if source == "bitmasks" else _frames(folder, split, source, problems)
+    for stem in sorted(image_of.keys() - labels_of.keys()):
+        problems.append(Problem(f"image left out: it has no labels in {source}", image_of[stem].name))
+    for stem in sorted(labels_of.keys() - image_of.keys()):
+        problems.append(Problem("labels left out: there is no such image", stem))
+    stems = sorted(image_of.keys() & labels_of.keys())
+    return [_task(image_of[stem], labels_of[stem]) for stem in stems], problems
+
+
+def _task(image: Path, labels: str | Frame) -> Task:
+    files = [image]
+    frame = 0
+    if isinstance(labels, str):
+        files.append(Path(labels))
+    else:
+        frame = crc32(json.dumps(labels, sort_keys=True).encode())
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return Task(str(image), labels, f"{stats} {frame}")
+
+
+def _bitmasks(folder: Path, split: str) -> dict[str, str]:
+    bitmasks = folder / "labels" / "ins_seg" / "bitmasks" / split
+    _require(bitmasks.is_dir(), "Bitmask folder", bitmasks)
+    return {path.stem: str(path) for path in bitmasks.glob("*.png")}
+
+
+def _frames(folder: Path, split: str, source: str, problems: list[Problem]) -> dict[str, Frame]:
+    path = folder / "labels" / "ins_seg" / source / f"ins_seg_{split}.json"
+    _require(path.is_file(), "Label file", path)
+    try:
+        content = json.loads(path.read_bytes())
+        frames: dict[str, Frame] = {}
+        for frame in content["frames"] if isinstance(content, dict) else content:
+            _check_labels(frame)
+            if frames.setdefault(Path(frame["name"]).stem, frame) is not frame:
+                problems.append(Problem("labels left out: their image is listed once more", frame["name"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise DatasetError(
+            f"Label file {path} is not in Scalabel's format ({type(error).__name__}: {error}); it needs frames with a "
+            "name and labels: unpack the official file again."
+        ) from error
+    return frames
+
+
+def _check_labels(frame: Frame) -> None:
+    for label in frame.get("labels") or ():
+        if not isinstance(label, dict) or not isinstance(label.get("category", ""), str):
+            raise TypeError(f"a label of {frame['name']} is {label!r:.60}")
+
+
+def _require(found: bool, kind: str, path: Path) -> None:
+    if not found:
+        raise DatasetError(
+            f"{kind} {path} does not exist; the layout is in datasets/README.md, and --source {{{','.join(SOURCES)}}} "
+            "chooses among the official labels."
+        )

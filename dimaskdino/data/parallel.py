@@ -1,0 +1,46 @@
+"""One function over many items in several processes, with results in order."""
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any, Protocol, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Progress(Protocol):
+    """What draws a progress bar: passes the items of an iterable on and is told how many there will be."""
+
+    def __call__(self, items: Iterable[Any], *, total: int) -> Iterable[Any]:
+        """Pass ``items`` on, one after the other."""
+
+
+def no_progress(items: Iterable[Any], *, total: int) -> Iterable[Any]:
+    """Pass ``items`` on and draw nothing."""
+    return items
+
+
+def parallel_map(
+    function: Callable[[Item], Result], items: Iterable[Item], *, num_workers: int, chunk: int = 8
+) -> Iterator[Result]:
+    """Apply ``function`` to every item.
+
+    Args:
+        function: what the processes run; it, the items and the results must be picklable.
+        items: read at once where there are workers.
+        num_workers: processes to start; 0 works in this one.
+        chunk: items that a process takes at a time.
+
+    Yields:
+        The results, in the order of the items. Leaving early drops what has not begun.
+    """
+    if not num_workers:
+        yield from map(function, items)
+        return
+    # Forking would copy the threads' locks that numeric libraries hold.
+    pool = ProcessPoolExecutor(num_workers, mp_context=get_context("spawn"))
+    try:
+        yield from pool.map(function, items, chunksize=chunk)
+    finally:
+        pool.shutdown(cancel_futures=True)

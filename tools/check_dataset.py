@@ -1,0 +1,68 @@
+#!/usr/bin/env python
+"""Check a registered dataset from end to end: files, sizes, categories, boxes, masks, doubles; count and draw them.
+
+Exits with 1 if anything is wrong with the dataset, with 2 if it cannot be checked at all.
+"""
+
+import argparse
+import csv
+import logging
+import sys
+from functools import partial
+from pathlib import Path
+
+from tqdm import tqdm
+
+from dimaskdino.data import register_all
+from dimaskdino.data.inspection import Inspection, inspect_dataset
+from dimaskdino.data.inspection_drawing import draw_samples
+from dimaskdino.data.reports import count_table, problem_table
+from dimaskdino.errors import run_cli
+
+PROBLEMS_STATUS = 1
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("name", metavar="NAME", help="for example coco_2017_val, bdd100k_ins_seg_val or shapes_val")
+    parser.add_argument("--root", type=Path, help="folder of all datasets; by default $DETECTRON2_DATASETS or datasets")
+    parser.add_argument("--draw", type=int, default=0, metavar="N", help="images to draw with boxes, masks and names")
+    parser.add_argument("--output", type=Path, default=Path("output/check_dataset"), metavar="DIR", help="for files")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read images, beside this one")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Check, report, draw."""
+    args = parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    register_all(args.root)
+    progress = partial(tqdm, desc=args.name, unit="image")
+    inspection = inspect_dataset(args.name, num_workers=args.workers, progress=progress)
+    folder = args.output / args.name
+    print(f"\n{count_table(inspection.coco)}\n")
+    if args.draw > 0:
+        paths = draw_samples(inspection, args.draw, folder)
+        print(f"Drew {len(paths)} images in {folder}")
+    if inspection.problems:
+        print(
+            f"{problem_table(inspection.problems)}\n\nAll {len(inspection.problems)} are in {write(inspection, folder)}"
+        )
+        sys.exit(PROBLEMS_STATUS)
+    print("No problem was found.")
+
+
+def write(inspection: Inspection, folder: Path) -> Path:
+    """Write every problem with its place as CSV; returns the path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "problems.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["problem", "where"])
+        writer.writerows(inspection.problems)
+    return path
+
+
+if __name__ == "__main__":
+    run_cli(main)
