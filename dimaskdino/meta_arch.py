@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dimaskdino.errors import ConfigError
 from dimaskdino.losses import Criterion, PointSampler
 from dimaskdino.modeling.decoder import DecoderOutput
-from dimaskdino.modeling.decoder_config import uses_no_object_class
+from dimaskdino.modeling.decoder_config import stages_with_masks, uses_no_object_class
 from dimaskdino.modeling.inference import instances_of_image
 from dimaskdino.modeling.targets import Targets
 
@@ -32,8 +32,7 @@ class DIMaskDINO(nn.Module):
         max_detections: results per image.
         score_by_mask: multiply class scores by mask quality.
         eval_layers: stages to report besides the final one: none, ("all",) or names of :meth:`eval_layer_names`.
-        num_decoder_layers: layers of the decoder.
-        two_stage: whether there is a first selection.
+        stages_with_masks: names of the stages that predict boxes and masks, in their order, the final one last.
         instance_results: False for a configuration that asks for semantic or panoptic results alone.
         no_object_class: whether the class head has a no-object logit (semantic models of the releases).
 
@@ -54,8 +53,7 @@ class DIMaskDINO(nn.Module):
         max_detections: int,
         score_by_mask: bool,
         eval_layers: Sequence[str],
-        num_decoder_layers: int,
-        two_stage: bool,
+        stages_with_masks: Sequence[str],
         instance_results: bool = True,
         no_object_class: bool = False,
     ) -> None:
@@ -63,7 +61,7 @@ class DIMaskDINO(nn.Module):
         self.backbone, self.sem_seg_head, self.criterion = backbone, sem_seg_head, criterion
         self.num_classes, self.size_divisibility = num_classes, size_divisibility
         self.max_detections, self.score_by_mask = max_detections, score_by_mask
-        self.num_decoder_layers, self.two_stage = num_decoder_layers, two_stage
+        self.stages_with_masks = tuple(stages_with_masks)
         self.instance_results, self.no_object_class = instance_results, no_object_class
         self.eval_layers = self._resolve_eval_layers(eval_layers)
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
@@ -86,8 +84,7 @@ class DIMaskDINO(nn.Module):
             "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
             "score_by_mask": not node.TEST.TEST_FOUCUS_ON_BOX,
             "eval_layers": cfg.TEST.EVAL_LAYERS,
-            "num_decoder_layers": node.DEC_LAYERS,
-            "two_stage": node.TWO_STAGE,
+            "stages_with_masks": stages_with_masks(cfg),
             "instance_results": node.TEST.INSTANCE_ON,
             "no_object_class": uses_no_object_class(cfg),
         }
@@ -99,8 +96,7 @@ class DIMaskDINO(nn.Module):
 
     def eval_layer_names(self) -> list[str]:
         """Stages that evaluation can report, in the order they are predicted."""
-        first = ["interm"] if self.two_stage else []
-        return first + [f"layer.{index}" for index in range(self.num_decoder_layers)]
+        return list(self.stages_with_masks)
 
     def _resolve_eval_layers(self, asked: Sequence[str]) -> tuple[str, ...]:
         known = self.eval_layer_names()

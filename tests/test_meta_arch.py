@@ -11,6 +11,7 @@ from detectron2.modeling import build_model
 import dimaskdino
 from dimaskdino.errors import ConfigError, DatasetError
 from dimaskdino.meta_arch import DIMaskDINO
+from dimaskdino.modeling.heads import MaskLogits
 from dimaskdino.modeling.inference import instances_of_image
 from dimaskdino.modeling.targets import Targets
 from tests.tiny_model import NUM_CLASSES, image, sample, tiny_cfg, tiny_model
@@ -254,13 +255,15 @@ def test_the_weights_hold_parameters_alone():
     assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
 
 
-ALL_LAYERS = ["interm", "layer.0", "layer.1", "layer.2"]
+ALL_LAYERS = ["interm", "initial", "layer.0", "layer.1", "layer.2"]
 
 
 def test_eval_layers_are_named_in_the_order_they_are_predicted(model):
     assert model.eval_layer_names() == ALL_LAYERS
     assert tiny_model(**ONE_STAGE).eval_layer_names() == ALL_LAYERS[1:]
-    assert tiny_model(DEC_LAYERS=2).eval_layer_names() == ALL_LAYERS[:3]
+    assert tiny_model(DEC_LAYERS=2).eval_layer_names() == ALL_LAYERS[:4]
+    without_initial = tiny_model(INITIAL_PRED=False, INITIALIZE_BOX_TYPE="no")
+    assert without_initial.eval_layer_names() == ["interm", *ALL_LAYERS[2:]]
 
 
 def test_by_default_only_the_final_results_are_given(model):
@@ -280,6 +283,21 @@ def test_eval_layers_gives_results_of_the_stages_asked_for(asked, given):
     assert all(each.image_size == (32, 48) and len(each) == 6 for each in result["layers"].values())
 
 
+@pytest.mark.parametrize(("asked", "number"), [([], 1), (["layer.2"], 1), (["layer.0"], 2), (["all"], 5)], ids=str)
+def test_masks_are_computed_for_the_stages_asked_for_alone(asked, number, monkeypatch):
+    model = tiny_model({"TEST.EVAL_LAYERS": asked}, INITIALIZE_BOX_TYPE="no")
+    computed, select = set(), MaskLogits.select
+    monkeypatch.setattr(MaskLogits, "dense", None)
+
+    def recorded(masks, *args):
+        computed.add(id(masks))
+        return select(masks, *args)
+
+    monkeypatch.setattr(MaskLogits, "select", recorded)
+    predict(model, image(64, 64))
+    assert len(computed) == number
+
+
 def test_the_last_layer_is_the_final_result_and_earlier_ones_differ():
     model = tiny_model({"TEST.EVAL_LAYERS": ["all"]})
     with torch.no_grad():
@@ -290,7 +308,7 @@ def test_the_last_layer_is_the_final_result_and_earlier_ones_differ():
 
 @pytest.mark.parametrize("asked", [["layer.3"], ["all", "layer.0"], ["di.0"]], ids=str)
 def test_unknown_eval_layers_are_an_error_that_names_the_known_ones(asked):
-    with pytest.raises(ConfigError, match=r"TEST\.EVAL_LAYERS names .*interm, layer\.0, layer\.1, layer\.2"):
+    with pytest.raises(ConfigError, match=r"TEST\.EVAL_LAYERS names .*interm, initial, layer\.0, layer\.1, layer\.2"):
         tiny_model({"TEST.EVAL_LAYERS": asked})
 
 

@@ -23,6 +23,18 @@ def num_first_selected(cfg: CfgNode) -> int:
     return node.DI.NUM_SELECTED[0] if node.DI.NUM_SELECTED else node.FIRST_SELECTED_QUERIES
 
 
+def stages_with_masks(cfg: CfgNode) -> list[str]:
+    """Names of the stages that predict boxes and masks, in the order they are made.
+
+    "interm" is the first selection T_s1, "initial" the queries before layer 0 (with De-Imbalance the last selection
+    T_s2), "layer.l" decoder layer l. Token interaction ("di.i") predicts no masks.
+    """
+    node = cfg.MODEL.MaskDINO
+    first = ["interm"] if node.TWO_STAGE else []
+    first += ["initial"] if node.INITIAL_PRED else []
+    return first + [f"layer.{index}" for index in range(node.DEC_LAYERS)]
+
+
 def check_decoder_config(cfg: CfgNode) -> None:
     """Refuse combinations that cannot work.
 
@@ -56,6 +68,18 @@ def check_decoder_config(cfg: CfgNode) -> None:
         ),
         "BATO.GUIDANCE t_i means that De-Imbalance is off: set DI.ENABLED False.": (
             node.BATO.ENABLED and node.BATO.GUIDANCE == "t_i" and node.DI.ENABLED
+        ),
+        "BATO.GUIDANCE t_s2 needs DI.ENABLED: without De-Imbalance there is one selection alone, T_s1.": (
+            node.BATO.ENABLED and node.BATO.GUIDANCE == "t_s2" and not node.DI.ENABLED
+        ),
+        "BATO.GUIDANCE t_s1 needs TWO_STAGE: learned queries are not selected from tokens.": (
+            node.BATO.ENABLED and node.BATO.GUIDANCE == "t_s1" and not node.TWO_STAGE
+        ),
+        "DI.RANDOM_POSITION needs TWO_STAGE: the boxes of learned queries would never be trained.": (
+            node.DI.RANDOM_POSITION and not node.TWO_STAGE
+        ),
+        "DI.ENABLED needs TI_LAYERS of at least 1: the second selection is among tokens that have interacted.": (
+            node.DI.ENABLED and node.TI_LAYERS < 1
         ),
         "BATO.ENABLED needs HIDDEN_DIM and SEM_SEG_HEAD.MASK_DIM to be equal.": (
             node.BATO.ENABLED and node.HIDDEN_DIM != cfg.MODEL.SEM_SEG_HEAD.MASK_DIM
