@@ -46,7 +46,7 @@ def test_a_run_trains_evaluates_resumes_and_is_evaluated_again_by_stage(run, tin
     evaluated = run(SCRIPT, *evaluation, "OUTPUT_DIR", tmp_path / "evaluation")
     assert evaluated.status == 0
     rows = json.loads((tmp_path / "evaluation" / "inference" / "layers.json").read_text())
-    assert [row["stage"] for row in rows] == ["interm", "layer.0", "layer.1"]
+    assert [row["stage"] for row in rows] == ["interm", "initial", "layer.0", "layer.1"]
     assert rows[-1]["bbox"] == json.loads((folder / "inference" / "results.json").read_text())["bbox"]
     assert "box - mask" in evaluated.out
 
