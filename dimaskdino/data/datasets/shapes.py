@@ -26,7 +26,7 @@ from dimaskdino.errors import ConfigError, DatasetError
 
 logger = logging.getLogger(__name__)
 
-DRAWING_VERSION = 2  # raise when the pictures of a seed change: a folder made by an older version is then left alone
+DRAWING_VERSION = 3  # raise when the pictures of a seed change: a folder made by an older version is then left alone
 SPLITS = ("train", "val")
 SMALLEST_SIDE = 32
 

@@ -1,7 +1,8 @@
 """Draws the pictures of the synthetic dataset: overlapping shapes on textured backgrounds, and who owns which pixel.
 
 Shapes are drawn with 3x3 samples per pixel, so that edges are smooth; a pixel belongs to a shape when the shape covers
-more than half of it. Colours say nothing about classes. Every random choice comes from the picture's own generator.
+more than half of it. Most shapes of a class are of about the same hue, as many real things are, the others of any
+colour. Every random choice comes from the picture's own generator.
 """
 
 from collections.abc import Callable
@@ -88,7 +89,7 @@ def draw_picture(rng: np.random.Generator, size: int) -> Picture:
             label = int(rng.integers(len(SHAPES)))
             patch = _random_shape(rng, label, size)
             if _leaves_enough_visible(patch, owner, whole_areas):
-                _paint(rng, canvas, patch)
+                _paint(rng, canvas, patch, hue=label / len(SHAPES))
                 owner[patch.rows, patch.columns][patch.coverage > 0.5] = len(classes)
                 classes.append(label)
                 whole_areas.append(patch.whole_area)
@@ -140,12 +141,12 @@ def _leaves_enough_visible(patch: _Patch, owner: np.ndarray, whole_areas: list[i
     return bool((visible >= needed).all())
 
 
-def _paint(rng: np.random.Generator, canvas: np.ndarray, patch: _Patch) -> None:
+def _paint(rng: np.random.Generator, canvas: np.ndarray, patch: _Patch, hue: float) -> None:
     """Blend the shape in, in a colour that stands out from what it covers."""
     region = canvas[patch.rows, patch.columns]
     alpha = patch.coverage[..., None]
     behind = (region * alpha).sum(axis=(0, 1)) / max(alpha.sum(), 1e-6)
-    color = contrasting_color(rng, behind)
+    color = contrasting_color(rng, behind, hue)
     shade = texture(rng, *region.shape[:2])[..., None] - 0.5
     fill = color + shade * rng.uniform(0, 60)
     region += alpha * (fill - region)

@@ -7,15 +7,27 @@ from PIL import Image
 
 MIN_CONTRAST = 50  # mean absolute difference per channel, of 255, between a shape and what it covers
 COLOR_TRIES = 10
+TYPICAL_SHARE = 0.85  # of the shapes; the others have any colour
+HUE_SPREAD = 0.04  # standard deviation of the typical ones, of the whole circle
 
 
-def contrasting_color(rng: np.random.Generator, behind: np.ndarray) -> np.ndarray:
-    """A random colour far enough from ``behind``: (3,) RGB in [0, 255], as are all colours here."""
+def contrasting_color(rng: np.random.Generator, behind: np.ndarray, hue: float) -> np.ndarray:
+    """A colour around ``hue`` (in [0, 1)), or now and then any, far enough from ``behind``.
+
+    Returns:
+        (3,) RGB in [0, 255], as are all colours here.
+    """
+    is_typical = rng.random() < TYPICAL_SHARE
     for _ in range(COLOR_TRIES):
-        color = random_color(rng, max_saturation=0.95)
+        color = _color_around(rng, hue) if is_typical else random_color(rng, max_saturation=0.95)
         if np.abs(color - behind).mean() >= MIN_CONTRAST:
             break
     return color
+
+
+def _color_around(rng: np.random.Generator, hue: float) -> np.ndarray:
+    saturation, value = rng.uniform(0.5, 1), rng.uniform(0.4, 1)
+    return 255 * np.array(colorsys.hsv_to_rgb((hue + rng.normal(0, HUE_SPREAD)) % 1, saturation, value))
 
 
 def random_color(rng: np.random.Generator, *, max_saturation: float) -> np.ndarray:
