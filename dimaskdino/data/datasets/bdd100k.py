@@ -27,8 +27,14 @@ def register_bdd100k(root: Path) -> None:
     for split in SPLITS:
         name, json_file = f"bdd100k_ins_seg_{split}", annotation_file(folder, split)
         if not is_registered_at(name, json_file):
-            check = partial(_check_prepared, name, json_file, root)
-            register_coco_format(name, json_file, image_folder(folder, split), list(CLASSES), check)
+            register_coco_format(
+                name,
+                json_file,
+                image_folder(folder, split),
+                list(CLASSES),
+                partial(_check_prepared, name, json_file, root),
+                thing_dataset_id_to_contiguous_id={index + 1: index for index in range(len(CLASSES))},
+            )
 
 
 def _check_prepared(name: str, json_file: Path, root: Path) -> None:

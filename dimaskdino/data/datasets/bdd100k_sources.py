@@ -83,7 +83,7 @@ def _frames(folder: Path, split: str, source: str, problems: list[Problem]) -> d
             _check_labels(frame)
             if frames.setdefault(Path(frame["name"]).stem, frame) is not frame:
                 problems.append(Problem("labels left out: their image is listed once more", frame["name"]))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DatasetError(
             f"Label file {path} is not in Scalabel's format ({type(error).__name__}: {error}); it needs frames with a "
             "name and labels: unpack the official file again."
