@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from dimaskdino.compat import create_local_process_group
+from dimaskdino.compat import create_local_process_group, leave_process_group
 from dimaskdino.errors import USER_ERROR_STATUS, UserError
 
 Main = Callable[[Namespace], object]
@@ -38,6 +38,7 @@ def launch(main: Main, args: Namespace, *, cpu_processes: int = 1) -> None:
         if _under_torchrun():
             _join_torchrun(args)
             main(args)
+            leave_process_group()
             return
         args.num_gpus = _num_gpus(args.num_gpus)
         num_local = args.num_gpus or cpu_processes
@@ -130,6 +131,7 @@ def _worker(local_rank: int, main: Main, args: Namespace, num_local: int, url: s
             rank=num_local * args.machine_rank + local_rank,
         )
         main(args)
+        leave_process_group()
     except UserError as error:
         errors.put(one_line(error))
         sys.exit(USER_ERROR_STATUS)
