@@ -12,11 +12,10 @@ from detectron2.data.transforms import TransformList
 from detectron2.structures import BitMasks, Boxes, Instances
 from pycocotools import mask as mask_util
 
+from dimaskdino.data.rle import Rle, Size, checked_rle
 from dimaskdino.errors import DatasetError
 
 Annotation = dict[str, Any]
-Rle = dict[str, Any]
-Size = tuple[int, int]  # (height, width) in pixels
 Box = tuple[float, float, float, float]  # xyxy in pixels
 
 
@@ -129,30 +128,17 @@ def _box_of_polygons(corners: np.ndarray, rle: Rle, size: Size) -> Box:
 
 def _region_of_rle(segmentation: Rle, transforms: TransformList, source_size: Size, where: str) -> Region:
     """Unpack, move the pixels (nearest neighbour) and pack again."""
-    size = tuple(segmentation["size"])
-    if size != tuple(source_size):
-        raise DatasetError(
-            f"RLE of height x width {size[0]}x{size[1]} in {where}, whose image is {source_size[0]}x{source_size[1]}; "
-            "encode the mask at the image's size."
-        )
     try:
-        mask = mask_util.decode(_compressed(segmentation))
-    except (ValueError, TypeError) as error:
-        raise DatasetError(f"Unreadable RLE in {where} ({error}); encode the mask again.") from error
+        mask = mask_util.decode(checked_rle(segmentation, source_size))
+    except ValueError as error:
+        raise DatasetError(
+            f"Unusable segmentation in {where}: {error}; encode the mask again at the image's size "
+            f"(height x width {source_size[0]}x{source_size[1]})."
+        ) from error
     # Comparing with 1 keeps a transform's padding out, whatever value it pads with.
     moved = transforms.apply_segmentation(mask) == 1
     rle = mask_util.encode(np.asfortranarray(moved, dtype=np.uint8))
     return Region(rle, _box_of_rle(rle))
-
-
-def _compressed(segmentation: Rle) -> Rle:
-    """The form of an RLE that pycocotools decodes, from that form or from a list of run lengths."""
-    if not isinstance(segmentation["counts"], list):
-        return segmentation
-    height, width = segmentation["size"]
-    if sum(segmentation["counts"]) != height * width:
-        raise ValueError(f"its runs cover {sum(segmentation['counts'])} of {height * width} pixels")
-    return mask_util.frPyObjects(segmentation, height, width)
 
 
 def _empty_rle(size: Size) -> Rle:

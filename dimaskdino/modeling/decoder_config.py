@@ -85,6 +85,12 @@ def check_decoder_config(cfg: CfgNode) -> None:
             node.BATO.ENABLED and node.HIDDEN_DIM != cfg.MODEL.SEM_SEG_HEAD.MASK_DIM
         ),
         "DEC_LAYERS must be at least 1.": node.DEC_LAYERS < 1,
+        "NHEADS must divide HIDDEN_DIM and SEM_SEG_HEAD.CONVS_DIM.": (
+            node.HIDDEN_DIM % node.NHEADS != 0 or cfg.MODEL.SEM_SEG_HEAD.CONVS_DIM % node.NHEADS != 0
+        ),
+        "HIDDEN_DIM and SEM_SEG_HEAD.CONVS_DIM must be multiples of 32: group normalisation has 32 groups.": (
+            node.HIDDEN_DIM % 32 != 0 or cfg.MODEL.SEM_SEG_HEAD.CONVS_DIM % 32 != 0
+        ),
         "NUM_GUIDING_TOKENS must be at least 1.": node.BATO.ENABLED and node.NUM_GUIDING_TOKENS < 1,
         "DN_NUM must be at least 1 (or set DN no).": node.DN != "no" and node.DN_NUM < 1,
     }

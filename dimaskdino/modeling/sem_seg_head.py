@@ -43,7 +43,9 @@ class MaskDINOHead(nn.Module):
             cfg.MODEL.MaskDINO.TRANSFORMER_DECODER_NAME,
             "MODEL.MaskDINO.TRANSFORMER_DECODER_NAME",
         )
-        return {"pixel_decoder": encoder(cfg, input_shape), "predictor": decoder(cfg)}
+        # The decoder first: it checks that the keys of both fit together.
+        predictor = decoder(cfg)
+        return {"pixel_decoder": encoder(cfg, input_shape), "predictor": predictor}
 
     def forward(self, features: Mapping[str, Tensor], targets: Sequence[Targets] | None = None) -> DecoderOutput:
         """Predict from backbone features by name, (B, C_f, h_f, w_f)."""

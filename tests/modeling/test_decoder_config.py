@@ -1,6 +1,7 @@
 """Which parameters a decoder has, and which settings it refuses."""
 
 import pytest
+from detectron2.modeling import build_model
 
 from dimaskdino.errors import ConfigError
 from dimaskdino.modeling.decoder import DIMaskDINODecoder, MaskDINODecoder
@@ -132,3 +133,17 @@ def test_bato_needs_masks_of_the_width_of_the_queries():
 )
 def test_settings_of_a_part_that_is_off_are_not_refused(node):
     DIMaskDINODecoder(tiny_cfg(**node))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("MODEL.MaskDINO.NHEADS", 7, "NHEADS must divide HIDDEN_DIM and SEM_SEG_HEAD.CONVS_DIM"),
+        ("MODEL.SEM_SEG_HEAD.CONVS_DIM", 40, "CONVS_DIM must be multiples of 32"),
+    ],
+)
+def test_widths_that_do_not_divide_are_refused_before_anything_is_built(key: str, value: int, message: str) -> None:
+    cfg = tiny_cfg()
+    cfg.merge_from_list([key, value])
+    with pytest.raises(ConfigError, match=message):
+        build_model(cfg)
