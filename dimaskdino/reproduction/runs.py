@@ -1,0 +1,228 @@
+"""A run's folder: how far it came, whether it is what its configuration file says, what it measured."""
+
+import functools
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import yaml
+
+from dimaskdino.config import Config, get_cfg
+from dimaskdino.errors import ConfigError, UserError
+from dimaskdino.reproduction.experiments import Experiment
+from dimaskdino.reproduction.tables import Table, Values
+from dimaskdino.yaml_files import read_yaml
+
+logger = logging.getLogger(__name__)
+
+# How and where a run is made, not what it trains.
+_FREE_KEYS = frozenset(
+    {
+        "CUDNN_BENCHMARK",
+        "DATALOADER.NUM_WORKERS",
+        "DATASETS.SHAPES.ROOT",
+        "MODEL.DEVICE",
+        "OUTPUT_DIR",
+        "SOLVER.CHECKPOINT_PERIOD",
+        "TEST.EVAL_LAYERS",
+        "TEST.EVAL_PERIOD",
+        "VERSION",
+        "VIS_PERIOD",
+    }
+)
+_MOST_DIFFERENCES = 10
+_TAIL_BYTES = 2**18
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """An experiment and the folder that its training writes to, which may not exist yet.
+
+    Attributes:
+        experiment: what is trained.
+        folder: OUTPUT_DIR.
+        cfg: the experiment's file and the options.
+        options: keys and values on top of the file, as on a command line.
+    """
+
+    experiment: Experiment
+    folder: Path
+    cfg: Config
+    options: tuple[str, ...]
+
+    @classmethod
+    def open(cls, experiment: Experiment, output: Path, options: Sequence[str] = ()) -> "Run":
+        """The run of ``experiment`` under ``output``.
+
+        Raises:
+            ConfigError: the folder holds a run of another configuration.
+        """
+        cfg = get_cfg()
+        cfg.merge_from_file(str(experiment.config_file))
+        cfg.merge_from_list(list(options))
+        run = cls(experiment, output / experiment.dataset / experiment.name, cfg, tuple(options))
+        run._check_config()
+        return run
+
+    @property
+    def max_iter(self) -> int:
+        """Iterations of the whole training."""
+        return self.cfg.SOLVER.MAX_ITER
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether a training can go on here."""
+        return (self.folder / "last_checkpoint").is_file()
+
+    @property
+    def iterations_done(self) -> int:
+        """Iterations that the last checkpoint holds."""
+        if not self.has_checkpoint:
+            return 0
+        found = re.search(r"model_(\d+)", (self.folder / "last_checkpoint").read_text())
+        return int(found[1]) + 1 if found else self.max_iter
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it was trained to its end and evaluated there."""
+        path = self.folder / "metrics.json"
+        if not (path.is_file() and (self.folder / "inference" / "results.json").is_file()):
+            return False
+        evaluated = [record["iteration"] for record in _records(_tail(path), '"bbox/AP"')]
+        return bool(evaluated) and evaluated[-1] >= self.max_iter
+
+    @property
+    def iterations_left(self) -> int:
+        """Iterations that are not trained yet."""
+        return 0 if self.is_finished else max(self.max_iter - self.iterations_done, 0)
+
+    @property
+    def status(self) -> str:
+        """``finished``, ``not run``, or how far it came."""
+        if self.is_finished:
+            return "finished"
+        if self.iterations_done >= self.max_iter:
+            return "not evaluated"
+        if self.iterations_done:
+            return f"stopped at {self.iterations_done} of {self.max_iter}"
+        return "not run"
+
+    def seconds_per_iteration(self) -> float | None:
+        """The median over the training, or None where too little was trained to tell."""
+        path = self.folder / "metrics.json"
+        times = [record["time"] for record in _records(path.read_text(), '"time"')] if path.is_file() else []
+        return median(times) if times else None
+
+    def results(self, table: Table) -> Values:
+        """What ``table`` measures, AP in percent; None for what was not measured."""
+        if not self.is_finished:
+            return (None,) * len(table.metrics)
+        scores = json.loads((self.folder / "inference" / "results.json").read_text())
+        if table.needs_layers:
+            layers = self.layers()
+            scores = {"first": layers[0], "last": layers[-1]} if layers else {}
+        pairs = [metric.split("/") for metric in table.metrics]
+        return tuple(scores.get(group, {}).get(name) for group, name in pairs)
+
+    def layers(self) -> list[dict[str, Any]]:
+        """Results of the decoder layers of the finished run; empty where they were not measured after its training."""
+        path = self.folder / "inference" / "layers.json"
+        if not (self.is_finished and path.is_file()):
+            return []
+        layers = decoder_layers(read_stages(path))
+        final = json.loads((self.folder / "inference" / "results.json").read_text())
+        # Those of an earlier checkpoint end in another result.
+        return layers if layers and layers[-1]["bbox"] == final["bbox"] else []
+
+    def _check_config(self) -> None:
+        path = self.folder / "config.yaml"
+        if not path.is_file():
+            return
+        found = differences(read_yaml(str(path)), self.cfg)
+        if found:
+            shown = "; ".join(found[:_MOST_DIFFERENCES])
+            more = f"; and {len(found) - _MOST_DIFFERENCES} more" if len(found) > _MOST_DIFFERENCES else ""
+            raise ConfigError(
+                f"{self.folder} holds a run of another configuration than {self.experiment.config_file} with the "
+                f"options given here: {shown}{more}. Give its options, another --output, or remove the folder."
+            )
+
+
+def differences(of_run: Mapping[str, Any], cfg: Config) -> list[str]:
+    """Keys by which a run's written configuration is another training than ``cfg``.
+
+    A key that is newer than the run has its default there. Keys that this version does not know are not compared.
+
+    Returns:
+        For each key, sorted, its name and both values.
+    """
+    given, wanted, defaults = dict(_leaves(of_run)), _plain(cfg), _defaults()
+    unknown = sorted(given.keys() - wanted.keys())
+    if unknown:
+        logger.info("Not compared, since this version has no such keys: %s", ", ".join(unknown))
+    found = []
+    for key in sorted(wanted.keys() - _FREE_KEYS):
+        theirs, ours = given.get(key, defaults[key]), wanted[key]
+        if key == "MODEL.WEIGHTS":
+            # The same file may lie elsewhere.
+            theirs, ours = Path(theirs).name, Path(ours).name
+        if theirs != ours:
+            found.append(f"{key} is {theirs!r} there and {ours!r} here")
+    return found
+
+
+def read_stages(path: Path) -> list[dict[str, Any]]:
+    """Rows of a ``layers.json``, or of the one in a run's folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    file = path / "inference" / "layers.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(
+            f"{file} does not exist; evaluate the run by stage: "
+            "train_net.py --config-file FILE --eval-only --resume --eval-layers all OUTPUT_DIR RUN"
+        )
+    return json.loads(file.read_text())
+
+
+def decoder_layers(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The stages that are decoder layers, in their order."""
+    return [stage for stage in stages if stage["stage"].startswith("layer.")]
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    return _plain(get_cfg())
+
+
+def _tail(path: Path) -> str:
+    """The end of a file of lines, long enough for the last evaluation."""
+    with path.open("rb") as file:
+        file.seek(max(path.stat().st_size - _TAIL_BYTES, 0))
+        return file.read().decode()
+
+
+def _records(lines: str, holding: str) -> Iterator[dict[str, Any]]:
+    """The lines of a metrics.json that hold a text; one that was cut off is left out."""
+    for line in lines.splitlines():
+        if holding in line and line.startswith("{") and line.endswith("}"):
+            yield json.loads(line)
+
+
+def _plain(cfg: Config) -> dict[str, Any]:
+    """Values by dotted key as YAML holds them: it knows no tuples."""
+    return dict(_leaves(yaml.safe_load(cfg.dump())))
+
+
+def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in node.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

@@ -1,0 +1,73 @@
+"""Folders of runs as a training leaves them, without the training."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dimaskdino.config import get_cfg
+from dimaskdino.reproduction.experiments import find_experiment
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def scores(box: float, mask: float) -> dict[str, dict[str, float]]:
+    """A run's results: AP as given, those by size a point apart each."""
+    return {
+        task: {"AP": ap, "APs": ap - 1, "APm": ap + 1, "APl": ap + 2, "AP-car": ap, "AP50": ap + 9, "AP75": ap}
+        for task, ap in (("bbox", box), ("segm", mask))
+    }
+
+
+def stage(name: str, box: float, mask: float) -> dict[str, Any]:
+    """A row of layers.json."""
+    return {"stage": name, "box_AP": box, "mask_AP": mask, "gap": box - mask, **scores(box, mask)}
+
+
+def write_run(
+    output: Path,
+    dataset: str,
+    row: str,
+    *,
+    box: float = 30.0,
+    mask: float = 25.0,
+    options: tuple[str, ...] = (),
+    done: int | None = None,
+    evaluated: bool = True,
+    seconds: float = 0.5,
+    first_layer: tuple[float, float] | None = None,
+) -> Path:
+    """Write the folder of a run of ``row``.
+
+    Args:
+        output: folder of all runs.
+        dataset: coco, bdd100k or shapes.
+        row: of a table, as :attr:`Row.experiment` names it.
+        box: box AP of the final result.
+        mask: mask AP of the final result.
+        options: keys on top of the file.
+        done: iterations that were trained; None means all.
+        evaluated: whether it was evaluated at the end of those.
+        seconds: of an iteration.
+        first_layer: box and mask AP of decoder layer 0; None where stages were not evaluated.
+    """
+    experiment = find_experiment(CONFIGS, dataset, row)
+    assert experiment is not None
+    cfg = get_cfg()
+    cfg.merge_from_file(str(experiment.config_file))
+    folder = output / dataset / experiment.name
+    cfg.merge_from_list([*options, "OUTPUT_DIR", str(folder)])
+    (folder / "inference").mkdir(parents=True)
+    (folder / "config.yaml").write_text(cfg.dump())
+    max_iter = cfg.SOLVER.MAX_ITER
+    iterations = max_iter if done is None else done
+    name = "model_final.pth" if iterations == max_iter else f"model_{iterations - 1:07d}.pth"
+    (folder / "last_checkpoint").write_text(name)
+    records: list[dict[str, Any]] = [{"iteration": i, "time": seconds, "total_loss": 1.0} for i in (19, 39)]
+    if evaluated:
+        records.append({"iteration": iterations, "bbox/AP": box, "segm/AP": mask})
+        (folder / "inference" / "results.json").write_text(json.dumps(scores(box, mask)))
+    (folder / "metrics.json").write_text("".join(json.dumps(record) + "\n" for record in records))
+    if first_layer:
+        stages = [stage("interm", 1.0, 2.0), stage("layer.0", *first_layer), stage("layer.1", box, mask)]
+        (folder / "inference" / "layers.json").write_text(json.dumps(stages))
+    return folder

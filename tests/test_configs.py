@@ -1,0 +1,242 @@
+"""The configuration files: schedules that are what names say, ablations that change what they say, models that run."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import yaml
+from detectron2.modeling import build_backbone, build_model
+
+from dimaskdino.checkpoint.names import to_release
+from dimaskdino.config import Config, _flatten, get_cfg
+from dimaskdino.reproduction.experiments import EPOCH_IMAGES, find_experiment
+from dimaskdino.reproduction.tables import paper_tables
+from tests.parity.releases import release
+from tests.tiny_model import image, sample
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+FILES = sorted(file for file in CONFIGS.rglob("*.yaml") if not file.stem.startswith("Base-"))
+ABLATIONS = {dataset: CONFIGS / "ablation" / dataset for dataset in ("coco", "bdd100k", "shapes")}
+# Epochs of the ablations, and the file that they start from.
+EPOCHS = {"coco": 12, "bdd100k": 68}
+FULL = {
+    "coco": CONFIGS / "coco" / "dimaskdino_r50_12ep.yaml",
+    "bdd100k": CONFIGS / "bdd100k" / "dimaskdino_r50_68ep.yaml",
+    "shapes": CONFIGS / "ablation" / "shapes" / "dimaskdino.yaml",
+}
+# Where the learning rate drops: the releases' iterations, and the paper's epoch.
+DROPS = {12: [81125 / 88500], 24: [147500 / 177000], 50: [327778 / 368750, 355092 / 368750], 68: [50 / 68]}
+BATCH = {("coco", "r50"): 16, ("coco", "swinl"): 4, ("bdd100k", "r50"): 8, ("bdd100k", "swinl"): 8}
+# Any of the files at a size that trains in a moment; what a file is about stays.
+SMALL = {
+    "MODEL.DEVICE": "cpu",
+    "MODEL.WEIGHTS": "",
+    "MODEL.RESNETS.DEPTH": 18,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
+    "MODEL.SWIN.EMBED_DIM": 8,
+    "MODEL.SWIN.DEPTHS": [1, 1, 1, 1],
+    "MODEL.SWIN.NUM_HEADS": [1, 2, 4, 8],
+    "MODEL.SWIN.WINDOW_SIZE": 4,
+    "MODEL.SEM_SEG_HEAD.CONVS_DIM": 32,
+    "MODEL.SEM_SEG_HEAD.MASK_DIM": 32,
+    "MODEL.SEM_SEG_HEAD.DIM_FEEDFORWARD": 32,
+    "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS": 1,
+    "MODEL.MaskDINO.HIDDEN_DIM": 32,
+    "MODEL.MaskDINO.DIM_FEEDFORWARD": 32,
+    "MODEL.MaskDINO.TRAIN_NUM_POINTS": 32,
+    "MODEL.MaskDINO.DN_NUM": 6,
+}
+
+
+def load(file: Path, options: dict[str, Any] | None = None) -> Config:
+    cfg = get_cfg()
+    cfg.merge_from_file(str(file))
+    cfg.merge_from_list([item for pair in (options or {}).items() for item in pair])
+    return cfg
+
+
+def name(file: Path) -> str:
+    return file.relative_to(CONFIGS).with_suffix("").as_posix()
+
+
+def changes(file: Path, base: Path) -> dict[str, Any]:
+    """Keys in which ``file`` differs from ``base``, with the values of ``file``."""
+    values = dict(_flatten(load(base)))
+    return {key: value for key, value in _flatten(load(file)) if value != values[key]}
+
+
+@pytest.mark.parametrize("file", FILES, ids=name)
+def test_every_configuration_trains_one_iteration_and_evaluates(file):
+    cfg = load(file, SMALL)
+    torch.manual_seed(0)
+    model = build_model(cfg).train()
+    losses = model([sample(64, 64, [[4, 8, 40, 48], [20, 20, 60, 36]]), sample(64, 96, [])])
+    total = torch.stack(list(losses.values())).sum()
+    assert total.isfinite()
+    total.backward()
+    missing = [key for key, value in model.named_parameters() if value.grad is None and value.requires_grad]
+    assert missing == []
+    with torch.no_grad():
+        (result,) = model.eval()([{"image": image(64, 80), "height": 32, "width": 40}])
+    found = result["instances"]
+    assert found.pred_masks.shape[1:] == (32, 40)
+    assert 0 < len(found) <= cfg.TEST.DETECTIONS_PER_IMAGE
+    assert found.pred_classes.max() < cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+    assert int(re.findall(r"layer\.(\d+)", model.eval_layer_names()[-1])[0]) == cfg.MODEL.MaskDINO.DEC_LAYERS - 1
+
+
+def scheduled() -> list[tuple[Path, str, int]]:
+    """Files of the two datasets that the paper trains on, their dataset and the epochs that they claim."""
+    found = []
+    for dataset, epochs in EPOCHS.items():
+        for file in FILES:
+            if file.parent == CONFIGS / dataset:
+                found.append((file, dataset, int(re.findall(r"_(\d+)ep$", file.stem)[0])))
+            elif file.parent == ABLATIONS[dataset]:
+                found.append((file, dataset, epochs))
+    return found
+
+
+@pytest.mark.parametrize(("file", "dataset", "epochs"), scheduled(), ids=lambda value: getattr(value, "stem", value))
+def test_a_file_trains_the_epochs_that_it_claims(file, dataset, epochs):
+    solver = load(file).SOLVER
+    backbone = "swinl" if "swinl" in file.stem else "r50"
+    assert BATCH[dataset, backbone] == solver.IMS_PER_BATCH
+    assert epochs * EPOCH_IMAGES[dataset] / solver.IMS_PER_BATCH == solver.MAX_ITER
+    assert list(solver.STEPS) == [round(fraction * solver.MAX_ITER) for fraction in DROPS[epochs]]
+    assert (solver.OPTIMIZER, solver.BASE_LR, solver.BACKBONE_MULTIPLIER) == ("ADAMW", 1e-4, 0.1)
+    assert (solver.WEIGHT_DECAY, solver.CLIP_GRADIENTS.CLIP_VALUE, solver.AMP.ENABLED) == (0.05, 0.01, True)
+
+
+def test_the_iterations_are_those_of_the_releases_and_of_the_paper():
+    # 12 epochs of 118,000 images in batches of 16, and 68 epochs of 7,000 in batches of 8.
+    assert load(FULL["coco"]).SOLVER.MAX_ITER == 12 * 7375 == 88500
+    assert load(FULL["bdd100k"]).SOLVER.MAX_ITER == 68 * 875 == 59500
+    assert load(CONFIGS / "coco" / "dimaskdino_swinl_50ep.yaml").SOLVER.MAX_ITER == 4 * 368750
+
+
+def test_the_small_models_train_half_of_the_demo():
+    demo, half = load(CONFIGS / "demo" / "dimaskdino_shapes.yaml"), load(FULL["shapes"])
+    assert half.SOLVER.MAX_ITER == demo.SOLVER.MAX_ITER / 2
+    assert list(half.SOLVER.STEPS) == [step / 2 for step in demo.SOLVER.STEPS]
+    changed = changes(FULL["shapes"], CONFIGS / "demo" / "dimaskdino_shapes.yaml")
+    assert set(changed) == {"SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.CHECKPOINT_PERIOD", "OUTPUT_DIR"}
+
+
+@pytest.mark.parametrize("dataset", ["coco", "bdd100k"])
+def test_schedules_and_backbones_of_a_dataset_change_nothing_but_themselves(dataset):
+    for file in (file for file in FILES if file.parent == CONFIGS / dataset):
+        changed = set(changes(file, FULL[dataset]))
+        allowed = {"SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.IMS_PER_BATCH", "SOLVER.CHECKPOINT_PERIOD"}
+        allowed |= {"TEST.EVAL_PERIOD"}
+        if file.stem.startswith("maskdino"):
+            allowed |= {"MODEL.MaskDINO.TRANSFORMER_DECODER_NAME", "MODEL.MaskDINO.DEC_LAYERS"}
+        if "swinl" in file.stem:
+            allowed |= {key for key in changed if key.startswith("MODEL.SWIN.")}
+            allowed |= {"MODEL.WEIGHTS", "MODEL.BACKBONE.NAME", "MODEL.MaskDINO.INITIALIZE_BOX_TYPE"}
+            allowed |= {
+                "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES",
+                "MODEL.SEM_SEG_HEAD.TOTAL_NUM_FEATURE_LEVELS",
+            }
+        assert changed <= allowed, file
+
+
+def test_bdd100k_is_coco_with_other_data_and_another_schedule():
+    changed = changes(FULL["bdd100k"], FULL["coco"])
+    assert changed.pop("MODEL.SEM_SEG_HEAD.NUM_CLASSES") == 8
+    assert changed.pop("DATASETS.TRAIN") == ("bdd100k_ins_seg_train",)
+    assert changed.pop("DATASETS.TEST") == ("bdd100k_ins_seg_val",)
+    assert {key.split(".")[0] for key in changed} == {"SOLVER", "TEST"}
+
+
+@pytest.mark.parametrize("file", sorted(ABLATIONS["coco"].glob("*.yaml")), ids=lambda file: file.stem)
+def test_an_ablation_changes_the_same_keys_on_both_datasets_and_only_its_model(file):
+    changed = changes(file, FULL["coco"])
+    assert changed == changes(ABLATIONS["bdd100k"] / file.name, FULL["bdd100k"])
+    assert 1 <= len(changed) <= 2
+    assert all(key.startswith("MODEL.MaskDINO.") for key in changed)
+
+
+# (tokens or layers of the small model, those of the paper's)
+SCALED = {
+    "MODEL.MaskDINO.DI.NUM_SELECTED": (40, 300),
+    "MODEL.MaskDINO.FIRST_SELECTED_QUERIES": (40, 300),
+    "MODEL.MaskDINO.NUM_OBJECT_QUERIES": (40, 300),
+    "MODEL.MaskDINO.DEC_LAYERS": (4, 6),
+}
+
+
+@pytest.mark.parametrize("file", sorted(ABLATIONS["bdd100k"].glob("*.yaml")), ids=lambda file: file.stem)
+def test_an_ablation_on_shapes_is_the_papers_with_fewer_tokens_and_layers(file):
+    expected = {}
+    for key, value in changes(file, FULL["bdd100k"]).items():
+        small, large = SCALED.get(key, (1, 1))
+        if key in SCALED:
+            values = [each * small / large for each in (value if isinstance(value, list) else [value])]
+            value = values if isinstance(value, list) else values[0]
+        expected[key] = value
+    assert changes(ABLATIONS["shapes"] / file.name, FULL["shapes"]) == expected
+
+
+def test_the_small_model_has_the_same_share_of_every_count():
+    small, large = load(FULL["shapes"]).MODEL.MaskDINO, load(FULL["bdd100k"]).MODEL.MaskDINO
+    for key, (one, other) in SCALED.items():
+        if key != "MODEL.MaskDINO.DI.NUM_SELECTED":
+            field = key.rsplit(".", 1)[-1]
+            assert getattr(small, field) * other == getattr(large, field) * one, key
+
+
+@pytest.mark.parametrize("condition", ["", "_loss", "_position"])
+@pytest.mark.parametrize("model", ["maskdino", "di"])
+def test_the_tolerance_test_has_three_layers_no_bato_and_one_condition(model, condition):
+    cfg = load(ABLATIONS["bdd100k"] / f"tolerance_{model}{condition}.yaml")
+    node = cfg.MODEL.MaskDINO
+    assert node.DEC_LAYERS == 3
+    if model == "maskdino":
+        assert node.TRANSFORMER_DECODER_NAME == "MaskDINODecoder"
+    else:
+        assert (node.TRANSFORMER_DECODER_NAME, node.DI.ENABLED, node.BATO.ENABLED) == ("DIMaskDINODecoder", True, False)
+    weights = (node.BOX_WEIGHT, node.GIOU_WEIGHT)
+    assert weights == ((0.5, 0.2) if condition == "_loss" else (5.0, 2.0))
+    assert (node.COST_BOX_WEIGHT, node.COST_GIOU_WEIGHT, node.CLASS_WEIGHT) == (5.0, 2.0, 4.0)
+    assert node.DI.RANDOM_POSITION is (condition == "_position")
+
+
+def test_every_row_of_the_paper_has_a_configuration_and_no_file_is_of_none():
+    used = set()
+    for table in paper_tables().values():
+        for row in table.rows:
+            for dataset in table.datasets:
+                experiment = find_experiment(CONFIGS, dataset, row.experiment)
+                assert experiment is not None or dataset == "shapes", (table.name, row.labels)
+                used |= {experiment.config_file} if experiment else set()
+    assert {file for file in FILES if file.parent.name != "demo"} - used == set()
+
+
+def test_a_row_is_told_in_a_few_lines():
+    for file in FILES:
+        lines = [line for line in file.read_text().splitlines() if line and not line.startswith("#")]
+        assert len(lines) <= 8 or file.parent.name == "demo", file
+        assert "_BASE_" in yaml.safe_load(file.read_text()) or file.stem == "dimaskdino_shapes"
+
+
+def test_swin_l_has_as_many_parameters_as_the_public_one(monkeypatch):
+    # Nothing is computed with these weights: memory that is never written costs nothing.
+    for initialise in ("trunc_normal_", "kaiming_uniform_", "uniform_"):
+        monkeypatch.setattr(torch.nn.init, initialise, lambda tensor, *_, **__: tensor)
+    backbone = build_backbone(load(CONFIGS / "coco" / "dimaskdino_swinl_12ep.yaml"))
+    public = timm.create_model("swin_large_patch4_window12_384")
+    ours = sum(p.numel() for key, p in backbone.named_parameters() if not re.match(r"norm\d\.", key))
+    theirs = sum(p.numel() for key, p in public.named_parameters() if not key.startswith(("norm.", "head.")))
+    assert ours == theirs > 190e6
+
+
+@pytest.mark.parametrize("stem", ["dimaskdino_r50_12ep", "dimaskdino_r50_24ep", "maskdino_r50_50ep"])
+def test_full_size_models_on_coco_have_every_tensor_of_the_releases(stem):
+    with torch.device("meta"):
+        model = build_model(load(CONFIGS / "coco" / f"{stem}.yaml", {"MODEL.DEVICE": "meta"}))
+    theirs = {key: list(value.shape) for key, value in to_release(model.state_dict()).items()}
+    assert theirs == release(stem).keys
