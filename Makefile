@@ -1,10 +1,10 @@
-# make install | demo | test | lint | clean        PYTHON=python3.12 make install   chooses the interpreter
+# make install | demo | reproduce-demo | test | lint | clean        PYTHON=python3.12 make install   chooses the interpreter
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test lint clean
+.PHONY: install demo reproduce-demo test lint clean
 
 install: $(STAMP)
 
@@ -26,6 +26,10 @@ $(STAMP): requirements.txt setup.py tools/install_detectron2.py
 
 demo: $(STAMP)
 	$(BIN)/python tools/demo.py
+
+# The paper's Table 4 and Figure 1 on synthetic pictures: four trainings of half the demo's length, on the CPU.
+reproduce-demo: $(STAMP)
+	$(BIN)/python tools/reproduce.py table4 figure1 --dataset shapes --num-gpus 0 --run
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

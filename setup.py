@@ -18,6 +18,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=("dimaskdino", "dimaskdino.*")),
+    package_data={"dimaskdino.reproduction": ["paper_tables.json"]},
+    extras_require={"slurm": ["submitit>=1.5"]},  # tools/reproduce.py --submit slurm
     install_requires=[
         "faster-coco-eval>=1.6",
         "fvcore>=0.1.5",

@@ -1,0 +1,166 @@
+"""tools/reproduce.py and tools/plot_imbalance.py from the command line."""
+
+import os
+import runpy
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+from dimaskdino.reproduction import jobs
+from dimaskdino.reproduction.experiments import DATASETS
+from dimaskdino.reproduction.tables import paper_tables
+from tests.cli.conftest import REPO, TINY
+from tests.reproduction.fakes import write_run
+
+SCRIPT = "tools/reproduce.py"
+
+
+@pytest.fixture
+def trainings(run, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Run what would be processes of their own inside this one, and remember their arguments."""
+    # One core: no torchrun.
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
+    started: list[list[str]] = []
+
+    def start(command: list[str], cwd: Path, check: bool) -> SimpleNamespace:
+        assert Path(command[1]) == cwd / "train_net.py"
+        started.append(command[2:])
+        return SimpleNamespace(returncode=run("train_net.py", *command[2:]).status)
+
+    monkeypatch.setattr(jobs.subprocess, "run", start)
+    return started
+
+
+def folders(text: str) -> list[str]:
+    """Runs in the table of costs."""
+    names = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("|")]
+    return [name for name in names if "/" in name]
+
+
+def test_a_table_is_trained_once_resumed_where_it_stopped_and_collected(
+    run, trainings: list[list[str]], tmp_path: Path, shapes_root: Path
+) -> None:
+    tiny = ["--options", *TINY, "DATASETS.SHAPES.ROOT", shapes_root]
+    common = [SCRIPT, "table6", "--dataset", "shapes", "--num-gpus", 0, "--output", tmp_path]
+
+    planned = run(*common, *tiny)
+    assert planned.status == 0
+    assert trainings == []
+    assert planned.out.count("train_net.py --config-file") == 2
+
+    done = run(*common, "--run", *tiny)
+    assert done.status == 0, done.err
+    assert [Path(each[-1]).name for each in trainings] == ["no_gtg", "dimaskdino"]
+    assert done.out.count("| finished |") == 2
+    assert {path.name for path in (tmp_path / "shapes").glob("table6.*")} == {"table6.md", "table6.csv", "table6.png"}
+
+    assert run(*common, "--run", *tiny).status == 0
+    assert len(trainings) == 2
+
+    stopped = tmp_path / "shapes" / "no_gtg"
+    (stopped / "last_checkpoint").write_text("model_0000001.pth")
+    (stopped / "model_final.pth").unlink()
+    (stopped / "metrics.json").unlink()
+    assert "stopped at 2 of 3" in run(*common, "--collect", *tiny).out
+    assert run(*common, "--run", *tiny).status == 0
+    assert trainings[2:] == [["--resume", *trainings[0]]]
+    assert "Starting training from iteration 2" in (stopped / "log.txt").read_text()
+
+    changed = run(*common, "--run", *tiny, "SOLVER.MAX_ITER", 5)
+    assert changed.status == 2
+    assert "SOLVER.MAX_ITER is 3 there and 5 here" in changed.err
+    assert len(trainings) == 3
+
+
+def test_a_failed_training_ends_with_one_line(run, trainings: list[list[str]], tmp_path: Path) -> None:
+    finished = run(
+        *(SCRIPT, "table6", "--dataset", "shapes", "--run", "--num-gpus", 0, "--output", tmp_path),
+        *("--options", *TINY, "MODEL.WEIGHTS", "nowhere.pth", "DATASETS.SHAPES.ROOT", tmp_path / "shapes_data"),
+    )
+    assert finished.status == 2
+    assert finished.err.strip().splitlines()[-1].startswith("error: no_gtg stopped with exit status 2")
+    assert len(trainings) == 1
+
+
+def test_the_plan_of_everything_names_every_run_once_and_what_it_costs(run, tmp_path: Path) -> None:
+    finished = run(SCRIPT, "all", *(f"--dataset={dataset}" for dataset in DATASETS), "--output", tmp_path)
+    assert finished.status == 0
+    names = folders(finished.out)
+    assert len(names) == len(set(names))
+    assert [sum(name.startswith(f"{dataset}/") for name in names) for dataset in DATASETS] == [21, 21, 18]
+    assert "--measure" in finished.out
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("table", paper_tables().values(), ids=lambda table: table.name)
+def test_every_table_is_planned_and_collected_on_every_dataset_that_has_it(table, run, tmp_path: Path) -> None:
+    datasets = [f"--dataset={dataset}" for dataset in table.datasets]
+    planned = run(SCRIPT, table.name, *datasets, "--dry-run", "--output", tmp_path)
+    assert planned.status == 0
+    assert {name.split("/")[0] for name in folders(planned.out)} == set(table.datasets)
+    collected = run(SCRIPT, table.name, *datasets, "--collect", "--output", tmp_path)
+    assert collected.status == 0
+    assert collected.out.count(f"{table.title}, on ") == len(table.datasets)
+    assert "| not run " in collected.out
+    for dataset in table.datasets:
+        assert {path.suffix for path in (tmp_path / dataset).iterdir()} == {".md", ".csv"}
+
+
+def test_a_measured_iteration_gives_the_hours(
+    run, trainings: list[list[str]], tmp_path: Path, shapes_root: Path
+) -> None:
+    # The first iterations are not timed.
+    options = ["--options", *TINY, "DATASETS.SHAPES.ROOT", shapes_root]
+    finished = run(
+        *(SCRIPT, "table6", "table9", "--dataset", "shapes", "--measure", 5, "--num-gpus", 0),
+        *("--output", tmp_path, *options),
+    )
+    assert finished.status == 0, finished.err
+    assert len(trainings) == 1
+    assert "unknown" not in finished.out
+
+
+def test_the_figure_is_collected_with_its_picture(run, tmp_path: Path) -> None:
+    write_run(tmp_path, "bdd100k", "maskdino", box=28.0, mask=25.0, first_layer=(16.0, 21.0))
+    write_run(tmp_path, "bdd100k", "dimaskdino", box=29.0, mask=26.0, first_layer=(21.0, 22.0))
+    finished = run(SCRIPT, "figure1", "--collect", "--output", tmp_path)
+    assert "-5.0 / -4.5 (-0.5)" in finished.out
+    with Image.open(tmp_path / "bdd100k" / "figure1.png") as image:
+        assert min(image.size) > 500
+
+
+def test_what_cannot_be_made_is_said_in_one_line(run, tmp_path: Path) -> None:
+    refused = run(SCRIPT, "table1", "--dataset", "shapes")
+    assert (refused.status, refused.err) == (2, "error: table1 is not made on shapes; it is on coco.\n")
+    refused = run(SCRIPT, "table4", "--submit", "slurm", "--slurm", "partition")
+    assert (refused.status, refused.err) == (2, "error: --slurm takes KEY=VALUE, not 'partition'.\n")
+    assert "invalid choice: 'table10'" in run(SCRIPT, "table10").err
+
+
+def test_the_imbalance_is_drawn_from_runs_or_their_files(run, tmp_path: Path) -> None:
+    one = write_run(tmp_path, "bdd100k", "maskdino", first_layer=(16.0, 21.0))
+    two = write_run(tmp_path, "bdd100k", "dimaskdino", first_layer=(21.0, 22.0))
+    script, picture = "tools/plot_imbalance.py", tmp_path / "figures" / "one.svg"
+    finished = run(script, one, two / "inference" / "layers.json", "--output", picture, "--all-layers")
+    assert (finished.status, finished.out) == (0, f"{picture}\n")
+    drawn = picture.read_text()
+    assert "<!-- maskdino_r50_68ep -->" in drawn
+    assert "<!-- dimaskdino_r50_68ep -->" in drawn
+    labels = ["--labels", "MaskDINO", "DI-MaskDINO"]
+    assert run(script, one, two, *labels, "--paper", "--output", tmp_path / "two.png").status == 0
+    assert "2 runs, but there are 1" in run(script, one, *labels).err
+    shutil.rmtree(two / "inference")
+    assert "layers.json does not exist" in run(script, one, two).err
+
+
+def test_the_examples_of_the_help_are_commands(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [line for line in run(SCRIPT, "--help").out.splitlines() if line.startswith("  ") and SCRIPT in line]
+    assert len(lines) == 6
+    parse_args = runpy.run_path(str(REPO / SCRIPT))["parse_args"]
+    for line in lines:
+        monkeypatch.setattr(sys, "argv", [SCRIPT, *line.split(SCRIPT)[1].split()])
+        assert set(parse_args().tables) <= {*paper_tables(), "all"}

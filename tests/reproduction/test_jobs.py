@@ -1,0 +1,227 @@
+"""Which commands are started, in which order, and what happens when one fails."""
+
+import json
+import logging
+import shutil
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from dimaskdino.errors import UserError
+from dimaskdino.reproduction import jobs, slurm
+from dimaskdino.reproduction.jobs import Job, Launcher, measure, run_job, unfinished
+from dimaskdino.reproduction.slurm import JOB_FILE, SlurmTask, submit
+from tests.reproduction.fakes import scores, stage, write_run
+from tests.reproduction.test_runs import open_run
+
+REPOSITORY = Path(__file__).parents[2]
+GPUS = Launcher(REPOSITORY, 8)
+
+
+class Trainer:
+    """Stands for the processes that are started: writes what they would write, and remembers them."""
+
+    def __init__(self, output: Path, row: str = "neither", dataset: str = "shapes", statuses: tuple[int, ...] = ()):
+        self.output, self.row, self.dataset, self.statuses = output, row, dataset, list(statuses)
+        self.commands: list[list[str]] = []
+
+    def __call__(self, command: list[str], folder: Path) -> int:
+        assert folder == REPOSITORY
+        self.commands.append(command)
+        status = self.statuses.pop(0) if self.statuses else 0
+        if status:
+            return status
+        run = self.output / self.dataset / open_run(self.output, self.row, self.dataset).folder.name
+        if "--eval-only" in command:
+            path = run / "inference" / "layers.json"
+            path.write_text(json.dumps([stage("layer.0", 1.0, 2.0), {"stage": "layer.1", **scores(30.0, 25.0)}]))
+        else:
+            shutil.rmtree(run, ignore_errors=True)
+            write_run(self.output, self.dataset, self.row)
+        return 0
+
+
+def job(output: Path, row: str = "neither", dataset: str = "shapes", *, with_layers: bool = False) -> Job:
+    return Job(open_run(output, row, dataset), with_layers)
+
+
+def test_a_run_that_was_not_started_is_trained_from_its_file_with_the_options_and_gpus(tmp_path):
+    run = open_run(tmp_path, "di_only", "coco", options=("SOLVER.MAX_ITER", "5"))
+    command = GPUS.train(run)
+    assert command[:2] == [sys.executable, str(REPOSITORY / "train_net.py")]
+    assert command[2:] == [
+        *("--config-file", str(run.experiment.config_file), "--num-gpus", "8"),
+        *("SOLVER.MAX_ITER", "5", "OUTPUT_DIR", str(run.folder)),
+    ]
+
+
+def test_an_interrupted_run_is_resumed(tmp_path):
+    write_run(tmp_path, "shapes", "neither", done=300, evaluated=False)
+    assert "--resume" in (job(tmp_path).next_command(GPUS) or [])
+    assert "--resume" not in (job(tmp_path, "di_only").next_command(GPUS) or [])
+
+
+def test_a_trained_run_that_was_not_evaluated_is_resumed_for_its_evaluation(tmp_path):
+    write_run(tmp_path, "shapes", "neither", evaluated=False)
+    command = job(tmp_path).next_command(GPUS)
+    assert command is not None
+    assert "--resume" in command
+    assert "--eval-only" not in command
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path):
+    write_run(tmp_path, "shapes", "neither")
+    trainer = Trainer(tmp_path)
+    run_job(job(tmp_path), GPUS, trainer)
+    assert trainer.commands == []
+    assert unfinished([job(tmp_path), job(tmp_path, "di_only")], GPUS)[0].run.experiment.name == "di_only"
+
+
+def test_results_by_stage_are_evaluated_after_the_training_where_they_are_wanted(tmp_path):
+    trainer = Trainer(tmp_path)
+    run_job(job(tmp_path, with_layers=True), GPUS, trainer)
+    first, second = trainer.commands
+    assert "--eval-only" not in first
+    assert [flag for flag in second if flag.startswith("--")] == [
+        *("--eval-only", "--resume", "--eval-layers", "--config-file", "--num-gpus")
+    ]
+    run_job(job(tmp_path, with_layers=True), GPUS, trainer)
+    assert len(trainer.commands) == 2
+
+
+def test_a_failure_is_an_error_that_names_the_log_and_the_next_call_goes_on(tmp_path):
+    trainer = Trainer(tmp_path, statuses=(3,))
+    with pytest.raises(UserError, match=r"neither stopped with exit status 3 .*neither/log\.txt"):
+        run_job(job(tmp_path), GPUS, trainer)
+    run_job(job(tmp_path), GPUS, trainer)
+    assert job(tmp_path).run.is_finished
+
+
+def test_a_command_that_leaves_nothing_behind_is_not_repeated_for_ever(tmp_path):
+    with pytest.raises(UserError, match="ended well, but its results are not in"):
+        run_job(job(tmp_path), GPUS, lambda command, folder: 0)
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "available", "cores", "batch", "processes"),
+    [(0, 0, 8, 8, 2), (None, 0, 2, 8, 2), (None, 0, 1, 8, 1), (0, 0, 2, 5, 1), (None, 1, 8, 8, 1), (4, 4, 8, 8, 1)],
+)
+def test_on_a_cpu_two_processes_share_a_batch_that_can_be_divided(
+    num_gpus, available, cores, batch, processes, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: available)
+    monkeypatch.setattr(jobs, "num_cores", lambda: cores)
+    run = open_run(tmp_path, options=("SOLVER.IMS_PER_BATCH", str(batch)))
+    command = Launcher(REPOSITORY, num_gpus).train(run)
+    assert ("torch.distributed.run" in command) is (processes > 1)
+    if processes > 1:
+        assert command[command.index("--nproc_per_node") + 1] == str(processes)
+
+
+def test_a_measurement_trains_a_few_iterations_without_weights_and_leaves_its_times(tmp_path):
+    folder, seen = tmp_path / "measured", []
+    folder.mkdir()
+    (folder / "metrics.json").write_text("of an earlier measurement")
+
+    def train(command: list[str], _: Path) -> int:
+        assert not (folder / "metrics.json").exists()
+        seen.extend(command)
+        (folder / "model_final.pth").write_text("")
+        (folder / "metrics.json").write_text("{}")
+        return 0
+
+    measure(open_run(tmp_path, "neither", "coco"), folder, GPUS, 20, train)
+    options = dict(zip(seen[-10::2], seen[-9::2], strict=True))
+    assert (options["MODEL.WEIGHTS"], options["SOLVER.MAX_ITER"], options["OUTPUT_DIR"]) == ("", "20", str(folder))
+    assert [path.name for path in folder.iterdir()] == ["metrics.json"]
+    with pytest.raises(UserError, match="exit status 1"):
+        measure(open_run(tmp_path, "neither", "coco"), folder, GPUS, 20, lambda command, folder: 1)
+
+
+class FakeSubmitit(types.ModuleType):
+    """What of submitit is used: remembers what was submitted, and which jobs are over."""
+
+    def __init__(self) -> None:
+        super().__init__("submitit")
+        self.submitted: list[SlurmTask] = []
+        self.parameters: dict = {}
+        self.over: set[str] = set()
+        fake = self
+
+        class AutoExecutor:
+            def __init__(self, folder, cluster):
+                Path(folder).mkdir(parents=True)
+                assert cluster == "slurm"
+
+            def update_parameters(self, **parameters):
+                if "nonsense" in parameters:
+                    raise NameError("nonsense")
+                fake.parameters = parameters
+
+            def submit(self, task):
+                fake.submitted.append(task)
+                return types.SimpleNamespace(job_id=str(100 + len(fake.submitted)))
+
+        class SlurmJob:
+            def __init__(self, folder, job_id):
+                self.job_id = job_id
+
+            def done(self):
+                return self.job_id in fake.over
+
+        self.AutoExecutor, self.SlurmJob = AutoExecutor, SlurmJob
+        self.helpers = types.SimpleNamespace(DelayedSubmission=lambda task: ("again", task))
+
+
+@pytest.fixture
+def submitit(monkeypatch) -> FakeSubmitit:
+    fake = FakeSubmitit()
+    monkeypatch.setitem(sys.modules, "submitit", fake)
+    return fake
+
+
+def test_a_cluster_gets_a_job_for_each_run_with_its_gpus_and_parameters(tmp_path, submitit):
+    given = [job(tmp_path, "neither", "coco"), job(tmp_path, "di_only", "coco")]
+    said = submit(given, GPUS, {"timeout_min": 60}, cluster="slurm")
+    assert [line.split(";")[0] for line in said] == [
+        "coco/neither: submitted as job 101",
+        "coco/di_only: submitted as job 102",
+    ]
+    assert submitit.parameters == {
+        **{"name": "dimaskdino_di_only", "nodes": 1, "tasks_per_node": 1, "gpus_per_node": 8, "timeout_min": 60}
+    }
+
+
+def test_a_run_whose_job_waits_is_not_submitted_again_and_one_whose_job_is_over_is(tmp_path, submitit):
+    given = job(tmp_path, "neither", "coco")
+    submit([given], GPUS, {}, cluster="slurm")
+    (said,) = submit([given], GPUS, {}, cluster="slurm")
+    assert "not submitted, job 101 waits or runs already" in said
+    assert JOB_FILE in said
+    submitit.over.add("101")
+    shutil.rmtree(given.run.folder / "slurm")
+    assert "submitted as job 102" in submit([given], GPUS, {}, cluster="slurm")[0]
+
+
+def test_a_job_runs_what_is_missing_and_is_submitted_again_when_its_time_is_over(tmp_path, submitit, monkeypatch):
+    monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
+    trainer = Trainer(tmp_path)
+    monkeypatch.setattr(slurm, "run_job", lambda each, launcher: run_job(each, launcher, trainer))
+    task = SlurmTask(job(tmp_path), GPUS)
+    task()
+    assert len(trainer.commands) == 1
+    assert task.checkpoint() == ("again", task)
+
+
+def test_what_a_cluster_needs_is_said(tmp_path, submitit, monkeypatch):
+    given = [job(tmp_path)]
+    with pytest.raises(UserError, match="--submit needs --num-gpus"):
+        submit(given, Launcher(REPOSITORY), {}, cluster="slurm")
+    with pytest.raises(UserError, match="cannot submit neither: nonsense"):
+        submit(given, GPUS, {"nonsense": 1}, cluster="slurm")
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(UserError, match="pip install submitit"):
+        submit(given, GPUS, {}, cluster="slurm")

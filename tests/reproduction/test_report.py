@@ -1,0 +1,120 @@
+"""Ours beside the paper's: numbers, differences, what is missing."""
+
+import csv
+import io
+
+import pytest
+
+from dimaskdino.reproduction.charts import draw_table
+from dimaskdino.reproduction.experiments import DATASETS, find_experiment
+from dimaskdino.reproduction.report import compare, heading, markdown, to_csv
+from dimaskdino.reproduction.runs import Run
+from dimaskdino.reproduction.tables import Table, paper_tables
+from tests.reproduction.fakes import CONFIGS, write_run
+
+ALL = [(dataset, table) for table in paper_tables().values() for dataset in DATASETS if dataset in table.datasets]
+
+
+def runs_of(table: Table, dataset: str, output) -> dict[str, Run | None]:
+    found = {row.experiment: find_experiment(CONFIGS, dataset, row.experiment) for row in table.rows}
+    return {row: experiment and Run.open(experiment, output) for row, experiment in found.items()}
+
+
+def compared(name: str, dataset: str, output):
+    table = paper_tables()[name]
+    return table, compare(table, dataset, runs_of(table, dataset, output))
+
+
+def cells(text: str) -> list[list[str]]:
+    """The body of a Markdown table."""
+    lines = [line for line in text.splitlines() if line.startswith("|")][2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+@pytest.mark.parametrize(("dataset", "table"), ALL, ids=lambda value: getattr(value, "name", value))
+def test_every_table_prints_what_was_not_run_beside_the_papers_numbers(dataset, table, tmp_path):
+    rows = compare(table, dataset, runs_of(table, dataset, tmp_path))
+    body = cells(markdown(table, dataset, rows))
+    assert len(body) == len(table.rows)
+    for cells_of_row, row in zip(body, table.rows, strict=True):
+        assert cells_of_row[: len(row.labels)] == list(row.labels)
+        assert cells_of_row[len(row.labels) + 1] in ("not run", "not on shapes")
+        for cell, value in zip(cells_of_row[len(row.labels) + 2 :], row.paper.get(dataset, ()), strict=False):
+            assert cell == f"– / {'–' if value is None else value}"
+
+
+@pytest.mark.parametrize(("dataset", "table"), ALL, ids=lambda value: getattr(value, "name", value))
+def test_every_table_of_finished_runs_prints_as_markdown_and_csv(dataset, table, tmp_path):
+    for row in table.rows:
+        if find_experiment(CONFIGS, dataset, row.experiment):
+            write_run(tmp_path, dataset, row.experiment, box=40.0, mask=35.0, first_layer=(20.0, 24.0))
+    rows = compare(table, dataset, runs_of(table, dataset, tmp_path))
+    body = cells(markdown(table, dataset, rows))
+    records = list(csv.DictReader(io.StringIO(to_csv(table, dataset, rows))))
+    assert len(records) == len(body) == len(table.rows)
+    for row, record in zip(rows, records, strict=True):
+        assert record["status"] == row.status
+        if row.status == "finished":
+            assert all(cell.ours is not None for cell in row.cells)
+            assert list(record.values())[: 2 + len(row.labels)] == [table.name, dataset, *row.labels]
+
+
+def test_a_cell_holds_ours_the_papers_and_their_difference(tmp_path):
+    write_run(tmp_path, "bdd100k", "di_only", box=29.04, mask=24.76)
+    table, rows = compared("table4", "bdd100k", tmp_path)
+    assert cells(markdown(table, "bdd100k", rows))[1] == [
+        *("yes", "no", "di_only", "finished"),
+        *("29.0 / 28.8 (+0.2)", "24.8 / 25.2 (-0.4)"),
+    ]
+    record = list(csv.DictReader(io.StringIO(to_csv(table, "bdd100k", rows))))[1]
+    assert (record["box AP"], record["box AP paper"], record["box AP difference"]) == ("29.0", "28.8", "0.2")
+    assert (record["mask AP difference"], record["box AP change"]) == ("-0.4", "")
+
+
+def test_on_shapes_changes_against_the_first_row_stand_beside_the_papers(tmp_path):
+    write_run(tmp_path, "shapes", "neither", box=60.0, mask=50.0)
+    write_run(tmp_path, "shapes", "dimaskdino", box=62.5, mask=49.0)
+    table, rows = compared("table4", "shapes", tmp_path)
+    text = markdown(table, "shapes", rows)
+    body = cells(text)
+    assert body[0][-2:] == ["60.0", "50.0"]
+    assert body[1][-2:] == ["– (paper +1.0)", "– (paper +0.8)"]
+    assert body[3][-2:] == ["62.5 (+2.5; paper +1.7)", "49.0 (-1.0; paper +1.3)"]
+    assert "BDD100K" in text
+    assert "synthetic" in text
+
+
+def test_rows_that_a_dataset_lacks_say_so(tmp_path):
+    _, rows = compared("table2", "shapes", tmp_path)
+    assert [row.status for row in rows] == ["not run", "not run", "not on shapes", "not on shapes"]
+
+
+def test_a_finished_run_without_results_by_stage_says_so_in_the_figure(tmp_path):
+    write_run(tmp_path, "bdd100k", "maskdino")
+    write_run(tmp_path, "bdd100k", "dimaskdino", first_layer=(20.0, 21.0))
+    _, rows = compared("figure1", "bdd100k", tmp_path)
+    assert [row.status for row in rows] == ["not evaluated by layer", "finished"]
+
+
+def test_one_run_fills_its_row_in_every_table(tmp_path):
+    write_run(tmp_path, "coco", "bato_only", box=46.5, mask=41.5)
+    for name, row in (("table4", 2), ("table5", 0), ("table7", 0)):
+        _, rows = compared(name, "coco", tmp_path)
+        assert [cell.ours for cell in rows[row].cells] == [46.5, 41.5]
+
+
+def test_headings_name_the_table_and_the_dataset():
+    assert heading(paper_tables()["table4"], "coco") == "Table 4: Main modules, on COCO"
+    assert heading(paper_tables()["figure1"], "bdd100k").startswith("Figure 1: Imbalance")
+
+
+@pytest.mark.parametrize(("name", "dataset"), [("table1", "coco"), ("table4", "shapes"), ("table8", "bdd100k")])
+def test_a_table_is_drawn_with_what_is_missing(name, dataset, tmp_path):
+    table = paper_tables()[name]
+    write_run(tmp_path, dataset, table.rows[0].experiment, box=0.0, mask=35.0)
+    _, rows = compared(name, dataset, tmp_path)
+    draw_table(table, dataset, rows, tmp_path / "chart.svg")
+    drawn = (tmp_path / "chart.svg").read_text()
+    for text in (heading(table, dataset), "not run", "35.0", "box AP (%)", "mask AP (%)"):
+        assert f"<!-- {text}" in drawn
+    assert ("<!-- paper -->" in drawn) is (dataset != "shapes")

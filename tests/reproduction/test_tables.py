@@ -1,0 +1,96 @@
+"""The paper's numbers as data."""
+
+import pytest
+
+from dimaskdino.errors import UserError
+from dimaskdino.reproduction.experiments import find_experiment
+from dimaskdino.reproduction.tables import choose_tables, metric_name, paper_tables
+from tests.reproduction.fakes import CONFIGS
+
+NUM_ROWS = {
+    "table1": 10,
+    "table2": 4,
+    "table3": 6,
+    "table4": 4,
+    "table5": 4,
+    "table6": 2,
+    "table7": 3,
+    "table8": 3,
+    "table9": 3,
+    "figure1": 2,
+}
+
+
+def test_there_are_nine_tables_and_a_figure_with_all_their_rows():
+    assert {name: len(table.rows) for name, table in paper_tables().items()} == NUM_ROWS
+
+
+def test_every_row_has_as_many_labels_and_numbers_as_its_table():
+    for table in paper_tables().values():
+        for row in table.rows:
+            assert len(row.labels) == len(table.label_names)
+            for dataset, values in row.paper.items():
+                assert dataset in table.datasets
+                assert len(values) == len(table.metrics)
+
+
+def test_one_experiment_has_one_number_in_whatever_table_it_stands():
+    # The same file is trained for all of them.
+    found: dict = {}
+    for table in paper_tables().values():
+        for row in table.rows:
+            for dataset, values in row.paper.items():
+                named = dict(zip(table.metrics, values, strict=True))
+                ends = (named.get("bbox/AP", named.get("last/box_AP")), named.get("segm/AP", named.get("last/mask_AP")))
+                experiment = find_experiment(CONFIGS, dataset, row.experiment)
+                found.setdefault(experiment, set()).add(ends)
+    assert len(found) > 40
+    assert {experiment.name: ends for experiment, ends in found.items() if len(ends) > 1} == {}
+
+
+@pytest.mark.parametrize(
+    ("table", "row", "dataset", "values"),
+    [
+        ("table1", 9, "coco", (57.8, 41.5, 61.2, 73.9, 51.8, 31.8, 55.1, 72.2)),
+        ("table2", 1, "bdd100k", (29.5, 18.0, 37.4, 50.4, 25.7, 14.5, 32.1, 48.1)),
+        ("table3", 5, "bdd100k", (23.8, 23.7)),
+        ("table4", 1, "coco", (46.4, 42.1)),
+        ("table4", 1, "bdd100k", (28.8, 25.2)),
+        ("table9", 2, "coco", (46.9, 42.5)),
+    ],
+)
+def test_numbers_stand_at_the_dataset_that_they_were_measured_on(table, row, dataset, values):
+    assert paper_tables()[table].rows[row].paper[dataset] == values
+
+
+def test_gaps_are_box_minus_mask():
+    figure = paper_tables()["figure1"]
+    for row in figure.rows:
+        values = dict(zip(figure.metrics, row.paper["bdd100k"], strict=True))
+        for end in ("first", "last"):
+            assert values[f"{end}/gap"] == pytest.approx(values[f"{end}/box_AP"] - values[f"{end}/mask_AP"])
+
+
+def test_only_the_figure_needs_results_by_stage():
+    assert [name for name, table in paper_tables().items() if table.needs_layers] == ["figure1"]
+
+
+def test_without_datasets_each_table_is_made_where_the_paper_measured_it():
+    chosen = {dataset: [table.name for table in tables] for dataset, tables in choose_tables(["all"], []).items()}
+    both = [f"table{number}" for number in range(4, 10)]
+    assert chosen == {"coco": ["table1", *both], "bdd100k": ["table2", "table3", *both, "figure1"]}
+    assert list(choose_tables(["table1"], [])) == ["coco"]
+
+
+def test_all_is_all_that_a_dataset_has():
+    assert [table.name for table in choose_tables(["all"], ["shapes"])["shapes"]] == list(NUM_ROWS)[1:]
+
+
+def test_a_table_that_a_dataset_lacks_is_refused_with_those_that_have_it():
+    with pytest.raises(UserError, match="table1 is not made on bdd100k; it is on coco"):
+        choose_tables(["table4", "table1"], ["bdd100k"])
+
+
+def test_metrics_have_names_to_read():
+    names = [metric_name(metric) for metric in ("bbox/AP", "segm/APs", "first/box_AP", "last/gap")]
+    assert names == ["box AP", "mask AP S", "first layer box AP", "last layer box - mask"]
