@@ -125,7 +125,7 @@ def say_cost(jobs: list[Job], output: Path, launcher: Launcher, iterations: int 
         for folder, run in folders.items():
             measure(run, folder, launcher, iterations)
         known = speeds(runs, output)
-    print(f"{cost_table(runs, known)}\n\nTraining alone; evaluations come on top.")
+    print(f"{cost_table(runs, known)}\n\nTraining alone; evaluations come on top.", flush=True)
     if any(run not in known and run.iterations_left for run in runs):
         print("Hours are unknown where no iteration was measured: --measure 20 measures some on this machine.")
 

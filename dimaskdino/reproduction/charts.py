@@ -67,7 +67,9 @@ def _label(table: Table, row: ComparedRow) -> list[str]:
 def _draw_panel(axes: Axes, cells: Sequence[Compared], empty: Sequence[str], colour: str, of_paper: bool) -> None:
     """The bars of one metric; ``empty`` says why there is none of ours."""
     thickness, offset = (_THICKNESS, _THICKNESS / 2) if of_paper else (1.6 * _THICKNESS, 0.0)
-    largest = max([value for cell in cells for value in (cell.ours, cell.paper) if value is not None], default=0.0) or 1.0
+    largest = (
+        max([value for cell in cells for value in (cell.ours, cell.paper) if value is not None], default=0.0) or 1.0
+    )
     for position, cell in enumerate(cells):
         place, ours = position - offset, cell.ours or 0.0
         axes.barh(place, ours, thickness, color=colour)

@@ -86,7 +86,7 @@ def _total(hours: Sequence[float | None]) -> str:
     unknown = len(hours) - len(known)
     if not known:
         return "unknown"
-    return f"{sum(known):.1f}" + (f" without {unknown} runs" if unknown else "")
+    return f"{sum(known):.1f}" + (f" and {unknown} unknown" if unknown else "")
 
 
 def _cost_row(run: Run, speed: Speed | None) -> list[str | int]:

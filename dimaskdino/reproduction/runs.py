@@ -141,7 +141,8 @@ class Run:
 
     def _check_config(self) -> None:
         path = self.folder / "config.yaml"
-        if not path.is_file():
+        # A training that ended before its first iteration leaves nothing that could be mixed up.
+        if not (path.is_file() and (self.has_checkpoint or (self.folder / "metrics.json").is_file())):
             return
         found = differences(read_yaml(str(path)), self.cfg)
         if found:

@@ -157,10 +157,11 @@ def test_the_imbalance_is_drawn_from_runs_or_their_files(run, tmp_path: Path) ->
     assert "layers.json does not exist" in run(script, one, two).err
 
 
-def test_the_examples_of_the_help_are_commands(run, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = [line for line in run(SCRIPT, "--help").out.splitlines() if line.startswith("  ") and SCRIPT in line]
-    assert len(lines) == 6
+def test_the_examples_of_the_help_and_of_the_guide_are_commands(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = run(SCRIPT, "--help").out + (REPO / "docs" / "reproduce.md").read_text()
+    lines = [line for line in text.splitlines() if line.startswith(("  ", "python")) and f"{SCRIPT} " in line]
+    assert len(lines) > 12
     parse_args = runpy.run_path(str(REPO / SCRIPT))["parse_args"]
     for line in lines:
-        monkeypatch.setattr(sys, "argv", [SCRIPT, *line.split(SCRIPT)[1].split()])
+        monkeypatch.setattr(sys, "argv", [SCRIPT, *line.split(SCRIPT)[1].split("#")[0].split()])
         assert set(parse_args().tables) <= {*paper_tables(), "all"}

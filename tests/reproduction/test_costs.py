@@ -77,7 +77,7 @@ def test_the_table_of_costs_adds_up_and_says_what_is_unknown(tmp_path):
     status = "stopped at 78500 of 88500"
     assert first == ["coco/neither", status, "12", "10000", "160000", "0.36", "1.0", "neither"]
     assert second[1:] == ["not run", "12", "354000", "1416000", "unknown", "unknown", ""]
-    assert total == ["together", "", "", "364000", "1576000", "", "1.0 without 1 runs", ""]
+    assert total == ["together", "", "", "364000", "1576000", "", "1.0 and 1 unknown", ""]
 
 
 def test_nothing_measured_is_unknown_and_nothing_left_is_free(tmp_path):

@@ -141,6 +141,15 @@ def test_a_key_that_the_run_did_not_know_had_its_default_there(tmp_path):
         open_run(tmp_path)
 
 
+def test_a_folder_in_which_nothing_was_trained_may_hold_any_configuration(tmp_path):
+    folder = write_run(tmp_path, "shapes", "neither", options=("MODEL.MaskDINO.DN_NUM", "7"))
+    (folder / "last_checkpoint").unlink()
+    with pytest.raises(ConfigError, match="DN_NUM"):
+        open_run(tmp_path)
+    (folder / "metrics.json").unlink()
+    assert open_run(tmp_path).status == "not run"
+
+
 def test_many_differences_are_counted_not_listed(tmp_path):
     folder = write_run(tmp_path, "shapes", "neither")
     (folder / "config.yaml").write_text("VERSION: 2\n")
