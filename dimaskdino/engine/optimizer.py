@@ -34,7 +34,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         logger.info("%d parameters: lr %g, weight decay %g", len(group["params"]), group["lr"], group["weight_decay"])
     solver = cfg.SOLVER
     if solver.OPTIMIZER == "ADAMW":
-        return torch.optim.AdamW(groups, solver.BASE_LR)
+        return torch.optim.AdamW(groups, solver.BASE_LR, fused=True)
     if solver.OPTIMIZER == "SGD":
         return torch.optim.SGD(groups, solver.BASE_LR, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV)
     raise ConfigError(f"SOLVER.OPTIMIZER {solver.OPTIMIZER!r} is unknown; use ADAMW or SGD.")
