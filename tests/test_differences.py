@@ -38,7 +38,7 @@ def test_every_difference_names_a_test():
 
 @pytest.mark.parametrize("url", ["tcp://10.0.0.7:29500", "file:///shared/rendezvous"])
 def test_a_given_dist_url_is_used_as_it_is(url):
-    assert _dist_url(argparse.Namespace(dist_url=url, num_machines=2)) == url
+    assert _dist_url(argparse.Namespace(dist_url=url, num_machines=2), "unused") == url
 
 
 def test_evaluation_reads_its_weights_once(tmp_path, monkeypatch):

@@ -2,8 +2,8 @@
 
 import logging
 import os
-import socket
 import sys
+import tempfile
 from argparse import Namespace
 from collections.abc import Callable
 from datetime import timedelta
@@ -110,14 +110,15 @@ def _join(*, num_local: int, local_rank: int, on_gpu: bool, **init_options: Any)
 
 def _spawn(main: Main, args: Namespace, num_local: int) -> None:
     """Start this machine's processes and wait for them; the first user error among them becomes ours."""
-    url = _dist_url(args)
     errors = mp.get_context("spawn").SimpleQueue()
-    try:
-        mp.spawn(_worker, args=(main, args, num_local, url, errors), nprocs=num_local)
-    except mp.ProcessExitedException as failure:
-        if failure.exit_code == USER_ERROR_STATUS and not errors.empty():
-            raise UserError(errors.get()) from None
-        raise
+    with tempfile.TemporaryDirectory() as folder:
+        url = _dist_url(args, folder)
+        try:
+            mp.spawn(_worker, args=(main, args, num_local, url, errors), nprocs=num_local)
+        except mp.ProcessExitedException as failure:
+            if failure.exit_code == USER_ERROR_STATUS and not errors.empty():
+                raise UserError(errors.get()) from None
+            raise
 
 
 def _worker(local_rank: int, main: Main, args: Namespace, num_local: int, url: str, errors: SimpleQueue) -> None:
@@ -137,13 +138,15 @@ def _worker(local_rank: int, main: Main, args: Namespace, num_local: int, url: s
         sys.exit(USER_ERROR_STATUS)
 
 
-def _dist_url(args: Namespace) -> str:
+def _dist_url(args: Namespace, folder: str) -> str:
+    """Where the processes meet: as given, or on one machine a file in ``folder``, which no other job can be using.
+
+    A port that is free when it is asked for may be taken when it is used.
+    """
     if args.dist_url != "auto":
         if args.num_machines > 1 and args.dist_url.startswith("file://"):
             logging.getLogger(__name__).warning("A file:// --dist-url is unreliable between machines; prefer tcp://.")
         return args.dist_url
     if args.num_machines > 1:
         raise UserError("--dist-url auto works on one machine alone; give tcp://HOST:PORT of the first machine.")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    return f"file://{folder}/rendezvous"

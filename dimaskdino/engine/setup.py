@@ -36,9 +36,13 @@ Without --num-gpus, one GPU is used where there is one, else the CPU; --num-gpus
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """detectron2's command line and ``--eval-layers``; ``num_gpus`` is None where it is not given."""
+    """detectron2's command line and ``--eval-layers``; ``num_gpus`` is None where it is not given.
+
+    ``--dist-url`` is "auto" by default: detectron2's is a port that depends on the user alone, so that a second job on
+    the same machine would fail.
+    """
     parser = default_argument_parser(epilog=EXAMPLES)
-    parser.set_defaults(num_gpus=None)
+    parser.set_defaults(num_gpus=None, dist_url="auto")
     parser.add_argument(
         "--eval-layers",
         metavar="STAGES",

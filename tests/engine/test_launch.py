@@ -10,8 +10,8 @@ import torch
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
-from dimaskdino.engine import launch
-from dimaskdino.engine.launch import _spawn, one_line
+from dimaskdino.engine import argument_parser, launch
+from dimaskdino.engine.launch import _dist_url, _spawn, one_line
 from dimaskdino.errors import DatasetError, UserError
 
 
@@ -96,3 +96,9 @@ def test_spawned_processes_form_a_job_and_the_user_error_of_one_reaches_the_pare
 def test_an_automatic_address_needs_a_single_machine() -> None:
     with pytest.raises(UserError, match="one machine alone"):
         _spawn(report_then_fail, arguments(num_gpus=0, num_machines=2), num_local=1)
+
+
+def test_two_jobs_on_one_machine_do_not_meet() -> None:
+    assert argument_parser().parse_args([]).dist_url == "auto"
+    first, second = (_dist_url(arguments(num_gpus=2), folder) for folder in ("one", "two"))
+    assert first != second
