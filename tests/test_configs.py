@@ -160,14 +160,12 @@ def test_an_ablation_changes_the_same_keys_on_both_datasets_and_only_its_model(f
     assert all(key.startswith("MODEL.MaskDINO.") for key in changed)
 
 
-# (tokens, layers or weights of the small model, those of the paper's)
+# (tokens or layers of the small model, those of the paper's)
 SCALED = {
     "MODEL.MaskDINO.DI.NUM_SELECTED": (40, 300),
     "MODEL.MaskDINO.FIRST_SELECTED_QUERIES": (40, 300),
     "MODEL.MaskDINO.NUM_OBJECT_QUERIES": (40, 300),
     "MODEL.MaskDINO.DEC_LAYERS": (4, 6),
-    "MODEL.MaskDINO.BOX_WEIGHT": (10, 5),
-    "MODEL.MaskDINO.GIOU_WEIGHT": (5, 2),
 }
 
 

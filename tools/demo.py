@@ -25,7 +25,7 @@ from dimaskdino.visualization import Objects, Row, save_grid
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "demo"
 # Gradients are averaged over this many processes: two cores are used better so than by two threads.
 MAX_PROCESSES = 2
-MIN_SCORE = 0.5
+MIN_SCORE = 0.35
 QUICK = [
     *("DATASETS.SHAPES.NUM_TRAIN", "64", "DATASETS.SHAPES.NUM_VAL", "16"),
     *("SOLVER.MAX_ITER", "20", "SOLVER.STEPS", "(15,)", "SOLVER.WARMUP_ITERS", "5"),
