@@ -4,7 +4,13 @@ Importing the package registers every part of the model under the name that conf
 ``detectron2.modeling.build_model`` finds it.
 """
 
-from dimaskdino import meta_arch
+import os
+
+# Before torch starts its threads: on busy cores, OpenMP threads that spin while they wait for each other take the time
+# that the others need. Two of them on two shared cores made a training step ten times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from dimaskdino import meta_arch  # noqa: E402
 
 __all__ = ["meta_arch"]
 __version__ = "0.1.0"
