@@ -10,7 +10,7 @@ import os
 # that the others need. Two of them on two shared cores made a training step ten times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from dimaskdino import meta_arch  # noqa: E402
+from dimaskdino import meta_arch
 
 __all__ = ["meta_arch"]
 __version__ = "0.1.0"
