@@ -368,3 +368,17 @@ def test_every_tensor_is_made_where_its_inputs_are():
         )
     assert {value.device.type for value in losses.values()} == {"cpu"}
     assert result.scores.device.type == "cpu"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_step_in_half_precision_gives_every_parameter_a_finite_gradient(dtype: torch.dtype) -> None:
+    model = tiny_model().train()
+    batch = [sample(64, 96, [[4, 5, 30, 40], [20, 10, 60, 50]]), sample(64, 64, [])]
+    with torch.autocast("cpu", dtype=dtype):
+        losses = model(batch)
+    assert all(loss.dtype == torch.float32 for loss in losses.values())
+    torch.stack(list(losses.values())).sum().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+    with torch.autocast("cpu", dtype=dtype), torch.no_grad():
+        scores = model.eval()(batch)[0]["instances"].scores
+    assert scores.isfinite().all()
