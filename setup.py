@@ -35,5 +35,6 @@ setup(
         "tabulate>=0.8",
         "tensorboard>=2.10",
         "timm>=0.9.10",
+        "tqdm>=4.60",
     ],
 )
