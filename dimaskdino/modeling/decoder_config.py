@@ -55,7 +55,15 @@ def check_decoder_config(cfg: CfgNode) -> None:
             f"MODEL.MaskDINO.DI.NUM_SELECTED ends in {selected[-1]}, but NUM_OBJECT_QUERIES is "
             f"{node.NUM_OBJECT_QUERIES}; the last selection gives the decoder its queries."
         )
-    problems = {
+    for message, applies in _conflicts(cfg).items():
+        if applies:
+            raise ConfigError(f"MODEL.MaskDINO.{message}")
+
+
+def _conflicts(cfg: CfgNode) -> dict[str, bool]:
+    """What cannot be, and why, each with whether it is so."""
+    node = cfg.MODEL.MaskDINO
+    return {
         "DI.ENABLED needs TWO_STAGE: De-Imbalance selects from tokens.": node.DI.ENABLED and not node.TWO_STAGE,
         "INITIALIZE_BOX_TYPE needs TWO_STAGE: learned queries bring their own boxes.": (
             node.INITIALIZE_BOX_TYPE != "no" and not node.TWO_STAGE
@@ -94,6 +102,3 @@ def check_decoder_config(cfg: CfgNode) -> None:
         "NUM_GUIDING_TOKENS must be at least 1.": node.BATO.ENABLED and node.NUM_GUIDING_TOKENS < 1,
         "DN_NUM must be at least 1 (or set DN no).": node.DN != "no" and node.DN_NUM < 1,
     }
-    for message, applies in problems.items():
-        if applies:
-            raise ConfigError(f"MODEL.MaskDINO.{message}")
