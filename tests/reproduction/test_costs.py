@@ -30,7 +30,7 @@ def test_runs_are_as_fast_as_others_of_their_dataset_backbone_and_batch(tmp_path
         ("coco", "R50", 16),
         ("coco", "swin192", 4),
         ("bdd100k", "R50", 8),
-        ("shapes", "resnet10t", 8),
+        ("shapes", "regnetx_002", 8),
     ]
 
 

@@ -9,8 +9,10 @@ from dimaskdino.errors import ConfigError, UserError
 from dimaskdino.reproduction.experiments import find_experiment
 from dimaskdino.reproduction.runs import Run, decoder_layers, read_stages
 from dimaskdino.reproduction.tables import paper_tables
+from dimaskdino.yaml_files import read_yaml
 from tests.reproduction.fakes import CONFIGS, stage, write_run
 
+HALF_DEMO = read_yaml(str(CONFIGS / "ablation" / "shapes" / "dimaskdino.yaml"))["SOLVER"]["MAX_ITER"]
 TABLE1, TABLE4, FIGURE1 = (paper_tables()[name] for name in ("table1", "table4", "figure1"))
 
 
@@ -26,7 +28,7 @@ def test_a_run_lies_under_its_dataset_and_the_name_of_its_file(tmp_path):
 
 def test_a_folder_that_is_not_there_is_a_run_that_was_not_run(tmp_path):
     run = open_run(tmp_path)
-    assert (run.status, run.iterations_done, run.iterations_left) == ("not run", 0, 900)
+    assert (run.status, run.iterations_done, run.iterations_left) == ("not run", 0, HALF_DEMO)
     assert run.results(TABLE4) == (None, None)
     assert not run.has_checkpoint
     assert run.seconds_per_iteration() is None
@@ -35,13 +37,17 @@ def test_a_folder_that_is_not_there_is_a_run_that_was_not_run(tmp_path):
 def test_an_interrupted_run_has_the_iterations_of_its_last_checkpoint(tmp_path):
     write_run(tmp_path, "shapes", "neither", done=300, evaluated=False)
     run = open_run(tmp_path)
-    assert (run.status, run.iterations_left, run.has_checkpoint) == ("stopped at 300 of 900", 600, True)
+    assert (run.status, run.iterations_left, run.has_checkpoint) == (
+        f"stopped at 300 of {HALF_DEMO}",
+        HALF_DEMO - 300,
+        True,
+    )
     assert run.results(TABLE4) == (None, None)
 
 
 def test_an_evaluation_on_the_way_does_not_finish_a_run(tmp_path):
     write_run(tmp_path, "shapes", "neither", done=600, evaluated=True)
-    assert open_run(tmp_path).status == "stopped at 600 of 900"
+    assert open_run(tmp_path).status == f"stopped at 600 of {HALF_DEMO}"
 
 
 def test_a_trained_run_without_its_last_evaluation_is_not_finished(tmp_path):
@@ -98,7 +104,8 @@ def test_results_by_stage_of_an_earlier_checkpoint_are_not_taken(tmp_path):
 
 def test_a_run_of_another_configuration_is_refused_with_the_keys_that_differ(tmp_path):
     write_run(tmp_path, "shapes", "neither", options=("SOLVER.MAX_ITER", "20", "MODEL.MaskDINO.DN_NUM", "7"))
-    message = r"neither\.yaml.*MODEL\.MaskDINO\.DN_NUM is 7 there and 40 here; SOLVER\.MAX_ITER is 20 there and 900"
+    message = r"neither\.yaml.*MODEL\.MaskDINO\.DN_NUM is 7 there and 40 here; SOLVER\.MAX_ITER is 20 there and "
+    message += str(HALF_DEMO)
     with pytest.raises(ConfigError, match=message):
         open_run(tmp_path)
 
