@@ -8,9 +8,14 @@ _AREA_EPS = 1e-6
 
 
 def inverse_sigmoid(x: Tensor, eps: float = _EPS) -> Tensor:
-    """Logit of values in [0, 1]; both x and 1 - x are kept at least ``eps``, so the result is finite."""
+    """Logit of values in [0, 1]; both x and 1 - x are kept at least ``eps``, so the result is finite.
+
+    The logarithm is taken in float64: that of float32 differs in the last bit between the CPUs of different makers, and
+    with it everything that begins at a box and comes back to it.
+    """
     x = x.clamp(min=0, max=1)
-    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
+    odds = x.clamp(min=eps) / (1 - x).clamp(min=eps)
+    return odds.double().log().to(odds.dtype)
 
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:

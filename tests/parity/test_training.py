@@ -10,9 +10,6 @@ from torch import Tensor
 from dimaskdino.checkpoint.names import our_name
 from tests.parity.recorded import NAMES, model, recorded, training_batch
 
-# loss_bbox_dn_0 compares boxes with themselves (no noise): what is left is rounding, in the releases as well.
-FLOOR = 1e-6
-
 
 class Run:
     """One training step without the update."""
@@ -58,10 +55,13 @@ def test_the_loss_terms_are_the_recorded_ones(runs, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_weighted_term_is_the_same(runs, name):
+    # Without noise, loss_bbox_dn_0 and loss_giou_dn_0 compare boxes with themselves and hold nothing but the rounding
+    # of sigmoid(logit(box)), a fraction of an ulp of each coordinate. They are the same to the bit where torch has
+    # its AVX2 or AVX-512 kernels, whose exponential is the recorded one.
     different = {
         key: (runs[name].losses[key], value)
         for key, value in recorded_losses(name).items()
-        if not math.isclose(runs[name].losses[key], value, rel_tol=1e-4, abs_tol=FLOOR)
+        if not math.isclose(runs[name].losses[key], value, rel_tol=1e-4)
     }
     assert not different
 
