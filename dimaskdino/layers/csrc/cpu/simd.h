@@ -1,0 +1,158 @@
+// Vectors of a chosen width in the compilers' own notation (GCC and Clang), conversions between the storage dtypes and
+// them, and the exponential. Included by kernels.inl inside the namespace of one instruction set.
+
+template <class A, int W>
+struct VectorOf {
+  typedef A type __attribute__((vector_size(W * sizeof(A))));
+};
+template <class A, int W>
+using Vec = typename VectorOf<A, W>::type;
+
+// The integer of a float's size, for masks and lane numbers.
+template <class A>
+struct SameSize {
+  typedef int32_t type;
+};
+template <>
+struct SameSize<double> {
+  typedef int64_t type;
+};
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <class T>
+struct Accumulate {
+  typedef float type;
+};
+template <>
+struct Accumulate<double> {
+  typedef double type;
+};
+
+template <class To, class From>
+inline To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "sizes differ");
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// Half to float: the exponent's bias changes by a multiplication, which also makes subnormal numbers right.
+template <class U>
+inline U half_to_float_bits(U half) {
+  return ((half & 0x8000u) << 16) | ((half & 0x7fffu) << 13);
+}
+
+inline float to_accumulate(float x) {
+  return x;
+}
+inline double to_accumulate(double x) {
+  return x;
+}
+inline float to_accumulate(BFloat16 x) {
+  return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16);
+}
+inline float to_accumulate(Half x) {
+  const float scaled = bit_cast<float>(half_to_float_bits<uint32_t>(x.bits)) * 0x1p112f;
+  const bool special = (x.bits & 0x7c00u) == 0x7c00u;  // infinite or not a number
+  return special ? bit_cast<float>(bit_cast<uint32_t>(scaled) | 0x7f800000u) : scaled;
+}
+
+inline void from_accumulate(float x, float* out) {
+  *out = x;
+}
+inline void from_accumulate(double x, double* out) {
+  *out = x;
+}
+// Both round to the nearest, ties to even.
+inline void from_accumulate(float x, BFloat16* out) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const uint32_t quiet = (bits >> 16) | 0x40u;
+  out->bits = static_cast<uint16_t>(x != x ? quiet : rounded);
+}
+inline void from_accumulate(float x, Half* out) {
+  const uint32_t bits = bit_cast<uint32_t>(x), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+  uint32_t half;
+  if (magnitude > 0x7f800000u) {
+    half = 0x7e00u;
+  } else if (magnitude >= 0x477ff000u) {  // rounds to beyond 65504
+    half = 0x7c00u;
+  } else if (magnitude < 0x38800000u) {  // subnormal: adding 0.5 leaves the half's bits in the lowest places
+    half = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+  } else {
+    half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  }
+  out->bits = static_cast<uint16_t>(sign | half);
+}
+
+template <int W>
+inline Vec<float, W> load(const float* from) {
+  Vec<float, W> vec;
+  memcpy(&vec, from, sizeof(vec));
+  return vec;
+}
+template <int W>
+inline Vec<double, W> load(const double* from) {
+  Vec<double, W> vec;
+  memcpy(&vec, from, sizeof(vec));
+  return vec;
+}
+template <int W>
+inline Vec<float, W> load(const BFloat16* from) {
+  Vec<uint16_t, W> narrow;
+  memcpy(&narrow, from, sizeof(narrow));
+  return bit_cast<Vec<float, W>>(__builtin_convertvector(narrow, Vec<uint32_t, W>) << 16);
+}
+template <int W>
+inline Vec<float, W> load(const Half* from) {
+  Vec<uint16_t, W> narrow;
+  memcpy(&narrow, from, sizeof(narrow));
+  const Vec<uint32_t, W> wide = __builtin_convertvector(narrow, Vec<uint32_t, W>);
+  const Vec<uint32_t, W> bits = bit_cast<Vec<uint32_t, W>>(bit_cast<Vec<float, W>>(half_to_float_bits(wide)) * 0x1p112f);
+  const Vec<uint32_t, W> special = bit_cast<Vec<uint32_t, W>>((wide & 0x7c00u) == 0x7c00u);
+  return bit_cast<Vec<float, W>>(bits | (special & 0x7f800000u));
+}
+
+template <int W>
+inline void store(Vec<float, W> vec, float* to) {
+  memcpy(to, &vec, sizeof(vec));
+}
+template <int W>
+inline void store(Vec<double, W> vec, double* to) {
+  memcpy(to, &vec, sizeof(vec));
+}
+template <int W>
+inline void store(Vec<float, W> vec, Half* to) {
+  for (int i = 0; i < W; ++i) from_accumulate(vec[i], to + i);
+}
+template <int W>
+inline void store(Vec<float, W> vec, BFloat16* to) {
+  for (int i = 0; i < W; ++i) from_accumulate(vec[i], to + i);
+}
+
+// e to the x for x <= 0, within 2 units in the last place: 2^n times the series of the rest, which lies in
+// -ln 2 / 2 to ln 2 / 2. Without a branch, so that loops over it become vector code.
+inline float exp_negative(float x) {
+  const float scaled = x * 1.44269504088896341f;
+  const int32_t n = static_cast<int32_t>(scaled > -127.0f ? scaled - 0.5f : -127.0f);
+  const float rest = (x - static_cast<float>(n) * 0.693359375f) - static_cast<float>(n) * -2.12194440e-4f;
+  float sum = 1.0f / 5040;
+  sum = sum * rest + 1.0f / 720;
+  sum = sum * rest + 1.0f / 120;
+  sum = sum * rest + 1.0f / 24;
+  sum = sum * rest + 1.0f / 6;
+  sum = sum * rest + 0.5f;
+  sum = sum * rest + 1.0f;
+  sum = sum * rest + 1.0f;
+  const float result = sum * bit_cast<float>((n + 127) << 23);
+  return x < -87.0f ? 0.0f : result;
+}
+inline double exp_negative(double x) {
+  return __builtin_exp(x);
+}
