@@ -1,7 +1,27 @@
 """What differs between detectron2 0.5 and its current main, and what either needs on a new torch, in one place."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
 import torch.distributed as dist
 from detectron2.utils import comm
+
+# Configuration keys that detectron2 has gained since 0.5, each with its default: what 0.5 does without the key. A run's
+# config.yaml that a newer detectron2 wrote holds all of them.
+NEWER_KEYS: Mapping[str, Any] = MappingProxyType(
+    {
+        "DATALOADER.REPEAT_SQRT": True,
+        "FLOAT32_PRECISION": "",
+        "MODEL.ROI_BOX_HEAD.FED_LOSS_FREQ_WEIGHT_POWER": 0.5,
+        "MODEL.ROI_BOX_HEAD.FED_LOSS_NUM_CLASSES": 50,
+        "MODEL.ROI_BOX_HEAD.USE_FED_LOSS": False,
+        "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE": False,
+        "SOLVER.BASE_LR_END": 0.0,
+        "SOLVER.NUM_DECAYS": 3,
+        "SOLVER.RESCALE_INTERVAL": False,
+    }
+)
 
 
 def create_local_process_group(num_processes_per_machine: int) -> None:

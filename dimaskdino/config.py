@@ -2,6 +2,7 @@
 
 Keys of the two public releases (MaskDINO and DI-MaskDINO) keep their names, so that their YAML files load unchanged.
 Keys without effect on instance segmentation are listed in :data:`IGNORED_KEYS`: accepted, dropped and reported once.
+So are keys that only a newer detectron2 has (:data:`dimaskdino.compat.NEWER_KEYS`), at the values that change nothing.
 """
 
 import difflib
@@ -10,9 +11,11 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
+import detectron2
 from detectron2.config import CfgNode
 from detectron2.config import get_cfg as get_detectron2_cfg
 
+from dimaskdino.compat import NEWER_KEYS
 from dimaskdino.errors import ConfigError
 from dimaskdino.yaml_files import read_yaml
 
@@ -86,10 +89,13 @@ class Config(CfgNode):
     def _merge_pairs(self, pairs: dict[str, Any]) -> None:
         known = dict(_flatten(self))
         ignored = sorted(key for key in pairs if key in IGNORED_KEYS and key not in known)
-        if ignored:
-            _report_ignored(tuple(ignored))
+        newer = sorted(key for key in pairs if key in NEWER_KEYS and key not in known)
+        for key in newer:
+            _check_newer(key, self._decode_cfg_value(pairs[key]))
+        _report_left_out(tuple(ignored), "no effect on instance segmentation in the releases either")
+        _report_left_out(tuple(newer), "the installed detectron2 has no such key and does what the value asks for")
         for key, value in pairs.items():
-            if key in ignored:
+            if key in ignored or key in newer:
                 continue
             if key not in known:
                 raise ConfigError(_unknown_key_message(key, list(known)))
@@ -120,9 +126,19 @@ def _unknown_key_message(key: str, known: list[str]) -> str:
     return f"Unknown configuration key {key}.{hint}"
 
 
+def _check_newer(key: str, value: Any) -> None:
+    """Refuse a value that the installed detectron2, which does not know the key, would not follow."""
+    if value != NEWER_KEYS[key]:
+        raise ConfigError(
+            f"Cannot set {key} to {value!r}: detectron2 {detectron2.__version__} has no such key and always works as "
+            f"with {NEWER_KEYS[key]!r}. Leave the key out or install a newer detectron2."
+        )
+
+
 @functools.cache
-def _report_ignored(keys: tuple[str, ...]) -> None:
-    logger.info("Accepted and ignored (no effect on instance segmentation in the releases either): %s", ", ".join(keys))
+def _report_left_out(keys: tuple[str, ...], reason: str) -> None:
+    if keys:
+        logger.info("Accepted and ignored (%s): %s", reason, ", ".join(keys))
 
 
 def get_cfg() -> Config:

@@ -3,6 +3,7 @@
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -10,6 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.config import get_cfg as get_detectron2_cfg
 
 from dimaskdino import config as config_module
+from dimaskdino.compat import NEWER_KEYS
 from dimaskdino.config import IGNORED_KEYS, Config, _flatten, add_dimaskdino_config, get_cfg
 from dimaskdino.errors import ConfigError, UserError
 from tests.parity.releases import NAMES, release
@@ -75,6 +77,26 @@ def test_the_releases_resolved_settings_are_taken_and_survive_a_file(name, tmp_p
     assert plain(load(tmp_path, cfg.dump())) == plain(cfg)
 
 
+def nested(values: dict[str, Any]) -> dict[str, Any]:
+    """Dotted keys as the tree that a file holds."""
+    tree: dict[str, Any] = {}
+    for key, value in values.items():
+        *parents, name = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = value
+    return tree
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_run_of_a_release_dumps_loads_as_a_file(name, tmp_path):
+    # Everything that a newer detectron2 and the release write to config.yaml, keys without effect included.
+    values = dict(_flatten(get_detectron2_cfg())) | NEWER_KEYS | release(name).config_values
+    values |= {"MODEL.WEIGHTS": "", "MODEL.DEVICE": "cpu"}
+    assert plain(load(tmp_path, yaml.safe_dump(nested(values)))) == plain(release(name).cfg())
+
+
 @pytest.mark.parametrize("file", CONFIG_FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
 def test_every_configuration_of_ours_loads_and_survives_a_file(file, tmp_path):
     cfg = get_cfg()
@@ -114,7 +136,7 @@ def test_ignored_keys_are_not_keys():
 
 
 def test_ignored_keys_are_accepted_dropped_and_reported_once(caplog):
-    config_module._report_ignored.cache_clear()
+    config_module._report_left_out.cache_clear()
     with caplog.at_level(logging.INFO, logger="dimaskdino"):
         for _ in range(2):
             cfg = get_cfg()
@@ -123,6 +145,37 @@ def test_ignored_keys_are_accepted_dropped_and_reported_once(caplog):
     assert len(reports) == 1
     assert "MODEL.MaskDINO.ENC_LAYERS, MODEL.MaskDINO.PRE_NORM" in reports[0]
     assert "PRE_NORM" not in cfg.MODEL.MaskDINO
+
+
+def cfg_of_detectron2_0_5() -> Config:
+    """Our keys on top of those of the oldest detectron2 that we support, whichever is installed."""
+    cfg = get_cfg()
+    for key in NEWER_KEYS:
+        *parents, name = key.split(".")
+        node = cfg
+        for parent in parents:
+            node = node[parent]
+        node.pop(name, None)
+    return cfg
+
+
+def test_keys_of_a_newer_detectron2_are_accepted_at_what_the_older_one_does_and_reported_once(caplog):
+    config_module._report_left_out.cache_clear()
+    with caplog.at_level(logging.INFO, logger="dimaskdino"):
+        for rescale in (False, "False"):  # from a file, from the command line
+            cfg = cfg_of_detectron2_0_5()
+            cfg.merge_from_list(["SOLVER.RESCALE_INTERVAL", rescale, "DATALOADER.REPEAT_SQRT", True])
+            assert cfg == cfg_of_detectron2_0_5()
+    (report,) = [record.getMessage() for record in caplog.records]
+    assert "DATALOADER.REPEAT_SQRT, SOLVER.RESCALE_INTERVAL" in report
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("SOLVER.BASE_LR_END", 1e-6), ("SOLVER.RESCALE_INTERVAL", True), ("FLOAT32_PRECISION", "high")]
+)
+def test_a_value_that_only_a_newer_detectron2_follows_is_an_error_that_says_so(key, value):
+    with pytest.raises(ConfigError, match=rf"Cannot set {re.escape(key)} to {value!r}: .* install a newer detectron2"):
+        cfg_of_detectron2_0_5().merge_from_list([key, value])
 
 
 @pytest.mark.parametrize(

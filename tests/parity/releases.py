@@ -22,9 +22,6 @@ NAMES = (
     "maskdino_tiny",
 )
 
-# Recorded at their defaults from a detectron2 that is newer than the oldest one that we support.
-NEWER_KEYS = frozenset({"DATALOADER.REPEAT_SQRT", "SOLVER.BASE_LR_END", "SOLVER.NUM_DECAYS", "SOLVER.RESCALE_INTERVAL"})
-
 
 @dataclass(frozen=True)
 class Release:
@@ -43,8 +40,7 @@ class Release:
         """Our configuration with its settings, on the CPU and without weights."""
         cfg = get_cfg()
         for key, value in self.config_values.items():
-            if key not in NEWER_KEYS:
-                cfg.merge_from_list([key, value])
+            cfg.merge_from_list([key, value])
         cfg.merge_from_list(["MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu"])
         return cfg
 
