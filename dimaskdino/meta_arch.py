@@ -32,7 +32,7 @@ class DIMaskDINO(nn.Module):
         max_detections: results per image.
         score_by_mask: multiply class scores by mask quality.
         eval_layers: stages to report besides the final one: none, ("all",) or names of :meth:`eval_layer_names`.
-        stages_with_masks: names of the stages that predict boxes and masks, in their order, the final one last.
+        stages_with_masks: names of the stages that evaluation can report, in their order, the final one last.
         instance_results: False for a configuration that asks for semantic or panoptic results alone.
         no_object_class: whether the class head has a no-object logit (semantic models of the releases).
 

@@ -263,7 +263,63 @@ def test_eval_layers_are_named_in_the_order_they_are_predicted(model):
     assert tiny_model(**ONE_STAGE).eval_layer_names() == ALL_LAYERS[1:]
     assert tiny_model(DEC_LAYERS=2).eval_layer_names() == ALL_LAYERS[:4]
     without_initial = tiny_model(INITIAL_PRED=False, INITIALIZE_BOX_TYPE="no")
-    assert without_initial.eval_layer_names() == ["interm", *ALL_LAYERS[2:]]
+    assert without_initial.eval_layer_names() == ["interm", "selection.2", *ALL_LAYERS[2:]]
+
+
+TRIPLE = {"DI__NUM_SELECTED": [12, 10, 8]}
+MASKDINO = {"TRANSFORMER_DECODER_NAME": "MaskDINODecoder"}
+
+
+@pytest.mark.parametrize(
+    ("node", "before_layer_0"),
+    [
+        ({"DI__ENABLED": False}, ["interm", "initial"]),
+        (MASKDINO | TRIPLE | {"DI__RANDOM_POSITION": True}, ["interm", "initial"]),
+        ({"DI__NUM_SELECTED": [12, 8]}, ["interm", "initial"]),
+        (TRIPLE, ["interm", "selection.2", "initial"]),
+        # The queries take other boxes or another content than the last selection's.
+        ({"DI__RANDOM_POSITION": True}, ["interm", "selection.2", "initial"]),
+        (TRIPLE | {"LEARN_TGT": True}, ["interm", "selection.2", "selection.3", "initial"]),
+    ],
+    ids=str,
+)
+def test_every_selection_is_evaluated_once(node, before_layer_0):
+    model = tiny_model({"TEST.EVAL_LAYERS": ["all"]}, **node)
+    with torch.no_grad():
+        (result,) = model([{"image": image(64, 64)}])
+    assert list(result["layers"]) == [*before_layer_0, *ALL_LAYERS[2:]]
+    assert all(each.pred_masks.shape == (6, 64, 64) for each in result["layers"].values())
+
+
+@pytest.mark.parametrize("asked", [[], ["layer.0"], ["interm", "initial"]], ids=str)
+def test_selections_are_predicted_only_where_they_are_asked_for(asked):
+    assert "selection.2" not in stages_of(tiny_model({"TEST.EVAL_LAYERS": asked}, **TRIPLE))
+    for enough in (["all"], ["selection.2"]):
+        assert "selection.2" in stages_of(tiny_model({"TEST.EVAL_LAYERS": enough}, **TRIPLE))
+
+
+def stages_of(model):
+    """Names of the stages that the heads predict in evaluation."""
+    heads, names = model.sem_seg_head.predictor.heads, []
+    hook = heads.register_forward_hook(lambda _m, arguments, _o: names.append(arguments[0]))
+    predict(model, image(64, 64))
+    hook.remove()
+    return names
+
+
+def test_evaluating_selections_changes_neither_the_weights_nor_the_losses_nor_the_results():
+    models = [tiny_model(**TRIPLE), tiny_model({"TEST.EVAL_LAYERS": ["all"]}, **TRIPLE)]
+    plain, asked = (model.state_dict() for model in models)
+    assert list(plain) == list(asked)
+    results = [predict(model, image(64, 64))[0] for model in models]
+    assert torch.equal(results[0].scores, results[1].scores)
+    assert torch.equal(results[0].pred_masks, results[1].pred_masks)
+    losses = []
+    for model in models:
+        torch.manual_seed(3)
+        losses.append(model.train()(train_batch(BOXES)))
+    assert list(losses[0]) == list(losses[1])
+    assert all(torch.equal(value, losses[1][name]) for name, value in losses[0].items())
 
 
 def test_by_default_only_the_final_results_are_given(model):

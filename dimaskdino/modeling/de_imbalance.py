@@ -12,6 +12,7 @@ from dimaskdino.layers import MLP, FeedForward, MultiheadAttention
 from dimaskdino.layers.attention import xavier_init
 from dimaskdino.layers.boxes import inverse_sigmoid
 from dimaskdino.layers.position import box_sine_embedding
+from dimaskdino.modeling.decoder_config import evaluates_selections, num_selected
 from dimaskdino.modeling.heads import PredictionHeads, StagePrediction
 from dimaskdino.modeling.registry import DE_IMBALANCE_REGISTRY
 from dimaskdino.modeling.selection import Tokens, highest_scores
@@ -46,6 +47,7 @@ class DeImbalance(nn.Module):
         num_selected: tokens that each selection keeps, the first one (which the decoder makes) included: (600, 300) is
             the paper's double selection, (600, 450, 300) its triple one.
         single_delta_boxes: supervise the box that was refined once.
+        evaluate_selections: whether evaluation asks for what the tokens of the later selections predict.
 
     Deviation: the releases supervise token interaction on boxes to which the shared box head was applied twice; their
     weights were trained so, and it is the default. ``single_delta_boxes`` gives the once-applied form.
@@ -61,6 +63,7 @@ class DeImbalance(nn.Module):
         num_layers: int,
         num_selected: Sequence[int],
         single_delta_boxes: bool,
+        evaluate_selections: bool = False,
     ) -> None:
         super().__init__()
         if (
@@ -75,6 +78,7 @@ class DeImbalance(nn.Module):
         self.num_selected = tuple(num_selected)
         self.layers_per_selection = num_layers
         self.single_delta_boxes = single_delta_boxes
+        self.evaluate_selections = evaluate_selections
         self.layers = nn.ModuleList(
             TokenInteractionLayer(dim=dim, hidden_dim=hidden_dim, num_heads=num_heads)
             for _ in range(num_layers * (len(num_selected) - 1))
@@ -95,29 +99,37 @@ class DeImbalance(nn.Module):
             "hidden_dim": node.DIM_FEEDFORWARD,
             "num_heads": node.NHEADS,
             "num_layers": node.TI_LAYERS,
-            "num_selected": node.DI.NUM_SELECTED or [node.FIRST_SELECTED_QUERIES, node.NUM_OBJECT_QUERIES],
+            "num_selected": num_selected(cfg),
             "single_delta_boxes": node.DI.SINGLE_DELTA_BOXES,
+            "evaluate_selections": evaluates_selections(cfg),
         }
 
-    def forward(self, t_s1: Tokens, heads: PredictionHeads) -> tuple[Tokens, list[StagePrediction]]:
+    def forward(
+        self, t_s1: Tokens, heads: PredictionHeads, mask_features: Tensor | None = None
+    ) -> tuple[Tokens, list[StagePrediction]]:
         """Interact and select, once per number after the first.
 
         Args:
             t_s1: (B, k1, .) the first selection, detached; runs in float32.
             heads: the decoder's prediction heads (norm and class head are shared with them).
+            mask_features: (B, C_mask, h, w), to evaluate the selections as well; None in training.
 
         Returns:
-            T_s2 (B, k_last, .), in the graph; one prediction "di.i" (class and box) per layer.
+            T_s2 (B, k_last, .), in the graph; one prediction "di.i" (class and box) per layer, and, with mask features,
+            one "selection.n" per selection after the first: what the heads predict from the tokens that it keeps, as
+            from the queries before layer 0.
         """
         with torch.autocast(t_s1.content.device.type, enabled=False):
             tokens = Tokens(t_s1.content.float(), t_s1.boxes.float())
             predictions: list[StagePrediction] = []
-            for step, num_selected in enumerate(self.num_selected[1:]):
-                first = step * self.layers_per_selection
+            for number, count in enumerate(self.num_selected[1:], start=2):
+                first = (number - 2) * self.layers_per_selection
                 for index in range(first, first + self.layers_per_selection):
                     tokens, prediction = self._interact(index, tokens, heads)
                     predictions.append(prediction)
-                tokens = tokens.gather(highest_scores(heads.class_embed(self.norm(tokens.content)), num_selected))
+                tokens = tokens.gather(highest_scores(heads.class_embed(self.norm(tokens.content)), count))
+                if mask_features is not None:
+                    predictions.append(heads(f"selection.{number}", tokens.content, tokens.boxes, mask_features))
             return tokens, predictions
 
     def _interact(self, index: int, tokens: Tokens, heads: PredictionHeads) -> tuple[Tokens, StagePrediction]:

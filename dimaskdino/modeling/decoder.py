@@ -35,7 +35,7 @@ class DecoderOutput:
 
     Attributes:
         stages: predictions in the order they are made: "interm", "di.i", then "initial" and "layer.l" of the matching
-            queries. The last one is the model's result.
+            queries. The last one is the model's result. In evaluation also "selection.n", where it is asked for.
         denoising_stages: "dn.initial" and "dn.layer.l"; empty without denoising.
         denoising: the denoising queries that those belong to.
     """
@@ -173,7 +173,7 @@ class DIMaskDINODecoder(nn.Module):
             The predictions of all stages.
         """
         t_i = self._flatten(encoded.levels)
-        t_s1, t_s2, stages = self._select(t_i, encoded.mask_features)
+        t_s1, t_s2, stages = self._select(t_i, encoded.mask_features, training=targets is not None)
         denoising = None if targets is None else self.denoising(targets)
         queries, attn_mask = _prepend(denoising, t_s2)
         refined = self._refine(queries, attn_mask, t_i, encoded.mask_features, t_s1, t_s2)
@@ -195,7 +195,9 @@ class DIMaskDINODecoder(nn.Module):
         position = torch.cat([pixel_sine_embedding(*shape, self.dim, device) for shape in spatial_shapes])
         return FeatureTokens(tokens, position, spatial_shapes)
 
-    def _select(self, t_i: FeatureTokens, mask_features: Tensor) -> tuple[Tokens, Tokens, list[StagePrediction]]:
+    def _select(
+        self, t_i: FeatureTokens, mask_features: Tensor, *, training: bool = False
+    ) -> tuple[Tokens, Tokens, list[StagePrediction]]:
         """T_s1 and T_s2 (the same where De-Imbalance is off), and what they predict."""
         batch = t_i.tokens.shape[0]
         if self.selection is None:
@@ -211,7 +213,9 @@ class DIMaskDINODecoder(nn.Module):
         stages = [interm]
         t_s2 = t_s1
         if self.de_imbalance is not None:
-            t_s2, interactions = self.de_imbalance(t_s1, self.heads)
+            evaluated = not training and getattr(self.de_imbalance, "evaluate_selections", False)
+            more = (mask_features,) if evaluated else ()
+            t_s2, interactions = self.de_imbalance(t_s1, self.heads, *more)
             stages += interactions
         if self.query_feat is not None:
             num_selected = t_s2.content.shape[1]

@@ -15,24 +15,45 @@ def uses_no_object_class(cfg: CfgNode) -> bool:
     return bool(test.SEMANTIC_ON and cfg.MODEL.MaskDINO.SEMANTIC_CE_LOSS and not test.PANOPTIC_ON)
 
 
+def num_selected(cfg: CfgNode) -> list[int]:
+    """Tokens that each selection of De-Imbalance keeps: k1, k2 and so on."""
+    node = cfg.MODEL.MaskDINO
+    return list(node.DI.NUM_SELECTED or [node.FIRST_SELECTED_QUERIES, node.NUM_OBJECT_QUERIES])
+
+
 def num_first_selected(cfg: CfgNode) -> int:
     """Tokens of the first selection: k1 with De-Imbalance, the decoder's queries without."""
     node = cfg.MODEL.MaskDINO
-    if not node.DI.ENABLED:
-        return node.NUM_OBJECT_QUERIES
-    return node.DI.NUM_SELECTED[0] if node.DI.NUM_SELECTED else node.FIRST_SELECTED_QUERIES
+    return num_selected(cfg)[0] if node.DI.ENABLED else node.NUM_OBJECT_QUERIES
 
 
 def stages_with_masks(cfg: CfgNode) -> list[str]:
-    """Names of the stages that predict boxes and masks, in the order they are made.
+    """Names of the stages whose boxes and masks can be evaluated, in the order they are made.
 
-    "interm" is the first selection T_s1, "initial" the queries before layer 0 (with De-Imbalance the last selection
-    T_s2), "layer.l" decoder layer l. Token interaction ("di.i") predicts no masks.
+    "interm" is the first selection T_s1, "selection.2" and so on a later one, "initial" the queries before layer 0,
+    "layer.l" decoder layer l. Every selection is among them once: the last one is "initial" unless the queries take
+    something else than its tokens.
     """
     node = cfg.MODEL.MaskDINO
-    first = ["interm"] if node.TWO_STAGE else []
+    first = ["interm", *_later_selections(cfg)] if node.TWO_STAGE else []
     first += ["initial"] if node.INITIAL_PRED else []
     return first + [f"layer.{index}" for index in range(node.DEC_LAYERS)]
+
+
+def evaluates_selections(cfg: CfgNode) -> bool:
+    """Whether TEST.EVAL_LAYERS asks for a selection that is predicted for evaluation alone."""
+    asked = cfg.TEST.EVAL_LAYERS
+    return any("all" in asked or name in asked for name in _later_selections(cfg))
+
+
+def _later_selections(cfg: CfgNode) -> list[str]:
+    """Stages of the selections that neither "interm" nor "initial" stands for."""
+    node = cfg.MODEL.MaskDINO
+    if not node.DI.ENABLED or node.TRANSFORMER_DECODER_NAME == "MaskDINODecoder":
+        return []
+    last = len(num_selected(cfg))
+    is_initial = node.INITIAL_PRED and not node.LEARN_TGT and not node.DI.RANDOM_POSITION
+    return [f"selection.{number}" for number in range(2, last if is_initial else last + 1)]
 
 
 def check_decoder_config(cfg: CfgNode) -> None:

@@ -35,7 +35,7 @@ class StagePrediction:
     """What the heads predict from the queries of one stage.
 
     Attributes:
-        name: "interm", "di.0", "initial", "layer.3"; those of denoising queries begin with "dn.".
+        name: "interm", "di.0", "selection.2", "initial", "layer.3"; those of denoising queries begin with "dn.".
         logits: (B, Q, K) class logits.
         boxes: (B, Q, 4) cxcywh in [0, 1].
         masks: mask logits, or None where the stage predicts no masks.

@@ -18,7 +18,9 @@ Decoders, named by MODEL.MaskDINO.TRANSFORMER_DECODER_NAME; called as ``cls(cfg)
 """
 DE_IMBALANCE_REGISTRY = Registry("DE_IMBALANCE")
 DE_IMBALANCE_REGISTRY.__doc__ = """
-De-Imbalance modules, named by MODEL.MaskDINO.DI.NAME; called as ``cls(cfg)``.
+De-Imbalance modules, named by MODEL.MaskDINO.DI.NAME; called as ``cls(cfg)``. One whose
+``evaluate_selections`` is True gets the mask features as a third argument in evaluation, and also predicts
+"selection.2" and so on.
 """
 BATO_REGISTRY = Registry("BATO")
 BATO_REGISTRY.__doc__ = """

@@ -142,4 +142,4 @@ def _draw_lines(axes: Axes, runs: Sequence[StageResults]) -> None:
 
 def _stage_order(name: str) -> tuple[int, int]:
     kind, _, index = name.partition(".")
-    return ("interm", "initial", "layer").index(kind), int(index or 0)
+    return ("interm", "selection", "initial", "layer").index(kind), int(index or 0)

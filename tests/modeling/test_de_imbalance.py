@@ -67,6 +67,40 @@ def test_triple_selection_is_double_selection_twice():
     torch.testing.assert_close(result.boxes, expected.boxes)
 
 
+def mask_features() -> torch.Tensor:
+    torch.manual_seed(4)
+    return torch.randn(2, DIM, 16, 16)
+
+
+def test_a_selection_is_evaluated_on_the_tokens_that_it_keeps():
+    # The second of three selections is the last of two: the heads see its tokens as they see the queries.
+    triple, shared = module(12, 10, 8), heads()
+    double = module(12, 10)
+    double.load_state_dict({key: value for key, value in triple.state_dict().items() if key in double.state_dict()})
+    tokens, _ = double(t_s1(), shared)
+    t_s3, predictions = triple(t_s1(), shared, mask_features())
+    assert [p.name for p in predictions] == ["di.0", "di.1", "selection.2", "di.2", "di.3", "selection.3"]
+    second, third = predictions[2], predictions[5]
+    for prediction, kept in ((second, tokens), (third, t_s3)):
+        normed = shared.norm(kept.content)
+        torch.testing.assert_close(prediction.logits, shared.class_embed(normed))
+        torch.testing.assert_close(prediction.boxes, kept.boxes)
+        torch.testing.assert_close(prediction.masks.embed, shared.mask_embed(normed))
+        assert prediction.masks.dense().shape == (2, kept.content.shape[1], 16, 16)
+
+
+def test_without_mask_features_the_mask_head_is_not_asked():
+    triple, shared = module(12, 10, 8), heads()
+    expected, plain = triple(t_s1(), shared)
+    evaluated, more = triple(t_s1(), shared, mask_features())
+    shared.mask_embed = None
+    assert [p.name for p in triple(t_s1(), shared)[1]] == [p.name for p in plain] == ["di.0", "di.1", "di.2", "di.3"]
+    assert torch.equal(evaluated.content, expected.content)
+    assert torch.equal(evaluated.boxes, expected.boxes)
+    kept = [p for p in more if p.name.startswith("di.")]
+    assert all(torch.equal(a.logits, b.logits) and a.masks is None for a, b in zip(kept, plain, strict=True))
+
+
 def test_number_of_layers_is_configurable():
     assert [p.name for p in module(num_layers=3)(t_s1(), heads())[1]] == ["di.0", "di.1", "di.2"]
 

@@ -13,9 +13,10 @@ NO_INITIAL_BOX = {"INITIALIZE_BOX_TYPE": "no"}
 ONE_STAGE = {"TWO_STAGE": False, "DI__ENABLED": False, **NO_INITIAL_BOX}
 
 
-def build(cls: type[DIMaskDINODecoder] = DIMaskDINODecoder, **node) -> DIMaskDINODecoder:
+def build(cls: type[DIMaskDINODecoder] = DIMaskDINODecoder, *, evaluated: bool = False, **node) -> DIMaskDINODecoder:
     torch.manual_seed(0)
-    return scramble(cls(tiny_cfg(**node))).eval()
+    options = {"TEST.EVAL_LAYERS": ["all"]} if evaluated else {}
+    return scramble(cls(tiny_cfg(options, **node))).eval()
 
 
 def like(decoder: DIMaskDINODecoder, **node) -> DIMaskDINODecoder:
@@ -65,6 +66,21 @@ def test_stages_have_the_shapes_of_their_queries():
 )
 def test_settings_decide_which_stages_there_are(node, names):
     assert [stage.name for stage in build(**node)(encoded()).stages] == names
+
+
+def test_the_last_selection_is_what_the_queries_before_layer_0_predict():
+    stages = {s.name: s for s in build(DI__NUM_SELECTED=[12, 10, 8], evaluated=True)(encoded()).stages}
+    assert list(stages)[:7] == ["interm", "di.0", "di.1", "selection.2", "di.2", "di.3", "selection.3"]
+    last, initial = stages["selection.3"], stages["initial"]
+    torch.testing.assert_close(last.logits, initial.logits)
+    torch.testing.assert_close(last.boxes, initial.boxes)
+    torch.testing.assert_close(last.masks.dense(), initial.masks.dense())
+
+
+def test_selections_are_not_predicted_in_training():
+    decoder = build(DI__NUM_SELECTED=[12, 10, 8], evaluated=True)
+    names = [stage.name for stage in decoder(encoded(), targets(BOXES, BOXES[:1])).stages]
+    assert names == ["interm", "di.0", "di.1", "di.2", "di.3", "initial", "layer.0", "layer.1", "layer.2"]
 
 
 def test_levels_are_flattened_in_the_opposite_order_with_plain_positions():

@@ -39,6 +39,17 @@ def test_lines_show_every_stage_in_its_order(tmp_path):
     assert places == sorted(places)
 
 
+def test_later_selections_stand_between_the_first_one_and_the_queries(tmp_path):
+    runs = [
+        StageResults("two", STAGES),
+        StageResults("three", [STAGES[0], stage("selection.2", 6.0, 7.0), *STAGES[1:]]),
+    ]
+    draw_imbalance(runs, tmp_path / "figure.svg", lines=True)
+    text = (tmp_path / "figure.svg").read_text()
+    places = [text.index(f"<!-- {name} -->") for name in ("interm", "selection.2", "initial", "layer.0")]
+    assert places == sorted(places)
+
+
 def test_runs_may_differ_in_their_stages(tmp_path):
     runs = [StageResults("deep", [*STAGES, stage("layer.2", 29.0, 26.0)]), StageResults("shallow", STAGES[2:])]
     draw_imbalance(runs, tmp_path / "figure.svg", lines=True)
