@@ -7,6 +7,7 @@ from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.modeling import build_model
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
@@ -17,14 +18,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from dimaskdino.checkpoint import Checkpointer
-from dimaskdino.data import build_test_loader, build_train_loader
+from dimaskdino.data import build_test_loader, build_train_loader, register_all
 from dimaskdino.engine.optimizer import GradientClipper, build_optimizer
 from dimaskdino.engine.progress import ProgressLog
 from dimaskdino.engine.sampler import ResumableSampler
 from dimaskdino.engine.schedule import build_lr_scheduler
 from dimaskdino.engine.train_step import TrainStep
 from dimaskdino.errors import UserError
-from dimaskdino.evaluation import build_evaluator, write_results
+from dimaskdino.evaluation import ForwardTimer, SpeedEvaluator, build_evaluator, timed, write_results
 
 logger = logging.getLogger(__name__)
 
@@ -132,18 +133,27 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> Any:
         """COCO evaluation, of several stages where TEST.EVAL_LAYERS names them."""
-        folder = os.path.join(cfg.OUTPUT_DIR, "inference")
-        if len(cfg.DATASETS.TEST) > 1:
-            folder = os.path.join(folder, dataset_name)
-        return build_evaluator(cfg, dataset_name, folder)
+        register_all(cfg=cfg)
+        return build_evaluator(cfg, dataset_name, _inference_folder(cfg, dataset_name))
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict[str, Any]:
-        """Evaluate ``model`` on every DATASETS.TEST; the results also go to OUTPUT_DIR/inference/results.json."""
-        results = super().test(cfg, model, evaluators)
+        """Evaluate ``model`` on every DATASETS.TEST; the results also go to OUTPUT_DIR/inference/results.json.
+
+        Its speed is measured as well, except where TEST.EVAL_LAYERS makes it compute more than the model's result.
+        """
+        with timed(model) as timer:
+            if evaluators is None and not cfg.TEST.EVAL_LAYERS:
+                evaluators = [cls._with_speed(cfg, name, timer) for name in cfg.DATASETS.TEST]
+            results = super().test(cfg, model, evaluators)
         if comm.is_main_process():
             write_results(results, os.path.join(cfg.OUTPUT_DIR, "inference", "results.json"))
         return results
+
+    @classmethod
+    def _with_speed(cls, cfg: CfgNode, dataset_name: str, timer: ForwardTimer) -> DatasetEvaluator:
+        speed = SpeedEvaluator(timer, _inference_folder(cfg, dataset_name))
+        return DatasetEvaluators([cls.build_evaluator(cfg, dataset_name), speed])
 
 
 def evaluate(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
@@ -160,6 +170,12 @@ def evaluate(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
         raise UserError("--eval-only needs weights: set MODEL.WEIGHTS to a file, or give --resume.")
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     return Trainer.test(cfg, model)
+
+
+def _inference_folder(cfg: CfgNode, dataset_name: str) -> str:
+    """Where the results on a dataset go: a folder of its own where there are several."""
+    folder = os.path.join(cfg.OUTPUT_DIR, "inference")
+    return os.path.join(folder, dataset_name) if len(cfg.DATASETS.TEST) > 1 else folder
 
 
 def _distribute(model: nn.Module) -> nn.Module:

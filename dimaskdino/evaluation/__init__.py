@@ -1,4 +1,4 @@
-"""Evaluation: COCO's AP of boxes and masks, of the final result and of every stage."""
+"""Evaluation: COCO's AP of boxes and masks, of the final result and of every stage; inference speed."""
 
 from detectron2.config import CfgNode
 from detectron2.evaluation import DatasetEvaluator
@@ -6,14 +6,18 @@ from detectron2.evaluation import DatasetEvaluator
 from dimaskdino.evaluation.coco import CocoEvaluator
 from dimaskdino.evaluation.layerwise import LayerwiseEvaluator
 from dimaskdino.evaluation.report import class_table, coco_table, layer_table, write_results
+from dimaskdino.evaluation.speed import ForwardTimer, SpeedEvaluator, timed
 
 __all__ = [
     "CocoEvaluator",
+    "ForwardTimer",
     "LayerwiseEvaluator",
+    "SpeedEvaluator",
     "build_evaluator",
     "class_table",
     "coco_table",
     "layer_table",
+    "timed",
     "write_results",
 ]
 

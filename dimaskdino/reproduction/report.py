@@ -9,7 +9,7 @@ from tabulate import tabulate
 
 from dimaskdino.reproduction.experiments import DATASET_NAMES
 from dimaskdino.reproduction.runs import Run
-from dimaskdino.reproduction.tables import Table, Values, metric_name
+from dimaskdino.reproduction.tables import SPEED, Table, Values, metric_name
 
 # Where a dataset is not the paper's, its rows keep the paper's labels and stand for smaller models.
 _NOTES = {
@@ -26,31 +26,34 @@ class Compared:
     """One number of ours and what the paper has beside it.
 
     Attributes:
-        ours: AP in percent, rounded as the paper's.
+        ours: AP in percent or images per second, rounded as the paper's.
         paper: on the same dataset.
         change: of ours against the first row.
         paper_change: of the paper's against its first row, on REFERENCE_DATASET where it has nothing on ours.
+        is_speed: images per second, which belong to a device: it has no difference or change.
     """
 
     ours: float | None
     paper: float | None
     change: float | None
     paper_change: float | None
+    is_speed: bool = False
 
     @property
     def difference(self) -> float | None:
         """Ours minus the paper's."""
-        return _minus(self.ours, self.paper)
+        return None if self.is_speed else _minus(self.ours, self.paper)
 
 
 @dataclass(frozen=True)
 class ComparedRow:
-    """A row of a table with its run's results, one for each metric of the table."""
+    """A row of a table with its run's results, one for each metric of the table, and where its speed was measured."""
 
     labels: tuple[str, ...]
     experiment: str
     status: str
     cells: tuple[Compared, ...]
+    device: str = ""
 
 
 def compare(table: Table, dataset: str, runs: Mapping[str, Run | None]) -> list[ComparedRow]:
@@ -70,16 +73,19 @@ def compare(table: Table, dataset: str, runs: Mapping[str, Run | None]) -> list[
     for index, row in enumerate(table.rows):
         run = runs[row.experiment]
         cells = [
-            Compared(
+            Compared(ours[index][column], paper[index][column], None, None, is_speed=True)
+            if metric == SPEED
+            else Compared(
                 ours=ours[index][column],
                 paper=paper[index][column],
                 change=_minus(ours[index][column], ours[0][column]),
                 paper_change=_minus(changes[index][column], changes[0][column]),
             )
-            for column in range(len(table.metrics))
+            for column, metric in enumerate(table.metrics)
         ]
         name = run.experiment.name if run else row.experiment
-        compared.append(ComparedRow(row.labels, name, _status(table, dataset, run), tuple(cells)))
+        device = run.speed().get("device", "") if run and SPEED in table.metrics else ""
+        compared.append(ComparedRow(row.labels, name, _status(table, dataset, run), tuple(cells), device))
     return compared
 
 
@@ -118,11 +124,25 @@ def markdown(table: Table, dataset: str, rows: Sequence[ComparedRow]) -> str:
     )
     note = f" {_NOTES[dataset]}" if dataset in _NOTES else ""
     text = tabulate(body, headers=heads, tablefmt="github", disable_numparse=True)
-    return f"### {heading(table, dataset)}\n\n{meaning}{note}\n\n{text}\n"
+    speed = f"\n{_speed_note(rows)}\n" if SPEED in table.metrics else ""
+    return f"### {heading(table, dataset)}\n\n{meaning}{note}\n\n{text}\n{speed}"
+
+
+def _speed_note(rows: Sequence[ComparedRow]) -> str:
+    """What FPS means, and on which device which rows have it."""
+    runs: dict[str, list[str]] = {}
+    for row in rows:
+        if row.device:
+            runs.setdefault(row.device, []).append(row.experiment)
+    where = [device if len(runs) == 1 else f"{device} ({', '.join(names)})" for device, names in runs.items()]
+    measured = f"ours on {'; '.join(where)}" if where else "ours not measured"
+    return f"FPS: images per second of one process, one image at a time; it depends on the device: {measured}."
 
 
 def _cell(cell: Compared, of_paper: bool, *, first: bool) -> str:
     ours = _number(cell.ours)
+    if cell.is_speed and not of_paper:
+        return ours
     if of_paper:
         difference = "" if cell.difference is None else f" ({cell.difference:+.1f})"
         return f"{ours} / {_number(cell.paper)}{difference}"
@@ -139,14 +159,16 @@ def to_csv(table: Table, dataset: str, rows: Sequence[ComparedRow]) -> str:
     writer = csv.writer(file, lineterminator="\n")
     columns = ("", " paper", " difference", " change", " paper change")
     names = [f"{metric_name(metric)}{column}" for metric in table.metrics for column in columns]
-    writer.writerow(["table", "dataset", *table.label_names, "run", "status", *names])
+    device = ["FPS device"] if SPEED in table.metrics else []
+    writer.writerow(["table", "dataset", *table.label_names, "run", "status", *names, *device])
     for row in rows:
         values = [
             "" if value is None else f"{value:.1f}"
             for cell in row.cells
             for value in (cell.ours, cell.paper, cell.difference, cell.change, cell.paper_change)
         ]
-        writer.writerow([table.name, dataset, *row.labels, row.experiment, row.status, *values])
+        where = [row.device] if device else []
+        writer.writerow([table.name, dataset, *row.labels, row.experiment, row.status, *values, *where])
     return file.getvalue()
 
 

@@ -14,6 +14,7 @@ import yaml
 
 from dimaskdino.config import Config, get_cfg
 from dimaskdino.errors import ConfigError, UserError
+from dimaskdino.evaluation.speed import SPEED_FILE
 from dimaskdino.reproduction.experiments import Experiment
 from dimaskdino.reproduction.tables import Table, Values
 from dimaskdino.yaml_files import read_yaml
@@ -119,15 +120,24 @@ class Run:
         return median(times) if times else None
 
     def results(self, table: Table) -> Values:
-        """What ``table`` measures, AP in percent; None for what was not measured."""
+        """What ``table`` measures, AP in percent, speed in images per second; None for what was not measured."""
         if not self.is_finished:
             return (None,) * len(table.metrics)
         scores = json.loads((self.folder / "inference" / "results.json").read_text())
         if table.needs_layers:
             layers = self.layers()
             scores = {"first": layers[0], "last": layers[-1]} if layers else {}
+        scores["speed"] = self.speed()
         pairs = [metric.split("/") for metric in table.metrics]
         return tuple(scores.get(group, {}).get(name) for group, name in pairs)
+
+    def speed(self) -> dict[str, Any]:
+        """``images_per_second`` and ``device`` of the finished run; empty where they were not measured.
+
+        They do not depend on the weights, so that any evaluation of this configuration may have measured them.
+        """
+        path = self.folder / "inference" / SPEED_FILE
+        return json.loads(path.read_text()) if self.is_finished and path.is_file() else {}
 
     def layers(self) -> list[dict[str, Any]]:
         """Results of the decoder layers of the finished run; empty where they were not measured after its training."""

@@ -14,6 +14,8 @@ Values = tuple[float | None, ...]
 _FILE = Path(__file__).with_name("paper_tables.json")
 _TASKS = {"bbox": "box AP", "segm": "mask AP"}
 _SIZES = {"AP": "", "APs": " S", "APm": " M", "APl": " L"}
+# Images per second of the forward pass.
+SPEED = "speed/images_per_second"
 _STAGE_METRICS = {"box_AP": "box AP", "mask_AP": "mask AP", "gap": "box - mask"}
 
 
@@ -24,7 +26,8 @@ class Row:
     Attributes:
         labels: what stands in its first columns.
         experiment: the run that it shows; rows of several tables may show the same one.
-        paper: its numbers by dataset, in the order of the table's metrics, AP in percent; None where there is none.
+        paper: its numbers by dataset, in the order of the table's metrics, AP in percent, speed in images per second;
+            None where there is none.
     """
 
     labels: tuple[str, ...]
@@ -41,7 +44,7 @@ class Table:
         title: what it compares.
         label_names: heads of the first columns.
         metrics: what is measured: ``bbox/AP`` and the like from a run's results, ``first/box_AP`` and ``last/gap`` from
-            its results by stage.
+            its results by stage, SPEED.
         datasets: on which it can be made.
         rows: in the paper's order.
     """
@@ -115,7 +118,9 @@ def choose_tables(names: Sequence[str], datasets: Sequence[str]) -> dict[str, li
 
 
 def metric_name(metric: str) -> str:
-    """A metric as a column's head: "box AP S", "first layer mask AP"."""
+    """A metric as a column's head: "box AP S", "first layer mask AP", "FPS"."""
+    if metric == SPEED:
+        return "FPS"
     group, _, name = metric.partition("/")
     if group in _TASKS:
         return _TASKS[group] + _SIZES[name]

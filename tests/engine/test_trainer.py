@@ -84,6 +84,19 @@ def test_evaluation_of_a_checkpoint_repeats_the_last_evaluation_of_training(toy_
         assert scores == pytest.approx(trained[task], nan_ok=True)
 
 
+def test_an_evaluation_writes_the_speed_and_one_by_stage_leaves_it_as_it_was(toy_cfg: Config) -> None:
+    toy_cfg.DATASETS.SHAPES.NUM_VAL = 7
+    train(toy_cfg)
+    file = Path(toy_cfg.OUTPUT_DIR) / "inference" / "speed.json"
+    speed = json.loads(file.read_text())
+    assert (speed["images"], speed["images_per_batch"], speed["processes"]) == (2, 1, 1)
+    assert speed["images_per_second"] > 0
+    written = file.read_text()
+    toy_cfg.TEST.EVAL_LAYERS = ["all"]
+    assert set(evaluate(toy_cfg, resume=True)) == {"bbox", "segm", "layers"}
+    assert file.read_text() == written
+
+
 def test_evaluation_without_weights_is_refused(toy_cfg: Config) -> None:
     with pytest.raises(UserError, match="MODEL.WEIGHTS"):
         evaluate(toy_cfg)

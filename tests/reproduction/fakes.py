@@ -35,6 +35,7 @@ def write_run(
     evaluated: bool = True,
     seconds: float = 0.5,
     first_layer: tuple[float, float] | None = None,
+    speed: tuple[float, str] | None = (7.5, "a GPU"),
 ) -> Path:
     """Write the folder of a run of ``row``.
 
@@ -49,6 +50,7 @@ def write_run(
         evaluated: whether it was evaluated at the end of those.
         seconds: of an iteration.
         first_layer: box and mask AP of decoder layer 0; None where stages were not evaluated.
+        speed: images per second and the device; None where they were not measured.
     """
     experiment = find_experiment(CONFIGS, dataset, row)
     assert experiment is not None
@@ -66,6 +68,10 @@ def write_run(
     if evaluated:
         records.append({"iteration": iterations, "bbox/AP": box, "segm/AP": mask})
         (folder / "inference" / "results.json").write_text(json.dumps(scores(box, mask)))
+    if evaluated and speed:
+        (folder / "inference" / "speed.json").write_text(
+            json.dumps({"images_per_second": speed[0], "device": speed[1]})
+        )
     (folder / "metrics.json").write_text("".join(json.dumps(record) + "\n" for record in records))
     if first_layer:
         stages = [stage("interm", 1.0, 2.0), stage("layer.0", *first_layer), stage("layer.1", box, mask)]

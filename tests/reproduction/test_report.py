@@ -84,6 +84,35 @@ def test_on_shapes_changes_against_the_first_row_stand_beside_the_papers(tmp_pat
     assert "synthetic" in text
 
 
+def test_speed_stands_beside_the_papers_without_a_difference_and_its_device_below(tmp_path):
+    write_run(tmp_path, "bdd100k", "maskdino", speed=(12.34, "GPU one"))
+    write_run(tmp_path, "bdd100k", "dimaskdino", speed=None)
+    table, rows = compared("table2", "bdd100k", tmp_path)
+    text = markdown(table, "bdd100k", rows)
+    assert [row[-1] for row in cells(text)] == ["12.3 / 6.7", "– / 6.4", "– / 3.2", "– / 2.8"]
+    assert text.endswith("it depends on the device: ours on GPU one.\n")
+    first, second = list(csv.DictReader(io.StringIO(to_csv(table, "bdd100k", rows))))[:2]
+    speed = ("FPS", "FPS paper", "FPS difference", "FPS change", "FPS paper change", "FPS device")
+    assert [first[name] for name in speed] == ["12.3", "6.7", "", "", "", "GPU one"]
+    assert [second[name] for name in speed] == ["", "6.4", "", "", "", ""]
+
+
+def test_speeds_of_several_devices_say_whose_they_are(tmp_path):
+    write_run(tmp_path, "shapes", "neither", speed=(30.0, "a CPU"))
+    write_run(tmp_path, "shapes", "dimaskdino", speed=(90.0, "a GPU"))
+    table, rows = compared("table2", "shapes", tmp_path)
+    text = markdown(table, "shapes", rows)
+    assert [row[-1] for row in cells(text)] == ["30.0", "90.0", "–", "–"]
+    assert "ours on a CPU (neither); a GPU (dimaskdino)." in text
+
+
+def test_where_no_speed_was_measured_the_table_says_so(tmp_path):
+    table, rows = compared("table1", "coco", tmp_path)
+    assert markdown(table, "coco", rows).endswith("ours not measured.\n")
+    table, rows = compared("table4", "coco", tmp_path)
+    assert "FPS" not in markdown(table, "coco", rows) + to_csv(table, "coco", rows)
+
+
 def test_rows_that_a_dataset_lacks_say_so(tmp_path):
     _, rows = compared("table2", "shapes", tmp_path)
     assert [row.status for row in rows] == ["not run", "not run", "not on shapes", "not on shapes"]

@@ -61,7 +61,19 @@ def test_a_finished_run_has_the_results_that_a_table_asks_for(tmp_path):
     run = open_run(tmp_path, "dimaskdino", "coco")
     assert (run.status, run.iterations_left) == ("finished", 0)
     assert run.results(TABLE4) == (46.94, 42.3)
-    assert run.results(TABLE1) == pytest.approx((46.94, 45.94, 47.94, 48.94, 42.3, 41.3, 43.3, 44.3))
+    assert run.results(TABLE1) == pytest.approx((46.94, 45.94, 47.94, 48.94, 42.3, 41.3, 43.3, 44.3, 7.5))
+
+
+def test_a_run_whose_speed_was_not_measured_has_the_other_results(tmp_path):
+    write_run(tmp_path, "coco", "dimaskdino_r50_12ep", speed=None)
+    run = open_run(tmp_path, "dimaskdino", "coco")
+    assert run.speed() == {}
+    assert run.results(TABLE1)[-2:] == (27.0, None)
+
+
+def test_an_unfinished_run_has_no_speed(tmp_path):
+    write_run(tmp_path, "coco", "dimaskdino_r50_12ep", done=600)
+    assert open_run(tmp_path, "dimaskdino", "coco").speed() == {}
 
 
 def test_a_long_metrics_file_is_read_from_its_end(tmp_path):

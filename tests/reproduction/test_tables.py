@@ -4,7 +4,7 @@ import pytest
 
 from dimaskdino.errors import UserError
 from dimaskdino.reproduction.experiments import find_experiment
-from dimaskdino.reproduction.tables import choose_tables, metric_name, paper_tables
+from dimaskdino.reproduction.tables import SPEED, choose_tables, metric_name, paper_tables
 from tests.reproduction.fakes import CONFIGS
 
 NUM_ROWS = {
@@ -51,8 +51,8 @@ def test_one_experiment_has_one_number_in_whatever_table_it_stands():
 @pytest.mark.parametrize(
     ("table", "row", "dataset", "values"),
     [
-        ("table1", 9, "coco", (57.8, 41.5, 61.2, 73.9, 51.8, 31.8, 55.1, 72.2)),
-        ("table2", 1, "bdd100k", (29.5, 18.0, 37.4, 50.4, 25.7, 14.5, 32.1, 48.1)),
+        ("table1", 9, "coco", (57.8, 41.5, 61.2, 73.9, 51.8, 31.8, 55.1, 72.2, 3.0)),
+        ("table2", 1, "bdd100k", (29.5, 18.0, 37.4, 50.4, 25.7, 14.5, 32.1, 48.1, 6.4)),
         ("table3", 5, "bdd100k", (23.8, 23.7)),
         ("table4", 1, "coco", (46.4, 42.1)),
         ("table4", 1, "bdd100k", (28.8, 25.2)),
@@ -75,6 +75,10 @@ def test_only_the_figure_needs_results_by_stage():
     assert [name for name, table in paper_tables().items() if table.needs_layers] == ["figure1"]
 
 
+def test_the_main_results_alone_have_speeds():
+    assert [name for name, table in paper_tables().items() if SPEED in table.metrics] == ["table1", "table2"]
+
+
 def test_without_datasets_each_table_is_made_where_the_paper_measured_it():
     chosen = {dataset: [table.name for table in tables] for dataset, tables in choose_tables(["all"], []).items()}
     both = [f"table{number}" for number in range(4, 10)]
@@ -92,5 +96,5 @@ def test_a_table_that_a_dataset_lacks_is_refused_with_those_that_have_it():
 
 
 def test_metrics_have_names_to_read():
-    names = [metric_name(metric) for metric in ("bbox/AP", "segm/APs", "first/box_AP", "last/gap")]
-    assert names == ["box AP", "mask AP S", "first layer box AP", "last layer box - mask"]
+    names = [metric_name(metric) for metric in ("bbox/AP", "segm/APs", "first/box_AP", "last/gap", SPEED)]
+    assert names == ["box AP", "mask AP S", "first layer box AP", "last layer box - mask", "FPS"]
