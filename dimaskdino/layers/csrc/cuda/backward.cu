@@ -1,0 +1,13 @@
+#include "backward.cuh"
+
+namespace dimaskdino {
+namespace gpu {
+
+cudaError_t backward(Dtype dtype, const Sizes& sizes, const void* grad_output, const void* value,
+                     const Locations& inputs, const LocationGrads& grads, const ValueGrad& value_grad,
+                     cudaStream_t stream, Schedule schedule) {
+  return launch_backward<LocationWriter>(dtype, sizes, grad_output, value, inputs, grads, value_grad, stream, schedule);
+}
+
+}  // namespace gpu
+}  // namespace dimaskdino

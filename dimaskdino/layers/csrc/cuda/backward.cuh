@@ -1,0 +1,340 @@
+// The backward kernel, for both kinds of inputs.
+#pragma once
+
+#include "fixed_point.cuh"
+#include "samples.cuh"
+
+namespace dimaskdino {
+namespace gpu {
+
+template <class Inputs, class Grads>
+struct BackwardArgs {
+  Grid grid;
+  const void* grad_output;
+  const void* value;
+  Inputs inputs;
+  Grads grads;
+  ValueGrad value_grad;
+};
+
+// Adds to grad_value in whatever order the queries come.
+template <typename A>
+class AtomicSums {
+ public:
+  __device__ explicit AtomicSums(const ValueGrad& grad) : sums_(static_cast<A*>(grad.sums)) {}
+
+  template <int N>
+  __device__ void add(int64_t first, int token, unsigned stride, const A (&grads)[N], A weight) const {
+    A* pointer = at_token(sums_ + first, token, stride * static_cast<unsigned>(sizeof(A)));
+    if constexpr (std::is_same<A, float>::value && N % 4 == 0) {
+#pragma unroll
+      for (int i = 0; i < N; i += 4) {
+        add_four(pointer + i, weight * grads[i], weight * grads[i + 1], weight * grads[i + 2], weight * grads[i + 3]);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; ++i) atomicAdd(pointer + i, weight * grads[i]);
+    }
+  }
+
+ private:
+  __device__ static void add_four(float* pointer, float a, float b, float c, float d) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    atomicAdd(reinterpret_cast<float4*>(pointer), make_float4(a, b, c, d));
+#else
+    atomicAdd(pointer, a);
+    atomicAdd(pointer + 1, b);
+    atomicAdd(pointer + 2, c);
+    atomicAdd(pointer + 3, d);
+#endif
+  }
+
+  A* sums_;
+};
+
+// Adds integers, so that the order makes no difference.
+template <typename A>
+class ExactSums {
+ public:
+  __device__ explicit ExactSums(const ValueGrad& grad)
+      : sums_(reinterpret_cast<unsigned long long*>(grad.exact_sums)),
+        scale_(static_cast<const FixedPoint*>(grad.scale)->scale) {}
+
+  template <int N>
+  __device__ void add(int64_t first, int token, unsigned stride, const A (&grads)[N], A weight) const {
+    unsigned long long* pointer = at_token(sums_ + first, token, stride * static_cast<unsigned>(sizeof(*sums_)));
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const double scaled = static_cast<double>(weight) * static_cast<double>(grads[i]) * scale_;
+      // Two's complement: negative numbers add up as well.
+      atomicAdd(pointer + i, static_cast<unsigned long long>(__double2ll_rn(scaled)));
+    }
+  }
+
+ private:
+  unsigned long long* sums_;
+  double scale_;
+};
+
+// The gradients of one sample, from the dot products of grad_output with its four corners (0 for one outside).
+template <typename A>
+struct SampleGrads {
+  A x;  // per pixel
+  A y;
+  A weight;
+
+  __device__ SampleGrads(const Place<A>& place, A attention_weight, const A (&dots)[4]) {
+    const A left = 1 - place.right;
+    const A above = 1 - place.below;
+    const A upper = left * dots[0] + place.right * dots[1];
+    const A lower = left * dots[2] + place.right * dots[3];
+    x = place.outside() ? 0 : attention_weight * (above * (dots[1] - dots[0]) + place.below * (dots[3] - dots[2]));
+    y = place.outside() ? 0 : attention_weight * (lower - upper);
+    weight = place.outside() ? 0 : above * upper + place.below * lower;
+  }
+};
+
+template <class C>
+class LocationWriter {
+  using A = Acc<typename C::Value>;
+
+ public:
+  using Reader = LocationReader<C>;
+  using Inputs = Locations;
+  using Grads = LocationGrads;
+
+  __device__ LocationWriter(const Grid&, const Grads& grads) : grads_(grads) {}
+
+  static int64_t bytes_per_thread(const Sizes&) { return 0; }
+
+  __device__ void write(int, int sample, const Level& level, const Sample<A>&, const SampleGrads<A>& grads,
+                        const Reader& reader) {
+    A* locations = static_cast<A*>(grads_.locations) + 2 * (reader.first() + sample);
+    locations[0] = grads.x * level.width;
+    locations[1] = grads.y * level.height;
+    static_cast<A*>(grads_.weights)[reader.first() + sample] = grads.weight;
+  }
+
+  __device__ void finish(const QueryHead&, const Reader&) {}
+
+ private:
+  const Grads& grads_;
+};
+
+// The gradient of a logit needs the gradients of all weights of its query-head. Each lane keeps those of its own
+// samples in shared memory until it has the sum; there is one place per sample, which only that lane uses.
+template <class C>
+class OffsetWriter {
+  using T = typename C::Value;
+  using A = Acc<T>;
+
+ public:
+  using Reader = OffsetReader<C>;
+  using Inputs = Offsets;
+  using Grads = OffsetGrads;
+
+  __device__ OffsetWriter(const Grid& grid, const Grads& grads) : grid_(grid), grads_(grads) {
+    const auto table_bytes = static_cast<unsigned>(blockDim.x * CornerTable<C>::kBytesPerThread);
+    weights_ = reinterpret_cast<A*>(reinterpret_cast<char*>(shared_memory()) + table_bytes) + threadIdx.x;
+  }
+
+  static int64_t bytes_per_thread(const Sizes& sizes) {
+    return ceil_div(sizes.num_levels * sizes.points, C::kLanes) * sizeof(A);
+  }
+
+  __device__ void write(int round, int sample, const Level& level, const Sample<A>& input,
+                        const SampleGrads<A>& grads, const Reader& reader) {
+    weights_[round * blockDim.x] = grads.weight;
+    sum_ += reader.weight(input) * grads.weight;
+    store(grads_.offsets, 2 * (reader.first() + sample), grads.x * reader.pixels_per_offset_x(level), reader);
+    store(grads_.offsets, 2 * (reader.first() + sample) + 1, grads.y * reader.pixels_per_offset_y(level), reader);
+    if (grads_.reference != nullptr) {
+      const A x = grads.x * level.width;
+      const A y = grads.y * level.height;
+      reference_[0] += x;
+      reference_[1] += y;
+      reference_[2] += x * input.x;
+      reference_[3] += y * input.y;
+    }
+  }
+
+  __device__ void finish(const QueryHead& query_head, const Reader& reader) {
+    const A sum = sum_of_lanes<C>(sum_);
+    for (int sample = query_head.lane, round = 0; sample < reader.count(); sample += C::kLanes, ++round) {
+      const A weight = reader.weight(reader.load(sample));
+      store(grads_.logits, reader.first() + sample, weight * (weights_[round * blockDim.x] - sum), reader);
+    }
+    if (grads_.reference != nullptr) write_reference(query_head, reader, Reader::half_of_point(grid_));
+  }
+
+ private:
+  __device__ void write_reference(const QueryHead& query_head, const Reader& reader, A half_of_point) const {
+    A sums[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums[i] = sum_of_lanes<C>(reference_[i]);
+    if (!query_head.exists || query_head.lane != 0) return;
+    if (reader.is_box()) {
+      A* out = static_cast<A*>(grads_.reference) + 4 * query_head.row(grid_);
+      out[0] = sums[0];
+      out[1] = sums[1];
+      out[2] = sums[2] * half_of_point;
+      out[3] = sums[3] * half_of_point;
+    } else {
+      A* out = static_cast<A*>(grads_.reference) + 2 * query_head.row(grid_);
+      out[0] = sums[0];
+      out[1] = sums[1];
+    }
+  }
+
+  __device__ void store(void* pointer, int64_t index, A x, const Reader& reader) const {
+    if (reader.low_precision()) {
+      static_cast<T*>(pointer)[index] = from_acc<T>(x);
+    } else {
+      static_cast<A*>(pointer)[index] = x;
+    }
+  }
+
+  const Grid& grid_;
+  const Grads& grads_;
+  A* weights_;
+  A sum_ = 0;
+  A reference_[4] = {0, 0, 0, 0};
+};
+
+// Of kHalf * 2 samples each lane keeps kHalf, and gets the other lane's share of those for its own share of the rest.
+template <int kHalf, typename A>
+__device__ inline void swap_halves(int lane, A (*dots)[4]) {
+  const bool upper = (lane & kHalf) != 0;
+#pragma unroll
+  for (int i = 0; i < kHalf; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const A kept = upper ? dots[i + kHalf][j] : dots[i][j];
+      const A given = upper ? dots[i][j] : dots[i + kHalf][j];
+      dots[i][j] = kept + __shfl_xor_sync(kWarp, given, kHalf);
+    }
+  }
+  if constexpr (kHalf > 1) swap_halves<kHalf / 2>(lane, dots);
+}
+
+// Sums the dots of kSamples samples over the lanes of a query-head, so that lane i ends with the four sums of sample
+// i % kSamples in dots[0]: 16 shuffles for 4 samples and 8 lanes, where summing each number in every lane would take 48.
+template <class C, int kSamples, typename A>
+__device__ inline void sum_by_sample(int lane, A (&dots)[kSamples][4]) {
+  if constexpr (kSamples > 1) swap_halves<kSamples / 2>(lane, dots);
+#pragma unroll
+  for (int mask = kSamples; mask < C::kLanes; mask *= 2) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) dots[0][j] += __shfl_xor_sync(kWarp, dots[0][j], mask);
+  }
+}
+
+// Samples whose dots are in registers at a time. More would save shuffles, but take the registers of loads under way.
+template <class C>
+constexpr int kCount = C::kLanes < 4 ? C::kLanes : 4;
+
+// Blocks on a multiprocessor: 128 registers, and more where that would spill.
+template <class C>
+constexpr int kBackwardBlocks = C::kChannels == 0 ? 2 : C::kVector == 8 && C::kChannels > 32 ? 3 : 4;
+
+template <class C, template <class> class Writer, template <typename> class Sums>
+__global__ void __launch_bounds__(kMaxBackwardThreads, kBackwardBlocks<C>)
+    backward_kernel(const __grid_constant__ BackwardArgs<typename Writer<C>::Inputs, typename Writer<C>::Grads> args) {
+  using T = typename C::Value;
+  using A = Acc<T>;
+  const Grid& grid = args.grid;
+  CornerTable<C> table;
+  const Sums<A> sums(args.value_grad);
+  for_each_query_head<C>(grid, [&](const QueryHead& query_head) {
+    const typename Writer<C>::Reader reader(grid, args.inputs, query_head);
+    Writer<C> writer(grid, args.grads);
+    const int channels = grid.num_channels<C>();
+    const int samples = grid.num_samples<C>();
+    const int lane = query_head.lane;
+    const unsigned stride = static_cast<unsigned>(grid.heads) * channels;
+    const int64_t first_value = query_head.value_row(grid) * channels;
+    const T* values = static_cast<const T*>(args.value) + first_value;
+    const T* grad_outputs = static_cast<const T*>(args.grad_output) + query_head.row(grid) * channels;
+    Sample<A> next = reader.load(lane);
+#pragma unroll 1
+    for (int round = 0, base = 0; base < samples; ++round, base += C::kLanes) {
+      const Sample<A> input = next;
+      const bool mine = base + lane < samples;
+      const Level& level = grid.level_of(mine ? base + lane : 0);
+      const Corners<A> corners = reader.corners(input, level);
+      const Place<A> place = corners.place;
+      table.write(lane, corners);
+      if (base + C::kLanes < samples) next = reader.load(base + C::kLanes + lane);
+      A my_dots[4] = {};
+#pragma unroll 1
+      for (int first = 0; first < C::kLanes && base + first < samples; first += kCount<C>) {
+        A dots[kCount<C>][4] = {};
+        for (int step = 0; step < channels; step += C::kStep) {
+          const int channel = step + lane * C::kVector;
+          const bool has_channel = C::kChannels != 0 || channel < channels;
+          A grads[C::kVector];
+          load_channels<T, C::kVector>(grad_outputs + channel, query_head.exists && has_channel, grads);
+#pragma unroll
+          for (int sample = 0; sample < kCount<C>; ++sample) {
+            int tokens[4];
+            A weights[4];
+            table.read(first + sample, tokens, weights);
+            A corner[4][C::kVector];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              load_channels<T, C::kVector>(at_token(values + channel, tokens[i], stride * unsigned{sizeof(T)}),
+                                           tokens[i] >= 0 && has_channel, corner[i]);
+            }
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+#pragma unroll
+              for (int j = 0; j < C::kVector; ++j) dots[sample][i] += grads[j] * corner[i][j];
+              if (tokens[i] >= 0 && has_channel) sums.add(first_value + channel, tokens[i], stride, grads, weights[i]);
+            }
+          }
+        }
+        sum_by_sample<C>(lane, dots);
+        if (lane / kCount<C> == first / kCount<C>) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) my_dots[i] = dots[0][i];
+        }
+      }
+      if (query_head.exists && mine) {
+        writer.write(round, base + lane, level, input, SampleGrads<A>(place, reader.weight(input), my_dots), reader);
+      }
+    }
+    writer.finish(query_head, reader);
+  });
+}
+
+// What the weights are bounded by, where it is not 1 as after a softmax.
+inline const void* weights_of(const Locations& inputs) { return inputs.weights; }
+inline const void* weights_of(const Offsets&) { return nullptr; }
+
+template <template <class> class Writer, class Inputs, class Grads>
+cudaError_t launch_backward(Dtype dtype, const Sizes& sizes, const void* grad_output, const void* value,
+                            const Inputs& inputs, const Grads& grads, const ValueGrad& value_grad, cudaStream_t stream,
+                            Schedule schedule) {
+  const BackwardArgs<Inputs, Grads> args{{}, grad_output, value, inputs, grads, value_grad};
+  const auto launch_with = [&](auto config, auto kernel) {
+    using C = decltype(config);
+    return launch<C>(kernel, args, sizes, schedule, kMaxBackwardThreads,
+                     CornerTable<C>::kBytesPerThread + Writer<C>::bytes_per_thread(sizes), stream);
+  };
+  return with_dtype(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    if (value_grad.exact_sums != nullptr) {
+      const cudaError_t error = find_scale(dtype, sizes, grad_output, weights_of(inputs), value_grad, stream);
+      if (error != cudaSuccess) return error;
+      return with_any_config<T>(sizes, [&](auto config) {
+        return launch_with(config, backward_kernel<decltype(config), Writer, ExactSums>);
+      });
+    }
+    return with_config<T>(sizes, [&](auto config) {
+      return launch_with(config, backward_kernel<decltype(config), Writer, AtomicSums>);
+    });
+  });
+}
+
+}  // namespace gpu
+}  // namespace dimaskdino

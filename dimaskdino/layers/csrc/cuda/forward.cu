@@ -1,0 +1,12 @@
+#include "forward.cuh"
+
+namespace dimaskdino {
+namespace gpu {
+
+cudaError_t forward(Dtype dtype, const Sizes& sizes, const void* value, const Locations& inputs, void* output,
+                    cudaStream_t stream, Schedule schedule) {
+  return launch_forward<LocationReader>(dtype, sizes, value, inputs, output, stream, schedule);
+}
+
+}  // namespace gpu
+}  // namespace dimaskdino

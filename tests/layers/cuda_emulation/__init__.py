@@ -1,0 +1,159 @@
+"""The CUDA kernels of deformable attention compiled for the CPU, and called as the binding calls them."""
+
+import ctypes
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).parent
+KERNELS = HERE.parents[2] / "dimaskdino" / "layers" / "csrc" / "cuda"
+_DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+_SCALE_BYTES = 32
+
+Shapes = Sequence[tuple[int, int]]
+
+
+def build(folder: Path, compiler: str, flags: Sequence[str] = ("-O1",)) -> Path:
+    """Compile every kernel file as C++ with the headers here in the toolkit's place, and link them.
+
+    Raises:
+        RuntimeError: with the compiler's messages.
+    """
+    sources = sorted([*KERNELS.glob("*.cu"), *HERE.glob("*.cpp")])
+    common = [compiler, "-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *flags]
+
+    def compile_one(source: Path) -> str:
+        target = str(folder / f"{source.stem}.o")
+        _run([*common, f"-I{HERE}", f"-I{KERNELS}", "-x", "c++", "-c", str(source), "-o", target])
+        return target
+
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        objects = list(pool.map(compile_one, sources))
+    library = folder / "emulated.so"
+    _run([compiler, *flags, "-shared", "-o", str(library), *objects])
+    return library
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Kernels:
+    """The launch functions of kernels.h on CPU tensors.
+
+    Args:
+        library: what ``build`` made.
+        threads: of a block; 0 lets the launch choose.
+        heads_per_block: likewise.
+    """
+
+    def __init__(self, library: Path, *, threads: int = 0, heads_per_block: int = 0) -> None:
+        self._library = ctypes.CDLL(str(library))
+        self._schedule = (ctypes.c_int * 2)(threads, heads_per_block)
+
+    def forward(self, value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
+        output = self._output(value, locations)
+        self._call("forward", value, shapes, locations, value, locations, weights, output)
+        return output
+
+    def forward_fused(
+        self, value: Tensor, shapes: Shapes, reference: Tensor, offsets: Tensor, logits: Tensor
+    ) -> Tensor:
+        output = self._output(value, offsets)
+        inputs = (value, reference, reference.shape[-1], offsets, logits, self._is_low(value, offsets))
+        self._call("forward_fused", value, shapes, offsets, *inputs, output)
+        return output
+
+    def backward(
+        self, grad: Tensor, value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor, *, exact: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        grads = (self._poisoned(locations), self._poisoned(weights))
+        sums = self._sums(value, exact)
+        self._call("backward", value, shapes, locations, grad, value, locations, weights, *grads, *sums)
+        return self._grad_value(value, shapes, locations, sums), *grads
+
+    def backward_fused(
+        self,
+        grad: Tensor,
+        value: Tensor,
+        shapes: Shapes,
+        reference: Tensor,
+        offsets: Tensor,
+        logits: Tensor,
+        *,
+        exact: bool = False,
+        reference_grad: bool = True,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        batch, queries, heads = logits.shape[:3]
+        parts = self._poisoned(reference.new_empty(batch, queries, heads, reference.shape[-1]))
+        grads = (parts if reference_grad else None, self._poisoned(offsets), self._poisoned(logits))
+        sums = self._sums(value, exact)
+        inputs = (grad, value, reference, reference.shape[-1], offsets, logits, self._is_low(value, offsets))
+        self._call("backward_fused", value, shapes, offsets, *inputs, *grads, *sums)
+        grad_value = self._grad_value(value, shapes, offsets, sums)
+        return grad_value, parts.sum(2) if reference_grad else None, grads[1], grads[2]
+
+    def _output(self, value: Tensor, samples: Tensor) -> Tensor:
+        return self._poisoned(value.new_empty(value.shape[0], samples.shape[1], value.shape[2] * value.shape[3]))
+
+    @staticmethod
+    def _poisoned(tensor: Tensor) -> Tensor:
+        """A tensor of that shape in which an element that nobody writes is seen."""
+        return torch.full_like(tensor, 123.0)
+
+    @staticmethod
+    def _sums(value: Tensor, exact: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        if exact:
+            return None, torch.zeros_like(value, dtype=torch.int64), torch.empty(_SCALE_BYTES, dtype=torch.uint8)
+        return torch.zeros_like(value, dtype=accumulate_dtype(value.dtype)), None, None
+
+    def _grad_value(self, value: Tensor, shapes: Shapes, samples: Tensor, sums: tuple) -> Tensor:
+        if sums[0] is not None:
+            return sums[0].to(value.dtype)
+        grad = self._poisoned(value)
+        self._call("exact_sums_to_grad", value, shapes, samples, *sums[1:], grad, schedule=False)
+        return grad
+
+    @staticmethod
+    def _is_low(value: Tensor, offsets: Tensor) -> int:
+        return int(offsets.dtype == value.dtype != accumulate_dtype(value.dtype))
+
+    def _call(
+        self,
+        name: str,
+        value: Tensor,
+        shapes: Shapes,
+        samples: Tensor,
+        *args: Tensor | int | None,
+        schedule: bool = True,
+    ) -> None:
+        sizes = (*value.shape, samples.shape[1], len(shapes), samples.shape[4])
+        flat = [size for shape in shapes for size in shape]
+        common = [_DTYPES.index(value.dtype), (ctypes.c_int64 * 7)(*sizes), (ctypes.c_int64 * len(flat))(*flat)]
+        if schedule:
+            common.append(self._schedule)
+        stream = ctypes.c_void_p(0)
+        pointers = [_argument(arg) for arg in args]
+        error = getattr(self._library, f"msda_{name}")(*common, stream, *pointers)
+        if error:
+            raise ValueError(f"{name} returned CUDA error {error}")
+
+
+def _argument(arg: Tensor | int | None) -> ctypes.c_void_p | int:
+    if isinstance(arg, int):
+        return arg
+    if arg is None:
+        return ctypes.c_void_p(0)
+    if not arg.is_contiguous() or arg.data_ptr() % 16:
+        raise ValueError("kernels.h asks for contiguous tensors at addresses that 16 divides.")
+    return ctypes.c_void_p(arg.data_ptr())
