@@ -9,14 +9,11 @@ import pytest
 import torch
 
 from dimaskdino.layers.ms_deform_attn_reference import ms_deform_attn_fused_reference, ms_deform_attn_reference
-from tests.layers.cuda_emulation import Kernels, accumulate_dtype, build
+from tests.layers.cuda_emulation import Kernels, build
+from tests.layers.ms_deform_attn_case import DTYPES, Case, assert_close, expected
 
 COMPILER = shutil.which("g++")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="the emulation is compiled by g++")
-
-DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-# Of the rounded result, relative to the largest element.
-TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-13, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
 @pytest.fixture(scope="module")
@@ -28,53 +25,6 @@ def library(tmp_path_factory):
 @pytest.fixture(scope="module")
 def kernels(library):
     return Kernels(library)
-
-
-class Case:
-    """Random arguments of given sizes; ``exactly`` holds them in float64, as the reference form takes them."""
-
-    def __init__(
-        self, *, dtype, channels, shapes, points, queries, batch=2, heads=3, reference_size=2, low=False, seed=0
-    ):
-        generator = torch.Generator().manual_seed(seed)
-
-        def normal(*size):
-            return torch.randn(*size, generator=generator, dtype=torch.float64)
-
-        acc = accumulate_dtype(dtype)
-        samples = (batch, queries, heads, len(shapes), points)
-        tokens = sum(height * width for height, width in shapes)
-        self.shapes, self.dtype, self.acc = shapes, dtype, acc
-        self.value = normal(batch, tokens, heads, channels).to(dtype)
-        self.grad = normal(batch, queries, heads * channels).to(dtype)
-        # A good part of the samples on each side of the border, some far away.
-        self.locations = (0.5 + 0.5 * normal(*samples, 2)).to(acc)
-        self.weights = normal(*samples).to(acc)
-        self.reference = torch.rand(batch, queries, reference_size, generator=generator, dtype=torch.float64).to(acc)
-        self.offsets = (2 * normal(*samples, 2)).to(dtype if low else acc)
-        self.logits = (2 * normal(*samples)).to(dtype if low else acc)
-
-    @property
-    def args(self):
-        return self.value, self.shapes, self.locations, self.weights
-
-    @property
-    def fused_args(self):
-        return self.value, self.shapes, self.reference, self.offsets, self.logits
-
-
-def expected(form, grad, value, shapes, *samples):
-    inputs = [x.double().requires_grad_() for x in (value, *samples)]
-    output = form(inputs[0], shapes, *inputs[1:])
-    return output.detach(), *torch.autograd.grad(output, inputs, grad.double())
-
-
-def assert_close(got, wanted, dtype=None, factor=1.0):
-    """Equal up to the rounding of ``got``'s dtype, or of the given one where that is coarser."""
-    assert got.shape == wanted.shape
-    tolerance = factor * max(TOLERANCE[got.dtype], TOLERANCE[dtype or got.dtype])
-    scale = wanted.abs().max().item() if wanted.numel() else 1.0
-    torch.testing.assert_close(got.double(), wanted, rtol=0, atol=tolerance * max(scale, 1e-3))
 
 
 def check_locations_form(kernels, case, exact=False):

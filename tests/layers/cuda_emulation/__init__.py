@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tests.layers.ms_deform_attn_case import accumulate_dtype
+
 HERE = Path(__file__).parent
 KERNELS = HERE.parents[2] / "dimaskdino" / "layers" / "csrc" / "cuda"
 _DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -42,10 +44,6 @@ def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class Kernels:
