@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 
+from benchmarks import classical
 from dimaskdino.layers.ms_deform_attn_reference import ms_deform_attn_fused_reference, ms_deform_attn_reference
 from tests.layers.cuda_emulation import Kernels, build
 from tests.layers.ms_deform_attn_case import DTYPES, Case, assert_close, expected
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="the emulation is compi
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     flags = os.environ.get("EMULATION_FLAGS", "-O1").split()  # sanitisers, say
-    return build(tmp_path_factory.mktemp("emulated"), COMPILER, flags)
+    return build(tmp_path_factory.mktemp("emulated"), COMPILER, flags, extra=[classical.SOURCE])
 
 
 @pytest.fixture(scope="module")
@@ -235,3 +236,15 @@ def test_the_emulated_low_precisions_round_as_torch_does(kernels):
         wanted = (values.to(dtype).float() * weights).to(dtype)
         got = kernels.forward(*case.args)
         assert torch.equal(got, wanted.view(-1, 1, 1).expand_as(got))
+
+
+@pytest.mark.parametrize("dtype", classical.DTYPES, ids=str)
+@pytest.mark.parametrize("channels", [32, 17, 64])
+def test_the_classical_kernels_of_the_benchmark_match_too(library, dtype, channels):
+    case = Case(dtype=dtype, channels=channels, shapes=[(7, 9), (4, 5), (1, 3)], points=4, queries=5)
+    output, *grads = expected(ms_deform_attn_reference, case.grad, *case.args)
+    kernels = classical.Classical(library)
+    assert_close(kernels.forward(*case.args), output)
+    if dtype == torch.float32:
+        for got, wanted in zip(kernels.backward(case.grad, *case.args), grads, strict=True):
+            assert_close(got, wanted, factor=4)

@@ -19,13 +19,13 @@ _SCALE_BYTES = 32
 Shapes = Sequence[tuple[int, int]]
 
 
-def build(folder: Path, compiler: str, flags: Sequence[str] = ("-O1",)) -> Path:
-    """Compile every kernel file as C++ with the headers here in the toolkit's place, and link them.
+def build(folder: Path, compiler: str, flags: Sequence[str] = ("-O1",), extra: Sequence[Path] = ()) -> Path:
+    """Compile every kernel file, and ``extra`` ones, as C++ with the headers here in the toolkit's place; link them.
 
     Raises:
         RuntimeError: with the compiler's messages.
     """
-    sources = sorted([*KERNELS.glob("*.cu"), *HERE.glob("*.cpp")])
+    sources = sorted([*KERNELS.glob("*.cu"), *HERE.glob("*.cpp"), *extra])
     common = [compiler, "-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *flags]
 
     def compile_one(source: Path) -> str:

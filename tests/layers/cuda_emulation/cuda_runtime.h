@@ -1,7 +1,7 @@
 // Enough of CUDA to run the kernels on the CPU, compiled by g++ alone: found before the toolkit's header of that name.
 //
 // The threads of a block are fibers, and the blocks run one after the other. A fiber runs until a warp's barrier or
-// shuffle, and goes on when all 32 threads of its warp have come to the same one; a thread that is missing there, which
+// shuffle, and goes on when all 32 threads of its warp have come to the same one (of the block, for __syncthreads); a thread that is missing there, which
 // a GPU may not notice, ends the process with a message. Memory is the host's, so that a sanitiser sees every access.
 #pragma once
 
@@ -51,8 +51,9 @@ extern dim3 gridDim;
 
 namespace emulation {
 
-// Waits for the warp. what names the call, so that threads at different ones are found out.
-void warp_barrier(const char* what);
+// Waits for the warp, or the block. what names the call, so that threads at different ones are found out.
+void barrier(const char* what);
+constexpr const char* kBlockBarrier = "__syncthreads";
 
 // 8 bytes of each thread of the warp.
 void write_slot(uint64_t value);
@@ -66,9 +67,9 @@ T shuffle_xor(T value, int mask) {
   uint64_t bits = 0;
   memcpy(&bits, &value, sizeof(T));
   write_slot(bits);
-  warp_barrier("__shfl_xor_sync");
+  barrier("__shfl_xor_sync");
   bits = read_slot(static_cast<int>(threadIdx.x % 32) ^ mask);
-  warp_barrier("__shfl_xor_sync (end)");
+  barrier("__shfl_xor_sync (end)");
   memcpy(&value, &bits, sizeof(T));
   return value;
 }
@@ -76,7 +77,11 @@ T shuffle_xor(T value, int mask) {
 }  // namespace emulation
 
 inline void __syncwarp(unsigned = 0xffffffffu) {
-  emulation::warp_barrier("__syncwarp");
+  emulation::barrier("__syncwarp");
+}
+
+inline void __syncthreads() {
+  emulation::barrier(emulation::kBlockBarrier);
 }
 
 template <typename T>

@@ -13,11 +13,15 @@
 #endif
 
 // The kernels' one block of shared memory, where they look for it. As large as they may ask for.
+constexpr size_t kSharedBytes = 48 * 1024;
 namespace dimaskdino {
 namespace gpu {
-alignas(16) uint4 dimaskdino_shared_memory[48 * 1024 / sizeof(uint4)];
+uint4 dimaskdino_shared_memory[kSharedBytes / sizeof(uint4)];
 }  // namespace gpu
 }  // namespace dimaskdino
+namespace classical {
+float classical_shared_memory[kSharedBytes / sizeof(float)];
+}  // namespace classical
 
 dim3 threadIdx;
 dim3 blockIdx;
@@ -86,25 +90,49 @@ void start(Fiber& fiber) {
   makecontext(&fiber.context, fiber_main, 0);
 }
 
-// Runs a warp to its end, from one barrier to the next. Returns false where its threads are not at the same one.
-bool run_warp(Fiber* warp, unsigned size) {
-  while (true) {
+struct Warp {
+  Fiber* threads;
+  unsigned size;
+
+  // Runs it to its next barrier, or its end; its threads must be at the same one.
+  void step() const {
     for (unsigned i = 0; i < size; ++i) {
-      current = &warp[i];
+      current = &threads[i];
       threadIdx = dim3(static_cast<unsigned>(current - fibers.data()));
       to_fiber(*current);
     }
     for (unsigned i = 1; i < size; ++i) {
-      if (warp[i].done != warp[0].done) return false;
-      if (!warp[i].done && strcmp(warp[i].waits_at, warp[0].waits_at) != 0) return false;
+      const bool together = threads[i].done == threads[0].done &&
+                            (threads[i].done || strcmp(threads[i].waits_at, threads[0].waits_at) == 0);
+      if (together) continue;
+      fprintf(stderr, "The threads of a warp are at different barriers.\n");
+      abort();
     }
-    if (warp[0].done) return true;
+  }
+
+  bool waits_for_block() const { return !threads->done && strcmp(threads->waits_at, kBlockBarrier) == 0; }
+};
+
+// Every warp goes on alone until it ends or waits for the others.
+void run_block(unsigned size) {
+  std::vector<Warp> warps;
+  for (unsigned i = 0; i < size; i += kWarpSize) {
+    warps.push_back({&fibers[i], std::min(kWarpSize, size - i)});
+  }
+  while (!warps.empty()) {
+    for (const Warp& warp : warps) {
+      do {
+        warp.step();
+      } while (!warp.threads->done && !warp.waits_for_block());
+    }
+    warps.erase(std::remove_if(warps.begin(), warps.end(), [](const Warp& warp) { return warp.threads->done; }),
+                warps.end());
   }
 }
 
 }  // namespace
 
-void warp_barrier(const char* what) {
+void barrier(const char* what) {
   current->waits_at = what;
   to_scheduler();
 }
@@ -125,16 +153,12 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
       for (unsigned x = 0; x < grid.x; ++x) {
         // What an earlier block left there must not matter.
         memset(dimaskdino::gpu::dimaskdino_shared_memory, 0xff, shared_bytes);
+        memset(classical::classical_shared_memory, 0xff, shared_bytes);
         for (unsigned i = 0; i < block.x; ++i) {
           start(fibers[i]);
         }
         blockIdx = dim3(x, y, z);
-        for (unsigned i = 0; i < block.x; i += kWarpSize) {
-          if (!run_warp(&fibers[i], std::min(kWarpSize, block.x - i))) {
-            fprintf(stderr, "The threads of a warp are at different barriers.\n");
-            abort();
-          }
-        }
+        run_block(block.x);
       }
     }
   }
