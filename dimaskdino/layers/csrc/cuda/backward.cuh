@@ -255,16 +255,14 @@ __global__ void __launch_bounds__(kMaxBackwardThreads, kBackwardBlocks<C>)
     const int64_t first_value = query_head.value_row(grid) * channels;
     const T* values = static_cast<const T*>(args.value) + first_value;
     const T* grad_outputs = static_cast<const T*>(args.grad_output) + query_head.row(grid) * channels;
-    Sample<A> next = reader.load(lane);
 #pragma unroll 1
     for (int round = 0, base = 0; base < samples; ++round, base += C::kLanes) {
-      const Sample<A> input = next;
+      const Sample<A> input = reader.load(base + lane);  // fetched a round ahead, as in forward, it would spill
       const bool mine = base + lane < samples;
       const Level& level = grid.level_of(mine ? base + lane : 0);
       const Corners<A> corners = reader.corners(input, level);
       const Place<A> place = corners.place;
       table.write(lane, corners);
-      if (base + C::kLanes < samples) next = reader.load(base + C::kLanes + lane);
       A my_dots[4] = {};
 #pragma unroll 1
       for (int first = 0; first < C::kLanes && base + first < samples; first += kCount<C>) {
