@@ -2,6 +2,8 @@
 
 import torch
 
+from dimaskdino.layers.ms_deform_attn_reference import sampling_locations
+
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 # Of the rounded result, relative to the largest element.
 TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-13, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -13,7 +15,10 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class Case:
-    """Random arguments of given sizes, for both forms; ``low`` gives offsets and logits the dtype of the values."""
+    """Random arguments of given sizes, for both forms; ``low`` gives offsets and logits the dtype of the values.
+
+    No sample lies within rounding of a row or column of pixel centres, where the gradient of its location jumps.
+    """
 
     def __init__(
         self,
@@ -41,13 +46,18 @@ class Case:
         self.shapes, self.dtype, self.acc = shapes, dtype, acc
         self.value = normal(batch, tokens, heads, channels).to(device, dtype)
         self.grad = normal(batch, queries, heads * channels).to(device, dtype)
-        # A good part of the samples on each side of the border, some far away.
-        self.locations = (0.5 + 0.5 * normal(*samples, 2)).to(device, acc)
         self.weights = normal(*samples).to(device, acc)
-        self.reference = torch.rand(batch, queries, reference_size, generator=generator, dtype=torch.float64).to(
-            device, acc
+        reference = torch.rand(batch, queries, reference_size, generator=generator, dtype=torch.float64)
+        self.reference = (0.1 + 0.9 * reference).to(acc)
+        # A good part of the samples on each side of the border, some far away.
+        self.locations = _away_from_centres(lambda: (0.5 + 0.5 * normal(*samples, 2)).to(acc), shapes, lambda x: x)
+        self.offsets = _away_from_centres(
+            lambda: (2 * normal(*samples, 2)).to(dtype if low else acc),
+            shapes,
+            lambda offsets: sampling_locations(self.reference.double(), offsets, shapes),
         )
-        self.offsets = (2 * normal(*samples, 2)).to(device, dtype if low else acc)
+        self.locations, self.offsets = self.locations.to(device), self.offsets.to(device)
+        self.reference = self.reference.to(device)
         self.logits = (2 * normal(*samples)).to(device, dtype if low else acc)
 
     @property
@@ -57,6 +67,18 @@ class Case:
     @property
     def fused_args(self):
         return self.value, self.shapes, self.reference, self.offsets, self.logits
+
+
+def _away_from_centres(draw, shapes, locate):
+    """Draw once, and those again whose location is too near to a pixel's centre in x or y."""
+    drawn = draw()
+    sizes = torch.tensor([(width, height) for height, width in shapes], dtype=torch.float64).view(-1, 1, 2)
+    while True:
+        pixels = locate(drawn.double()) * sizes - 0.5
+        near = ((pixels - pixels.round()).abs() < 2e-4) & (sizes > 0)
+        if not near.any():
+            return drawn
+        drawn = torch.where(near, draw(), drawn)
 
 
 def expected(form, grad, value, shapes, *samples):

@@ -1,8 +1,9 @@
 // Enough of CUDA to run the kernels on the CPU, compiled by g++ alone: found before the toolkit's header of that name.
 //
-// The threads of a block are fibers, and the blocks run one after the other. A fiber runs until a warp's barrier or
-// shuffle, and goes on when all 32 threads of its warp have come to the same one (of the block, for __syncthreads); a thread that is missing there, which
-// a GPU may not notice, ends the process with a message. Memory is the host's, so that a sanitiser sees every access.
+// The threads of a block are fibers, and the blocks run one after the other. A fiber runs until a barrier or shuffle,
+// and goes on when all 32 threads of its warp have come to the same one (all of the block, for __syncthreads); a thread
+// that is missing there, which a GPU may not notice, ends the process with a message. Memory is the host's, so that a
+// sanitiser sees every access.
 #pragma once
 
 #include <math.h>

@@ -218,7 +218,7 @@ __device__ inline void swap_halves(int lane, A (*dots)[4]) {
 }
 
 // Sums the dots of kSamples samples over the lanes of a query-head, so that lane i ends with the four sums of sample
-// i % kSamples in dots[0]: 16 shuffles for 4 samples and 8 lanes, where summing each number in every lane would take 48.
+// i % kSamples in dots[0]: 16 shuffles for 4 samples and 8 lanes; summing each number in every lane would take 48.
 template <class C, int kSamples, typename A>
 __device__ inline void sum_by_sample(int lane, A (&dots)[kSamples][4]) {
   if constexpr (kSamples > 1) swap_halves<kSamples / 2>(lane, dots);
@@ -257,7 +257,8 @@ __global__ void __launch_bounds__(kMaxBackwardThreads, kBackwardBlocks<C>)
     const T* grad_outputs = static_cast<const T*>(args.grad_output) + query_head.row(grid) * channels;
 #pragma unroll 1
     for (int round = 0, base = 0; base < samples; ++round, base += C::kLanes) {
-      const Sample<A> input = reader.load(base + lane);  // fetched a round ahead, as in forward, it would spill
+      // Not a round ahead, as in the forward kernel: here the registers would spill.
+      const Sample<A> input = reader.load(base + lane);
       const bool mine = base + lane < samples;
       const Level& level = grid.level_of(mine ? base + lane : 0);
       const Corners<A> corners = reader.corners(input, level);
@@ -287,7 +288,9 @@ __global__ void __launch_bounds__(kMaxBackwardThreads, kBackwardBlocks<C>)
             for (int i = 0; i < 4; ++i) {
 #pragma unroll
               for (int j = 0; j < C::kVector; ++j) dots[sample][i] += grads[j] * corner[i][j];
-              if (tokens[i] >= 0 && has_channel) sums.add(first_value + channel, tokens[i], stride, grads, weights[i]);
+              if (tokens[i] >= 0 && has_channel) {
+                sums.add(first_value + channel, tokens[i], stride, grads, weights[i]);
+              }
             }
           }
         }

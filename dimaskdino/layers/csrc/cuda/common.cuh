@@ -254,8 +254,8 @@ cudaError_t with_any_config(const Sizes& sizes, Run run) {
   return run(Config<T, 1, 16, 0, 0>{});
 }
 
-// Calls run with the best Config for these sizes. D = 32 is the width of a head in nearly every published model, and there
-// L * P is 12, 16 or 20 (3, 4 or 5 levels).
+// Calls run with the best Config for these sizes. D = 32 is the width of a head in nearly every published model, and
+// there L * P is 12, 16 or 20 (3, 4 or 5 levels).
 template <typename T, class Run>
 cudaError_t with_config(const Sizes& sizes, Run run) {
   constexpr int kFull = 16 / sizeof(T);

@@ -7,7 +7,7 @@ namespace dimaskdino {
 namespace gpu {
 
 struct FixedPoint {
-  unsigned long long largest_grad;    // bits of max|grad_output| as a double: in the order of the numbers, NaN above Inf
+  unsigned long long largest_grad;    // bits of max|grad_output| as a double: ordered as the numbers, NaN above Inf
   unsigned long long largest_weight;  // of max|weight|
   double scale;                       // what contributions are multiplied by; a power of two
   double unit;                        // 1 / scale, or NaN
