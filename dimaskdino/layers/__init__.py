@@ -2,6 +2,6 @@
 
 from dimaskdino.layers.attention import FeedForward, MultiheadAttention
 from dimaskdino.layers.mlp import MLP
-from dimaskdino.layers.ms_deform_attn import MSDeformAttn, ms_deform_attn
+from dimaskdino.layers.ms_deform_attn import MSDeformAttn, ms_deform_attn, ms_deform_attn_fused
 
-__all__ = ["MLP", "FeedForward", "MSDeformAttn", "MultiheadAttention", "ms_deform_attn"]
+__all__ = ["MLP", "FeedForward", "MSDeformAttn", "MultiheadAttention", "ms_deform_attn", "ms_deform_attn_fused"]

@@ -1,13 +1,16 @@
 """Multi-scale deformable attention (Deformable DETR, Zhu et al., 2021, Eq. 3)."""
 
 import math
-from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-SpatialShapes = Sequence[tuple[int, int]]
+from dimaskdino.layers.ms_deform_attn_ops import call, use_compiled
+from dimaskdino.layers.ms_deform_attn_reference import (
+    SpatialShapes,
+    ms_deform_attn_fused_reference,
+    ms_deform_attn_reference,
+)
 
 
 def ms_deform_attn(
@@ -15,50 +18,117 @@ def ms_deform_attn(
 ) -> Tensor:
     """Weighted sum of bilinear samples from every level.
 
+    Runs as a compiled op on CPU and CUDA where that was built (docs/op.md), else in plain PyTorch. A location that is
+    not finite samples nothing. Under autocast the values are sampled in its dtype, at float32 locations.
+
     Args:
-        value: (B, S, H, D) levels flattened and joined, S = sum of height * width.
+        value: (B, S, H, D) levels flattened and joined, S = sum of height * width; float32, float64, float16 or
+            bfloat16.
         spatial_shapes: (height, width) of each level, in the order of ``value``.
         sampling_locations: (B, Q, H, L, P, 2) as (x, y), 0 and 1 the outer edges of the level; zero outside.
         attention_weights: (B, Q, H, L, P).
 
     Returns:
-        (B, Q, H * D) in the dtype of ``value``.
+        (B, Q, H * D) in the dtype of ``value`` (of autocast where that is on).
 
     Raises:
-        ValueError: where the shapes do not belong together.
+        ValueError: where shapes or devices do not belong together.
+        TypeError: where a tensor is not of a floating dtype.
     """
-    _check_shapes(value, spatial_shapes, sampling_locations, attention_weights)
-    batch, _, heads, channels = value.shape
-    queries, points = sampling_locations.shape[1], sampling_locations.shape[4]
-    grids = 2 * sampling_locations - 1
-    sampled = []
-    levels = value.split([height * width for height, width in spatial_shapes], dim=1)
-    for level, (level_value, (height, width)) in enumerate(zip(levels, spatial_shapes, strict=True)):
-        image = level_value.permute(0, 2, 3, 1).reshape(batch * heads, channels, height, width)
-        grid = grids[:, :, :, level].transpose(1, 2).flatten(0, 1).to(image.dtype)
-        sampled.append(F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False))
-    weights = attention_weights.permute(0, 2, 1, 3, 4).reshape(batch * heads, 1, queries, len(spatial_shapes) * points)
-    output = (torch.cat(sampled, dim=-1) * weights.to(value.dtype)).sum(-1)
-    return output.view(batch, heads * channels, queries).transpose(1, 2).contiguous()
+    names = ("sampling_locations", "attention_weights")
+    _check_samples(value, spatial_shapes, names, sampling_locations, attention_weights)
+    if not use_compiled(value.device):
+        return ms_deform_attn_reference(value, spatial_shapes, sampling_locations, attention_weights)
+    dtype = _accumulate_dtype(value)
+    return call(
+        "ms_deform_attn", value, _flat(spatial_shapes), sampling_locations.to(dtype), attention_weights.to(dtype)
+    )
 
 
-def _check_shapes(value: Tensor, spatial_shapes: SpatialShapes, locations: Tensor, weights: Tensor) -> None:
-    if value.dim() != 4 or locations.dim() != 6 or weights.dim() != 5:
+def ms_deform_attn_fused(
+    value: Tensor, spatial_shapes: SpatialShapes, reference: Tensor, offsets: Tensor, logits: Tensor
+) -> Tensor:
+    """:func:`ms_deform_attn` from what the module's projections give: softmax and locations are computed on the way.
+
+    Args:
+        value: (B, S, H, D) levels flattened and joined.
+        spatial_shapes: (height, width) of each level.
+        reference: (B, Q, 2) points or (B, Q, 4) boxes cxcywh, normalised, the same for all levels.
+        offsets: (B, Q, H, L, P, 2); in pixels of each level for points, in halves of the box size shared by the P
+            points for boxes.
+        logits: (B, Q, H, L, P); attention weights are their softmax over L and P.
+
+    Returns:
+        (B, Q, H * D) in the dtype of ``value`` (of autocast where that is on).
+
+    Raises:
+        ValueError: where shapes or devices do not belong together.
+        TypeError: where a tensor is not of a floating dtype.
+    """
+    _check_samples(value, spatial_shapes, ("offsets", "logits"), offsets, logits)
+    _check_reference(value, reference, offsets)
+    if not use_compiled(value.device):
+        return ms_deform_attn_fused_reference(value, spatial_shapes, reference, offsets, logits)
+    dtype = _accumulate_dtype(value)
+    low = offsets.dtype == logits.dtype == value.dtype
+    return call(
+        "ms_deform_attn_fused",
+        value,
+        _flat(spatial_shapes),
+        reference.to(dtype),
+        offsets if low else offsets.to(dtype),
+        logits if low else logits.to(dtype),
+    )
+
+
+def _accumulate_dtype(value: Tensor) -> torch.dtype:
+    return torch.float64 if value.dtype == torch.float64 else torch.float32
+
+
+def _flat(spatial_shapes: SpatialShapes) -> list[int]:
+    return [size for shape in spatial_shapes for size in shape]
+
+
+def _check_samples(
+    value: Tensor, spatial_shapes: SpatialShapes, names: tuple[str, str], places: Tensor, weights: Tensor
+) -> None:
+    places_name, weights_name = names
+    if value.dim() != 4 or places.dim() != 6 or weights.dim() != 5:
         raise ValueError(
-            "ms_deform_attn takes value (B, S, H, D), sampling_locations (B, Q, H, L, P, 2) and attention_weights "
-            f"(B, Q, H, L, P); got {tuple(value.shape)}, {tuple(locations.shape)}, {tuple(weights.shape)}."
+            f"Deformable attention takes value (B, S, H, D), {places_name} (B, Q, H, L, P, 2) and {weights_name} "
+            f"(B, Q, H, L, P); got {tuple(value.shape)}, {tuple(places.shape)}, {tuple(weights.shape)}."
         )
     batch, tokens, heads, _ = value.shape
-    expected = (batch, locations.shape[1], heads, len(spatial_shapes), locations.shape[4])
-    if tuple(weights.shape) != expected or tuple(locations.shape) != (*expected, 2):
+    expected = (batch, places.shape[1], heads, len(spatial_shapes), places.shape[4])
+    if tuple(weights.shape) != expected or tuple(places.shape) != (*expected, 2):
         raise ValueError(
-            f"With value {tuple(value.shape)} and {len(spatial_shapes)} levels, attention_weights must be {expected} "
-            f"and sampling_locations the same with a last dimension of 2; got {tuple(weights.shape)} and "
-            f"{tuple(locations.shape)}."
+            f"With value {tuple(value.shape)} and {len(spatial_shapes)} levels, {weights_name} must be {expected} "
+            f"and {places_name} the same with a last dimension of 2; got {tuple(weights.shape)} and "
+            f"{tuple(places.shape)}."
         )
+    if any(size < 0 for shape in spatial_shapes for size in shape):
+        raise ValueError(f"A height or width of the levels {list(spatial_shapes)} is negative.")
     area = sum(height * width for height, width in spatial_shapes)
     if area != tokens:
         raise ValueError(f"The levels {list(spatial_shapes)} hold {area} tokens, but value has {tokens}.")
+    _check_tensors(value, {"value": value, places_name: places, weights_name: weights})
+
+
+def _check_reference(value: Tensor, reference: Tensor, offsets: Tensor) -> None:
+    expected = tuple(offsets.shape[:2])
+    if reference.dim() != 3 or tuple(reference.shape[:2]) != expected or reference.shape[2] not in (2, 4):
+        raise ValueError(
+            f"reference must be (B, Q, 2) or (B, Q, 4) with B and Q {expected}, got {tuple(reference.shape)}."
+        )
+    _check_tensors(value, {"reference": reference})
+
+
+def _check_tensors(value: Tensor, tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be of a floating dtype, got {tensor.dtype}.")
+        if tensor.device != value.device:
+            raise ValueError(f"{name} is on {tensor.device}, but value is on {value.device}.")
 
 
 class MSDeformAttn(nn.Module):
@@ -116,14 +186,5 @@ class MSDeformAttn(nn.Module):
         value = self.value_proj(tokens).unflatten(-1, (self.num_heads, -1))
         shape = (batch, queries, self.num_heads, self.num_levels, self.num_points)
         offsets = self.sampling_offsets(query).view(*shape, 2)
-        weights = self.attention_weights(query).view(*shape[:3], -1).softmax(-1).view(shape)
-        locations = self._locations(reference, offsets, spatial_shapes)
-        return self.output_proj(ms_deform_attn(value, spatial_shapes, locations, weights))
-
-    def _locations(self, reference: Tensor, offsets: Tensor, spatial_shapes: SpatialShapes) -> Tensor:
-        center = reference[:, :, None, None, None, :2]
-        if reference.shape[-1] == 4:
-            size = reference[:, :, None, None, None, 2:]
-            return center + offsets / self.num_points * size * 0.5
-        level_size = offsets.new_tensor([(width, height) for height, width in spatial_shapes])
-        return center + offsets / level_size[:, None]
+        logits = self.attention_weights(query).view(shape)
+        return self.output_proj(ms_deform_attn_fused(value, spatial_shapes, reference, offsets, logits))

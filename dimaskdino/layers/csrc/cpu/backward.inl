@@ -108,12 +108,14 @@ struct Backward {
 
   // From the four dots of a sample: the gradients of x and y in pixels and of the attention weight, in their places.
   static void finish_samples(const Block<A>& block, int64_t count) {
+    A *__restrict x = block.x, *__restrict y = block.y, *__restrict weight = block.weight;
+    const A* __restrict dots = block.dots;
     for (int64_t i = 0; i < count; ++i) {
-      const A* dots = block.dots + 4 * i;
-      const A right = block.x[i], down = block.y[i], left = A(1) - right, up = A(1) - down, weight = block.weight[i];
-      block.weight[i] = up * (left * dots[0] + right * dots[1]) + down * (left * dots[2] + right * dots[3]);
-      block.x[i] = weight * (up * (dots[1] - dots[0]) + down * (dots[3] - dots[2]));
-      block.y[i] = weight * (left * (dots[2] - dots[0]) + right * (dots[3] - dots[1]));
+      const A d0 = dots[4 * i], d1 = dots[4 * i + 1], d2 = dots[4 * i + 2], d3 = dots[4 * i + 3];
+      const A right = x[i], down = y[i], left = A(1) - right, up = A(1) - down, share = weight[i];
+      weight[i] = up * (left * d0 + right * d1) + down * (left * d2 + right * d3);
+      x[i] = share * (up * (d1 - d0) + down * (d3 - d2));
+      y[i] = share * (left * (d2 - d0) + right * (d3 - d1));
     }
   }
 

@@ -6,6 +6,10 @@
 
 #include <string.h>
 
+#if DIMASKDINO_VECTOR_BYTES >= 32
+#include <immintrin.h>
+#endif
+
 #include "kernels.h"
 
 namespace dimaskdino {
@@ -89,22 +93,27 @@ struct Block {
   template <bool Framed>
   void locate(int64_t count) {
     if (!Framed) find_inside(count);
-    for (int64_t i = 0; i < count; ++i) {
-      A px = x[i] > A(-2) ? x[i] : A(-2), py = y[i] > A(-2) ? y[i] : A(-2);
-      px = px < width[i] ? px : width[i];
-      py = py < height[i] ? py : height[i];
-      int32_t column = static_cast<int32_t>(px), line = static_cast<int32_t>(py);
-      column -= px < static_cast<A>(column);
-      line -= py < static_cast<A>(line);
-      const A right = px - static_cast<A>(column), down = py - static_cast<A>(line);
-      const A upper = weight[i] * (A(1) - down), lower = weight[i] * down;
-      corner[0][i] = upper * (A(1) - right);
-      corner[1][i] = upper * right;
-      corner[2][i] = lower * (A(1) - right);
-      corner[3][i] = lower * right;
-      index[i] = origin[i] + line * row[i] + column;
-      x[i] = right;
-      y[i] = down;
+    constexpr int W = DIMASKDINO_VECTOR_BYTES / sizeof(A);
+    typedef Vec<A, W> Reals;
+    typedef Vec<int32_t, W> Counts;
+    const Reals one = Reals{} + A(1), beyond = Reals{} - A(2);
+    for (int64_t i = 0; i < count; i += W) {  // the arrays end in whole vectors
+      Reals px = load<W>(x + i), py = load<W>(y + i);
+      const Reals far_x = load<W>(width + i), far_y = load<W>(height + i), share = load<W>(weight + i);
+      px = px > beyond ? px : beyond;  // not a number is not greater
+      py = py > beyond ? py : beyond;
+      px = px < far_x ? px : far_x;
+      py = py < far_y ? py : far_y;
+      const Counts column = floor_of<A, W>(px), line = floor_of<A, W>(py);
+      const Reals right = px - __builtin_convertvector(column, Reals), down = py - __builtin_convertvector(line, Reals);
+      const Reals lower = share * down, upper = share * (one - down);
+      store<W>(upper * (one - right), corner[0] + i);
+      store<W>(upper * right, corner[1] + i);
+      store<W>(lower * (one - right), corner[2] + i);
+      store<W>(lower * right, corner[3] + i);
+      store<W>(load<W>(origin + i) + line * load<W>(row + i) + column, index + i);
+      store<W>(right, x + i);
+      store<W>(down, y + i);
     }
   }
 
@@ -129,14 +138,25 @@ struct Rows {
   }
 };
 
+// The rows of one head lie far apart, which the processor does not foresee: asked for one block ahead. An address past
+// the end of the tensor does no harm.
+template <class X>
+inline void prefetch(const X* from, int64_t count) {
+  const char* address = reinterpret_cast<const char*>(from);
+  for (int64_t offset = 0; offset < count * static_cast<int64_t>(sizeof(X)); offset += 64) __builtin_prefetch(address + offset);
+}
+
 template <class A>
 void read_locations(const Arguments& args, const Rows& rows, int64_t queries, Block<A>& block) {
-  A *x = block.x, *y = block.y;
+  // Promises that nothing overlaps, without which the loops do not become vector code.
+  A *__restrict x = block.x, *__restrict y = block.y;
+  const A *__restrict width = block.width, *__restrict height = block.height;
   for (int64_t query = 0; query < queries; ++query, x += rows.count, y += rows.count) {
-    const A* from = static_cast<const A*>(args.locations) + 2 * (rows.start + query * rows.step);
+    const A* __restrict from = static_cast<const A*>(args.locations) + 2 * (rows.start + query * rows.step);
+    prefetch(from + 2 * queries * rows.step, 2 * rows.count);
     for (int64_t i = 0; i < rows.count; ++i) {
-      x[i] = from[2 * i] * block.width[i] - A(0.5);
-      y[i] = from[2 * i + 1] * block.height[i] - A(0.5);
+      x[i] = from[2 * i] * width[i] - A(0.5);
+      y[i] = from[2 * i + 1] * height[i] - A(0.5);
     }
   }
 }
@@ -144,20 +164,21 @@ void read_locations(const Arguments& args, const Rows& rows, int64_t queries, Bl
 // reference + offset / size of the level, or reference + offset / points * half of the box, in pixels.
 template <class A, class C>
 void read_offsets(const Arguments& args, const Rows& rows, int64_t first_row, int64_t queries, Block<A>& block) {
-  A *x = block.x, *y = block.y;
+  A *__restrict x = block.x, *__restrict y = block.y;
+  const A *__restrict width = block.width, *__restrict height = block.height;
   for (int64_t query = 0; query < queries; ++query, x += rows.count, y += rows.count) {
-    const C* from = static_cast<const C*>(args.offsets) + 2 * (rows.start + query * rows.step);
+    const C* __restrict from = static_cast<const C*>(args.offsets) + 2 * (rows.start + query * rows.step);
     const A* reference = static_cast<const A*>(args.reference) + (first_row + query) * args.reference_size;
     if (args.reference_size == 2) {
       for (int64_t i = 0; i < rows.count; ++i) {
-        x[i] = reference[0] * block.width[i] - A(0.5) + to_accumulate(from[2 * i]);
-        y[i] = reference[1] * block.height[i] - A(0.5) + to_accumulate(from[2 * i + 1]);
+        x[i] = reference[0] * width[i] - A(0.5) + to_accumulate(from[2 * i]);
+        y[i] = reference[1] * height[i] - A(0.5) + to_accumulate(from[2 * i + 1]);
       }
     } else {
       const A share = A(0.5) / static_cast<A>(args.points);
       for (int64_t i = 0; i < rows.count; ++i) {
-        x[i] = (reference[0] + to_accumulate(from[2 * i]) * (share * reference[2])) * block.width[i] - A(0.5);
-        y[i] = (reference[1] + to_accumulate(from[2 * i + 1]) * (share * reference[3])) * block.height[i] - A(0.5);
+        x[i] = (reference[0] + to_accumulate(from[2 * i]) * (share * reference[2])) * width[i] - A(0.5);
+        y[i] = (reference[1] + to_accumulate(from[2 * i + 1]) * (share * reference[3])) * height[i] - A(0.5);
       }
     }
   }
@@ -166,8 +187,9 @@ void read_offsets(const Arguments& args, const Rows& rows, int64_t first_row, in
 template <class A>
 void read_weights(const Arguments& args, const Rows& rows, int64_t queries, Block<A>& block) {
   for (int64_t query = 0; query < queries; ++query) {
-    memcpy(block.weight + query * rows.count, static_cast<const A*>(args.weights) + rows.start + query * rows.step,
-           rows.count * sizeof(A));
+    const A* from = static_cast<const A*>(args.weights) + rows.start + query * rows.step;
+    prefetch(from + queries * rows.step, rows.count);
+    memcpy(block.weight + query * rows.count, from, rows.count * sizeof(A));
   }
 }
 

@@ -104,16 +104,46 @@ inline Vec<double, W> load(const double* from) {
   return vec;
 }
 template <int W>
+inline Vec<int32_t, W> load(const int32_t* from) {
+  Vec<int32_t, W> vec;
+  memcpy(&vec, from, sizeof(vec));
+  return vec;
+}
+// 16 bits to 32, one vector at once: GCC 12 makes three instructions of the portable form.
+template <int W>
+struct Widen {
+  static inline Vec<uint32_t, W> load(const uint16_t* from) {
+    Vec<uint16_t, W> narrow;
+    memcpy(&narrow, from, sizeof(narrow));
+    return __builtin_convertvector(narrow, Vec<uint32_t, W>);
+  }
+};
+#if DIMASKDINO_VECTOR_BYTES >= 64
+template <>
+struct Widen<16> {
+  static inline Vec<uint32_t, 16> load(const uint16_t* from) {
+    // The form with a mask: GCC 12 warns of an uninitialised operand inside the one without.
+    const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    return bit_cast<Vec<uint32_t, 16>>(_mm512_maskz_cvtepu16_epi32(0xffff, narrow));
+  }
+};
+#endif
+#if DIMASKDINO_VECTOR_BYTES >= 32
+template <>
+struct Widen<8> {
+  static inline Vec<uint32_t, 8> load(const uint16_t* from) {
+    return bit_cast<Vec<uint32_t, 8>>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+  }
+};
+#endif
+
+template <int W>
 inline Vec<float, W> load(const BFloat16* from) {
-  Vec<uint16_t, W> narrow;
-  memcpy(&narrow, from, sizeof(narrow));
-  return bit_cast<Vec<float, W>>(__builtin_convertvector(narrow, Vec<uint32_t, W>) << 16);
+  return bit_cast<Vec<float, W>>(Widen<W>::load(&from->bits) << 16);
 }
 template <int W>
 inline Vec<float, W> load(const Half* from) {
-  Vec<uint16_t, W> narrow;
-  memcpy(&narrow, from, sizeof(narrow));
-  const Vec<uint32_t, W> wide = __builtin_convertvector(narrow, Vec<uint32_t, W>);
+  const Vec<uint32_t, W> wide = Widen<W>::load(&from->bits);
   const Vec<uint32_t, W> bits = bit_cast<Vec<uint32_t, W>>(bit_cast<Vec<float, W>>(half_to_float_bits(wide)) * 0x1p112f);
   const Vec<uint32_t, W> special = bit_cast<Vec<uint32_t, W>>((wide & 0x7c00u) == 0x7c00u);
   return bit_cast<Vec<float, W>>(bits | (special & 0x7f800000u));
@@ -128,12 +158,27 @@ inline void store(Vec<double, W> vec, double* to) {
   memcpy(to, &vec, sizeof(vec));
 }
 template <int W>
+inline void store(Vec<int32_t, W> vec, int32_t* to) {
+  memcpy(to, &vec, sizeof(vec));
+}
+template <int W>
 inline void store(Vec<float, W> vec, Half* to) {
   for (int i = 0; i < W; ++i) from_accumulate(vec[i], to + i);
 }
 template <int W>
 inline void store(Vec<float, W> vec, BFloat16* to) {
-  for (int i = 0; i < W; ++i) from_accumulate(vec[i], to + i);
+  const Vec<uint32_t, W> bits = bit_cast<Vec<uint32_t, W>>(vec);
+  const Vec<uint32_t, W> rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, quiet = (bits >> 16) | 0x40u;
+  const Vec<uint16_t, W> narrow = __builtin_convertvector(vec != vec ? quiet : rounded, Vec<uint16_t, W>);
+  memcpy(to, &narrow, sizeof(narrow));
+}
+
+// The largest integers not above x, which must lie within 32 bits: truncated, less one where that went up.
+template <class A, int W>
+inline Vec<int32_t, W> floor_of(Vec<A, W> x) {
+  const Vec<int32_t, W> cut = __builtin_convertvector(x, Vec<int32_t, W>);
+  const auto went_up = x < __builtin_convertvector(cut, Vec<A, W>);  // -1 where true
+  return cut + __builtin_convertvector(went_up, Vec<int32_t, W>);
 }
 
 // e to the x for x <= 0, within 2 units in the last place: 2^n times the series of the rest, which lies in

@@ -1,0 +1,228 @@
+"""The compiled deformable attention as PyTorch ops: loading, the choice of the form, fake kernels, autograd, vmap.
+
+``torch.ops.dimaskdino.ms_deform_attn`` and ``..._fused`` are defined by ``dimaskdino._C`` (csrc/). Importing this
+module tells torch the rest of what it needs, so that torch.compile, torch.export and torch.func see one op.
+"""
+
+import functools
+import importlib
+import logging
+import os
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+VARIABLE = "DIMASKDINO_MSDA"
+_HOW_TO_BUILD = "build it with `python -m pip install --no-build-isolation -e .` (docs/op.md)"
+
+
+def _load() -> str | None:
+    """Bring in the compiled ops; None, or why they are not there."""
+    try:
+        importlib.import_module("dimaskdino._C")
+    except ModuleNotFoundError:
+        return "dimaskdino was installed without its compiled op"
+    except ImportError as error:  # most often built for another version of torch
+        return f"the compiled op could not be loaded ({error})"
+    return None
+
+
+def _choose() -> tuple[bool, str | None]:
+    """Whether to use the compiled form, and why it is missing where it is."""
+    wanted = os.environ.get(VARIABLE, "")
+    if wanted not in ("", "reference", "compiled"):
+        raise ValueError(f"{VARIABLE} is '{wanted}': it must be reference, compiled, or not set.")
+    missing = _load()
+    if wanted == "compiled" and missing:
+        raise ImportError(f"{VARIABLE} is compiled, but {missing}; {_HOW_TO_BUILD}.")
+    return missing is None and wanted != "reference", missing
+
+
+COMPILED, MISSING = _choose()
+HAS_CUDA = MISSING is None and torch._C._dispatch_has_kernel_for_dispatch_key("dimaskdino::ms_deform_attn", "CUDA")
+_FORCED = os.environ.get(VARIABLE, "") != ""
+_told: set[str] = set()
+
+
+def use_compiled(device: torch.device) -> bool:
+    """Whether tensors on ``device`` go to the compiled op; which form runs is logged once per type of device.
+
+    Raises:
+        RuntimeError: with DIMASKDINO_MSDA=compiled where the op was built without kernels for the device.
+    """
+    compiled = COMPILED and (device.type in ("cpu", "meta") or (device.type == "cuda" and HAS_CUDA))
+    if not torch.compiler.is_compiling() and device.type not in _told:
+        _tell(device.type, compiled)
+    if _FORCED and COMPILED and not compiled:
+        raise RuntimeError(f"{VARIABLE} is compiled, but the op was built without kernels for {device.type}.")
+    return compiled and not torch.onnx.is_in_onnx_export()  # ONNX knows grid_sample
+
+
+def _tell(device: str, compiled: bool) -> None:
+    _told.add(device)
+    if compiled:
+        name = torch.ops.dimaskdino.cpu_capability() if device == "cpu" else device.upper()
+        logger.info("Deformable attention on %s: the compiled op (%s).", device, name)
+    elif COMPILED:
+        logger.warning(
+            "Deformable attention on %s: plain PyTorch, many times slower: the op was built without its kernels; %s.",
+            device,
+            _HOW_TO_BUILD,
+        )
+    elif MISSING is None:
+        logger.info("Deformable attention on %s: plain PyTorch, as %s asks.", device, VARIABLE)
+    else:
+        level = logging.INFO if _FORCED else logging.WARNING
+        logger.log(level, "Deformable attention on %s: plain PyTorch, as %s; %s.", device, MISSING, _HOW_TO_BUILD)
+
+
+def _fake_forward(value: Tensor, spatial_shapes: list[int], *samples: Tensor) -> Tensor:
+    queries = samples[-1].shape[1]
+    return value.new_empty(value.shape[0], queries, value.shape[2] * value.shape[3])
+
+
+def _fake_backward(
+    grad_output: Tensor, value: Tensor, spatial_shapes: list[int], sampling_locations: Tensor, attention_weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        value.new_empty(value.shape),
+        sampling_locations.new_empty(sampling_locations.shape),
+        attention_weights.new_empty(attention_weights.shape),
+    )
+
+
+def _fake_fused_backward(
+    grad_output: Tensor,
+    value: Tensor,
+    spatial_shapes: list[int],
+    reference: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+    reference_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        value.new_empty(value.shape),
+        reference.new_empty(reference.shape if reference_grad else (0,)),
+        offsets.new_empty(offsets.shape),
+        logits.new_empty(logits.shape),
+    )
+
+
+def _save(ctx: Any, inputs: tuple, output: Any) -> None:
+    value, spatial_shapes, *samples = inputs
+    ctx.save_for_backward(value, *samples)
+    ctx.spatial_shapes = spatial_shapes
+
+
+def _backward(ctx: Any, grad_output: Tensor) -> tuple:
+    value, locations, weights = ctx.saved_tensors
+    grads = call("ms_deform_attn_backward", grad_output, value, ctx.spatial_shapes, locations, weights)
+    return grads[0], None, grads[1], grads[2]
+
+
+def _fused_backward(ctx: Any, grad_output: Tensor) -> tuple:
+    value, reference, offsets, logits = ctx.saved_tensors
+    needed = ctx.needs_input_grad[-3]
+    grads = call(
+        "ms_deform_attn_fused_backward", grad_output, value, ctx.spatial_shapes, reference, offsets, logits, needed
+    )
+    return grads[0], None, grads[1] if needed else None, grads[2], grads[3]
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:
+    raise RuntimeError(
+        f"The compiled deformable attention has no second derivative; {VARIABLE}=reference uses a form that has one."
+    )
+
+
+def _fold(size: int, dim: int | None, tensor: Tensor) -> Tensor:
+    """The mapped dimension joined with the batch, (V, B, ...) to (V * B, ...)."""
+    mapped = tensor.unsqueeze(0).expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    return mapped.flatten(0, 1)
+
+
+def _mapped(op: Any, info: Any, in_dims: tuple, *args: Any) -> tuple:
+    folded = [
+        _fold(info.batch_size, dim, arg) if isinstance(arg, Tensor) else arg
+        for arg, dim in zip(args, in_dims, strict=True)
+    ]
+    result = op(*folded)
+    if isinstance(result, Tensor):
+        return result.unflatten(0, (info.batch_size, -1)), 0
+    # The gradient that was not asked for comes as an empty vector.
+    unfolded = tuple(x if x.dim() == 1 else x.unflatten(0, (info.batch_size, -1)) for x in result)
+    return unfolded, tuple(None if x.dim() == 1 else 0 for x in result)
+
+
+class _UnderTransforms(torch.autograd.Function):
+    """The forward ops for torch.func.grad and its kin, which torch.library's autograd does not serve.
+
+    Takes the op and its arguments.
+    """
+
+    @staticmethod
+    def forward(op: Any, *args: Any) -> Tensor:
+        return op(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        _save(ctx, inputs[1:], output)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple:
+        fused = len(ctx.saved_tensors) == 4
+        return None, *(_fused_backward if fused else _backward)(ctx, grad_output)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, op: Any, *args: Any) -> tuple:
+        return _mapped(op, info, in_dims[1:], *args)
+
+
+class _BackwardUnderTransforms(torch.autograd.Function):
+    """The backward ops, likewise."""
+
+    @staticmethod
+    def forward(op: Any, *args: Any) -> tuple:
+        return op(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        """Nothing is kept: there is no second derivative."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        return _no_second_derivative(ctx, *grads)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, op: Any, *args: Any) -> tuple:
+        return _mapped(op, info, in_dims[1:], *args)
+
+
+def call(name: str, *args: Any) -> Any:
+    """``torch.ops.dimaskdino.<name>``, under torch.func's transforms as well."""
+    op = getattr(torch.ops.dimaskdino, name)
+    if torch._C._are_functorch_transforms_active():
+        function = _BackwardUnderTransforms if name.endswith("_backward") else _UnderTransforms
+        return function.apply(op, *args)
+    return op(*args)
+
+
+def _register() -> None:
+    library = torch.library
+    library.register_fake("dimaskdino::ms_deform_attn", _fake_forward)
+    library.register_fake("dimaskdino::ms_deform_attn_fused", _fake_forward)
+    library.register_fake("dimaskdino::ms_deform_attn_backward", _fake_backward)
+    library.register_fake("dimaskdino::ms_deform_attn_fused_backward", _fake_fused_backward)
+    library.register_autograd("dimaskdino::ms_deform_attn", _backward, setup_context=_save)
+    library.register_autograd("dimaskdino::ms_deform_attn_fused", _fused_backward, setup_context=_save)
+    for name in ("ms_deform_attn_backward", "ms_deform_attn_fused_backward"):
+        library.register_autograd(f"dimaskdino::{name}", _no_second_derivative)
+    for name in ("ms_deform_attn", "ms_deform_attn_fused", "ms_deform_attn_backward", "ms_deform_attn_fused_backward"):
+        library.register_vmap(f"dimaskdino::{name}", functools.partial(_mapped, getattr(torch.ops.dimaskdino, name)))
+
+
+if MISSING is None:
+    _register()

@@ -1,0 +1,75 @@
+"""Deformable attention in plain PyTorch: for export, for tests, and where the compiled op was not built."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SpatialShapes = Sequence[tuple[int, int]]
+
+
+def ms_deform_attn_reference(
+    value: Tensor, spatial_shapes: SpatialShapes, sampling_locations: Tensor, attention_weights: Tensor
+) -> Tensor:
+    """What :func:`dimaskdino.layers.ms_deform_attn` computes, by one ``grid_sample`` a level.
+
+    Args and Returns are those of that function; arguments are not checked.
+
+    Source: Deformable DETR (Zhu et al., 2021), Eq. 3.
+    """
+    batch, _, heads, channels = value.shape
+    queries, points = sampling_locations.shape[1], sampling_locations.shape[4]
+    if value.numel() == 0 or sampling_locations.numel() == 0:
+        return _zeros_of(value, sampling_locations, attention_weights, (batch, queries, heads * channels))
+    # grid_sample leaves open what a location that is not finite does: moved to where it samples nothing.
+    finite = sampling_locations.isfinite().all(-1, keepdim=True)
+    grids = torch.where(finite, 2 * sampling_locations - 1, -3.0)
+    sampled = []
+    levels = value.split([height * width for height, width in spatial_shapes], dim=1)
+    for level, (level_value, (height, width)) in enumerate(zip(levels, spatial_shapes, strict=True)):
+        if height * width == 0:
+            sampled.append(value.new_zeros(batch * heads, channels, queries, points))
+            continue
+        image = level_value.permute(0, 2, 3, 1).reshape(batch * heads, channels, height, width)
+        grid = grids[:, :, :, level].transpose(1, 2).flatten(0, 1).to(image.dtype)
+        sampled.append(F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False))
+    weights = attention_weights.permute(0, 2, 1, 3, 4).reshape(batch * heads, 1, queries, len(spatial_shapes) * points)
+    output = (torch.cat(sampled, dim=-1) * weights.to(value.dtype)).sum(-1)
+    return output.view(batch, heads * channels, queries).transpose(1, 2).contiguous()
+
+
+def _zeros_of(value: Tensor, locations: Tensor, weights: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Zeros that hang on all three arguments, so that each gets a gradient (of zeros)."""
+    nothing = value.sum() * 0 + locations.sum().to(value.dtype) * 0 + weights.sum().to(value.dtype) * 0
+    return value.new_zeros(shape) + nothing
+
+
+def sampling_locations(reference: Tensor, offsets: Tensor, spatial_shapes: SpatialShapes) -> Tensor:
+    """Where offsets from references lie.
+
+    Args:
+        reference: (B, Q, 2) points or (B, Q, 4) boxes cxcywh, normalised.
+        offsets: (B, Q, H, L, P, 2); in pixels of each level for points, in halves of the box size shared by the P
+            points for boxes.
+        spatial_shapes: (height, width) of each level.
+
+    Returns:
+        (B, Q, H, L, P, 2) as (x, y), normalised.
+    """
+    center = reference[:, :, None, None, None, :2]
+    if reference.shape[-1] == 4:
+        size = reference[:, :, None, None, None, 2:]
+        return center + offsets / offsets.shape[-2] * size * 0.5
+    # A level without tokens has no pixels to count in; nothing is sampled from it wherever the locations lie.
+    level_size = offsets.new_tensor([(max(width, 1), max(height, 1)) for height, width in spatial_shapes])
+    return center + offsets / level_size.view(-1, 1, 2)
+
+
+def ms_deform_attn_fused_reference(
+    value: Tensor, spatial_shapes: SpatialShapes, reference: Tensor, offsets: Tensor, logits: Tensor
+) -> Tensor:
+    """What :func:`dimaskdino.layers.ms_deform_attn_fused` computes, in separate steps."""
+    weights = logits.flatten(-2).softmax(-1).view(logits.shape)
+    locations = sampling_locations(reference, offsets, spatial_shapes)
+    return ms_deform_attn_reference(value, spatial_shapes, locations, weights)
