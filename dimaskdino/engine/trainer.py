@@ -7,6 +7,7 @@ from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase
+from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.modeling import build_model
 from detectron2.solver import LRMultiplier
@@ -21,6 +22,7 @@ from dimaskdino.checkpoint import Checkpointer
 from dimaskdino.data import build_test_loader, build_train_loader, register_all
 from dimaskdino.engine.optimizer import GradientClipper, build_optimizer
 from dimaskdino.engine.progress import ProgressLog
+from dimaskdino.engine.running_statistics import AverageRunningStatistics
 from dimaskdino.engine.sampler import ResumableSampler
 from dimaskdino.engine.schedule import build_lr_scheduler
 from dimaskdino.engine.train_step import TrainStep
@@ -34,7 +36,8 @@ class Trainer(DefaultTrainer):
     """Trains the configured model and evaluates it; what a run writes lies under OUTPUT_DIR.
 
     Beyond detectron2's trainer: runs on the CPU in several processes too, saves the optimiser with either version of
-    detectron2, goes on with the order of the images when it resumes, clips and records the gradient norm.
+    detectron2, goes on with the order of the images when it resumes, clips and records the gradient norm, evaluates
+    and saves one set of running statistics of batch norm.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -77,8 +80,12 @@ class Trainer(DefaultTrainer):
         return getattr(self, "_last_eval_results", None)
 
     def build_hooks(self) -> list[HookBase]:
-        """detectron2's hooks, and progress on the main process's console."""
+        """detectron2's hooks, common statistics for those that evaluate and save, and progress on the console."""
         hooks = super().build_hooks()
+        # Only the main process saves, but all take part in the average.
+        first_user = next(i for i, hook in enumerate(hooks) if isinstance(hook, PeriodicCheckpointer | EvalHook))
+        periods = (self.cfg.TEST.EVAL_PERIOD, self.cfg.SOLVER.CHECKPOINT_PERIOD)
+        hooks.insert(first_user, AverageRunningStatistics(self.model, periods=periods))
         if comm.is_main_process():
             hooks.append(ProgressLog())
         return hooks
