@@ -1,11 +1,28 @@
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from dimaskdino.layers import MSDeformAttn, ms_deform_attn
+from dimaskdino.layers import MSDeformAttn, ms_deform_attn, ms_deform_attn_fused, ms_deform_attn_ops
 
 SHAPES = [(3, 4), (2, 1)]
+
+BROKEN_OP = """
+import logging, sys
+class Broken:
+    def find_spec(self, name, path=None, target=None):
+        if name == "dimaskdino._C":
+            raise ImportError("undefined symbol: made up")
+sys.meta_path.insert(0, Broken())
+import torch
+logging.basicConfig()
+from dimaskdino.layers import ms_deform_attn
+one, center = torch.ones(1, 1, 1, 1), torch.full((1, 1, 1, 1, 1, 2), 0.5)
+assert ms_deform_attn(one, [(1, 1)], center, one[None]).item() == 1
+"""
 TOKENS = 14
 
 
@@ -116,6 +133,64 @@ def test_shapes_that_do_not_belong_together_are_an_error(spoil, message):
     value, locations, weights = inputs()
     with pytest.raises(ValueError, match=message):
         ms_deform_attn(*spoil(value, SHAPES, locations, weights))
+
+
+def test_tensors_on_two_devices_are_an_error():
+    value, locations, weights = inputs()
+    with pytest.raises(ValueError, match="attention_weights is on meta, but value is on cpu"):
+        ms_deform_attn(value, SHAPES, locations, weights.to("meta"))
+
+
+def test_whole_numbers_are_an_error():
+    value, locations, weights = inputs()
+    with pytest.raises(TypeError, match="sampling_locations must be of a floating dtype, got torch.int64"):
+        ms_deform_attn(value, SHAPES, locations.long(), weights)
+
+
+def test_a_negative_size_is_an_error():
+    value, locations, weights = inputs()
+    with pytest.raises(ValueError, match="negative"):
+        ms_deform_attn(value, [(-3, -4), (2, 1)], locations, weights)
+
+
+def test_references_must_be_points_or_boxes_of_the_queries():
+    value, offsets, logits = inputs()
+    for shape in ((2, 3, 3), (2, 4, 2), (2, 2)):
+        with pytest.raises(ValueError, match=r"reference must be \(B, Q, 2\) or \(B, Q, 4\)"):
+            ms_deform_attn_fused(value, SHAPES, torch.rand(shape, dtype=torch.float64), offsets, logits)
+
+
+def form_that_runs(**environment):
+    """What a new process logs of the form that it uses, or its error."""
+    code = (
+        "import logging, torch; logging.basicConfig(level='INFO')\n"
+        "from dimaskdino.layers import ms_deform_attn\n"
+        "for _ in range(2): ms_deform_attn(torch.rand(1, 1, 1, 1), [(1, 1)], torch.rand(1, 1, 1, 1, 1, 2), "
+        "torch.rand(1, 1, 1, 1, 1))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+    return result.stderr
+
+
+def test_the_form_that_runs_is_told_once_and_can_be_forced():
+    told = form_that_runs(DIMASKDINO_MSDA="reference")
+    assert told.count("Deformable attention on cpu: plain PyTorch") == 1
+    assert "must be reference, compiled, or not set" in form_that_runs(DIMASKDINO_MSDA="fast")
+    forced = form_that_runs(DIMASKDINO_MSDA="compiled")
+    if ms_deform_attn_ops.MISSING is None:
+        assert forced.count("Deformable attention on cpu: the compiled op") == 1
+    else:
+        assert "DIMASKDINO_MSDA is compiled, but" in forced
+
+
+def test_without_the_compiled_op_plain_pytorch_runs_and_says_how_to_build_it():
+    # A module of that name that cannot be loaded stands for one built for another torch.
+    result = subprocess.run([sys.executable, "-c", BROKEN_OP], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "plain PyTorch, as the compiled op could not be loaded (undefined symbol: made up)" in result.stderr
+    assert "pip install --no-build-isolation -e ." in result.stderr
 
 
 def module(**options) -> MSDeformAttn:

@@ -101,7 +101,11 @@ struct Backward {
       if (W >= 4) {
         store<W>(Fold<A, W>::sums(dots), block.dots + 4 * i);
       } else {
-        for (int c = 0; c < 4; ++c) block.dots[4 * i + c] = dots[c][0];
+        for (int c = 0; c < 4; ++c) {
+          A sum = 0;
+          for (int lane = 0; lane < W; ++lane) sum += dots[c][lane];
+          block.dots[4 * i + c] = sum;
+        }
       }
     }
   }
