@@ -14,7 +14,8 @@ def ms_deform_attn_reference(
 ) -> Tensor:
     """What :func:`dimaskdino.layers.ms_deform_attn` computes, by one ``grid_sample`` a level.
 
-    Args and Returns are those of that function; arguments are not checked.
+    Args and Returns are those of that function; arguments are not checked. Half precision is sampled in float32:
+    grid_sample wants locations in the dtype of the image, and bfloat16 cannot tell the pixels of a large level apart.
 
     Source: Deformable DETR (Zhu et al., 2021), Eq. 3.
     """
@@ -26,16 +27,17 @@ def ms_deform_attn_reference(
     finite = sampling_locations.isfinite().all(-1, keepdim=True)
     grids = torch.where(finite, 2 * sampling_locations - 1, -3.0)
     sampled = []
-    levels = value.split([height * width for height, width in spatial_shapes], dim=1)
+    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+    levels = value.to(dtype).split([height * width for height, width in spatial_shapes], dim=1)
     for level, (level_value, (height, width)) in enumerate(zip(levels, spatial_shapes, strict=True)):
         if height * width == 0:
-            sampled.append(value.new_zeros(batch * heads, channels, queries, points))
+            sampled.append(value.new_zeros(batch * heads, channels, queries, points, dtype=dtype))
             continue
         image = level_value.permute(0, 2, 3, 1).reshape(batch * heads, channels, height, width)
-        grid = grids[:, :, :, level].transpose(1, 2).flatten(0, 1).to(image.dtype)
+        grid = grids[:, :, :, level].transpose(1, 2).flatten(0, 1).to(dtype)
         sampled.append(F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False))
     weights = attention_weights.permute(0, 2, 1, 3, 4).reshape(batch * heads, 1, queries, len(spatial_shapes) * points)
-    output = (torch.cat(sampled, dim=-1) * weights.to(value.dtype)).sum(-1)
+    output = (torch.cat(sampled, dim=-1) * weights.to(dtype)).sum(-1).to(value.dtype)
     return output.view(batch, heads * channels, queries).transpose(1, 2).contiguous()
 
 
@@ -70,6 +72,7 @@ def ms_deform_attn_fused_reference(
     value: Tensor, spatial_shapes: SpatialShapes, reference: Tensor, offsets: Tensor, logits: Tensor
 ) -> Tensor:
     """What :func:`dimaskdino.layers.ms_deform_attn_fused` computes, in separate steps."""
-    weights = logits.flatten(-2).softmax(-1).view(logits.shape)
-    locations = sampling_locations(reference, offsets, spatial_shapes)
+    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+    weights = logits.to(dtype).flatten(-2).softmax(-1).view(logits.shape)
+    locations = sampling_locations(reference.to(dtype), offsets.to(dtype), spatial_shapes)
     return ms_deform_attn_reference(value, spatial_shapes, locations, weights)

@@ -1,0 +1,284 @@
+"""Deformable attention, every form side by side in one process: `python -m benchmarks.ms_deform_attn`, `make bench`.
+
+Each row is one case, dtype and pass. A form's column is how many times faster it is than the first form (grid_sample,
+or on a GPU the classical kernel where nvcc is at hand). Results are compared with those of the reference form in
+float64 while at it; a form that is wrong is an error.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor
+
+from benchmarks.measure import Work, copy_bandwidth, load_bandwidth, peak_bytes, side_by_side
+from dimaskdino.layers import ms_deform_attn, ms_deform_attn_fused, ms_deform_attn_ops
+from dimaskdino.layers.ms_deform_attn_reference import (
+    SpatialShapes,
+    ms_deform_attn_fused_reference,
+    ms_deform_attn_reference,
+    sampling_locations,
+)
+
+SHAPES_1024 = [(128, 128), (64, 64), (32, 32), (16, 16)]
+HEADS, CHANNELS, POINTS = 8, 32, 4
+TOKENS = sum(height * width for height, width in SHAPES_1024)
+# Relative to the largest element, for results of that dtype.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+@dataclass
+class Case:
+    """Arguments of all forms: an encoder (every token a query, samples around it) or a decoder (boxes anywhere)."""
+
+    name: str
+    value: Tensor
+    reference: Tensor
+    offsets: Tensor
+    logits: Tensor
+    grad: Tensor
+
+    @property
+    def locations(self) -> Tensor:
+        """(B, Q, H, L, P, 2) in float32."""
+        return sampling_locations(self.reference, self.offsets.float(), SHAPES_1024).contiguous()
+
+    @property
+    def weights(self) -> Tensor:
+        """(B, Q, H, L, P) in float32."""
+        return self.logits.float().flatten(-2).softmax(-1).view(self.logits.shape)
+
+
+def make_case(name: str, dtype: torch.dtype, device: torch.device) -> Case:
+    """``encoder B`` or ``decoder Q``, from a fixed seed."""
+    kind, number = name.split()
+    batch, queries = (int(number), TOKENS) if kind == "encoder" else (1, int(number))
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    samples = (batch, queries, HEADS, len(SHAPES_1024), POINTS)
+    if kind == "encoder":
+        reference, spread = _centers().expand(batch, -1, -1), 2.0  # in pixels
+    else:
+        reference, spread = 0.1 + 0.8 * torch.rand(batch, queries, 4, generator=generator), 1.0  # in halves of the box
+    tensors = (
+        normal(batch, TOKENS, HEADS, CHANNELS).to(dtype),
+        reference.contiguous(),
+        (spread * normal(*samples, 2)).to(dtype),
+        normal(*samples).to(dtype),
+        normal(batch, queries, HEADS * CHANNELS).to(dtype),
+    )
+    return Case(name, *(tensor.to(device) for tensor in tensors))
+
+
+def _centers() -> Tensor:
+    """(1, S, 2): the centre of every token."""
+    levels = []
+    for height, width in SHAPES_1024:
+        y, x = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
+        levels.append(torch.stack((x.flatten(), y.flatten()), dim=-1))
+    return torch.cat(levels)[None]
+
+
+# A form: value and the other tensors in, output out. `unfused` ones take locations and weights.
+Form = Callable[..., Tensor]
+
+
+def separate_steps(value: Tensor, shapes: SpatialShapes, reference: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
+    """The compiled op after softmax and location arithmetic in PyTorch."""
+    weights = logits.float().flatten(-2).softmax(-1).view(logits.shape)
+    return ms_deform_attn(value, shapes, sampling_locations(reference, offsets.float(), shapes), weights)
+
+
+def forms_for(device: torch.device) -> dict[str, tuple[Form, bool]]:
+    """Name to form and whether it takes offsets and logits (fused) or locations and weights."""
+    forms: dict[str, tuple[Form, bool]] = {}
+    if device.type == "cuda":
+        forms |= _classical() | _deformops()
+    forms["grid_sample"] = (ms_deform_attn_reference, False)
+    forms["compiled"] = (ms_deform_attn, False)
+    forms["softmax + grid_sample"] = (ms_deform_attn_fused_reference, True)
+    forms["softmax + compiled"] = (separate_steps, True)
+    forms["fused"] = (ms_deform_attn_fused, True)
+    return forms
+
+
+def _classical() -> dict[str, tuple[Form, bool]]:
+    from benchmarks import classical
+
+    try:
+        kernels = classical.load()
+    except RuntimeError as error:
+        print(f"without the classical kernel: {error}", file=sys.stderr)
+        return {}
+
+    class Classical(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, value: Tensor, shapes: SpatialShapes, locations: Tensor, weights: Tensor) -> Tensor:
+            ctx.shapes = shapes
+            ctx.save_for_backward(value, locations, weights)
+            return kernels.forward(value, shapes, locations, weights)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple:
+            value, locations, weights = ctx.saved_tensors
+            grads = kernels.backward(grad.contiguous(), value, ctx.shapes, locations, weights)
+            return grads[0], None, grads[1], grads[2]
+
+    return {"classical": (Classical.apply, False)}
+
+
+def _deformops() -> dict[str, tuple[Form, bool]]:
+    if importlib.util.find_spec("deformops") is None:
+        return {}
+    msda = importlib.import_module("deformops.registry").msda
+
+    def form(value: Tensor, shapes: SpatialShapes, locations: Tensor, weights: Tensor) -> Tensor:
+        sizes, starts = _sizes(tuple(shapes), value.device)
+        output = msda(value, sizes, starts, locations.to(value.dtype), weights.flatten(-2).to(value.dtype))
+        return output.reshape(value.shape[0], locations.shape[1], -1)
+
+    return {"deformops": (form, False)}
+
+
+_kept_sizes: dict[Any, tuple[Tensor, Tensor]] = {}
+
+
+def _sizes(shapes: tuple, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Level sizes and starts as tensors, made once: copying them is no part of what is measured."""
+    if shapes not in _kept_sizes:
+        areas = torch.tensor([0, *(height * width for height, width in shapes[:-1])])
+        _kept_sizes[shapes] = (torch.tensor(shapes, device=device), areas.cumsum(0).to(device))
+    return _kept_sizes[shapes]
+
+
+def leaves(case: Case, fused: bool) -> list[Tensor]:
+    """The tensors of one form, apart from the level shapes, as leaves that want gradients."""
+    samples = [case.reference, case.offsets, case.logits] if fused else [case.locations, case.weights]
+    tensors = [x.detach().clone() for x in (case.value, *samples)]
+    for tensor in tensors:
+        # The decoder's references are detached in the model, and the encoder's are constants.
+        tensor.requires_grad_(tensor.shape[-1] != case.reference.shape[-1] or tensor.dim() != 3)
+    return tensors
+
+
+def forward_work(form: Form, tensors: list[Tensor]) -> Work:
+    def work() -> Tensor:
+        with torch.no_grad():
+            return form(tensors[0], SHAPES_1024, *tensors[1:])
+
+    return work
+
+
+def both_work(form: Form, tensors: list[Tensor], grad: Tensor) -> Work:
+    wanted = [tensor for tensor in tensors if tensor.requires_grad]
+
+    def work() -> tuple[Tensor, ...]:
+        output = form(tensors[0], SHAPES_1024, *tensors[1:])
+        return output, *torch.autograd.grad(output, wanted, grad)
+
+    return work
+
+
+def check(name: str, work: Work, exact: Work, dtype: torch.dtype) -> None:
+    """Every result of ``work`` against the same in float64.
+
+    The gradient of a location jumps at the centres of pixels, and rounding decides on which side the few samples are
+    that stand there: one element in a thousand may differ.
+    """
+    for part, wanted in zip(work(), exact(), strict=True):
+        off = (part.double() - wanted).abs() > TOLERANCE[dtype] * wanted.abs().max()
+        allowed = 1e-3 if part.shape[-1] == 2 else 0.0
+        if not off.double().mean().item() <= allowed:
+            raise RuntimeError(f"{name} is wrong in {dtype}: {int(off.sum())} of {off.numel()} elements.")
+
+
+def floors(case: Case, backward: bool, fused: bool) -> tuple[int, int]:
+    """Bytes that any implementation moves to and from memory, and bytes that it loads from caches, of one run."""
+    samples = [case.offsets, case.logits] if fused else [case.locations, case.weights]
+    inputs = [case.value, case.grad, *samples]  # grad stands for the output as well
+    sizes = sum(x.numel() * x.element_size() for x in inputs)
+    corners = 4 * case.logits.numel() * CHANNELS * case.value.element_size()
+    if not backward:
+        return sizes, corners
+    # Again, with the gradients written; values loaded once more, their float32 gradients loaded and stored.
+    return 3 * sizes, 2 * corners + 2 * 4 * case.logits.numel() * CHANNELS * 4
+
+
+def measure(case: Case, forms: dict, dtype: torch.dtype, backward: bool, rounds: int) -> dict[str, dict[str, float]]:
+    """Seconds and peak bytes of each form, the results compared before. Forms that cannot do the case are left out."""
+    works = {}
+    for name, (form, fused) in forms.items():
+        tensors = leaves(case, fused)
+        work = both_work(form, tensors, case.grad) if backward else forward_work(form, tensors)
+        reference = ms_deform_attn_fused_reference if fused else ms_deform_attn_reference
+        doubles = [x.detach().double().requires_grad_(x.requires_grad) for x in tensors]
+        try:
+            check(name, both_work(form, tensors, case.grad), both_work(reference, doubles, case.grad.double()), dtype)
+        except (NotImplementedError, ValueError) as error:
+            print(f"{case.name} {dtype}: without {name}: {error}", file=sys.stderr)
+            continue
+        works[name] = work
+    seconds = side_by_side(works, case.value.device, rounds=rounds)
+    return {name: {"s": seconds[name], "bytes": peak_bytes(works[name], case.value.device) or 0} for name in works}
+
+
+def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+    device = torch.device(args.device)
+    forms = forms_for(device)
+    bandwidth, loads = copy_bandwidth(device), load_bandwidth(device)
+    table = []
+    for name in args.cases:
+        for dtype in (getattr(torch, x) for x in args.dtypes):
+            case = make_case(name, dtype, device)
+            for backward in (False, True):
+                results = measure(case, forms, dtype, backward, args.rounds)
+                first = next(iter(results))
+                row: dict[str, Any] = {"case": name, "dtype": str(dtype)[6:]}
+                row["pass"] = "forward + backward" if backward else "forward"
+                row[f"{first}, ms"] = f"{results[first]['s'] * 1e3:.3g}"
+                for form, result in results.items():
+                    row[form] = f"{results[first]['s'] / result['s']:.2f}x"
+                moved, loaded = floors(case, backward, fused=True)
+                row["fused / memory floor"] = f"{results['fused']['s'] / (moved / bandwidth):.1f}"
+                if loads:
+                    row["fused / load floor"] = f"{results['fused']['s'] / (loaded / loads):.1f}"
+                row["peak MiB: " + first] = f"{results[first]['bytes'] / 2**20:.0f}"
+                row["peak MiB: fused"] = f"{results['fused']['bytes'] / 2**20:.0f}"
+                table.append(row)
+                print(f"{name} {row['dtype']} {row['pass']}: done", file=sys.stderr)
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    cases = ["encoder 1", "encoder 2", "decoder 300", "decoder 900"]
+    parser.add_argument("--cases", nargs="+", default=cases, help="'encoder BATCH' or 'decoder QUERIES'")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "float16"])
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each form; the median counts")
+    parser.add_argument("--threads", type=int, help="of the CPU")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if not ms_deform_attn_ops.COMPILED:
+        sys.exit(f"The compiled op is not in use: {ms_deform_attn_ops.MISSING or 'DIMASKDINO_MSDA is reference'}.")
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"CPU, {torch.ops.dimaskdino.cpu_capability()}, {torch.get_num_threads()} threads"
+    print(f"{name}; torch {torch.__version__}; levels {SHAPES_1024}, {HEADS} heads of {CHANNELS}, {POINTS} points")
+    print(tabulate(rows(args), headers="keys", tablefmt="github"))
+
+
+if __name__ == "__main__":
+    main()
