@@ -1,14 +1,22 @@
-"""The dimaskdino package: `python -m pip install -e .`, where torch and detectron2 are already installed.
+"""The dimaskdino package and its compiled op: `python -m pip install --no-build-isolation -e .`.
 
-Neither of those two is listed as a requirement, so installing this package never replaces them; how to get detectron2
-is told by tools/install_detectron2.py. configs/ and train_net.py are used from the repository and are not packaged.
+torch and detectron2 must be there already. Neither is listed as a requirement, so installing this package never
+replaces them; how to get detectron2 is told by tools/install_detectron2.py. How the op, dimaskdino._C, is built is told
+by tools/build_op.py. configs/ and train_net.py are used from the repository and are not packaged.
 """
 
+import os
 import re
+import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+sys.path.insert(0, str(Path(__file__).parent / "tools"))
+import build_op
+
+COMPILER = build_op.find_compiler(os.environ)
+OP = build_op.op_wanted(os.environ, COMPILER)
 VERSION = re.findall('__version__ = "(.+)"', (Path(__file__).parent / "dimaskdino" / "__init__.py").read_text())
 
 setup(
@@ -19,6 +27,9 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=("dimaskdino", "dimaskdino.*")),
     package_data={"dimaskdino.reproduction": ["paper_tables.json"]},
+    ext_modules=[build_op.extension()] if OP else [],
+    cmdclass={"build_ext": build_op.build_command(COMPILER)} if OP else {},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if OP and build_op.STABLE_ABI else {},
     extras_require={"slurm": ["submitit>=1.5"]},  # tools/reproduce.py --submit slurm
     install_requires=[
         "faster-coco-eval>=1.6",
