@@ -1,16 +1,23 @@
-# make install | demo | reproduce-demo | test | lint | clean        PYTHON=python3.12 make install   chooses the interpreter
+# make install | demo | reproduce-demo | test | bench | lint | clean
+# make sanitize      the compiled op and its CPU tests under AddressSanitizer and UndefinedBehaviorSanitizer (GCC)
+# make cuda-check    compiles the CUDA code, also where there is no GPU
+# PYTHON=python3.12 make install   chooses the interpreter
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+REQUIREMENTS := $(VENV)/.requirements
 STAMP := $(VENV)/.installed
+CSRC := $(shell find dimaskdino/layers/csrc -type f)
+# What `make cuda-check` compiles for; a toolkit older than CUDA 13 also knows 7.0.
+CUDA_ARCHS ?= 7.5;8.0;9.0;10.0
 
-.PHONY: install demo reproduce-demo test lint clean
+.PHONY: install demo reproduce-demo test bench sanitize cuda-check lint clean
 
 install: $(STAMP)
 
-# Runs again only when one of these files changed, and then pip keeps what is already right.
+# Both rules run again only when one of their files changed, and then pip keeps what is already right.
 # setuptools and wheel come first: fvcore, iopath and antlr4 have no wheels and are built with the pinned ones.
-$(STAMP): requirements.txt setup.py tools/install_detectron2.py
+$(REQUIREMENTS): requirements.txt tools/install_detectron2.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: dimaskdino needs Python 3.10 or newer, and $(PYTHON) is %d.%d: run PYTHON=/path/to/python3 make install" % sys.version_info[:2])'
 	@echo "== [1/4] virtual environment $(VENV)"
 	$(BIN)/python -m pip --version 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
@@ -19,9 +26,14 @@ $(STAMP): requirements.txt setup.py tools/install_detectron2.py
 	$(BIN)/python -m pip install --no-build-isolation -r requirements.txt
 	@echo "== [3/4] detectron2"
 	$(BIN)/python tools/install_detectron2.py
-	@echo "== [4/4] dimaskdino"
+	@touch $@
+
+# After a change to the C++ files ninja compiles what they affect.
+$(STAMP): $(REQUIREMENTS) setup.py tools/build_op.py $(CSRC)
+	@echo "== [4/4] dimaskdino and its compiled op (a minute or two the first time)"
 	$(BIN)/python -m pip install --no-build-isolation -e .
-	@touch $(STAMP)
+	@$(BIN)/python -c 'import dimaskdino.layers.ms_deform_attn_ops as op; print("== deformable attention:", op.MISSING or "compiled for the CPU" + " and CUDA" * op.HAS_CUDA)'
+	@touch $@
 	@echo "== installed; 'make demo' and 'make test' are next"
 
 demo: $(STAMP)
@@ -34,6 +46,32 @@ reproduce-demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest
 
+bench: $(STAMP)
+	$(BIN)/python benchmarks/ms_deform_attn.py
+
+# Python is not built with the sanitiser, so its runtime has to be loaded first; libstdc++ beside it, or the first C++
+# exception is an error. What Python does not free at its end is no leak of ours. pytest must not capture the report.
+# The CUDA kernels take part, compiled by g++ for the CPU.
+SANITIZED := build/sanitize/tree
+SANITIZER_FLAGS := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
+sanitize: export ASAN_OPTIONS := detect_leaks=0
+sanitize: export UBSAN_OPTIONS := print_stacktrace=1
+sanitize: PRELOAD = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)"
+sanitize: $(STAMP)
+	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
+	cp -r pyproject.toml dimaskdino benchmarks tests $(SANITIZED)
+	DIMASKDINO_SANITIZE=1 DIMASKDINO_BUILD_OP=1 FORCE_CUDA=0 $(BIN)/python setup.py build_ext \
+	    --build-temp build/sanitize/objects --build-lib $(SANITIZED)
+	cd $(SANITIZED) && $(PRELOAD) "$(CURDIR)/$(BIN)/python" -c 'import torch, dimaskdino._C'
+	cd $(SANITIZED) && $(PRELOAD) EMULATION_FLAGS="$(SANITIZER_FLAGS)" "$(CURDIR)/$(BIN)/python" -m pytest -q -s \
+	    tests/layers/test_ms_deform_attn*.py
+
+# Loading the result shows that it is linked with all it needs; running it takes a GPU.
+cuda-check: $(STAMP)
+	DIMASKDINO_BUILD_OP=1 FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHS)" $(BIN)/python setup.py build_ext \
+	    --build-temp build/cuda-check/objects --build-lib build/cuda-check/lib
+	@$(BIN)/python -c 'import glob, torch; torch.ops.load_library(*glob.glob("build/cuda-check/lib/dimaskdino/_C*.so")); assert torch._C._dispatch_has_kernel_for_dispatch_key("dimaskdino::ms_deform_attn", "CUDA"); print("== compiled for $(CUDA_ARCHS) and loaded")'
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,5 +79,5 @@ lint: $(STAMP)
 
 # Trained models under output/ are left alone.
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info dimaskdino/_C*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
