@@ -47,7 +47,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/ms_deform_attn.py
+	$(BIN)/python -m benchmarks.ms_deform_attn
 
 # Python is not built with the sanitiser, so its runtime has to be loaded first; libstdc++ beside it, or the first C++
 # exception is an error. What Python does not free at its end is no leak of ours. pytest must not capture the report.

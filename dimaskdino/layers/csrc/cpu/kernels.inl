@@ -96,6 +96,7 @@ struct Block {
     constexpr int W = DIMASKDINO_VECTOR_BYTES / sizeof(A);
     typedef Vec<A, W> Reals;
     typedef Vec<int32_t, W> Counts;
+    typedef Vec<uint32_t, W> Bits;
     const Reals one = Reals{} + A(1), beyond = Reals{} - A(2);
     for (int64_t i = 0; i < count; i += W) {  // the arrays end in whole vectors
       Reals px = load<W>(x + i), py = load<W>(y + i);
@@ -111,7 +112,9 @@ struct Block {
       store<W>(upper * right, corner[1] + i);
       store<W>(lower * (one - right), corner[2] + i);
       store<W>(lower * right, corner[3] + i);
-      store<W>(load<W>(origin + i) + line * load<W>(row + i) + column, index + i);
+      // Lanes past the last sample hold anything: unsigned numbers cannot overflow.
+      const Bits lines = (Bits)line * (Bits)load<W>(row + i);
+      store<W>((Counts)((Bits)load<W>(origin + i) + lines + (Bits)column), index + i);
       store<W>(right, x + i);
       store<W>(down, y + i);
     }
