@@ -275,6 +275,12 @@ def test_the_module_exports_with_the_op_inside():
     torch.testing.assert_close(program.module()(*args), module(*args))
 
 
+def test_onnx_export_takes_plain_pytorch(monkeypatch):
+    assert ms_deform_attn_ops.use_compiled(torch.device("cpu"))
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    assert not ms_deform_attn_ops.use_compiled(torch.device("cpu"))
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_torch_func_maps_and_derives_it(form):
     cases = [Case(dtype=torch.float64, channels=3, shapes=SHAPES[:2], points=2, queries=4, seed=i) for i in range(2)]
