@@ -4,22 +4,27 @@ import logging
 import os
 import sys
 import tempfile
+import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from multiprocessing.queues import SimpleQueue
-from typing import Any
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from dimaskdino.compat import create_local_process_group, leave_process_group
+from dimaskdino.engine.failures import Failure, end_process, one_line, read_failures, report_failure
 from dimaskdino.errors import USER_ERROR_STATUS, UserError
 
 Main = Callable[[Namespace], object]
 
 TIMEOUT = timedelta(minutes=30)
+GRACE_S = 5.0  # for the other processes to say what they met, once one has failed
 
 
 def launch(main: Main, args: Namespace, *, cpu_processes: int = 1) -> None:
@@ -36,9 +41,7 @@ def launch(main: Main, args: Namespace, *, cpu_processes: int = 1) -> None:
     """
     try:
         if _under_torchrun():
-            _join_torchrun(args)
-            main(args)
-            leave_process_group()
+            _run_under_torchrun(main, args)
             return
         args.num_gpus = _num_gpus(args.num_gpus)
         num_local = args.num_gpus or cpu_processes
@@ -50,18 +53,8 @@ def launch(main: Main, args: Namespace, *, cpu_processes: int = 1) -> None:
         _exit_with(error)
 
 
-def one_line(error: BaseException) -> str:
-    """The message of ``error`` alone: a data-loader worker wraps it in the text of its traceback."""
-    message = str(error).strip()
-    if "Original Traceback" in message:
-        # The last line of a traceback is "module.ClassName: message".
-        message = message.splitlines()[-1].partition(": ")[2]
-    return " ".join(message.split())
-
-
-def _exit_with(error: UserError) -> None:
-    rank = f" (process {dist.get_rank()})" if dist.is_initialized() and dist.get_rank() else ""
-    sys.stderr.write(f"error{rank}: {one_line(error)}\n")
+def _exit_with(error: UserError) -> NoReturn:
+    sys.stderr.write(f"error: {one_line(error)}\n")
     sys.exit(USER_ERROR_STATUS)
 
 
@@ -84,6 +77,17 @@ def num_cores() -> int:
 
 def _under_torchrun() -> bool:
     return {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= os.environ.keys()
+
+
+def _run_under_torchrun(main: Main, args: Namespace) -> None:
+    _join_torchrun(args)
+    try:
+        main(args)
+    except UserError as error:
+        rank = f" (process {dist.get_rank()})" if dist.get_rank() else ""
+        sys.stderr.write(f"error{rank}: {one_line(error)}\n")
+        end_process(USER_ERROR_STATUS)
+    leave_process_group()
 
 
 def _join_torchrun(args: Namespace) -> None:
@@ -109,19 +113,54 @@ def _join(*, num_local: int, local_rank: int, on_gpu: bool, **init_options: Any)
 
 
 def _spawn(main: Main, args: Namespace, num_local: int) -> None:
-    """Start this machine's processes and wait for them; the first user error among them becomes ours."""
-    errors = mp.get_context("spawn").SimpleQueue()
-    with tempfile.TemporaryDirectory() as folder:
-        url = _dist_url(args, folder)
+    """Start this machine's processes and wait for them; a user error among them, or else the first error, is raised."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        url = _dist_url(args, name)
+        context = mp.spawn(_worker, args=(main, args, num_local, url, folder), nprocs=num_local, join=False)
+        crashed = _wait_for_failure(context.processes)
         try:
-            mp.spawn(_worker, args=(main, args, num_local, url, errors), nprocs=num_local)
-        except mp.ProcessExitedException as failure:
-            if failure.exit_code == USER_ERROR_STATUS and not errors.empty():
-                raise UserError(errors.get()) from None
-            raise
+            while not context.join():
+                pass
+        except (mp.ProcessRaisedException, mp.ProcessExitedException):
+            failures = read_failures(folder)
+            if not failures:
+                raise
+            _raise_failure(failures[0], context.processes, crashed)
 
 
-def _worker(local_rank: int, main: Main, args: Namespace, num_local: int, url: str, errors: SimpleQueue) -> None:
+def _wait_for_failure(processes: Sequence[BaseProcess]) -> list[int]:
+    """Return once all have ended, or one has failed and the others have had time to; they may wait for it forever.
+
+    Returns:
+        the processes that were killed or aborted, by their place in ``processes``.
+    """
+    running = list(processes)
+    deadline: float | None = None
+    while running and (deadline is None or time.monotonic() < deadline):
+        ended = wait(
+            [process.sentinel for process in running], None if deadline is None else deadline - time.monotonic()
+        )
+        for process in running:
+            if process.sentinel in ended:
+                process.join()
+        running = [process for process in running if process.sentinel not in ended]
+        if deadline is None and any(process.exitcode for process in processes):
+            deadline = time.monotonic() + GRACE_S
+    return [place for place, process in enumerate(processes) if (process.exitcode or 0) < 0]
+
+
+def _raise_failure(failure: Failure, processes: Sequence[BaseProcess], crashed: list[int]) -> NoReturn:
+    """Raise the error of a process here; the processes that crashed could not report anything themselves."""
+    if failure.is_user_error:
+        raise UserError(failure.text) from None
+    lines = [f"\n\n-- Process {place} was ended by signal {-(processes[place].exitcode or 0)}" for place in crashed]
+    message = f"\n\n-- Process {failure.local_rank} terminated with the following error:\n{failure.text}"
+    pid = processes[failure.local_rank].pid or 0
+    raise mp.ProcessRaisedException("".join([*lines, message]), failure.local_rank, pid) from None
+
+
+def _worker(local_rank: int, main: Main, args: Namespace, num_local: int, url: str, folder: Path) -> None:
     try:
         _join(
             num_local=num_local,
@@ -133,9 +172,9 @@ def _worker(local_rank: int, main: Main, args: Namespace, num_local: int, url: s
         )
         main(args)
         leave_process_group()
-    except UserError as error:
-        errors.put(one_line(error))
-        sys.exit(USER_ERROR_STATUS)
+    except Exception as error:  # noqa: BLE001 (the parent raises it)
+        report_failure(folder, local_rank, error)
+        end_process(USER_ERROR_STATUS if isinstance(error, UserError) else 1)
 
 
 def _dist_url(args: Namespace, folder: str) -> str:

@@ -2,16 +2,23 @@
 
 import argparse
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
 from dimaskdino.engine import argument_parser, launch
-from dimaskdino.engine.launch import _dist_url, _spawn, one_line
+from dimaskdino.engine.failures import one_line
+from dimaskdino.engine.launch import _dist_url, _spawn
 from dimaskdino.errors import DatasetError, UserError
 
 
@@ -91,6 +98,71 @@ def test_spawned_processes_form_a_job_and_the_user_error_of_one_reaches_the_pare
     for rank in range(2):
         expected = {"rank": rank, "local": rank, "local_size": 2, "all": [0, 1]}
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == expected
+
+
+def meet(folder: Path) -> None:
+    """Return once both processes have joined the job; a collective could still be under way in the other one."""
+    (folder / f"{comm.get_rank()}.here").touch()
+    while len(list(folder.glob("*.here"))) < 2:
+        time.sleep(0.01)
+
+
+def meet_a_bug(args: argparse.Namespace) -> None:
+    meet(args.folder)
+    if comm.get_rank() == 1:
+        raise KeyError("a bug of process 1")
+    comm.synchronize()
+
+
+def test_a_bug_of_one_process_is_shown_with_its_traceback_and_not_what_the_others_met_because_of_it(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(mp.ProcessRaisedException, match="(?s)Process 1 .*in meet_a_bug.*a bug of process 1") as raised:
+        _spawn(meet_a_bug, arguments(num_gpus=0, folder=tmp_path), num_local=2)
+    assert "synchronize" not in str(raised.value)
+
+
+def lose_a_process(args: argparse.Namespace) -> None:
+    meet(args.folder)
+    if comm.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    comm.synchronize()
+
+
+def test_a_process_that_is_killed_is_named_beside_the_error_that_another_met_because_of_it(tmp_path: Path) -> None:
+    with pytest.raises(mp.ProcessRaisedException, match="(?s)Process 1 was ended by signal 9.*Process 0 .*synchronize"):
+        _spawn(lose_a_process, arguments(num_gpus=0, folder=tmp_path), num_local=2)
+
+
+def fail_one_after_the_other(args: argparse.Namespace) -> None:
+    meet(args.folder)
+    if comm.get_rank() == 0:
+        raise ConnectionError("closed by peer")
+    time.sleep(0.3)
+    raise UserError("what the user can mend")
+
+
+def test_a_user_error_goes_before_an_error_that_another_process_met_a_moment_earlier(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="^what the user can mend$"):
+        _spawn(fail_one_after_the_other, arguments(num_gpus=0, folder=tmp_path), num_local=2)
+
+
+UNDER_TORCHRUN = """
+from torch.utils.data import DataLoader
+from dimaskdino.engine import launch
+from tests.engine.test_launch import Unreadable, arguments
+
+launch(lambda args: next(iter(DataLoader(Unreadable(), num_workers=1))), arguments(num_gpus=0))
+"""
+
+
+def test_a_user_error_under_torchrun_ends_the_process_and_its_data_loader_workers_with_status_two() -> None:
+    job = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 0}
+    environ = {**os.environ, "MASTER_ADDR": "localhost", **{name: str(value) for name, value in job.items()}}
+    command = [sys.executable, "-c", UNDER_TORCHRUN]
+    finished = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120, check=False)
+    assert finished.returncode == 2
+    assert finished.stderr.splitlines()[-1] == "error: Cannot read a/b.jpg: not an image."
 
 
 def test_an_automatic_address_needs_a_single_machine() -> None:
