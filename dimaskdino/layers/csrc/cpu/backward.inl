@@ -53,7 +53,8 @@ struct Backward {
   typedef typename Accumulate<T>::type A;
 
   static size_t scratch_bytes(const Arguments& args) {
-    int64_t bytes = Forward<T>::scratch_bytes(args) + Scratch::bytes<A>(Forward<T>::query_block(args) * args.channels);
+    int64_t bytes = Block<A>::bytes(Forward<T>::capacity(args));
+    bytes += Scratch::bytes<A>(Forward<T>::query_block(args) * args.channels);
     if (args.framed) {
       const int64_t frame = args.frame_tokens * args.channels;
       bytes += Scratch::bytes<T>(frame) + Scratch::bytes<A>(frame);
@@ -230,7 +231,7 @@ struct Backward {
       const int64_t slice = task / args.level_splits, batch = slice / args.heads, head = slice % args.heads;
       const int64_t first = task % args.level_splits, last = args.level_splits == 1 ? args.num_levels : first + 1;
       if (Framed) {
-        pack(args, batch, head, first, last, values);
+        Forward<T>::pack_levels(args, batch, head, first, last, values);
         memset(sums, 0, frame_end(args, first, last) * args.channels * sizeof(A));
         slice_of_levels<W, V, true>(args, batch, head, first, last, block, grads, values, sums);
         for (int64_t level = first; level < last; ++level) {
@@ -249,16 +250,6 @@ struct Backward {
   static int64_t frame_end(const Arguments& args, int64_t first, int64_t last) {
     const LevelShape& shape = args.levels[last - 1];
     return shape.frame_start + frame_size(shape.height, shape.width) - args.levels[first].frame_start;
-  }
-
-  static void pack(const Arguments& args, int64_t batch, int64_t head, int64_t first, int64_t last, T* values) {
-    for (int64_t level = first; level < last; ++level) {
-      const LevelShape& shape = args.levels[level];
-      T* frame = values + (shape.frame_start - args.levels[first].frame_start) * args.channels;
-      for (int64_t line = 0; line < shape.height + 2 * kFrame; ++line) {
-        Forward<T>::pack_row(args, batch, head, shape, line, frame);
-      }
-    }
   }
 
   template <int W, int V, bool Framed>

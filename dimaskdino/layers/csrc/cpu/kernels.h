@@ -47,7 +47,7 @@ struct Arguments {
   bool framed;
 
   const void* value;      // T (B, S, H, D)
-  void* frames;           // T (B, H, frame_tokens, D), of the forward pass where framed
+  void* frames;           // T (B, H, frame_tokens, D), of the forward pass; null: each task frames its head itself
   const void* locations;  // A (B, Q, H, L, P, 2), or null in the fused form
   const void* weights;    // A (B, Q, H, L, P); in the fused form of the backward pass the softmax of the logits
 
@@ -74,7 +74,7 @@ struct Arguments {
 struct Kernels {
   // One task: a row of a framed level of one batch element and head.
   void (*pack)(const Arguments&, int64_t begin, int64_t end);
-  // One task: up to query_block queries of one batch element and head.
+  // One task: one batch element and head, or with args.frames up to query_block queries of it.
   void (*forward)(const Arguments&, int64_t begin, int64_t end, void* scratch);
   int64_t (*query_block)(const Arguments&);
   // One task: everything that reaches one batch element and head, or one level of it. Nothing else writes there, so

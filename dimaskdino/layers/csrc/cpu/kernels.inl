@@ -261,8 +261,14 @@ struct Forward {
     return query_block(args) * args.num_levels * args.points;
   }
 
+  // Whether a task makes the framed copy of its head by itself, rather than find it in args.frames.
+  static bool frames_own(const Arguments& args) {
+    return args.framed && !args.frames;
+  }
+
   static size_t scratch_bytes(const Arguments& args) {
-    return Block<A>::bytes(capacity(args));
+    return Block<A>::bytes(capacity(args)) +
+           (frames_own(args) ? Scratch::bytes<T>(args.frame_tokens * args.channels) : 0);
   }
 
   // One row of tokens of one head into its frame. `line` counts from the first row of zeros.
@@ -280,6 +286,15 @@ struct Forward {
     const T* from = static_cast<const T*>(args.value) + ((batch * args.tokens + token) * args.heads + head) * args.channels;
     for (int64_t column = 0; column < shape.width; ++column, to += args.channels, from += step) {
       memcpy(to, from, args.channels * sizeof(T));
+    }
+  }
+
+  // Levels first to last (exclusive) of one head into frames that begin with the first.
+  static void pack_levels(const Arguments& args, int64_t batch, int64_t head, int64_t first, int64_t last, T* frames) {
+    for (int64_t level = first; level < last; ++level) {
+      const LevelShape& shape = args.levels[level];
+      T* frame = frames + (shape.frame_start - args.levels[first].frame_start) * args.channels;
+      for (int64_t line = 0; line < shape.height + 2 * kFrame; ++line) pack_row(args, batch, head, shape, line, frame);
     }
   }
 
@@ -334,22 +349,35 @@ struct Forward {
   static void tasks(const Arguments& args, int64_t begin, int64_t end, void* memory) {
     Scratch scratch{static_cast<char*>(memory)};
     Block<A> block(scratch, capacity(args));
+    T* own_frames = Framed && !args.frames ? scratch.take<T>(args.frame_tokens * args.channels) : nullptr;
     const int64_t size = query_block(args), blocks = (args.queries + size - 1) / size;
-    const int64_t samples = args.num_levels * args.points, step = Framed ? args.channels : args.heads * args.channels;
+    const int64_t tasks_per_slice = own_frames ? 1 : blocks;
     block.set_levels(args, 0, args.num_levels, size);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t slice = task / blocks, batch = slice / args.heads, head = slice % args.heads;
-      const int64_t first = task % blocks * size, queries = smaller(size, args.queries - first);
-      const int64_t first_row = batch * args.queries + first;
-      read_samples(args, Rows(args, batch, head, first, 0, args.num_levels), first_row, queries, block);
-      block.template locate<Framed>(queries * samples);
-      const T* value = Framed ? static_cast<const T*>(args.frames) + slice * args.frame_tokens * args.channels
-                              : static_cast<const T*>(args.value) + (batch * args.tokens * args.heads + head) * args.channels;
-      T* output = static_cast<T*>(args.output) + (first_row * args.heads + head) * args.channels;
-      for (int64_t query = 0; query < queries; ++query, output += args.heads * args.channels) {
-        for (int64_t channel = 0; channel < args.channels; channel += W * V) {
-          gather<W, V, Framed>(block, query * samples, (query + 1) * samples, value + channel, step, output + channel);
-        }
+      const int64_t slice = task / tasks_per_slice, batch = slice / args.heads, head = slice % args.heads;
+      const T* value = static_cast<const T*>(args.value) + (batch * args.tokens * args.heads + head) * args.channels;
+      if (Framed && !own_frames) value = static_cast<const T*>(args.frames) + slice * args.frame_tokens * args.channels;
+      if (own_frames) {
+        pack_levels(args, batch, head, 0, args.num_levels, own_frames);
+        value = own_frames;
+      }
+      const int64_t first = own_frames ? 0 : task % blocks, last = own_frames ? blocks : first + 1;
+      for (int64_t i = first; i < last; ++i) queries_of_head<W, V, Framed>(args, batch, head, i * size, block, value);
+    }
+  }
+
+  // One block of queries.
+  template <int W, int V, bool Framed>
+  static void queries_of_head(const Arguments& args, int64_t batch, int64_t head, int64_t first, Block<A>& block,
+                              const T* value) {
+    const int64_t queries = smaller(query_block(args), args.queries - first), first_row = batch * args.queries + first;
+    const int64_t samples = args.num_levels * args.points, step = Framed ? args.channels : args.heads * args.channels;
+    read_samples(args, Rows(args, batch, head, first, 0, args.num_levels), first_row, queries, block);
+    block.template locate<Framed>(queries * samples);
+    T* output = static_cast<T*>(args.output) + (first_row * args.heads + head) * args.channels;
+    for (int64_t query = 0; query < queries; ++query, output += args.heads * args.channels) {
+      for (int64_t channel = 0; channel < args.channels; channel += W * V) {
+        gather<W, V, Framed>(block, query * samples, (query + 1) * samples, value + channel, step, output + channel);
       }
     }
   }

@@ -120,14 +120,16 @@ struct Call {
   Tensor forward(const Tensor& value) {
     Tensor output = at::empty({args.batch, args.queries, args.heads * args.channels}, value.options());
     args.output = output.mutable_data_ptr();
-    const int64_t slices = args.batch * args.heads;
-    if (args.framed) {
+    const int64_t slices = args.batch * args.heads, threads = at::get_num_threads();
+    // Every thread frames one head after the other where that keeps all of them busy: it stays in the thread's cache.
+    const bool by_head = args.framed && (slices % threads == 0 || slices >= 4 * threads);
+    if (args.framed && !by_head) {
       frames = at::empty({slices, args.frame_tokens, args.channels}, value.options());
       args.frames = frames.mutable_data_ptr();
       at::parallel_for(0, slices * cpu::frame_rows(args), 1, [&](int64_t begin, int64_t end) { run.pack(args, begin, end); });
     }
     const int64_t size = run.query_block(args), blocks = (args.queries + size - 1) / size;
-    in_parallel(slices * blocks, run.forward_scratch(args),
+    in_parallel(by_head ? slices : slices * blocks, run.forward_scratch(args),
                 [&](int64_t begin, int64_t end, void* scratch) { run.forward(args, begin, end, scratch); });
     return output;
   }

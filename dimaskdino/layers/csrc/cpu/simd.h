@@ -148,6 +148,20 @@ inline Vec<float, W> load(const Half* from) {
   const Vec<uint32_t, W> special = bit_cast<Vec<uint32_t, W>>((wide & 0x7c00u) == 0x7c00u);
   return bit_cast<Vec<float, W>>(bits | (special & 0x7f800000u));
 }
+// Every processor with AVX2 or AVX-512 converts in one instruction.
+#if DIMASKDINO_VECTOR_BYTES >= 64
+template <>
+inline Vec<float, 16> load<16>(const Half* from) {
+  const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return bit_cast<Vec<float, 16>>(_mm512_maskz_cvtph_ps(0xffff, narrow));
+}
+#endif
+#if DIMASKDINO_VECTOR_BYTES >= 32
+template <>
+inline Vec<float, 8> load<8>(const Half* from) {
+  return bit_cast<Vec<float, 8>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+}
+#endif
 
 template <int W>
 inline void store(Vec<float, W> vec, float* to) {
@@ -165,6 +179,19 @@ template <int W>
 inline void store(Vec<float, W> vec, Half* to) {
   for (int i = 0; i < W; ++i) from_accumulate(vec[i], to + i);
 }
+#if DIMASKDINO_VECTOR_BYTES >= 64
+template <>
+inline void store<16>(Vec<float, 16> vec, Half* to) {
+  const __m256i narrow = _mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(vec), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), narrow);
+}
+#endif
+#if DIMASKDINO_VECTOR_BYTES >= 32
+template <>
+inline void store<8>(Vec<float, 8> vec, Half* to) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(bit_cast<__m256>(vec), _MM_FROUND_TO_NEAREST_INT));
+}
+#endif
 template <int W>
 inline void store(Vec<float, W> vec, BFloat16* to) {
   const Vec<uint32_t, W> bits = bit_cast<Vec<uint32_t, W>>(vec);
