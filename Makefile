@@ -39,7 +39,7 @@ $(STAMP): $(REQUIREMENTS) setup.py tools/build_op.py $(CSRC)
 demo: $(STAMP)
 	$(BIN)/python tools/demo.py
 
-# The paper's Table 4 and Figure 1 on synthetic pictures: four trainings of half the demo's length, on the CPU.
+# The paper's Table 4 and Figure 1 on synthetic pictures: four trainings shorter than the demo's, on the CPU.
 reproduce-demo: $(STAMP)
 	$(BIN)/python tools/reproduce.py table4 figure1 --dataset shapes --num-gpus 0 --run
 
