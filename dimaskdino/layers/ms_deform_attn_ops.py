@@ -30,20 +30,15 @@ def _load() -> str | None:
     return None
 
 
-def _choose() -> tuple[bool, str | None]:
-    """Whether to use the compiled form, and why it is missing where it is."""
-    wanted = os.environ.get(VARIABLE, "")
-    if wanted not in ("", "reference", "compiled"):
-        raise ValueError(f"{VARIABLE} is '{wanted}': it must be reference, compiled, or not set.")
-    missing = _load()
-    if wanted == "compiled" and missing:
-        raise ImportError(f"{VARIABLE} is compiled, but {missing}; {_HOW_TO_BUILD}.")
-    return missing is None and wanted != "reference", missing
-
-
-COMPILED, MISSING = _choose()
+WANTED = os.environ.get(VARIABLE, "")
+MISSING = _load()
+if WANTED not in ("", "reference", "compiled"):
+    raise ValueError(f"{VARIABLE} is '{WANTED}': it must be reference, compiled, or not set.")
+if WANTED == "compiled" and MISSING:
+    raise ImportError(f"{VARIABLE} is compiled, but {MISSING}; {_HOW_TO_BUILD}.")
+COMPILED = MISSING is None and WANTED != "reference"
 HAS_CUDA = MISSING is None and torch._C._dispatch_has_kernel_for_dispatch_key("dimaskdino::ms_deform_attn", "CUDA")
-_FORCED = os.environ.get(VARIABLE, "") != ""
+DEVICES = {"cpu", "meta", "cuda"} if HAS_CUDA else {"cpu", "meta"}
 _told: set[str] = set()
 
 
@@ -53,30 +48,26 @@ def use_compiled(device: torch.device) -> bool:
     Raises:
         RuntimeError: with DIMASKDINO_MSDA=compiled where the op was built without kernels for the device.
     """
-    compiled = COMPILED and (device.type in ("cpu", "meta") or (device.type == "cuda" and HAS_CUDA))
-    if not torch.compiler.is_compiling() and device.type not in _told:
-        _tell(device.type, compiled)
-    if _FORCED and COMPILED and not compiled:
+    compiled = COMPILED and device.type in DEVICES
+    if WANTED == "compiled" and not compiled:
         raise RuntimeError(f"{VARIABLE} is compiled, but the op was built without kernels for {device.type}.")
+    if not torch.compiler.is_compiling() and device.type not in _told:
+        _told.add(device.type)
+        _tell(device.type, compiled)
     return compiled and not torch.onnx.is_in_onnx_export()  # ONNX knows grid_sample
 
 
 def _tell(device: str, compiled: bool) -> None:
-    _told.add(device)
     if compiled:
         name = torch.ops.dimaskdino.cpu_capability() if device == "cpu" else device.upper()
         logger.info("Deformable attention on %s: the compiled op (%s).", device, name)
-    elif COMPILED:
-        logger.warning(
-            "Deformable attention on %s: plain PyTorch, many times slower: the op was built without its kernels; %s.",
-            device,
-            _HOW_TO_BUILD,
-        )
-    elif MISSING is None:
+    elif WANTED == "reference":
         logger.info("Deformable attention on %s: plain PyTorch, as %s asks.", device, VARIABLE)
     else:
-        level = logging.INFO if _FORCED else logging.WARNING
-        logger.log(level, "Deformable attention on %s: plain PyTorch, as %s; %s.", device, MISSING, _HOW_TO_BUILD)
+        why = MISSING or f"the op was built without kernels for {device}"
+        logger.warning(
+            "Deformable attention on %s: plain PyTorch, many times slower, as %s; %s.", device, why, _HOW_TO_BUILD
+        )
 
 
 def _fake_forward(value: Tensor, spatial_shapes: list[int], *samples: Tensor) -> Tensor:

@@ -176,7 +176,7 @@ def form_that_runs(**environment):
 
 def test_the_form_that_runs_is_told_once_and_can_be_forced():
     told = form_that_runs(DIMASKDINO_MSDA="reference")
-    assert told.count("Deformable attention on cpu: plain PyTorch") == 1
+    assert told.count("Deformable attention on cpu: plain PyTorch, as DIMASKDINO_MSDA asks") == 1
     assert "must be reference, compiled, or not set" in form_that_runs(DIMASKDINO_MSDA="fast")
     forced = form_that_runs(DIMASKDINO_MSDA="compiled")
     if ms_deform_attn_ops.MISSING is None:
@@ -189,8 +189,23 @@ def test_without_the_compiled_op_plain_pytorch_runs_and_says_how_to_build_it():
     # A module of that name that cannot be loaded stands for one built for another torch.
     result = subprocess.run([sys.executable, "-c", BROKEN_OP], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert "plain PyTorch, as the compiled op could not be loaded (undefined symbol: made up)" in result.stderr
+    assert (
+        "plain PyTorch, many times slower, as the compiled op could not be loaded (undefined symbol: made up)"
+        in result.stderr
+    )
     assert "pip install --no-build-isolation -e ." in result.stderr
+
+
+@pytest.mark.skipif(not ms_deform_attn_ops.COMPILED, reason="the compiled op is not in use")
+def test_a_device_without_kernels_falls_back_with_a_warning_or_is_an_error_where_compiled_is_forced(
+    monkeypatch, caplog
+):
+    device = torch.device("xpu")
+    assert not ms_deform_attn_ops.use_compiled(device)
+    assert "plain PyTorch, many times slower, as the op was built without kernels for xpu" in caplog.text
+    monkeypatch.setattr(ms_deform_attn_ops, "WANTED", "compiled")
+    with pytest.raises(RuntimeError, match="built without kernels for xpu"):
+        ms_deform_attn_ops.use_compiled(device)
 
 
 def module(**options) -> MSDeformAttn:
