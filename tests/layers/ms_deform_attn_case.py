@@ -2,7 +2,12 @@
 
 import torch
 
-from dimaskdino.layers.ms_deform_attn_reference import sampling_locations
+from dimaskdino.layers.ms_deform_attn import ms_deform_attn, ms_deform_attn_fused
+from dimaskdino.layers.ms_deform_attn_reference import (
+    ms_deform_attn_fused_reference,
+    ms_deform_attn_reference,
+    sampling_locations,
+)
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 # Of the rounded result, relative to the largest element.
@@ -94,3 +99,37 @@ def assert_close(got, wanted, dtype=None, factor=1.0):
     tolerance = factor * max(TOLERANCE[got.dtype], TOLERANCE[dtype or got.dtype])
     scale = wanted.abs().max().item() if wanted.numel() else 1.0
     torch.testing.assert_close(got.double(), wanted, rtol=0, atol=tolerance * max(scale, 1e-3))
+
+
+# The public function and the reference form of each kind of arguments.
+FORMS = {
+    "locations": (ms_deform_attn, ms_deform_attn_reference),
+    "fused": (ms_deform_attn_fused, ms_deform_attn_fused_reference),
+}
+
+
+def args_of(case, form):
+    """The arguments of one form."""
+    return case.args if form == "locations" else case.fused_args
+
+
+def run(form, case):
+    """Output and all gradients of the public function."""
+    value, shapes, *samples = args_of(case, form)
+    inputs = [x.detach().clone().requires_grad_() for x in (value, *samples)]
+    output = FORMS[form][0](inputs[0], shapes, *inputs[1:])
+    return output.detach(), *torch.autograd.grad(output, inputs, case.grad)
+
+
+def check(form, case, *, factor, got=None):
+    """What the public function gives, or ``got``, is what the reference form gives in float64.
+
+    Gradients may be ``factor`` times the tolerance off: they are sums over many queries.
+    """
+    output, *grads = run(form, case) if got is None else got
+    wanted = expected(FORMS[form][1], case.grad, *args_of(case, form))
+    assert output.dtype == case.dtype
+    assert output.is_contiguous()
+    assert_close(output, wanted[0])
+    for one, other in zip(grads, wanted[1:], strict=True):
+        assert_close(one, other, factor=factor)

@@ -1,5 +1,6 @@
 """The compiled op on the CPU against the reference form in float64."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -10,43 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dimaskdino.layers import MSDeformAttn, ms_deform_attn_ops
-from dimaskdino.layers.ms_deform_attn import ms_deform_attn, ms_deform_attn_fused
-from dimaskdino.layers.ms_deform_attn_reference import ms_deform_attn_fused_reference, ms_deform_attn_reference
-from tests.layers.ms_deform_attn_case import DTYPES, Case, assert_close, expected
+from dimaskdino.layers.ms_deform_attn import ms_deform_attn_fused
+from dimaskdino.layers.ms_deform_attn_reference import ms_deform_attn_fused_reference
+from tests.layers.ms_deform_attn_case import DTYPES, FORMS, Case, args_of, assert_close, expected, run
+from tests.layers.ms_deform_attn_case import check as check_form
 
 pytestmark = pytest.mark.skipif(
     not ms_deform_attn_ops.COMPILED, reason=f"the compiled op is not in use: {ms_deform_attn_ops.MISSING or 'forced'}"
 )
 
-FORMS = {
-    "locations": (ms_deform_attn, ms_deform_attn_reference),
-    "fused": (ms_deform_attn_fused, ms_deform_attn_fused_reference),
-}
 SHAPES = [(7, 9), (4, 6), (5, 2), (3, 3), (1, 2), (1, 1)]
 # Few queries read the tokens where they lie; many read a copy of them with a frame of zeros.
 FEW, MANY = 5, 200
 
 
-def args_of(case, form):
-    return case.args if form == "locations" else case.fused_args
-
-
-def run(form, case):
-    """Output and all gradients."""
-    value, shapes, *samples = args_of(case, form)
-    inputs = [x.detach().clone().requires_grad_() for x in (value, *samples)]
-    output = FORMS[form][0](inputs[0], shapes, *inputs[1:])
-    return output.detach(), *torch.autograd.grad(output, inputs, case.grad)
-
-
-def check(form, case):
-    output, *grads = run(form, case)
-    wanted = expected(FORMS[form][1], case.grad, *args_of(case, form))
-    assert output.dtype == case.dtype
-    assert output.is_contiguous()
-    assert_close(output, wanted[0])
-    for one, other in zip(grads, wanted[1:], strict=True):
-        assert_close(one, other, factor=4)
+check = functools.partial(check_form, factor=4)
 
 
 def check_sizes():

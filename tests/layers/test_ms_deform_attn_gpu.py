@@ -1,21 +1,20 @@
 """The compiled op on a GPU. Its kernels are also tested without one: test_ms_deform_attn_cuda_emulated.py."""
 
+import functools
+
 import pytest
 import torch
 
 from dimaskdino.layers import ms_deform_attn_ops
-from dimaskdino.layers.ms_deform_attn import ms_deform_attn, ms_deform_attn_fused
-from dimaskdino.layers.ms_deform_attn_reference import ms_deform_attn_fused_reference, ms_deform_attn_reference
-from tests.layers.ms_deform_attn_case import DTYPES, Case, assert_close, expected
+from dimaskdino.layers.ms_deform_attn import ms_deform_attn
+from dimaskdino.layers.ms_deform_attn_reference import ms_deform_attn_reference
+from tests.layers.ms_deform_attn_case import DTYPES, FORMS, Case, args_of, assert_close, expected, run
+from tests.layers.ms_deform_attn_case import check as check_form
 
 pytestmark = pytest.mark.skipif(
     not (torch.cuda.is_available() and ms_deform_attn_ops.HAS_CUDA), reason="no GPU, or the op was built without CUDA"
 )
 
-FORMS = {
-    "locations": (ms_deform_attn, ms_deform_attn_reference),
-    "fused": (ms_deform_attn_fused, ms_deform_attn_fused_reference),
-}
 SIZES = [(1, 1, 1), (6, 2, 3), (16, 4, 4), (17, 6, 8), (32, 3, 4), (32, 4, 4), (32, 5, 4), (64, 4, 4), (128, 2, 5)]
 SHAPES = [(17, 23), (9, 12), (5, 6), (3, 3), (1, 2), (1, 1)]
 
@@ -31,25 +30,8 @@ def make_case(dtype=torch.float32, channels=32, levels=4, points=4, queries=300,
     )
 
 
-def args_of(case, form):
-    return case.args if form == "locations" else case.fused_args
-
-
-def run(form, case):
-    """Output and all gradients."""
-    value, shapes, *samples = args_of(case, form)
-    inputs = [x.detach().clone().requires_grad_() for x in (value, *samples)]
-    output = FORMS[form][0](inputs[0], shapes, *inputs[1:])
-    return output.detach(), *torch.autograd.grad(output, inputs, case.grad)
-
-
-def check(form, case, got=None):
-    output, *grads = run(form, case) if got is None else got
-    wanted = expected(FORMS[form][1], case.grad, *args_of(case, form))
-    assert_close(output, wanted[0])
-    for one, other in zip(grads, wanted[1:], strict=True):
-        # Sums over hundreds of queries in float32, in an order of the GPU's choosing.
-        assert_close(one, other, factor=20)
+# Sums over hundreds of queries in float32, in an order of the GPU's choosing.
+check = functools.partial(check_form, factor=20)
 
 
 @pytest.fixture
@@ -96,7 +78,7 @@ def test_deterministic_algorithms_give_the_same_bits_every_time(form, dtype, det
         dtype=dtype, channels=32, shapes=[(4, 4), (2, 2)], points=4, queries=3000, batch=1, heads=8, device="cuda"
     )
     first = run(form, case)
-    check(form, case, first)
+    check(form, case, got=first)
     for _ in range(5):
         for one, other in zip(first, run(form, case), strict=True):
             assert torch.equal(one, other)
