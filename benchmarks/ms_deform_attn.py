@@ -201,10 +201,9 @@ def check(name: str, work: Work, exact: Work, dtype: torch.dtype) -> None:
             raise RuntimeError(f"{name} is wrong in {dtype}: {int(off.sum())} of {off.numel()} elements.")
 
 
-def floors(case: Case, backward: bool, fused: bool) -> tuple[int, int]:
-    """Bytes that any implementation moves to and from memory, and bytes that it loads from caches, of one run."""
-    samples = [case.offsets, case.logits] if fused else [case.locations, case.weights]
-    inputs = [case.value, case.grad, *samples]  # grad stands for the output as well
+def floors(case: Case, backward: bool) -> tuple[int, int]:
+    """Bytes that the fused form must move to and from memory, and bytes that it loads from caches, of one run."""
+    inputs = [case.value, case.grad, case.offsets, case.logits]  # grad stands for the output as well
     sizes = sum(x.numel() * x.element_size() for x in inputs)
     corners = 4 * case.logits.numel() * CHANNELS * case.value.element_size()
     if not backward:
@@ -213,7 +212,7 @@ def floors(case: Case, backward: bool, fused: bool) -> tuple[int, int]:
     return 3 * sizes, 2 * corners + 2 * 4 * case.logits.numel() * CHANNELS * 4
 
 
-def measure(case: Case, forms: dict, dtype: torch.dtype, backward: bool, rounds: int) -> dict[str, dict[str, float]]:
+def measure(case: Case, forms: dict, dtype: torch.dtype, backward: bool, rounds: int) -> dict[str, dict[str, Any]]:
     """Seconds and peak bytes of each form, the results compared before. Forms that cannot do the case are left out."""
     works = {}
     for name, (form, fused) in forms.items():
@@ -228,7 +227,11 @@ def measure(case: Case, forms: dict, dtype: torch.dtype, backward: bool, rounds:
             continue
         works[name] = work
     seconds = side_by_side(works, case.value.device, rounds=rounds)
-    return {name: {"s": seconds[name], "bytes": peak_bytes(works[name], case.value.device) or 0} for name in works}
+    return {name: {"s": seconds[name], "bytes": peak_bytes(works[name], case.value.device)} for name in works}
+
+
+def _mebibytes(count: int | None) -> str:
+    return "unknown" if count is None else f"{count / 2**20:.0f}"
 
 
 def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -247,12 +250,12 @@ def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
                 row[f"{first}, ms"] = f"{results[first]['s'] * 1e3:.3g}"
                 for form, result in results.items():
                     row[form] = f"{results[first]['s'] / result['s']:.2f}x"
-                moved, loaded = floors(case, backward, fused=True)
+                moved, loaded = floors(case, backward)
                 row["fused / memory floor"] = f"{results['fused']['s'] / (moved / bandwidth):.1f}"
                 if loads:
                     row["fused / load floor"] = f"{results['fused']['s'] / (loaded / loads):.1f}"
-                row["peak MiB: " + first] = f"{results[first]['bytes'] / 2**20:.0f}"
-                row["peak MiB: fused"] = f"{results['fused']['bytes'] / 2**20:.0f}"
+                row["peak MiB: " + first] = _mebibytes(results[first]["bytes"])
+                row["peak MiB: fused"] = _mebibytes(results["fused"]["bytes"])
                 table.append(row)
                 print(f"{name} {row['dtype']} {row['pass']}: done", file=sys.stderr)
     return table

@@ -349,7 +349,7 @@ struct Forward {
   static void tasks(const Arguments& args, int64_t begin, int64_t end, void* memory) {
     Scratch scratch{static_cast<char*>(memory)};
     Block<A> block(scratch, capacity(args));
-    T* own_frames = Framed && !args.frames ? scratch.take<T>(args.frame_tokens * args.channels) : nullptr;
+    T* own_frames = frames_own(args) ? scratch.take<T>(args.frame_tokens * args.channels) : nullptr;
     const int64_t size = query_block(args), blocks = (args.queries + size - 1) / size;
     const int64_t tasks_per_slice = own_frames ? 1 : blocks;
     block.set_levels(args, 0, args.num_levels, size);
