@@ -1,6 +1,7 @@
 # make install | demo | reproduce-demo | test | bench | lint | clean
 # make sanitize      the compiled op and its CPU tests under AddressSanitizer and UndefinedBehaviorSanitizer (GCC)
 # make cuda-check    compiles the CUDA code, also where there is no GPU
+# make gpu-check     the compiled op on this machine's GPU: its tests, bare and under compute-sanitizer
 # PYTHON=python3.12 make install   chooses the interpreter
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +12,7 @@ CSRC := $(shell find dimaskdino/layers/csrc -type f)
 # What `make cuda-check` compiles for; a toolkit older than CUDA 13 also knows 7.0.
 CUDA_ARCHS ?= 7.5;8.0;9.0;10.0
 
-.PHONY: install demo reproduce-demo test bench sanitize cuda-check lint clean
+.PHONY: install demo reproduce-demo test bench sanitize cuda-check gpu-check lint clean
 
 install: $(STAMP)
 
@@ -71,6 +72,18 @@ cuda-check: $(STAMP)
 	DIMASKDINO_BUILD_OP=1 FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHS)" $(BIN)/python setup.py build_ext \
 	    --build-temp build/cuda-check/objects --build-lib build/cuda-check/lib
 	@$(BIN)/python -c 'import glob, torch; torch.ops.load_library(*glob.glob("build/cuda-check/lib/dimaskdino/_C*.so")); assert torch._C._dispatch_has_kernel_for_dispatch_key("dimaskdino::ms_deform_attn", "CUDA"); print("== compiled for $(CUDA_ARCHS) and loaded")'
+
+# Without torch's cache of GPU memory, in which a read past a tensor ends in another one. Graphs cannot do without it.
+GPU_TESTS := tests/layers/test_ms_deform_attn_gpu.py
+SANITIZED_GPU_TESTS = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 $(1) \
+    $(BIN)/python -m pytest -q $(GPU_TESTS) -k "not graph"
+gpu-check: $(STAMP)
+	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "error: make gpu-check needs a GPU that torch can use")'
+	@command -v compute-sanitizer > /dev/null || { echo "error: make gpu-check needs compute-sanitizer of the CUDA toolkit on PATH" >&2; exit 1; }
+	FORCE_CUDA=1 $(BIN)/python -m pip install --no-build-isolation -e .
+	$(BIN)/python -m pytest $(GPU_TESTS)
+	$(call SANITIZED_GPU_TESTS,--tool memcheck)
+	$(call SANITIZED_GPU_TESTS,--tool racecheck)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
