@@ -131,7 +131,7 @@ class DIMaskDINO(nn.Module):
             return [self._results(output, index, images, given) for index, given in enumerate(batched_inputs)]
         height, width = images.tensor.shape[-2:]
         targets = [
-            Targets.from_instances(given["instances"].to(self.device), height, width, self.num_classes)
+            Targets.from_instances(given["instances"], height, width, self.num_classes, self.device)
             for given in batched_inputs
         ]
         return self.criterion(self.sem_seg_head(features, targets), targets)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dimaskdino.engine.optimizer import GradientClipper
+from dimaskdino.errors import DatasetError
 
 Batch = list[dict[str, Any]]
 
@@ -55,14 +56,15 @@ class TrainStep:
         """Draw a batch and update the model by it.
 
         Raises:
-            FloatingPointError: a loss, or without loss scaling a gradient, is not finite.
+            FloatingPointError: a prediction, a loss, or without loss scaling a gradient, is not finite.
+            DatasetError: the batch does not fit the model. Both name iteration, process and images.
         """
         start = time.perf_counter()
         batch = self._next_batch()
         data_time = time.perf_counter() - start
 
         with torch.autocast(self._device.type, enabled=self.amp):
-            losses = self.model(batch)
+            losses = self._losses(batch)
             total = torch.stack(list(losses.values())).sum()
         self.optimizer.zero_grad()
         self._scaler.scale(total).backward()
@@ -73,6 +75,16 @@ class TrainStep:
         self._record(batch, losses, grad_norm, data_time)
         self._scaler.step(self.optimizer)
         self._scaler.update()
+
+    def _losses(self, batch: Batch) -> dict[str, Tensor]:
+        try:
+            return self.model(batch)
+        except (FloatingPointError, DatasetError) as error:
+            raise type(error)(f"{error} ({self._place_of(batch)})") from error
+
+    def _place_of(self, batch: Batch) -> str:
+        images = ", ".join(str(image.get("file_name", image.get("image_id", "?"))) for image in batch)
+        return f"iteration {self.iter}, process {comm.get_rank()}, images {images}"
 
     def _next_batch(self) -> Batch:
         if self._batches is None:
@@ -105,11 +117,8 @@ class TrainStep:
         if not bad and not self.amp and not _is_finite(grad_norm):
             bad = {"grad_norm": grad_norm}
         if bad:
-            images = ", ".join(str(image.get("image_id", image.get("file_name", "?"))) for image in batch)
             terms = ", ".join(f"{name} = {value}" for name, value in bad.items())
-            raise FloatingPointError(
-                f"Not finite at iteration {self.iter}: {terms} (process {comm.get_rank()}, images {images})."
-            )
+            raise FloatingPointError(f"Not finite: {terms} ({self._place_of(batch)}).")
 
     def state_dict(self) -> dict[str, Any]:
         """Optimiser and loss scale; the iteration is the trainer's."""

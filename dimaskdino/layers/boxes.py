@@ -30,6 +30,15 @@ def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
     return torch.cat(((low + high) / 2, high - low), dim=-1)
 
 
+def normalize_boxes(boxes: Tensor, width: int, height: int) -> Tensor:
+    """(..., 4) boxes in px, xyxy or cxcywh, in parts of an image of ``width`` and ``height`` px.
+
+    The sizes stay numbers: a tensor of them would have to be copied to the device, and waited for.
+    """
+    across, down, across_too, down_too = boxes.unbind(-1)
+    return torch.stack((across / width, down / height, across_too / width, down_too / height), dim=-1)
+
+
 def _area(boxes: Tensor) -> Tensor:
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
@@ -72,13 +81,13 @@ def masks_to_boxes(masks: Tensor, *, inclusive: bool) -> Tensor:
     columns, rows = masks.any(-2), masks.any(-1)
     x_low, x_high = _first_and_last(columns, width)
     y_low, y_high = _first_and_last(rows, height)
-    boxes = torch.stack((x_low, y_low, x_high, y_high), dim=-1).float()
-    empty = ~columns.any(-1, keepdim=True)
     if inclusive:
-        beyond = boxes.new_tensor([width, height, width, height])
-        return torch.where(empty, beyond, boxes)
-    boxes = boxes + boxes.new_tensor([0, 0, 1, 1])
-    return boxes.masked_fill(empty, 0)
+        sides, of_empty = (x_low, y_low, x_high, y_high), (width, height, width, height)
+    else:
+        sides, of_empty = (x_low, y_low, x_high + 1, y_high + 1), (0, 0, 0, 0)
+    filled = columns.any(-1)
+    boxes = [torch.where(filled, side, other) for side, other in zip(sides, of_empty, strict=True)]
+    return torch.stack(boxes, dim=-1).float()
 
 
 def _first_and_last(occupied: Tensor, length: int) -> tuple[Tensor, Tensor]:

@@ -36,7 +36,8 @@ def sample_binary_masks(masks: Tensor, index: Tensor, points: Tensor) -> Tensor:
         (N, P) float32 in [0, 1].
     """
     _, height, width = masks.shape
-    pixels = points.float() * points.new_tensor([width, height], dtype=torch.float32) - 0.5
+    # The sizes stay numbers: a tensor of them would have to be copied to the device, and waited for.
+    pixels = torch.stack((points[..., 0].float() * width, points[..., 1].float() * height), dim=-1) - 0.5
     corner = pixels.floor()
     fraction = pixels - corner
     flat = masks.reshape(-1)

@@ -168,7 +168,8 @@ class Criterion(nn.Module):
     @staticmethod
     def _count_objects(targets: Sequence[Targets]) -> Tensor:
         """Objects per process, averaged over the processes, at least 1; stays on the device."""
-        count = torch.tensor(float(sum(len(target) for target in targets)), device=targets[0].labels.device)
+        objects = sum(len(target) for target in targets)
+        count = torch.full((), float(objects), device=targets[0].labels.device)
         if comm.get_world_size() > 1:
             torch.distributed.all_reduce(count)
         return (count / comm.get_world_size()).clamp(min=1)

@@ -1,8 +1,10 @@
 """One-to-one matching of predictions and objects."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
@@ -39,7 +41,8 @@ class HungarianMatcher:
 
     Source: MaskDINO (Li et al., 2023), section 3.3; DETR for the assignment.
     Deviation: the releases draw new points for every stage; here the stages of an image share them, so that the masks
-    are sampled once. Costs of the releases add 1e-8 inside logarithms; here they are computed from the logits.
+    are sampled once. Costs of the releases add 1e-8 inside logarithms; here they are computed from the logits. They
+    are in float32 under autocast too: a sum over the points of a large object does not fit into float16.
     """
 
     def __init__(self, *, weights: CostWeights, sampler: PointSampler) -> None:
@@ -59,6 +62,11 @@ class HungarianMatcher:
         Raises:
             FloatingPointError: when a cost is not finite; names stage and image.
         """
+        with torch.autocast(stages[0].logits.device.type, enabled=False):
+            return self._assign(self._costs(stages, targets), stages)
+
+    def _costs(self, stages: Sequence[StagePrediction], targets: Sequence[Targets]) -> list[list[Tensor]]:
+        """(Q, n) of each stage and image."""
         costs: list[list[Tensor]] = [[] for _ in stages]
         for image, target in enumerate(targets):
             points = self.sampler.shared(target.labels.device)
@@ -69,7 +77,7 @@ class HungarianMatcher:
                 if stage.masks is not None:
                     cost = cost + self._mask_cost(stage.masks, image, points, labels, sampled)
                 row.append(cost)
-        return self._assign(costs, stages)
+        return costs
 
     def _class_and_box_costs(self, stages: Sequence[StagePrediction], image: int, target: Targets) -> Sequence[Tensor]:
         """(Q, n) of each stage, computed for all stages at once."""
@@ -100,14 +108,13 @@ class HungarianMatcher:
         return self.weights.mask * cross_entropy + self.weights.dice * dice
 
     def _assign(self, costs: list[list[Tensor]], stages: Sequence[StagePrediction]) -> list[Matches]:
-        """Solve all problems after one transfer to the host."""
+        """Solve all problems on the host: one transfer there, and one back."""
         flat = torch.cat([cost.flatten() for row in costs for cost in row])
-        on_host, device = flat.cpu(), flat.device
+        on_host = flat.cpu()
         finite = bool(on_host.isfinite().all())
-        result: list[Matches] = []
+        solutions: list[np.ndarray] = []
         start = 0
         for row, stage in zip(costs, stages, strict=True):
-            matches: Matches = []
             for image, cost in enumerate(row):
                 matrix = on_host[start : start + cost.numel()].view(cost.shape)
                 start += cost.numel()
@@ -116,7 +123,7 @@ class HungarianMatcher:
                         f"The predictions of stage {stage.name} for image {image} of the batch are not finite. "
                         "Training has diverged: lower SOLVER.BASE_LR or check the data."
                     )
-                queries, objects = linear_sum_assignment(matrix.numpy())
-                matches.append((torch.as_tensor(queries, device=device), torch.as_tensor(objects, device=device)))
-            result.append(matches)
-        return result
+                solutions.append(np.stack(linear_sum_assignment(matrix.numpy())))
+        pairs = torch.from_numpy(np.concatenate(solutions, axis=1)).to(flat.device)
+        matches = iter(pairs.split([solution.shape[1] for solution in solutions], dim=1))
+        return [[(queries, objects) for queries, objects in itertools.islice(matches, len(row))] for row in costs]

@@ -60,7 +60,8 @@ def _scale_boxes(
     scale_y, scale_x = (
         padded / image * output for padded, image, output in zip(padded_size, image_size, output_size, strict=True)
     )
-    return cxcywh_to_xyxy(boxes) * boxes.new_tensor([scale_x, scale_y, scale_x, scale_y])
+    left, upper, right, lower = cxcywh_to_xyxy(boxes).unbind(-1)
+    return torch.stack((left * scale_x, upper * scale_y, right * scale_x, lower * scale_y), dim=-1)
 
 
 def _masks_at_output_size(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dimaskdino.layers.boxes import inverse_sigmoid, masks_to_boxes, xyxy_to_cxcywh
+from dimaskdino.layers.boxes import inverse_sigmoid, masks_to_boxes, normalize_boxes, xyxy_to_cxcywh
 from dimaskdino.layers.ms_deform_attn import SpatialShapes
 from dimaskdino.modeling.encoder import pixel_centers
 from dimaskdino.modeling.heads import MaskLogits, PredictionHeads, StagePrediction
@@ -139,5 +139,4 @@ def boxes_of_masks(masks: MaskLogits, *, inclusive: bool) -> Tensor:
             for embed, features in zip(masks.embed, masks.features, strict=True)
         ]
     )
-    boxes = xyxy_to_cxcywh(boxes) / boxes.new_tensor([width, height, width, height])
-    return inverse_sigmoid(boxes).sigmoid()
+    return inverse_sigmoid(normalize_boxes(xyxy_to_cxcywh(boxes), width, height)).sigmoid()

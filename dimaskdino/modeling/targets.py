@@ -8,7 +8,7 @@ from detectron2.structures import BitMasks, Instances, PolygonMasks
 from torch import Tensor
 
 from dimaskdino.errors import DatasetError
-from dimaskdino.layers.boxes import xyxy_to_cxcywh
+from dimaskdino.layers.boxes import normalize_boxes, xyxy_to_cxcywh
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,9 @@ class Targets:
         return len(self.labels)
 
     @classmethod
-    def from_instances(cls, instances: Instances, height: int, width: int, num_classes: int) -> "Targets":
+    def from_instances(
+        cls, instances: Instances, height: int, width: int, num_classes: int, device: torch.device | None = None
+    ) -> "Targets":
         """Read detectron2's ``Instances``.
 
         Args:
@@ -38,6 +40,8 @@ class Targets:
             height: of the padded canvas, px.
             width: of the padded canvas, px.
             num_classes: K.
+            device: of the result; by default that of ``instances``. Instances are checked where they are, which should
+                be the host: asking a GPU for a class waits for it.
 
         Raises:
             DatasetError: when a class is outside [0, K), or masks are missing or larger than the canvas.
@@ -51,14 +55,14 @@ class Targets:
                 f"Classes {int(labels.min())} to {int(labels.max())} in the training data, but "
                 f"MODEL.SEM_SEG_HEAD.NUM_CLASSES is {num_classes}."
             )
-        scale = torch.tensor([width, height, width, height], dtype=torch.float32, device=labels.device)
-        masks = _to_bitmask_tensor(instances).to(labels.device)
+        device = device or labels.device
+        masks = _to_bitmask_tensor(instances).to(device)
         pad_right, pad_below = width - masks.shape[-1], height - masks.shape[-2]
         if pad_right < 0 or pad_below < 0:
             raise DatasetError(f"Masks of {tuple(masks.shape[-2:])} px do not fit on a canvas of {(height, width)} px.")
         return cls(
-            labels=labels,
-            boxes=xyxy_to_cxcywh(instances.gt_boxes.tensor.float()) / scale,
+            labels=labels.to(device),
+            boxes=normalize_boxes(xyxy_to_cxcywh(instances.gt_boxes.tensor.float()), width, height).to(device),
             masks=F.pad(masks, (0, pad_right, 0, pad_below)),
         )
 

@@ -9,6 +9,7 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from dimaskdino.engine import GradientClipper, TrainStep
+from dimaskdino.errors import DatasetError
 
 
 class Line(nn.Module):
@@ -83,9 +84,21 @@ def test_gradients_do_not_add_up_over_steps() -> None:
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_term_iteration_and_image() -> None:
     step = step_on({"a": 2.0, "b": math.nan, "image_id": 139})
     step.iter = 7
-    with EventStorage(), pytest.raises(FloatingPointError, match="iteration 7: loss_bbox = nan.*images 139"):
+    with EventStorage(), pytest.raises(FloatingPointError, match=r"loss_bbox = nan \(iteration 7, .*images 139\)"):
         step.run_step()
     assert step.model.weight.item() == 1.0
+
+
+@pytest.mark.parametrize("kind", [FloatingPointError, DatasetError])
+def test_what_the_model_refuses_is_told_with_its_images(kind: type[Exception]) -> None:
+    step = step_on({"a": 2.0, "b": 0.0, "file_name": "x.png", "image_id": 3})
+
+    def refuse(*_: object) -> None:
+        raise kind("The masks of image 0 do not fit.")
+
+    step.model.register_forward_pre_hook(refuse)
+    with EventStorage(), pytest.raises(kind, match=r"do not fit\. \(iteration 0, process 0, images x\.png\)"):
+        step.run_step()
 
 
 def test_a_gradient_that_is_not_finite_stops_too() -> None:

@@ -151,6 +151,20 @@ def test_costs_of_certain_half_precision_logits_are_finite_and_told_apart(costs)
     torch.testing.assert_close(costs[0], expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_costs_are_in_float32_under_autocast(costs, dtype):
+    # 112^2 points as in the paper, nearly all of them in an object that the mask denies: their sum is 150,528 times
+    # the weight, and float16 ends at 65,504.
+    sampler = GridSampler(112)
+    match = HungarianMatcher(weights=CostWeights(**RELEASE), sampler=sampler)
+    masks = torch.stack((torch.full((8, 8), -12.0), torch.full((8, 8), 0.3)))
+    stage, target = make_stage([[0.3], [0.1]], [LEFT, RIGHT], masks), make_targets([0], [[0.5, 0.5, 1.0, 1.0]])
+    match([stage], [target])
+    with torch.autocast("cpu", dtype):
+        match([stage], [target])
+    assert torch.equal(costs[0], costs[1])
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_predictions_that_are_not_finite_name_the_stage_and_the_image(value):
     good, bad = make_stage([[0.0]], [LEFT], name="layer.1"), make_stage([[value]], [LEFT], name="layer.1")
