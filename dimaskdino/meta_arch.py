@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dimaskdino.errors import ConfigError
 from dimaskdino.losses import Criterion, PointSampler
 from dimaskdino.modeling.decoder import DecoderOutput
-from dimaskdino.modeling.decoder_config import stages_with_masks, uses_no_object_class
+from dimaskdino.modeling.decoder_config import evaluates_selections, stages_with_masks, uses_no_object_class
 from dimaskdino.modeling.inference import instances_of_image
 from dimaskdino.modeling.targets import Targets
 
@@ -84,7 +84,7 @@ class DIMaskDINO(nn.Module):
             "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
             "score_by_mask": not node.TEST.TEST_FOUCUS_ON_BOX,
             "eval_layers": cfg.TEST.EVAL_LAYERS,
-            "stages_with_masks": stages_with_masks(cfg),
+            "stages_with_masks": _evaluable_stages(cfg, head),
             "instance_results": node.TEST.INSTANCE_ON,
             "no_object_class": uses_no_object_class(cfg),
         }
@@ -172,6 +172,15 @@ class DIMaskDINO(nn.Module):
                 name: result["instances"] if name == final else instances(name) for name in self.eval_layers
             }
         return result
+
+
+def _evaluable_stages(cfg: CfgNode, head: nn.Module) -> list[str]:
+    """Stages that evaluation can report; without later selections where the built De-Imbalance predicts none."""
+    names = stages_with_masks(cfg)
+    de_imbalance = getattr(getattr(head, "predictor", None), "de_imbalance", None)
+    if evaluates_selections(cfg) and not getattr(de_imbalance, "evaluate_selections", False):
+        names = [name for name in names if not name.startswith("selection.")]
+    return names
 
 
 @META_ARCH_REGISTRY.register()

@@ -9,10 +9,14 @@ import torch
 from detectron2.modeling import build_model
 
 import dimaskdino
+from dimaskdino.config import Config
 from dimaskdino.errors import ConfigError, DatasetError
 from dimaskdino.meta_arch import DIMaskDINO
+from dimaskdino.modeling.de_imbalance import DeImbalance
+from dimaskdino.modeling.decoder import MaskDINODecoder
 from dimaskdino.modeling.heads import MaskLogits
 from dimaskdino.modeling.inference import instances_of_image
+from dimaskdino.modeling.registry import DE_IMBALANCE_REGISTRY, TRANSFORMER_DECODER_REGISTRY
 from dimaskdino.modeling.targets import Targets
 from tests.tiny_model import NUM_CLASSES, image, sample, tiny_cfg, tiny_model
 
@@ -154,7 +158,17 @@ def test_every_parameter_gets_a_finite_gradient(node):
 
 @pytest.mark.parametrize("boxes", [([], []), ([], BOXES)], ids=["all empty", "one empty"])
 @pytest.mark.parametrize(
-    "node", [{}, {"TRANSFORMER_DECODER_NAME": "MaskDINODecoder"}, {"DN": "standard"}, {"DN": "no"}, ONE_STAGE], ids=str
+    "node",
+    [
+        {},
+        {"TRANSFORMER_DECODER_NAME": "MaskDINODecoder"},
+        {"DN": "standard"},
+        {"DN": "no"},
+        {"BOX_LOSS": False},
+        {"BOX_LOSS": False, "DN": "no"},
+        ONE_STAGE,
+    ],
+    ids=str,
 )
 def test_images_without_objects_train_every_parameter(node, boxes):
     # Data-parallel training waits for the gradient of every parameter, even if it is zero.
@@ -289,6 +303,34 @@ def test_every_selection_is_evaluated_once(node, before_layer_0):
         (result,) = model([{"image": image(64, 64)}])
     assert list(result["layers"]) == [*before_layer_0, *ALL_LAYERS[2:]]
     assert all(each.pred_masks.shape == (6, 64, 64) for each in result["layers"].values())
+
+
+@TRANSFORMER_DECODER_REGISTRY.register()
+class MyMaskDINODecoder(MaskDINODecoder):
+    """MaskDINO under a name that the package does not know."""
+
+
+@DE_IMBALANCE_REGISTRY.register()
+class SimpleDeImbalance(DeImbalance):
+    """Predicts none of its selections."""
+
+    @classmethod
+    def from_config(cls, cfg: Config) -> dict:
+        return super().from_config(cfg) | {"evaluate_selections": False}
+
+
+@pytest.mark.parametrize(
+    "node",
+    [{"TRANSFORMER_DECODER_NAME": "MyMaskDINODecoder"} | TRIPLE, {"DI__NAME": "SimpleDeImbalance"} | TRIPLE],
+    ids=str,
+)
+def test_selections_that_a_registered_part_does_not_predict_are_left_out(node):
+    model = tiny_model({"TEST.EVAL_LAYERS": ["all"]}, **node)
+    with torch.no_grad():
+        (result,) = model([{"image": image(64, 64)}])
+    assert list(result["layers"]) == ALL_LAYERS
+    with pytest.raises(ConfigError, match=r"names \['selection\.2'\]; this model has interm, initial"):
+        tiny_model({"TEST.EVAL_LAYERS": ["selection.2"]}, **node)
 
 
 @pytest.mark.parametrize("asked", [[], ["layer.0"], ["interm", "initial"]], ids=str)

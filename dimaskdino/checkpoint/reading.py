@@ -156,7 +156,10 @@ def _entries(path: Path, content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _state_dict(path: Path, raw: Mapping[str, Any]) -> dict[str, Tensor]:
-    raw = {key: value for key, value in raw.items() if not str(key).endswith("_momentum")}  # Caffe2's optimiser state
+    if not raw:
+        raise CheckpointError(f"{path} holds no weights: the state dict in it is empty.")
+    # Caffe2 keeps its optimiser's state beside the weights.
+    raw = {str(key): value for key, value in raw.items() if not str(key).endswith("_momentum")}
     for prefix in WRAPPER_PREFIXES:
         if raw and all(key.startswith(prefix) for key in raw):
             raw = {key.removeprefix(prefix): value for key, value in raw.items()}

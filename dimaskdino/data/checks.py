@@ -20,10 +20,11 @@ __all__ = ["DatasetError", "check_datasets", "find_dataset"]
 
 @dataclass(frozen=True)
 class _Summary:
-    """What the checks need of a dataset: class names by index and the first image's path."""
+    """What the checks need of a dataset: class names by index, the first image's path, and whether it is labelled."""
 
     class_names: tuple[str, ...]
     first_image: str
+    annotated: bool = True
 
 
 def check_datasets(cfg: CfgNode, *, train: bool = True, test: bool = True) -> None:
@@ -44,6 +45,8 @@ def check_datasets(cfg: CfgNode, *, train: bool = True, test: bool = True) -> No
     names = [*(cfg.DATASETS.TRAIN if train else ()), *(cfg.DATASETS.TEST if test else ())]
     for name in dict.fromkeys(names):
         summary = _summarize(name)
+        if train and name in cfg.DATASETS.TRAIN and not summary.annotated:
+            raise DatasetError(f"Dataset {name} has no annotations, so it can be predicted but not trained on.")
         _check_classes(name, summary.class_names, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)
         read_image(summary.first_image, cfg.INPUT.FORMAT)
 
@@ -107,24 +110,37 @@ def _summarize_coco(json_file: str, image_root: str, modified_ns: int) -> _Summa
         coco = json.loads(Path(json_file).read_bytes())
         categories = {category["id"]: category["name"] for category in coco["categories"]}
         images = {image["id"]: image["file_name"] for image in coco["images"]}
-        annotations = coco["annotations"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        annotations = coco.get("annotations")
+        _check_annotations(json_file, annotations or [], categories)
+    except DatasetError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DatasetError(
             f"Annotation file {json_file} is not in COCO's format ({type(error).__name__}: {error}); it needs images, "
-            "annotations and categories."
+            "categories and, but for a test set, annotations."
         ) from error
     if not images:
         raise DatasetError(f"Annotation file {json_file} lists no image.")
-    for annotation in annotations:
+    return _Summary(
+        class_names=tuple(categories[key] for key in sorted(categories)),
+        first_image=os.path.join(image_root, images[min(images)]),
+        annotated=annotations is not None,
+    )
+
+
+def _check_annotations(json_file: str, annotations: list[dict], categories: dict[int, str]) -> None:
+    for position, annotation in enumerate(annotations):
+        missing = [key for key in ("id", "image_id", "category_id") if key not in annotation]
+        if missing:
+            raise DatasetError(
+                f"Annotation {annotation.get('id', f'number {position}, counted from 0,')} of {json_file} has no "
+                f"{' and no '.join(missing)}."
+            )
         if annotation["category_id"] not in categories:
             raise DatasetError(
                 f"Annotation {annotation['id']} of {json_file} has category id {annotation['category_id']}, "
                 "which is not among the file's categories."
             )
-    return _Summary(
-        class_names=tuple(categories[key] for key in sorted(categories)),
-        first_image=os.path.join(image_root, images[min(images)]),
-    )
 
 
 def _summarize_entries(name: str) -> _Summary:

@@ -51,7 +51,7 @@ def inspect_dataset(name: str, *, num_workers: int = 0, progress: Progress = no_
     if metadata.get("evaluator_type") != "coco" or not hasattr(metadata, "json_file"):
         raise DatasetError(f"Dataset {name} is not registered with a COCO annotation file, so it cannot be inspected.")
     coco = _read(Path(metadata.json_file))
-    problems = [*_category_problems(coco, metadata.thing_classes), *_listing_problems(coco)]
+    problems = [*_category_problems(coco, metadata.get("thing_classes")), *_listing_problems(coco)]
     units = _units(coco)
     check = partial(_inspect_image, metadata.image_root)
     for found in progress(parallel_map(check, units, num_workers=num_workers), total=len(units)):
@@ -80,22 +80,23 @@ def _read(path: Path) -> Json:
                     raise TypeError(f"an image's {key} is {image[key]!r}")
         for category in coco["categories"]:
             category["id"], category["name"]
-        for annotation in coco["annotations"]:
+        for annotation in coco.setdefault("annotations", []):  # a test set has none
             annotation.get("id")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DatasetError(
-            f"Annotation file {path} is not in COCO's format ({type(error).__name__}: {error}); it needs annotations, "
-            "images with id, file_name, height and width, and categories with id and name."
+            f"Annotation file {path} is not in COCO's format ({type(error).__name__}: {error}); it needs "
+            "images with id, file_name, height and width, categories with id and name and, but for a test set, "
+            "annotations."
         ) from error
     return coco
 
 
-def _category_problems(coco: Json, registered: list[str]) -> Iterator[Problem]:
+def _category_problems(coco: Json, registered: list[str] | None) -> Iterator[Problem]:
     for key in ("id", "name"):
         for value in _more_than_once(category[key] for category in coco["categories"]):
             yield Problem(f"category {key} is used more than once", str(value))
     names = [category["name"] for category in sorted(coco["categories"], key=lambda category: category["id"])]
-    if names != list(registered):
+    if registered is not None and names != list(registered):
         yield Problem("categories are not the registered classes", f"{names}, registered: {list(registered)}")
 
 

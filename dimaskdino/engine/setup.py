@@ -67,7 +67,8 @@ def setup(args: Namespace) -> Config:
     with _held_log_records():
         cfg = load_config(args)
         _place(cfg, args.num_gpus)
-        _check_solver(cfg)
+        if not args.eval_only:
+            _check_solver(cfg)
         cfg.freeze()
         _prepare_run(cfg, eval_only=args.eval_only)
     _check_datasets_once(cfg, train=not args.eval_only)

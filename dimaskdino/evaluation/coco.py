@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.coco import convert_to_coco_json
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
@@ -47,6 +47,8 @@ class CocoEvaluator(DatasetEvaluator):
         self._output_dir = output_dir
         self._seen_only = seen_only
         os.makedirs(output_dir, exist_ok=True)
+        if self._metadata.get("json_file") and not self._metadata.get("thing_classes"):
+            DatasetCatalog.get(dataset_name)  # register_coco_instances learns the classes when the file is read
         if not self._metadata.get("thing_classes"):
             raise DatasetError(f"{dataset_name} has no object classes (thing_classes), so it has no box or mask AP.")
         if not self._metadata.get("json_file"):

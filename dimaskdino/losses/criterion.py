@@ -10,6 +10,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.utils import comm
 from torch import Tensor, nn
 
+from dimaskdino.errors import ConfigError
 from dimaskdino.layers.points import sample_binary_masks, sample_points
 from dimaskdino.losses.functions import box_losses, class_loss, mask_losses
 from dimaskdino.losses.matcher import CostWeights, HungarianMatcher, Matches
@@ -104,6 +105,11 @@ class Criterion(nn.Module):
     def from_config(cls, cfg: CfgNode, sampler: PointSampler | None = None) -> dict[str, Any]:
         """Read the weights of MODEL.MaskDINO; ``sampler`` replaces the random one."""
         node = cfg.MODEL.MaskDINO
+        if node.TRAIN_NUM_POINTS < 1 or node.OVERSAMPLE_RATIO < 1 or not 0 <= node.IMPORTANCE_SAMPLE_RATIO <= 1:
+            raise ConfigError(
+                "MODEL.MaskDINO.TRAIN_NUM_POINTS and OVERSAMPLE_RATIO must be at least 1 and IMPORTANCE_SAMPLE_RATIO "
+                f"in [0, 1]; they are {node.TRAIN_NUM_POINTS}, {node.OVERSAMPLE_RATIO}, {node.IMPORTANCE_SAMPLE_RATIO}."
+            )
         sampler = sampler or RandomPointSampler(
             num_points=node.TRAIN_NUM_POINTS,
             oversample_ratio=node.OVERSAMPLE_RATIO,
@@ -207,6 +213,8 @@ class Criterion(nn.Module):
         terms = {"loss_ce": class_loss(stage.logits.float(), labels)}
         if self.use_boxes:
             terms["loss_bbox"], terms["loss_giou"] = box_losses(stage.boxes[image, query].float(), targets.boxes[obj])
+        else:  # a zero gradient for the parameters that make boxes, as data-parallel training needs
+            terms["loss_ce"] = terms["loss_ce"] + 0.0 * stage.boxes.sum()
         if supervision.use_masks:
             terms["loss_mask"], terms["loss_dice"] = self._mask_terms(stage, supervision.matches, targets.masks, obj)
         return {

@@ -114,6 +114,10 @@ def _conflicts(cfg: CfgNode) -> dict[str, bool]:
             node.BATO.ENABLED and node.HIDDEN_DIM != cfg.MODEL.SEM_SEG_HEAD.MASK_DIM
         ),
         "DEC_LAYERS must be at least 1.": node.DEC_LAYERS < 1,
+        "NUM_OBJECT_QUERIES must be at least 1.": node.NUM_OBJECT_QUERIES < 1,
+        "FIRST_SELECTED_QUERIES must be at least NUM_OBJECT_QUERIES: the second selection is among its tokens.": (
+            node.DI.ENABLED and not node.DI.NUM_SELECTED and node.FIRST_SELECTED_QUERIES < node.NUM_OBJECT_QUERIES
+        ),
         "NHEADS must divide HIDDEN_DIM and SEM_SEG_HEAD.CONVS_DIM.": (
             node.HIDDEN_DIM % node.NHEADS != 0 or cfg.MODEL.SEM_SEG_HEAD.CONVS_DIM % node.NHEADS != 0
         ),

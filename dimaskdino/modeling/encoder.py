@@ -206,6 +206,8 @@ class MaskDINOEncoder(nn.Module):
             ]
         )
         reference = torch.cat([pixel_centers(height, width, device) for height, width in spatial_shapes])[None]
+        if not self.layers:  # a zero gradient for the level embedding, as data-parallel training needs
+            tokens = tokens + 0.0 * self.level_embed.sum()
         for layer in self.layers:
             tokens = layer(tokens, position, reference, spatial_shapes)
         chunks = tokens.split([height * width for height, width in spatial_shapes], dim=1)

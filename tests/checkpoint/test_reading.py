@@ -75,6 +75,10 @@ def test_plain_weights_win_over_their_moving_averages_and_the_log_says_so(
     assert "moving averages of the weights (ema_state): they are not used" in caplog.text
 
 
+def test_names_that_are_numbers_are_read(tmp_path: Path) -> None:
+    assert list(read_weights(save_torch({1: torch.zeros(1)}, tmp_path / "a.pth"))["model"]) == ["1"]
+
+
 def test_a_training_state_with_numpy_numbers_is_read(tmp_path: Path) -> None:
     state = {"best": np.float64(0.5), "step": np.int64(3), "groups": [{"lr": 0.1}]}
     read = read_weights(save_torch({"model": WEIGHTS, "trainer": state}, tmp_path / "a.pth"))
@@ -160,6 +164,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes) -> N
         ([1, 2], "holds a list, not weights by name"),
         ({"epoch": 3}, "holds no weights; its entries are epoch"),
         ({}, "its entries are none"),
+        ({"model": {}}, "holds no weights: the state dict in it is empty"),
         ({"model": {"a": "text"}}, "a is a str, not an array"),
         ({"model": {"a": {"b": torch.zeros(1)}}}, "a is a dict, not an array"),
     ],

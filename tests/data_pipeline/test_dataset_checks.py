@@ -103,6 +103,7 @@ def test_a_class_count_that_does_not_fit_names_both_numbers_the_key_and_the_data
         ('{"images": [], "annotations": []}', "'categories'"),
         ('{"images": [{"id": 1}], "annotations": [], "categories": []}', "'file_name'"),
         ('{"images": [], "annotations": [], "categories": []}', "lists no image"),
+        ('{"images": [], "annotations": ["text"], "categories": []}', "not in COCO's format"),
     ],
 )
 def test_a_malformed_annotation_file_is_named(mine: Config, text: str, words: str) -> None:
@@ -115,6 +116,25 @@ def test_a_malformed_annotation_file_is_named(mine: Config, text: str, words: st
 def test_a_category_that_the_file_does_not_define_names_the_annotation(mine: Config) -> None:
     path = rewrite(lambda coco: coco["annotations"][0].update(category_id=5))
     assert f"Annotation 11 of {path} has category id 5" in message(mine)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        (["id"], "Annotation number 0, counted from 0, of {path} has no id."),
+        (["category_id"], "Annotation 11 of {path} has no category_id."),
+        (["image_id", "category_id"], "Annotation 11 of {path} has no image_id and no category_id."),
+    ],
+)
+def test_an_annotation_that_lacks_a_key_is_named(mine: Config, keys: list[str], words: str) -> None:
+    path = rewrite(lambda coco: [coco["annotations"][0].pop(key) for key in keys])
+    assert message(mine) == words.format(path=path)
+
+
+def test_a_test_set_without_annotations_can_be_predicted_but_not_trained_on(mine: Config) -> None:
+    rewrite(lambda coco: coco.pop("annotations"))
+    check_datasets(mine, train=False)
+    assert message(mine) == "Dataset mine has no annotations, so it can be predicted but not trained on."
 
 
 def test_a_changed_annotation_file_is_read_again(mine: Config) -> None:

@@ -1,5 +1,6 @@
 """From the command line to a configuration that fits the job."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from dimaskdino.config import Config, get_cfg
 from dimaskdino.engine import argument_parser
 from dimaskdino.engine.setup import _check_solver, _place, load_config
 from dimaskdino.errors import ConfigError
+
+engine_setup = sys.modules["dimaskdino.engine.setup"]  # the package has a function of this name
 
 
 @pytest.fixture
@@ -61,6 +64,16 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(processes) -> None:
         _check_solver(configured("SOLVER.IMS_PER_BATCH", 16))
     # Here detectron2's trainer changes the batch to fit.
     _check_solver(configured("SOLVER.IMS_PER_BATCH", 16, "SOLVER.REFERENCE_WORLD_SIZE", 8))
+
+
+def test_evaluation_asks_nothing_of_the_batch_of_training(processes, monkeypatch: pytest.MonkeyPatch) -> None:
+    processes(3)
+    for name in ("_prepare_run", "_check_datasets_once"):
+        monkeypatch.setattr(engine_setup, name, lambda *_, **__: None)
+    command = ["--num-gpus", "0", "SOLVER.IMS_PER_BATCH", "16"]
+    engine_setup.setup(argument_parser().parse_args(["--eval-only", *command]))
+    with pytest.raises(ConfigError, match="IMS_PER_BATCH"):
+        engine_setup.setup(argument_parser().parse_args(command))
 
 
 def test_a_training_without_iterations_is_refused() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import Boxes, Instances
 from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
@@ -100,6 +101,17 @@ def test_perfect_predictions_score_one_hundred(dataset: str, tmp_path: Path) -> 
         assert scores[task]["AP-dog"] == pytest.approx(100.0)
         # No object is large, so there is nothing to measure.
         assert np.isnan(scores[task]["APl"])
+
+
+def test_classes_that_are_known_once_the_file_is_read_are_read(dataset: str, tmp_path: Path) -> None:
+    name = "registered_by_detectron2"
+    register_coco_instances(name, {}, MetadataCatalog.get(dataset).json_file, str(tmp_path))
+    try:
+        scores = scores_of(CocoEvaluator(dataset_name=name, output_dir=str(tmp_path)), perfect())
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    assert {key for key in scores["bbox"] if key.startswith("AP-")} == {"AP-cat", "AP-dog"}
 
 
 def test_no_predictions_score_zero(dataset: str, tmp_path: Path) -> None:

@@ -75,6 +75,15 @@ def test_stages_behind_the_last_timm_output_are_not_built() -> None:
     assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
 
 
+def test_stages_behind_the_last_swin_output_are_not_built() -> None:
+    model = tiny_swin(out_features=["res2", "res3"])
+    sum(feature.sum() for feature in model(torch.rand(2, 3, 64, 64)).values()).backward()
+    assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    whole = tiny_swin()
+    loaded = whole.load_state_dict(model.state_dict(), strict=False)
+    assert not loaded.unexpected_keys
+
+
 def test_timm_stochastic_depth_follows_the_configuration() -> None:
     model = TimmBackbone(name="convnext_atto", out_features=ALL, drop_path_rate=0.3)
     rates = [module.drop_prob for module in model.modules() if hasattr(module, "drop_prob")]

@@ -4,6 +4,7 @@ import pytest
 from detectron2.modeling import build_model
 
 from dimaskdino.errors import ConfigError
+from dimaskdino.losses import Criterion
 from dimaskdino.modeling.decoder import DIMaskDINODecoder, MaskDINODecoder
 from dimaskdino.modeling.decoder_config import uses_no_object_class
 from tests.tiny_model import DIM, NUM_CLASSES, tiny_cfg
@@ -96,7 +97,8 @@ def test_the_no_object_class_belongs_to_semantic_cross_entropy_alone(semantic, c
         ({"DI__NUM_SELECTED": [12, 7]}, "DI.NUM_SELECTED ends in 7, but NUM_OBJECT_QUERIES is 8"),
         ({"DI__NUM_SELECTED": [8]}, r"DI.NUM_SELECTED is \[8\]; De-Imbalance needs two or more"),
         ({"DI__NUM_SELECTED": [8, 12, 8]}, "none larger than the one before"),
-        ({"FIRST_SELECTED_QUERIES": 7}, r"DI.NUM_SELECTED is \[7, 8\]"),
+        ({"FIRST_SELECTED_QUERIES": 7}, "FIRST_SELECTED_QUERIES must be at least NUM_OBJECT_QUERIES"),
+        ({"NUM_OBJECT_QUERIES": 0}, "NUM_OBJECT_QUERIES must be at least 1"),
         ({"TWO_STAGE": False, **NO_INITIAL_BOX}, "DI.ENABLED needs TWO_STAGE"),
         ({"TWO_STAGE": False, "DI__ENABLED": False}, "INITIALIZE_BOX_TYPE needs TWO_STAGE"),
         ({"INITIAL_PRED": False}, "INITIALIZE_BOX_TYPE needs INITIAL_PRED"),
@@ -147,3 +149,9 @@ def test_widths_that_do_not_divide_are_refused_before_anything_is_built(key: str
     cfg.merge_from_list([key, value])
     with pytest.raises(ConfigError, match=message):
         build_model(cfg)
+
+
+@pytest.mark.parametrize(("key", "value"), [("TRAIN_NUM_POINTS", 0), ("OVERSAMPLE_RATIO", 0.5)])
+def test_points_that_cannot_be_drawn_name_their_key(key, value):
+    with pytest.raises(ConfigError, match=rf"MODEL\.MaskDINO\.TRAIN_NUM_POINTS and OVERSAMPLE_RATIO .* {value}"):
+        Criterion(tiny_cfg(**{key: value}))

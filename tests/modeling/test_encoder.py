@@ -130,6 +130,8 @@ def test_without_layers_the_levels_are_the_projected_features():
     encoder, given = build(**{HEAD + "TRANSFORMER_ENC_LAYERS": 0}), features(64, 64)
     for level, name, proj in zip(encoder(given).levels, ("res3", "res4", "res5"), encoder.input_proj, strict=False):
         torch.testing.assert_close(level, proj(given[name]))
+    encoder(given).levels[0].sum().backward()
+    assert encoder.level_embed.grad is not None  # data-parallel training waits for it
 
 
 def test_every_level_influences_every_other():

@@ -76,13 +76,14 @@ class D2SwinTransformer(Backbone):
                 nn.init.trunc_normal_(torch.zeros(1, embed_dim, grid, grid), std=0.02)
             )
         self.pos_drop = nn.Dropout(drop_rate)
+        last = max(self._stage_of[name] for name in out_features)
         rates = torch.linspace(0, drop_path_rate, sum(depths)).split(list(depths))
         self.layers = nn.ModuleList(
             SwinStage(
                 dim=channels[i],
                 num_heads=num_heads[i],
                 drop_path_rates=rates[i].tolist(),
-                downsample=i < len(depths) - 1,
+                downsample=i < last,
                 window_size=window_size,
                 mlp_ratio=mlp_ratio,
                 qkv_bias=qkv_bias,
@@ -91,7 +92,7 @@ class D2SwinTransformer(Backbone):
                 attn_drop_rate=attn_drop_rate,
                 use_checkpoint=use_checkpoint,
             )
-            for i in range(len(depths))
+            for i in range(last + 1)
         )
         for name in out_features:
             self.add_module(f"norm{self._stage_of[name]}", nn.LayerNorm(channels[self._stage_of[name]]))
@@ -144,7 +145,7 @@ class D2SwinTransformer(Backbone):
             x = x + table.permute(0, 2, 3, 1)
         x = self.pos_drop(x)
         outputs = {}
-        for name, stage in zip(self._stage_of, self.layers, strict=True):
+        for name, stage in zip(self._stage_of, self.layers, strict=False):
             feature, x = stage(x)
             if name in self._out_feature_strides:
                 normed = getattr(self, f"norm{self._stage_of[name]}")(feature)
