@@ -17,10 +17,19 @@ COMPILER = shutil.which("g++")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="the emulation is compiled by g++")
 
 
+def build_for(architecture, folder):
+    flags = os.environ.get("EMULATION_FLAGS", "-O1").split()  # sanitisers, say
+    return build(folder, COMPILER, [*flags, f"-D__CUDA_ARCH__={architecture}"], extra=[classical.SOURCE])
+
+
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    flags = os.environ.get("EMULATION_FLAGS", "-O1").split()  # sanitisers, say
-    return build(tmp_path_factory.mktemp("emulated"), COMPILER, flags, extra=[classical.SOURCE])
+    return build_for(900, tmp_path_factory.mktemp("emulated"))
+
+
+@pytest.fixture(scope="module")
+def without_wide_atomics(tmp_path_factory):
+    return Kernels(build_for(800, tmp_path_factory.mktemp("emulated_8_0")))
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +73,14 @@ def test_both_forms_match_the_reference_form(kernels, dtype, channels, levels, p
         )
         check_fused_form(kernels, case)
     check_locations_form(kernels, case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", [8, 16, 24, 32, 128])
+def test_single_atomic_additions_match_the_reference_form(without_wide_atomics, dtype, channels):
+    case = Case(dtype=dtype, channels=channels, shapes=SHAPES[:4], points=4, queries=5)
+    check_locations_form(without_wide_atomics, case)
+    check_fused_form(without_wide_atomics, case)
 
 
 def test_random_sizes_match_the_reference_form(kernels):

@@ -34,6 +34,13 @@ struct int4 {
   int x, y, z, w;
 } __attribute__((aligned(16)));
 
+struct float4 {
+  float x, y, z, w;
+} __attribute__((aligned(16)));
+inline float4 make_float4(float x, float y, float z, float w) {
+  return {x, y, z, w};
+}
+
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) {
   return {x, y, z, w};
 }
@@ -100,6 +107,13 @@ template <typename T>
 T atomicAdd(T* pointer, T value) {
   const T old = *pointer;
   *pointer = old + value;
+  return old;
+}
+
+// From 9.0 on.
+inline float4 atomicAdd(float4* pointer, float4 value) {
+  const float4 old = *pointer;
+  *pointer = {old.x + value.x, old.y + value.y, old.z + value.z, old.w + value.w};
   return old;
 }
 

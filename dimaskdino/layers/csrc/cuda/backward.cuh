@@ -17,38 +17,39 @@ struct BackwardArgs {
   ValueGrad value_grad;
 };
 
+// Neighbouring floats that one atomic addition takes.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr int kFloatsPerAddition = 4;
+#else
+constexpr int kFloatsPerAddition = 1;
+#endif
+
 // Adds to grad_value in whatever order the queries come.
 template <typename A>
 class AtomicSums {
  public:
+  using Sum = A;
+  static constexpr int kWidth = std::is_same<A, float>::value ? kFloatsPerAddition : 1;
+
   __device__ explicit AtomicSums(const ValueGrad& grad) : sums_(static_cast<A*>(grad.sums)) {}
 
-  template <int N>
-  __device__ void add(int64_t first, int token, unsigned stride, const A (&grads)[N], A weight) const {
-    A* pointer = at_token(sums_ + first, token, stride * static_cast<unsigned>(sizeof(A)));
-    if constexpr (std::is_same<A, float>::value && N % 4 == 0) {
-#pragma unroll
-      for (int i = 0; i < N; i += 4) {
-        add_four(pointer + i, weight * grads[i], weight * grads[i + 1], weight * grads[i + 2], weight * grads[i + 3]);
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < N; ++i) atomicAdd(pointer + i, weight * grads[i]);
+  __device__ Sum* sums() const { return sums_; }
+
+  // kCount neighbouring channels: 1 or kWidth.
+  template <int kCount>
+  __device__ void add(Sum* place, const A* grads, A weight) const {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if constexpr (kCount == 4) {
+      atomicAdd(reinterpret_cast<float4*>(place),
+                make_float4(weight * grads[0], weight * grads[1], weight * grads[2], weight * grads[3]));
+      return;
     }
+#endif
+    static_assert(kCount == 1 || kCount == kWidth, "one addition");
+    if constexpr (kCount == 1) atomicAdd(place, weight * grads[0]);
   }
 
  private:
-  __device__ static void add_four(float* pointer, float a, float b, float c, float d) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    atomicAdd(reinterpret_cast<float4*>(pointer), make_float4(a, b, c, d));
-#else
-    atomicAdd(pointer, a);
-    atomicAdd(pointer + 1, b);
-    atomicAdd(pointer + 2, c);
-    atomicAdd(pointer + 3, d);
-#endif
-  }
-
   A* sums_;
 };
 
@@ -56,24 +57,56 @@ class AtomicSums {
 template <typename A>
 class ExactSums {
  public:
-  __device__ explicit ExactSums(const ValueGrad& grad)
-      : sums_(reinterpret_cast<unsigned long long*>(grad.exact_sums)),
-        scale_(static_cast<const FixedPoint*>(grad.scale)->scale) {}
+  using Sum = unsigned long long;
+  static constexpr int kWidth = 1;
 
-  template <int N>
-  __device__ void add(int64_t first, int token, unsigned stride, const A (&grads)[N], A weight) const {
-    unsigned long long* pointer = at_token(sums_ + first, token, stride * static_cast<unsigned>(sizeof(*sums_)));
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const double scaled = static_cast<double>(weight) * static_cast<double>(grads[i]) * scale_;
-      // Two's complement: negative numbers add up as well.
-      atomicAdd(pointer + i, static_cast<unsigned long long>(__double2ll_rn(scaled)));
-    }
+  __device__ explicit ExactSums(const ValueGrad& grad)
+      : sums_(reinterpret_cast<Sum*>(grad.exact_sums)), scale_(static_cast<const FixedPoint*>(grad.scale)->scale) {}
+
+  __device__ Sum* sums() const { return sums_; }
+
+  template <int kCount>
+  __device__ void add(Sum* place, const A* grads, A weight) const {
+    static_assert(kCount == 1, "one addition");
+    const double scaled = static_cast<double>(weight) * static_cast<double>(grads[0]) * scale_;
+    // Two's complement: negative numbers add up as well.
+    atomicAdd(place, static_cast<Sum>(__double2ll_rn(scaled)));
   }
 
  private:
-  unsigned long long* sums_;
+  Sum* sums_;
   double scale_;
+};
+
+// grad_output in the channels of one lane, of kStep that the lanes hold at a time.
+//
+// A lane loads kVector neighbouring values of a token. To the token's gradient it adds in other channels, kWidth at a
+// time in turn with the other lanes: then one addition of all lanes fills whole sectors of the L2 cache, which takes as
+// long for a part of a sector as for all of it.
+template <class C, int kWidth>
+struct GradOutput {
+  using T = typename C::Value;
+  using A = Acc<T>;
+  static_assert(C::kVector % kWidth == 0, "whole additions");
+
+  A loaded[C::kVector];  // in the channels whose values the lane loads
+  A added[C::kVector];   // in those that it adds to
+
+  // Where among the kStep channels added[i] is.
+  __device__ static int place(int lane, int i) { return (i / kWidth * C::kLanes + lane) * kWidth + i % kWidth; }
+
+  // channels: how many there are from grad_output on.
+  __device__ void load(const T* grad_output, int lane, int channels, bool exists) {
+    load_channels<T, C::kVector>(grad_output + lane * C::kVector, exists && lane * C::kVector < channels, loaded);
+#pragma unroll
+    for (int i = 0; i < C::kVector; ++i) {
+      if constexpr (kWidth == C::kVector) {
+        added[i] = loaded[i];
+      } else {
+        added[i] = exists && place(lane, i) < channels ? to_acc(grad_output[place(lane, i)]) : A(0);
+      }
+    }
+  }
 };
 
 // The gradients of one sample, from the dot products of grad_output with its four corners (0 for one outside).
@@ -242,6 +275,8 @@ __global__ void __launch_bounds__(kMaxBackwardThreads, kBackwardBlocks<C>)
     backward_kernel(const __grid_constant__ BackwardArgs<typename Writer<C>::Inputs, typename Writer<C>::Grads> args) {
   using T = typename C::Value;
   using A = Acc<T>;
+  using Sum = typename Sums<A>::Sum;
+  constexpr int kWidth = C::kVector < Sums<A>::kWidth ? 1 : Sums<A>::kWidth;
   const Grid& grid = args.grid;
   CornerTable<C> table;
   const Sums<A> sums(args.value_grad);
@@ -255,6 +290,8 @@ __global__ void __launch_bounds__(kMaxBackwardThreads, kBackwardBlocks<C>)
     const int64_t first_value = query_head.value_row(grid) * channels;
     const T* values = static_cast<const T*>(args.value) + first_value;
     const T* grad_outputs = static_cast<const T*>(args.grad_output) + query_head.row(grid) * channels;
+    GradOutput<C, kWidth> grads;
+    if constexpr (C::kChannels != 0) grads.load(grad_outputs, lane, channels, query_head.exists);
 #pragma unroll 1
     for (int round = 0, base = 0; base < samples; ++round, base += C::kLanes) {
       // Not a round ahead, as in the forward kernel: here the registers would spill.
@@ -271,8 +308,7 @@ __global__ void __launch_bounds__(kMaxBackwardThreads, kBackwardBlocks<C>)
         for (int step = 0; step < channels; step += C::kStep) {
           const int channel = step + lane * C::kVector;
           const bool has_channel = C::kChannels != 0 || channel < channels;
-          A grads[C::kVector];
-          load_channels<T, C::kVector>(grad_outputs + channel, query_head.exists && has_channel, grads);
+          if constexpr (C::kChannels == 0) grads.load(grad_outputs + step, lane, channels - step, query_head.exists);
 #pragma unroll
           for (int sample = 0; sample < kCount<C>; ++sample) {
             int tokens[4];
@@ -287,9 +323,16 @@ __global__ void __launch_bounds__(kMaxBackwardThreads, kBackwardBlocks<C>)
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
 #pragma unroll
-              for (int j = 0; j < C::kVector; ++j) dots[sample][i] += grads[j] * corner[i][j];
-              if (tokens[i] >= 0 && has_channel) {
-                sums.add(first_value + channel, tokens[i], stride, grads, weights[i]);
+              for (int j = 0; j < C::kVector; ++j) dots[sample][i] += grads.loaded[j] * corner[i][j];
+              if (tokens[i] >= 0) {
+                Sum* token = at_token(sums.sums() + first_value + step, tokens[i], stride * unsigned{sizeof(Sum)});
+#pragma unroll
+                for (int j = 0; j < C::kVector; j += kWidth) {
+                  const int place = grads.place(lane, j);
+                  if (C::kChannels != 0 || step + place < channels) {
+                    sums.template add<kWidth>(token + place, grads.added + j, weights[i]);
+                  }
+                }
               }
             }
           }
