@@ -26,6 +26,8 @@ def seconds_of(work: Work, device: torch.device) -> float:
         work()
         return time.perf_counter() - start
     start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    # The GPU waits until the work is queued; otherwise Python is measured, whose calls take as long as small kernels.
+    torch.cuda._sleep(10_000_000)
     start_event.record()
     work()
     end_event.record()
@@ -34,10 +36,19 @@ def seconds_of(work: Work, device: torch.device) -> float:
 
 
 def side_by_side(works: dict[str, Work], device: torch.device, *, rounds: int) -> dict[str, float]:
-    """Median seconds of each work; every round runs each of them once, so that what disturbs one disturbs all."""
-    for work in works.values():
-        work()
-        work()
+    """Median seconds of each work; every round runs each of them once, so that what disturbs one disturbs all.
+
+    Running in turn also leaves little of one's data in the caches for the next run of it.
+    """
+    start = time.perf_counter()
+    warm_up = 0.5 if device.type == "cuda" else 0.0  # until the clock is up
+    while True:
+        for work in works.values():
+            work()
+            work()
+        synchronize(device)
+        if time.perf_counter() - start >= warm_up:
+            break
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds):
         for name, work in works.items():

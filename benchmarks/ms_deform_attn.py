@@ -1,15 +1,16 @@
 """Deformable attention, every form side by side in one process: `python -m benchmarks.ms_deform_attn`, `make bench`.
 
-Each row is one case, dtype and pass. A form's column is how many times faster it is than the first form (grid_sample,
-or on a GPU the classical kernel where nvcc is at hand). Results are compared with those of the reference form in
+Each row is one case, dtype and pass. A form's column is how many times faster it is than the form named under "against"
+(grid_sample, or on a GPU the classical kernel where nvcc is at hand and the kernel does that dtype), whose milliseconds
+and peak memory stand there too. Results are compared with those of the reference form in
 float64 while at it; a form that is wrong is an error.
 """
 
 import argparse
 import importlib
-import importlib.util
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ from dimaskdino.layers.ms_deform_attn_reference import (
 SHAPES_1024 = [(128, 128), (64, 64), (32, 32), (16, 16)]
 HEADS, CHANNELS, POINTS = 8, 32, 4
 TOKENS = sum(height * width for height, width in SHAPES_1024)
+PASSES = ["forward", "backward", "forward + backward"]
 # Relative to the largest element, for results of that dtype.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
@@ -88,8 +90,17 @@ def _centers() -> Tensor:
     return torch.cat(levels)[None]
 
 
-# A form: value and the other tensors in, output out. `unfused` ones take locations and weights.
-Form = Callable[..., Tensor]
+@dataclass
+class Form:
+    """One way to compute the op.
+
+    ``function`` takes value, shapes and the other tensors: offsets and logits where it is ``fused``, else locations and
+    weights. ``schedule`` is how the CUDA kernels cut up the work (threads and heads per block); empty as they choose.
+    """
+
+    function: Callable[..., Tensor]
+    fused: bool
+    schedule: str = ""
 
 
 def separate_steps(value: Tensor, shapes: SpatialShapes, reference: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
@@ -98,20 +109,20 @@ def separate_steps(value: Tensor, shapes: SpatialShapes, reference: Tensor, offs
     return ms_deform_attn(value, shapes, sampling_locations(reference, offsets.float(), shapes), weights)
 
 
-def forms_for(device: torch.device) -> dict[str, tuple[Form, bool]]:
-    """Name to form and whether it takes offsets and logits (fused) or locations and weights."""
-    forms: dict[str, tuple[Form, bool]] = {}
+def forms_for(device: torch.device, schedules: Sequence[str]) -> dict[str, Form]:
+    """The forms by name; the first is what the others are compared with."""
+    forms: dict[str, Form] = {}
     if device.type == "cuda":
         forms |= _classical() | _deformops()
-    forms["grid_sample"] = (ms_deform_attn_reference, False)
-    forms["compiled"] = (ms_deform_attn, False)
-    forms["softmax + grid_sample"] = (ms_deform_attn_fused_reference, True)
-    forms["softmax + compiled"] = (separate_steps, True)
-    forms["fused"] = (ms_deform_attn_fused, True)
-    return forms
+    forms["grid_sample"] = Form(ms_deform_attn_reference, fused=False)
+    forms["compiled"] = Form(ms_deform_attn, fused=False)
+    forms["softmax + grid_sample"] = Form(ms_deform_attn_fused_reference, fused=True)
+    forms["softmax + compiled"] = Form(separate_steps, fused=True)
+    forms["fused"] = Form(ms_deform_attn_fused, fused=True)
+    return forms | {f"fused {schedule}": Form(ms_deform_attn_fused, True, schedule) for schedule in schedules}
 
 
-def _classical() -> dict[str, tuple[Form, bool]]:
+def _classical() -> dict[str, Form]:
     from benchmarks import classical
 
     try:
@@ -133,20 +144,23 @@ def _classical() -> dict[str, tuple[Form, bool]]:
             grads = kernels.backward(grad.contiguous(), value, ctx.shapes, locations, weights)
             return grads[0], None, grads[1], grads[2]
 
-    return {"classical": (Classical.apply, False)}
+    return {"classical": Form(Classical.apply, fused=False)}
 
 
-def _deformops() -> dict[str, tuple[Form, bool]]:
-    if importlib.util.find_spec("deformops") is None:
+def _deformops() -> dict[str, Form]:
+    """The PyPI package, where it is installed. Its API is known from reading alone."""
+    try:
+        msda = importlib.import_module("deformops.registry").msda
+    except (ImportError, AttributeError) as error:
+        print(f"without deformops: {error}", file=sys.stderr)
         return {}
-    msda = importlib.import_module("deformops.registry").msda
 
-    def form(value: Tensor, shapes: SpatialShapes, locations: Tensor, weights: Tensor) -> Tensor:
+    def function(value: Tensor, shapes: SpatialShapes, locations: Tensor, weights: Tensor) -> Tensor:
         sizes, starts = _sizes(tuple(shapes), value.device)
         output = msda(value, sizes, starts, locations.to(value.dtype), weights.flatten(-2).to(value.dtype))
         return output.reshape(value.shape[0], locations.shape[1], -1)
 
-    return {"deformops": (form, False)}
+    return {"deformops": Form(function, fused=False)}
 
 
 _kept_sizes: dict[Any, tuple[Tensor, Tensor]] = {}
@@ -170,22 +184,40 @@ def leaves(case: Case, fused: bool) -> list[Tensor]:
     return tensors
 
 
-def forward_work(form: Form, tensors: list[Tensor]) -> Work:
-    def work() -> Tensor:
-        with torch.no_grad():
-            return form(tensors[0], SHAPES_1024, *tensors[1:])
-
-    return work
-
-
-def both_work(form: Form, tensors: list[Tensor], grad: Tensor) -> Work:
+def make_work(form: Form, passes: str, tensors: list[Tensor], grad: Tensor) -> Work:
+    """What is timed: one of :data:`PASSES` of a form, giving all tensors that it computes."""
     wanted = [tensor for tensor in tensors if tensor.requires_grad]
 
-    def work() -> tuple[Tensor, ...]:
-        output = form(tensors[0], SHAPES_1024, *tensors[1:])
+    def compute() -> Tensor:
+        return form.function(tensors[0], SHAPES_1024, *tensors[1:])
+
+    def forward() -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return (compute(),)
+
+    def both() -> tuple[Tensor, ...]:
+        output = compute()
         return output, *torch.autograd.grad(output, wanted, grad)
 
-    return work
+    if passes == "backward":
+        kept = compute()
+        return lambda: torch.autograd.grad(kept, wanted, grad, retain_graph=True)
+    return forward if passes == "forward" else both
+
+
+def with_schedule(work: Work, schedule: str) -> Work:
+    """The same, with the CUDA kernels' work cut up so."""
+    if not schedule:
+        return work
+
+    def scheduled() -> object:
+        os.environ["DIMASKDINO_CUDA_SCHEDULE"] = schedule
+        try:
+            return work()
+        finally:
+            del os.environ["DIMASKDINO_CUDA_SCHEDULE"]
+
+    return scheduled
 
 
 def check(name: str, work: Work, exact: Work, dtype: torch.dtype) -> None:
@@ -201,29 +233,32 @@ def check(name: str, work: Work, exact: Work, dtype: torch.dtype) -> None:
             raise RuntimeError(f"{name} is wrong in {dtype}: {int(off.sum())} of {off.numel()} elements.")
 
 
-def floors(case: Case, backward: bool) -> tuple[int, int]:
+def floors(case: Case, passes: str) -> tuple[int, int]:
     """Bytes that the fused form must move to and from memory, and bytes that it loads from caches, of one run."""
     inputs = [case.value, case.grad, case.offsets, case.logits]  # grad stands for the output as well
     sizes = sum(x.numel() * x.element_size() for x in inputs)
     corners = 4 * case.logits.numel() * CHANNELS * case.value.element_size()
-    if not backward:
-        return sizes, corners
     # Again, with the gradients written; values loaded once more, their float32 gradients loaded and stored.
-    return 3 * sizes, 2 * corners + 2 * 4 * case.logits.numel() * CHANNELS * 4
+    backward = 2 * sizes, corners + 2 * 4 * case.logits.numel() * CHANNELS * 4
+    if passes == "forward + backward":
+        return sizes + backward[0], corners + backward[1]
+    return (sizes, corners) if passes == "forward" else backward
 
 
-def measure(case: Case, forms: dict, dtype: torch.dtype, backward: bool, rounds: int) -> dict[str, dict[str, Any]]:
+def measure(
+    case: Case, forms: dict[str, Form], dtype: torch.dtype, passes: str, rounds: int
+) -> dict[str, dict[str, Any]]:
     """Seconds and peak bytes of each form, the results compared before. Forms that cannot do the case are left out."""
     works = {}
-    for name, (form, fused) in forms.items():
-        tensors = leaves(case, fused)
-        work = both_work(form, tensors, case.grad) if backward else forward_work(form, tensors)
-        reference = ms_deform_attn_fused_reference if fused else ms_deform_attn_reference
+    for name, form in forms.items():
+        tensors = leaves(case, form.fused)
+        reference = Form(ms_deform_attn_fused_reference if form.fused else ms_deform_attn_reference, form.fused)
         doubles = [x.detach().double().requires_grad_(x.requires_grad) for x in tensors]
         try:
-            check(name, both_work(form, tensors, case.grad), both_work(reference, doubles, case.grad.double()), dtype)
+            work = with_schedule(make_work(form, passes, tensors, case.grad), form.schedule)
+            check(name, work, make_work(reference, passes, doubles, case.grad.double()), dtype)
         except (NotImplementedError, ValueError) as error:
-            print(f"{case.name} {dtype}: without {name}: {error}", file=sys.stderr)
+            print(f"{case.name} {dtype} {passes}: without {name}: {error}", file=sys.stderr)
             continue
         works[name] = work
     seconds = side_by_side(works, case.value.device, rounds=rounds)
@@ -236,25 +271,24 @@ def _mebibytes(count: int | None) -> str:
 
 def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     device = torch.device(args.device)
-    forms = forms_for(device)
+    forms = forms_for(device, args.schedules)
     bandwidth, loads = copy_bandwidth(device), load_bandwidth(device)
     table = []
     for name in args.cases:
         for dtype in (getattr(torch, x) for x in args.dtypes):
             case = make_case(name, dtype, device)
-            for backward in (False, True):
-                results = measure(case, forms, dtype, backward, args.rounds)
+            for passes in PASSES:
+                results = measure(case, forms, dtype, passes, args.rounds)
                 first = next(iter(results))
-                row: dict[str, Any] = {"case": name, "dtype": str(dtype)[6:]}
-                row["pass"] = "forward + backward" if backward else "forward"
-                row[f"{first}, ms"] = f"{results[first]['s'] * 1e3:.3g}"
+                row: dict[str, Any] = {"case": name, "dtype": str(dtype)[6:], "pass": passes, "against": first}
+                row["ms"] = f"{results[first]['s'] * 1e3:.3g}"
                 for form, result in results.items():
                     row[form] = f"{results[first]['s'] / result['s']:.2f}x"
-                moved, loaded = floors(case, backward)
+                moved, loaded = floors(case, passes)
                 row["fused / memory floor"] = f"{results['fused']['s'] / (moved / bandwidth):.1f}"
                 if loads:
                     row["fused / load floor"] = f"{results['fused']['s'] / (loaded / loads):.1f}"
-                row["peak MiB: " + first] = _mebibytes(results[first]["bytes"])
+                row["peak MiB"] = _mebibytes(results[first]["bytes"])
                 row["peak MiB: fused"] = _mebibytes(results["fused"]["bytes"])
                 table.append(row)
                 print(f"{name} {row['dtype']} {row['pass']}: done", file=sys.stderr)
@@ -267,7 +301,10 @@ def main() -> None:
     cases = ["encoder 1", "encoder 2", "decoder 300", "decoder 900"]
     parser.add_argument("--cases", nargs="+", default=cases, help="'encoder BATCH' or 'decoder QUERIES'")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "float16"])
-    parser.add_argument("--rounds", type=int, default=5, help="runs of each form; the median counts")
+    parser.add_argument("--rounds", type=int, help="runs of each form, of which the median counts (5; on a GPU 50)")
+    parser.add_argument(
+        "--schedules", nargs="+", default=[], help="of the CUDA kernels, to try: threads and heads a block, as in 64,2"
+    )
     parser.add_argument("--threads", type=int, help="of the CPU")
     args = parser.parse_args()
     if args.threads:
@@ -275,6 +312,7 @@ def main() -> None:
     if not ms_deform_attn_ops.COMPILED:
         sys.exit(f"The compiled op is not in use: {ms_deform_attn_ops.MISSING or 'DIMASKDINO_MSDA is reference'}.")
     device = torch.device(args.device)
+    args.rounds = args.rounds or (50 if device.type == "cuda" else 5)
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:

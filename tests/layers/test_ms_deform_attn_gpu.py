@@ -78,7 +78,9 @@ def test_deterministic_algorithms_give_the_same_bits_every_time(form, dtype, det
         dtype=dtype, channels=32, shapes=[(4, 4), (2, 2)], points=4, queries=3000, batch=1, heads=8, device="cuda"
     )
     first = run(form, case)
+    torch.use_deterministic_algorithms(False)  # the reference form cannot be differentiated by any on a GPU
     check(form, case, got=first)
+    torch.use_deterministic_algorithms(True)
     for _ in range(5):
         for one, other in zip(first, run(form, case), strict=True):
             assert torch.equal(one, other)
@@ -149,6 +151,32 @@ def test_can_be_captured_in_a_graph(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_training_can_be_captured_in_a_graph(form):
+    case = make_case()
+    wanted = run(form, case)
+    value, shapes, *samples = args_of(case, form)
+    inputs = [x.detach().requires_grad_() for x in (value, *samples)]
+
+    def step():
+        output = FORMS[form][0](inputs[0], shapes, *inputs[1:])
+        return output, *torch.autograd.grad(output, inputs, case.grad)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # what is made on first use must not be made during the capture
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step()
+    for tensor in got:
+        tensor.zero_()
+    graph.replay()
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_autocast_samples_in_its_dtype_at_exact_locations(form, dtype):
     case = make_case()
@@ -200,8 +228,12 @@ def test_arguments_may_be_views(form):
         shifted = tensor.new_empty(tensor.numel() + 1)[1:].view(tensor.shape)
         setattr(case, name, shifted.copy_(tensor))
     value, shapes, *samples = args_of(case, form)
-    output = FORMS[form][0](value, shapes, *samples)
+    inputs = [x.detach().requires_grad_() for x in (value, *samples)]
+    assert all(x.data_ptr() % 16 for x in (case.grad, *inputs[1:]))
+    output = FORMS[form][0](inputs[0], shapes, *inputs[1:])
     assert torch.equal(output, wanted[0])
+    for one, other in zip(torch.autograd.grad(output, inputs, case.grad), wanted[1:], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_tokens_outside_a_sample_are_never_read():

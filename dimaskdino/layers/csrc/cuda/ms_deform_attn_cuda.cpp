@@ -9,6 +9,8 @@
 #include <torch/library.h>
 
 #include <array>
+#include <cstdio>
+#include <cstdlib>
 #include <tuple>
 
 #include "../checks.h"
@@ -54,6 +56,17 @@ gpu::Sizes sizes_of(const Problem& problem, const char* op) {
 Tensor readable(const Tensor& tensor) {
   const Tensor contiguous = tensor.contiguous();
   return reinterpret_cast<uintptr_t>(contiguous.const_data_ptr()) % 16 == 0 ? contiguous : contiguous.clone();
+}
+
+// DIMASKDINO_CUDA_SCHEDULE=threads,heads_per_block tries another way to cut up the work, for benchmarks.
+gpu::Schedule schedule() {
+  gpu::Schedule result;
+  const char* text = std::getenv("DIMASKDINO_CUDA_SCHEDULE");
+  if (text != nullptr && *text != '\0') {
+    TORCH_CHECK_VALUE(std::sscanf(text, "%d,%d", &result.threads, &result.heads_per_block) == 2,
+                      "DIMASKDINO_CUDA_SCHEDULE is ", text, "; it takes threads and heads per block, such as 128,2.");
+  }
+  return result;
 }
 
 void check_launch(cudaError_t error, const char* op, const gpu::Sizes& sizes) {
@@ -120,7 +133,7 @@ Tensor forward(const Tensor& value, at::IntArrayRef spatial_shapes, const Tensor
   const auto error =
       gpu::forward(dtype_of(value), sizes, values.const_data_ptr(),
                    gpu::Locations{places.const_data_ptr(), factors.const_data_ptr()}, output.mutable_data_ptr(),
-                   c10::cuda::getCurrentCUDAStream());
+                   c10::cuda::getCurrentCUDAStream(), schedule());
   check_launch(error, op, sizes);
   return output;
 }
@@ -143,7 +156,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
       gpu::backward(dtype_of(value), sizes, grads.const_data_ptr(), values.const_data_ptr(),
                     gpu::Locations{places.const_data_ptr(), factors.const_data_ptr()},
                     gpu::LocationGrads{grad_locations.mutable_data_ptr(), grad_weights.mutable_data_ptr()},
-                    grad_value.buffers(), stream);
+                    grad_value.buffers(), stream, schedule());
   check_launch(error, op, sizes);
   return {grad_value.finish(sizes, stream, op), grad_locations, grad_weights};
 }
@@ -173,7 +186,7 @@ Tensor fused_forward(const Tensor& value, at::IntArrayRef spatial_shapes, const 
   const FusedInputs inputs(value, reference, offsets, logits);
   Tensor output = at::empty(output_shape(problem), value.options());
   const auto error = gpu::forward(dtype_of(value), sizes, values.const_data_ptr(), inputs.kernel,
-                                  output.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream());
+                                  output.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream(), schedule());
   check_launch(error, op, sizes);
   return output;
 }
@@ -205,7 +218,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fused_backward(const Tensor& grad_out
       dtype_of(value), sizes, grads.const_data_ptr(), values.const_data_ptr(), inputs.kernel,
       gpu::OffsetGrads{reference_grad ? parts.mutable_data_ptr() : nullptr, grad_offsets.mutable_data_ptr(),
                        grad_logits.mutable_data_ptr()},
-      grad_value.buffers(), stream);
+      grad_value.buffers(), stream, schedule());
   check_launch(error, op, sizes);
   return {grad_value.finish(sizes, stream, op), reference_grad ? parts.sum(2) : nothing, grad_offsets, grad_logits};
 }
