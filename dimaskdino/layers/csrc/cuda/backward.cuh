@@ -35,18 +35,18 @@ class AtomicSums {
 
   __device__ Sum* sums() const { return sums_; }
 
-  // kCount neighbouring channels: 1 or kWidth.
-  template <int kCount>
+  // To as many neighbouring channels: 1 or kWidth.
+  template <int kTogether>
   __device__ void add(Sum* place, const A* grads, A weight) const {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    if constexpr (kCount == 4) {
+    if constexpr (kTogether == 4) {
       atomicAdd(reinterpret_cast<float4*>(place),
                 make_float4(weight * grads[0], weight * grads[1], weight * grads[2], weight * grads[3]));
       return;
     }
 #endif
-    static_assert(kCount == 1 || kCount == kWidth, "one addition");
-    if constexpr (kCount == 1) atomicAdd(place, weight * grads[0]);
+    static_assert(kTogether == 1 || kTogether == kWidth, "one addition");
+    if constexpr (kTogether == 1) atomicAdd(place, weight * grads[0]);
   }
 
  private:
@@ -65,9 +65,9 @@ class ExactSums {
 
   __device__ Sum* sums() const { return sums_; }
 
-  template <int kCount>
+  template <int kTogether>
   __device__ void add(Sum* place, const A* grads, A weight) const {
-    static_assert(kCount == 1, "one addition");
+    static_assert(kTogether == 1, "one addition");
     const double scaled = static_cast<double>(weight) * static_cast<double>(grads[0]) * scale_;
     // Two's complement: negative numbers add up as well.
     atomicAdd(place, static_cast<Sum>(__double2ll_rn(scaled)));
