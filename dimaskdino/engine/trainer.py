@@ -3,6 +3,7 @@
 import logging
 import os
 import weakref
+from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -13,7 +14,7 @@ from detectron2.modeling import build_model
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
-from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
+from detectron2.utils.events import EventWriter, TensorboardXWriter
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -22,6 +23,7 @@ from dimaskdino.checkpoint import Checkpointer
 from dimaskdino.data import build_test_loader, build_train_loader, register_all
 from dimaskdino.engine.optimizer import GradientClipper, build_optimizer
 from dimaskdino.engine.progress import ProgressLog
+from dimaskdino.engine.run_folder import MetricsWriter, set_earlier_run_aside
 from dimaskdino.engine.running_statistics import AverageRunningStatistics
 from dimaskdino.engine.sampler import ResumableSampler
 from dimaskdino.engine.schedule import build_lr_scheduler
@@ -64,18 +66,30 @@ class Trainer(DefaultTrainer):
         """Go on from the last checkpoint of OUTPUT_DIR if ``resume``, else load MODEL.WEIGHTS and start at 0."""
         if resume and not self.checkpointer.has_checkpoint():
             logger.warning("--resume: no checkpoint in %s; starting from MODEL.WEIGHTS.", self.cfg.OUTPUT_DIR)
+        configured = self.scheduler.base_lrs
         super().resume_or_load(resume=resume)
+        if self.scheduler.base_lrs != configured:
+            logger.warning(
+                "--resume: the learning rates of the run stay %s; SOLVER.BASE_LR and BACKBONE_MULTIPLIER ask for %s. "
+                "To train with those, start a new run with MODEL.WEIGHTS set to the checkpoint.",
+                self.scheduler.base_lrs,
+                configured,
+            )
         if self.start_iter and self.cfg.SEED >= 0:
             # The random numbers of iteration 0 were spent on other images; draw different ones from here.
             seed_all_rng(self.cfg.SEED + comm.get_rank() + self.start_iter * comm.get_world_size())
 
     def train(self) -> dict[str, Any] | None:
-        """Train from ``start_iter`` to SOLVER.MAX_ITER.
+        """Train from ``start_iter`` to SOLVER.MAX_ITER; a run that starts anew sets an earlier one of its folder aside.
 
         Returns:
             The last evaluation's results on the main process where there is a test set.
         """
         self.data_loader = self.build_train_loader(self.cfg, self.start_iter)
+        # A job that one of its processes cannot start leaves the folder as it is.
+        comm.synchronize()
+        if comm.is_main_process() and not self.start_iter:
+            set_earlier_run_aside(Path(self.cfg.OUTPUT_DIR))
         super().train()
         return getattr(self, "_last_eval_results", None)
 
@@ -94,7 +108,7 @@ class Trainer(DefaultTrainer):
         """metrics.json and TensorBoard; the console has :class:`ProgressLog`."""
         os.makedirs(self.cfg.OUTPUT_DIR, exist_ok=True)
         return [
-            JSONWriter(os.path.join(self.cfg.OUTPUT_DIR, "metrics.json")),
+            MetricsWriter(Path(self.cfg.OUTPUT_DIR)),
             TensorboardXWriter(self.cfg.OUTPUT_DIR),
         ]
 
