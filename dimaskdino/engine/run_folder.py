@@ -4,10 +4,12 @@ import itertools
 import logging
 from pathlib import Path
 
+from detectron2.config import CfgNode
 from detectron2.utils.events import EventWriter, JSONWriter
 
 logger = logging.getLogger(__name__)
 
+CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.json"
 LAST_CHECKPOINT_FILE = "last_checkpoint"
 
@@ -53,3 +55,11 @@ def set_earlier_run_aside(folder: Path) -> None:
         moved = next(path for n in itertools.count(1) if not (path := folder / f"metrics.{n}.json").exists())
         metrics.rename(moved)
         logger.warning("The earlier records of %s are now %s.", metrics, moved.name)
+
+
+def write_config(cfg: CfgNode, folder: Path) -> None:
+    """Write the whole configuration to ``folder``/config.yaml; the folder is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / CONFIG_FILE
+    path.write_text(cfg.dump(), encoding="utf-8")
+    logger.info("The whole configuration is in %s", path)

@@ -110,9 +110,10 @@ def _check_solver(cfg: Config) -> None:
 
 
 def _prepare_run(cfg: Config, *, eval_only: bool) -> None:
-    """Make the run directory with config.yaml and log.txt, and seed this process.
+    """Make the run directory with log.txt, and seed this process.
 
-    detectron2's default_setup does the same, and prints the whole configuration in colour, to the log file too.
+    detectron2's default_setup does the same, prints the whole configuration in colour, to the log file too, and writes
+    config.yaml, also of what then fails. Here the trainer writes it once the run begins.
     """
     rank = comm.get_rank()
     os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
@@ -121,11 +122,6 @@ def _prepare_run(cfg: Config, *, eval_only: bool) -> None:
     logging.getLogger("detectron2.engine.train_loop").addFilter(_is_no_user_error)
     logger.info("Process %d of %d; environment:\n%s", rank, comm.get_world_size(), collect_env_info())
     logger.info("Command line: %s", " ".join(sys.argv))
-    if comm.is_main_process():
-        path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
-        with open(path, "w") as file:
-            file.write(cfg.dump())
-        logger.info("The whole configuration is in %s", path)
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + rank)
     if not eval_only:
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK

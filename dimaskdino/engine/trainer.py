@@ -23,7 +23,7 @@ from dimaskdino.checkpoint import Checkpointer
 from dimaskdino.data import build_test_loader, build_train_loader, register_all
 from dimaskdino.engine.optimizer import GradientClipper, build_optimizer
 from dimaskdino.engine.progress import ProgressLog
-from dimaskdino.engine.run_folder import MetricsWriter, set_earlier_run_aside
+from dimaskdino.engine.run_folder import MetricsWriter, set_earlier_run_aside, write_config
 from dimaskdino.engine.running_statistics import AverageRunningStatistics
 from dimaskdino.engine.sampler import ResumableSampler
 from dimaskdino.engine.schedule import build_lr_scheduler
@@ -45,6 +45,7 @@ class Trainer(DefaultTrainer):
     def __init__(self, cfg: CfgNode) -> None:
         # DefaultTrainer's own constructor distributes a model over GPUs only and knows two kinds of step.
         TrainerBase.__init__(self)
+        self._given_cfg = cfg
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         self.cfg = cfg
         self.start_iter = 0
@@ -88,10 +89,16 @@ class Trainer(DefaultTrainer):
         self.data_loader = self.build_train_loader(self.cfg, self.start_iter)
         # A job that one of its processes cannot start leaves the folder as it is.
         comm.synchronize()
-        if comm.is_main_process() and not self.start_iter:
-            set_earlier_run_aside(Path(self.cfg.OUTPUT_DIR))
+        if comm.is_main_process():
+            self._claim_folder(Path(self.cfg.OUTPUT_DIR))
         super().train()
         return getattr(self, "_last_eval_results", None)
+
+    def _claim_folder(self, folder: Path) -> None:
+        """Make OUTPUT_DIR the folder of this run: config.yaml says from now on what its checkpoints are."""
+        if not self.start_iter:
+            set_earlier_run_aside(folder)
+        write_config(self._given_cfg, folder)
 
     def build_hooks(self) -> list[HookBase]:
         """detectron2's hooks, common statistics for those that evaluate and save, and progress on the console."""
@@ -159,16 +166,19 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict[str, Any]:
-        """Evaluate ``model`` on every DATASETS.TEST; the results also go to OUTPUT_DIR/inference/results.json.
+        """Evaluate ``model`` on every DATASETS.TEST.
 
-        Its speed is measured as well, except where TEST.EVAL_LAYERS makes it compute more than the model's result.
+        The results also go to OUTPUT_DIR/inference/results.json, beside the config.yaml that they were made with. The
+        speed is measured as well, except where TEST.EVAL_LAYERS asks for more than the model's result.
         """
         with timed(model) as timer:
             if evaluators is None and not cfg.TEST.EVAL_LAYERS:
                 evaluators = [cls._with_speed(cfg, name, timer) for name in cfg.DATASETS.TEST]
             results = super().test(cfg, model, evaluators)
         if comm.is_main_process():
-            write_results(results, os.path.join(cfg.OUTPUT_DIR, "inference", "results.json"))
+            folder = Path(cfg.OUTPUT_DIR) / "inference"
+            write_results(results, str(folder / "results.json"))
+            write_config(cfg, folder)
         return results
 
     @classmethod

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 SCRIPT = "train_net.py"
 
@@ -49,6 +50,26 @@ def test_a_run_trains_evaluates_resumes_and_is_evaluated_again_by_stage(run, tin
     assert [row["stage"] for row in rows] == ["interm", "initial", "layer.0", "layer.1"]
     assert rows[-1]["bbox"] == json.loads((folder / "inference" / "results.json").read_text())["bbox"]
     assert "box - mask" in evaluated.out
+
+
+def test_the_configuration_beside_the_checkpoints_is_that_of_their_training(
+    run, tiny: list[str], tmp_path: Path
+) -> None:
+    assert run(SCRIPT, *tiny).status == 0
+    folder = tmp_path / "run"
+    trained = (folder / "config.yaml").read_text()
+    assert yaml.safe_load(trained)["SOLVER"]["MAX_ITER"] == 3
+
+    other = [*tiny, "SOLVER.MAX_ITER", 5]
+    assert_one_error_line(run(SCRIPT, *other, "DATASETS.TRAIN", "('shapes_trian',)"), "shapes_trian")
+    assert_one_error_line(run(SCRIPT, *other, "MODEL.WEIGHTS", "absent.pth"), "absent.pth")
+    assert run(SCRIPT, "--eval-only", "--resume", *tiny, "TEST.DETECTIONS_PER_IMAGE", 3).status == 0
+    assert (folder / "config.yaml").read_text() == trained
+    evaluated = yaml.safe_load((folder / "inference" / "config.yaml").read_text())
+    assert evaluated["TEST"]["DETECTIONS_PER_IMAGE"] == 3
+
+    assert run(SCRIPT, "--resume", *other).status == 0
+    assert yaml.safe_load((folder / "config.yaml").read_text())["SOLVER"]["MAX_ITER"] == 5
 
 
 def test_an_unknown_key_names_the_closest_known_one(run, tiny: list[str]) -> None:
