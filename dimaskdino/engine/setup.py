@@ -18,7 +18,7 @@ from detectron2.utils.logger import setup_logger
 
 from dimaskdino.config import Config, get_cfg
 from dimaskdino.data.checks import check_datasets
-from dimaskdino.errors import ConfigError, UserError
+from dimaskdino.errors import ConfigError, UserError, file_errors_told_in_one_line
 
 logger = logging.getLogger(__name__)
 
@@ -62,16 +62,18 @@ def setup(args: Namespace) -> Config:
         The frozen configuration of this process.
 
     Raises:
-        UserError: an unknown key, a dataset that is missing or does not fit, a batch that cannot be divided.
+        UserError: an unknown key, a dataset that is missing or does not fit, a batch that cannot be divided, a
+            file or folder that cannot be read or written.
     """
-    with _held_log_records():
-        cfg = load_config(args)
-        _place(cfg, args.num_gpus)
-        if not args.eval_only:
-            _check_solver(cfg)
-        cfg.freeze()
-        _prepare_run(cfg, eval_only=args.eval_only)
-    _check_datasets_once(cfg, train=not args.eval_only)
+    with file_errors_told_in_one_line():
+        with _held_log_records():
+            cfg = load_config(args)
+            _place(cfg, args.num_gpus)
+            if not args.eval_only:
+                _check_solver(cfg)
+            cfg.freeze()
+            _prepare_run(cfg, eval_only=args.eval_only)
+        _check_datasets_once(cfg, train=not args.eval_only)
     return cfg
 
 

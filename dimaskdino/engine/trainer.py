@@ -28,7 +28,7 @@ from dimaskdino.engine.running_statistics import AverageRunningStatistics
 from dimaskdino.engine.sampler import ResumableSampler
 from dimaskdino.engine.schedule import build_lr_scheduler
 from dimaskdino.engine.train_step import TrainStep
-from dimaskdino.errors import UserError
+from dimaskdino.errors import UserError, file_errors_told_in_one_line
 from dimaskdino.evaluation import ForwardTimer, SpeedEvaluator, build_evaluator, timed, write_results
 
 logger = logging.getLogger(__name__)
@@ -96,9 +96,10 @@ class Trainer(DefaultTrainer):
 
     def _claim_folder(self, folder: Path) -> None:
         """Make OUTPUT_DIR the folder of this run: config.yaml says from now on what its checkpoints are."""
-        if not self.start_iter:
-            set_earlier_run_aside(folder)
-        write_config(self._given_cfg, folder)
+        with file_errors_told_in_one_line():
+            if not self.start_iter:
+                set_earlier_run_aside(folder)
+            write_config(self._given_cfg, folder)
 
     def build_hooks(self) -> list[HookBase]:
         """detectron2's hooks, common statistics for those that evaluate and save, and progress on the console."""
@@ -113,11 +114,9 @@ class Trainer(DefaultTrainer):
 
     def build_writers(self) -> list[EventWriter]:
         """metrics.json and TensorBoard; the console has :class:`ProgressLog`."""
-        os.makedirs(self.cfg.OUTPUT_DIR, exist_ok=True)
-        return [
-            MetricsWriter(Path(self.cfg.OUTPUT_DIR)),
-            TensorboardXWriter(self.cfg.OUTPUT_DIR),
-        ]
+        with file_errors_told_in_one_line():
+            os.makedirs(self.cfg.OUTPUT_DIR, exist_ok=True)
+            return [MetricsWriter(Path(self.cfg.OUTPUT_DIR)), TensorboardXWriter(self.cfg.OUTPUT_DIR)]
 
     def state_dict(self) -> dict[str, Any]:
         """Iteration and hooks (schedule), and the step (optimiser)."""

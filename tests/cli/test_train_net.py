@@ -121,3 +121,14 @@ def test_a_stage_that_the_model_does_not_have_is_refused_with_those_it_has(run, 
 
 def test_more_gpus_than_there_are_is_refused(run, tiny: list[str]) -> None:
     assert_one_error_line(run(SCRIPT, "--num-gpus", 99, *tiny[2:]), "--num-gpus 99")
+
+
+def test_an_output_folder_that_cannot_be_made_is_told_in_one_line(run, tiny: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("not a folder")
+    assert_one_error_line(run(SCRIPT, *tiny, "OUTPUT_DIR", file), f"error: {file}: File exists; ", "a folder is needed")
+    below = file / "run"
+    assert_one_error_line(run(SCRIPT, *tiny, "OUTPUT_DIR", below), f"error: {below}: Not a directory; ")
+    taken = tmp_path / "run" / "config.yaml"
+    taken.mkdir(parents=True)
+    assert_one_error_line(run(SCRIPT, *tiny), f"error: {taken}: Is a directory; ")
