@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dimaskdino.command_line import at_least
+from dimaskdino.command_line import add_import_flag, at_least, import_modules
 from dimaskdino.data import register_all
 from dimaskdino.data.inspection import Inspection, inspect_dataset
 from dimaskdino.data.inspection_drawing import draw_samples
@@ -33,6 +33,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, default=Path("output/check_dataset"), metavar="DIR", help="for files")
     parser.add_argument("--workers", type=at_least(0), default=0, help="processes that read images, beside this one")
+    add_import_flag(parser)
     return parser.parse_args()
 
 
@@ -41,6 +42,7 @@ def main() -> None:
     args = parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     register_all(args.root)
+    import_modules(args.modules)
     progress = partial(tqdm, desc=args.name, unit="image")
     inspection = inspect_dataset(args.name, num_workers=args.workers, progress=progress)
     folder = args.output / args.name

@@ -16,6 +16,7 @@ from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
+from dimaskdino.command_line import add_import_flag, import_modules
 from dimaskdino.config import Config, get_cfg
 from dimaskdino.data.checks import check_datasets
 from dimaskdino.errors import ConfigError, UserError, file_errors_told_in_one_line
@@ -32,11 +33,12 @@ Without --num-gpus, one GPU is used where there is one, else the CPU; --num-gpus
   evaluate             train_net.py --config-file FILE --eval-only MODEL.WEIGHTS model.pth
   two machines         train_net.py --config-file FILE --num-gpus 8 --num-machines 2 --machine-rank 0|1 --dist-url URL
   under torchrun       torchrun --nproc_per_node 8 train_net.py --config-file FILE
+  your parts and data  train_net.py --config-file FILE --import my_parts MODEL.MaskDINO.BATO.NAME MyBato
 """
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """detectron2's command line and ``--eval-layers``; ``num_gpus`` is None where it is not given.
+    """detectron2's command line, ``--eval-layers`` and ``--import``; ``num_gpus`` is None where it is not given.
 
     ``--dist-url`` is "auto" by default: detectron2's is a port that depends on the user alone, so that a second job on
     the same machine would fail.
@@ -49,11 +51,12 @@ def argument_parser() -> argparse.ArgumentParser:
         default="",
         help='also evaluate after these stages: "all", or names such as layer.0,layer.5 (TEST.EVAL_LAYERS)',
     )
+    add_import_flag(parser)
     return parser
 
 
 def setup(args: Namespace) -> Config:
-    """Read the configuration, check it against the datasets and the job, and prepare the run directory.
+    """Import what ``--import`` names, read the configuration, check it against datasets and job, prepare the folder.
 
     Args:
         args: what :func:`argument_parser` returns, after :func:`dimaskdino.engine.launch`.
@@ -62,9 +65,10 @@ def setup(args: Namespace) -> Config:
         The frozen configuration of this process.
 
     Raises:
-        UserError: an unknown key, a dataset that is missing or does not fit, a batch that cannot be divided, a
-            file or folder that cannot be read or written.
+        UserError: a module that does not exist, an unknown key, a dataset that is missing or does not fit, a batch that
+            cannot be divided, a file or folder that cannot be read or written.
     """
+    import_modules(args.modules)
     with file_errors_told_in_one_line():
         with _held_log_records():
             cfg = load_config(args)
