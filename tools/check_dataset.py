@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from dimaskdino.command_line import add_import_flag, at_least, import_modules
 from dimaskdino.data import register_all
 from dimaskdino.data.inspection import Inspection, inspect_dataset
 from dimaskdino.data.inspection_drawing import draw_samples
@@ -27,9 +28,12 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("name", metavar="NAME", help="for example coco_2017_val, bdd100k_ins_seg_val or shapes_val")
     parser.add_argument("--root", type=Path, help="folder of all datasets; by default $DETECTRON2_DATASETS or datasets")
-    parser.add_argument("--draw", type=int, default=0, metavar="N", help="images to draw with boxes, masks and names")
+    parser.add_argument(
+        "--draw", type=at_least(0), default=0, metavar="N", help="images to draw with boxes, masks and names"
+    )
     parser.add_argument("--output", type=Path, default=Path("output/check_dataset"), metavar="DIR", help="for files")
-    parser.add_argument("--workers", type=int, default=0, help="processes that read images, beside this one")
+    parser.add_argument("--workers", type=at_least(0), default=0, help="processes that read images, beside this one")
+    add_import_flag(parser)
     return parser.parse_args()
 
 
@@ -38,6 +42,7 @@ def main() -> None:
     args = parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     register_all(args.root)
+    import_modules(args.modules)
     progress = partial(tqdm, desc=args.name, unit="image")
     inspection = inspect_dataset(args.name, num_workers=args.workers, progress=progress)
     folder = args.output / args.name

@@ -15,16 +15,21 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Instances
 
 from dimaskdino.checkpoint import Checkpointer
+from dimaskdino.command_line import at_least
 from dimaskdino.config import get_cfg
 from dimaskdino.data import build_mapper, register_all
 from dimaskdino.engine import Trainer, argument_parser, launch, setup
 from dimaskdino.engine.launch import num_cores
+from dimaskdino.engine.setup import load_config
+from dimaskdino.errors import UserError, run_cli
 from dimaskdino.evaluation import coco_table, layer_table
 from dimaskdino.visualization import Objects, Row, save_grid
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "demo"
 # Gradients are averaged over this many processes: two cores are used better so than by two threads.
 MAX_PROCESSES = 2
+OUTPUT = Path("output/demo")
+QUICK_OUTPUT = Path("output/demo_quick")
 MIN_SCORE = 0.35
 QUICK = [
     *("DATASETS.SHAPES.NUM_TRAIN", "64", "DATASETS.SHAPES.NUM_VAL", "16"),
@@ -35,12 +40,20 @@ QUICK = [
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("output/demo"), help="folder for everything that is made")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=argparse.SUPPRESS,
+        help=f"folder for everything that is made (default: {OUTPUT}, with --quick {QUICK_OUTPUT})",
+    )
     parser.add_argument("--config-file", default=str(CONFIGS / "dimaskdino_shapes.yaml"), help="model and schedule")
     parser.add_argument("--seed", type=int, default=1, help="of the pictures, the weights and the training")
-    parser.add_argument("--pictures", type=int, default=6, help="rows of the picture grid")
+    parser.add_argument("--pictures", type=at_least(1), default=6, help="rows of the picture grid")
     parser.add_argument("--quick", action="store_true", help="one minute that tries the machinery and learns nothing")
-    return parser.parse_args()
+    demo = parser.parse_args()
+    if "output" not in demo:
+        demo.output = QUICK_OUTPUT if demo.quick else OUTPUT
+    return demo
 
 
 def main() -> None:
@@ -48,17 +61,39 @@ def main() -> None:
     demo = parse_args()
     started = time.perf_counter()
     run = demo.output / "run"
-    # The run of an earlier demo would be mixed with this one.
-    shutil.rmtree(run, ignore_errors=True)
     args = training_arguments(demo, run)
+    load_config(args)  # What cannot be read must not cost the earlier run.
+    remove_earlier(run)
     print(f"1. Training and evaluating on the CPU; all details are in {run}/log.txt", flush=True)
     launch(train, args, cpu_processes=min(MAX_PROCESSES, num_cores()))
+    print(f"\n{report(run)}\n")
     print("2. Drawing what the model finds", flush=True)
     picture = draw(args, run, demo.output / "predictions.png", demo.pictures)
-    print(f"\n{report(run)}\n")
     print(f"pictures: {picture}")
     print(f"results:  {run / 'inference' / 'results.json'}, {run / 'inference' / 'layers.csv'}")
     print(f"time:     {(time.perf_counter() - started) / 60:.1f} min")
+
+
+def remove_earlier(run: Path) -> None:
+    """Remove an earlier run, which would be mixed with this one, and say so.
+
+    Raises:
+        UserError: what is there is something else.
+    """
+    if not run.exists():
+        return
+    if not (run.is_dir() and is_run(run)):
+        raise UserError(f"{run} is not the folder of an earlier run, so it is not replaced; give another --output.")
+    print(f"The earlier run in {run} is replaced", flush=True)
+    shutil.rmtree(run)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether the folder is a run's; one that ended before it began holds nothing but what every start writes."""
+    written = ("log.txt*", "events.out.tfevents.*")
+    return (folder / "config.yaml").is_file() or all(
+        any(path.match(pattern) for pattern in written) for path in folder.iterdir()
+    )
 
 
 def training_arguments(demo: argparse.Namespace, run: Path) -> argparse.Namespace:
@@ -147,4 +182,4 @@ def objects(instances: Instances, prefix: str, texts: list[str]) -> Objects:
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

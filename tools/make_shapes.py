@@ -5,6 +5,7 @@ import argparse
 import logging
 from pathlib import Path
 
+from dimaskdino.command_line import at_least
 from dimaskdino.data.datasets import data_root
 from dimaskdino.data.datasets.shapes import ShapesSpec, make_shapes
 from dimaskdino.errors import run_cli
@@ -19,7 +20,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num-val", type=int, default=spec.num_val, help="pictures in shapes_val")
     parser.add_argument("--image-size", type=int, default=spec.image_size, help="side of the square pictures in pixels")
     parser.add_argument("--seed", type=int, default=spec.seed, help="what the pictures are drawn from")
-    parser.add_argument("--workers", type=int, default=0, help="processes that draw; the files do not depend on it")
+    parser.add_argument(
+        "--workers", type=at_least(0), default=0, help="processes that draw; the files do not depend on it"
+    )
     return parser.parse_args()
 
 

@@ -11,7 +11,7 @@ from torch.utils.data import Sampler
 
 from dimaskdino.data.build import build_mapper
 from dimaskdino.data.datasets import register_all
-from dimaskdino.errors import DatasetError
+from dimaskdino.errors import ConfigError, DatasetError
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,20 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> Batches:
     )
 
 
+def max_images(cfg: CfgNode) -> int:
+    """DATASETS.MAX_IMAGES: how many images of a list of datasets are used; 0 means all.
+
+    Raises:
+        ConfigError: if it is negative.
+    """
+    number = cfg.DATASETS.MAX_IMAGES
+    if number < 0:
+        raise ConfigError(f"DATASETS.MAX_IMAGES is {number}; give a number of images, or 0 for all.")
+    return number
+
+
 def _entries(cfg: CfgNode, names: Sequence[str]) -> list[dict[str, Any]]:
     """Images of the named datasets in detectron2's format; the first DATASETS.MAX_IMAGES of them unless that is 0."""
+    number = max_images(cfg)
     entries = get_detection_dataset_dicts(list(names), filter_empty=False)
-    return entries[: cfg.DATASETS.MAX_IMAGES] if cfg.DATASETS.MAX_IMAGES else entries
+    return entries[:number] if number else entries

@@ -10,7 +10,10 @@ from detectron2.data.samplers import TrainingSampler
 class ResumableSampler(TrainingSampler):
     """detectron2's endless shuffled stream without the images that earlier runs have drawn.
 
-    With the same seed, an interrupted and resumed training sees the images in the order of an uninterrupted one.
+    With the same seed, an interrupted and resumed training draws the images in the order of an uninterrupted one, and
+    without DATALOADER.ASPECT_RATIO_GROUPING sees the same batches. With it (detectron2's default) wide and tall images
+    wait until a batch of their kind is full; a resumed run begins with none waiting, so that around the interruption a
+    few images come twice or are left out, and the batches that follow are composed differently.
     Without a seed the resumed run shuffles anew.
 
     Args:

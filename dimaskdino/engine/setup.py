@@ -16,9 +16,10 @@ from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
+from dimaskdino.command_line import add_import_flag, import_modules
 from dimaskdino.config import Config, get_cfg
 from dimaskdino.data.checks import check_datasets
-from dimaskdino.errors import ConfigError, UserError
+from dimaskdino.errors import ConfigError, UserError, file_errors_told_in_one_line
 
 logger = logging.getLogger(__name__)
 
@@ -32,11 +33,12 @@ Without --num-gpus, one GPU is used where there is one, else the CPU; --num-gpus
   evaluate             train_net.py --config-file FILE --eval-only MODEL.WEIGHTS model.pth
   two machines         train_net.py --config-file FILE --num-gpus 8 --num-machines 2 --machine-rank 0|1 --dist-url URL
   under torchrun       torchrun --nproc_per_node 8 train_net.py --config-file FILE
+  your parts and data  train_net.py --config-file FILE --import my_parts MODEL.MaskDINO.BATO.NAME MyBato
 """
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """detectron2's command line and ``--eval-layers``; ``num_gpus`` is None where it is not given.
+    """detectron2's command line, ``--eval-layers`` and ``--import``; ``num_gpus`` is None where it is not given.
 
     ``--dist-url`` is "auto" by default: detectron2's is a port that depends on the user alone, so that a second job on
     the same machine would fail.
@@ -49,11 +51,12 @@ def argument_parser() -> argparse.ArgumentParser:
         default="",
         help='also evaluate after these stages: "all", or names such as layer.0,layer.5 (TEST.EVAL_LAYERS)',
     )
+    add_import_flag(parser)
     return parser
 
 
 def setup(args: Namespace) -> Config:
-    """Read the configuration, check it against the datasets and the job, and prepare the run directory.
+    """Import what ``--import`` names, read the configuration, check it against datasets and job, prepare the folder.
 
     Args:
         args: what :func:`argument_parser` returns, after :func:`dimaskdino.engine.launch`.
@@ -62,16 +65,19 @@ def setup(args: Namespace) -> Config:
         The frozen configuration of this process.
 
     Raises:
-        UserError: an unknown key, a dataset that is missing or does not fit, a batch that cannot be divided.
+        UserError: a module that does not exist, an unknown key, a dataset that is missing or does not fit, a batch that
+            cannot be divided, a file or folder that cannot be read or written.
     """
-    with _held_log_records():
-        cfg = load_config(args)
-        _place(cfg, args.num_gpus)
-        if not args.eval_only:
-            _check_solver(cfg)
-        cfg.freeze()
-        _prepare_run(cfg, eval_only=args.eval_only)
-    _check_datasets_once(cfg, train=not args.eval_only)
+    import_modules(args.modules)
+    with file_errors_told_in_one_line():
+        with _held_log_records():
+            cfg = load_config(args)
+            _place(cfg, args.num_gpus)
+            if not args.eval_only:
+                _check_solver(cfg)
+            cfg.freeze()
+            _prepare_run(cfg, eval_only=args.eval_only)
+        _check_datasets_once(cfg, train=not args.eval_only)
     return cfg
 
 
@@ -110,9 +116,10 @@ def _check_solver(cfg: Config) -> None:
 
 
 def _prepare_run(cfg: Config, *, eval_only: bool) -> None:
-    """Make the run directory with config.yaml and log.txt, and seed this process.
+    """Make the run directory with log.txt, and seed this process.
 
-    detectron2's default_setup does the same, and prints the whole configuration in colour, to the log file too.
+    detectron2's default_setup does the same, prints the whole configuration in colour, to the log file too, and writes
+    config.yaml, also of what then fails. Here the trainer writes it once the run begins.
     """
     rank = comm.get_rank()
     os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
@@ -121,11 +128,6 @@ def _prepare_run(cfg: Config, *, eval_only: bool) -> None:
     logging.getLogger("detectron2.engine.train_loop").addFilter(_is_no_user_error)
     logger.info("Process %d of %d; environment:\n%s", rank, comm.get_world_size(), collect_env_info())
     logger.info("Command line: %s", " ".join(sys.argv))
-    if comm.is_main_process():
-        path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
-        with open(path, "w") as file:
-            file.write(cfg.dump())
-        logger.info("The whole configuration is in %s", path)
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + rank)
     if not eval_only:
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK

@@ -3,6 +3,7 @@
 import logging
 import os
 import weakref
+from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -13,7 +14,7 @@ from detectron2.modeling import build_model
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
-from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
+from detectron2.utils.events import EventWriter, TensorboardXWriter
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -22,11 +23,12 @@ from dimaskdino.checkpoint import Checkpointer
 from dimaskdino.data import build_test_loader, build_train_loader, register_all
 from dimaskdino.engine.optimizer import GradientClipper, build_optimizer
 from dimaskdino.engine.progress import ProgressLog
+from dimaskdino.engine.run_folder import MetricsWriter, set_earlier_run_aside, write_config
 from dimaskdino.engine.running_statistics import AverageRunningStatistics
 from dimaskdino.engine.sampler import ResumableSampler
 from dimaskdino.engine.schedule import build_lr_scheduler
 from dimaskdino.engine.train_step import TrainStep
-from dimaskdino.errors import UserError
+from dimaskdino.errors import UserError, file_errors_told_in_one_line
 from dimaskdino.evaluation import ForwardTimer, SpeedEvaluator, build_evaluator, timed, write_results
 
 logger = logging.getLogger(__name__)
@@ -43,6 +45,7 @@ class Trainer(DefaultTrainer):
     def __init__(self, cfg: CfgNode) -> None:
         # DefaultTrainer's own constructor distributes a model over GPUs only and knows two kinds of step.
         TrainerBase.__init__(self)
+        self._given_cfg = cfg
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         self.cfg = cfg
         self.start_iter = 0
@@ -64,20 +67,39 @@ class Trainer(DefaultTrainer):
         """Go on from the last checkpoint of OUTPUT_DIR if ``resume``, else load MODEL.WEIGHTS and start at 0."""
         if resume and not self.checkpointer.has_checkpoint():
             logger.warning("--resume: no checkpoint in %s; starting from MODEL.WEIGHTS.", self.cfg.OUTPUT_DIR)
+        configured = self.scheduler.base_lrs
         super().resume_or_load(resume=resume)
+        if self.scheduler.base_lrs != configured:
+            logger.warning(
+                "--resume: the learning rates of the run stay %s; SOLVER.BASE_LR and BACKBONE_MULTIPLIER ask for %s. "
+                "To train with those, start a new run with MODEL.WEIGHTS set to the checkpoint.",
+                self.scheduler.base_lrs,
+                configured,
+            )
         if self.start_iter and self.cfg.SEED >= 0:
             # The random numbers of iteration 0 were spent on other images; draw different ones from here.
             seed_all_rng(self.cfg.SEED + comm.get_rank() + self.start_iter * comm.get_world_size())
 
     def train(self) -> dict[str, Any] | None:
-        """Train from ``start_iter`` to SOLVER.MAX_ITER.
+        """Train from ``start_iter`` to SOLVER.MAX_ITER; a run that starts anew sets an earlier one of its folder aside.
 
         Returns:
             The last evaluation's results on the main process where there is a test set.
         """
         self.data_loader = self.build_train_loader(self.cfg, self.start_iter)
+        # A job that one of its processes cannot start leaves the folder as it is.
+        comm.synchronize()
+        if comm.is_main_process():
+            self._claim_folder(Path(self.cfg.OUTPUT_DIR))
         super().train()
         return getattr(self, "_last_eval_results", None)
+
+    def _claim_folder(self, folder: Path) -> None:
+        """Make OUTPUT_DIR the folder of this run: config.yaml says from now on what its checkpoints are."""
+        with file_errors_told_in_one_line():
+            if not self.start_iter:
+                set_earlier_run_aside(folder)
+            write_config(self._given_cfg, folder)
 
     def build_hooks(self) -> list[HookBase]:
         """detectron2's hooks, common statistics for those that evaluate and save, and progress on the console."""
@@ -92,11 +114,9 @@ class Trainer(DefaultTrainer):
 
     def build_writers(self) -> list[EventWriter]:
         """metrics.json and TensorBoard; the console has :class:`ProgressLog`."""
-        os.makedirs(self.cfg.OUTPUT_DIR, exist_ok=True)
-        return [
-            JSONWriter(os.path.join(self.cfg.OUTPUT_DIR, "metrics.json")),
-            TensorboardXWriter(self.cfg.OUTPUT_DIR),
-        ]
+        with file_errors_told_in_one_line():
+            os.makedirs(self.cfg.OUTPUT_DIR, exist_ok=True)
+            return [MetricsWriter(Path(self.cfg.OUTPUT_DIR)), TensorboardXWriter(self.cfg.OUTPUT_DIR)]
 
     def state_dict(self) -> dict[str, Any]:
         """Iteration and hooks (schedule), and the step (optimiser)."""
@@ -145,16 +165,19 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict[str, Any]:
-        """Evaluate ``model`` on every DATASETS.TEST; the results also go to OUTPUT_DIR/inference/results.json.
+        """Evaluate ``model`` on every DATASETS.TEST.
 
-        Its speed is measured as well, except where TEST.EVAL_LAYERS makes it compute more than the model's result.
+        The results also go to OUTPUT_DIR/inference/results.json, beside the config.yaml that they were made with. The
+        speed is measured as well, except where TEST.EVAL_LAYERS asks for more than the model's result.
         """
         with timed(model) as timer:
             if evaluators is None and not cfg.TEST.EVAL_LAYERS:
                 evaluators = [cls._with_speed(cfg, name, timer) for name in cfg.DATASETS.TEST]
             results = super().test(cfg, model, evaluators)
         if comm.is_main_process():
-            write_results(results, os.path.join(cfg.OUTPUT_DIR, "inference", "results.json"))
+            folder = Path(cfg.OUTPUT_DIR) / "inference"
+            write_results(results, str(folder / "results.json"))
+            write_config(cfg, folder)
         return results
 
     @classmethod

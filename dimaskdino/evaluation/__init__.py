@@ -3,6 +3,7 @@
 from detectron2.config import CfgNode
 from detectron2.evaluation import DatasetEvaluator
 
+from dimaskdino.data.loaders import max_images
 from dimaskdino.evaluation.coco import CocoEvaluator
 from dimaskdino.evaluation.layerwise import LayerwiseEvaluator
 from dimaskdino.evaluation.report import class_table, coco_table, layer_table, write_results
@@ -30,7 +31,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Data
         dataset_name: a registered instance dataset.
         output_folder: where predictions and tables go.
     """
-    final = CocoEvaluator(dataset_name=dataset_name, output_dir=output_folder, seen_only=cfg.DATASETS.MAX_IMAGES > 0)
+    final = CocoEvaluator(dataset_name=dataset_name, output_dir=output_folder, seen_only=max_images(cfg) > 0)
     if not cfg.TEST.EVAL_LAYERS:
         return final
     return LayerwiseEvaluator(final=final, output_dir=output_folder)

@@ -1,11 +1,31 @@
 """train_net.py from the command line: a whole run, and one clear line for what cannot be used."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
+
+from tests.cli.conftest import REPO
 
 SCRIPT = "train_net.py"
+OWN_BATO = """
+import torch
+from dimaskdino.modeling.bato import BalanceAwareTokensOptimization
+from dimaskdino.modeling.registry import BATO_REGISTRY
+
+
+@BATO_REGISTRY.register()
+class OwnBato(BalanceAwareTokensOptimization):
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.own = torch.nn.Parameter(torch.ones(()))
+
+    def renew_mask_features(self, mask_features, finest_level):
+        return self.own * super().renew_mask_features(mask_features, finest_level)
+"""
 
 
 def assert_one_error_line(finished, *parts: str) -> None:
@@ -49,6 +69,26 @@ def test_a_run_trains_evaluates_resumes_and_is_evaluated_again_by_stage(run, tin
     assert [row["stage"] for row in rows] == ["interm", "initial", "layer.0", "layer.1"]
     assert rows[-1]["bbox"] == json.loads((folder / "inference" / "results.json").read_text())["bbox"]
     assert "box - mask" in evaluated.out
+
+
+def test_the_configuration_beside_the_checkpoints_is_that_of_their_training(
+    run, tiny: list[str], tmp_path: Path
+) -> None:
+    assert run(SCRIPT, *tiny).status == 0
+    folder = tmp_path / "run"
+    trained = (folder / "config.yaml").read_text()
+    assert yaml.safe_load(trained)["SOLVER"]["MAX_ITER"] == 3
+
+    other = [*tiny, "SOLVER.MAX_ITER", 5]
+    assert_one_error_line(run(SCRIPT, *other, "DATASETS.TRAIN", "('shapes_trian',)"), "shapes_trian")
+    assert_one_error_line(run(SCRIPT, *other, "MODEL.WEIGHTS", "absent.pth"), "absent.pth")
+    assert run(SCRIPT, "--eval-only", "--resume", *tiny, "TEST.DETECTIONS_PER_IMAGE", 3).status == 0
+    assert (folder / "config.yaml").read_text() == trained
+    evaluated = yaml.safe_load((folder / "inference" / "config.yaml").read_text())
+    assert evaluated["TEST"]["DETECTIONS_PER_IMAGE"] == 3
+
+    assert run(SCRIPT, "--resume", *other).status == 0
+    assert yaml.safe_load((folder / "config.yaml").read_text())["SOLVER"]["MAX_ITER"] == 5
 
 
 def test_an_unknown_key_names_the_closest_known_one(run, tiny: list[str]) -> None:
@@ -100,3 +140,29 @@ def test_a_stage_that_the_model_does_not_have_is_refused_with_those_it_has(run, 
 
 def test_more_gpus_than_there_are_is_refused(run, tiny: list[str]) -> None:
     assert_one_error_line(run(SCRIPT, "--num-gpus", 99, *tiny[2:]), "--num-gpus 99")
+
+
+def test_a_part_of_an_imported_module_is_trained_and_a_module_that_does_not_exist_is_refused(
+    run, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    tiny[tiny.index("--config-file") + 1] = str(REPO / "configs" / "demo" / "dimaskdino_shapes.yaml")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_bato.py").write_text(OWN_BATO)
+    arguments = [*tiny, "MODEL.MaskDINO.BATO.NAME", "OwnBato", "DATASETS.TEST", "()"]
+    assert_one_error_line(run(SCRIPT, *arguments), "OwnBato")
+    assert_one_error_line(run(SCRIPT, "--import", "own_batos", *arguments), "own_batos", str(tmp_path))
+    assert run(SCRIPT, "--import", "own_bato", *arguments).status == 0
+    weights = torch.load(tmp_path / "run" / "model_final.pth")["model"]
+    assert any(name.endswith("bato.own") for name in weights)
+
+
+def test_an_output_folder_that_cannot_be_made_is_told_in_one_line(run, tiny: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("not a folder")
+    assert_one_error_line(run(SCRIPT, *tiny, "OUTPUT_DIR", file), f"error: {file}: File exists; ", "a folder is needed")
+    below = file / "run"
+    assert_one_error_line(run(SCRIPT, *tiny, "OUTPUT_DIR", below), f"error: {below}: Not a directory; ")
+    taken = tmp_path / "run" / "config.yaml"
+    taken.mkdir(parents=True)
+    assert_one_error_line(run(SCRIPT, *tiny), f"error: {taken}: Is a directory; ")

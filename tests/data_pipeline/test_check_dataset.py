@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -295,3 +296,38 @@ def test_the_command_answers_by_its_status_and_lists_every_problem(
     error = capfd.readouterr().err
     assert error.startswith("error: Dataset mein is not registered; did you mean ")
     assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("script", "name"),
+    [("tools/check_dataset.py", ["shapes_val"]), ("tools/make_shapes.py", [])],
+    ids=["check", "make"],
+)
+def test_fewer_than_no_worker_is_refused(
+    script: str, name: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    assert run_script(monkeypatch, script, *name, "--workers", -1) == 2
+    assert "argument --workers: -1 is too small" in capfd.readouterr().err
+
+
+def test_a_dataset_of_an_imported_module_is_checked(
+    coco: Json, write_coco: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    json_file, image_root = write_coco(coco)
+    (tmp_path / "own_data.py").write_text(
+        "from detectron2.data.datasets import register_coco_instances\n"
+        f"register_coco_instances('own_train', {{}}, '{json_file.name}', '{image_root.name}')\n"
+    )
+    assert run_script(monkeypatch, "tools/check_dataset.py", "own_train", "--import", "own_data") == 0
+    assert "No problem was found." in capfd.readouterr().out
+
+
+def test_an_output_below_a_file_is_told_in_one_line(
+    coco: Json, write_coco: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    register_coco_format("mine", *write_coco(coco), ["ball", "box"])
+    output = tmp_path / "annotations.json" / "look"
+    assert run_script(monkeypatch, "tools/check_dataset.py", "mine", "--draw", 1, "--output", output) == 2
+    assert capfd.readouterr().err.splitlines()[-1].startswith(f"error: {output}")

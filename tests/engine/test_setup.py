@@ -1,15 +1,22 @@
 """From the command line to a configuration that fits the job."""
 
+import argparse
+import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
+from detectron2.data import DatasetCatalog
 from detectron2.utils import comm
 
 from dimaskdino.config import Config, get_cfg
-from dimaskdino.engine import argument_parser
+from dimaskdino.engine import argument_parser, launch
 from dimaskdino.engine.setup import _check_solver, _place, load_config
 from dimaskdino.errors import ConfigError
+from dimaskdino.modeling.registry import BATO_REGISTRY
+
+REPO = Path(__file__).parents[2]
 
 engine_setup = sys.modules["dimaskdino.engine.setup"]  # the package has a function of this name
 
@@ -27,7 +34,7 @@ def configured(*options: object) -> Config:
 
 
 def test_keys_of_the_command_line_win_over_the_file() -> None:
-    file = str(Path(__file__).parents[2] / "configs" / "coco" / "dimaskdino_r50_12ep.yaml")
+    file = str(REPO / "configs" / "coco" / "dimaskdino_r50_12ep.yaml")
     args = argument_parser().parse_args(["--eval-layers", "layer.0,layer.5", "--config-file", file, "SEED", "7"])
     cfg = load_config(args)
     assert cfg.SEED == 7
@@ -79,3 +86,36 @@ def test_evaluation_asks_nothing_of_the_batch_of_training(processes, monkeypatch
 def test_a_training_without_iterations_is_refused() -> None:
     with pytest.raises(ConfigError, match="MAX_ITER is 0"):
         _check_solver(configured("SOLVER.MAX_ITER", 0))
+
+
+def example(page: str, module: str) -> str:
+    """The text of a module that a page of the documentation shows."""
+    return re.search(rf"```python\n# {module}\.py\n(.*?)```", (REPO / page).read_text(), re.DOTALL)[1]
+
+
+def set_up_and_record(args: argparse.Namespace) -> None:
+    """What a process finds after its set-up."""
+    cfg = engine_setup.setup(args)
+    found = [BATO_REGISTRY.get("MyBato").__name__, "my_train" in DatasetCatalog.list(), cfg.MODEL.MaskDINO.BATO.NAME]
+    Path(f"found.{comm.get_rank()}").write_text(json.dumps(found))
+
+
+def test_every_process_imports_the_modules_of_the_documentation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my_parts.py").write_text(example("README.md", "my_parts"))
+    Path("my_data.py").write_text(example("datasets/README.md", "my_data"))
+    Path("path/to/images").mkdir(parents=True)
+    Path("path/to/images/1.png").write_bytes((REPO / "docs/images/demo.png").read_bytes())
+    categories = [{"id": number, "name": f"class {number}"} for number in (1, 2, 3)]
+    image = {"id": 1, "file_name": "1.png", "width": 4, "height": 4}
+    for split in ("train", "val"):
+        coco = {"images": [image], "annotations": [], "categories": categories}
+        Path(f"path/to/{split}.json").write_text(json.dumps(coco))
+    options = ["DATASETS.TRAIN", "('my_train',)", "DATASETS.TEST", "('my_val',)", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", "3"]
+    options += ["MODEL.MaskDINO.BATO.NAME", "MyBato", "OUTPUT_DIR", "run"]
+    command = ["--num-gpus", "0", "--import", "my_parts", "--import", "my_data", *options]
+    launch(set_up_and_record, argument_parser().parse_args(command), cpu_processes=2)
+    for rank in range(2):
+        assert json.loads(Path(f"found.{rank}").read_text()) == ["MyBato", True, "MyBato"]

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from itertools import islice
 from pathlib import Path
 
@@ -64,6 +65,66 @@ def test_without_resume_a_run_starts_anew(toy_cfg: Config) -> None:
     trainer = Trainer(toy_cfg)
     trainer.resume_or_load(resume=False)
     assert trainer.start_iter == 0
+
+
+def iterations(metrics: Path) -> list[int]:
+    return [json.loads(line)["iteration"] for line in metrics.read_text().splitlines()]
+
+
+def test_a_new_run_in_the_folder_of_another_sets_that_aside_and_says_so(
+    toy_cfg: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(toy_cfg)
+    folder = Path(toy_cfg.OUTPUT_DIR)
+    earlier = (folder / "metrics.json").read_text()
+    (folder / "metrics.1.json").write_text("of a run before that")
+    toy_cfg.SOLVER.MAX_ITER = 4
+    with caplog.at_level(logging.WARNING):
+        train(toy_cfg)
+    assert f"{folder} holds an earlier run" in caplog.text
+    assert "model_final.pth" in caplog.text
+    assert (folder / "metrics.1.json").read_text() == "of a run before that"
+    assert (folder / "metrics.2.json").read_text() == earlier
+    assert set(iterations(folder / "metrics.json")) == {3, 4}
+
+
+def test_a_new_run_that_ends_before_its_first_checkpoint_is_not_resumed_from_the_earlier_one(toy_cfg: Config) -> None:
+    train(toy_cfg)
+    trainer = Trainer(toy_cfg)
+    trainer.resume_or_load(resume=False)
+    trainer.run_step = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    resumed = Trainer(toy_cfg)
+    resumed.resume_or_load(resume=True)
+    assert resumed.start_iter == 0
+    assert (Path(toy_cfg.OUTPUT_DIR) / "model_final.pth").is_file()
+
+
+def test_a_run_that_cannot_start_leaves_the_earlier_one_as_it_is(toy_cfg: Config) -> None:
+    train(toy_cfg)
+    folder = Path(toy_cfg.OUTPUT_DIR)
+    records = (folder / "metrics.json").read_text()
+    toy_cfg.MODEL.WEIGHTS = str(folder / "absent.pth")
+    with pytest.raises(UserError, match="absent.pth"):
+        train(toy_cfg)
+    assert (folder / "last_checkpoint").read_text() == "model_final.pth"
+    assert (folder / "metrics.json").read_text() == records
+
+
+def test_a_resumed_run_keeps_its_learning_rate_and_says_so_where_another_is_configured(
+    toy_cfg: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(toy_cfg)
+    with caplog.at_level(logging.WARNING):
+        Trainer(toy_cfg).resume_or_load(resume=True)
+    assert "learning rate" not in caplog.text
+    toy_cfg.SOLVER.BASE_LR = 0.02
+    trainer = Trainer(toy_cfg)
+    with caplog.at_level(logging.WARNING):
+        trainer.resume_or_load(resume=True)
+    assert {group["initial_lr"] for group in trainer.optimizer.param_groups} == {0.01, 0.001}
+    assert re.search(r"rates of the run stay \[.*0\.01\b.*\]; SOLVER.BASE_LR .* ask for \[.*0\.02\b.*\]", caplog.text)
 
 
 def test_resume_without_a_checkpoint_says_so_and_starts_at_zero(

@@ -1,0 +1,79 @@
+"""Types and flags that the command lines share."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dimaskdino.command_line import add_import_flag, at_least, import_modules
+from dimaskdino.errors import ConfigError
+
+
+@pytest.mark.parametrize(("text", "said"), [("-1", "-1 is too small; it must be at least 0"), ("1.5", "whole number")])
+def test_a_number_that_cannot_be_used_names_its_flag_and_the_least(
+    text: str, said: str, capsys: pytest.CaptureFixture
+) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--workers", type=at_least(0))
+    assert parser.parse_args(["--workers", "0"]).workers == 0
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--workers", text])
+    error = capsys.readouterr().err
+    assert "argument --workers: " in error
+    assert said in error
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The current folder; what is imported from it is forgotten after the test."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+def test_modules_of_the_current_folder_are_imported_in_their_order(here: Path) -> None:
+    (here / "own_one.py").write_text("seen = []")
+    (here / "own").mkdir()
+    (here / "own" / "two.py").write_text("import own_one\nown_one.seen.append(__name__)")
+    parser = argparse.ArgumentParser()
+    add_import_flag(parser)
+    assert parser.parse_args([]).modules == []
+    import_modules(parser.parse_args(["--import", "own_one", "--import", "own.two"]).modules)
+    assert sys.modules["own_one"].seen == ["own.two"]
+
+
+@pytest.mark.parametrize("name", ["own_absent", "own_one.absent", "own.absent"])
+def test_a_module_that_does_not_exist_is_named_and_so_is_the_folder(name: str, here: Path) -> None:
+    (here / "own_one.py").touch()
+    (here / "own").mkdir()
+    with pytest.raises(ConfigError) as error:
+        import_modules([name])
+    assert f"--import {name}: there is no module {name}" in str(error.value)
+    assert f"current folder {here}" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["own/one.py", ".one", "", "own-one"])
+def test_a_path_is_no_name(name: str, here: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no module's name; my/parts.py is my.parts"):
+        import_modules([name])
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("import own_absent", ModuleNotFoundError),
+        ("from argparse import absent", ImportError),
+        ("open('own_absent')", FileNotFoundError),
+        ("1 / 0", ZeroDivisionError),
+    ],
+)
+def test_what_goes_wrong_inside_a_module_is_not_hidden(text: str, error: type[Exception], here: Path) -> None:
+    (here / "own_wrong.py").write_text(text)
+    with pytest.raises(error) as raised:
+        import_modules(["own_wrong"])
+    assert not isinstance(raised.value, ConfigError)

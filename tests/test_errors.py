@@ -1,0 +1,28 @@
+"""What a command line says of errors that are the user's to fix, and what it leaves to a traceback."""
+
+import errno
+import os
+
+import pytest
+
+from dimaskdino.errors import run_cli
+
+
+def raising(error: Exception):
+    def main() -> None:
+        raise error
+
+    return main
+
+
+def test_a_file_that_cannot_be_written_is_one_line_and_status_two(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run_cli(raising(PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/root/x")))
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: /root/x: Permission denied; check the path and its permissions.\n"
+
+
+@pytest.mark.parametrize("error", [ConnectionError("closed by peer"), BrokenPipeError(), KeyError("x")])
+def test_what_names_no_file_keeps_its_traceback(error: Exception) -> None:
+    with pytest.raises(type(error)):
+        run_cli(raising(error))
