@@ -26,8 +26,8 @@ def trainings(run, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
     started: list[list[str]] = []
 
-    def start(command: list[str], cwd: Path, check: bool) -> SimpleNamespace:
-        assert Path(command[1]) == cwd / "train_net.py"
+    def start(command: list[str], check: bool) -> SimpleNamespace:
+        assert Path(command[1]) == REPO / "train_net.py"
         started.append(command[2:])
         return SimpleNamespace(returncode=run("train_net.py", *command[2:]).status)
 
