@@ -14,7 +14,7 @@ from dimaskdino.errors import UserError
 from dimaskdino.reproduction import jobs, slurm
 from dimaskdino.reproduction.jobs import Job, Launcher, measure, run_job, unfinished
 from dimaskdino.reproduction.slurm import JOB_FILE, SlurmTask, submit
-from tests.reproduction.fakes import scores, stage, write_run
+from tests.reproduction.fakes import stage, write_run
 from tests.reproduction.test_runs import open_run
 
 REPOSITORY = Path(__file__).parents[2]
@@ -36,7 +36,7 @@ class Trainer:
         run = self.output / self.dataset / open_run(self.output, self.row, self.dataset).folder.name
         if "--eval-only" in command:
             path = run / "inference" / "layers.json"
-            path.write_text(json.dumps([stage("layer.0", 1.0, 2.0), {"stage": "layer.1", **scores(30.0, 25.0)}]))
+            path.write_text(json.dumps([stage("layer.0", 1.0, 2.0), stage("layer.1", 30.0, 25.0)]))
         else:
             shutil.rmtree(run, ignore_errors=True)
             write_run(self.output, self.dataset, self.row)
