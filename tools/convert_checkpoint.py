@@ -8,18 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from dimaskdino.checkpoint import from_release, is_release, read_weights, to_release
 from dimaskdino.errors import CheckpointError, run_cli
 
 HEADS = "sem_seg_head."
+SAFETENSORS = ".safetensors"
 
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("input", type=Path, metavar="IN", help="a checkpoint under either's names")
-    parser.add_argument("output", type=Path, metavar="OUT", help="the file to write")
+    parser.add_argument("output", type=Path, metavar="OUT", help="the file to write; .safetensors for that format")
     parser.add_argument("--to", choices=("release", "ours"), required=True, help="the names to write")
     parser.add_argument("--strip", action="store_true", help="write the weights alone, without the state of a training")
     parser.add_argument("--trust", action="store_true", help="read a file that runs code; only if you know its author")
@@ -58,11 +62,37 @@ def convert(content: dict[str, Any], *, to: str, strip: bool) -> tuple[dict[str,
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """Write `path` as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write `path` as a whole or not at all: torch's format, or safetensors where its name ends so.
+
+    Raises:
+        CheckpointError: if it is a folder, cannot be written, or its format has no place for what is not a weight.
+    """
+    others = [key for key in content if key != "model"]
+    if path.suffix == SAFETENSORS and others:
+        raise CheckpointError(
+            f"{path}: {SAFETENSORS} holds weights alone, not {', '.join(others)}; give --strip to leave that out, or "
+            "another suffix."
+        )
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder; give the name of the file to write.")
     partial = path.with_name(f"{path.name}.partial")
-    torch.save(content, partial)
-    os.replace(partial, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == SAFETENSORS:
+            save_file({key: _alone(tensor) for key, tensor in content["model"].items()}, partial)
+        else:
+            torch.save(content, partial)
+        os.replace(partial, path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be written ({type(error).__name__}: {error}).") from error
+    finally:
+        if partial.is_file():
+            partial.unlink()
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """A contiguous copy: safetensors refuses tensors that share memory, as the names of one head do in a release."""
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def main() -> None:

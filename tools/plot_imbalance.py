@@ -11,13 +11,15 @@ from dimaskdino.errors import UserError, run_cli
 from dimaskdino.reproduction.imbalance import StageResults, draw_imbalance
 from dimaskdino.reproduction.runs import read_stages
 
+SUFFIXES = (".png", ".pdf", ".svg")
+
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or a layers.json")
     parser.add_argument("--labels", nargs="+", metavar="LABEL", help="a name for each run; default: of its folder")
-    parser.add_argument("--output", type=Path, default=Path("imbalance.png"), help="picture; png, pdf or svg")
+    parser.add_argument("--output", type=Path, default=Path("imbalance.png"), help="picture: .png, .pdf or .svg")
     parser.add_argument("--all-layers", action="store_true", help="a second panel with every stage as lines")
     parser.add_argument(
         "--paper", action="store_true", help="the paper's bars beside those of runs named MaskDINO or DI-MaskDINO"
@@ -32,9 +34,28 @@ def main() -> None:
     if len(labels) != len(args.runs):
         raise UserError(f"--labels names {len(labels)} runs, but there are {len(args.runs)}.")
     runs = [StageResults(label, read_stages(run)) for label, run in zip(labels, args.runs, strict=True)]
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    draw_imbalance(runs, args.output, with_paper=args.paper, lines=args.all_layers)
-    print(args.output)
+    output = picture_path(args.output)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        draw_imbalance(runs, output, with_paper=args.paper, lines=args.all_layers)
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be written: {error}") from error
+    print(output)
+
+
+def picture_path(path: Path) -> Path:
+    """The picture to write: PNG where no format is named.
+
+    Raises:
+        UserError: a folder, or a format that is not offered.
+    """
+    if not (path.suffix or path.is_dir()):
+        path = path.with_name(f"{path.name}.png")
+    if path.is_dir():
+        raise UserError(f"--output {path} is a folder; name the picture in it: {path / 'imbalance.png'}.")
+    if path.suffix.lower() not in SUFFIXES:
+        raise UserError(f"--output {path} must end in {', '.join(SUFFIXES)}, not in {path.suffix}.")
+    return path
 
 
 def folder_of(run: Path) -> Path:

@@ -4,6 +4,7 @@ import difflib
 import functools
 import json
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from detectron2.data.catalog import Metadata
 
 from dimaskdino.data.datasets import data_root, register_all
 from dimaskdino.data.images import read_image
+from dimaskdino.data.rle import checked_rle
 from dimaskdino.errors import ConfigError, DatasetError
 
 __all__ = ["DatasetError", "check_datasets", "find_dataset"]
@@ -36,12 +38,14 @@ def check_datasets(cfg: CfgNode, *, train: bool = True, test: bool = True) -> No
         test: whether DATASETS.TEST will be used.
 
     Raises:
-        ConfigError: if there is no dataset to train on.
+        ConfigError: if there is no dataset to train on, or, without training, to evaluate on.
         DatasetError: if a dataset is not registered, lacks a file, is malformed or does not fit the configuration.
     """
     register_all(cfg=cfg)
     if train and not cfg.DATASETS.TRAIN:
         raise ConfigError("DATASETS.TRAIN names no dataset; set it, for example to ('coco_2017_train',).")
+    if test and not train and not cfg.DATASETS.TEST:
+        raise ConfigError("DATASETS.TEST names no dataset to evaluate on; set it, for example to ('coco_2017_val',).")
     names = [*(cfg.DATASETS.TRAIN if train else ()), *(cfg.DATASETS.TEST if test else ())]
     for name in dict.fromkeys(names):
         summary = _summarize(name)
@@ -110,8 +114,13 @@ def _summarize_coco(json_file: str, image_root: str, modified_ns: int) -> _Summa
         coco = json.loads(Path(json_file).read_bytes())
         categories = {category["id"]: category["name"] for category in coco["categories"]}
         images = {image["id"]: image["file_name"] for image in coco["images"]}
-        annotations = coco.get("annotations")
-        _check_annotations(json_file, annotations or [], categories)
+        given = coco.get("annotations")
+        annotations = [] if given is None else given
+        _check_images(json_file, coco["images"])
+        _check_annotations(json_file, annotations, categories)
+        _check_for_detectron2(json_file, [each for each in annotations if each["image_id"] in images])
+        class_names = tuple(categories[key] for key in sorted(categories))
+        first_image = os.path.join(image_root, images[min(images)]) if images else ""
     except DatasetError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -121,11 +130,17 @@ def _summarize_coco(json_file: str, image_root: str, modified_ns: int) -> _Summa
         ) from error
     if not images:
         raise DatasetError(f"Annotation file {json_file} lists no image.")
-    return _Summary(
-        class_names=tuple(categories[key] for key in sorted(categories)),
-        first_image=os.path.join(image_root, images[min(images)]),
-        annotated=annotations is not None,
-    )
+    return _Summary(class_names=class_names, first_image=first_image, annotated=given is not None)
+
+
+def _check_images(json_file: str, images: list[dict]) -> None:
+    for image in images:
+        if not isinstance(image["file_name"], str):
+            raise DatasetError(f"Image {image['id']} of {json_file} has the file_name {image['file_name']!r:.40}.")
+        missing = [key for key in ("height", "width") if not isinstance(image.get(key), int | float)]
+        if missing:
+            where = f"Image {image['id']} ({image['file_name']}) of {json_file}"
+            raise DatasetError(f"{where} has no {' and no '.join(missing)} in pixels.")
 
 
 def _check_annotations(json_file: str, annotations: list[dict], categories: dict[int, str]) -> None:
@@ -141,6 +156,47 @@ def _check_annotations(json_file: str, annotations: list[dict], categories: dict
                 f"Annotation {annotation['id']} of {json_file} has category id {annotation['category_id']}, "
                 "which is not among the file's categories."
             )
+
+
+def _check_for_detectron2(json_file: str, annotations: list[dict]) -> None:
+    """What detectron2 takes for granted of the annotations of listed images while it loads them."""
+    for annotation in annotations:
+        complaint = _complaint(annotation)
+        if complaint:
+            raise DatasetError(f"Annotation {annotation['id']} of {json_file} {complaint}.")
+    ids = [annotation["id"] for annotation in annotations]
+    # detectron2 knows that COCO 2014's minival files list annotations twice.
+    if len(set(ids)) < len(ids) and "minival" not in json_file:
+        twice = next(key for key, count in Counter(ids).items() if count > 1)
+        raise DatasetError(f"Annotation id {twice} is used more than once in {json_file}; number the annotations anew.")
+
+
+def _complaint(annotation: dict) -> str:
+    """What keeps detectron2 from loading an annotation; "" if nothing does."""
+    if annotation.get("ignore", 0) != 0:
+        return 'says "ignore", which detectron2 refuses: write "iscrowd": 1 to leave a region out, or remove the key'
+    if annotation.get("iscrowd", 0) not in (0, 1):
+        return f"has iscrowd {annotation['iscrowd']!r:.40}, which is neither 0 nor 1"
+    box = annotation.get("bbox", (0,))
+    if not box or not isinstance(box, list | tuple):
+        return f"has the box {box!r:.40}, which is no list of four numbers"
+    mask = annotation.get("segmentation")
+    if isinstance(mask, dict):
+        return _rle_complaint(mask)
+    if mask and not (isinstance(mask, list) and all(isinstance(polygon, list) for polygon in mask)):
+        return "has a segmentation that is neither a list of polygons, each a list of numbers, nor an RLE"
+    return ""
+
+
+def _rle_complaint(mask: dict) -> str:
+    """As :func:`_complaint`; detectron2 unpacks lists of run lengths at once."""
+    try:
+        if not isinstance(mask["counts"], str):
+            height, width = mask["size"]
+            checked_rle(mask, (height, width))
+    except (KeyError, TypeError, ValueError):
+        return "has a malformed RLE; it needs size, [height, width], and counts, whose sum is their product"
+    return ""
 
 
 def _summarize_entries(name: str) -> _Summary:

@@ -16,6 +16,8 @@ from dimaskdino.errors import DatasetError
 
 Json = dict[str, Any]
 
+MOST_PIXELS = 2**20  # of a side: what is larger is a mistake, and may not fit into pycocotools' integers
+
 
 @dataclass(frozen=True)
 class Inspection:
@@ -45,7 +47,7 @@ def inspect_dataset(name: str, *, num_workers: int = 0, progress: Progress = no_
         progress: passes the inspected images on and may draw a bar.
 
     Raises:
-        DatasetError: if it is not registered, lacks its files or is not in COCO's format at all.
+        DatasetError: if it is not registered, lacks its files, lists no image or is not in COCO's format at all.
     """
     metadata = find_dataset(name)
     if metadata.get("evaluator_type") != "coco" or not hasattr(metadata, "json_file"):
@@ -75,20 +77,30 @@ def _read(path: Path) -> Json:
     try:
         coco = json.loads(path.read_bytes())
         for image in coco["images"]:
-            for key, kind in (("id", int), ("file_name", str), ("height", int), ("width", int)):
-                if not isinstance(image[key], kind):
-                    raise TypeError(f"an image's {key} is {image[key]!r}")
+            _check_kinds("image", image, {"id": int, "file_name": str, "height": int, "width": int})
+            if not 1 <= min(image["height"], image["width"]) <= max(image["height"], image["width"]) <= MOST_PIXELS:
+                raise ValueError(f"{image['file_name']} is {image['width']}x{image['height']} pixels")
         for category in coco["categories"]:
-            category["id"], category["name"]
+            _check_kinds("category", category, {"id": int, "name": str})
         for annotation in coco.setdefault("annotations", []):  # a test set has none
-            annotation.get("id")
+            for key in ("id", "image_id", "category_id"):
+                if isinstance(annotation.get(key), list | dict):
+                    raise TypeError(f"an annotation's {key} is {annotation[key]!r:.60}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DatasetError(
             f"Annotation file {path} is not in COCO's format ({type(error).__name__}: {error}); it needs "
             "images with id, file_name, height and width, categories with id and name and, but for a test set, "
             "annotations."
         ) from error
+    if not coco["images"]:
+        raise DatasetError(f"Annotation file {path} lists no image.")
     return coco
+
+
+def _check_kinds(what: str, entry: Json, kinds: dict[str, type]) -> None:
+    for key, kind in kinds.items():
+        if not isinstance(entry[key], kind):
+            raise TypeError(f"a{'n' * (what == 'image')} {what}'s {key} is {entry[key]!r:.60}")
 
 
 def _category_problems(coco: Json, registered: list[str] | None) -> Iterator[Problem]:
@@ -107,6 +119,9 @@ def _listing_problems(coco: Json) -> Iterator[Problem]:
     for key in ("id", "file_name"):
         for value in _more_than_once(image[key] for image in coco["images"]):
             yield Problem(f"image {key} is listed more than once", str(value))
+    for annotation in coco["annotations"]:
+        if not isinstance(annotation.get("id"), int | None):
+            yield Problem("annotation id is not a whole number", repr(annotation["id"]))
     for value in _more_than_once(annotation.get("id") for annotation in coco["annotations"]):
         yield Problem("annotation id is missing or used more than once", str(value))
     seen: set[str] = set()

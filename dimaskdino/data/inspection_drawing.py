@@ -76,6 +76,6 @@ def _pixels_of(annotation: Json, size: Size) -> np.ndarray:
 def _corners_of(annotation: Json) -> list[float]:
     try:
         left, top, width, height = (float(value) for value in annotation["bbox"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return [0.0] * 4
     return [left, top, left + width, top + height]

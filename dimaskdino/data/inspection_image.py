@@ -1,7 +1,7 @@
 """What is wrong with one image of a COCO-format dataset and its annotations."""
 
-import math
 import os
+import sys
 from typing import Any
 
 import numpy as np
@@ -100,9 +100,12 @@ def mask_and_extent(segmentation: Any, size: Size) -> tuple[Rle, Extent]:
 
 def _corners(polygon: Any) -> np.ndarray:
     try:
-        corners = np.array(polygon, dtype=np.float64).reshape(-1, 2)
-    except (TypeError, ValueError):
-        raise ValueError("a malformed polygon") from None
+        numbers = np.array(polygon)
+    except ValueError:
+        numbers = np.zeros((), dtype=object)
+    if numbers.dtype.kind not in "iuf" or numbers.ndim != 1 or len(numbers) % 2:
+        raise ValueError("a malformed polygon: not a flat list [x, y, x, y, ...] of numbers")
+    corners = numbers.astype(np.float64).reshape(-1, 2)
     if len(corners) < 3 or not np.isfinite(corners).all():
         raise ValueError("a polygon of fewer than three finite points")
     return corners
@@ -136,4 +139,4 @@ def _area_problems(annotation: Json, of_mask: int | None) -> list[tuple[str, str
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max

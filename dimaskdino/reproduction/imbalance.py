@@ -1,9 +1,10 @@
 """Figure 1: box and mask AP at the first and the last decoder layer, and optionally after every stage."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -18,6 +19,7 @@ from dimaskdino.reproduction.tables import paper_tables
 
 _BARS = (("box_AP", "box AP", BOX_COLOUR), ("mask_AP", "mask AP", MASK_COLOUR))
 _WIDTH = 0.36
+NOT_MEASURED = "n/a"  # in place of a bar
 _RUN_STYLES = ("o-", "s--", "^:", "D-.")
 
 
@@ -27,7 +29,8 @@ class StageResults:
 
     Attributes:
         label: of the run.
-        stages: rows of its layers.json, each with ``stage``, ``box_AP``, ``mask_AP`` and ``gap`` in percent.
+        stages: rows of its layers.json, each with ``stage``, ``box_AP``, ``mask_AP`` and ``gap`` in percent; None or
+            nan where nothing could be measured.
     """
 
     label: str
@@ -90,7 +93,8 @@ def _draw_bars(axes: Axes, runs: Sequence[StageResults], with_paper: bool) -> No
         for name, layer in run.ends():
             _draw_group(axes, position, name, layer, paper)
             of_paper = f" (paper {signed(paper[f'{name}/gap'])})" if paper else ""
-            ticks.append((position, f"{name} layer\ngap {signed(layer['gap'])}{of_paper}"))
+            gap = signed(layer["gap"]) if _is_measured(layer["gap"]) else NOT_MEASURED
+            ticks.append((position, f"{name} layer\ngap {gap}{of_paper}"))
             position += step
         middle = (start + position - step) / 2
         place = axes.get_xaxis_transform()
@@ -109,7 +113,7 @@ def _draw_bars(axes: Axes, runs: Sequence[StageResults], with_paper: bool) -> No
 
 def _draw_group(axes: Axes, position: float, name: str, layer: dict[str, Any], paper: dict[str, float] | None) -> None:
     """The bars of one layer: box and mask AP, each with the paper's at its right."""
-    bars: list[tuple[float, dict[str, Any]]] = []
+    bars: list[tuple[float | None, dict[str, Any]]] = []
     for key, _, colour in _BARS:
         bars.append((layer[key], {"color": colour}))
         if paper:
@@ -117,8 +121,15 @@ def _draw_group(axes: Axes, position: float, name: str, layer: dict[str, Any], p
     width = _WIDTH * (0.85 if paper else 1.0)
     for index, (height, style) in enumerate(bars):
         place = position + (index - (len(bars) - 1) / 2) * width
-        axes.bar(place, height, width * 0.94, **style)
-        axes.annotate(f"{height:.1f}", (place, height), (0, 2), textcoords="offset points", ha="center", fontsize=7.5)
+        text = f"{height:.1f}" if _is_measured(height) else NOT_MEASURED
+        top = height if _is_measured(height) else 0.0
+        axes.bar(place, top, width * 0.94, **style)
+        axes.annotate(text, (place, top), (0, 2), textcoords="offset points", ha="center", fontsize=7.5)
+
+
+def _is_measured(value: float | None) -> TypeGuard[float]:
+    """AP of no object is nan, which JSON files hold as null."""
+    return value is not None and not math.isnan(value)
 
 
 def _draw_lines(axes: Axes, runs: Sequence[StageResults]) -> None:
@@ -128,7 +139,8 @@ def _draw_lines(axes: Axes, runs: Sequence[StageResults]) -> None:
         style = _RUN_STYLES[index % len(_RUN_STYLES)]
         places = [names.index(stage["stage"]) for stage in run.stages]
         for key, _, colour in _BARS:
-            axes.plot(places, [stage[key] for stage in run.stages], style, color=colour, markersize=4, linewidth=1.2)
+            heights = [stage[key] if _is_measured(stage[key]) else math.nan for stage in run.stages]
+            axes.plot(places, heights, style, color=colour, markersize=4, linewidth=1.2)
     axes.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=8)
     axes.set_ylabel("AP (%)")
     axes.grid(axis="y", color="0.9")

@@ -17,15 +17,15 @@ from dimaskdino.reproduction.runs import Run
 logger = logging.getLogger(__name__)
 
 Command = list[str]
-Execute = Callable[[Command, Path], int]
+Execute = Callable[[Command], int]
 
 # Gradients are averaged over this many processes on a CPU: two cores are used better so than by two threads.
 _MAX_CPU_PROCESSES = 2
 
 
-def execute(command: Command, folder: Path) -> int:
-    """Run ``command`` in ``folder``; its output goes to the terminal. Returns its exit status."""
-    return subprocess.run(command, cwd=folder, check=False).returncode
+def execute(command: Command) -> int:
+    """Run ``command`` in the current folder, which the user's relative paths start from. Returns its exit status."""
+    return subprocess.run(command, check=False).returncode
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Launcher:
     """How trainings are started.
 
     Attributes:
-        repository: that holds train_net.py.
+        repository: absolute path of the folder that holds train_net.py.
         num_gpus: as ``train_net.py --num-gpus`` takes it; None means one where there is one.
     """
 
@@ -102,7 +102,7 @@ def run_job(job: Job, launcher: Launcher, run_command: Execute = execute) -> Non
         if command == last:
             raise UserError(f"{' '.join(command)} ended well, but its results are not in {job.run.folder}.")
         logger.info("%s/%s: %s", job.run.experiment.dataset, job.run.experiment.name, " ".join(command))
-        status = run_command(command, launcher.repository)
+        status = run_command(command)
         if status:
             raise UserError(
                 f"{job.run.experiment.name} stopped with exit status {status} (log: {job.run.folder / 'log.txt'}); "
@@ -118,7 +118,7 @@ def measure(run: Run, folder: Path, launcher: Launcher, iterations: int, run_com
         UserError: it failed.
     """
     (folder / "metrics.json").unlink(missing_ok=True)
-    status = run_command(launcher.measure(run, folder, iterations), launcher.repository)
+    status = run_command(launcher.measure(run, folder, iterations))
     for weights in folder.glob("*.pth"):
         weights.unlink()
     if status:

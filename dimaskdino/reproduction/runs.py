@@ -38,6 +38,10 @@ _FREE_KEYS = frozenset(
 )
 _MOST_DIFFERENCES = 10
 _TAIL_BYTES = 2**18
+_STAGE = re.compile(r"interm|initial|(selection|layer)\.\d+")
+_BY_STAGE = (
+    "evaluate the run by stage: train_net.py --config-file FILE --eval-only --resume --eval-layers all OUTPUT_DIR RUN"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,9 +96,9 @@ class Run:
     def is_finished(self) -> bool:
         """Whether it was trained to its end and evaluated there."""
         path = self.folder / "metrics.json"
-        if not (path.is_file() and (self.folder / "inference" / "results.json").is_file()):
+        if not (path.is_file() and self._scores()):
             return False
-        evaluated = [record["iteration"] for record in _records(_tail(path), '"bbox/AP"')]
+        evaluated = [record["iteration"] for record in _records(path, '"bbox/AP"', last_bytes=_TAIL_BYTES)]
         return bool(evaluated) and evaluated[-1] >= self.max_iter
 
     @property
@@ -116,14 +120,14 @@ class Run:
     def seconds_per_iteration(self) -> float | None:
         """The median over the training, or None where too little was trained to tell."""
         path = self.folder / "metrics.json"
-        times = [record["time"] for record in _records(path.read_text(), '"time"')] if path.is_file() else []
+        times = [record["time"] for record in _records(path, '"time"')] if path.is_file() else []
         return median(times) if times else None
 
     def results(self, table: Table) -> Values:
         """What ``table`` measures, AP in percent, speed in images per second; None for what was not measured."""
         if not self.is_finished:
             return (None,) * len(table.metrics)
-        scores = json.loads((self.folder / "inference" / "results.json").read_text())
+        scores = self._scores()
         if table.needs_layers:
             layers = self.layers()
             scores = {"first": layers[0], "last": layers[-1]} if layers else {}
@@ -137,7 +141,9 @@ class Run:
         They do not depend on the weights, so that any evaluation of this configuration may have measured them.
         """
         path = self.folder / "inference" / SPEED_FILE
-        return json.loads(path.read_text()) if self.is_finished and path.is_file() else {}
+        if not (self.is_finished and path.is_file()):
+            return {}
+        return _read_json(path, dict, "Remove it; the next evaluation measures the speed again.")
 
     def layers(self) -> list[dict[str, Any]]:
         """Results of the decoder layers of the finished run; empty where they were not measured after its training."""
@@ -145,9 +151,16 @@ class Run:
         if not (self.is_finished and path.is_file()):
             return []
         layers = decoder_layers(read_stages(path))
-        final = json.loads((self.folder / "inference" / "results.json").read_text())
         # Those of an earlier checkpoint end in another result.
-        return layers if layers and layers[-1]["bbox"] == final["bbox"] else []
+        return layers if layers and layers[-1].get("bbox") == self._scores()["bbox"] else []
+
+    def _scores(self) -> dict[str, Any]:
+        """The last evaluation's results; empty where there is none, or none of boxes or masks."""
+        path = self.folder / "inference" / "results.json"
+        if not path.is_file():
+            return {}
+        scores = _read_json(path, dict, "Remove it; the run is then evaluated again.")
+        return scores if all(scores.get(task) and isinstance(scores[task], dict) for task in ("bbox", "segm")) else {}
 
     def _check_config(self) -> None:
         path = self.folder / "config.yaml"
@@ -191,15 +204,19 @@ def read_stages(path: Path) -> list[dict[str, Any]]:
     """Rows of a ``layers.json``, or of the one in a run's folder.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or the file holds something else.
     """
     file = path / "inference" / "layers.json" if path.is_dir() else path
     if not file.is_file():
-        raise UserError(
-            f"{file} does not exist; evaluate the run by stage: "
-            "train_net.py --config-file FILE --eval-only --resume --eval-layers all OUTPUT_DIR RUN"
-        )
-    return json.loads(file.read_text())
+        raise UserError(f"{file} does not exist; {_BY_STAGE}")
+    stages = _read_json(file, list, f"It is no layers.json, or broken: {_BY_STAGE}")
+    for row in stages:
+        if not isinstance(row, dict) or not _STAGE.fullmatch(str(row.get("stage"))):
+            raise UserError(f"{file} holds {row!r:.60}, which is no result of a stage; {_BY_STAGE}")
+        for key in ("box_AP", "mask_AP", "gap"):
+            if not isinstance(row.get(key, ""), float | int | None):
+                raise UserError(f"{file} has no number {key} of stage {row['stage']}; {_BY_STAGE}")
+    return stages
 
 
 def decoder_layers(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -212,18 +229,39 @@ def _defaults() -> dict[str, Any]:
     return _plain(get_cfg())
 
 
-def _tail(path: Path) -> str:
-    """The end of a file of lines, long enough for the last evaluation."""
+def _read_json(path: Path, kind: type, advice: str) -> Any:
+    """The content of a JSON file, which must be of a kind; the UserError otherwise ends with the advice."""
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is no whole JSON file ({error}). {advice}") from error
+    if not isinstance(content, kind):
+        raise UserError(f"{path} holds a {type(content).__name__} where a {kind.__name__} belongs. {advice}")
+    return content
+
+
+def _records(path: Path, holding: str, *, last_bytes: int | None = None) -> list[dict[str, Any]]:
+    """The lines of a metrics.json that hold a text, of all or of its end; one that is broken is left out."""
     with path.open("rb") as file:
-        file.seek(max(path.stat().st_size - _TAIL_BYTES, 0))
-        return file.read().decode()
-
-
-def _records(lines: str, holding: str) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics.json that hold a text; one that was cut off is left out."""
-    for line in lines.splitlines():
+        file.seek(max(path.stat().st_size - last_bytes, 0) if last_bytes else 0)
+        lines = file.read().decode(errors="replace").splitlines()
+    found, broken = [], 0
+    for line in lines:
+        # A line that does not begin or end as a record is cut: here, or by a training that is writing it.
         if holding in line and line.startswith("{") and line.endswith("}"):
-            yield json.loads(line)
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                broken += 1
+    if broken:
+        _warn_of_broken_lines(path, broken)
+    return found
+
+
+@functools.cache
+def _warn_of_broken_lines(path: Path, count: int) -> None:
+    """Once, however often a file is read."""
+    logger.warning("%s: %d broken lines are left out, as a crash of a training leaves them.", path, count)
 
 
 def _plain(cfg: Config) -> dict[str, Any]:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from dimaskdino.checkpoint import is_release
+from dimaskdino.checkpoint import is_release, read_weights
 from tests.checkpoint.models import RunsCode, randomised, save, small_model
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
@@ -86,6 +87,48 @@ def test_a_file_without_our_heads_keeps_its_names_and_the_tool_says_so(
     written = torch.load(tmp_path / "b.pth", weights_only=True)
     assert list(written["model"]) == ["fc.weight"]
     assert written["__author__"] == "Caffe2"
+
+
+def test_safetensors_are_written_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = randomised(small_model())
+    ours["strided"] = torch.arange(6.0).reshape(2, 3).T
+    path = save({"model": ours, "iteration": 3}, tmp_path / "ours.pth")
+    run(monkeypatch, path, tmp_path / "theirs.safetensors", "--to", "release", "--strip")
+    assert is_release(load_file(tmp_path / "theirs.safetensors"))
+    run(monkeypatch, tmp_path / "theirs.safetensors", tmp_path / "back.safetensors", "--to", "ours")
+    back = read_weights(tmp_path / "back.safetensors")["model"]
+    assert back.keys() == ours.keys()
+    assert all(torch.equal(back[key], ours[key]) for key in ours)
+
+
+def broken_save(content: object, path: Path) -> None:
+    path.write_bytes(b"half a file")
+    raise RuntimeError("the disk is full")
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("b.safetensors", "holds weights alone, not trainer, iteration; give --strip"),
+        ("folder", "is a folder"),
+        ("a.pth/b.pth", "cannot be written"),
+        ("new/b.pth", "cannot be written .*the disk is full"),
+    ],
+)
+def test_what_cannot_be_written_ends_with_one_line_and_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, output: str, message: str
+) -> None:
+    content = {"model": randomised(small_model()), "trainer": {"optimizer": {}}, "iteration": 3}
+    path = save(content, tmp_path / "a.pth")
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr(torch, "save", broken_save)
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, path, tmp_path / output, "--to", "ours")
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error)
+    assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["a.pth"]
 
 
 def test_the_input_is_not_overwritten(

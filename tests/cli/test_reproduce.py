@@ -26,8 +26,8 @@ def trainings(run, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
     started: list[list[str]] = []
 
-    def start(command: list[str], cwd: Path, check: bool) -> SimpleNamespace:
-        assert Path(command[1]) == cwd / "train_net.py"
+    def start(command: list[str], check: bool) -> SimpleNamespace:
+        assert Path(command[1]) == REPO / "train_net.py"
         started.append(command[2:])
         return SimpleNamespace(returncode=run("train_net.py", *command[2:]).status)
 
@@ -155,6 +155,32 @@ def test_the_imbalance_is_drawn_from_runs_or_their_files(run, tmp_path: Path) ->
     assert "2 runs, but there are 1" in run(script, one, *labels).err
     shutil.rmtree(two / "inference")
     assert "layers.json does not exist" in run(script, one, two).err
+
+
+def test_the_picture_of_the_imbalance_has_a_format_that_is_offered(run, tmp_path: Path) -> None:
+    one = write_run(tmp_path, "bdd100k", "maskdino", first_layer=(16.0, 21.0))
+    script = "tools/plot_imbalance.py"
+    plain = run(script, one, "--output", tmp_path / "plain")
+    assert (plain.status, plain.out) == (0, f"{tmp_path / 'plain.png'}\n")
+    assert (tmp_path / "plain.png").is_file()
+    (tmp_path / "file").touch()
+    for output, words in (
+        ("x.foo", "must end in .png, .pdf, .svg, not in .foo."),
+        ("bdd100k", "is a folder"),
+        ("file/x.png", "cannot be written"),
+    ):
+        refused = run(script, one, "--output", tmp_path / output)
+        assert refused.status == 2
+        assert refused.err.startswith("error: --output ")
+        assert words in refused.err
+
+
+def test_a_file_that_holds_no_stages_is_refused_in_one_line(run, tmp_path: Path) -> None:
+    one = write_run(tmp_path, "bdd100k", "maskdino", first_layer=(16.0, 21.0))
+    refused = run("tools/plot_imbalance.py", one / "inference" / "results.json", "--output", tmp_path / "x.png")
+    assert refused.status == 2
+    assert refused.err.count("\n") == 1
+    assert "results.json holds a dict where a list belongs. It is no layers.json" in refused.err
 
 
 def test_the_examples_of_the_help_and_of_the_guide_are_commands(run, monkeypatch: pytest.MonkeyPatch) -> None:

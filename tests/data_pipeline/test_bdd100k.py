@@ -149,6 +149,10 @@ def test_polygons_and_curves_are_drawn_as_the_toolkit_draws_its_bitmasks(number:
             ["polygon left out: malformed", "object left out: a mask without a pixel"],
         ),
         (
+            {"category": "car", "poly2d": [{"vertices": [[0, 0], [3, 10**400], [3, 3]], "types": "LLL"}]},
+            ["polygon left out: malformed", "object left out: a mask without a pixel"],
+        ),
+        (
             {"category": "car", "poly2d": [{"vertices": [[90, 90], [99, 90], [99, 99]], "types": "LLL"}]},
             ["object left out: a mask without a pixel"],
         ),
@@ -242,11 +246,33 @@ def test_a_broken_run_goes_on_where_it_stopped_and_ends_with_the_same_file(
     assert list(annotation_file(folder, "val").parent.iterdir()) == [annotation_file(folder, "val")]
 
 
-def test_what_one_source_began_is_not_mixed_into_another(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def break_off(items: Any, *, total: int) -> Any:
-        yield from list(items)[:5]
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("damage", [b'{"key": "half", "si', b"\xff\xfe", b"5", b'{"key": "3"}', b""])
+def test_damaged_lines_of_a_broken_run_are_counted_and_their_images_converted_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, damage: bytes
+) -> None:
+    convert_split(folder, "val", "rles")
+    expected = output(folder)
+    with pytest.raises(KeyboardInterrupt):
+        convert_split(folder, "val", "rles", progress=break_off)
+    part = annotation_file(folder, "val").with_name(f"{annotation_file(folder, 'val').name}.part")
+    lines = part.read_bytes().split(b"\n")
+    part.write_bytes(b"\n".join([*lines[:2], damage, *lines[3:]]))
+    again = []
+    convert = bdd100k_convert.convert_image
+    monkeypatch.setattr(bdd100k_convert, "convert_image", lambda task: again.append(task.image) or convert(task))
+    convert_split(folder, "val", "rles")
+    assert f"{part}: 1 damaged lines are left out; their images are converted again" in caplog.text
+    assert len(again) == len(record()["frames"]) - 4
+    assert output(folder) == expected
 
+
+def break_off(items: Any, *, total: int) -> Any:
+    """Progress that ends after five images."""
+    yield from list(items)[:5]
+    raise KeyboardInterrupt
+
+
+def test_what_one_source_began_is_not_mixed_into_another(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KeyboardInterrupt):
         convert_split(folder, "val", "rles", progress=break_off)
     coco, _ = convert_split(folder, "val", "bitmasks")
@@ -276,6 +302,14 @@ def test_every_image_that_is_left_out_is_named_with_the_reason(tmp_path: Path) -
     ]
 
 
+def test_of_images_that_differ_in_the_suffix_alone_the_first_is_taken_and_the_other_named(tmp_path: Path) -> None:
+    folder = write_images(tmp_path, "train", ["a.jpg", "a.png"], SIZE)
+    write_bitmask(folder, "train", "a.jpg", bitmask((np.s_[0:2, 0:2], (3, 0, 0, 1))))
+    coco, problems = convert_split(folder, "train", "bitmasks")
+    assert [image["file_name"] for image in coco["images"]] == ["a.jpg"]
+    assert kinds(problems) == [("image left out: another one differs in the suffix alone", "a.png")]
+
+
 def test_a_split_of_which_nothing_is_left_is_an_error(tmp_path: Path) -> None:
     folder = write_images(tmp_path, "val", ["a.jpg"], SIZE)
     write_bitmask(folder, "val", "a.jpg", np.zeros((*SIZE, 3), dtype=np.uint8))
@@ -294,7 +328,20 @@ def test_missing_labels_name_their_path_and_the_choice(tmp_path: Path, source: s
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "{}", "[1]", '[{"labels": []}]', '[{"name": "a.jpg", "labels": ["car"]}]', '{"frames": 3}']
+    "content",
+    [
+        *("{", "{}", "[1]", '[{"labels": []}]', '{"frames": 3}'),
+        *(
+            f'[{{"name": "a.jpg", "labels": [{label}]}}]'
+            for label in (
+                '"car"',
+                '{"category": "car", "attributes": ["crowd"]}',
+                '{"category": "car", "attributes": "crowd"}',
+                '{"category": "car", "poly2d": 5}',
+                '{"category": "car", "poly2d": {"vertices": []}}',
+            )
+        ),
+    ],
 )
 def test_a_label_file_in_another_format_is_named(tmp_path: Path, content: str) -> None:
     folder = write_images(tmp_path, "val", ["a.jpg"], SIZE)

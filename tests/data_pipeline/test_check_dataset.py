@@ -130,6 +130,11 @@ def test_annotation_ids_that_detectron2_would_refuse_are_named(inspect: Callable
     assert inspect(add) == [("annotation id is missing or used more than once", str(value))]
 
 
+def test_an_annotation_id_that_is_no_number_is_named(inspect: Callable[..., Found]) -> None:
+    found = inspect(lambda coco, _: annotation(coco).update(id="eleven"))
+    assert found == [("annotation id is not a whole number", "'eleven'")]
+
+
 def rle(*runs: int, size: tuple[int, int] = SIZE) -> Json:
     return {"size": list(size), "counts": list(runs)}
 
@@ -163,6 +168,9 @@ def test_a_sound_annotation_has_no_problem(change: Json) -> None:
         ({"segmentation": [[1, 1, 4, 1, 4, float("nan")]]}, "mask: a polygon of fewer than three finite points"),
         ({"segmentation": [POLYGON, [1, 1, 4, 1, 4, 3, 1]]}, "mask: a malformed polygon"),
         ({"segmentation": [3]}, "mask: a malformed polygon"),
+        ({"segmentation": [[[1, 1], [4, 1], [4, 3], [1, 3]]]}, "mask: a malformed polygon: not a flat list"),
+        ({"segmentation": [["1", "1", "4", "1", "4", "3"]]}, "mask: a malformed polygon: not a flat list"),
+        ({"segmentation": [[1, 1, 10**400, 1, 4, 3]]}, "mask: a malformed polygon: not a flat list"),
         ({"segmentation": [[1, 1, 40, 1, 40, 3, 1, 3]]}, "mask: a polygon leaves the image"),
         ({"segmentation": [[1, 1, 4, 1, 2, 1]], "bbox": [1, 1, 3, 1]}, "mask: no pixel in the image"),
         ({"segmentation": rle(48)}, "mask: no pixel in the image"),
@@ -174,6 +182,7 @@ def test_a_sound_annotation_has_no_problem(change: Json) -> None:
         ({"bbox": None}, "box: not four finite numbers"),
         ({"bbox": [1, 1, 3]}, "box: not four finite numbers"),
         ({"bbox": [1, 1, float("inf"), 2]}, "box: not four finite numbers"),
+        ({"bbox": [1, 1, 10**400, 2]}, "box: not four finite numbers"),
         ({"bbox": [1, 1, 0, 2]}, "box: width or height is not positive"),
         ({"bbox": [1, 1, 8.5, 2]}, "box: leaves the image"),
         ({"bbox": [-2, 1, 6, 2]}, "box: leaves the image"),
@@ -214,6 +223,13 @@ def test_classes_are_counted_with_their_crowd_and_ignored_regions(coco: Json) ->
     assert count_table(coco).endswith("2 images, 1 of them without any annotation")
 
 
+def test_images_that_are_not_listed_are_not_counted(coco: Json) -> None:
+    coco["annotations"] += [{**SOUND, "id": 12 + index, "image_id": 90 + index} for index in range(4)]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in count_table(coco).splitlines()[:5]]
+    assert [line[-1] for line in lines[2:]] == ["0", "1", "1"]
+    assert count_table(coco).endswith("2 images, 1 of them without any annotation")
+
+
 def test_problems_are_counted_by_kind_with_the_first_place() -> None:
     table = problem_table([Problem("rare", "a.png"), Problem("often", "b.png"), Problem("often", "c.png")])
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
@@ -227,6 +243,33 @@ def test_a_file_in_another_format_is_refused(coco: Json, write_coco: Write, text
     register_coco_format("mine", json_file, image_root, ["ball", "box"])
     with pytest.raises(DatasetError, match="not in COCO's format"):
         inspect_dataset("mine")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda coco: coco["categories"][0].update(id="3"), "a category's id is '3'"),
+        (lambda coco: coco["categories"][0].update(id=None), "a category's id is None"),
+        (lambda coco: coco["categories"][0].update(name=["ball"]), r"a category's name is \['ball'\]"),
+        (lambda coco: annotation(coco).update(id=[11]), r"an annotation's id is \[11\]"),
+        (lambda coco: annotation(coco).update(image_id=[1]), r"an annotation's image_id is \[1\]"),
+        (lambda coco: annotation(coco).update(category_id={"id": 7}), "an annotation's category_id is {'id': 7}"),
+        (lambda coco: coco["images"][0].update(height="6"), "an image's height is '6'"),
+        (lambda coco: coco["images"][0].update(width=-8), "one.png is -8x6 pixels"),
+        (lambda coco: coco["images"].clear(), "lists no image"),
+    ],
+)
+def test_an_entry_that_no_check_could_go_on_with_ends_with_one_line(
+    coco: Json, write_coco: Write, change: Callable[[Json], Any], words: str
+) -> None:
+    json_file, image_root = write_coco(coco)
+    change(coco)
+    json_file.write_text(json.dumps(coco))
+    register_coco_format("mine", json_file, image_root, ["ball", "box"])
+    with pytest.raises(DatasetError, match=words) as error:
+        inspect_dataset("mine")
+    assert str(json_file) in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_dataset_without_an_annotation_file_is_refused() -> None:

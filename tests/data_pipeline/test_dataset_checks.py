@@ -10,7 +10,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
 from dimaskdino.config import Config
-from dimaskdino.data import register_all
+from dimaskdino.data import build_train_loader, register_all
 from dimaskdino.data.checks import check_datasets
 from dimaskdino.errors import ConfigError, DatasetError
 from tests.data_pipeline.conftest import Json
@@ -68,6 +68,13 @@ def test_training_on_nothing_names_the_key(mine: Config) -> None:
     with pytest.raises(ConfigError, match=r"DATASETS\.TRAIN"):
         check_datasets(mine)
     check_datasets(mine, train=False)
+
+
+def test_evaluating_on_nothing_names_the_key(mine: Config) -> None:
+    mine.DATASETS.TEST = ()
+    with pytest.raises(ConfigError, match=r"DATASETS\.TEST names no dataset"):
+        check_datasets(mine, train=False)
+    check_datasets(mine)
 
 
 def test_missing_coco_names_the_path_the_variable_and_the_layout(cfg: Config, tmp_path: Path) -> None:
@@ -129,6 +136,70 @@ def test_a_category_that_the_file_does_not_define_names_the_annotation(mine: Con
 def test_an_annotation_that_lacks_a_key_is_named(mine: Config, keys: list[str], words: str) -> None:
     path = rewrite(lambda coco: [coco["annotations"][0].pop(key) for key in keys])
     assert message(mine) == words.format(path=path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"ignore": 1}, 'says "ignore", which detectron2 refuses'),
+        ({"iscrowd": None}, "has iscrowd None, which is neither 0 nor 1"),
+        ({"bbox": []}, "has the box [], which is no list of four numbers"),
+        ({"bbox": 5}, "has the box 5,"),
+        ({"segmentation": 5}, "has a segmentation that is neither a list of polygons"),
+        ({"segmentation": [1, 1, 4, 1, 4, 3]}, "has a segmentation that is neither a list of polygons"),
+        ({"segmentation": {"size": [6, 8]}}, "has a malformed RLE"),
+        ({"segmentation": {"size": 6, "counts": [48]}}, "has a malformed RLE"),
+        ({"segmentation": {"size": ["6", "8"], "counts": [48]}}, "has a malformed RLE"),
+        ({"segmentation": {"size": [6, 8], "counts": [7, None]}}, "has a malformed RLE"),
+    ],
+)
+def test_what_detectron2_would_stop_at_is_named_before_it_loads(mine: Config, change: Json, words: str) -> None:
+    path = rewrite(lambda coco: coco["annotations"][0].update(change))
+    assert f"Annotation 11 of {path} {words}" in message(mine)
+    with pytest.raises((AssertionError, TypeError, ValueError, KeyError)):
+        build_train_loader(mine)
+
+
+def test_an_annotation_id_that_is_used_twice_is_named(mine: Config) -> None:
+    path = rewrite(lambda coco: coco["annotations"].append({**coco["annotations"][0], "image_id": 2}))
+    assert message(mine) == f"Annotation id 11 is used more than once in {path}; number the annotations anew."
+
+
+def test_what_detectron2_does_not_load_may_be_anything(mine: Config) -> None:
+    rewrite(lambda coco: coco["annotations"].append({**coco["annotations"][0], "image_id": 9, "ignore": 1}))
+    check_datasets(mine)
+    build_train_loader(mine)
+
+
+def test_double_ids_of_a_minival_file_pass_as_detectron2_has_them_pass(
+    mine: Config, tmp_path: Path, write_coco: Write, coco: Json
+) -> None:
+    coco["annotations"].append({**coco["annotations"][0], "image_id": 2})
+    json_file, image_root = write_coco(coco)
+    minival = json_file.rename(tmp_path / "minival.json")
+    register_coco_instances("again", {}, str(minival), str(image_root))
+    mine.DATASETS.TEST = ("again",)
+    check_datasets(mine, train=False)
+
+
+@pytest.mark.parametrize("keys", [["height"], ["height", "width"]])
+def test_an_image_without_its_size_is_named(mine: Config, keys: list[str]) -> None:
+    path = rewrite(lambda coco: [coco["images"][1].pop(key) for key in keys])
+    assert message(mine) == f"Image 2 (two.png) of {path} has no {' and no '.join(keys)} in pixels."
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda coco: coco["categories"][0].update(id=None),
+        lambda coco: coco["images"][1].update(id="two"),
+        lambda coco: coco["images"][1].update(file_name=2),
+        lambda coco: coco.update(annotations=0),
+    ],
+)
+def test_ids_and_names_of_another_kind_end_with_one_line(mine: Config, change: Callable[[Json], Any]) -> None:
+    path = rewrite(change)
+    assert str(path) in message(mine)
 
 
 def test_a_test_set_without_annotations_can_be_predicted_but_not_trained_on(mine: Config) -> None:

@@ -57,6 +57,16 @@ def test_runs_may_differ_in_their_stages(tmp_path):
     assert text.count("<!-- layer.2 -->") == 1
 
 
+@pytest.mark.parametrize("nothing", [None, float("nan")])
+def test_what_could_not_be_measured_has_no_bar_and_says_so(tmp_path, nothing):
+    first = {**stage("layer.0", 16.0, 21.5), "mask_AP": nothing, "gap": nothing}
+    path = tmp_path / "figure.svg"
+    draw_imbalance([StageResults("one", [STAGES[0], first, STAGES[3]])], path, lines=True)
+    text = path.read_text()
+    assert text.count("<!-- n/a -->") == text.count("gap n/a") == 1
+    assert "nan" not in text
+
+
 def test_a_run_without_decoder_layers_is_refused(tmp_path):
     with pytest.raises(UserError, match="hold no decoder layer"):
         draw_imbalance([StageResults("one", STAGES[:2])], tmp_path / "figure.png")

@@ -14,7 +14,7 @@ from dimaskdino.errors import UserError
 from dimaskdino.reproduction import jobs, slurm
 from dimaskdino.reproduction.jobs import Job, Launcher, measure, run_job, unfinished
 from dimaskdino.reproduction.slurm import JOB_FILE, SlurmTask, submit
-from tests.reproduction.fakes import scores, stage, write_run
+from tests.reproduction.fakes import stage, write_run
 from tests.reproduction.test_runs import open_run
 
 REPOSITORY = Path(__file__).parents[2]
@@ -28,8 +28,7 @@ class Trainer:
         self.output, self.row, self.dataset, self.statuses = output, row, dataset, list(statuses)
         self.commands: list[list[str]] = []
 
-    def __call__(self, command: list[str], folder: Path) -> int:
-        assert folder == REPOSITORY
+    def __call__(self, command: list[str]) -> int:
         self.commands.append(command)
         status = self.statuses.pop(0) if self.statuses else 0
         if status:
@@ -37,7 +36,7 @@ class Trainer:
         run = self.output / self.dataset / open_run(self.output, self.row, self.dataset).folder.name
         if "--eval-only" in command:
             path = run / "inference" / "layers.json"
-            path.write_text(json.dumps([stage("layer.0", 1.0, 2.0), {"stage": "layer.1", **scores(30.0, 25.0)}]))
+            path.write_text(json.dumps([stage("layer.0", 1.0, 2.0), stage("layer.1", 30.0, 25.0)]))
         else:
             shutil.rmtree(run, ignore_errors=True)
             write_run(self.output, self.dataset, self.row)
@@ -102,7 +101,19 @@ def test_a_failure_is_an_error_that_names_the_log_and_the_next_call_goes_on(tmp_
 
 def test_a_command_that_leaves_nothing_behind_is_not_repeated_for_ever(tmp_path):
     with pytest.raises(UserError, match="ended well, but its results are not in"):
-        run_job(job(tmp_path), GPUS, lambda command, folder: 0)
+        run_job(job(tmp_path), GPUS, lambda command: 0)
+
+
+def test_a_command_runs_in_the_callers_folder_and_imports_from_its_repository(tmp_path, monkeypatch):
+    repository, caller = tmp_path / "repository", tmp_path / "caller"
+    repository.mkdir()
+    caller.mkdir()
+    (repository / "beside.py").write_text("STATUS = 3")
+    (repository / "train_net.py").write_text("import beside\nopen('here', 'w').close()\nexit(beside.STATUS)")
+    monkeypatch.chdir(caller)
+    with pytest.raises(UserError, match="exit status 3"):
+        run_job(job(tmp_path), Launcher(repository, 1))
+    assert (caller / "here").is_file()
 
 
 @pytest.mark.parametrize(
@@ -126,7 +137,7 @@ def test_a_measurement_trains_a_few_iterations_without_weights_and_leaves_its_ti
     folder.mkdir()
     (folder / "metrics.json").write_text("of an earlier measurement")
 
-    def train(command: list[str], _: Path) -> int:
+    def train(command: list[str]) -> int:
         assert not (folder / "metrics.json").exists()
         seen.extend(command)
         (folder / "model_final.pth").write_text("")
@@ -138,7 +149,7 @@ def test_a_measurement_trains_a_few_iterations_without_weights_and_leaves_its_ti
     assert (options["MODEL.WEIGHTS"], options["SOLVER.MAX_ITER"], options["OUTPUT_DIR"]) == ("", "20", str(folder))
     assert [path.name for path in folder.iterdir()] == ["metrics.json"]
     with pytest.raises(UserError, match="exit status 1"):
-        measure(open_run(tmp_path, "neither", "coco"), folder, GPUS, 20, lambda command, folder: 1)
+        measure(open_run(tmp_path, "neither", "coco"), folder, GPUS, 20, lambda command: 1)
 
 
 class FakeSubmitit(types.ModuleType):

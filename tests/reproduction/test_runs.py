@@ -91,6 +91,71 @@ def test_a_line_that_was_cut_off_is_left_out(tmp_path):
     assert open_run(tmp_path).seconds_per_iteration() == 0.25
 
 
+def test_a_record_that_a_crash_cut_and_the_next_one_followed_is_left_out_with_one_warning(tmp_path, caplog):
+    folder = write_run(tmp_path, "shapes", "neither", seconds=0.25)
+    metrics = folder / "metrics.json"
+    joined = '{"iteration": 49, "time": 9, "bbox/AP": 3{"iteration": 59, "time": 9, "bbox/AP": 4}\n'
+    metrics.write_text(joined + metrics.read_text())
+    run = open_run(tmp_path)
+    assert run.is_finished
+    assert run.seconds_per_iteration() == 0.25
+    assert open_run(tmp_path).is_finished
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{metrics}: 1 broken lines are left out, as a crash of a training leaves them."
+    ]
+
+
+def test_bytes_that_are_no_text_do_not_hide_the_other_records(tmp_path):
+    metrics = write_run(tmp_path, "shapes", "neither") / "metrics.json"
+    metrics.write_bytes(b"\xff\x00\n" + metrics.read_bytes())
+    assert open_run(tmp_path).is_finished
+
+
+@pytest.mark.parametrize("content", [{}, {"bbox": {}, "segm": {}}, {"bbox": {"AP": 3.0}}, {"bbox": 3, "segm": 3}])
+def test_results_without_boxes_or_masks_are_none(tmp_path, content):
+    folder = write_run(tmp_path, "bdd100k", "maskdino", first_layer=(16.0, 21.0))
+    (folder / "inference" / "results.json").write_text(json.dumps(content))
+    run = open_run(tmp_path, "maskdino", "bdd100k")
+    assert (run.status, run.is_finished, run.layers(), run.speed()) == ("not evaluated", False, [], {})
+    assert run.results(FIGURE1) == (None,) * 6
+
+
+@pytest.mark.parametrize("content", ['{"bbox": {"AP": 3', "", "\x00", "3"])
+@pytest.mark.parametrize("name", ["results.json", "layers.json", "speed.json"])
+def test_a_file_of_results_that_is_broken_is_named_with_what_to_do(tmp_path, name, content):
+    file = write_run(tmp_path, "bdd100k", "maskdino", first_layer=(16.0, 21.0)) / "inference" / name
+    file.write_text(content)
+    run = open_run(tmp_path, "maskdino", "bdd100k")
+    with pytest.raises(UserError, match=r"Remove it|evaluate the run by stage") as error:
+        run.results(FIGURE1)
+    assert str(file) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([3], "holds 3, which is no result of a stage"),
+        ([{"box_AP": 1.0}], "which is no result of a stage"),
+        ([stage("layer.x", 1.0, 2.0)], r"'layer\.x'.*which is no result of a stage"),
+        ([{"stage": "layer.0", "box_AP": 1.0, "gap": 1.0}], r"has no number mask_AP of stage layer\.0"),
+        ([{**stage("layer.0", 1.0, 2.0), "gap": "-1"}], r"has no number gap of stage layer\.0"),
+    ],
+)
+def test_rows_that_are_no_stages_are_refused(tmp_path, rows, words):
+    file = tmp_path / "layers.json"
+    file.write_text(json.dumps(rows))
+    with pytest.raises(UserError, match=words) as error:
+        read_stages(file)
+    assert str(file) in str(error.value)
+
+
+def test_every_stage_of_an_evaluation_is_known(tmp_path):
+    rows = [stage(name, 1.0, 2.0) for name in ("interm", "selection.2", "initial", "layer.0", "layer.11")]
+    (tmp_path / "layers.json").write_text(json.dumps(rows))
+    assert read_stages(tmp_path / "layers.json") == rows
+
+
 def test_seconds_are_the_median_of_the_iterations(tmp_path):
     folder = write_run(tmp_path, "shapes", "neither", done=300, evaluated=False)
     lines = [{"iteration": i, "time": time} for i, time in enumerate((9.0, 0.4, 0.5))]

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -120,16 +119,18 @@ class _Journal:
         self._header = json.dumps(depends_on)
         self.records = {record["key"]: record for record in self._read()}
 
-    def _read(self) -> Iterable[Json]:
+    def _read(self) -> list[Json]:
         if not self.path.is_file():
-            return
-        with self.path.open(encoding="utf-8") as file:
-            if file.readline().rstrip("\n") != self._header:
-                return
-            for line in file:
-                # The line that a broken run was writing has no end.
-                if line.endswith("\n"):
-                    yield json.loads(line)
+            return []
+        header, *lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
+        if header != self._header:
+            return []
+        # What follows the last end of a line is nothing, or what a broken run was writing.
+        records = [_record(line) for line in lines[:-1]]
+        damaged = records.count(None)
+        if damaged:
+            logger.warning("%s: %d damaged lines are left out; their images are converted again", self.path, damaged)
+        return [record for record in records if record is not None]
 
     def __enter__(self) -> None:
         """Write what is known to a new file, without a line that was broken off, and go on in it."""
@@ -146,6 +147,16 @@ class _Journal:
         if "annotations" in record:
             self._file.write(f"{json.dumps(record)}\n")
             self._file.flush()
+
+
+def _record(line: str) -> Json | None:
+    """The converted image that a journal's line holds, or None where it is damaged."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    whole = isinstance(record, dict) and record.keys() >= {"key", "file_name", "problems", "size", "annotations"}
+    return record if whole else None
 
 
 def _write_whole(path: Path, text: str) -> None:

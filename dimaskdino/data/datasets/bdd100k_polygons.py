@@ -52,7 +52,7 @@ def outline(part: dict[str, Any]) -> Path:
     try:
         vertices = np.array(part["vertices"], dtype=np.float64).reshape(-1, 2)
         codes = [PATH_CODES[letter] for letter in part["types"]]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise ValueError("malformed") from None
     if len(vertices) < 3 or len(codes) != len(vertices) or not np.isfinite(vertices).all():
         raise ValueError("malformed or of fewer than three points")

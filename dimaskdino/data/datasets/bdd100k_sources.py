@@ -38,15 +38,15 @@ def find_tasks(folder: Path, split: str, source: str) -> tuple[list[Task], list[
         source: one of ``SOURCES``.
 
     Returns:
-        The images by name, and the images and labels that are without the other.
+        The images by name, and the images and labels that are without the other or there twice.
 
     Raises:
         DatasetError: if a folder or label file is missing or malformed.
     """
     images = image_folder(folder, split)
     _require(images.is_dir(), "Image folder", images)
-    image_of = {path.stem: path for path in sorted(images.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES}
     problems: list[Problem] = []
+    image_of = _images(images, problems)
     labels_of = _bitmasks(folder, split) if source == "bitmasks" else _frames(folder, split, source, problems)
     for stem in sorted(image_of.keys() - labels_of.keys()):
         problems.append(Problem(f"image left out: it has no labels in {source}", image_of[stem].name))
@@ -65,6 +65,15 @@ def _task(image: Path, labels: str | Frame) -> Task:
         frame = crc32(json.dumps(labels, sort_keys=True).encode())
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return Task(str(image), labels, f"{stats} {frame}")
+
+
+def _images(folder: Path, problems: list[Problem]) -> dict[str, Path]:
+    """Images by stem, which labels name them by; of several with one stem the first by name."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in IMAGE_SUFFIXES and found.setdefault(path.stem, path) is not path:
+            problems.append(Problem("image left out: another one differs in the suffix alone", path.name))
+    return found
 
 
 def _bitmasks(folder: Path, split: str) -> dict[str, str]:
@@ -95,6 +104,9 @@ def _check_labels(frame: Frame) -> None:
     for label in frame.get("labels") or ():
         if not isinstance(label, dict) or not isinstance(label.get("category", ""), str):
             raise TypeError(f"a label of {frame['name']} is {label!r:.60}")
+        for key, kind in (("attributes", dict), ("poly2d", list)):
+            if label.get(key) and not isinstance(label[key], kind):
+                raise TypeError(f"{key} of a label of {frame['name']} is {label[key]!r:.60}")
 
 
 def _require(found: bool, kind: str, path: Path) -> None:
