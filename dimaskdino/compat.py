@@ -1,5 +1,6 @@
 """What differs between detectron2 0.5 and its current main, and what either needs on a new torch, in one place."""
 
+import warnings
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -37,6 +38,11 @@ def create_local_process_group(num_processes_per_machine: int) -> None:
         group = dist.new_group(list(range(first, first + num_processes_per_machine)))
         if first <= dist.get_rank() < first + num_processes_per_machine:
             comm._LOCAL_PROCESS_GROUP = group
+
+
+def silence_gathering() -> None:
+    """Keep torch from telling users at every evaluation that detectron2 0.5 gathers results by an old class of it."""
+    warnings.filterwarnings("ignore", "TypedStorage is deprecated", UserWarning, r"detectron2\.utils\.comm")
 
 
 def leave_process_group() -> None:

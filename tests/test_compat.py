@@ -1,12 +1,13 @@
-"""The process groups of a job, as either detectron2 needs them."""
+"""What either detectron2 needs: the process groups of a job, and no noise."""
 
+import warnings
 from pathlib import Path
 
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from detectron2.utils import comm
 
-from dimaskdino.compat import create_local_process_group, leave_process_group
+from dimaskdino.compat import create_local_process_group, leave_process_group, silence_gathering
 
 
 def _report_ranks(rank: int, folder: Path) -> None:
@@ -26,3 +27,13 @@ def test_local_ranks_start_at_zero_on_each_machine_and_leaving_allows_another_jo
     mp.spawn(_report_ranks, args=(tmp_path,), nprocs=2)
     expected = repr([(0, 0, 1), (1, 0, 1)])
     assert [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)] == [expected] * 2
+
+
+def test_gathering_of_results_does_not_warn_of_what_users_cannot_change() -> None:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        silence_gathering()
+        for module in ("detectron2.utils.comm", "mine"):
+            warnings.warn_explicit("TypedStorage is deprecated. It will be", UserWarning, "file.py", 1, module=module)
+        warnings.warn_explicit("something else", UserWarning, "file.py", 1, module="detectron2.utils.comm")
+    assert [str(warning.message)[:12] for warning in told] == ["TypedStorage", "something el"]

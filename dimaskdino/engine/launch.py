@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from dimaskdino.compat import create_local_process_group, leave_process_group
+from dimaskdino.compat import create_local_process_group, leave_process_group, silence_gathering
 from dimaskdino.engine.failures import Failure, end_process, one_line, read_failures, report_failure
 from dimaskdino.errors import USER_ERROR_STATUS, UserError
 
@@ -110,6 +110,7 @@ def _join(*, num_local: int, local_rank: int, on_gpu: bool, **init_options: Any)
         torch.set_num_threads(max(1, min(torch.get_num_threads(), num_cores() // num_local)))
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, **init_options)
     create_local_process_group(num_local)
+    silence_gathering()
 
 
 def _spawn(main: Main, args: Namespace, num_local: int) -> None:
