@@ -35,11 +35,8 @@ def main() -> None:
         raise UserError(f"--labels names {len(labels)} runs, but there are {len(args.runs)}.")
     runs = [StageResults(label, read_stages(run)) for label, run in zip(labels, args.runs, strict=True)]
     output = picture_path(args.output)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        draw_imbalance(runs, output, with_paper=args.paper, lines=args.all_layers)
-    except OSError as error:
-        raise UserError(f"--output {output} cannot be written: {error}") from error
+    output.parent.mkdir(parents=True, exist_ok=True)
+    draw_imbalance(runs, output, with_paper=args.paper, lines=args.all_layers)
     print(output)
 
 

@@ -35,8 +35,8 @@ def normalize_boxes(boxes: Tensor, width: int, height: int) -> Tensor:
 
     The sizes stay numbers: a tensor of them would have to be copied to the device, and waited for.
     """
-    across, down, across_too, down_too = boxes.unbind(-1)
-    return torch.stack((across / width, down / height, across_too / width, down_too / height), dim=-1)
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    return torch.stack((x1 / width, y1 / height, x2 / width, y2 / height), dim=-1)
 
 
 def _area(boxes: Tensor) -> Tensor:

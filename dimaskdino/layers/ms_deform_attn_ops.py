@@ -38,6 +38,7 @@ if WANTED == "compiled" and MISSING:
     raise ImportError(f"{VARIABLE} is compiled, but {MISSING}; {_HOW_TO_BUILD}.")
 COMPILED = MISSING is None and WANTED != "reference"
 HAS_CUDA = MISSING is None and torch._C._dispatch_has_kernel_for_dispatch_key("dimaskdino::ms_deform_attn", "CUDA")
+# Kept, for torch.compile cannot follow a question to the dispatcher.
 DEVICES = {"cpu", "meta", "cuda"} if HAS_CUDA else {"cpu", "meta"}
 _told: set[str] = set()
 

@@ -15,7 +15,32 @@ from dimaskdino.modeling.backbone.swin_blocks import PatchEmbed, SwinStage
 
 @BACKBONE_REGISTRY.register()
 class D2SwinTransformer(Backbone):
-    """Swin with one output per stage, each through its own LayerNorm ``norm{i}``; stage i is named ``res{i + 2}``."""
+    """Swin with one output per stage, each through its own LayerNorm ``norm{i}``; stage i is named ``res{i + 2}``.
+
+    The stages of ``out_features`` and all before them are built.
+
+    Args:
+        patch_size: pixels; the stride of the first stage.
+        embed_dim: channels of the first stage; each further stage has twice as many.
+        depths: blocks per stage.
+        num_heads: attention heads per stage.
+        window_size: positions along a window's edge.
+        out_features: stages to return.
+        in_channels: channels of the image.
+        pretrain_image_size: pixels; sets the size of the absolute position table alone.
+        mlp_ratio: hidden width of the MLPs, in channels of their stage.
+        qkv_bias: whether query, key and value have a bias.
+        qk_scale: factor on the attention logits; None means 1 / sqrt(channels per head).
+        drop_rate: dropout after the patches, projections and MLPs.
+        attn_drop_rate: dropout of the attention weights.
+        drop_path_rate: stochastic depth of the last block; the blocks before it rise to it linearly from 0.
+        absolute_position: add a learned absolute position table, resized to the map.
+        patch_norm: normalise the patch embeddings.
+        use_checkpoint: recompute the blocks in the backward pass to save memory.
+
+    Raises:
+        ConfigError: for a feature that no stage gives, or heads that do not divide the channels.
+    """
 
     @configurable
     def __init__(  # noqa: PLR0913  (one argument per key of MODEL.SWIN)
@@ -39,30 +64,6 @@ class D2SwinTransformer(Backbone):
         patch_norm: bool = True,
         use_checkpoint: bool = False,
     ) -> None:
-        """Build the stages of `out_features` and all before them.
-
-        Args:
-            patch_size: pixels; the stride of the first stage.
-            embed_dim: channels of the first stage; each further stage has twice as many.
-            depths: blocks per stage.
-            num_heads: attention heads per stage.
-            window_size: positions along a window's edge.
-            out_features: stages to return.
-            in_channels: channels of the image.
-            pretrain_image_size: pixels; sets the size of the absolute position table alone.
-            mlp_ratio: hidden width of the MLPs, in channels of their stage.
-            qkv_bias: whether query, key and value have a bias.
-            qk_scale: factor on the attention logits; None means 1 / sqrt(channels per head).
-            drop_rate: dropout after the patches, projections and MLPs.
-            attn_drop_rate: dropout of the attention weights.
-            drop_path_rate: stochastic depth of the last block; the blocks before it rise to it linearly from 0.
-            absolute_position: add a learned absolute position table, resized to the map.
-            patch_norm: normalise the patch embeddings.
-            use_checkpoint: recompute the blocks in the backward pass to save memory.
-
-        Raises:
-            ConfigError: for a feature that no stage gives, or heads that do not divide the channels.
-        """
         super().__init__()
         channels = [embed_dim * 2**i for i in range(len(depths))]
         self._stage_of = {f"res{i + 2}": i for i in range(len(depths))}
