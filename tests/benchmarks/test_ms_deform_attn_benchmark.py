@@ -1,0 +1,58 @@
+"""The benchmark of deformable attention: its table, and what it does with a form that computes something else."""
+
+import sys
+
+import pytest
+import torch
+
+from benchmarks import ms_deform_attn as benchmark
+from dimaskdino.layers import ms_deform_attn_ops
+from dimaskdino.layers.ms_deform_attn_reference import ms_deform_attn_reference
+
+pytestmark = pytest.mark.skipif(not ms_deform_attn_ops.COMPILED, reason="the benchmark measures the compiled op")
+
+
+def test_the_command_prints_a_row_for_each_case_dtype_and_pass(monkeypatch, capsys):
+    arguments = ["--device", "cpu", "--cases", "decoder 3", "decoder 5", "--dtypes", "float32", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", ["ms_deform_attn", *arguments])
+    benchmark.main()
+    lines = capsys.readouterr().out.splitlines()
+    header = [cell.strip() for cell in lines[1].strip("|").split("|")]
+    rows = [dict(zip(header, (cell.strip() for cell in line.strip("|").split("|")), strict=True)) for line in lines[3:]]
+    assert [(row["case"], row["dtype"], row["pass"]) for row in rows] == [
+        (case, "float32", passes) for case in ("decoder 3", "decoder 5") for passes in benchmark.PASSES
+    ]
+    for row in rows:
+        assert row["grid_sample"] == "1.00x"
+        assert all(float(row[form].removesuffix("x")) > 0 for form in ("compiled", "softmax + compiled", "fused"))
+
+
+def doubled(*args):
+    return 2 * ms_deform_attn_reference(*args)
+
+
+def unable(*args):
+    raise RuntimeError("no kernel for this architecture")
+
+
+def measure(form):
+    case = benchmark.make_case("decoder 3", torch.float32, torch.device("cpu"))
+    return benchmark.measure(case, {"form": form}, torch.float32, "forward", 1)
+
+
+def test_a_wrong_form_of_ours_ends_the_run():
+    assert measure(benchmark.Form(ms_deform_attn_reference, fused=False)).keys() == {"form"}
+    with pytest.raises(RuntimeError, match="decoder 3 torch.float32 forward: form: .* elements are wrong, by 1 of"):
+        measure(benchmark.Form(doubled, fused=False))
+
+
+def test_a_wrong_form_of_another_package_is_measured_and_told_of(capsys):
+    assert measure(benchmark.Form(doubled, fused=False, ours=False)).keys() == {"form"}
+    assert "form: 768 of 768 elements are wrong, by 1 of the largest" in capsys.readouterr().err
+
+
+def test_what_another_package_cannot_do_is_left_out_and_told_of(capsys):
+    assert measure(benchmark.Form(unable, fused=False, ours=False)) == {}
+    assert "without form: no kernel for this architecture" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="no kernel for this architecture"):
+        measure(benchmark.Form(unable, fused=False))
