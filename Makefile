@@ -1,5 +1,6 @@
 # make install | demo | reproduce-demo | test | bench | lint | clean
-# make sanitize      the compiled op and its CPU tests under AddressSanitizer and UndefinedBehaviorSanitizer (GCC)
+# make sanitize      the compiled op and its CPU tests under AddressSanitizer and UndefinedBehaviorSanitizer, and the CUDA
+#                    kernels, as run on the CPU, also under ThreadSanitizer (GCC)
 # make cuda-check    compiles the CUDA code, also where there is no GPU
 # make gpu-check     the compiled op on this machine's GPU: its tests, bare and under compute-sanitizer
 # PYTHON=python3.12 make install   chooses the interpreter
@@ -52,7 +53,9 @@ bench: $(STAMP)
 
 # Python is not built with the sanitiser, so its runtime has to be loaded first; libstdc++ beside it, or the first C++
 # exception is an error. What Python does not free at its end is no leak of ours. pytest must not capture the report.
-# The CUDA kernels take part, compiled by g++ for the CPU.
+# The CUDA kernels take part, compiled by g++ for the CPU. Races of their threads are found by ThreadSanitizer; where it
+# says "unexpected memory mapping", `setarch -R make sanitize` helps. torch has its threads from a library that it does not
+# see into, hence one.
 SANITIZED := build/sanitize/tree
 SANITIZER_FLAGS := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 sanitize: export ASAN_OPTIONS := detect_leaks=0
@@ -66,6 +69,8 @@ sanitize: $(STAMP)
 	cd $(SANITIZED) && $(PRELOAD) "$(CURDIR)/$(BIN)/python" -c 'import torch, dimaskdino._C'
 	cd $(SANITIZED) && $(PRELOAD) EMULATION_FLAGS="$(SANITIZER_FLAGS)" "$(CURDIR)/$(BIN)/python" -m pytest -q -s \
 	    tests/layers/test_ms_deform_attn*.py
+	LD_PRELOAD="$$($(CXX) -print-file-name=libtsan.so)" OMP_NUM_THREADS=1 TSAN_OPTIONS=halt_on_error=1:history_size=4 \
+	    EMULATION_FLAGS="-O1 -g -fsanitize=thread" $(BIN)/python -m pytest -q -s tests/layers/test_ms_deform_attn_cuda_emulated.py
 
 # Loading the result shows that it is linked with all it needs; running it takes a GPU.
 cuda-check: $(STAMP)

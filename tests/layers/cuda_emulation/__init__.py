@@ -15,6 +15,9 @@ HERE = Path(__file__).parent
 KERNELS = HERE.parents[2] / "dimaskdino" / "layers" / "csrc" / "cuda"
 _DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 _SCALE_BYTES = 32
+_EMULATION = "emulation.cpp"
+# The emulation's own work is not that of the threads which ThreadSanitizer is to see.
+_UNCHECKED = {"-fsanitize=thread": "-DFOR_THREAD_SANITIZER"}
 
 Shapes = Sequence[tuple[int, int]]
 
@@ -26,18 +29,28 @@ def build(folder: Path, compiler: str, flags: Sequence[str] = ("-O1",), extra: S
         RuntimeError: with the compiler's messages.
     """
     sources = sorted([*KERNELS.glob("*.cu"), *HERE.glob("*.cpp"), *extra])
-    common = [compiler, "-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *flags]
-
-    def compile_one(source: Path) -> str:
-        target = str(folder / f"{source.stem}.o")
-        _run([*common, f"-I{HERE}", f"-I{KERNELS}", "-x", "c++", "-c", str(source), "-o", target])
-        return target
-
     with ThreadPoolExecutor(max_workers=2) as pool:
-        objects = list(pool.map(compile_one, sources))
+        objects = list(pool.map(lambda source: _compile(source, folder, compiler, flags), sources))
     library = folder / "emulated.so"
     _run([compiler, *flags, "-shared", "-o", str(library), *objects])
     return library
+
+
+def build_program(folder: Path, compiler: str, flags: Sequence[str], source: str) -> Path:
+    """A file here with kernels and a ``main`` of its own as a program; arguments and errors as for ``build``."""
+    objects = [_compile(HERE / name, folder, compiler, flags) for name in (source, _EMULATION)]
+    program = folder / Path(source).stem
+    _run([compiler, *flags, "-o", str(program), *objects])
+    return program
+
+
+def _compile(source: Path, folder: Path, compiler: str, flags: Sequence[str]) -> str:
+    if source.name == _EMULATION:
+        flags = [_UNCHECKED.get(flag, flag) for flag in flags]
+    target = str(folder / f"{source.stem}.o")
+    common = ["-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *flags]
+    _run([compiler, *common, f"-I{HERE}", f"-I{KERNELS}", "-x", "c++", "-c", str(source), "-o", target])
+    return target
 
 
 def _run(command: list[str]) -> None:

@@ -3,7 +3,8 @@
 // The threads of a block are fibers, and the blocks run one after the other. A fiber runs until a barrier or shuffle,
 // and goes on when all 32 threads of its warp have come to the same one (all of the block, for __syncthreads); a thread
 // that is missing there, which a GPU may not notice, ends the process with a message. Memory is the host's, so that a
-// sanitiser sees every access.
+// sanitiser sees every access. For ThreadSanitizer the fibers are threads, which only barriers and shuffles put in order:
+// it finds the races of a block and, in global memory, those between blocks.
 #pragma once
 
 #include <math.h>
@@ -102,26 +103,30 @@ T __ldg(const T* pointer) {
   return *pointer;
 }
 
-// One fiber runs at a time.
-template <typename T>
-T atomicAdd(T* pointer, T value) {
-  const T old = *pointer;
-  *pointer = old + value;
+// One fiber runs at a time; the atomic accesses are for ThreadSanitizer, which has to tell them from others.
+template <typename T, typename Change>
+T atomic_change(T* pointer, Change change) {
+  T old;
+  __atomic_load(pointer, &old, __ATOMIC_RELAXED);
+  T changed = change(old);
+  __atomic_store(pointer, &changed, __ATOMIC_RELAXED);
   return old;
 }
 
-// From 9.0 on.
+template <typename T>
+T atomicAdd(T* pointer, T value) {
+  return atomic_change(pointer, [=](T old) { return old + value; });
+}
+
+// From 9.0 on: four additions.
 inline float4 atomicAdd(float4* pointer, float4 value) {
-  const float4 old = *pointer;
-  *pointer = {old.x + value.x, old.y + value.y, old.z + value.z, old.w + value.w};
-  return old;
+  return {atomicAdd(&pointer->x, value.x), atomicAdd(&pointer->y, value.y), atomicAdd(&pointer->z, value.z),
+          atomicAdd(&pointer->w, value.w)};
 }
 
 template <typename T>
 T atomicMax(T* pointer, T value) {
-  const T old = *pointer;
-  if (value > old) *pointer = value;
-  return old;
+  return atomic_change(pointer, [=](T old) { return value > old ? value : old; });
 }
 
 inline float __uint_as_float(unsigned bits) {
