@@ -36,6 +36,21 @@ def build(folder: Path, compiler: str, flags: Sequence[str] = ("-O1",), extra: S
     return library
 
 
+def build_binding(folder: Path, compiler: str, flags: Sequence[str], library: Path) -> Path:
+    """The binding of the kernels for CPU tensors, with the kernels of ``library``, which ``build`` made.
+
+    ``torch.ops.load_library`` brings in its ops, ``torch.ops.dimaskdino_emulated``. Errors as for ``build``.
+    """
+    source = HERE / "binding" / "binding.cpp"
+    torch_folder = Path(torch.__file__).parent
+    headers = [f"-isystem{torch_folder / 'include' / part}" for part in (".", "torch/csrc/api/include")]
+    compiled = _compile(source, folder, compiler, [*flags, f"-I{source.parent}", *headers])
+    binding = folder / "binding.so"
+    torch_libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
+    _run([compiler, *flags, "-shared", "-o", str(binding), compiled, str(library), *torch_libraries])
+    return binding
+
+
 def build_program(folder: Path, compiler: str, flags: Sequence[str], source: str) -> Path:
     """A file here with kernels and a ``main`` of its own as a program; arguments and errors as for ``build``."""
     objects = [_compile(HERE / name, folder, compiler, flags) for name in (source, _EMULATION)]

@@ -49,8 +49,15 @@ inline int4 make_int4(int x, int y, int z, int w) {
   return {x, y, z, w};
 }
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorNoKernelImageForDevice = 209 };
 typedef struct EmulatedStream* cudaStream_t;
+
+inline cudaError_t cudaGetLastError() {
+  return cudaSuccess;
+}
+inline const char* cudaGetErrorString(cudaError_t) {
+  return "an error of the emulation";
+}
 
 // Of the fiber that runs.
 extern dim3 threadIdx;
