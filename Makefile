@@ -80,12 +80,12 @@ cuda-check: $(STAMP)
 
 # Without torch's cache of GPU memory, in which a read past a tensor ends in another one. Graphs cannot do without it.
 GPU_TESTS := tests/layers/test_ms_deform_attn_gpu.py
-SANITIZED_GPU_TESTS = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 $(1) \
-    $(BIN)/python -m pytest -q $(GPU_TESTS) -k "not graph"
+SANITIZED_GPU_TESTS = PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(VENV)/lib/python*/site-packages/nvidia/cu13/bin/compute-sanitizer \
+    --error-exitcode 1 $(1) $(BIN)/python -m pytest -q $(GPU_TESTS) -k "not graph"
 gpu-check: $(STAMP)
 	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "error: make gpu-check needs a GPU that torch can use")'
-	@command -v compute-sanitizer > /dev/null || { echo "error: make gpu-check needs compute-sanitizer of the CUDA toolkit on PATH" >&2; exit 1; }
 	FORCE_CUDA=1 $(BIN)/python -m pip install --no-build-isolation -e .
+	$(BIN)/python -m pip install nvidia-cuda-sanitizer-api==13.0.85
 	$(BIN)/python -m pytest $(GPU_TESTS)
 	$(call SANITIZED_GPU_TESTS,--tool memcheck)
 	$(call SANITIZED_GPU_TESTS,--tool racecheck)

@@ -34,6 +34,8 @@ MINIMUM_GCC = 9  # torch's headers refuse older ones
 DEFAULT_ARCHS = "8.0;9.0+PTX"  # for FORCE_CUDA=1 where no GPU is visible
 # One build for every Python; a free-threaded one has no stable ABI.
 STABLE_ABI = not sysconfig.get_config_var("Py_GIL_DISABLED")
+# What pip's torch does not bring of a toolkit already. Unless told, pip would take the newest of each.
+PIP_TOOLKIT = ["nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt", "nvidia-cuda-cccl"]
 WITHOUT_OP = "DIMASKDINO_BUILD_OP=0 installs without the compiled op (the slower reference form runs then)"
 WITHOUT_CUDA = "FORCE_CUDA=0 installs without CUDA"
 # Vectors wider than the instruction set's are passed between functions of one file only: no ABI is at stake.
@@ -125,23 +127,32 @@ def _output(command: str, *arguments: str) -> str:
 # ---------------------------------------------------------------------------------------------------- CUDA or not
 
 
-def toolkit_homes(environ: Mapping[str, str]) -> list[Path]:
-    """Where a CUDA toolkit may be: CUDA_HOME alone where it is set, else around nvcc, else the usual folder."""
+def toolkit_homes(environ: Mapping[str, str], site_packages: Path) -> list[Path]:
+    """Where a CUDA toolkit may be: CUDA_HOME alone where it is set, else around nvcc, pip's, and the usual folder."""
     given = environ.get("CUDA_HOME") or environ.get("CUDA_PATH")
     if given:
         return [Path(given)]
     nvcc = shutil.which("nvcc", path=environ.get("PATH"))
     # The program on PATH can be a script that calls another nvcc, so that its folder holds no toolkit.
-    return [*([Path(nvcc).resolve().parents[1]] if nvcc else []), Path("/usr/local/cuda")]
+    around = [Path(nvcc).resolve().parents[1]] if nvcc else []
+    return [*around, *sorted(site_packages.glob("nvidia/cu*")), Path("/usr/local/cuda")]
 
 
-def find_toolkit(homes: list[Path]) -> Toolkit | None:
-    """The first of these folders that holds an nvcc that runs, and the runtime's headers."""
+def find_toolkit(homes: list[Path], torch_cuda: str | None) -> Toolkit | None:
+    """The first of these folders that holds an nvcc that runs, and the runtime's headers.
+
+    One of the major version of torch's CUDA comes before all others.
+    """
+    found = []
     for home in homes:
         release = re.search(r"release (\d+\.\d+)", _output(shlex.quote(str(home / "bin" / "nvcc")), "--version"))
         if release and any((folder / "cuda_runtime.h").is_file() for folder in cuda_folders(home, "include")):
-            return Toolkit(home, release.group(1))
-    return None
+            found.append(Toolkit(home, release.group(1)))
+    return next((toolkit for toolkit in found if _same_major(toolkit.version, torch_cuda)), found[0] if found else None)
+
+
+def _same_major(version: str, torch_cuda: str | None) -> bool:
+    return torch_cuda is not None and version.split(".")[0] == torch_cuda.split(".")[0]
 
 
 def cuda_folders(home: Path, *names: str) -> list[Path]:
@@ -160,14 +171,23 @@ def toolkit_problem(torch_cuda: str | None, toolkit: Toolkit | None, homes: list
         return (
             f"no CUDA toolkit (bin/nvcc and include/cuda_runtime.h) in {looked}: install CUDA {torch_cuda}, which is "
             "torch's, and put its nvcc on PATH or set CUDA_HOME (https://developer.nvidia.com/cuda-toolkit-archive)"
+            f"{_from_pip(torch_cuda)}"
         )
-    if toolkit.version.split(".")[0] != torch_cuda.split(".")[0]:
+    if not _same_major(toolkit.version, torch_cuda):
         return (
             f"the CUDA toolkit in {toolkit.home} is {toolkit.version}, but torch is built for CUDA {torch_cuda}, and "
             f"the major versions must agree: install CUDA {torch_cuda} and set CUDA_HOME to it, or install a torch for "
-            f"CUDA {toolkit.version.split('.')[0]}"
+            f"CUDA {toolkit.version.split('.')[0]}{_from_pip(torch_cuda)}"
         )
     return ""
+
+
+def _from_pip(torch_cuda: str) -> str:
+    """How to install what is missing by pip, which has nvcc from CUDA 13 on, on Linux."""
+    if sys.platform != "linux" or int(torch_cuda.split(".")[0]) < 13:
+        return ""
+    parts = " ".join(f"'{name}=={torch_cuda}.*'" for name in PIP_TOOLKIT)
+    return f"; pip has one too: python -m pip install {parts}"
 
 
 def choose_cuda(force: str, problem: str, gpu_visible: bool, arch_list: str) -> tuple[bool, str]:
@@ -229,11 +249,21 @@ def complete(op: Extension, torch_folder: Path, toolkit: Toolkit | None, *, sani
     if toolkit:
         # The last are pip's, for headers of libraries that a small toolkit leaves out.
         includes += [*cuda_folders(toolkit.home, "include"), *sorted(torch_folder.parent.glob("nvidia/*/include"))]
-        libraries += ["cudart", "c10_cuda", "torch_cuda"]
-        library_folders += cuda_folders(toolkit.home, "lib64", "lib")
+        folders = cuda_folders(toolkit.home, "lib64", "lib")
+        libraries += [cuda_runtime(folders), "c10_cuda", "torch_cuda"]
+        library_folders += folders
     op.sources = sources(cuda=toolkit is not None)
     op.libraries, op.library_dirs = libraries, [str(folder) for folder in library_folders]
     op.extra_compile_args, op.extra_link_args = compile_arguments(includes, sanitize=sanitize)
+
+
+def cuda_runtime(folders: list[Path]) -> str:
+    """The runtime library as the linker is to look for it: by its full name where only that is there, as with pip's."""
+    if not any((folder / "libcudart.so").exists() for folder in folders):
+        full_names = sorted(path.name for folder in folders for path in folder.glob("libcudart.so.*"))
+        if full_names:
+            return f":{full_names[0]}"
+    return "cudart"
 
 
 def compile_arguments(includes: list[Path], *, sanitize: bool) -> tuple[dict[str, list[str]], list[str]]:
@@ -255,15 +285,15 @@ def build_command(compiler: str) -> type[build_ext]:
     os.environ["CXX"] = compiler  # torch and setuptools would each choose one
     # ninja from pip lies beside the interpreter, which is on PATH only where the environment is activated.
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), sysconfig.get_path("scripts")])
-    homes = toolkit_homes(os.environ)
-    toolkit = find_toolkit(homes)
-    if toolkit:
-        os.environ["CUDA_HOME"] = str(toolkit.home)  # read by torch when the next lines import it
     try:
         import torch
-        from torch.utils import cpp_extension
     except ImportError as error:
         return _command_without_torch(error)
+    homes = toolkit_homes(os.environ, Path(torch.__file__).parents[1])
+    toolkit = find_toolkit(homes, torch.version.cuda)
+    if toolkit:
+        os.environ["CUDA_HOME"] = str(toolkit.home)  # read by this part of torch when it is imported
+    from torch.utils import cpp_extension
 
     def usable_toolkit() -> Toolkit | None:
         """The toolkit to build CUDA kernels with; None, and a line that says why, where they are left out."""

@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -10,6 +9,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from tools.build_op import cuda_folders, find_toolkit, toolkit_homes, toolkit_problem
 
 SOURCE = Path(__file__).with_name("classical.cu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -55,17 +56,23 @@ def load() -> Classical:
     Raises:
         RuntimeError: where there is no nvcc, or it fails.
     """
-    home = os.environ.get("CUDA_HOME")
-    nvcc = str(Path(home) / "bin" / "nvcc") if home else shutil.which("nvcc")
-    if nvcc is None:
-        raise RuntimeError("The classical kernels are built by nvcc: put it on PATH, or set CUDA_HOME.")
+    homes = toolkit_homes(os.environ, Path(torch.__file__).parents[1])
+    toolkit = find_toolkit(homes, torch.version.cuda)
+    if toolkit is None:
+        raise RuntimeError(
+            f"The classical kernels are built by nvcc: {toolkit_problem(torch.version.cuda, None, homes)}."
+        )
     major, minor = torch.cuda.get_device_capability()
     # Loaded libraries outlive their files, so the folder need not outlive this call.
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "classical.so"
         options = ["-std=c++17", "-O3", f"-arch=sm_{major}{minor}", "-Xcompiler", "-fPIC", "-shared"]
+        options += [f"-L{lib}" for lib in cuda_folders(toolkit.home, "lib64", "lib")]
         done = subprocess.run(
-            [nvcc, *options, str(SOURCE), "-o", str(library)], capture_output=True, text=True, check=False
+            [str(toolkit.home / "bin" / "nvcc"), *options, str(SOURCE), "-o", str(library)],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode:
             raise RuntimeError(f"nvcc failed:\n{done.stderr}")

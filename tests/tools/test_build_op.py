@@ -100,24 +100,34 @@ def test_missing_python_headers_are_named(tmp_path, monkeypatch):
 
 def test_cuda_home_alone_is_looked_at_where_it_is_set(tmp_path):
     script(tmp_path / "bin" / "nvcc", "")
-    path = str(tmp_path / "bin")
-    assert build_op.toolkit_homes({"PATH": path, "CUDA_HOME": "/a"}) == [Path("/a")]
-    assert build_op.toolkit_homes({"PATH": path, "CUDA_PATH": "/b"}) == [Path("/b")]
-    assert build_op.toolkit_homes({"PATH": path}) == [tmp_path, Path("/usr/local/cuda")]
+    path, site = str(tmp_path / "bin"), tmp_path / "site-packages"
+    pips = site / "nvidia" / "cu13"
+    pips.mkdir(parents=True)
+    assert build_op.toolkit_homes({"PATH": path, "CUDA_HOME": "/a"}, site) == [Path("/a")]
+    assert build_op.toolkit_homes({"PATH": path, "CUDA_PATH": "/b"}, site) == [Path("/b")]
+    assert build_op.toolkit_homes({"PATH": path}, site) == [tmp_path, pips, Path("/usr/local/cuda")]
 
 
 def test_links_to_nvcc_are_followed(tmp_path):
     home = toolkit_folder(tmp_path / "cuda-13.0", "13.0")
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "nvcc").symlink_to(home / "bin" / "nvcc")
-    assert build_op.toolkit_homes({"PATH": str(tmp_path / "bin")})[0] == home
+    assert build_op.toolkit_homes({"PATH": str(tmp_path / "bin")}, tmp_path)[0] == home
 
 
 def test_a_toolkit_is_an_nvcc_that_runs_with_the_headers_beside_it(tmp_path):
     script(tmp_path / "wrapper" / "bin" / "nvcc", 'echo "release 12.0"')  # no headers: a script that calls another nvcc
     home = toolkit_folder(tmp_path / "a toolkit", "13.0")
-    assert build_op.find_toolkit([tmp_path / "nothing", tmp_path / "wrapper", home]) == (home, "13.0")
-    assert build_op.find_toolkit([tmp_path / "nothing", tmp_path / "wrapper"]) is None
+    assert build_op.find_toolkit([tmp_path / "nothing", tmp_path / "wrapper", home], "13.0") == (home, "13.0")
+    assert build_op.find_toolkit([tmp_path / "nothing", tmp_path / "wrapper"], "13.0") is None
+
+
+@pytest.mark.parametrize(
+    ("torch_cuda", "chosen"), [("13.0", "13.2"), ("12.8", "12.4"), ("11.8", "12.4"), (None, "12.4")]
+)
+def test_a_toolkit_of_torchs_major_version_is_preferred_to_one_that_comes_before(tmp_path, torch_cuda, chosen):
+    homes = [toolkit_folder(tmp_path / version, version) for version in ("12.4", "13.2")]
+    assert build_op.find_toolkit(homes, torch_cuda).version == chosen
 
 
 def test_conda_keeps_headers_and_libraries_below_targets(tmp_path):
@@ -139,6 +149,18 @@ def test_conda_keeps_headers_and_libraries_below_targets(tmp_path):
 def test_what_is_wrong_with_a_toolkit_comes_with_what_to_install(torch_cuda, toolkit, said):
     problem = build_op.toolkit_problem(torch_cuda, toolkit, [Path("/opt/cuda")])
     assert re.search(said or "^$", problem)
+
+
+@pytest.mark.parametrize("toolkit", [None, Toolkit(Path("/opt/cuda"), "12.4")])
+def test_pips_toolkit_is_told_of_where_pip_has_one(monkeypatch, toolkit):
+    def said(platform, torch_cuda):
+        monkeypatch.setattr(sys, "platform", platform)
+        return build_op.toolkit_problem(torch_cuda, toolkit, [Path("/opt/cuda")])
+
+    assert "; pip has one too: python -m pip install 'nvidia-cuda-nvcc==13.0.*' 'nvidia-nvvm==13.0.*'" in said(
+        "linux", "13.0"
+    )
+    assert "pip" not in said("darwin", "13.0") + said("linux", "11.8")
 
 
 @pytest.mark.parametrize(
@@ -200,6 +222,14 @@ def test_a_toolkit_adds_its_headers_after_torchs_and_before_pips(tmp_path):
     assert "torch_cuda" in op.libraries
     build_op.complete(op, torch_folder, None, sanitize=False)
     assert op.libraries == ["c10", "torch", "torch_cpu"]
+
+
+def test_the_runtime_is_linked_by_its_full_name_where_there_is_no_other(tmp_path):
+    assert build_op.cuda_runtime([tmp_path]) == "cudart"
+    (tmp_path / "libcudart.so.13").touch()
+    assert build_op.cuda_runtime([tmp_path]) == ":libcudart.so.13"
+    (tmp_path / "libcudart.so").touch()
+    assert build_op.cuda_runtime([tmp_path]) == "cudart"
 
 
 def test_the_options_fit_every_processor_and_keep_ieee_arithmetic():
