@@ -62,6 +62,9 @@ class RemoteTensor(Tensor):
     def numpy(self, *, force: bool = False) -> Any:
         raise TypeError("A tensor on a device has no NumPy array; call .cpu() first.")
 
+    def tolist(self) -> Any:
+        return self.cpu().tolist()  # which torch itself does of no subclass
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         raise AssertionError("Only inside `accelerator()` can tensors on the device be computed with.")

@@ -5,9 +5,12 @@ from collections import Counter
 
 import pytest
 import torch
+from detectron2.utils.events import EventStorage
 
+from dimaskdino.engine.optimizer import GradientClipper, parameter_groups
+from dimaskdino.engine.train_step import TrainStep
 from tests.accelerator import DEVICE, accelerator, send
-from tests.tiny_model import sample, tiny_model
+from tests.tiny_model import sample, tiny_cfg, tiny_model
 
 BOXES = [[3, 4, 30, 40], [20, 20, 60, 60]]
 ONE_STAGE = {"TWO_STAGE": False, "DI__ENABLED": False, "INITIALIZE_BOX_TYPE": "no"}
@@ -89,6 +92,33 @@ def test_training_crosses_once_each_way_besides_the_batch(layers):
     of_batch = 4 * len(batch())  # image, classes, boxes, masks
     assert len(traffic.to_device) == of_batch + 1, Counter(traffic.to_device)
     assert [place.split(":")[0] for place in traffic.to_host] == ["matcher.py"]
+    assert traffic.waits == []
+
+
+def steps_of_the_trainer(model, clip):
+    torch.manual_seed(1)
+    step = TrainStep(
+        model=model,
+        data_loader=[batch()] * 3,
+        optimizer=torch.optim.SGD(parameter_groups(tiny_cfg(), model), lr=1e-3, momentum=0.9),
+        clipper=GradientClipper(clip_type=clip, limit=0.1),
+        amp=False,
+    )
+    losses = []
+    with EventStorage() as storage:
+        for _ in range(3):
+            step.run_step()
+            losses.append(storage.latest()["total_loss"][0])
+    return losses
+
+
+@pytest.mark.parametrize("clip", GradientClipper.TYPES)
+def test_a_step_of_the_trainer_waits_for_the_matcher_and_for_its_record(clip):
+    wanted = steps_of_the_trainer(tiny_model(), clip)
+    model = tiny_model()
+    with accelerator() as traffic:
+        assert steps_of_the_trainer(send(model), clip) == pytest.approx(wanted, rel=1e-4)
+    assert [place.split(":")[0] for place in traffic.to_host] == 3 * ["matcher.py", "train_step.py"]
     assert traffic.waits == []
 
 
