@@ -63,7 +63,7 @@ sanitize: export UBSAN_OPTIONS := print_stacktrace=1
 sanitize: PRELOAD = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)"
 sanitize: $(STAMP)
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
-	cp -r pyproject.toml dimaskdino benchmarks tests $(SANITIZED)
+	cp -r pyproject.toml dimaskdino benchmarks tests tools $(SANITIZED)
 	DIMASKDINO_SANITIZE=1 DIMASKDINO_BUILD_OP=1 FORCE_CUDA=0 $(BIN)/python setup.py build_ext \
 	    --build-temp build/sanitize/objects --build-lib $(SANITIZED)
 	cd $(SANITIZED) && $(PRELOAD) "$(CURDIR)/$(BIN)/python" -c 'import torch, dimaskdino._C'
