@@ -196,19 +196,38 @@ void read_weights(const Arguments& args, const Rows& rows, int64_t queries, Bloc
   }
 }
 
-// exp(logit - largest) / sum, as torch does: NaN where all are minus infinity or one is infinite or NaN.
+// exp(logit - largest) / sum, as torch does: NaN where all are minus infinity or one is infinite or NaN. In vectors, the
+// last one filled up with logits that weigh nothing.
 template <class A, class C>
 void softmax_row(const C* logits, A* weights, int64_t count) {
-  A largest = to_accumulate(logits[0]);
-  for (int64_t i = 1; i < count; ++i) {
-    const A logit = to_accumulate(logits[i]);
+  constexpr int W = DIMASKDINO_VECTOR_BYTES / sizeof(A);
+  typedef Vec<A, W> Reals;
+  const int64_t whole = count / W * W;
+  A last[W];
+  if (whole < count) {
+    for (int i = 0; i < W; ++i) last[i] = whole + i < count ? to_accumulate(logits[whole + i]) : -__builtin_inf();
+  }
+  Reals largest = Reals{} - static_cast<A>(__builtin_inf());
+  for (int64_t i = 0; i < whole; i += W) {
+    const Reals logit = load<W>(logits + i);
     largest = logit > largest ? logit : largest;
   }
-  for (int64_t i = 0; i < count; ++i) weights[i] = exp_negative(to_accumulate(logits[i]) - largest);
-  A sum = 0;
-  for (int64_t i = 0; i < count; ++i) sum += weights[i];
-  const A scale = A(1) / sum;
-  for (int64_t i = 0; i < count; ++i) weights[i] *= scale;
+  if (whole < count) largest = load<W>(last) > largest ? load<W>(last) : largest;
+  const Reals shift = Reals{} + Across<A, W>::largest(largest);
+  Reals sum = {};
+  for (int64_t i = 0; i < whole; i += W) {
+    const Reals weight = exp_negative<W>(load<W>(logits + i) - shift);
+    sum += weight;
+    store<W>(weight, weights + i);
+  }
+  if (whole < count) {
+    const Reals weight = exp_negative<W>(load<W>(last) - shift);
+    sum += weight;
+    store<W>(weight, last);
+  }
+  const A scale = A(1) / Across<A, W>::sum(sum);
+  for (int64_t i = 0; i < whole; i += W) store<W>(load<W>(weights + i) * scale, weights + i);
+  for (int64_t i = whole; i < count; ++i) weights[i] = last[i - whole] * scale;
 }
 
 // Calls work(Lanes<width>, Lanes<vectors at once>) with the widest vectors that the channels fill.

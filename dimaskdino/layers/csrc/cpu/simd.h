@@ -208,13 +208,46 @@ inline Vec<int32_t, W> floor_of(Vec<A, W> x) {
   return cut + __builtin_convertvector(went_up, Vec<int32_t, W>);
 }
 
+// The largest and the sum of a vector's lanes, by halves.
+template <class A, int W>
+struct Across {
+  typedef Vec<A, W / 2> HalfOf;
+  static inline void split(Vec<A, W> vec, HalfOf* low, HalfOf* high) {
+    memcpy(low, &vec, sizeof(HalfOf));
+    memcpy(high, reinterpret_cast<const char*>(&vec) + sizeof(HalfOf), sizeof(HalfOf));
+  }
+  static inline A largest(Vec<A, W> vec) {
+    HalfOf low, high;
+    split(vec, &low, &high);
+    return Across<A, W / 2>::largest(low > high ? low : high);
+  }
+  static inline A sum(Vec<A, W> vec) {
+    HalfOf low, high;
+    split(vec, &low, &high);
+    return Across<A, W / 2>::sum(low + high);
+  }
+};
+template <class A>
+struct Across<A, 1> {
+  static inline A largest(Vec<A, 1> vec) {
+    return vec[0];
+  }
+  static inline A sum(Vec<A, 1> vec) {
+    return vec[0];
+  }
+};
+
 // e to the x for x <= 0, within 2 units in the last place: 2^n times the series of the rest, which lies in
-// -ln 2 / 2 to ln 2 / 2. Without a branch, so that loops over it become vector code.
-inline float exp_negative(float x) {
-  const float scaled = x * 1.44269504088896341f;
-  const int32_t n = static_cast<int32_t>(scaled > -127.0f ? scaled - 0.5f : -127.0f);
-  const float rest = (x - static_cast<float>(n) * 0.693359375f) - static_cast<float>(n) * -2.12194440e-4f;
-  float sum = 1.0f / 5040;
+// -ln 2 / 2 to ln 2 / 2.
+template <int W>
+inline Vec<float, W> exp_negative(Vec<float, W> x) {
+  typedef Vec<float, W> Reals;
+  typedef Vec<int32_t, W> Counts;
+  const Reals scaled = x * 1.44269504088896341f, least = Reals{} - 127.0f;
+  const Counts n = __builtin_convertvector(scaled > least ? scaled - 0.5f : least, Counts);
+  const Reals whole = __builtin_convertvector(n, Reals);
+  const Reals rest = (x - whole * 0.693359375f) - whole * -2.12194440e-4f;
+  Reals sum = Reals{} + 1.0f / 5040;
   sum = sum * rest + 1.0f / 720;
   sum = sum * rest + 1.0f / 120;
   sum = sum * rest + 1.0f / 24;
@@ -222,9 +255,11 @@ inline float exp_negative(float x) {
   sum = sum * rest + 0.5f;
   sum = sum * rest + 1.0f;
   sum = sum * rest + 1.0f;
-  const float result = sum * bit_cast<float>((n + 127) << 23);
-  return x < -87.0f ? 0.0f : result;
+  const Reals result = sum * bit_cast<Reals>((n + 127) << 23);
+  return x < Reals{} - 87.0f ? Reals{} : result;
 }
-inline double exp_negative(double x) {
-  return __builtin_exp(x);
+template <int W>
+inline Vec<double, W> exp_negative(Vec<double, W> x) {
+  for (int i = 0; i < W; ++i) x[i] = __builtin_exp(x[i]);
+  return x;
 }
