@@ -34,7 +34,7 @@ $(REQUIREMENTS): requirements.txt tools/install_detectron2.py
 $(STAMP): $(REQUIREMENTS) setup.py tools/build_op.py $(CSRC)
 	@echo "== [4/4] dimaskdino and its compiled op (a minute or two the first time)"
 	$(BIN)/python -m pip install --no-build-isolation -e .
-	@$(BIN)/python -c 'import dimaskdino.layers.ms_deform_attn_ops as op; print("== deformable attention:", op.MISSING or "compiled for the CPU" + " and CUDA" * op.HAS_CUDA)'
+	@$(BIN)/python -c 'import dimaskdino.layers.ms_deform_attn_ops as op; print("== deformable attention:", op.MISSING or "compiled for the CPU" + " and CUDA" * op.has_kernels("cuda"))'
 	@touch $@
 	@echo "== installed; 'make demo' and 'make test' are next"
 

@@ -37,10 +37,15 @@ if WANTED not in ("", "reference", "compiled"):
 if WANTED == "compiled" and MISSING:
     raise ImportError(f"{VARIABLE} is compiled, but {MISSING}; {_HOW_TO_BUILD}.")
 COMPILED = MISSING is None and WANTED != "reference"
-HAS_CUDA = MISSING is None and torch._C._dispatch_has_kernel_for_dispatch_key("dimaskdino::ms_deform_attn", "CUDA")
-# Kept, for torch.compile cannot follow a question to the dispatcher.
-DEVICES = {"cpu", "meta", "cuda"} if HAS_CUDA else {"cpu", "meta"}
 _told: set[str] = set()
+
+
+# torch.compile cannot follow a question to the dispatcher, and need not: the answer never changes.
+@torch.compiler.assume_constant_result
+def has_kernels(device_type: str) -> bool:
+    """Whether the compiled op can run on devices of this type, such as ``cuda``."""
+    key = torch._C._dispatch_key_for_device(device_type)
+    return MISSING is None and torch._C._dispatch_has_kernel_for_dispatch_key("dimaskdino::ms_deform_attn", key)
 
 
 def use_compiled(device: torch.device) -> bool:
@@ -49,7 +54,7 @@ def use_compiled(device: torch.device) -> bool:
     Raises:
         RuntimeError: with DIMASKDINO_MSDA=compiled where the op was built without kernels for the device.
     """
-    compiled = COMPILED and device.type in DEVICES
+    compiled = COMPILED and has_kernels(device.type)
     if WANTED == "compiled" and not compiled:
         raise RuntimeError(f"{VARIABLE} is compiled, but the op was built without kernels for {device.type}.")
     if not torch.compiler.is_compiling() and device.type not in _told:

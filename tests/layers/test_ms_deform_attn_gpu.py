@@ -12,7 +12,8 @@ from tests.layers.ms_deform_attn_case import DTYPES, FORMS, Case, args_of, asser
 from tests.layers.ms_deform_attn_case import check as check_form
 
 pytestmark = pytest.mark.skipif(
-    not (torch.cuda.is_available() and ms_deform_attn_ops.HAS_CUDA), reason="no GPU, or the op was built without CUDA"
+    not (torch.cuda.is_available() and ms_deform_attn_ops.has_kernels("cuda")),
+    reason="no GPU, or the op was built without CUDA",
 )
 
 SIZES = [(1, 1, 1), (6, 2, 3), (16, 4, 4), (17, 6, 8), (32, 3, 4), (32, 4, 4), (32, 5, 4), (64, 4, 4), (128, 2, 5)]
