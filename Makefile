@@ -19,7 +19,7 @@ install: $(STAMP)
 
 # Both rules run again only when one of their files changed, and then pip keeps what is already right.
 # setuptools and wheel come first: fvcore, iopath and antlr4 have no wheels and are built with the pinned ones.
-$(REQUIREMENTS): requirements.txt tools/install_detectron2.py
+$(REQUIREMENTS): requirements.txt tools/install_detectron2.py tools/detectron2_wheel.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: dimaskdino needs Python 3.10 or newer, and $(PYTHON) is %d.%d: run PYTHON=/path/to/python3 make install" % sys.version_info[:2])'
 	@echo "== [1/4] virtual environment $(VENV)"
 	$(BIN)/python -m pip --version 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
