@@ -1,19 +1,21 @@
 """The whole model where its tensors are not on the CPU: nothing is left behind, and little crosses."""
 
+import ast
 import copy
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from detectron2.utils.events import EventStorage
 
+import dimaskdino
 from dimaskdino.engine.optimizer import GradientClipper, parameter_groups
 from dimaskdino.engine.train_step import TrainStep
 from tests.accelerator import DEVICE, accelerator, send
-from tests.tiny_model import sample, tiny_cfg, tiny_model
+from tests.tiny_model import ONE_STAGE, sample, tiny_cfg, tiny_model
 
 BOXES = [[3, 4, 30, 40], [20, 20, 60, 60]]
-ONE_STAGE = {"TWO_STAGE": False, "DI__ENABLED": False, "INITIALIZE_BOX_TYPE": "no"}
 VARIANTS = [
     {},
     {"TRANSFORMER_DECODER_NAME": "MaskDINODecoder"},
@@ -166,3 +168,25 @@ def test_the_accelerator_refuses_what_a_gpu_refuses():
         there.add_(here.to(DEVICE))
         assert there.cpu().tolist() == [2, 2, 2]
     assert (len(traffic.to_device), len(traffic.to_host), len(traffic.waits)) == (2, 2, 1)
+
+
+# The launcher chooses devices; everything else takes them from its inputs.
+MAY_NAME_DEVICES = {"engine/launch.py"}
+
+
+def device_literals(path: Path) -> list[str]:
+    """Strings that name a CUDA device, and calls of .cuda(), in a file."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith(("cuda", "CUDA_")):
+            found.append(f"{path.name}:{node.lineno} {node.value!r}")
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "cuda":
+            found.append(f"{path.name}:{node.lineno} .cuda()")
+    return found
+
+
+def test_no_device_is_named_outside_the_launcher():
+    root = Path(dimaskdino.__file__).parent
+    files = [path for path in root.rglob("*.py") if path.relative_to(root).as_posix() not in MAY_NAME_DEVICES]
+    assert len(files) > 30
+    assert [literal for path in files for literal in device_literals(path)] == []

@@ -47,6 +47,8 @@ class ToyBackbone(Backbone):
         }
 
 
+# Keys below MODEL.MaskDINO of a model whose queries are learnt, without any selection.
+ONE_STAGE = {"TWO_STAGE": False, "DI__ENABLED": False, "INITIALIZE_BOX_TYPE": "no"}
 TINY_OPTIONS: dict[str, Any] = {
     "MODEL.META_ARCHITECTURE": "DIMaskDINO",
     "MODEL.DEVICE": "cpu",
@@ -144,3 +146,14 @@ def encoded(batch: int = 2, size: int = 64, seed: int = 0) -> EncoderOutput:
         return torch.randn(batch, DIM, side, side, generator=generator)
 
     return EncoderOutput([draw(stride) for stride in (8, 16, 32, 64)], draw(4))
+
+
+def train_batch(*boxes_of_images: list[list[int]]) -> list[dict[str, Any]]:
+    """A training batch of images of different heights."""
+    return [sample(48 + 16 * i, 64, boxes, seed=i) for i, boxes in enumerate(boxes_of_images)]
+
+
+def predict(model: nn.Module, *batch: Tensor, **sizes: int) -> list[Instances]:
+    """What the model finds in each image; ``sizes`` are the height and width to give the results in."""
+    with torch.no_grad():
+        return [result["instances"] for result in model([{"image": each, **sizes} for each in batch])]
