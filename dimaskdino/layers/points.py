@@ -47,7 +47,8 @@ def sample_binary_masks(masks: Tensor, index: Tensor, points: Tensor) -> Tensor:
         for offset_y in (0, 1):
             x, y = corner[..., 0] + offset_x, corner[..., 1] + offset_y
             inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-            place = start + (y.clamp(0, height - 1) * width + x.clamp(0, width - 1)).long()
+            # Whole numbers first: float32 cannot count the pixels of a mask of more than 2^24.
+            place = start + y.clamp(0, height - 1).long() * width + x.clamp(0, width - 1).long()
             share_x = fraction[..., 0] if offset_x else 1 - fraction[..., 0]
             share_y = fraction[..., 1] if offset_y else 1 - fraction[..., 1]
             value = value + share_x * share_y * (flat[place] & inside)

@@ -49,6 +49,19 @@ def test_binary_sampling_equals_sampling_the_floating_masks():
     torch.testing.assert_close(sample_binary_masks(masks, index, points), expected, rtol=0, atol=1e-5)
 
 
+def test_masks_of_more_than_two_to_the_24_pixels_are_sampled_exactly():
+    mask = torch.zeros(4100, 4100, dtype=torch.bool)
+    mask[:, 1::2] = True  # every other column: a place that is one off has the other value
+    corners = torch.tensor([[1e-6, 1e-6], [1 - 1e-6, 1 - 1e-6]])
+    rows = torch.arange(4000, 4100)
+    columns = (rows[:, None] * 7 + torch.arange(2)) % 4100
+    centres = torch.stack((columns, rows[:, None].expand(-1, 2)), dim=-1).flatten(0, 1)
+    points = torch.cat((corners, ((centres + 0.5) / 4100).float()))
+    expected = sample_points(mask[None, None].float(), points[None])[0, 0]
+    torch.testing.assert_close(sample_one(mask, points), expected, rtol=0, atol=2e-3)
+    assert 0.4 < expected[2:].mean() < 0.6
+
+
 def test_sampling_no_masks_gives_none():
     none = torch.zeros(0, dtype=torch.int64)
     assert sample_binary_masks(torch.zeros(0, 5, 7, dtype=torch.bool), none, torch.rand(0, 9, 2)).shape == (0, 9)
