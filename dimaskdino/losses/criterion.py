@@ -1,13 +1,11 @@
 """The training loss: one loop over supervised stages."""
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.utils import comm
 from torch import Tensor, nn
 
 from dimaskdino.errors import ConfigError
@@ -15,8 +13,9 @@ from dimaskdino.layers.points import sample_binary_masks, sample_points
 from dimaskdino.losses.functions import box_losses, class_loss, mask_losses
 from dimaskdino.losses.matcher import CostWeights, HungarianMatcher, Matches
 from dimaskdino.losses.points import PointSampler, RandomPointSampler
+from dimaskdino.losses.shared import FeaturesByImage, JoinedTargets, ObjectCounts
 from dimaskdino.modeling.decoder import DecoderOutput
-from dimaskdino.modeling.heads import StagePrediction
+from dimaskdino.modeling.heads import StagePrediction, mask_logits
 from dimaskdino.modeling.targets import Targets
 
 
@@ -48,28 +47,6 @@ class Supervision:
     suffix: str
     num_objects: Tensor
     use_masks: bool
-
-
-class JoinedTargets:
-    """The objects of a whole batch in one row, so that a stage takes one kernel and not one per image.
-
-    Args:
-        targets: of each image.
-    """
-
-    def __init__(self, targets: Sequence[Targets]) -> None:
-        self.labels = torch.cat([target.labels for target in targets])
-        self.boxes = torch.cat([target.boxes for target in targets])
-        self.masks = torch.cat([target.masks for target in targets])
-        ends = itertools.accumulate(len(target) for target in targets)
-        self.starts = [0, *ends][:-1]
-
-    def join(self, matches: Matches) -> tuple[Tensor, Tensor, Tensor]:
-        """Image, query and object (in the row) of every matched pair, each (N,) int64."""
-        image = torch.cat([torch.full_like(query, index) for index, (query, _) in enumerate(matches)])
-        query = torch.cat([query for query, _ in matches])
-        obj = torch.cat([obj + start for (_, obj), start in zip(matches, self.starts, strict=True)])
-        return image, query, obj
 
 
 class Criterion(nn.Module):
@@ -151,14 +128,14 @@ class Criterion(nn.Module):
             names depend on the configuration alone, so that all processes log the same ones.
         """
         suffixes = self._suffixes(output)
-        num_objects = self._count_objects(targets)
+        counts = ObjectCounts(targets, output.denoising)
         losses: dict[str, Tensor] = {}
-        joined = JoinedTargets(targets)
-        for supervision in self._supervise(output, targets, suffixes, num_objects):
-            losses.update(self._stage_losses(supervision, joined))
+        joined, features = JoinedTargets(targets), FeaturesByImage()
+        for supervision in self._supervise(output, targets, suffixes, counts):
+            losses.update(self._stage_losses(supervision, joined, features))
         if self.denoising != "no" and output.denoising is None:
             terms, endings = self._terms(self.denoising == "seg"), _denoising_suffixes(output, suffixes).values()
-            losses.update({f"{term}{end}": num_objects.new_zeros(()) for end in endings for term in terms})
+            losses.update({f"{term}{end}": counts.objects.new_zeros(()) for end in endings for term in terms})
         return losses
 
     def _suffixes(self, output: DecoderOutput) -> dict[str, str]:
@@ -171,17 +148,8 @@ class Criterion(nn.Module):
         boxes = ["loss_bbox", "loss_giou"] if self.use_boxes else []
         return ["loss_ce", *boxes, *(["loss_mask", "loss_dice"] if use_masks else [])]
 
-    @staticmethod
-    def _count_objects(targets: Sequence[Targets]) -> Tensor:
-        """Objects per process, averaged over the processes, at least 1; stays on the device."""
-        objects = sum(len(target) for target in targets)
-        count = torch.full((), float(objects), device=targets[0].labels.device)
-        if comm.get_world_size() > 1:
-            torch.distributed.all_reduce(count)
-        return (count / comm.get_world_size()).clamp(min=1)
-
     def _supervise(
-        self, output: DecoderOutput, targets: Sequence[Targets], suffixes: dict[str, str], num_objects: Tensor
+        self, output: DecoderOutput, targets: Sequence[Targets], suffixes: dict[str, str], counts: ObjectCounts
     ) -> list[Supervision]:
         """Every stage to supervise, with its matches."""
         stages = [stage for stage in output.stages if stage.name in suffixes or not is_refined(stage.name)]
@@ -190,7 +158,7 @@ class Criterion(nn.Module):
                 stage,
                 matches,
                 suffixes.get(stage.name, "_" + stage.name.replace(".", "_")),
-                num_objects,
+                counts.objects,
                 stage.masks is not None,
             )
             for stage, matches in zip(stages, self.matcher(stages, targets), strict=True)
@@ -200,12 +168,14 @@ class Criterion(nn.Module):
         matches, num_groups = output.denoising.matches, output.denoising.num_groups
         endings = _denoising_suffixes(output, suffixes)
         return supervisions + [
-            Supervision(stage, matches, endings[name], num_objects * num_groups, self.denoising == "seg")
+            Supervision(stage, matches, endings[name], counts.denoised * num_groups, self.denoising == "seg")
             for stage in output.denoising_stages
             if (name := stage.name.removeprefix("dn.")) in endings
         ]
 
-    def _stage_losses(self, supervision: Supervision, targets: JoinedTargets) -> dict[str, Tensor]:
+    def _stage_losses(
+        self, supervision: Supervision, targets: JoinedTargets, features: FeaturesByImage
+    ) -> dict[str, Tensor]:
         stage = supervision.stage
         image, query, obj = targets.join(supervision.matches)
         labels = torch.full(stage.logits.shape[:2], self.num_classes, dtype=torch.int64, device=stage.logits.device)
@@ -216,20 +186,22 @@ class Criterion(nn.Module):
         else:  # a zero gradient for the parameters that make boxes, as data-parallel training needs
             terms["loss_ce"] = terms["loss_ce"] + 0.0 * stage.boxes.sum()
         if supervision.use_masks:
-            terms["loss_mask"], terms["loss_dice"] = self._mask_terms(stage, supervision.matches, targets.masks, obj)
+            logits = self._matched_masks(stage, supervision.matches, features)
+            points = self.sampler.per_mask(logits.detach())
+            labels = sample_binary_masks(targets.masks, obj, points)
+            terms["loss_mask"], terms["loss_dice"] = mask_losses(sample_points(logits[:, None], points)[:, 0], labels)
         return {
             f"{name}{supervision.suffix}": getattr(self.weights, name) * value / supervision.num_objects
             for name, value in terms.items()
         }
 
-    def _mask_terms(
-        self, stage: StagePrediction, matches: Matches, masks: Tensor, obj: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Both mask losses of a stage; only the masks of matched queries are ever computed."""
+    @staticmethod
+    def _matched_masks(stage: StagePrediction, matches: Matches, features: FeaturesByImage) -> Tensor:
+        """Mask logits (N, h, w) float32 of the matched queries, image after image; no others are ever computed."""
         assert stage.masks is not None
-        logits = torch.cat([stage.masks.select(image, query) for image, (query, _) in enumerate(matches)]).float()
-        points = self.sampler.per_mask(logits.detach())
-        return mask_losses(sample_points(logits[:, None], points)[:, 0], sample_binary_masks(masks, obj, points))
+        maps = features(stage.masks.features)
+        masks = [mask_logits(stage.masks.embed[i, query], maps[i]) for i, (query, _) in enumerate(matches)]
+        return torch.cat(masks).float()
 
 
 def _denoising_suffixes(output: DecoderOutput, suffixes: dict[str, str]) -> dict[str, str]:

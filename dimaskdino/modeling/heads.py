@@ -27,7 +27,12 @@ class MaskLogits:
 
     def select(self, image: int, queries: Tensor) -> Tensor:
         """Masks of some queries of one image: ``queries`` (N,) int64 to (N, h, w) logits."""
-        return torch.einsum("nc,chw->nhw", self.embed[image, queries], self.features[image])
+        return mask_logits(self.embed[image, queries], self.features[image])
+
+
+def mask_logits(embed: Tensor, features: Tensor) -> Tensor:
+    """Masks of one image: embeddings (N, C) and features (C, h, w) to (N, h, w) logits."""
+    return torch.einsum("nc,chw->nhw", embed, features)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from dimaskdino.layers.boxes import inverse_sigmoid, masks_to_boxes, normalize_boxes, xyxy_to_cxcywh
 from dimaskdino.layers.ms_deform_attn import SpatialShapes
 from dimaskdino.modeling.encoder import pixel_centers
-from dimaskdino.modeling.heads import MaskLogits, PredictionHeads, StagePrediction
+from dimaskdino.modeling.heads import MaskLogits, PredictionHeads, StagePrediction, mask_logits
 
 _BASE_SIZE = 0.05
 _MARGIN = 0.01
@@ -135,7 +135,7 @@ def boxes_of_masks(masks: MaskLogits, *, inclusive: bool) -> Tensor:
     # One image at a time: the dense masks of all queries are the largest tensor of the model.
     boxes = torch.stack(
         [
-            masks_to_boxes(torch.einsum("qc,chw->qhw", embed, features) > 0, inclusive=inclusive)
+            masks_to_boxes(mask_logits(embed, features) > 0, inclusive=inclusive)
             for embed, features in zip(masks.embed, masks.features, strict=True)
         ]
     )

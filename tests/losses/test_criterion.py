@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ import torch
 from dimaskdino.losses import Criterion
 from dimaskdino.modeling.decoder import DecoderOutput
 from dimaskdino.modeling.denoising import DenoisingQueries
-from dimaskdino.modeling.heads import MaskLogits, StagePrediction
+from dimaskdino.modeling.heads import MaskLogits, StagePrediction, mask_logits
 from dimaskdino.modeling.selection import Tokens
 from tests.losses.stages import GridSampler, logits_of, make_stage, make_targets, stack
 from tests.tiny_model import NUM_CLASSES, tiny_cfg
@@ -99,6 +100,27 @@ def test_denoising_terms_are_divided_by_objects_and_groups():
         torch.testing.assert_close(losses[f"{name}_dn"], expected[name])
 
 
+def test_objects_that_are_not_denoised_are_not_among_those_that_denoising_terms_are_divided_by():
+    # Of three objects the first two are denoised, as where DN_NUM has room for no more.
+    losses = criterion()(full_output(), [make_targets([0, 1, 2], [LEFT, RIGHT, LOWER])])
+    expected = criterion()(full_output(), TWO_OBJECTS)
+    for name in TERMS:
+        torch.testing.assert_close(losses[f"{name}_dn"], expected[f"{name}_dn"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stages_share_one_copy_of_their_mask_features_under_autocast(dtype):
+    features, kept = torch.rand(2, 4, 8, 8, requires_grad=True), []
+    masks = MaskLogits(torch.rand(2, 3, 4, requires_grad=True), features)
+    stage = StagePrediction("layer.0", torch.zeros(2, 3, NUM_CLASSES), torch.rand(2, 3, 4), masks)
+    stages = [replace(stage, name=name) for name in ("initial", "layer.0", "layer.1")]
+    count = torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x)
+    with torch.autocast("cpu", dtype), count:
+        criterion(DN="no")(DecoderOutput(stages, [], None), [make_targets([0], [LEFT])] * 2)
+    copies = {x.untyped_storage().data_ptr() for x in kept if x.dtype == dtype and x.numel() == 4 * 8 * 8}
+    assert len(copies) == 1
+
+
 def test_denoising_queries_keep_their_own_objects():
     # Their boxes would be matched the other way round.
     output = full_output()
@@ -180,13 +202,13 @@ def test_without_box_loss_no_stage_has_box_terms():
 
 def test_only_masks_of_matched_queries_are_computed(monkeypatch):
     # The releases compute the masks of all queries of every layer.
-    rows, select = [], MaskLogits.select
+    rows = []
 
-    def count(self, image, queries):
-        rows.append(len(queries))
-        return select(self, image, queries)
+    def count(embed, features):
+        rows.append(len(embed))
+        return mask_logits(embed, features)
 
-    monkeypatch.setattr(MaskLogits, "select", count)
+    monkeypatch.setattr("dimaskdino.losses.criterion.mask_logits", count)
     monkeypatch.setattr(MaskLogits, "dense", lambda self: pytest.fail("all masks were computed"))
     criterion(DN="no")(without_denoising(full_output()), TWO_OBJECTS)
     assert rows == [2] * 4  # interm, initial and two layers; token interaction predicts no masks
