@@ -174,8 +174,9 @@ class DIMaskDINODecoder(nn.Module):
         """
         t_i = self._flatten(encoded.levels)
         t_s1, t_s2, stages = self._select(t_i, encoded.mask_features, training=targets is not None)
+        matching = self._matching_queries(t_s2)
         denoising = None if targets is None else self.denoising(targets)
-        queries, attn_mask = _prepend(denoising, t_s2)
+        queries, attn_mask = _prepend(denoising, matching)
         refined = self._refine(queries, attn_mask, t_i, encoded.mask_features, t_s1, t_s2)
         if denoising is None:
             if targets is not None:
@@ -206,7 +207,7 @@ class DIMaskDINODecoder(nn.Module):
             learned = Tokens(
                 self.query_feat.weight.expand(batch, -1, -1), self.query_embed.weight.sigmoid().expand(batch, -1, -1)
             )
-            return learned, self._randomize(learned), []
+            return learned, learned, []
         t_s1, interm = self.selection(
             t_i.tokens, t_i.spatial_shapes, mask_features, self.heads, self.num_first_selected
         )
@@ -217,13 +218,14 @@ class DIMaskDINODecoder(nn.Module):
             more = (mask_features,) if evaluated else ()
             t_s2, interactions = self.de_imbalance(t_s1, self.heads, *more)
             stages += interactions
-        if self.query_feat is not None:
-            num_selected = t_s2.content.shape[1]
-            t_s2 = Tokens(self.query_feat.weight[:num_selected].expand(batch, -1, -1), t_s2.boxes)
-        return t_s1, self._randomize(t_s2), stages
+        return t_s1, t_s2, stages
 
-    def _randomize(self, tokens: Tokens) -> Tokens:
-        return Tokens(tokens.content, torch.rand_like(tokens.boxes)) if self.random_position else tokens
+    def _matching_queries(self, t_s2: Tokens) -> Tokens:
+        """What layer 0 starts from: T_s2, with learned content or random boxes where the configuration says so."""
+        content, boxes = t_s2.content, t_s2.boxes
+        if self.query_feat is not None:
+            content = self.query_feat.weight[: content.shape[1]].expand_as(content)
+        return Tokens(content, torch.rand_like(boxes) if self.random_position else boxes)
 
     def _refine(
         self,

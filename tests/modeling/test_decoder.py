@@ -270,13 +270,16 @@ def test_t_i_guides_when_de_imbalance_is_off_through_the_output_of_layer_0():
     assert all(same(expected, result, stage.name) for stage in expected.stages)
 
 
+@pytest.mark.parametrize("node", [{}, {"LEARN_TGT": True}, {"DI__RANDOM_POSITION": True}], ids=str)
 @pytest.mark.parametrize(("guidance", "queries"), [("t_s1", 12), ("t_s2", 8), ("q_bal", 8)])
-def test_guidance_decides_which_tokens_guide(guidance, queries):
-    decoder, seen = build(BATO__GUIDANCE=guidance), []
+def test_guidance_decides_which_tokens_guide(guidance, queries, node):
+    # The selected tokens guide, also where the queries take another content or other boxes.
+    decoder, seen = build(BATO__GUIDANCE=guidance, **node), []
     decoder.bato.register_forward_hook(lambda _m, inputs, _o: seen.append(inputs))
     decoder(encoded(), targets(BOXES, BOXES[:1]))
     content, position = seen[0][2:4]
     assert content.shape == position.shape == (2, queries, DIM)
+    assert not torch.allclose(content[0], content[1])  # as learned content would be
     given = encoded()
     t_i = decoder._flatten(given.levels)
     t_s1, t_s2, _ = decoder._select(t_i, given.mask_features)
@@ -290,7 +293,7 @@ def test_guidance_decides_which_tokens_guide(guidance, queries):
 
 def test_random_positions_differ_from_run_to_run_and_keep_the_content():
     decoder, tokens = build(DI__RANDOM_POSITION=True), Tokens(torch.randn(2, 8, DIM), torch.full((2, 8, 4), 0.5))
-    first, second = decoder._randomize(tokens), decoder._randomize(tokens)
+    first, second = decoder._matching_queries(tokens), decoder._matching_queries(tokens)
     assert first.content is tokens.content
     assert not torch.equal(first.boxes, second.boxes)
     assert ((first.boxes >= 0) & (first.boxes < 1)).all()
