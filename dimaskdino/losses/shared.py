@@ -49,7 +49,7 @@ class FeaturesByImage:
         """(B, C, h, w) to (C, h, w) of each image, in the dtype of autocast where that is on."""
         if id(features) not in self._features:
             device = features.device.type
-            if torch.is_autocast_enabled(device):
+            if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
                 self._features[id(features)] = features.to(torch.get_autocast_dtype(device)).unbind()
             else:
                 self._features[id(features)] = features.unbind()

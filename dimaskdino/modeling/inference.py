@@ -41,15 +41,17 @@ def instances_of_image(
     scores, index = scores.topk(min(max_detections, scores.numel()), sorted=False)
     num_classes = prediction.logits.shape[-1]
     query, classes = index.div(num_classes, rounding_mode="floor"), index % num_classes
-    masks, quality = _masks_at_output_size(prediction, image, query, padded_size, image_size, output_size)
+    # A query that is among the best with several classes has one mask.
+    unique, mask_of = torch.unique(query, return_inverse=True)
+    masks, quality = _masks_at_output_size(prediction, image, unique, padded_size, image_size, output_size)
     boxes = _scale_boxes(prediction.boxes[image, query].float(), padded_size, image_size, output_size)
-    scores = scores * quality if score_by_mask else scores
+    scores = scores * quality[mask_of] if score_by_mask else scores
     order = scores.argsort(descending=True)
     result = Instances(output_size)
     result.pred_boxes = Boxes(boxes[order])
     result.scores = scores[order]
     result.pred_classes = classes[order]
-    result.pred_masks = masks[order]
+    result.pred_masks = masks[mask_of[order]]
     return result
 
 
@@ -67,20 +69,18 @@ def _scale_boxes(
 def _masks_at_output_size(
     prediction: StagePrediction,
     image: int,
-    query: Tensor,
+    queries: Tensor,
     padded_size: tuple[int, int],
     image_size: tuple[int, int],
     output_size: tuple[int, int],
 ) -> tuple[Tensor, Tensor]:
-    """Masks (N, H, W) bool and the mean probability inside each (N,).
+    """Masks (N, H, W) bool of ``queries`` (N,) and the mean probability inside each (N,).
 
-    A query that is asked for several times (with several classes) is computed once, and few masks are floating at a
-    time, whatever the size of the result.
+    Few masks are floating at a time, whatever the size of the result.
     """
     assert prediction.masks is not None
-    unique, inverse = torch.unique(query, return_inverse=True)
     masks, qualities = [], []
-    for chunk in unique.split(_MASKS_PER_CHUNK):
+    for chunk in queries.split(_MASKS_PER_CHUNK):
         logits = prediction.masks.select(image, chunk).float()[:, None]
         logits = F.interpolate(logits, size=padded_size, mode="bilinear", align_corners=False)
         logits = logits[..., : image_size[0], : image_size[1]]
@@ -90,4 +90,4 @@ def _masks_at_output_size(
         area = mask.sum((1, 2))
         qualities.append((logits[:, 0].sigmoid() * mask).sum((1, 2)) / (area + 1e-6))
         masks.append(mask)
-    return torch.cat(masks)[inverse], torch.cat(qualities)[inverse]
+    return torch.cat(masks), torch.cat(qualities)
