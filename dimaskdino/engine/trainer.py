@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from dimaskdino.checkpoint import Checkpointer
 from dimaskdino.data import build_test_loader, build_train_loader, register_all
+from dimaskdino.engine.final_evaluation import EvaluateIfTrained
 from dimaskdino.engine.optimizer import GradientClipper, build_optimizer
 from dimaskdino.engine.progress import ProgressLog
 from dimaskdino.engine.run_folder import MetricsWriter, set_earlier_run_aside, write_config
@@ -103,7 +104,7 @@ class Trainer(DefaultTrainer):
 
     def build_hooks(self) -> list[HookBase]:
         """detectron2's hooks, common statistics for those that evaluate and save, and progress on the console."""
-        hooks = super().build_hooks()
+        hooks = [self._in_its_place(hook) for hook in super().build_hooks()]
         # Only the main process saves, but all take part in the average.
         first_user = next(i for i, hook in enumerate(hooks) if isinstance(hook, PeriodicCheckpointer | EvalHook))
         periods = (self.cfg.TEST.EVAL_PERIOD, self.cfg.SOLVER.CHECKPOINT_PERIOD)
@@ -111,6 +112,14 @@ class Trainer(DefaultTrainer):
         if comm.is_main_process():
             hooks.append(ProgressLog())
         return hooks
+
+    def _in_its_place(self, hook: HookBase) -> HookBase:
+        """``hook``, or what does its work here."""
+        return EvaluateIfTrained(self.cfg.TEST.EVAL_PERIOD, self._evaluate) if isinstance(hook, EvalHook) else hook
+
+    def _evaluate(self) -> dict[str, Any]:
+        self._last_eval_results = self.test(self.cfg, self.model)
+        return self._last_eval_results
 
     def build_writers(self) -> list[EventWriter]:
         """metrics.json and TensorBoard; the console has :class:`ProgressLog`."""

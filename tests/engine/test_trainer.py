@@ -127,6 +127,24 @@ def test_a_resumed_run_keeps_its_learning_rate_and_says_so_where_another_is_conf
     assert re.search(r"rates of the run stay \[.*0\.01\b.*\]; SOLVER.BASE_LR .* ask for \[.*0\.02\b.*\]", caplog.text)
 
 
+def test_a_training_that_fails_in_its_last_iteration_is_not_evaluated(toy_cfg: Config) -> None:
+    trainer = Trainer(toy_cfg)
+    step = trainer.run_step
+    trainer.run_step = lambda: 1 / 0 if trainer.iter == toy_cfg.SOLVER.MAX_ITER - 1 else step()
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert not (Path(toy_cfg.OUTPUT_DIR) / "inference").exists()
+
+
+def test_a_run_that_was_trained_to_its_end_is_evaluated_when_it_resumes(toy_cfg: Config) -> None:
+    toy_cfg.SOLVER.MAX_ITER, toy_cfg.SOLVER.STEPS = 2, ()
+    train(toy_cfg)
+    results = Path(toy_cfg.OUTPUT_DIR) / "inference" / "results.json"
+    results.unlink()
+    train(toy_cfg, resume=True)
+    assert results.is_file()
+
+
 def test_resume_without_a_checkpoint_says_so_and_starts_at_zero(
     toy_cfg: Config, caplog: pytest.LogCaptureFixture
 ) -> None:
