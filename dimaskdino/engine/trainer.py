@@ -24,12 +24,13 @@ from dimaskdino.data import build_test_loader, build_train_loader, register_all
 from dimaskdino.engine.final_evaluation import EvaluateIfTrained
 from dimaskdino.engine.optimizer import GradientClipper, build_optimizer
 from dimaskdino.engine.progress import ProgressLog
+from dimaskdino.engine.resuming import NEW_RUN, check_common_checkpoint, settings_of, warn_of_restored_settings
 from dimaskdino.engine.run_folder import MetricsWriter, set_earlier_run_aside, write_config
 from dimaskdino.engine.running_statistics import AverageRunningStatistics
 from dimaskdino.engine.sampler import ResumableSampler
 from dimaskdino.engine.schedule import build_lr_scheduler
 from dimaskdino.engine.train_step import TrainStep
-from dimaskdino.errors import UserError, file_errors_told_in_one_line
+from dimaskdino.errors import CheckpointError, UserError, file_errors_told_in_one_line
 from dimaskdino.evaluation import ForwardTimer, SpeedEvaluator, build_evaluator, timed, write_results
 
 logger = logging.getLogger(__name__)
@@ -65,18 +66,17 @@ class Trainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Go on from the last checkpoint of OUTPUT_DIR if ``resume``, else load MODEL.WEIGHTS and start at 0."""
+        """Go on from the last checkpoint of OUTPUT_DIR if ``resume``, else load MODEL.WEIGHTS and start at 0.
+
+        Raises:
+            UserError: the processes find different checkpoints; or the checkpoint is not of this model and optimiser.
+        """
+        check_common_checkpoint(self.checkpointer, resume=resume)
         if resume and not self.checkpointer.has_checkpoint():
             logger.warning("--resume: no checkpoint in %s; starting from MODEL.WEIGHTS.", self.cfg.OUTPUT_DIR)
-        configured = self.scheduler.base_lrs
+        configured = settings_of(self.optimizer)
         super().resume_or_load(resume=resume)
-        if self.scheduler.base_lrs != configured:
-            logger.warning(
-                "--resume: the learning rates of the run stay %s; SOLVER.BASE_LR and BACKBONE_MULTIPLIER ask for %s. "
-                "To train with those, start a new run with MODEL.WEIGHTS set to the checkpoint.",
-                self.scheduler.base_lrs,
-                configured,
-            )
+        warn_of_restored_settings(configured, settings_of(self.optimizer))
         if self.start_iter and self.cfg.SEED >= 0:
             # The random numbers of iteration 0 were spent on other images; draw different ones from here.
             seed_all_rng(self.cfg.SEED + comm.get_rank() + self.start_iter * comm.get_world_size())
@@ -133,6 +133,10 @@ class Trainer(DefaultTrainer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave."""
+        if "step" not in state_dict:
+            raise CheckpointError(
+                f"its state of a training ({', '.join(state_dict)}) is of another trainer; {NEW_RUN}."
+            )
         TrainerBase.load_state_dict(self, state_dict)
         self._trainer.load_state_dict(state_dict["step"])
 
@@ -199,10 +203,11 @@ def evaluate(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
     """Evaluate MODEL.WEIGHTS, or the last checkpoint of OUTPUT_DIR if ``resume``, on every DATASETS.TEST.
 
     Raises:
-        UserError: there are no weights to evaluate.
+        UserError: there are no weights to evaluate, or not the same for all processes.
     """
     model = Trainer.build_model(cfg)
     checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
+    check_common_checkpoint(checkpointer, resume=resume)
     if resume and not checkpointer.has_checkpoint():
         raise UserError(f"--eval-only --resume: no checkpoint in {cfg.OUTPUT_DIR}; train first, or set MODEL.WEIGHTS.")
     if not resume and not cfg.MODEL.WEIGHTS:
