@@ -103,15 +103,23 @@ def _place(cfg: Config, num_gpus: int) -> None:
 
 
 def _check_solver(cfg: Config) -> None:
-    if cfg.SOLVER.MAX_ITER < 1:
-        raise ConfigError(f"SOLVER.MAX_ITER is {cfg.SOLVER.MAX_ITER}; it must be at least 1.")
-    world_size = comm.get_world_size()
-    if cfg.SOLVER.REFERENCE_WORLD_SIZE:
-        return  # The trainer scales the batch to the job.
-    if cfg.SOLVER.IMS_PER_BATCH < 1 or cfg.SOLVER.IMS_PER_BATCH % world_size:
+    solver = cfg.SOLVER
+    if solver.MAX_ITER < 1:
+        raise ConfigError(f"SOLVER.MAX_ITER is {solver.MAX_ITER}; it must be at least 1.")
+    if solver.CHECKPOINT_PERIOD < 0:
         raise ConfigError(
-            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} (images per step over all processes) "
-            f"is not a multiple of the {world_size} processes of this job."
+            f"SOLVER.CHECKPOINT_PERIOD is {solver.CHECKPOINT_PERIOD}; it must be at least 0, which means the last "
+            "checkpoint alone."
+        )
+    if solver.REFERENCE_WORLD_SIZE < 0:
+        raise ConfigError(f"SOLVER.REFERENCE_WORLD_SIZE is {solver.REFERENCE_WORLD_SIZE}; it must be at least 0.")
+    # The trainer scales the batch from the processes of the reference to those of the job.
+    sharing = solver.REFERENCE_WORLD_SIZE or comm.get_world_size()
+    if solver.IMS_PER_BATCH < 1 or solver.IMS_PER_BATCH % sharing:
+        of = "SOLVER.REFERENCE_WORLD_SIZE" if solver.REFERENCE_WORLD_SIZE else "this job"
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} (images per step over all processes) "
+            f"is not a multiple of the {sharing} processes of {of}."
         )
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,11 @@ class Trainer(DefaultTrainer):
 
     def _in_its_place(self, hook: HookBase) -> HookBase:
         """``hook``, or what does its work here."""
-        return EvaluateIfTrained(self.cfg.TEST.EVAL_PERIOD, self._evaluate) if isinstance(hook, EvalHook) else hook
+        if isinstance(hook, EvalHook):
+            return EvaluateIfTrained(self.cfg.TEST.EVAL_PERIOD, self._evaluate)
+        if isinstance(hook, PeriodicCheckpointer) and not hook.period:
+            hook.period = sys.maxsize  # The hook divides by it; it saves the last checkpoint in any case.
+        return hook
 
     def _evaluate(self) -> dict[str, Any]:
         self._last_eval_results = self.test(self.cfg, self.model)

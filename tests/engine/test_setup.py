@@ -71,6 +71,8 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(processes) -> None:
         _check_solver(configured("SOLVER.IMS_PER_BATCH", 16))
     # Here detectron2's trainer changes the batch to fit.
     _check_solver(configured("SOLVER.IMS_PER_BATCH", 16, "SOLVER.REFERENCE_WORLD_SIZE", 8))
+    with pytest.raises(ConfigError, match="not a multiple of the 4 processes of SOLVER.REFERENCE_WORLD_SIZE"):
+        _check_solver(configured("SOLVER.IMS_PER_BATCH", 6, "SOLVER.REFERENCE_WORLD_SIZE", 4))
 
 
 def test_evaluation_asks_nothing_of_the_batch_of_training(processes, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,9 +85,10 @@ def test_evaluation_asks_nothing_of_the_batch_of_training(processes, monkeypatch
         engine_setup.setup(argument_parser().parse_args(command))
 
 
-def test_a_training_without_iterations_is_refused() -> None:
-    with pytest.raises(ConfigError, match="MAX_ITER is 0"):
-        _check_solver(configured("SOLVER.MAX_ITER", 0))
+@pytest.mark.parametrize(("name", "value"), [("MAX_ITER", 0), ("CHECKPOINT_PERIOD", -1), ("REFERENCE_WORLD_SIZE", -2)])
+def test_numbers_that_no_training_can_have_are_refused(name: str, value: int) -> None:
+    with pytest.raises(ConfigError, match=f"{name} is {value}; it must be at least"):
+        _check_solver(configured(f"SOLVER.{name}", value))
 
 
 def example(page: str, module: str) -> str:

@@ -127,6 +127,12 @@ def test_a_resumed_run_keeps_its_learning_rate_and_says_so_where_another_is_conf
     assert re.search(r"rates of the run stay \[.*0\.01\b.*\]; SOLVER.BASE_LR .* ask for \[.*0\.02\b.*\]", caplog.text)
 
 
+def test_without_a_checkpoint_period_the_last_checkpoint_alone_is_saved(toy_cfg: Config) -> None:
+    toy_cfg.SOLVER.CHECKPOINT_PERIOD = 0
+    train(toy_cfg)
+    assert [path.name for path in Path(toy_cfg.OUTPUT_DIR).glob("*.pth")] == ["model_final.pth"]
+
+
 def test_a_training_that_fails_in_its_last_iteration_is_not_evaluated(toy_cfg: Config) -> None:
     trainer = Trainer(toy_cfg)
     step = trainer.run_step
