@@ -10,7 +10,7 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
-from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators, verify_results
 from detectron2.modeling import build_model
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
@@ -209,6 +209,7 @@ def evaluate(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
 
     Raises:
         UserError: there are no weights to evaluate, or not the same for all processes.
+        SystemExit: on the main process, with status 1, if the results are not TEST.EXPECTED_RESULTS.
     """
     model = Trainer.build_model(cfg)
     checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
@@ -218,7 +219,10 @@ def evaluate(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
     if not resume and not cfg.MODEL.WEIGHTS:
         raise UserError("--eval-only needs weights: set MODEL.WEIGHTS to a file, or give --resume.")
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
-    return Trainer.test(cfg, model)
+    results = Trainer.test(cfg, model)
+    if comm.is_main_process():
+        verify_results(cfg, results)
+    return results
 
 
 def _inference_folder(cfg: CfgNode, dataset_name: str) -> str:

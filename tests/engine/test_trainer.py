@@ -169,6 +169,17 @@ def test_evaluation_of_a_checkpoint_repeats_the_last_evaluation_of_training(toy_
         assert scores == pytest.approx(trained[task], nan_ok=True)
 
 
+def test_an_evaluation_verifies_the_expected_results(toy_cfg: Config) -> None:
+    toy_cfg.SOLVER.MAX_ITER, toy_cfg.SOLVER.STEPS = 1, ()
+    ap = train(toy_cfg)._last_eval_results["bbox"]["AP"]
+    toy_cfg.TEST.EXPECTED_RESULTS = [["bbox", "AP", ap, 0.01]]
+    evaluate(toy_cfg, resume=True)
+    toy_cfg.TEST.EXPECTED_RESULTS = [["bbox", "AP", ap + 1, 0.01]]
+    with pytest.raises(SystemExit) as stopped:
+        evaluate(toy_cfg, resume=True)
+    assert stopped.value.code == 1
+
+
 def test_an_evaluation_writes_the_speed_and_one_by_stage_leaves_it_as_it_was(toy_cfg: Config) -> None:
     toy_cfg.DATASETS.SHAPES.NUM_VAL = 7
     train(toy_cfg)
