@@ -13,7 +13,6 @@ from detectron2.utils import comm
 NEWER_KEYS: Mapping[str, Any] = MappingProxyType(
     {
         "DATALOADER.REPEAT_SQRT": True,
-        "FLOAT32_PRECISION": "",
         "MODEL.ROI_BOX_HEAD.FED_LOSS_FREQ_WEIGHT_POWER": 0.5,
         "MODEL.ROI_BOX_HEAD.FED_LOSS_NUM_CLASSES": 50,
         "MODEL.ROI_BOX_HEAD.USE_FED_LOSS": False,

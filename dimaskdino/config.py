@@ -186,6 +186,9 @@ def _add_data_keys(cfg: CfgNode) -> None:
 
 
 def _add_solver_keys(cfg: CfgNode) -> None:
+    # Precision of float32 matrix products: highest, high (TF32 on GPUs that have it), medium, or "" for torch's own
+    # choice. Newer detectron2 has this key too.
+    cfg.FLOAT32_PRECISION = ""
     # ADAMW or SGD.
     cfg.SOLVER.OPTIMIZER = "ADAMW"
     # Factor on the learning rate of every parameter whose module name holds "backbone".

@@ -64,12 +64,47 @@ class Checkpointer(DetectionCheckpointer):
             What else the file holds, such as "iteration".
 
         Raises:
-            CheckpointError: if the file is absent, unreadable, would run code, or does not fit the model.
+            CheckpointError: if the file is absent, unreadable, would run code, does not fit the model, or does not hold
+                the state of all `checkpointables`.
         """
         self._is_resuming = checkpointables is None and bool(self.checkpointables)
         self._path = path
         # Not detectron2's `load`: it resolves addresses once more, each version in its own way.
-        return FvcoreCheckpointer.load(self, self._local_path(path) if path else path, checkpointables)
+        content = FvcoreCheckpointer.load(self, self._local_path(path) if path else path, [])
+        if path:
+            for name in self.checkpointables if checkpointables is None else checkpointables:
+                self._load_state(name, content)
+        return content
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """Load all that the last checkpoint of the folder holds if `resume` and there is one, else weights alone.
+
+        Args:
+            path: of the weights where there is no last checkpoint, or another start is asked for.
+            resume: whether to go on from the last checkpoint.
+
+        Returns:
+            As :meth:`load`.
+
+        Raises:
+            CheckpointError: as :meth:`load`, or if the file that says which checkpoint is the last one names none.
+        """
+        if resume and self.has_checkpoint():
+            return self.load(self._last_checkpoint())
+        return self.load(path, checkpointables=[])
+
+    def _last_checkpoint(self) -> str:
+        path = self.get_checkpoint_file()
+        if self.path_manager.isfile(path):
+            return path
+        tag = os.path.join(self.save_dir, "last_checkpoint")
+        name = os.path.basename(path)
+        what = f"names {name}, which does not exist" if name else "is empty"
+        there = ", ".join(sorted(map(os.path.basename, self.get_all_checkpoint_files()))[-3:]) or "there is none"
+        raise CheckpointError(
+            f"{tag} {what}; write the name of the folder's last checkpoint into it ({there}), or start anew without "
+            "--resume."
+        )
 
     def _local_path(self, path: str) -> str:
         try:
@@ -80,6 +115,19 @@ class Checkpointer(DetectionCheckpointer):
             what = "is a folder, not a weight file" if os.path.isdir(local) else "does not exist"
             raise CheckpointError(f"The weight file {path} {what}; MODEL.WEIGHTS names it.")
         return local
+
+    def _load_state(self, name: str, content: dict[str, Any]) -> None:
+        """Give the checkpointable of this name its state, which `content` then no longer holds."""
+        if name not in content:
+            raise CheckpointError(
+                f"{self._path} holds no state of a training ({name}), so that none can go on from it; start a new run "
+                "with MODEL.WEIGHTS set to that file."
+            )
+        self.logger.info("Loading the state of %s.", name)
+        try:
+            self.checkpointables[name].load_state_dict(content.pop(name))
+        except CheckpointError as error:
+            raise CheckpointError(f"{self._path}: {error}") from error
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         return read_weights(filename, trust=self.trust)

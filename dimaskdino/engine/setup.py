@@ -23,6 +23,7 @@ from dimaskdino.errors import ConfigError, UserError, file_errors_told_in_one_li
 
 logger = logging.getLogger(__name__)
 
+FLOAT32_PRECISIONS = ("highest", "high", "medium")
 
 EXAMPLES = """
 Without --num-gpus, one GPU is used where there is one, else the CPU; --num-gpus 0 always means the CPU.
@@ -65,8 +66,8 @@ def setup(args: Namespace) -> Config:
         The frozen configuration of this process.
 
     Raises:
-        UserError: a module that does not exist, an unknown key, a dataset that is missing or does not fit, a batch that
-            cannot be divided, a file or folder that cannot be read or written.
+        UserError: a module that does not exist, an unknown key or value, a dataset that is missing or does not fit, a
+            batch that cannot be divided, a file or folder that cannot be read or written.
     """
     import_modules(args.modules)
     with file_errors_told_in_one_line():
@@ -75,6 +76,7 @@ def setup(args: Namespace) -> Config:
             _place(cfg, args.num_gpus)
             if not args.eval_only:
                 _check_solver(cfg)
+            _set_float32_precision(cfg)
             cfg.freeze()
             _prepare_run(cfg, eval_only=args.eval_only)
         _check_datasets_once(cfg, train=not args.eval_only)
@@ -103,16 +105,35 @@ def _place(cfg: Config, num_gpus: int) -> None:
 
 
 def _check_solver(cfg: Config) -> None:
-    if cfg.SOLVER.MAX_ITER < 1:
-        raise ConfigError(f"SOLVER.MAX_ITER is {cfg.SOLVER.MAX_ITER}; it must be at least 1.")
-    world_size = comm.get_world_size()
-    if cfg.SOLVER.REFERENCE_WORLD_SIZE:
-        return  # The trainer scales the batch to the job.
-    if cfg.SOLVER.IMS_PER_BATCH < 1 or cfg.SOLVER.IMS_PER_BATCH % world_size:
+    solver = cfg.SOLVER
+    if solver.MAX_ITER < 1:
+        raise ConfigError(f"SOLVER.MAX_ITER is {solver.MAX_ITER}; it must be at least 1.")
+    if solver.CHECKPOINT_PERIOD < 0:
         raise ConfigError(
-            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} (images per step over all processes) "
-            f"is not a multiple of the {world_size} processes of this job."
+            f"SOLVER.CHECKPOINT_PERIOD is {solver.CHECKPOINT_PERIOD}; it must be at least 0, which means the last "
+            "checkpoint alone."
         )
+    if solver.REFERENCE_WORLD_SIZE < 0:
+        raise ConfigError(f"SOLVER.REFERENCE_WORLD_SIZE is {solver.REFERENCE_WORLD_SIZE}; it must be at least 0.")
+    # The trainer scales the batch from the processes of the reference to those of the job.
+    sharing = solver.REFERENCE_WORLD_SIZE or comm.get_world_size()
+    if solver.IMS_PER_BATCH < 1 or solver.IMS_PER_BATCH % sharing:
+        of = "SOLVER.REFERENCE_WORLD_SIZE" if solver.REFERENCE_WORLD_SIZE else "this job"
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} (images per step over all processes) "
+            f"is not a multiple of the {sharing} processes of {of}."
+        )
+
+
+def _set_float32_precision(cfg: Config) -> None:
+    """Have torch multiply float32 matrices as FLOAT32_PRECISION asks; a newer detectron2's default_setup does so."""
+    precision = cfg.FLOAT32_PRECISION
+    if not precision:
+        return
+    if precision not in FLOAT32_PRECISIONS:
+        raise ConfigError(f"FLOAT32_PRECISION {precision!r} is unknown; use {', '.join(FLOAT32_PRECISIONS)}, or ''.")
+    torch.set_float32_matmul_precision(precision)
+    logger.info("Matrix products of float32 are of %s precision.", precision)
 
 
 def _prepare_run(cfg: Config, *, eval_only: bool) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dimaskdino.engine.optimizer import GradientClipper
+from dimaskdino.engine.resuming import check_optimizer_state
 from dimaskdino.errors import DatasetError
 
 Batch = list[dict[str, Any]]
@@ -125,7 +126,12 @@ class TrainStep:
         return {"optimizer": self.optimizer.state_dict(), "grad_scaler": self._scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave; the scale of a run without loss scaling is empty."""
+        """Restore what :meth:`state_dict` gave; the scale of a run without loss scaling is empty.
+
+        Raises:
+            CheckpointError: the state is of another optimiser.
+        """
+        check_optimizer_state(self.optimizer, state["optimizer"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.amp and state["grad_scaler"]:
             self._scaler.load_state_dict(state["grad_scaler"])

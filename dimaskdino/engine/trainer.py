@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
-from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators, verify_results
 from detectron2.modeling import build_model
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
@@ -21,14 +22,16 @@ from torch.optim import Optimizer
 
 from dimaskdino.checkpoint import Checkpointer
 from dimaskdino.data import build_test_loader, build_train_loader, register_all
+from dimaskdino.engine.final_evaluation import EvaluateIfTrained
 from dimaskdino.engine.optimizer import GradientClipper, build_optimizer
 from dimaskdino.engine.progress import ProgressLog
+from dimaskdino.engine.resuming import NEW_RUN, check_common_checkpoint, settings_of, warn_of_restored_settings
 from dimaskdino.engine.run_folder import MetricsWriter, set_earlier_run_aside, write_config
 from dimaskdino.engine.running_statistics import AverageRunningStatistics
 from dimaskdino.engine.sampler import ResumableSampler
 from dimaskdino.engine.schedule import build_lr_scheduler
 from dimaskdino.engine.train_step import TrainStep
-from dimaskdino.errors import UserError, file_errors_told_in_one_line
+from dimaskdino.errors import CheckpointError, UserError, file_errors_told_in_one_line
 from dimaskdino.evaluation import ForwardTimer, SpeedEvaluator, build_evaluator, timed, write_results
 
 logger = logging.getLogger(__name__)
@@ -64,18 +67,17 @@ class Trainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Go on from the last checkpoint of OUTPUT_DIR if ``resume``, else load MODEL.WEIGHTS and start at 0."""
+        """Go on from the last checkpoint of OUTPUT_DIR if ``resume``, else load MODEL.WEIGHTS and start at 0.
+
+        Raises:
+            UserError: the processes find different checkpoints; or the checkpoint is not of this model and optimiser.
+        """
+        check_common_checkpoint(self.checkpointer, resume=resume)
         if resume and not self.checkpointer.has_checkpoint():
             logger.warning("--resume: no checkpoint in %s; starting from MODEL.WEIGHTS.", self.cfg.OUTPUT_DIR)
-        configured = self.scheduler.base_lrs
+        configured = settings_of(self.optimizer)
         super().resume_or_load(resume=resume)
-        if self.scheduler.base_lrs != configured:
-            logger.warning(
-                "--resume: the learning rates of the run stay %s; SOLVER.BASE_LR and BACKBONE_MULTIPLIER ask for %s. "
-                "To train with those, start a new run with MODEL.WEIGHTS set to the checkpoint.",
-                self.scheduler.base_lrs,
-                configured,
-            )
+        warn_of_restored_settings(configured, settings_of(self.optimizer))
         if self.start_iter and self.cfg.SEED >= 0:
             # The random numbers of iteration 0 were spent on other images; draw different ones from here.
             seed_all_rng(self.cfg.SEED + comm.get_rank() + self.start_iter * comm.get_world_size())
@@ -103,7 +105,7 @@ class Trainer(DefaultTrainer):
 
     def build_hooks(self) -> list[HookBase]:
         """detectron2's hooks, common statistics for those that evaluate and save, and progress on the console."""
-        hooks = super().build_hooks()
+        hooks = [self._in_its_place(hook) for hook in super().build_hooks()]
         # Only the main process saves, but all take part in the average.
         first_user = next(i for i, hook in enumerate(hooks) if isinstance(hook, PeriodicCheckpointer | EvalHook))
         periods = (self.cfg.TEST.EVAL_PERIOD, self.cfg.SOLVER.CHECKPOINT_PERIOD)
@@ -111,6 +113,18 @@ class Trainer(DefaultTrainer):
         if comm.is_main_process():
             hooks.append(ProgressLog())
         return hooks
+
+    def _in_its_place(self, hook: HookBase) -> HookBase:
+        """``hook``, or what does its work here."""
+        if isinstance(hook, EvalHook):
+            return EvaluateIfTrained(self.cfg.TEST.EVAL_PERIOD, self._evaluate)
+        if isinstance(hook, PeriodicCheckpointer) and not hook.period:
+            hook.period = sys.maxsize  # The hook divides by it; it saves the last checkpoint in any case.
+        return hook
+
+    def _evaluate(self) -> dict[str, Any]:
+        self._last_eval_results = self.test(self.cfg, self.model)
+        return self._last_eval_results
 
     def build_writers(self) -> list[EventWriter]:
         """metrics.json and TensorBoard; the console has :class:`ProgressLog`."""
@@ -124,6 +138,10 @@ class Trainer(DefaultTrainer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave."""
+        if "step" not in state_dict:
+            raise CheckpointError(
+                f"its state of a training ({', '.join(state_dict)}) is of another trainer; {NEW_RUN}."
+            )
         TrainerBase.load_state_dict(self, state_dict)
         self._trainer.load_state_dict(state_dict["step"])
 
@@ -190,16 +208,21 @@ def evaluate(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
     """Evaluate MODEL.WEIGHTS, or the last checkpoint of OUTPUT_DIR if ``resume``, on every DATASETS.TEST.
 
     Raises:
-        UserError: there are no weights to evaluate.
+        UserError: there are no weights to evaluate, or not the same for all processes.
+        SystemExit: on the main process, with status 1, if the results are not TEST.EXPECTED_RESULTS.
     """
     model = Trainer.build_model(cfg)
     checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
+    check_common_checkpoint(checkpointer, resume=resume)
     if resume and not checkpointer.has_checkpoint():
         raise UserError(f"--eval-only --resume: no checkpoint in {cfg.OUTPUT_DIR}; train first, or set MODEL.WEIGHTS.")
     if not resume and not cfg.MODEL.WEIGHTS:
         raise UserError("--eval-only needs weights: set MODEL.WEIGHTS to a file, or give --resume.")
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
-    return Trainer.test(cfg, model)
+    results = Trainer.test(cfg, model)
+    if comm.is_main_process():
+        verify_results(cfg, results)
+    return results
 
 
 def _inference_folder(cfg: CfgNode, dataset_name: str) -> str:

@@ -188,6 +188,45 @@ def test_resuming_with_another_number_of_classes_is_an_error(tmp_path: Path) -> 
         checkpointer.resume_or_load("", resume=True)
 
 
+@pytest.mark.parametrize("states", [{"trainer": Counter(0)}, {}], ids=["training", "evaluation"])
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("model_0000001.pth", "last_checkpoint names model_0000001.pth, which does not exist; write the name"),
+        ("", "last_checkpoint is empty; write the name"),
+    ],
+)
+def test_a_last_checkpoint_that_names_no_file_says_which_there_are(
+    tmp_path: Path, written: str, message: str, states: dict[str, Counter]
+) -> None:
+    for name in ("model_0000003", "model_final"):
+        Checkpointer(nn.Linear(3, 2), str(tmp_path)).save(name)
+    (tmp_path / "last_checkpoint").write_text(written)
+    checkpointer = Checkpointer(nn.Linear(3, 2), str(tmp_path), **states)
+    with pytest.raises(CheckpointError, match=rf"{message}.*model_0000003.pth, model_final.pth\), or .*--resume"):
+        checkpointer.resume_or_load("", resume=True)
+
+
+def test_no_training_goes_on_from_weights_alone_but_an_evaluation_takes_them(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    Checkpointer(model, str(tmp_path)).save("stripped")
+    with pytest.raises(CheckpointError, match=r"stripped.pth holds no state of a training \(trainer\).*MODEL.WEIGHTS"):
+        Checkpointer(nn.Linear(3, 2), str(tmp_path), trainer=Counter(0)).resume_or_load("")
+    evaluated = nn.Linear(3, 2)
+    Checkpointer(evaluated, str(tmp_path)).resume_or_load("")
+    assert_loaded(evaluated, model.state_dict())
+
+
+def test_a_state_that_cannot_be_restored_names_its_file(tmp_path: Path) -> None:
+    class Refuses(Counter):
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            raise CheckpointError("too many")
+
+    Checkpointer(nn.Linear(3, 2), str(tmp_path), trainer=Counter(7)).save("model_final")
+    with pytest.raises(CheckpointError, match=r"model_final.pth: too many"):
+        Checkpointer(nn.Linear(3, 2), str(tmp_path), trainer=Refuses(0)).resume_or_load("")
+
+
 def test_an_optimisers_state_survives_saving_and_resuming(tmp_path: Path) -> None:
     def stepped(model: nn.Module) -> torch.optim.Optimizer:
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)

@@ -4,9 +4,11 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from detectron2.data import DatasetCatalog
 from detectron2.utils import comm
 
@@ -71,6 +73,8 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(processes) -> None:
         _check_solver(configured("SOLVER.IMS_PER_BATCH", 16))
     # Here detectron2's trainer changes the batch to fit.
     _check_solver(configured("SOLVER.IMS_PER_BATCH", 16, "SOLVER.REFERENCE_WORLD_SIZE", 8))
+    with pytest.raises(ConfigError, match="not a multiple of the 4 processes of SOLVER.REFERENCE_WORLD_SIZE"):
+        _check_solver(configured("SOLVER.IMS_PER_BATCH", 6, "SOLVER.REFERENCE_WORLD_SIZE", 4))
 
 
 def test_evaluation_asks_nothing_of_the_batch_of_training(processes, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,9 +87,33 @@ def test_evaluation_asks_nothing_of_the_batch_of_training(processes, monkeypatch
         engine_setup.setup(argument_parser().parse_args(command))
 
 
-def test_a_training_without_iterations_is_refused() -> None:
-    with pytest.raises(ConfigError, match="MAX_ITER is 0"):
-        _check_solver(configured("SOLVER.MAX_ITER", 0))
+@pytest.mark.parametrize(("name", "value"), [("MAX_ITER", 0), ("CHECKPOINT_PERIOD", -1), ("REFERENCE_WORLD_SIZE", -2)])
+def test_numbers_that_no_training_can_have_are_refused(name: str, value: int) -> None:
+    with pytest.raises(ConfigError, match=f"{name} is {value}; it must be at least"):
+        _check_solver(configured(f"SOLVER.{name}", value))
+
+
+@pytest.fixture
+def precision() -> Iterator[Callable[[], str]]:
+    """That of float32 matrix products; put back after the test."""
+    before = torch.get_float32_matmul_precision()
+    yield torch.get_float32_matmul_precision
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("flags", [[], ["--eval-only"]])
+def test_the_precision_of_float32_is_as_asked(flags: list[str], precision, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_prepare_run", "_check_datasets_once"):
+        monkeypatch.setattr(engine_setup, name, lambda *_, **__: None)
+
+    def set_up(value: str) -> str:
+        engine_setup.setup(argument_parser().parse_args([*flags, "--num-gpus", "0", "FLOAT32_PRECISION", value]))
+        return precision()
+
+    assert set_up("medium") == "medium"
+    assert set_up("") == "medium"  # whatever it was
+    with pytest.raises(ConfigError, match="FLOAT32_PRECISION 'low' is unknown; use highest, high, medium"):
+        set_up("low")
 
 
 def example(page: str, module: str) -> str:

@@ -127,6 +127,30 @@ def test_a_resumed_run_keeps_its_learning_rate_and_says_so_where_another_is_conf
     assert re.search(r"rates of the run stay \[.*0\.01\b.*\]; SOLVER.BASE_LR .* ask for \[.*0\.02\b.*\]", caplog.text)
 
 
+def test_without_a_checkpoint_period_the_last_checkpoint_alone_is_saved(toy_cfg: Config) -> None:
+    toy_cfg.SOLVER.CHECKPOINT_PERIOD = 0
+    train(toy_cfg)
+    assert [path.name for path in Path(toy_cfg.OUTPUT_DIR).glob("*.pth")] == ["model_final.pth"]
+
+
+def test_a_training_that_fails_in_its_last_iteration_is_not_evaluated(toy_cfg: Config) -> None:
+    trainer = Trainer(toy_cfg)
+    step = trainer.run_step
+    trainer.run_step = lambda: 1 / 0 if trainer.iter == toy_cfg.SOLVER.MAX_ITER - 1 else step()
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert not (Path(toy_cfg.OUTPUT_DIR) / "inference").exists()
+
+
+def test_a_run_that_was_trained_to_its_end_is_evaluated_when_it_resumes(toy_cfg: Config) -> None:
+    toy_cfg.SOLVER.MAX_ITER, toy_cfg.SOLVER.STEPS = 2, ()
+    train(toy_cfg)
+    results = Path(toy_cfg.OUTPUT_DIR) / "inference" / "results.json"
+    results.unlink()
+    train(toy_cfg, resume=True)
+    assert results.is_file()
+
+
 def test_resume_without_a_checkpoint_says_so_and_starts_at_zero(
     toy_cfg: Config, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -143,6 +167,17 @@ def test_evaluation_of_a_checkpoint_repeats_the_last_evaluation_of_training(toy_
     assert set(evaluated) == {"bbox", "segm"}
     for task, scores in evaluated.items():
         assert scores == pytest.approx(trained[task], nan_ok=True)
+
+
+def test_an_evaluation_verifies_the_expected_results(toy_cfg: Config) -> None:
+    toy_cfg.SOLVER.MAX_ITER, toy_cfg.SOLVER.STEPS = 1, ()
+    ap = train(toy_cfg)._last_eval_results["bbox"]["AP"]
+    toy_cfg.TEST.EXPECTED_RESULTS = [["bbox", "AP", ap, 0.01]]
+    evaluate(toy_cfg, resume=True)
+    toy_cfg.TEST.EXPECTED_RESULTS = [["bbox", "AP", ap + 1, 0.01]]
+    with pytest.raises(SystemExit) as stopped:
+        evaluate(toy_cfg, resume=True)
+    assert stopped.value.code == 1
 
 
 def test_an_evaluation_writes_the_speed_and_one_by_stage_leaves_it_as_it_was(toy_cfg: Config) -> None:
