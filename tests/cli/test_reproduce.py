@@ -153,6 +153,11 @@ def test_the_imbalance_is_drawn_from_runs_or_their_files(run, tmp_path: Path) ->
     labels = ["--labels", "MaskDINO", "DI-MaskDINO"]
     assert run(script, one, two, *labels, "--paper", "--output", tmp_path / "two.png").status == 0
     assert "2 runs, but there are 1" in run(script, one, *labels).err
+    again = write_run(tmp_path / "again", "bdd100k", "dimaskdino", box=31.0)
+    shutil.copy(two / "inference" / "layers.json", again / "inference")
+    refused = run(script, one, again)
+    assert (refused.status, refused.err.count("\n")) == (2, 1)
+    assert "is of another evaluation than" in refused.err
     shutil.rmtree(two / "inference")
     assert "layers.json does not exist" in run(script, one, two).err
 
