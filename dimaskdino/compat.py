@@ -1,11 +1,12 @@
 """What differs between detectron2 0.5 and its current main, and what either needs on a new torch, in one place."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import torch.distributed as dist
+from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 # Configuration keys that detectron2 has gained since 0.5, each with its default: what 0.5 does without the key. A run's
@@ -22,6 +23,18 @@ NEWER_KEYS: Mapping[str, Any] = MappingProxyType(
         "SOLVER.RESCALE_INTERVAL": False,
     }
 )
+
+
+def lr_schedules(cfg: CfgNode) -> Sequence[str]:
+    """The values of SOLVER.LR_SCHEDULER_NAME that the installed detectron2 knows; a newer one has keys for more."""
+    newer = ["WarmupStepWithFixedGammaLR"] if "NUM_DECAYS" in cfg.SOLVER else []
+    return ["WarmupMultiStepLR", "WarmupCosineLR", *newer]
+
+
+def training_samplers(cfg: CfgNode) -> Sequence[str]:
+    """The values of DATALOADER.SAMPLER_TRAIN that the installed detectron2 knows, and has keys for."""
+    newer = ["RandomSubsetTrainingSampler"] if "RANDOM_SUBSET_RATIO" in cfg.DATALOADER else []
+    return ["TrainingSampler", "RepeatFactorTrainingSampler", *newer]
 
 
 def create_local_process_group(num_processes_per_machine: int) -> None:

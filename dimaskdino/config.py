@@ -72,8 +72,9 @@ class Config(CfgNode):
         loaded.pop("VERSION", None)
         try:
             self.merge_from_other_cfg(type(self)(loaded))
-        except ConfigError as error:
-            raise ConfigError(f"{cfg_filename}: {error}") from error
+        except (ConfigError, AssertionError) as error:
+            # yacs asserts that values are of its types, which a date of YAML is not.
+            raise ConfigError(f"{cfg_filename}: {_one_line(error)}") from error
 
     def merge_from_other_cfg(self, cfg_other: CfgNode) -> None:
         """Merge another tree of keys."""

@@ -3,7 +3,7 @@
 import contextlib
 import errno
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 USER_ERROR_STATUS = 2
 
@@ -22,6 +22,16 @@ class DatasetError(UserError, ValueError):
 
 class CheckpointError(UserError, ValueError):
     """A weight file that is unreadable, untrusted or does not fit the model."""
+
+
+def check_choice(key: str, value: object, known: Sequence[object]) -> None:
+    """Check a configuration key whose values are a few.
+
+    Raises:
+        ConfigError: the value is none of them.
+    """
+    if value not in known:
+        raise ConfigError(f"{key} is {value!r}; it must be one of {', '.join(str(choice) for choice in known)}.")
 
 
 @contextlib.contextmanager

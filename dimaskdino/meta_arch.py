@@ -5,16 +5,28 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY, SEM_SEG_HEADS_REGISTRY, build_backbone
+from detectron2.modeling import (
+    BACKBONE_REGISTRY,
+    META_ARCH_REGISTRY,
+    SEM_SEG_HEADS_REGISTRY,
+    Backbone,
+    build_backbone,
+)
+from detectron2.modeling import build_model as build_detectron2_model
 from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
-from dimaskdino.errors import ConfigError
+from dimaskdino.errors import ConfigError, check_choice
 from dimaskdino.losses import Criterion, PointSampler
 from dimaskdino.modeling.decoder import DecoderOutput
 from dimaskdino.modeling.decoder_config import evaluates_selections, stages_with_masks, uses_no_object_class
 from dimaskdino.modeling.inference import instances_of_image
+from dimaskdino.modeling.registry import get_registered
 from dimaskdino.modeling.targets import Targets
+
+# What detectron2's builders of a ResNet know.
+_RESNET_BUILDERS = ("build_resnet_backbone", "build_resnet_fpn_backbone", "build_retinanet_resnet_fpn_backbone")
+_RESNET_DEPTHS = (18, 34, 50, 101, 152)
 
 
 @META_ARCH_REGISTRY.register()
@@ -71,8 +83,9 @@ class DIMaskDINO(nn.Module):
     def from_config(cls, cfg: CfgNode, point_sampler: PointSampler | None = None) -> dict[str, Any]:
         """Build the parts by their registered names; ``point_sampler`` replaces the random one in training."""
         node = cfg.MODEL.MaskDINO
-        backbone = build_backbone(cfg)
-        head = SEM_SEG_HEADS_REGISTRY.get(cfg.MODEL.SEM_SEG_HEAD.NAME)(cfg, backbone.output_shape())
+        backbone = _build_backbone(cfg)
+        build_head = get_registered(SEM_SEG_HEADS_REGISTRY, cfg.MODEL.SEM_SEG_HEAD.NAME, "MODEL.SEM_SEG_HEAD.NAME")
+        head = build_head(cfg, backbone.output_shape())
         return {
             "backbone": backbone,
             "sem_seg_head": head,
@@ -172,6 +185,25 @@ class DIMaskDINO(nn.Module):
                 name: result["instances"] if name == final else instances(name) for name in self.eval_layers
             }
         return result
+
+
+def build_model(cfg: CfgNode) -> nn.Module:
+    """detectron2's build_model: the model that MODEL.META_ARCHITECTURE names, on MODEL.DEVICE.
+
+    Raises:
+        ConfigError: no model is registered under that name.
+    """
+    get_registered(META_ARCH_REGISTRY, cfg.MODEL.META_ARCHITECTURE, "MODEL.META_ARCHITECTURE")
+    return build_detectron2_model(cfg)
+
+
+def _build_backbone(cfg: CfgNode) -> Backbone:
+    """The backbone that MODEL.BACKBONE.NAME names; a name or a depth that detectron2 does not know is a ConfigError."""
+    name = cfg.MODEL.BACKBONE.NAME
+    get_registered(BACKBONE_REGISTRY, name, "MODEL.BACKBONE.NAME")
+    if name in _RESNET_BUILDERS:
+        check_choice("MODEL.RESNETS.DEPTH", cfg.MODEL.RESNETS.DEPTH, _RESNET_DEPTHS)
+    return build_backbone(cfg)
 
 
 def _evaluable_stages(cfg: CfgNode, head: nn.Module) -> list[str]:

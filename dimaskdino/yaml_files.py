@@ -47,17 +47,26 @@ def _read(path: str, readers: tuple[str, ...]) -> dict[str, Any]:
     try:
         with g_pathmgr.open(path) as file:
             own = yaml.load(file, Loader=_ArithmeticLoader)
-    except (OSError, yaml.YAMLError) as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"Cannot read the configuration {path}: it is no text in UTF-8 ({error}).") from error
+    except (OSError, yaml.YAMLError, ValueError) as error:
+        # A ValueError is a date that no calendar has.
         raise ConfigError(f"Cannot read the configuration {path}: {' '.join(str(error).split())}") from error
     own = {} if own is None else own
     if not isinstance(own, dict):
         raise ConfigError(f"{path}: a configuration is a mapping of keys, not a {type(own).__name__}.")
-    bases = own.pop(_BASE_KEY, [])
     merged: dict[str, Any] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
+    for base in _bases(own.pop(_BASE_KEY, []), path):
         _merge(merged, _read(_resolve(base, path), (*readers, path)))
     _merge(merged, own)
     return merged
+
+
+def _bases(given: Any, path: str) -> list[str]:
+    bases = [given] if isinstance(given, str) else given
+    if not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
+        raise ConfigError(f"{path}: _BASE_ is {given!r}; it must be the path of a file, or a list of such paths.")
+    return bases
 
 
 def _resolve(base: str, path: str) -> str:
@@ -84,7 +93,10 @@ class _ArithmeticLoader(yaml.SafeLoader):
 
 
 def _construct_arithmetic(loader: yaml.SafeLoader, node: yaml.Node) -> Any:
-    assert isinstance(node, yaml.SequenceNode)
+    if not isinstance(node, yaml.SequenceNode):
+        raise yaml.constructor.ConstructorError(
+            None, None, "!!python/object/apply:eval takes a list of one expression", node.start_mark
+        )
     arguments = loader.construct_sequence(node)
     try:
         (expression,) = arguments

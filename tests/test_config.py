@@ -234,6 +234,13 @@ def test_an_error_is_one_line(tmp_path):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("value", ["2020-01-01", "!!set {a, b}"])
+def test_a_value_of_a_type_that_configurations_do_not_have_names_the_file_and_the_key(tmp_path, value):
+    with pytest.raises(ConfigError, match=r"mine\.yaml: Key SOLVER\.STEPS with value .* is not a valid type") as error:
+        load(tmp_path, f"SOLVER: {{STEPS: {value}}}")
+    assert "\n" not in str(error.value)
+
+
 def test_bases_are_relative_to_their_file_and_overridden_by_it(tmp_path):
     (tmp_path / "base").mkdir()
     write(tmp_path / "base", "SEED: 1\nSOLVER: {MAX_ITER: 10, STEPS: [5]}", "base.yaml")

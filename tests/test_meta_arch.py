@@ -6,7 +6,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
-from dimaskdino.errors import DatasetError
+from dimaskdino.errors import ConfigError, DatasetError
 from dimaskdino.meta_arch import DIMaskDINO
 from tests.tiny_model import NUM_CLASSES, ONE_STAGE, image, predict, sample, tiny_cfg, tiny_model, train_batch
 
@@ -252,6 +252,12 @@ def test_the_weights_hold_parameters_alone():
     # Pixel mean and std belong to the configuration.
     model = tiny_model()
     assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
+
+
+def test_a_resnet_of_a_depth_that_there_is_not_is_refused_with_those_there_are():
+    options = {"MODEL.BACKBONE.NAME": "build_resnet_backbone", "MODEL.RESNETS.DEPTH": 51}
+    with pytest.raises(ConfigError, match=r"MODEL\.RESNETS\.DEPTH is 51; it must be one of 18, 34, 50, 101, 152\."):
+        build_model(tiny_cfg(options))
 
 
 def test_both_names_of_the_meta_architecture_build_the_same_model():

@@ -45,6 +45,8 @@ def test_the_arithmetic_of_the_releases_lists_is_computed(tmp_path: Path) -> Non
         '!!python/object/apply:eval ["range(10000000)"]',
         '!!python/object/apply:eval ["1 / 0"]',
         '!!python/object/apply:eval ["x + 1"]',
+        '!!python/object/apply:eval "1 + 1"',
+        "!!python/object/apply:eval {A: 1}",
         "!!python/object/apply:os.mkdir ['{marker}']",
     ],
 )
@@ -61,6 +63,23 @@ def test_a_file_that_is_no_mapping_is_an_error_that_names_it(tmp_path: Path, tex
     with pytest.raises(ConfigError, match=message) as error:
         read_yaml(write(tmp_path / "bad.yaml", text))
     assert "bad.yaml" in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"PK\x03\x04\x9a\xff", "WEIGHTS: café\n".encode("latin-1"), b"A: 2020-13-45\n"])
+def test_a_file_that_is_no_text_or_holds_an_impossible_date_is_an_error_that_names_it(
+    tmp_path: Path, content: bytes
+) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"Cannot read the configuration .*bad\.yaml: ") as error:
+        read_yaml(str(path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("base", ["", "3", "[3]", "{a.yaml: b.yaml}", "[a.yaml, ~]"])
+def test_bases_that_are_no_paths_are_an_error_that_names_file_and_key(tmp_path: Path, base: str) -> None:
+    with pytest.raises(ConfigError, match=r"bad\.yaml: _BASE_ is .*; it must be the path of a file"):
+        read_yaml(write(tmp_path / "bad.yaml", f"_BASE_: {base}\n"))
 
 
 def test_a_missing_file_is_an_error_that_names_it(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def parse_args() -> argparse.Namespace:
         help=f"folder for everything that is made (default: {OUTPUT}, with --quick {QUICK_OUTPUT})",
     )
     parser.add_argument("--config-file", default=str(CONFIGS / "dimaskdino_shapes.yaml"), help="model and schedule")
-    parser.add_argument("--seed", type=int, default=1, help="of the pictures, the weights and the training")
+    parser.add_argument("--seed", type=at_least(0), default=1, help="of the pictures, the weights and the training")
     parser.add_argument("--pictures", type=at_least(1), default=6, help="rows of the picture grid")
     parser.add_argument("--quick", action="store_true", help="one minute that tries the machinery and learns nothing")
     demo = parser.parse_args()
@@ -62,10 +62,13 @@ def main() -> None:
     started = time.perf_counter()
     run = demo.output / "run"
     args = training_arguments(demo, run)
-    load_config(args)  # What cannot be read must not cost the earlier run.
-    remove_earlier(run)
+    load_config(args)
+    earlier = set_earlier_aside(run)
     print(f"1. Training and evaluating on the CPU; all details are in {run}/log.txt", flush=True)
-    launch(train, args, cpu_processes=min(MAX_PROCESSES, num_cores()))
+    try:
+        launch(train, args, cpu_processes=min(MAX_PROCESSES, num_cores()))
+    finally:
+        settle_earlier(run, earlier)
     print(f"\n{report(run)}\n")
     print("2. Drawing what the model finds", flush=True)
     picture = draw(args, run, demo.output / "predictions.png", demo.pictures)
@@ -74,18 +77,37 @@ def main() -> None:
     print(f"time:     {(time.perf_counter() - started) / 60:.1f} min")
 
 
-def remove_earlier(run: Path) -> None:
-    """Remove an earlier run, which would be mixed with this one, and say so.
+def set_earlier_aside(run: Path) -> Path:
+    """Give an earlier run, which would be mixed with this one, another name, and say so.
+
+    Returns:
+        Where it lies until :func:`settle_earlier`; nothing is there where there was none.
 
     Raises:
         UserError: what is there is something else.
     """
-    if not run.exists():
-        return
-    if not (run.is_dir() and is_run(run)):
+    if run.exists() and not (run.is_dir() and is_run(run)):
         raise UserError(f"{run} is not the folder of an earlier run, so it is not replaced; give another --output.")
-    print(f"The earlier run in {run} is replaced", flush=True)
-    shutil.rmtree(run)
+    earlier = run.with_name(f".{run.name}_set_aside")
+    settle_earlier(run, earlier)  # What a demo that was killed left.
+    if run.exists():
+        print(f"The earlier run in {run} is replaced", flush=True)
+        run.rename(earlier)
+    return earlier
+
+
+def settle_earlier(run: Path, earlier: Path) -> None:
+    """Remove the run that was set aside if the training of the new one has begun, else put it back and say so."""
+    if not earlier.exists():
+        return
+    # The trainer writes this file once nothing is left that could keep it from training.
+    if (run / "config.yaml").is_file():
+        shutil.rmtree(earlier)
+        return
+    if run.exists():
+        shutil.rmtree(run)
+    earlier.rename(run)
+    print(f"The training did not begin, so the earlier run is in {run} again", flush=True)
 
 
 def is_run(folder: Path) -> bool:

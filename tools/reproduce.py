@@ -10,15 +10,16 @@ import logging
 import shlex
 from pathlib import Path
 
+from dimaskdino.command_line import at_least
 from dimaskdino.errors import UserError, run_cli
 from dimaskdino.reproduction.charts import draw_table
 from dimaskdino.reproduction.costs import cost_table, measure_folder, speeds
 from dimaskdino.reproduction.experiments import DATASETS, find_experiment
 from dimaskdino.reproduction.imbalance import StageResults, draw_imbalance
-from dimaskdino.reproduction.jobs import Job, Launcher, measure, run_job, unfinished
+from dimaskdino.reproduction.jobs import Job, Launcher, measure_all, run_jobs, unfinished
 from dimaskdino.reproduction.report import compare, markdown, to_csv
 from dimaskdino.reproduction.runs import Run, read_stages
-from dimaskdino.reproduction.slurm import submit
+from dimaskdino.reproduction.slurm import check_submission, submit
 from dimaskdino.reproduction.tables import Table, choose_tables, paper_tables
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -48,9 +49,11 @@ def parse_args() -> argparse.Namespace:
     action.add_argument("--collect", action="store_true", help="only print the tables from the runs that are there")
     action.add_argument("--dry-run", action="store_true", help="only say what would be done and its cost (default)")
     parser.add_argument("--measure", type=int, metavar="N", help="train N iterations of each kind first, for the cost")
-    parser.add_argument("--num-gpus", type=int, help="as for train_net.py; 0 means the CPU")
+    parser.add_argument("--num-gpus", type=at_least(0), help="as for train_net.py; 0 means the CPU")
     parser.add_argument("--output", type=Path, default=Path("output/reproduce"), help="folder of all runs and tables")
-    parser.add_argument("--slurm", nargs="+", default=[], metavar="KEY=VALUE", help="more of submitit's parameters")
+    parser.add_argument(
+        "--slurm", nargs="+", default=[], metavar="KEY=VALUE", help="submitit's parameters; timeout_min is needed"
+    )
     parser.add_argument(
         "--options", nargs="+", default=[], metavar="KEY VALUE", help="keys on top of every configuration file"
     )
@@ -63,23 +66,27 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parameters = slurm_parameters(args.slurm)
     launcher = Launcher(REPOSITORY, args.num_gpus)
+    if args.submit:
+        check_submission(launcher, parameters)
     wanted = choose_tables(args.tables, args.dataset or [])
     runs = {dataset: open_runs(dataset, tables, args.output, args.options) for dataset, tables in wanted.items()}
+    failures: list[str] = []
     if not args.collect:
         jobs = [job for dataset, tables in wanted.items() for job in jobs_of(tables, runs[dataset])]
-        say_cost(jobs, args.output, launcher, args.measure)
+        failures += say_cost(jobs, args.output, launcher, args.measure)
         missing = unfinished(jobs, launcher)
         if args.submit:
-            print("\n".join(submit(missing, launcher, parameters, cluster=args.submit)) or "Nothing is left to do.")
-            return
-        if not args.run:
+            say_submissions(missing, launcher, parameters, args.submit)
+        elif args.run:
+            failures += run_jobs(missing, launcher)
+        else:
             say_commands(missing, launcher)
-            return
-        for job in missing:
-            run_job(job, launcher)
-    for dataset, tables in wanted.items():
-        for table in tables:
-            collect(table, dataset, runs[dataset], args.output / dataset)
+    if args.run or args.collect:
+        for dataset, tables in wanted.items():
+            for table in tables:
+                collect(table, dataset, runs[dataset], args.output / dataset)
+    if failures:
+        raise UserError(f"{' '.join(failures)} Nothing else failed; the same command goes on where it stopped.")
 
 
 def slurm_parameters(pairs: list[str]) -> dict[str, str | int]:
@@ -116,18 +123,37 @@ def jobs_of(tables: list[Table], runs: dict[str, Run | None]) -> list[Job]:
     return [Job(run, layers) for run, layers in with_layers.items()]
 
 
-def say_cost(jobs: list[Job], output: Path, launcher: Launcher, iterations: int | None) -> None:
-    """Print what is left to train; measure the kinds of runs that were not measured yet if that is asked for."""
+def say_cost(jobs: list[Job], output: Path, launcher: Launcher, iterations: int | None) -> list[str]:
+    """Print what is left to train; measure the kinds of runs that were not measured yet if that is asked for.
+
+    Returns:
+        What happened to each measurement that failed.
+    """
     runs = [job.run for job in jobs]
     known = speeds(runs, output)
+    failures = []
     if iterations is not None:
         folders = {measure_folder(run, output): run for run in runs if run not in known and run.iterations_left}
-        for folder, run in folders.items():
-            measure(run, folder, launcher, iterations)
+        failures = measure_all(folders, launcher, iterations)
         known = speeds(runs, output)
-    print(f"{cost_table(runs, known)}\n\nTraining alone; evaluations come on top.", flush=True)
+    num_gpus = {run: given for run in runs if (given := launcher.gpus_of(run)) != launcher.num_gpus}
+    print(f"{cost_table(runs, known, num_gpus)}\n\nTraining alone; evaluations come on top.", flush=True)
+    if num_gpus:
+        print(
+            f"A run with a number under GPUs gets that many, not {launcher.num_gpus}: it is the greatest that divides "
+            "both this and the run's batch (SOLVER.IMS_PER_BATCH), which GPUs share equally."
+        )
     if any(run not in known and run.iterations_left for run in runs):
         print("Hours are unknown where no iteration was measured: --measure 20 measures some on this machine.")
+    return failures
+
+
+def say_submissions(jobs: list[Job], launcher: Launcher, parameters: dict[str, str | int], cluster: str) -> None:
+    """Submit the jobs and print what became of each, so that a later error does not hide it."""
+    for line in submit(jobs, launcher, parameters, cluster=cluster):
+        print(line, flush=True)
+    if not jobs:
+        print("Nothing is left to do.")
 
 
 def say_commands(jobs: list[Job], launcher: Launcher) -> None:

@@ -9,9 +9,10 @@ from detectron2.data import build_detection_test_loader, build_detection_train_l
 from detectron2.data.build import filter_images_with_only_crowd_annotations
 from torch.utils.data import Sampler
 
+from dimaskdino.compat import training_samplers
 from dimaskdino.data.build import build_mapper
 from dimaskdino.data.datasets import register_all
-from dimaskdino.errors import ConfigError, DatasetError
+from dimaskdino.errors import ConfigError, DatasetError, check_choice
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +30,10 @@ def build_train_loader(cfg: CfgNode, *, make_sampler: Callable[[int], Sampler] |
         make_sampler: number of images -> the order to draw them in; None means DATALOADER.SAMPLER_TRAIN.
 
     Raises:
+        ConfigError: if DATALOADER.SAMPLER_TRAIN is no sampler's name.
         DatasetError: if no image is left.
     """
+    check_choice("DATALOADER.SAMPLER_TRAIN", cfg.DATALOADER.SAMPLER_TRAIN, training_samplers(cfg))
     register_all(cfg=cfg)
     entries = _entries(cfg, cfg.DATASETS.TRAIN)
     regions = sum(annotation.get("iscrowd", 0) for entry in entries for annotation in entry.get("annotations", ()))

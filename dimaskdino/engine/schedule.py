@@ -6,6 +6,12 @@ from detectron2.solver import build_lr_scheduler as build_detectron2_lr_schedule
 from fvcore.common.param_scheduler import ParamScheduler
 from torch.optim import Optimizer
 
+from dimaskdino.compat import lr_schedules
+from dimaskdino.errors import check_choice
+
+_POLYNOMIAL = "WarmupPolyLR"
+_WARMUP_METHODS = ("linear", "constant")
+
 
 class WarmupPolynomial(ParamScheduler):
     """Factor on the learning rate: (1 - progress) ** power, with a warm-up before and a floor after.
@@ -33,9 +39,15 @@ class WarmupPolynomial(ParamScheduler):
 
 
 def build_lr_scheduler(cfg: CfgNode, optimizer: Optimizer) -> LRMultiplier:
-    """The schedule that SOLVER.LR_SCHEDULER_NAME names, stepped once per iteration."""
+    """The schedule that SOLVER.LR_SCHEDULER_NAME names, stepped once per iteration.
+
+    Raises:
+        ConfigError: there is no schedule, or no kind of warm-up, of that name.
+    """
     solver = cfg.SOLVER
-    if solver.LR_SCHEDULER_NAME != "WarmupPolyLR":
+    check_choice("SOLVER.LR_SCHEDULER_NAME", solver.LR_SCHEDULER_NAME, [*lr_schedules(cfg), _POLYNOMIAL])
+    check_choice("SOLVER.WARMUP_METHOD", solver.WARMUP_METHOD, _WARMUP_METHODS)
+    if solver.LR_SCHEDULER_NAME != _POLYNOMIAL:
         return build_detectron2_lr_scheduler(cfg, optimizer)
     schedule = WarmupPolynomial(
         power=solver.POLY_LR_POWER,

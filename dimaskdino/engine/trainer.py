@@ -11,7 +11,6 @@ from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators, verify_results
-from detectron2.modeling import build_model
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
@@ -33,6 +32,7 @@ from dimaskdino.engine.schedule import build_lr_scheduler
 from dimaskdino.engine.train_step import TrainStep
 from dimaskdino.errors import CheckpointError, UserError, file_errors_told_in_one_line
 from dimaskdino.evaluation import ForwardTimer, SpeedEvaluator, build_evaluator, timed, write_results
+from dimaskdino.meta_arch import build_model
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """What trainings cost before they are started: iterations, images, hours from a measured iteration."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,8 +61,14 @@ def speeds(runs: Iterable[Run], output: Path) -> dict[Run, Speed]:
     }
 
 
-def cost_table(runs: Sequence[Run], known: dict[Run, Speed]) -> str:
-    """What is left to train of every run, and of all together; evaluation comes on top."""
+def cost_table(runs: Sequence[Run], known: Mapping[Run, Speed], num_gpus: Mapping[Run, int] | None = None) -> str:
+    """What is left to train of every run, and of all together; evaluation comes on top.
+
+    Args:
+        runs: in the order of the rows.
+        known: :func:`speeds`.
+        num_gpus: of the runs that get another number than was asked for; a column of its own where there are any.
+    """
     rows = [_cost_row(run, known.get(run)) for run in runs]
     hours = [hours_left(run, known.get(run)) for run in runs]
     rows.append(
@@ -78,6 +84,10 @@ def cost_table(runs: Sequence[Run], known: dict[Run, Speed]) -> str:
         ]
     )
     heads = ["run", "status", "epochs", "iterations left", "images left", "s / iteration", "hours left", "measured in"]
+    if num_gpus:
+        heads.append("GPUs")
+        for run, row in zip(runs, rows, strict=False):
+            row.append(num_gpus.get(run, ""))
     return tabulate(rows, headers=heads, tablefmt="github", disable_numparse=True)
 
 

@@ -1,10 +1,11 @@
 """Train and evaluate the runs of a table: what is missing, in this process's machine or through Slurm."""
 
+import functools
 import logging
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,11 +35,16 @@ class Launcher:
 
     Attributes:
         repository: absolute path of the folder that holds train_net.py.
-        num_gpus: as ``train_net.py --num-gpus`` takes it; None means one where there is one.
+        num_gpus: as ``train_net.py --num-gpus`` takes it, for runs whose batch they can share; None means one where
+            there is one.
     """
 
     repository: Path
     num_gpus: int | None = None
+
+    def gpus_of(self, run: Run) -> int | None:
+        """How many GPUs ``run`` gets: each must have the same share of its batch. None and 0 are as given."""
+        return math.gcd(run.cfg.SOLVER.IMS_PER_BATCH, self.num_gpus) if self.num_gpus else self.num_gpus
 
     def train(self, run: Run) -> Command:
         """The command that trains ``run`` from where it stopped, and evaluates it at the end."""
@@ -70,7 +76,8 @@ class Launcher:
         return math.gcd(batch, min(_MAX_CPU_PROCESSES, num_cores())) if on_cpu else 1
 
     def _arguments(self, run: Run) -> Command:
-        gpus = [] if self.num_gpus is None else ["--num-gpus", str(self.num_gpus)]
+        num_gpus = self.gpus_of(run)
+        gpus = [] if num_gpus is None else ["--num-gpus", str(num_gpus)]
         folder = str(run.folder.absolute())
         return ["--config-file", str(run.experiment.config_file), *gpus, *run.options, "OUTPUT_DIR", folder]
 
@@ -81,6 +88,11 @@ class Job:
 
     run: Run
     with_layers: bool
+
+    @property
+    def name(self) -> str:
+        """``DATASET/ROW``."""
+        return f"{self.run.experiment.dataset}/{self.run.experiment.name}"
 
     def next_command(self, launcher: Launcher) -> Command | None:
         """What has to be done next, or None where everything is there."""
@@ -101,14 +113,20 @@ def run_job(job: Job, launcher: Launcher, run_command: Execute = execute) -> Non
     while (command := job.next_command(launcher)) is not None:
         if command == last:
             raise UserError(f"{' '.join(command)} ended well, but its results are not in {job.run.folder}.")
-        logger.info("%s/%s: %s", job.run.experiment.dataset, job.run.experiment.name, " ".join(command))
+        logger.info("%s: %s", job.name, " ".join(command))
         status = run_command(command)
         if status:
-            raise UserError(
-                f"{job.run.experiment.name} stopped with exit status {status} (log: {job.run.folder / 'log.txt'}); "
-                "the same command goes on where it stopped."
-            )
+            raise UserError(f"{job.name} stopped with exit status {status} (log: {job.run.folder / 'log.txt'}).")
         last = command
+
+
+def run_jobs(jobs: Sequence[Job], launcher: Launcher, run_command: Execute = execute) -> list[str]:
+    """Do what is missing of every job; one that fails does not keep the next from its turn.
+
+    Returns:
+        What happened to each that failed.
+    """
+    return _failures([functools.partial(run_job, job, launcher, run_command) for job in jobs])
 
 
 def measure(run: Run, folder: Path, launcher: Launcher, iterations: int, run_command: Execute = execute) -> None:
@@ -123,6 +141,31 @@ def measure(run: Run, folder: Path, launcher: Launcher, iterations: int, run_com
         weights.unlink()
     if status:
         raise UserError(f"The measurement in {folder} stopped with exit status {status}; see its log.txt.")
+
+
+def measure_all(
+    folders: Mapping[Path, Run], launcher: Launcher, iterations: int, run_command: Execute = execute
+) -> list[str]:
+    """:func:`measure` each run into its folder; one that fails does not keep the next from its turn.
+
+    Returns:
+        What happened to each that failed.
+    """
+    return _failures(
+        [functools.partial(measure, run, folder, launcher, iterations, run_command) for folder, run in folders.items()]
+    )
+
+
+def _failures(steps: Sequence[Callable[[], None]]) -> list[str]:
+    """Take every step; what is said of those that fail, which is logged at once too."""
+    failures = []
+    for step in steps:
+        try:
+            step()
+        except UserError as error:
+            logger.error("%s", error)
+            failures.append(str(error))
+    return failures
 
 
 def unfinished(jobs: Sequence[Job], launcher: Launcher) -> list[Job]:

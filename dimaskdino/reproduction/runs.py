@@ -39,6 +39,7 @@ _FREE_KEYS = frozenset(
 _MOST_DIFFERENCES = 10
 _TAIL_BYTES = 2**18
 _STAGE = re.compile(r"interm|initial|(selection|layer)\.\d+")
+_STAGE_SCORES = ("box_AP", "mask_AP", "gap")
 _BY_STAGE = (
     "evaluate the run by stage: train_net.py --config-file FILE --eval-only --resume --eval-layers all OUTPUT_DIR RUN"
 )
@@ -150,7 +151,7 @@ class Run:
         path = self.folder / "inference" / "layers.json"
         if not (self.is_finished and path.is_file()):
             return []
-        layers = decoder_layers(read_stages(path))
+        layers = decoder_layers(_read_rows(path))
         # Those of an earlier checkpoint end in another result.
         return layers if layers and layers[-1].get("bbox") == self._scores()["bbox"] else []
 
@@ -204,16 +205,31 @@ def read_stages(path: Path) -> list[dict[str, Any]]:
     """Rows of a ``layers.json``, or of the one in a run's folder.
 
     Raises:
-        UserError: there is none, or the file holds something else.
+        UserError: there is none, the file holds something else, or the results beside it are of another evaluation.
     """
     file = path / "inference" / "layers.json" if path.is_dir() else path
+    stages = _read_rows(file)
+    results = file.with_name("results.json")
+    if results.is_file() and not _are_of(stages, _read_json(results, dict, f"Remove it, or {_BY_STAGE}")):
+        raise UserError(f"{file} is of another evaluation than {results}, as of an earlier training; {_BY_STAGE}")
+    return stages
+
+
+def _are_of(stages: list[dict[str, Any]], results: Mapping[str, Any]) -> bool:
+    """Whether the rows are of the model that was evaluated last: by stage then, or with the same final result."""
+    by_stage = {f"{row['stage']}/{key}": row.get(key) for row in stages for key in _STAGE_SCORES}
+    last = decoder_layers(stages)[-1:]
+    return results.get("layers") == by_stage or (bool(last) and last[0].get("bbox") == results.get("bbox"))
+
+
+def _read_rows(file: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         raise UserError(f"{file} does not exist; {_BY_STAGE}")
     stages = _read_json(file, list, f"It is no layers.json, or broken: {_BY_STAGE}")
     for row in stages:
         if not isinstance(row, dict) or not _STAGE.fullmatch(str(row.get("stage"))):
             raise UserError(f"{file} holds {row!r:.60}, which is no result of a stage; {_BY_STAGE}")
-        for key in ("box_AP", "mask_AP", "gap"):
+        for key in _STAGE_SCORES:
             if not isinstance(row.get(key, ""), float | int | None):
                 raise UserError(f"{file} has no number {key} of stage {row['stage']}; {_BY_STAGE}")
     return stages

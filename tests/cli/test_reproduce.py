@@ -76,14 +76,20 @@ def test_a_table_is_trained_once_resumed_where_it_stopped_and_collected(
     assert len(trainings) == 3
 
 
-def test_a_failed_training_ends_with_one_line(run, trainings: list[list[str]], tmp_path: Path) -> None:
+def test_failed_trainings_are_told_in_one_line_once_every_run_had_its_turn(
+    run, trainings: list[list[str]], tmp_path: Path
+) -> None:
     finished = run(
         *(SCRIPT, "table6", "--dataset", "shapes", "--run", "--num-gpus", 0, "--output", tmp_path),
         *("--options", *TINY, "MODEL.WEIGHTS", "nowhere.pth", "DATASETS.SHAPES.ROOT", tmp_path / "shapes_data"),
     )
     assert finished.status == 2
-    assert finished.err.strip().splitlines()[-1].startswith("error: no_gtg stopped with exit status 2")
-    assert len(trainings) == 1
+    told = finished.err.strip().splitlines()[-1]
+    assert told.startswith("error: shapes/no_gtg stopped with exit status 2")
+    assert "shapes/dimaskdino stopped with exit status 2" in told
+    assert [Path(each[-1]).name for each in trainings] == ["no_gtg", "dimaskdino"]
+    # What is there is still collected.
+    assert (tmp_path / "shapes" / "table6.md").is_file()
 
 
 def test_the_plan_of_everything_names_every_run_once_and_what_it_costs(run, tmp_path: Path) -> None:
@@ -139,6 +145,23 @@ def test_what_cannot_be_made_is_said_in_one_line(run, tmp_path: Path) -> None:
     refused = run(SCRIPT, "table4", "--submit", "slurm", "--slurm", "partition")
     assert (refused.status, refused.err) == (2, "error: --slurm takes KEY=VALUE, not 'partition'.\n")
     assert "invalid choice: 'table10'" in run(SCRIPT, "table10").err
+    assert "argument --num-gpus: -1 is too small" in run(SCRIPT, "table4", "--num-gpus", -1).err
+    refused = run(SCRIPT, "table4", "--submit", "slurm", "--num-gpus", 8, "--slurm", "slurm_partition=gpu")
+    assert (refused.status, refused.out, refused.err.count("\n")) == (2, "", 1)
+    assert "--slurm timeout_min=2880" in refused.err
+
+
+def test_the_plan_says_which_runs_get_fewer_gpus_and_why(run, tmp_path: Path) -> None:
+    finished = run(SCRIPT, "table1", "--num-gpus", 8, "--output", tmp_path)
+    gpus = {
+        line.split("|")[1].strip(): line.split("|")[-2].strip() for line in finished.out.splitlines() if "|" in line
+    }
+    assert gpus["coco/dimaskdino_swinl_12ep"] == gpus["coco/maskdino_swinl_50ep"] == "4"
+    assert gpus["coco/dimaskdino_r50_12ep"] == ""
+    assert "not 8: it is the greatest that divides both this and the run's batch" in finished.out
+    commands = [line for line in finished.out.splitlines() if "train_net.py --config-file" in line]
+    assert all(("--num-gpus 4" in line) is ("swinl" in line) for line in commands)
+    assert "GPUs" not in run(SCRIPT, "table1", "--num-gpus", 4, "--output", tmp_path).out
 
 
 def test_the_imbalance_is_drawn_from_runs_or_their_files(run, tmp_path: Path) -> None:
@@ -153,6 +176,11 @@ def test_the_imbalance_is_drawn_from_runs_or_their_files(run, tmp_path: Path) ->
     labels = ["--labels", "MaskDINO", "DI-MaskDINO"]
     assert run(script, one, two, *labels, "--paper", "--output", tmp_path / "two.png").status == 0
     assert "2 runs, but there are 1" in run(script, one, *labels).err
+    again = write_run(tmp_path / "again", "bdd100k", "dimaskdino", box=31.0)
+    shutil.copy(two / "inference" / "layers.json", again / "inference")
+    refused = run(script, one, again)
+    assert (refused.status, refused.err.count("\n")) == (2, 1)
+    assert "is of another evaluation than" in refused.err
     shutil.rmtree(two / "inference")
     assert "layers.json does not exist" in run(script, one, two).err
 

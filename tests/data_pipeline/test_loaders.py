@@ -50,6 +50,13 @@ def test_training_repeats_without_end_by_default(mine: Config) -> None:
     assert [next(batches)[0]["image_id"] for _ in range(3)] == [1, 1, 1]
 
 
+def test_a_sampler_that_there_is_not_is_refused_with_those_there_are(mine: Config) -> None:
+    mine.merge_from_list(["DATALOADER.SAMPLER_TRAIN", "Foo"])
+    message = r"DATALOADER\.SAMPLER_TRAIN is 'Foo'; it must be one of TrainingSampler, RepeatFactorTrainingSampler"
+    with pytest.raises(ConfigError, match=message):
+        build_train_loader(mine)
+
+
 def test_every_test_image_comes_once_and_in_order(mine: Config) -> None:
     batches = list(build_test_loader(mine, "mine"))
     assert [[image["image_id"] for image in batch] for batch in batches] == [[1], [2], [3]]

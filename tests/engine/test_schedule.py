@@ -8,6 +8,7 @@ from torch import nn
 
 from dimaskdino.config import Config, get_cfg
 from dimaskdino.engine import build_lr_scheduler
+from dimaskdino.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -33,6 +34,23 @@ def test_polynomial_schedule_warms_up_then_decays_to_its_floor() -> None:
     assert learning_rate_at(cfg, 5) == pytest.approx(0.95**2 * 0.55)
     assert learning_rate_at(cfg, 50) == pytest.approx(0.25)
     assert learning_rate_at(cfg, 95) == pytest.approx(0.04)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "known"),
+    [
+        ("SOLVER.LR_SCHEDULER_NAME", "WarmupMultistepLR", "WarmupMultiStepLR, WarmupCosineLR, WarmupPolyLR"),
+        ("SOLVER.WARMUP_METHOD", "linaer", "linear, constant"),
+    ],
+)
+def test_a_schedule_that_there_is_not_is_refused_with_those_there_are(key: str, value: str, known: str) -> None:
+    cfg = get_cfg()
+    cfg.merge_from_list([key, value])
+    with pytest.raises(ConfigError) as error:
+        learning_rate_at(cfg, 0)
+    message = str(error.value)
+    assert message.startswith(f"{key} is '{value}'; it must be one of ")
+    assert all(name in message for name in known.split(", "))
 
 
 @pytest.mark.parametrize("method", ["dimaskdino", "maskdino"])

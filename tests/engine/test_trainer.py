@@ -112,6 +112,12 @@ def test_a_run_that_cannot_start_leaves_the_earlier_one_as_it_is(toy_cfg: Config
     assert (folder / "metrics.json").read_text() == records
 
 
+def test_a_model_that_there_is_not_is_refused_with_its_key(toy_cfg: Config) -> None:
+    toy_cfg.MODEL.META_ARCHITECTURE = "ToyDetecter"
+    with pytest.raises(UserError, match=r"MODEL\.META_ARCHITECTURE is 'ToyDetecter', but only these are .*ToyDetector"):
+        Trainer(toy_cfg)
+
+
 def test_a_resumed_run_keeps_its_learning_rate_and_says_so_where_another_is_configured(
     toy_cfg: Config, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from detectron2.modeling import META_ARCH_REGISTRY, SEM_SEG_HEADS_REGISTRY, build_model
+from detectron2.modeling import META_ARCH_REGISTRY, SEM_SEG_HEADS_REGISTRY
 from torch import nn
 
 from dimaskdino.errors import ConfigError
-from dimaskdino.meta_arch import DIMaskDINO, MaskDINO
+from dimaskdino.meta_arch import DIMaskDINO, MaskDINO, build_model
 from dimaskdino.modeling.bato import BalanceAwareTokensOptimization
 from dimaskdino.modeling.de_imbalance import DeImbalance
 from dimaskdino.modeling.decoder import DIMaskDINODecoder
@@ -122,6 +122,9 @@ def test_all_parts_named_in_yaml_replace_ours_and_train_and_predict(tmp_path):
 @pytest.mark.parametrize(
     ("key", "kind"),
     [
+        ("MODEL.META_ARCHITECTURE", "DIMaskDINO, MaskDINO"),
+        ("MODEL.BACKBONE.NAME", "build_resnet_backbone, D2SwinTransformer, build_timm_backbone"),
+        ("MODEL.SEM_SEG_HEAD.NAME", "MaskDINOHead"),
         ("MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME", "MaskDINOEncoder"),
         ("MODEL.MaskDINO.TRANSFORMER_DECODER_NAME", "DIMaskDINODecoder, MaskDINODecoder"),
         ("MODEL.MaskDINO.DI.NAME", "DeImbalance"),

@@ -80,6 +80,14 @@ def test_the_table_of_costs_adds_up_and_says_what_is_unknown(tmp_path):
     assert total == ["together", "", "", "364000", "1576000", "", "1.0 and 1 unknown", ""]
 
 
+def test_the_table_of_costs_shows_the_gpus_of_the_runs_that_get_others_than_asked_for(tmp_path):
+    runs = [open_run(tmp_path, name, "coco") for name in ("neither", "dimaskdino_swinl_12ep")]
+    table = cost_table(runs, {}, {runs[1]: 4})
+    assert table.splitlines()[0].strip("|").split("|")[-1].strip() == "GPUs"
+    assert [row[-1] for row in lines(table)] == ["", "4", ""]
+    assert "GPUs" not in cost_table(runs, {}, {})
+
+
 def test_nothing_measured_is_unknown_and_nothing_left_is_free(tmp_path):
     run = open_run(tmp_path, "neither", "coco")
     assert lines(cost_table([run], {}))[-1][6] == "unknown"

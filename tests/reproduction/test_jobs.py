@@ -12,13 +12,14 @@ import torch
 
 from dimaskdino.errors import UserError
 from dimaskdino.reproduction import jobs, slurm
-from dimaskdino.reproduction.jobs import Job, Launcher, measure, run_job, unfinished
-from dimaskdino.reproduction.slurm import JOB_FILE, SlurmTask, submit
+from dimaskdino.reproduction.jobs import Job, Launcher, measure, measure_all, run_job, run_jobs, unfinished
+from dimaskdino.reproduction.slurm import JOB_FILE, SlurmTask, check_submission, submit
 from tests.reproduction.fakes import stage, write_run
 from tests.reproduction.test_runs import open_run
 
 REPOSITORY = Path(__file__).parents[2]
 GPUS = Launcher(REPOSITORY, 8)
+TIMES = {"timeout_min": 60}
 
 
 class Trainer:
@@ -55,6 +56,19 @@ def test_a_run_that_was_not_started_is_trained_from_its_file_with_the_options_an
         *("--config-file", str(run.experiment.config_file), "--num-gpus", "8"),
         *("SOLVER.MAX_ITER", "5", "OUTPUT_DIR", str(run.folder)),
     ]
+
+
+@pytest.mark.parametrize(
+    ("asked", "batch", "given"), [(8, 4, 4), (8, 16, 8), (6, 4, 2), (3, 16, 1), (0, 4, 0), (None, 4, None)]
+)
+def test_a_run_gets_the_gpus_that_can_share_its_batch_and_the_cpu_and_one_gpu_stay(asked, batch, given, tmp_path):
+    run = open_run(tmp_path, "neither", "coco", options=("SOLVER.IMS_PER_BATCH", str(batch)))
+    launcher = Launcher(REPOSITORY, asked)
+    assert launcher.gpus_of(run) == given
+    for command in (launcher.train(run), launcher.evaluate_layers(run), launcher.measure(run, tmp_path, 20)):
+        assert ("--num-gpus" in command) is (given is not None)
+        if given is not None:
+            assert command[command.index("--num-gpus") + 1] == str(given)
 
 
 def test_an_interrupted_run_is_resumed(tmp_path):
@@ -97,6 +111,22 @@ def test_a_failure_is_an_error_that_names_the_log_and_the_next_call_goes_on(tmp_
         run_job(job(tmp_path), GPUS, trainer)
     run_job(job(tmp_path), GPUS, trainer)
     assert job(tmp_path).run.is_finished
+
+
+def test_a_run_that_fails_does_not_keep_the_next_from_its_turn(tmp_path, caplog):
+    trainer = Trainer(tmp_path, "di_only", statuses=(3,))
+    (failure,) = run_jobs([job(tmp_path, "neither"), job(tmp_path, "di_only")], GPUS, trainer)
+    assert failure.startswith("shapes/neither stopped with exit status 3")
+    assert [record.getMessage() for record in caplog.records] == [failure]
+    assert job(tmp_path, "di_only").run.is_finished
+    assert not job(tmp_path, "neither").run.is_finished
+
+
+def test_a_measurement_that_fails_does_not_keep_the_next_from_its_turn(tmp_path):
+    run, statuses = open_run(tmp_path, "neither", "coco"), [1, 0]
+    failures = measure_all({tmp_path / "a": run, tmp_path / "b": run}, GPUS, 20, lambda command: statuses.pop(0))
+    assert [failure.split(" stopped")[0] for failure in failures] == [f"The measurement in {tmp_path / 'a'}"]
+    assert statuses == []
 
 
 def test_a_command_that_leaves_nothing_behind_is_not_repeated_for_ever(tmp_path):
@@ -159,20 +189,27 @@ class FakeSubmitit(types.ModuleType):
         super().__init__("submitit")
         self.submitted: list[SlurmTask] = []
         self.parameters: dict = {}
+        self.gpus: list[int] = []
+        self.max_num_timeout = 0
         self.over: set[str] = set()
+        self.refuses = False
         fake = self
 
         class AutoExecutor:
-            def __init__(self, folder, cluster):
+            def __init__(self, folder, cluster, *, slurm_max_num_timeout=3):
                 Path(folder).mkdir(parents=True)
                 assert cluster == "slurm"
+                fake.max_num_timeout = slurm_max_num_timeout
 
             def update_parameters(self, **parameters):
                 if "nonsense" in parameters:
                     raise NameError("nonsense")
                 fake.parameters = parameters
+                fake.gpus.append(parameters["gpus_per_node"])
 
             def submit(self, task):
+                if fake.refuses:
+                    raise RuntimeError("limit\n")
                 fake.submitted.append(task)
                 return types.SimpleNamespace(job_id=str(100 + len(fake.submitted)))
 
@@ -196,7 +233,7 @@ def submitit(monkeypatch) -> FakeSubmitit:
 
 def test_a_cluster_gets_a_job_for_each_run_with_its_gpus_and_parameters(tmp_path, submitit):
     given = [job(tmp_path, "neither", "coco"), job(tmp_path, "di_only", "coco")]
-    said = submit(given, GPUS, {"timeout_min": 60}, cluster="slurm")
+    said = submit(given, GPUS, TIMES, cluster="slurm")
     assert [line.split(";")[0] for line in said] == [
         "coco/neither: submitted as job 101",
         "coco/di_only: submitted as job 102",
@@ -208,13 +245,39 @@ def test_a_cluster_gets_a_job_for_each_run_with_its_gpus_and_parameters(tmp_path
 
 def test_a_run_whose_job_waits_is_not_submitted_again_and_one_whose_job_is_over_is(tmp_path, submitit):
     given = job(tmp_path, "neither", "coco")
-    submit([given], GPUS, {}, cluster="slurm")
-    (said,) = submit([given], GPUS, {}, cluster="slurm")
+    assert len(list(submit([given], GPUS, TIMES, cluster="slurm"))) == 1
+    (said,) = submit([given], GPUS, TIMES, cluster="slurm")
     assert "not submitted, job 101 waits or runs already" in said
     assert JOB_FILE in said
     submitit.over.add("101")
     shutil.rmtree(given.run.folder / "slurm")
-    assert "submitted as job 102" in submit([given], GPUS, {}, cluster="slurm")[0]
+    (said,) = submit([given], GPUS, TIMES, cluster="slurm")
+    assert "submitted as job 102" in said
+
+
+def test_a_job_whose_time_is_over_is_queued_again_far_more_often_than_submitits_three_times(tmp_path, submitit):
+    for times, number in ((TIMES, 1000), ({**TIMES, "slurm_max_num_timeout": 7}, 7)):
+        (said,) = submit([job(tmp_path / str(number), "neither", "coco")], GPUS, times, cluster="slurm")
+        assert "submitted as job" in said
+        assert submitit.max_num_timeout == number
+        assert "slurm_max_num_timeout" not in submitit.parameters
+
+
+def test_a_job_asks_for_the_gpus_that_can_share_its_batch(tmp_path, submitit):
+    given = [job(tmp_path, row, "coco") for row in ("neither", "dimaskdino_swinl_12ep")]
+    assert len(list(submit(given, GPUS, TIMES, cluster="slurm"))) == 2
+    assert submitit.gpus == [8, 4]
+
+
+def test_a_refusal_names_every_run_that_was_not_submitted_after_the_lines_of_those_that_were(tmp_path, submitit):
+    given = [job(tmp_path, row, "coco") for row in ("neither", "di_only", "no_gtg")]
+    lines = submit(given, GPUS, TIMES, cluster="slurm")
+    assert "coco/neither: submitted as job 101" in next(lines)
+    submitit.refuses = True
+    with pytest.raises(
+        UserError, match=r"cannot submit coco/di_only: limit\. Not submitted: coco/di_only, coco/no_gtg"
+    ):
+        next(lines)
 
 
 def test_a_job_runs_what_is_missing_and_is_submitted_again_when_its_time_is_over(tmp_path, submitit, monkeypatch):
@@ -230,9 +293,15 @@ def test_a_job_runs_what_is_missing_and_is_submitted_again_when_its_time_is_over
 def test_what_a_cluster_needs_is_said(tmp_path, submitit, monkeypatch):
     given = [job(tmp_path)]
     with pytest.raises(UserError, match="--submit needs --num-gpus"):
-        submit(given, Launcher(REPOSITORY), {}, cluster="slurm")
-    with pytest.raises(UserError, match="cannot submit neither: nonsense"):
-        submit(given, GPUS, {"nonsense": 1}, cluster="slurm")
+        check_submission(Launcher(REPOSITORY), TIMES)
+    with pytest.raises(UserError, match="time limit .* --slurm timeout_min=2880"):
+        check_submission(GPUS, {"slurm_partition": "gpu"})
+    for key in ("timeout_min", "slurm_time", "slurm_max_num_timeout"):
+        with pytest.raises(UserError, match=f"--slurm {key} is '2-00:00:00'; it must be a whole number"):
+            check_submission(GPUS, {**TIMES, key: "2-00:00:00"})
+    check_submission(GPUS, {"slurm_time": 60})
+    with pytest.raises(UserError, match="cannot submit shapes/neither: nonsense"):
+        next(submit(given, GPUS, {**TIMES, "nonsense": 1}, cluster="slurm"))
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(UserError, match="pip install submitit"):
-        submit(given, GPUS, {}, cluster="slurm")
+        check_submission(GPUS, TIMES)

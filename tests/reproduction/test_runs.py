@@ -179,6 +179,21 @@ def test_results_by_stage_of_an_earlier_checkpoint_are_not_taken(tmp_path):
     assert run.results(FIGURE1) == (None,) * 6
 
 
+def test_stages_of_another_evaluation_than_the_results_beside_them_are_refused_with_what_to_run(tmp_path):
+    folder = write_run(tmp_path, "bdd100k", "maskdino", box=28.0, mask=25.0, first_layer=(16.0, 21.0))
+    earlier = [stage("layer.0", 10.0, 11.0), stage("layer.1", 12.0, 13.0)]
+    file, results = (folder / "inference" / name for name in ("layers.json", "results.json"))
+    file.write_text(json.dumps(earlier))
+    for path in (folder, file):
+        with pytest.raises(UserError, match=r"layers\.json is of another evaluation .*--eval-only .*--eval-layers all"):
+            read_stages(path)
+    by_stage = {f"{row['stage']}/{key}": row[key] for row in earlier for key in ("box_AP", "mask_AP", "gap")}
+    results.write_text(json.dumps({**json.loads(results.read_text()), "layers": by_stage}))
+    assert read_stages(folder) == earlier
+    results.unlink()
+    assert read_stages(folder) == earlier
+
+
 def test_a_run_of_another_configuration_is_refused_with_the_keys_that_differ(tmp_path):
     write_run(tmp_path, "shapes", "neither", options=("SOLVER.MAX_ITER", "20", "MODEL.MaskDINO.DN_NUM", "7"))
     message = r"neither\.yaml.*MODEL\.MaskDINO\.DN_NUM is 7 there and 40 here; SOLVER\.MAX_ITER is 20 there and "
