@@ -140,8 +140,8 @@ def say_cost(jobs: list[Job], output: Path, launcher: Launcher, iterations: int 
     print(f"{cost_table(runs, known, num_gpus)}\n\nTraining alone; evaluations come on top.", flush=True)
     if num_gpus:
         print(
-            f"A run with a number under GPUs gets that many, not {launcher.num_gpus}: it is the greatest that divides "
-            "both this and the run's batch (SOLVER.IMS_PER_BATCH), which GPUs share equally."
+            f"A run with a number under GPUs gets that many, not {launcher.num_gpus}: no more can share its batch "
+            "(SOLVER.IMS_PER_BATCH) equally."
         )
     if any(run not in known and run.iterations_left for run in runs):
         print("Hours are unknown where no iteration was measured: --measure 20 measures some on this machine.")

@@ -43,8 +43,11 @@ class Launcher:
     num_gpus: int | None = None
 
     def gpus_of(self, run: Run) -> int | None:
-        """How many GPUs ``run`` gets: each must have the same share of its batch. None and 0 are as given."""
-        return math.gcd(run.cfg.SOLVER.IMS_PER_BATCH, self.num_gpus) if self.num_gpus else self.num_gpus
+        """How many GPUs ``run`` gets: as many as can share its batch equally. None and 0 are as given."""
+        if not self.num_gpus:
+            return self.num_gpus
+        batch = run.cfg.SOLVER.IMS_PER_BATCH
+        return max(number for number in range(1, self.num_gpus + 1) if batch % number == 0)
 
     def train(self, run: Run) -> Command:
         """The command that trains ``run`` from where it stopped, and evaluates it at the end."""

@@ -158,7 +158,7 @@ def test_the_plan_says_which_runs_get_fewer_gpus_and_why(run, tmp_path: Path) ->
     }
     assert gpus["coco/dimaskdino_swinl_12ep"] == gpus["coco/maskdino_swinl_50ep"] == "4"
     assert gpus["coco/dimaskdino_r50_12ep"] == ""
-    assert "not 8: it is the greatest that divides both this and the run's batch" in finished.out
+    assert "not 8: no more can share its batch" in finished.out
     commands = [line for line in finished.out.splitlines() if "train_net.py --config-file" in line]
     assert all(("--num-gpus 4" in line) is ("swinl" in line) for line in commands)
     assert "GPUs" not in run(SCRIPT, "table1", "--num-gpus", 4, "--output", tmp_path).out

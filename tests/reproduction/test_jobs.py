@@ -59,7 +59,7 @@ def test_a_run_that_was_not_started_is_trained_from_its_file_with_the_options_an
 
 
 @pytest.mark.parametrize(
-    ("asked", "batch", "given"), [(8, 4, 4), (8, 16, 8), (6, 4, 2), (3, 16, 1), (0, 4, 0), (None, 4, None)]
+    ("asked", "batch", "given"), [(8, 4, 4), (8, 16, 8), (6, 4, 4), (6, 16, 4), (3, 16, 2), (0, 4, 0), (None, 4, None)]
 )
 def test_a_run_gets_the_gpus_that_can_share_its_batch_and_the_cpu_and_one_gpu_stay(asked, batch, given, tmp_path):
     run = open_run(tmp_path, "neither", "coco", options=("SOLVER.IMS_PER_BATCH", str(batch)))
