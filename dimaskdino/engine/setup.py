@@ -19,6 +19,7 @@ from detectron2.utils.logger import setup_logger
 from dimaskdino.command_line import add_import_flag, import_modules
 from dimaskdino.config import Config, get_cfg
 from dimaskdino.data.checks import check_datasets
+from dimaskdino.engine.unused_keys import report_unused_keys
 from dimaskdino.errors import ConfigError, UserError, file_errors_told_in_one_line
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ def setup(args: Namespace) -> Config:
             if not args.eval_only:
                 _check_solver(cfg)
             _set_float32_precision(cfg)
+            report_unused_keys(cfg)
             cfg.freeze()
             _prepare_run(cfg, eval_only=args.eval_only)
         _check_datasets_once(cfg, train=not args.eval_only)
