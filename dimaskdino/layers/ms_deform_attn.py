@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from dimaskdino.layers.autocast import to_autocast_dtype
 from dimaskdino.layers.ms_deform_attn_ops import call, use_compiled
 from dimaskdino.layers.ms_deform_attn_reference import (
     SpatialShapes,
@@ -33,11 +34,12 @@ def ms_deform_attn(
 
     Raises:
         ValueError: where shapes or devices do not belong together.
-        TypeError: where a tensor is not of a floating dtype.
+        TypeError: where a tensor is not of a floating dtype, or a size not a whole number.
     """
     names = ("sampling_locations", "attention_weights")
     _check_samples(value, spatial_shapes, names, sampling_locations, attention_weights)
     if not use_compiled(value.device):
+        value = to_autocast_dtype(value)
         return ms_deform_attn_reference(value, spatial_shapes, sampling_locations, attention_weights)
     dtype = _accumulate_dtype(value)
     return call(
@@ -63,11 +65,12 @@ def ms_deform_attn_fused(
 
     Raises:
         ValueError: where shapes or devices do not belong together.
-        TypeError: where a tensor is not of a floating dtype.
+        TypeError: where a tensor is not of a floating dtype, or a size not a whole number.
     """
     _check_samples(value, spatial_shapes, ("offsets", "logits"), offsets, logits)
     _check_reference(value, reference, offsets)
     if not use_compiled(value.device):
+        value = to_autocast_dtype(value)
         return ms_deform_attn_fused_reference(value, spatial_shapes, reference, offsets, logits)
     dtype = _accumulate_dtype(value)
     low = offsets.dtype == logits.dtype == value.dtype
@@ -105,6 +108,10 @@ def _check_samples(
             f"With value {tuple(value.shape)} and {len(spatial_shapes)} levels, {weights_name} must be {expected} "
             f"and {places_name} the same with a last dimension of 2; got {tuple(weights.shape)} and "
             f"{tuple(places.shape)}."
+        )
+    if any(isinstance(size, float) for shape in spatial_shapes for size in shape):
+        raise TypeError(
+            f"The heights and widths of the levels {list(spatial_shapes)} must be whole numbers, not floats."
         )
     if any(size < 0 for shape in spatial_shapes for size in shape):
         raise ValueError(f"A height or width of the levels {list(spatial_shapes)} is negative.")

@@ -12,10 +12,12 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 logger = logging.getLogger(__name__)
 
 VARIABLE = "DIMASKDINO_MSDA"
+_OPS = ("ms_deform_attn", "ms_deform_attn_fused", "ms_deform_attn_backward", "ms_deform_attn_fused_backward")
 _HOW_TO_BUILD = "build it with `python -m pip install --no-build-isolation -e .` (docs/op.md)"
 
 
@@ -27,6 +29,8 @@ def _load() -> str | None:
         return "dimaskdino was installed without its compiled op"
     except ImportError as error:  # most often built for another version of torch
         return f"the compiled op could not be loaded ({error})"
+    if not all(hasattr(torch.ops.dimaskdino, name) for name in _OPS):
+        return "the compiled op was built from older sources"
     return None
 
 
@@ -51,16 +55,20 @@ def has_kernels(device_type: str) -> bool:
 def use_compiled(device: torch.device) -> bool:
     """Whether tensors on ``device`` go to the compiled op; which form runs is logged once per type of device.
 
+    Not while torch traces, to ONNX too: a trace cannot hold the op's lists of sizes, and ONNX knows grid_sample.
+
     Raises:
         RuntimeError: with DIMASKDINO_MSDA=compiled where the op was built without kernels for the device.
     """
+    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+        return False
     compiled = COMPILED and has_kernels(device.type)
     if WANTED == "compiled" and not compiled:
         raise RuntimeError(f"{VARIABLE} is compiled, but the op was built without kernels for {device.type}.")
     if not torch.compiler.is_compiling() and device.type not in _told:
         _told.add(device.type)
         _tell(device.type, compiled)
-    return compiled and not torch.onnx.is_in_onnx_export()  # ONNX knows grid_sample
+    return compiled
 
 
 def _tell(device: str, compiled: bool) -> None:
@@ -130,9 +138,7 @@ def _fused_backward(ctx: Any, grad_output: Tensor) -> tuple:
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:
-    raise RuntimeError(
-        f"The compiled deformable attention has no second derivative; {VARIABLE}=reference uses a form that has one."
-    )
+    raise RuntimeError("Deformable attention has no second derivative.")
 
 
 def _fold(size: int, dim: int | None, tensor: Tensor) -> Tensor:
@@ -199,7 +205,14 @@ class _BackwardUnderTransforms(torch.autograd.Function):
 
 
 def call(name: str, *args: Any) -> Any:
-    """``torch.ops.dimaskdino.<name>``, under torch.func's transforms as well."""
+    """``torch.ops.dimaskdino.<name>``, under torch.func's transforms as well.
+
+    Raises:
+        NotImplementedError: in forward-mode differentiation, whose tangents the op would drop.
+    """
+    tensors = (arg for arg in args if isinstance(arg, Tensor))
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError("Deformable attention has no derivative in forward mode.")
     op = getattr(torch.ops.dimaskdino, name)
     if torch._C._are_functorch_transforms_active():
         function = _BackwardUnderTransforms if name.endswith("_backward") else _UnderTransforms
@@ -217,7 +230,7 @@ def _register() -> None:
     library.register_autograd("dimaskdino::ms_deform_attn_fused", _fused_backward, setup_context=_save)
     for name in ("ms_deform_attn_backward", "ms_deform_attn_fused_backward"):
         library.register_autograd(f"dimaskdino::{name}", _no_second_derivative)
-    for name in ("ms_deform_attn", "ms_deform_attn_fused", "ms_deform_attn_backward", "ms_deform_attn_fused_backward"):
+    for name in _OPS:
         library.register_vmap(f"dimaskdino::{name}", functools.partial(_mapped, getattr(torch.ops.dimaskdino, name)))
 
 

@@ -7,6 +7,7 @@ import torch
 from detectron2.utils import comm
 from torch import Tensor
 
+from dimaskdino.layers.autocast import to_autocast_dtype
 from dimaskdino.losses.matcher import Matches
 from dimaskdino.modeling.denoising import DenoisingQueries
 from dimaskdino.modeling.targets import Targets
@@ -48,11 +49,7 @@ class FeaturesByImage:
     def __call__(self, features: Tensor) -> tuple[Tensor, ...]:
         """(B, C, h, w) to (C, h, w) of each image, in the dtype of autocast where that is on."""
         if id(features) not in self._features:
-            device = features.device.type
-            if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-                self._features[id(features)] = features.to(torch.get_autocast_dtype(device)).unbind()
-            else:
-                self._features[id(features)] = features.unbind()
+            self._features[id(features)] = to_autocast_dtype(features).unbind()
         return self._features[id(features)]
 
 

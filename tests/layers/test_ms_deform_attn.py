@@ -147,6 +147,29 @@ def test_whole_numbers_are_an_error():
         ms_deform_attn(value, SHAPES, locations.long(), weights)
 
 
+def test_sizes_that_are_floats_are_an_error():
+    value, locations, weights = inputs()
+    with pytest.raises(TypeError, match=r"levels \[\(3.0, 4.0\), \(2, 1\)\] must be whole numbers"):
+        ms_deform_attn(value, [(3.0, 4.0), (2, 1)], locations, weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_plain_pytorch_gives_the_dtype_of_autocast_as_the_compiled_op_does(dtype, monkeypatch):
+    value, locations, weights = (x.float() for x in inputs())
+    with torch.autocast("cpu", dtype):
+        there = ms_deform_attn(value, SHAPES, locations, weights).dtype
+        monkeypatch.setattr(ms_deform_attn_ops, "COMPILED", False)
+        monkeypatch.setattr(ms_deform_attn_ops, "WANTED", "reference")
+        assert ms_deform_attn(value, SHAPES, locations, weights).dtype == there == dtype
+        assert ms_deform_attn(value.double(), SHAPES, locations, weights).dtype == torch.float64
+
+
+def test_an_op_that_was_built_from_older_sources_is_not_used(monkeypatch):
+    monkeypatch.setattr(ms_deform_attn_ops, "_OPS", (*ms_deform_attn_ops._OPS, "op_of_tomorrow"))
+    if ms_deform_attn_ops.MISSING is None:
+        assert ms_deform_attn_ops._load() == "the compiled op was built from older sources"
+
+
 def test_a_negative_size_is_an_error():
     value, locations, weights = inputs()
     with pytest.raises(ValueError, match="negative"):

@@ -254,6 +254,19 @@ def test_the_module_exports_with_the_op_inside():
     torch.testing.assert_close(program.module()(*args), module(*args))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_trace_takes_plain_pytorch_also_as_the_first_that_runs(monkeypatch):
+    # As export to ONNX does; nothing of the op may get into the trace, not even the question for its instruction set.
+    monkeypatch.setattr(ms_deform_attn_ops, "_told", set())
+    module = MSDeformAttn(dim=8, num_levels=2, num_heads=2).requires_grad_(False)
+    args = (torch.randn(1, 5, 8), torch.rand(1, 5, 4), torch.randn(1, 22, 8))
+    shapes = [(3, 4), (2, 5)]
+    traced = torch.jit.trace(lambda *tensors: module(*tensors, shapes), args, check_trace=False)
+    assert "grid_sampler" in str(traced.graph)
+    assert "dimaskdino::" not in str(traced.graph)
+    torch.testing.assert_close(traced(*args), module(*args, shapes))
+
+
 def test_onnx_export_takes_plain_pytorch(monkeypatch):
     assert ms_deform_attn_ops.use_compiled(torch.device("cpu"))
     monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
@@ -285,8 +298,19 @@ def test_a_second_derivative_is_an_error(form):
     value, shapes, *samples = args_of(case, form)
     value.requires_grad_()
     (grad,) = torch.autograd.grad((FORMS[form][0](value, shapes, *samples) ** 2).sum(), value, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative; DIMASKDINO_MSDA=reference"):
+    with pytest.raises(RuntimeError, match="no second derivative"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_derivative_in_forward_mode_is_an_error(form):
+    # The op would drop the tangent, and the derivative of all that it is part of would be wrong.
+    value, *arguments = args_of(Case(dtype=torch.float64, channels=3, shapes=SHAPES[:1], points=1, queries=2), form)
+    with torch.autograd.forward_ad.dual_level():
+        FORMS[form][0](value, *arguments)
+        dual = torch.autograd.forward_ad.make_dual(value, torch.ones_like(value))
+        with pytest.raises(NotImplementedError, match="no derivative in forward mode"):
+            FORMS[form][0](dual, *arguments)
 
 
 @pytest.mark.parametrize("form", FORMS)
