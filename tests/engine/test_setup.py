@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from dimaskdino.engine import argument_parser, launch
 from dimaskdino.engine.setup import _check_solver, _place, load_config
 from dimaskdino.errors import ConfigError
 from dimaskdino.modeling.registry import BATO_REGISTRY
+from tests.documentation import example
 
 REPO = Path(__file__).parents[2]
 
@@ -114,11 +114,6 @@ def test_the_precision_of_float32_is_as_asked(flags: list[str], precision, monke
     assert set_up("") == "medium"  # whatever it was
     with pytest.raises(ConfigError, match="FLOAT32_PRECISION 'low' is unknown; use highest, high, medium"):
         set_up("low")
-
-
-def example(page: str, module: str) -> str:
-    """The text of a module that a page of the documentation shows."""
-    return re.search(rf"```python\n# {module}\.py\n(.*?)```", (REPO / page).read_text(), re.DOTALL)[1]
 
 
 def set_up_and_record(args: argparse.Namespace) -> None:
