@@ -3,7 +3,7 @@
 #                    kernels, as run on the CPU, also under ThreadSanitizer (GCC)
 # make cuda-check    compiles the CUDA code, also where there is no GPU
 # make gpu-check     the compiled op on this machine's GPU: its tests, bare and under compute-sanitizer
-# PYTHON=python3.12 make install   chooses the interpreter
+# PYTHON=python3.12 make install   chooses the interpreter of a new .venv (`make clean` removes the old one)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

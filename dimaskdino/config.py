@@ -83,6 +83,9 @@ class Config(CfgNode):
 
     def merge_from_list(self, cfg_list: list[Any]) -> None:
         """Merge ``[KEY, VALUE, KEY, VALUE, ...]`` as the command line gives it."""
+        flags = [option for option in cfg_list if str(option).startswith("--")]
+        if flags:
+            raise ConfigError(f"{flags[0]} comes after KEY VALUE pairs; flags stand before them.")
         if len(cfg_list) % 2:
             raise ConfigError(f"Options come as KEY VALUE pairs, but {cfg_list[-1]!r} stands alone.")
         self._merge_pairs(dict(zip(cfg_list[::2], cfg_list[1::2], strict=True)))

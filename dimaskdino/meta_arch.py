@@ -155,6 +155,9 @@ class DIMaskDINO(nn.Module):
                 "This configuration is a semantic or panoptic one; the model loads its weights, but computes instance "
                 "losses and results alone: set MODEL.MaskDINO.TEST.INSTANCE_ON True and SEMANTIC_CE_LOSS False."
             )
+        dtype = next(self.parameters()).dtype
+        if dtype != torch.float32:
+            raise TypeError(f"The weights are {dtype}; keep them in float32, and use torch.autocast for less.")
 
     def _preprocess(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
         images = [

@@ -215,6 +215,12 @@ def test_a_key_without_value_is_named():
         get_cfg().merge_from_list(["SOLVER.BASE_LR", 1.0, "SEED"])
 
 
+@pytest.mark.parametrize("options", [["SEED", "1", "--eval-only"], ["SEED", "1", "--import", "my_parts"]], ids=str)
+def test_a_flag_after_the_keys_is_told_to_stand_before_them(options) -> None:
+    with pytest.raises(ConfigError, match=rf"{options[2]} comes after KEY VALUE pairs; flags stand before them"):
+        get_cfg().merge_from_list(options)
+
+
 def test_values_of_the_command_line_are_read_as_literals():
     cfg = get_cfg()
     cfg.merge_from_list(["MODEL.MaskDINO.DI.NUM_SELECTED", "[600, 300]", "MODEL.MaskDINO.BATO.ENABLED", "False"])

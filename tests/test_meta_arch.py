@@ -223,6 +223,12 @@ def test_a_step_in_half_precision_gives_every_parameter_a_finite_gradient(dtype)
     assert result["instances"].scores.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_dtype_are_an_error_that_names_autocast(dtype):
+    with pytest.raises(TypeError, match=rf"weights are {dtype}; keep them in float32, and use torch\.autocast"):
+        predict(tiny_model().to(dtype), image(64, 64))
+
+
 def test_training_on_a_class_that_is_too_large_names_the_key():
     batch = train_batch(BOXES)
     batch[0]["instances"].gt_classes[0] = NUM_CLASSES

@@ -330,7 +330,7 @@ def build_command(compiler: str) -> type[build_ext]:
             complete(self.extensions[0], Path(torch.__file__).parent, usable_toolkit(), sanitize=sanitize)
             try:
                 super().build_extensions()
-            except (RuntimeError, ValueError, OSError, BaseError, CCompilerError) as error:
+            except (RuntimeError, ValueError, OSError, subprocess.SubprocessError, BaseError, CCompilerError) as error:
                 raise BuildError(f"{error}; the compiler's messages are above. {WITHOUT_CUDA}; {WITHOUT_OP}") from error
 
     return BuildOp
