@@ -1,8 +1,6 @@
 """COCO's average precision of boxes and masks."""
 
-import contextlib
 import copy
-import io
 import itertools
 import json
 import logging
@@ -21,6 +19,7 @@ from pycocotools.cocoeval import COCOeval
 
 from dimaskdino.errors import DatasetError
 from dimaskdino.evaluation.report import METRICS, TASKS, class_table, coco_table
+from dimaskdino.evaluation.truth import quiet, read_truth
 
 try:
     from faster_coco_eval import COCOeval_faster
@@ -55,8 +54,7 @@ class CocoEvaluator(DatasetEvaluator):
             path = os.path.join(output_dir, f"{dataset_name}_coco_format.json")
             convert_to_coco_json(dataset_name, path, allow_cached=False)
             self._metadata.json_file = path
-        with _quiet():
-            self._truth = COCO(self._metadata.json_file)
+        self._truth = read_truth(self._metadata.json_file)
         self.reset()
 
     def for_stage(self, name: str) -> "CocoEvaluator":
@@ -156,7 +154,7 @@ def run_coco_eval(
     if task == "segm":
         # With a box present COCO would take its area, not the mask's, to tell small from large.
         results = [{key: value for key, value in result.items() if key != "bbox"} for result in results]
-    with _quiet():
+    with quiet():
         evaluation = implementation(truth, _load_results(truth, results), task)
         if image_ids is not None:
             evaluation.params.imgIds = image_ids
@@ -179,8 +177,3 @@ def _load_results(truth: COCO, results: list[Result]) -> COCO:
 def _percent(value: float) -> float:
     """COCO's -1 means that there is nothing to measure."""
     return float(value) * 100 if value >= 0 else float(np.nan)
-
-
-def _quiet() -> contextlib.AbstractContextManager[Any]:
-    """The COCO API prints; results are logged by whoever asks for them."""
-    return contextlib.redirect_stdout(io.StringIO())

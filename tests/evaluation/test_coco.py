@@ -1,6 +1,7 @@
 """COCO evaluation on predictions made by hand from the ground truth."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,51 @@ def test_classes_that_are_known_once_the_file_is_read_are_read(dataset: str, tmp
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
     assert {key for key in scores["bbox"] if key.startswith("AP-")} == {"AP-cat", "AP-dog"}
+
+
+def change_truth(dataset: str, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change the annotation file of ``dataset``."""
+    path = Path(MetadataCatalog.get(dataset).json_file)
+    coco = json.loads(path.read_text())
+    change(coco)
+    path.write_text(json.dumps(coco))
+
+
+def remove_areas(coco: dict[str, Any]) -> None:
+    for number, found in enumerate(coco["annotations"]):
+        found.update([{"area": None}, {"area": "324"}, {"area": float("nan")}][number % 3])
+    del coco["annotations"][0]["area"]
+
+
+@pytest.mark.parametrize("has_mask", [True, False])
+def test_an_area_that_is_missing_or_no_number_is_the_masks_or_the_boxes(
+    dataset: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, has_mask: bool
+) -> None:
+    def medium(coco: dict[str, Any]) -> None:
+        # 36 x 36 pixels, where COCO calls areas from 32 x 32 on medium; the dog's 18 x 14 are small.
+        coco["annotations"][0] = annotation(1, 1, 0, (2, 2, 38, 38), False)
+        remove_areas(coco)
+        if not has_mask:
+            del coco["annotations"][0]["segmentation"]
+
+    change_truth(dataset, medium)
+    with caplog.at_level("INFO"):
+        evaluator = CocoEvaluator(dataset_name=dataset, output_dir=str(tmp_path / "out"))
+    assert "3 of 3 annotations" in caplog.text
+    assert [found["area"] for found in evaluator._truth.dataset["annotations"]] == [36 * 36, 18 * 14, 40 * 30]
+    if has_mask:
+        scores = scores_of(evaluator, {1: instances([(0, (2, 2, 38, 38), 0.9)])})
+        for task in ("bbox", "segm"):
+            assert (scores[task]["APs"], scores[task]["APm"]) == (0.0, pytest.approx(100.0))
+
+
+@pytest.mark.parametrize("ids", [[0, 1, 2], [-1, -2, -3], ["a", "b", "c"], [0.5, 1.5, 2.5]])
+def test_scores_do_not_depend_on_the_ids_of_annotations(dataset: str, tmp_path: Path, ids: list[Any]) -> None:
+    change_truth(
+        dataset, lambda coco: [found.update(id=new) for found, new in zip(coco["annotations"], ids, strict=True)]
+    )
+    scores = scores_of(CocoEvaluator(dataset_name=dataset, output_dir=str(tmp_path / "out")), perfect())
+    assert scores["bbox"]["AP"] == scores["segm"]["AP"] == pytest.approx(100.0)
 
 
 def test_no_predictions_score_zero(dataset: str, tmp_path: Path) -> None:
