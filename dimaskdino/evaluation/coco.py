@@ -50,11 +50,12 @@ class CocoEvaluator(DatasetEvaluator):
             DatasetCatalog.get(dataset_name)  # register_coco_instances learns the classes when the file is read
         if not self._metadata.get("thing_classes"):
             raise DatasetError(f"{dataset_name} has no object classes (thing_classes), so it has no box or mask AP.")
-        if not self._metadata.get("json_file"):
+        path = self._metadata.get("json_file")
+        if not path:
+            # Kept out of the metadata: with a file there, others would take the dataset for one in COCO's format.
             path = os.path.join(output_dir, f"{dataset_name}_coco_format.json")
             convert_to_coco_json(dataset_name, path, allow_cached=False)
-            self._metadata.json_file = path
-        self._truth = read_truth(self._metadata.json_file)
+        self._truth = read_truth(path)
         self.reset()
 
     def for_stage(self, name: str) -> "CocoEvaluator":

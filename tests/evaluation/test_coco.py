@@ -1,7 +1,7 @@
 """COCO evaluation on predictions made by hand from the ground truth."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,14 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, BoxMode, Instances
+from PIL import Image
 from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from dimaskdino.config import get_cfg
+from dimaskdino.data.checks import check_datasets
 from dimaskdino.errors import DatasetError
 from dimaskdino.evaluation import CocoEvaluator, LayerwiseEvaluator, build_evaluator
 from dimaskdino.evaluation.coco import COCOeval_faster, run_coco_eval
@@ -158,6 +160,53 @@ def test_scores_do_not_depend_on_the_ids_of_annotations(dataset: str, tmp_path: 
     )
     scores = scores_of(CocoEvaluator(dataset_name=dataset, output_dir=str(tmp_path / "out")), perfect())
     assert scores["bbox"]["AP"] == scores["segm"]["AP"] == pytest.approx(100.0)
+
+
+def entries() -> list[dict[str, Any]]:
+    """``OBJECTS`` in detectron2's own format."""
+    by_image: dict[int, list[Any]] = {image_id: [] for image_id in IMAGE_IDS}
+    for image_id, label, x0, y0, x1, y1, crowd in OBJECTS:
+        polygon = [x0, y0, x1, y0, x1, y1, x0, y1]
+        by_image[image_id].append(
+            {
+                "bbox": [x0, y0, x1, y1],
+                "bbox_mode": BoxMode.XYXY_ABS,
+                "category_id": label,
+                "segmentation": [polygon],
+                "iscrowd": int(crowd),
+            }
+        )
+    return [
+        {"file_name": f"{image_id}.png", "image_id": image_id, "height": SIDE, "width": SIDE, "annotations": found}
+        for image_id, found in by_image.items()
+    ]
+
+
+@pytest.fixture
+def registered() -> Iterator[Callable[..., str]]:
+    """Registers a function that lists ``entries()``, with metadata, as "by_function"."""
+
+    def register(load: Callable[[], Any] = entries, **metadata: Any) -> str:
+        DatasetCatalog.register("by_function", load)
+        MetadataCatalog.get("by_function").set(thing_classes=["cat", "dog"], **metadata)
+        return "by_function"
+
+    yield register
+    DatasetCatalog.remove("by_function")
+    MetadataCatalog.remove("by_function")
+
+
+def test_a_dataset_that_a_function_lists_can_be_checked_and_evaluated_again(
+    registered: Callable[..., str], tmp_path: Path
+) -> None:
+    name = registered(lambda: [{**entry, "file_name": str(tmp_path / entry["file_name"])} for entry in entries()])
+    Image.new("RGB", (SIDE, SIDE)).save(tmp_path / "1.png")
+    cfg = get_cfg()
+    cfg.merge_from_list(["DATASETS.TEST", (name,), "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 2])
+    for run in ("first", "second"):
+        check_datasets(cfg, train=False)
+        scores = scores_of(CocoEvaluator(dataset_name=name, output_dir=str(tmp_path / run)), perfect())
+        assert scores["bbox"]["AP"] == scores["segm"]["AP"] == pytest.approx(100.0)
 
 
 def test_no_predictions_score_zero(dataset: str, tmp_path: Path) -> None:
