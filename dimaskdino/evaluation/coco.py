@@ -106,10 +106,9 @@ class CocoEvaluator(DatasetEvaluator):
 
     def _with_dataset_categories(self, results: Any) -> list[Result]:
         """Replace class indices by the dataset's category ids."""
-        to_index = self._metadata.get("thing_dataset_id_to_contiguous_id")
-        if to_index is None:
+        to_category = self._categories()
+        if to_category is None:
             return list(results)
-        to_category = {index: category for category, index in to_index.items()}
         mapped = []
         for result in results:
             if result["category_id"] not in to_category:
@@ -120,13 +119,23 @@ class CocoEvaluator(DatasetEvaluator):
             mapped.append({**result, "category_id": to_category[result["category_id"]]})
         return mapped
 
+    def _categories(self) -> dict[int, Any] | None:
+        """Category ids by class index; None where these are the same."""
+        to_index = self._metadata.get("thing_dataset_id_to_contiguous_id")
+        return None if to_index is None else {index: category for category, index in to_index.items()}
+
     def _score(self, results: list[Result], task: str, image_ids: list[int] | None) -> Scores:
         evaluation = run_coco_eval(self._truth, results, task, image_ids=image_ids)
         scores = {name: _percent(value) for name, value in zip(METRICS, evaluation.stats, strict=False)}
         # precision: (IoU threshold, recall, class, area range, detections per image)
         precision = evaluation.eval["precision"][:, :, :, 0, -1]
+        to_category = self._categories()
+        # COCO's classes are in the order of their category ids, which need not be that of the class indices.
+        category_ids = list(evaluation.params.catIds)
         for index, name in enumerate(self._metadata.thing_classes):
-            known = precision[:, :, index][precision[:, :, index] > -1]
+            category = index if to_category is None else to_category.get(index)
+            of_class = precision[:, :, [other == category for other in category_ids]]
+            known = of_class[of_class > -1]
             scores[f"AP-{name}"] = _percent(known.mean() if known.size else -1)
         return scores
 

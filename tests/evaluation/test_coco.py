@@ -209,6 +209,27 @@ def test_a_dataset_that_a_function_lists_can_be_checked_and_evaluated_again(
         assert scores["bbox"]["AP"] == scores["segm"]["AP"] == pytest.approx(100.0)
 
 
+def test_a_class_keeps_its_name_where_category_ids_are_in_another_order_than_indices(
+    registered: Callable[..., str], tmp_path: Path
+) -> None:
+    name = registered(thing_dataset_id_to_contiguous_id={9: 0, 4: 1})
+    only_the_cat = {image_id: instances([]) for image_id in IMAGE_IDS} | {1: instances([(0, (2, 2, 20, 20), 0.9)])}
+    scores = scores_of(CocoEvaluator(dataset_name=name, output_dir=str(tmp_path)), only_the_cat)
+    for task in ("bbox", "segm"):
+        assert scores[task]["AP-cat"] == pytest.approx(100.0)
+        assert scores[task]["AP-dog"] == 0.0
+
+
+def test_a_class_that_the_file_does_not_list_is_not_measured(dataset: str, tmp_path: Path) -> None:
+    def without_the_dog(coco: dict[str, Any]) -> None:
+        del coco["categories"][1], coco["annotations"][1]
+
+    change_truth(dataset, without_the_dog)
+    scores = scores_of(CocoEvaluator(dataset_name=dataset, output_dir=str(tmp_path / "out")), perfect())
+    assert scores["bbox"]["AP-cat"] == pytest.approx(100.0)
+    assert np.isnan(scores["bbox"]["AP-dog"])
+
+
 def test_no_predictions_score_zero(dataset: str, tmp_path: Path) -> None:
     nothing = {image_id: instances([]) for image_id in IMAGE_IDS}
     scores = scores_of(CocoEvaluator(dataset_name=dataset, output_dir=str(tmp_path / "out")), nothing)
