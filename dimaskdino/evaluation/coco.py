@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,7 @@ class CocoEvaluator(DatasetEvaluator):
             path = os.path.join(output_dir, f"{dataset_name}_coco_format.json")
             convert_to_coco_json(dataset_name, path, allow_cached=False)
         self._truth = read_truth(path)
+        self._implementation = implementation_for(self._truth)
         self.reset()
 
     def for_stage(self, name: str) -> "CocoEvaluator":
@@ -125,7 +127,7 @@ class CocoEvaluator(DatasetEvaluator):
         return None if to_index is None else {index: category for category, index in to_index.items()}
 
     def _score(self, results: list[Result], task: str, image_ids: list[int] | None) -> Scores:
-        evaluation = run_coco_eval(self._truth, results, task, image_ids=image_ids)
+        evaluation = run_coco_eval(self._truth, results, task, image_ids=image_ids, implementation=self._implementation)
         scores = {name: _percent(value) for name, value in zip(METRICS, evaluation.stats, strict=False)}
         # precision: (IoU threshold, recall, class, area range, detections per image)
         precision = evaluation.eval["precision"][:, :, :, 0, -1]
@@ -155,12 +157,12 @@ def run_coco_eval(
         results: detections, possibly none.
         task: ``"bbox"`` or ``"segm"``.
         image_ids: images to evaluate on; None for all.
-        implementation: faster-coco-eval's class where it is installed (the same numbers), else pycocotools'.
+        implementation: COCO's evaluation; None: as :func:`implementation_for` chooses.
 
     Returns:
         The evaluation, with ``stats`` and ``eval`` filled.
     """
-    implementation = implementation or COCOeval_faster or COCOeval
+    implementation = implementation or implementation_for(truth)
     if task == "segm":
         # With a box present COCO would take its area, not the mask's, to tell small from large.
         results = [{key: value for key, value in result.items() if key != "bbox"} for result in results]
@@ -172,6 +174,34 @@ def run_coco_eval(
         evaluation.accumulate()
         evaluation.summarize()
     return evaluation
+
+
+def implementation_for(truth: COCO) -> type[COCOeval]:
+    """faster-coco-eval's class where it is installed and can read the ids of ``truth``, else pycocotools'.
+
+    Both give the same numbers.
+    """
+    if COCOeval_faster is None:
+        return COCOeval
+    odd = next((value for value in _ids(truth) if not _fits_faster_coco_eval(value)), None)
+    if odd is None:
+        return COCOeval_faster
+    logger.info("faster-coco-eval cannot read the id %r, so pycocotools evaluates, which takes longer.", odd)
+    return COCOeval
+
+
+def _ids(truth: COCO) -> Iterator[Any]:
+    """Of images and categories, as listed and as annotations name them."""
+    for kind in ("images", "categories"):
+        yield from (entry["id"] for entry in truth.dataset[kind])
+    for annotation in truth.dataset.get("annotations", ()):
+        yield annotation["image_id"]
+        yield annotation["category_id"]
+
+
+def _fits_faster_coco_eval(value: Any) -> bool:
+    # It keeps some ids as floating point numbers, which are exact up to here.
+    return isinstance(value, int) and 0 <= value <= 2**53
 
 
 def _load_results(truth: COCO, results: list[Result]) -> COCO:

@@ -91,7 +91,7 @@ def perfect() -> dict[int, Instances]:
     return {image_id: instances(found) for image_id, found in by_image.items()}
 
 
-def scores_of(evaluator: Any, predictions: dict[int, Instances]) -> dict[str, dict[str, float]]:
+def scores_of(evaluator: Any, predictions: dict[Any, Instances]) -> dict[str, dict[str, float]]:
     for image_id, found in predictions.items():
         evaluator.process([{"image_id": image_id}], [{"instances": found}])
     return evaluator.evaluate()
@@ -279,6 +279,38 @@ def test_faster_coco_eval_gives_pycocotools_numbers(task: str) -> None:
     assert 0.05 < reference.stats[0] < 0.95
     np.testing.assert_allclose(ours.stats[:12], reference.stats, atol=1e-12)
     np.testing.assert_allclose(ours.eval["precision"], reference.eval["precision"], atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "new_id",
+    [str, float, lambda value: value - 9, lambda value: value + 2**60],
+    ids=["text", "float", "negative", "large"],
+)
+@pytest.mark.parametrize("kind", ["image", "category"])
+@pytest.mark.parametrize("task", ["bbox", "segm"])
+def test_ids_of_every_kind_give_the_same_numbers(
+    caplog: pytest.LogCaptureFixture, new_id: Callable[[int], Any], kind: str, task: str
+) -> None:
+    truth, results = random_truth_and_results(seed=3)
+    expected = run_coco_eval(truth, results, task, implementation=COCOeval)
+    for entry in truth.dataset["images" if kind == "image" else "categories"]:
+        entry["id"] = new_id(entry["id"])
+    for entry in [*truth.dataset["annotations"], *results]:
+        entry[f"{kind}_id"] = new_id(entry[f"{kind}_id"])
+    truth.createIndex()
+    with caplog.at_level("INFO"):
+        found = run_coco_eval(truth, results, task)
+    np.testing.assert_array_equal(found.stats[:12], expected.stats)
+    assert ("so pycocotools evaluates" in caplog.text) == (COCOeval_faster is not None)
+
+
+def test_images_may_have_names_in_place_of_numbers(registered: Callable[..., str], tmp_path: Path) -> None:
+    name = registered(lambda: [{**entry, "image_id": f"image {entry['image_id']}"} for entry in entries()])
+    evaluator = CocoEvaluator(dataset_name=name, output_dir=str(tmp_path), seen_only=True)
+    scores = scores_of(evaluator, {f"image {image_id}": found for image_id, found in perfect().items()})
+    for task in ("bbox", "segm"):
+        assert scores[task]["AP"] == pytest.approx(100.0)
+        assert scores[task]["AP-dog"] == pytest.approx(100.0)
 
 
 def random_truth_and_results(seed: int) -> tuple[COCO, list[dict[str, Any]]]:
