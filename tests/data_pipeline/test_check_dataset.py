@@ -62,6 +62,11 @@ DAMAGES: dict[str, tuple[Callable[[Json, Path], Any], str, str]] = {
         "image file cannot be read",
         "two.png",
     ),
+    "16 bits": (
+        lambda _, images: Image.new("I;16", (WIDTH, HEIGHT)).save(images / "two.png"),
+        "image has more than 8 bits a channel: convert it to 8 bits",
+        "two.png",
+    ),
     "other size": (
         lambda _, images: Image.new("RGB", (HEIGHT, WIDTH)).save(images / "two.png"),
         "image has another size than listed",
