@@ -348,8 +348,8 @@ def test_the_command_answers_by_its_status_and_lists_every_problem(
 
 @pytest.mark.parametrize(
     ("script", "name"),
-    [("tools/check_dataset.py", ["shapes_val"]), ("tools/make_shapes.py", [])],
-    ids=["check", "make"],
+    [("tools/check_dataset.py", ["shapes_val"]), ("tools/make_shapes.py", []), ("datasets/prepare_bdd100k.py", [])],
+    ids=["check", "make", "prepare"],
 )
 def test_fewer_than_no_worker_is_refused(
     script: str, name: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
