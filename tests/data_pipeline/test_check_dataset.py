@@ -321,6 +321,23 @@ def test_unusable_masks_boxes_and_images_do_not_stop_the_drawing(
     assert [path.name for path in draw_samples(inspect_dataset("mine"), 9, tmp_path / "drawn")] == ["one.png"]
 
 
+def test_images_of_one_stem_are_drawn_into_files_of_their_own(coco: Json, write_coco: Write, tmp_path: Path) -> None:
+    json_file, image_root = write_coco(coco)
+    names = ["a/0.jpg", "b/0.jpg", "0.png", "0_2.png"]
+    for number, name in enumerate(names):
+        (image_root / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (WIDTH, HEIGHT), (60 * number, 0, 0)).save(image_root / name)
+    coco["images"] = [{**coco["images"][0], "id": number, "file_name": name} for number, name in enumerate(names)]
+    coco["annotations"] = [{**SOUND, "id": number, "image_id": number} for number in range(4)]
+    json_file.write_text(json.dumps(coco))
+    register_coco_format("mine", json_file, image_root, ["ball", "box"])
+    paths = draw_samples(inspect_dataset("mine"), 9, tmp_path / "drawn")
+    assert [path.name for path in paths] == ["0.png", "0_2.png", "0_3.png", "0_2_2.png"]
+    # The corner that no object covers tells which image a picture shows.
+    corners = [Image.open(path).convert("RGB").getpixel((599, 599))[0] for path in paths]
+    assert corners == pytest.approx([0, 60, 120, 180], abs=5)
+
+
 def test_the_command_answers_by_its_status_and_lists_every_problem(
     coco: Json, write_coco: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
