@@ -159,10 +159,7 @@ def _state_dict(path: Path, raw: Mapping[str, Any]) -> dict[str, Tensor]:
     if not raw:
         raise CheckpointError(f"{path} holds no weights: the state dict in it is empty.")
     # Caffe2 keeps its optimiser's state beside the weights.
-    raw = {str(key): value for key, value in raw.items() if not str(key).endswith("_momentum")}
-    for prefix in WRAPPER_PREFIXES:
-        if raw and all(key.startswith(prefix) for key in raw):
-            raw = {key.removeprefix(prefix): value for key, value in raw.items()}
+    raw = _unwrapped({str(key): value for key, value in raw.items() if not str(key).endswith("_momentum")})
     state = {}
     for key, value in raw.items():
         try:
@@ -170,3 +167,11 @@ def _state_dict(path: Path, raw: Mapping[str, Any]) -> dict[str, Tensor]:
         except TypeError as error:
             raise CheckpointError(f"{path}: {key} is a {type(value).__name__}, not an array.") from error
     return state
+
+
+def _unwrapped(raw: dict[str, Any]) -> dict[str, Any]:
+    """Without the prefixes of wrappers; a model may be wrapped more than once, in any order."""
+    for prefix in WRAPPER_PREFIXES:
+        if raw and all(key.startswith(prefix) for key in raw):
+            return _unwrapped({key.removeprefix(prefix): value for key, value in raw.items()})
+    return raw
