@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from dimaskdino.command_line import at_least
 from dimaskdino.data.datasets import data_root
 from dimaskdino.data.datasets.bdd100k import SPLITS, annotation_file
 from dimaskdino.data.datasets.bdd100k_convert import convert_split
@@ -28,7 +29,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--root", type=Path, default=data_root(), help="the folder that holds bdd100k/")
     parser.add_argument("--splits", nargs="+", choices=SPLITS, default=SPLITS, help="what to convert")
     parser.add_argument("--source", choices=SOURCES, default=SOURCES[0], help="which of the official labels to read")
-    parser.add_argument("--workers", type=int, default=0, help="processes that convert, beside this one")
+    parser.add_argument("--workers", type=at_least(0), default=0, help="processes that convert, beside this one")
     parser.add_argument("--force", action="store_true", help="convert again what is there already")
     return parser.parse_args()
 

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dimaskdino.checkpoint import from_release, is_release, read_weights, to_release
+from dimaskdino.checkpoint.reading import AUTHOR
 from dimaskdino.errors import CheckpointError, run_cli
 
 HEADS = "sem_seg_head."
@@ -36,7 +37,7 @@ def convert(content: dict[str, Any], *, to: str, strip: bool) -> tuple[dict[str,
     Args:
         content: what :func:`read_weights` returns.
         to: "release" or "ours".
-        strip: keep the weights alone.
+        strip: keep the weights alone, and whose they are.
 
     Returns:
         The checkpoint to write, and a remark on what was not done ("" for nothing).
@@ -45,20 +46,22 @@ def convert(content: dict[str, Any], *, to: str, strip: bool) -> tuple[dict[str,
         CheckpointError: if names that are one tensor in a release hold different numbers.
     """
     state = content["model"]
+    # Not the state of a training: Caffe2's weights, for one, cannot be loaded without it.
+    author = {AUTHOR: content[AUTHOR]} if isinstance(content.get(AUTHOR), str) else {}
+    others = {key: value for key, value in content.items() if key not in ("model", AUTHOR)}
     if not any(key.startswith(HEADS) for key in state):
-        others = {} if strip else {key: value for key, value in content.items() if key != "model"}
-        return {"model": state, **others}, "No weights of MaskDINO's or DI-MaskDINO's heads are in it: names are kept."
+        written = {"model": state, **author, **({} if strip else others)}
+        return written, "No weights of MaskDINO's or DI-MaskDINO's heads are in it: names are kept."
     renamed = is_release(state) != (to == "release")
     ours = from_release(state)
-    state = to_release(ours) if to == "release" else ours
-    others = {key: value for key, value in content.items() if key != "model"}
+    written = {"model": to_release(ours) if to == "release" else ours, **author}
     if not others:
-        return {"model": state}, ""
+        return written, ""
     if not (strip or renamed):
-        return {"model": state, **others}, ""
+        return {**written, **others}, ""
     # An optimiser's state is in the order of its model's parameters, and the two codes order them differently.
     reason = "as asked" if strip else "it is in the order of the other code's parameters"
-    return {"model": state}, f"Left out the state of a training, {reason}: {', '.join(others)}."
+    return written, f"Left out the state of a training, {reason}: {', '.join(others)}."
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
@@ -67,7 +70,7 @@ def write(path: Path, content: dict[str, Any]) -> None:
     Raises:
         CheckpointError: if it is a folder, cannot be written, or its format has no place for what is not a weight.
     """
-    others = [key for key in content if key != "model"]
+    others = [key for key in content if key not in ("model", AUTHOR)]
     if path.suffix == SAFETENSORS and others:
         raise CheckpointError(
             f"{path}: {SAFETENSORS} holds weights alone, not {', '.join(others)}; give --strip to leave that out, or "
@@ -79,7 +82,8 @@ def write(path: Path, content: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == SAFETENSORS:
-            save_file({key: _alone(tensor) for key, tensor in content["model"].items()}, partial)
+            metadata = {AUTHOR: content[AUTHOR]} if AUTHOR in content else None
+            save_file({key: _alone(tensor) for key, tensor in content["model"].items()}, partial, metadata)
         else:
             torch.save(content, partial)
         os.replace(partial, path)

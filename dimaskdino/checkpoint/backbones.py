@@ -105,7 +105,7 @@ def match_backbone(
     shapes = [key for key in found if found[key].shape != wanted[key].shape]
     if missing or extra or shapes:
         raise CheckpointError(_message(found, wanted, names, state, missing, extra, shapes))
-    _report(scheme, found, wanted, left_out)
+    _report(scheme, found, wanted, [key for key in left_out if not _DERIVED.search(key)])
     if author == "Caffe2":
         logger.warning(
             "Caffe2's weights expect INPUT.FORMAT BGR, MODEL.RESNETS.STRIDE_IN_1X1 True, their own PIXEL_STD."

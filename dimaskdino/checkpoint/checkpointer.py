@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dimaskdino.checkpoint.backbones import BACKBONE, match_backbone
 from dimaskdino.checkpoint.fitting import Misfit, compare, describe, num_classes
 from dimaskdino.checkpoint.names import CLASS_KEYS, from_release, is_release
-from dimaskdino.checkpoint.reading import read_weights
+from dimaskdino.checkpoint.reading import AUTHOR, read_weights
 from dimaskdino.errors import CheckpointError
 
 
@@ -135,7 +135,7 @@ class Checkpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint.pop("model")
         try:
-            weights = self._weights(state, checkpoint.get("__author__"))
+            weights = self._weights(state, checkpoint.get(AUTHOR))
         except CheckpointError as error:
             raise CheckpointError(f"{self._path}: {error}") from error
         self.model.load_state_dict(weights, strict=False)

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 # Entries under which training codes keep the weights, the plain ones before their moving averages.
 MODEL_ENTRIES = ("model", "state_dict", "model_state", "blobs")
 AVERAGED_ENTRIES = ("ema_state", "model_ema", "ema", "state_dict_ema")
+# Entry that says whose weights they are; in safetensors, of the file's metadata.
+AUTHOR = "__author__"
 # What wrappers of a model put before every key.
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
@@ -59,9 +61,7 @@ def _read_content(path: Path, trust: bool) -> Any:
         logger.warning("%s is trusted: whatever code it holds is run while it is read.", path)
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
+            return _read_safetensors(path)
         with path.open("rb") as file:
             is_zip = file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
             file.seek(0)
@@ -76,6 +76,16 @@ def _read_content(path: Path, trust: bool) -> Any:
             raise CheckpointError(f"{path} {_refusal(found[1])}") from error
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path} cannot be read as weights ({type(error).__name__}: {reason}).") from error
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    with safe_open(path, framework="pt") as file:
+        author = (file.metadata() or {}).get(AUTHOR)
+    weights = load_file(path)
+    return weights if author is None else {"model": weights, AUTHOR: author}
 
 
 def _refusal(what: str) -> str:
@@ -140,7 +150,7 @@ def _entries(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     """Put the state dict under "model", keep what else the file holds."""
     if content and all(isinstance(value, Tensor | np.ndarray) for value in content.values()):
         caffe2 = path.suffix == ".pkl" and not any("." in str(key) for key in content)
-        content = {"model": content, **({"__author__": "Caffe2"} if caffe2 else {})}
+        content = {"model": content, **({AUTHOR: "Caffe2"} if caffe2 else {})}
     averaged = [entry for entry in AVERAGED_ENTRIES if isinstance(content.get(entry), Mapping)]
     entry = next((e for e in (*MODEL_ENTRIES, *averaged) if isinstance(content.get(e), Mapping)), None)
     if entry is None:
@@ -150,7 +160,7 @@ def _entries(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     elif averaged:
         logger.info("%s also holds moving averages of the weights (%s): they are not used.", path, ", ".join(averaged))
     if entry == "blobs":
-        content["__author__"] = "Caffe2"
+        content[AUTHOR] = "Caffe2"
     content["model"] = _state_dict(path, content.pop(entry))
     return content
 
@@ -159,10 +169,7 @@ def _state_dict(path: Path, raw: Mapping[str, Any]) -> dict[str, Tensor]:
     if not raw:
         raise CheckpointError(f"{path} holds no weights: the state dict in it is empty.")
     # Caffe2 keeps its optimiser's state beside the weights.
-    raw = {str(key): value for key, value in raw.items() if not str(key).endswith("_momentum")}
-    for prefix in WRAPPER_PREFIXES:
-        if raw and all(key.startswith(prefix) for key in raw):
-            raw = {key.removeprefix(prefix): value for key, value in raw.items()}
+    raw = _unwrapped({str(key): value for key, value in raw.items() if not str(key).endswith("_momentum")})
     state = {}
     for key, value in raw.items():
         try:
@@ -170,3 +177,11 @@ def _state_dict(path: Path, raw: Mapping[str, Any]) -> dict[str, Tensor]:
         except TypeError as error:
             raise CheckpointError(f"{path}: {key} is a {type(value).__name__}, not an array.") from error
     return state
+
+
+def _unwrapped(raw: dict[str, Any]) -> dict[str, Any]:
+    """Without the prefixes of wrappers; a model may be wrapped more than once, in any order."""
+    for prefix in WRAPPER_PREFIXES:
+        if raw and all(key.startswith(prefix) for key in raw):
+            return _unwrapped({key.removeprefix(prefix): value for key, value in raw.items()})
+    return raw

@@ -1,5 +1,6 @@
 """Draws annotated images of a dataset: masks, boxes and names."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +38,23 @@ def draw_samples(inspection: Inspection, count: int, folder: Path) -> list[Path]
     annotated = [(image, found) for image, found in inspection.units() if found]
     chosen = np.unique(np.linspace(0, len(annotated) - 1, min(count, len(annotated))).astype(int))
     names = {category["id"]: category["name"] for category in inspection.coco["categories"]}
-    paths = []
+    paths: list[Path] = []
     for index in chosen.tolist():
         image, annotations = annotated[index]
         try:
             pixels = read_image(str(Path(inspection.image_root) / image["file_name"]), "RGB")
         except DatasetError:
             continue
-        paths.append(folder / f"{Path(image['file_name']).stem}.png")
+        paths.append(_free_path(folder, Path(image["file_name"]).stem, paths))
         shown = [annotation for annotation in annotations if annotation.get("category_id") in names]
         _draw(pixels, shown, names).save(paths[-1])
     return paths
+
+
+def _free_path(folder: Path, stem: str, taken: list[Path]) -> Path:
+    """A picture's path by the image's name, numbered from the second of a name on: 0.png, 0_2.png."""
+    names = itertools.chain([stem], (f"{stem}_{number}" for number in itertools.count(2)))
+    return next(path for name in names if (path := folder / f"{name}.png") not in taken)
 
 
 def _draw(pixels: np.ndarray, annotations: list[Json], names: dict[int, str]) -> Any:

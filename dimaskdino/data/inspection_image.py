@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as mask_util
 
-from dimaskdino.data.images import read_image
+from dimaskdino.data.images import BitDepthError, read_image
 from dimaskdino.data.reports import Problem
 from dimaskdino.data.rle import Rle, Size, checked_rle
 from dimaskdino.errors import DatasetError
@@ -45,6 +45,8 @@ def _file_problems(image: Json, path: str) -> list[Problem]:
         return [Problem("image file is missing", name)]
     try:
         height, width = read_image(path, "RGB").shape[:2]
+    except BitDepthError:
+        return [Problem("image has more than 8 bits a channel: convert it to 8 bits", name)]
     except DatasetError:
         return [Problem("image file cannot be read", name)]
     if (height, width) != (image["height"], image["width"]):

@@ -1,12 +1,11 @@
 """COCO's average precision of boxes and masks."""
 
-import contextlib
 import copy
-import io
 import itertools
 import json
 import logging
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from pycocotools.cocoeval import COCOeval
 
 from dimaskdino.errors import DatasetError
 from dimaskdino.evaluation.report import METRICS, TASKS, class_table, coco_table
+from dimaskdino.evaluation.truth import quiet, read_truth
 
 try:
     from faster_coco_eval import COCOeval_faster
@@ -51,12 +51,13 @@ class CocoEvaluator(DatasetEvaluator):
             DatasetCatalog.get(dataset_name)  # register_coco_instances learns the classes when the file is read
         if not self._metadata.get("thing_classes"):
             raise DatasetError(f"{dataset_name} has no object classes (thing_classes), so it has no box or mask AP.")
-        if not self._metadata.get("json_file"):
+        path = self._metadata.get("json_file")
+        if not path:
+            # Kept out of the metadata: with a file there, others would take the dataset for one in COCO's format.
             path = os.path.join(output_dir, f"{dataset_name}_coco_format.json")
             convert_to_coco_json(dataset_name, path, allow_cached=False)
-            self._metadata.json_file = path
-        with _quiet():
-            self._truth = COCO(self._metadata.json_file)
+        self._truth = read_truth(path)
+        self._implementation = implementation_for(self._truth)
         self.reset()
 
     def for_stage(self, name: str) -> "CocoEvaluator":
@@ -107,10 +108,9 @@ class CocoEvaluator(DatasetEvaluator):
 
     def _with_dataset_categories(self, results: Any) -> list[Result]:
         """Replace class indices by the dataset's category ids."""
-        to_index = self._metadata.get("thing_dataset_id_to_contiguous_id")
-        if to_index is None:
+        to_category = self._categories()
+        if to_category is None:
             return list(results)
-        to_category = {index: category for category, index in to_index.items()}
         mapped = []
         for result in results:
             if result["category_id"] not in to_category:
@@ -121,13 +121,23 @@ class CocoEvaluator(DatasetEvaluator):
             mapped.append({**result, "category_id": to_category[result["category_id"]]})
         return mapped
 
+    def _categories(self) -> dict[int, Any] | None:
+        """Category ids by class index; None where these are the same."""
+        to_index = self._metadata.get("thing_dataset_id_to_contiguous_id")
+        return None if to_index is None else {index: category for category, index in to_index.items()}
+
     def _score(self, results: list[Result], task: str, image_ids: list[int] | None) -> Scores:
-        evaluation = run_coco_eval(self._truth, results, task, image_ids=image_ids)
+        evaluation = run_coco_eval(self._truth, results, task, image_ids=image_ids, implementation=self._implementation)
         scores = {name: _percent(value) for name, value in zip(METRICS, evaluation.stats, strict=False)}
         # precision: (IoU threshold, recall, class, area range, detections per image)
         precision = evaluation.eval["precision"][:, :, :, 0, -1]
+        to_category = self._categories()
+        # COCO's classes are in the order of their category ids, which need not be that of the class indices.
+        category_ids = list(evaluation.params.catIds)
         for index, name in enumerate(self._metadata.thing_classes):
-            known = precision[:, :, index][precision[:, :, index] > -1]
+            category = index if to_category is None else to_category.get(index)
+            of_class = precision[:, :, [other == category for other in category_ids]]
+            known = of_class[of_class > -1]
             scores[f"AP-{name}"] = _percent(known.mean() if known.size else -1)
         return scores
 
@@ -147,16 +157,16 @@ def run_coco_eval(
         results: detections, possibly none.
         task: ``"bbox"`` or ``"segm"``.
         image_ids: images to evaluate on; None for all.
-        implementation: faster-coco-eval's class where it is installed (the same numbers), else pycocotools'.
+        implementation: COCO's evaluation; None: as :func:`implementation_for` chooses.
 
     Returns:
         The evaluation, with ``stats`` and ``eval`` filled.
     """
-    implementation = implementation or COCOeval_faster or COCOeval
+    implementation = implementation or implementation_for(truth)
     if task == "segm":
         # With a box present COCO would take its area, not the mask's, to tell small from large.
         results = [{key: value for key, value in result.items() if key != "bbox"} for result in results]
-    with _quiet():
+    with quiet():
         evaluation = implementation(truth, _load_results(truth, results), task)
         if image_ids is not None:
             evaluation.params.imgIds = image_ids
@@ -164,6 +174,34 @@ def run_coco_eval(
         evaluation.accumulate()
         evaluation.summarize()
     return evaluation
+
+
+def implementation_for(truth: COCO) -> type[COCOeval]:
+    """faster-coco-eval's class where it is installed and can read the ids of ``truth``, else pycocotools'.
+
+    Both give the same numbers.
+    """
+    if COCOeval_faster is None:
+        return COCOeval
+    odd = next((value for value in _ids(truth) if not _fits_faster_coco_eval(value)), None)
+    if odd is None:
+        return COCOeval_faster
+    logger.info("faster-coco-eval cannot read the id %r, so pycocotools evaluates, which takes longer.", odd)
+    return COCOeval
+
+
+def _ids(truth: COCO) -> Iterator[Any]:
+    """Of images and categories, as listed and as annotations name them."""
+    for kind in ("images", "categories"):
+        yield from (entry["id"] for entry in truth.dataset[kind])
+    for annotation in truth.dataset.get("annotations", ()):
+        yield annotation["image_id"]
+        yield annotation["category_id"]
+
+
+def _fits_faster_coco_eval(value: Any) -> bool:
+    # It keeps some ids as floating point numbers, which are exact up to here.
+    return isinstance(value, int) and 0 <= value <= 2**53
 
 
 def _load_results(truth: COCO, results: list[Result]) -> COCO:
@@ -179,8 +217,3 @@ def _load_results(truth: COCO, results: list[Result]) -> COCO:
 def _percent(value: float) -> float:
     """COCO's -1 means that there is nothing to measure."""
     return float(value) * 100 if value >= 0 else float(np.nan)
-
-
-def _quiet() -> contextlib.AbstractContextManager[Any]:
-    """The COCO API prints; results are logged by whoever asks for them."""
-    return contextlib.redirect_stdout(io.StringIO())

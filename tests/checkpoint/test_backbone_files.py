@@ -109,6 +109,15 @@ def test_torchvisions_resnet_computes_the_same_in_detectron2s(tmp_path: Path) ->
         torch.testing.assert_close(loaded(resnet(), path)(images)["res5"], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("make", [torchvision.models.resnet18, lambda: timm.create_model("resnet18")])
+def test_a_classifier_that_loads_as_a_whole_leaves_its_head_alone_unused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, make: Callable[[], nn.Module]
+) -> None:
+    with caplog.at_level("INFO"):
+        loaded(resnet(), save(make().state_dict(), tmp_path / "resnet18.pth"))
+    assert "Not used: fc." in caplog.text
+
+
 @torch.no_grad()
 def test_detectron2s_model_zoo_pickle_computes_the_same(tmp_path: Path) -> None:
     theirs = classifier(torchvision.models.resnet18)

@@ -1,10 +1,12 @@
 """tools/convert_checkpoint.py: there and back, and what it refuses."""
 
+import pickle
 import re
 import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -99,6 +101,20 @@ def test_safetensors_are_written_and_read_back(tmp_path: Path, monkeypatch: pyte
     back = read_weights(tmp_path / "back.safetensors")["model"]
     assert back.keys() == ours.keys()
     assert all(torch.equal(back[key], ours[key]) for key in ours)
+
+
+@pytest.mark.parametrize("strip", [[], ["--strip"]])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_it_stays_known_whose_weights_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, strip: list[str]
+) -> None:
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"conv1_w": np.ones(2, np.float32)}))  # Caffe2, by its form
+    for source, target in (("a.pkl", f"b{suffix}"), (f"b{suffix}", f"c{suffix}")):
+        run(monkeypatch, tmp_path / source, tmp_path / target, "--to", "ours", *strip)
+    content = read_weights(tmp_path / f"c{suffix}")
+    assert content.keys() == {"model", "__author__"}
+    assert content["__author__"] == "Caffe2"
+    assert content["model"]["conv1_w"].tolist() == [1, 1]
 
 
 def broken_save(content: object, path: Path) -> None:

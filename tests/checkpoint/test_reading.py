@@ -55,7 +55,9 @@ def test_safetensors_are_read(tmp_path: Path) -> None:
     assert_weights(read_weights(tmp_path / "a.safetensors"))
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "_orig_mod.module.module."]
+)
 def test_the_prefixes_of_wrappers_are_dropped(tmp_path: Path, prefix: str) -> None:
     wrapped = {prefix + key: value for key, value in WEIGHTS.items()}
     assert_weights(read_weights(save_torch({"model": wrapped}, tmp_path / "a.pth")))

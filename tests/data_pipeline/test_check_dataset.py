@@ -62,6 +62,11 @@ DAMAGES: dict[str, tuple[Callable[[Json, Path], Any], str, str]] = {
         "image file cannot be read",
         "two.png",
     ),
+    "16 bits": (
+        lambda _, images: Image.new("I;16", (WIDTH, HEIGHT)).save(images / "two.png"),
+        "image has more than 8 bits a channel: convert it to 8 bits",
+        "two.png",
+    ),
     "other size": (
         lambda _, images: Image.new("RGB", (HEIGHT, WIDTH)).save(images / "two.png"),
         "image has another size than listed",
@@ -316,6 +321,23 @@ def test_unusable_masks_boxes_and_images_do_not_stop_the_drawing(
     assert [path.name for path in draw_samples(inspect_dataset("mine"), 9, tmp_path / "drawn")] == ["one.png"]
 
 
+def test_images_of_one_stem_are_drawn_into_files_of_their_own(coco: Json, write_coco: Write, tmp_path: Path) -> None:
+    json_file, image_root = write_coco(coco)
+    names = ["a/0.jpg", "b/0.jpg", "0.png", "0_2.png"]
+    for number, name in enumerate(names):
+        (image_root / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (WIDTH, HEIGHT), (60 * number, 0, 0)).save(image_root / name)
+    coco["images"] = [{**coco["images"][0], "id": number, "file_name": name} for number, name in enumerate(names)]
+    coco["annotations"] = [{**SOUND, "id": number, "image_id": number} for number in range(4)]
+    json_file.write_text(json.dumps(coco))
+    register_coco_format("mine", json_file, image_root, ["ball", "box"])
+    paths = draw_samples(inspect_dataset("mine"), 9, tmp_path / "drawn")
+    assert [path.name for path in paths] == ["0.png", "0_2.png", "0_3.png", "0_2_2.png"]
+    # The corner that no object covers tells which image a picture shows.
+    corners = [Image.open(path).convert("RGB").getpixel((599, 599))[0] for path in paths]
+    assert corners == pytest.approx([0, 60, 120, 180], abs=5)
+
+
 def test_the_command_answers_by_its_status_and_lists_every_problem(
     coco: Json, write_coco: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
@@ -343,8 +365,8 @@ def test_the_command_answers_by_its_status_and_lists_every_problem(
 
 @pytest.mark.parametrize(
     ("script", "name"),
-    [("tools/check_dataset.py", ["shapes_val"]), ("tools/make_shapes.py", [])],
-    ids=["check", "make"],
+    [("tools/check_dataset.py", ["shapes_val"]), ("tools/make_shapes.py", []), ("datasets/prepare_bdd100k.py", [])],
+    ids=["check", "make", "prepare"],
 )
 def test_fewer_than_no_worker_is_refused(
     script: str, name: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture

@@ -1,6 +1,7 @@
 """COCO evaluation on predictions made by hand from the ground truth."""
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, BoxMode, Instances
+from PIL import Image
 from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from dimaskdino.config import get_cfg
+from dimaskdino.data.checks import check_datasets
 from dimaskdino.errors import DatasetError
 from dimaskdino.evaluation import CocoEvaluator, LayerwiseEvaluator, build_evaluator
 from dimaskdino.evaluation.coco import COCOeval_faster, run_coco_eval
@@ -88,7 +91,7 @@ def perfect() -> dict[int, Instances]:
     return {image_id: instances(found) for image_id, found in by_image.items()}
 
 
-def scores_of(evaluator: Any, predictions: dict[int, Instances]) -> dict[str, dict[str, float]]:
+def scores_of(evaluator: Any, predictions: dict[Any, Instances]) -> dict[str, dict[str, float]]:
     for image_id, found in predictions.items():
         evaluator.process([{"image_id": image_id}], [{"instances": found}])
     return evaluator.evaluate()
@@ -112,6 +115,119 @@ def test_classes_that_are_known_once_the_file_is_read_are_read(dataset: str, tmp
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
     assert {key for key in scores["bbox"] if key.startswith("AP-")} == {"AP-cat", "AP-dog"}
+
+
+def change_truth(dataset: str, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change the annotation file of ``dataset``."""
+    path = Path(MetadataCatalog.get(dataset).json_file)
+    coco = json.loads(path.read_text())
+    change(coco)
+    path.write_text(json.dumps(coco))
+
+
+def remove_areas(coco: dict[str, Any]) -> None:
+    for number, found in enumerate(coco["annotations"]):
+        found.update([{"area": None}, {"area": "324"}, {"area": float("nan")}][number % 3])
+    del coco["annotations"][0]["area"]
+
+
+@pytest.mark.parametrize("has_mask", [True, False])
+def test_an_area_that_is_missing_or_no_number_is_the_masks_or_the_boxes(
+    dataset: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, has_mask: bool
+) -> None:
+    def medium(coco: dict[str, Any]) -> None:
+        # 36 x 36 pixels, where COCO calls areas from 32 x 32 on medium; the dog's 18 x 14 are small.
+        coco["annotations"][0] = annotation(1, 1, 0, (2, 2, 38, 38), False)
+        remove_areas(coco)
+        if not has_mask:
+            del coco["annotations"][0]["segmentation"]
+
+    change_truth(dataset, medium)
+    with caplog.at_level("INFO"):
+        evaluator = CocoEvaluator(dataset_name=dataset, output_dir=str(tmp_path / "out"))
+    assert "3 of 3 annotations" in caplog.text
+    assert [found["area"] for found in evaluator._truth.dataset["annotations"]] == [36 * 36, 18 * 14, 40 * 30]
+    if has_mask:
+        scores = scores_of(evaluator, {1: instances([(0, (2, 2, 38, 38), 0.9)])})
+        for task in ("bbox", "segm"):
+            assert (scores[task]["APs"], scores[task]["APm"]) == (0.0, pytest.approx(100.0))
+
+
+@pytest.mark.parametrize("ids", [[0, 1, 2], [-1, -2, -3], ["a", "b", "c"], [0.5, 1.5, 2.5]])
+def test_scores_do_not_depend_on_the_ids_of_annotations(dataset: str, tmp_path: Path, ids: list[Any]) -> None:
+    change_truth(
+        dataset, lambda coco: [found.update(id=new) for found, new in zip(coco["annotations"], ids, strict=True)]
+    )
+    scores = scores_of(CocoEvaluator(dataset_name=dataset, output_dir=str(tmp_path / "out")), perfect())
+    assert scores["bbox"]["AP"] == scores["segm"]["AP"] == pytest.approx(100.0)
+
+
+def entries() -> list[dict[str, Any]]:
+    """``OBJECTS`` in detectron2's own format."""
+    by_image: dict[int, list[Any]] = {image_id: [] for image_id in IMAGE_IDS}
+    for image_id, label, x0, y0, x1, y1, crowd in OBJECTS:
+        polygon = [x0, y0, x1, y0, x1, y1, x0, y1]
+        by_image[image_id].append(
+            {
+                "bbox": [x0, y0, x1, y1],
+                "bbox_mode": BoxMode.XYXY_ABS,
+                "category_id": label,
+                "segmentation": [polygon],
+                "iscrowd": int(crowd),
+            }
+        )
+    return [
+        {"file_name": f"{image_id}.png", "image_id": image_id, "height": SIDE, "width": SIDE, "annotations": found}
+        for image_id, found in by_image.items()
+    ]
+
+
+@pytest.fixture
+def registered() -> Iterator[Callable[..., str]]:
+    """Registers a function that lists ``entries()``, with metadata, as "by_function"."""
+
+    def register(load: Callable[[], Any] = entries, **metadata: Any) -> str:
+        DatasetCatalog.register("by_function", load)
+        MetadataCatalog.get("by_function").set(thing_classes=["cat", "dog"], **metadata)
+        return "by_function"
+
+    yield register
+    DatasetCatalog.remove("by_function")
+    MetadataCatalog.remove("by_function")
+
+
+def test_a_dataset_that_a_function_lists_can_be_checked_and_evaluated_again(
+    registered: Callable[..., str], tmp_path: Path
+) -> None:
+    name = registered(lambda: [{**entry, "file_name": str(tmp_path / entry["file_name"])} for entry in entries()])
+    Image.new("RGB", (SIDE, SIDE)).save(tmp_path / "1.png")
+    cfg = get_cfg()
+    cfg.merge_from_list(["DATASETS.TEST", (name,), "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 2])
+    for run in ("first", "second"):
+        check_datasets(cfg, train=False)
+        scores = scores_of(CocoEvaluator(dataset_name=name, output_dir=str(tmp_path / run)), perfect())
+        assert scores["bbox"]["AP"] == scores["segm"]["AP"] == pytest.approx(100.0)
+
+
+def test_a_class_keeps_its_name_where_category_ids_are_in_another_order_than_indices(
+    registered: Callable[..., str], tmp_path: Path
+) -> None:
+    name = registered(thing_dataset_id_to_contiguous_id={9: 0, 4: 1})
+    only_the_cat = {image_id: instances([]) for image_id in IMAGE_IDS} | {1: instances([(0, (2, 2, 20, 20), 0.9)])}
+    scores = scores_of(CocoEvaluator(dataset_name=name, output_dir=str(tmp_path)), only_the_cat)
+    for task in ("bbox", "segm"):
+        assert scores[task]["AP-cat"] == pytest.approx(100.0)
+        assert scores[task]["AP-dog"] == 0.0
+
+
+def test_a_class_that_the_file_does_not_list_is_not_measured(dataset: str, tmp_path: Path) -> None:
+    def without_the_dog(coco: dict[str, Any]) -> None:
+        del coco["categories"][1], coco["annotations"][1]
+
+    change_truth(dataset, without_the_dog)
+    scores = scores_of(CocoEvaluator(dataset_name=dataset, output_dir=str(tmp_path / "out")), perfect())
+    assert scores["bbox"]["AP-cat"] == pytest.approx(100.0)
+    assert np.isnan(scores["bbox"]["AP-dog"])
 
 
 def test_no_predictions_score_zero(dataset: str, tmp_path: Path) -> None:
@@ -163,6 +279,38 @@ def test_faster_coco_eval_gives_pycocotools_numbers(task: str) -> None:
     assert 0.05 < reference.stats[0] < 0.95
     np.testing.assert_allclose(ours.stats[:12], reference.stats, atol=1e-12)
     np.testing.assert_allclose(ours.eval["precision"], reference.eval["precision"], atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "new_id",
+    [str, float, lambda value: value - 9, lambda value: value + 2**60],
+    ids=["text", "float", "negative", "large"],
+)
+@pytest.mark.parametrize("kind", ["image", "category"])
+@pytest.mark.parametrize("task", ["bbox", "segm"])
+def test_ids_of_every_kind_give_the_same_numbers(
+    caplog: pytest.LogCaptureFixture, new_id: Callable[[int], Any], kind: str, task: str
+) -> None:
+    truth, results = random_truth_and_results(seed=3)
+    expected = run_coco_eval(truth, results, task, implementation=COCOeval)
+    for entry in truth.dataset["images" if kind == "image" else "categories"]:
+        entry["id"] = new_id(entry["id"])
+    for entry in [*truth.dataset["annotations"], *results]:
+        entry[f"{kind}_id"] = new_id(entry[f"{kind}_id"])
+    truth.createIndex()
+    with caplog.at_level("INFO"):
+        found = run_coco_eval(truth, results, task)
+    np.testing.assert_array_equal(found.stats[:12], expected.stats)
+    assert ("so pycocotools evaluates" in caplog.text) == (COCOeval_faster is not None)
+
+
+def test_images_may_have_names_in_place_of_numbers(registered: Callable[..., str], tmp_path: Path) -> None:
+    name = registered(lambda: [{**entry, "image_id": f"image {entry['image_id']}"} for entry in entries()])
+    evaluator = CocoEvaluator(dataset_name=name, output_dir=str(tmp_path), seen_only=True)
+    scores = scores_of(evaluator, {f"image {image_id}": found for image_id, found in perfect().items()})
+    for task in ("bbox", "segm"):
+        assert scores[task]["AP"] == pytest.approx(100.0)
+        assert scores[task]["AP-dog"] == pytest.approx(100.0)
 
 
 def random_truth_and_results(seed: int) -> tuple[COCO, list[dict[str, Any]]]:

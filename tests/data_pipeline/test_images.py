@@ -1,0 +1,41 @@
+"""Images of 8 bits a channel are read in every mode; those of more, whose values would be cut off, are refused."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dimaskdino.data.images import read_image
+from dimaskdino.errors import DatasetError
+
+# Every value of 8 bits once.
+RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix"),
+    [
+        *(("1", "png"), ("L", "png"), ("LA", "png"), ("P", "png"), ("RGB", "png"), ("RGBA", "png")),
+        *(("CMYK", "tif"), ("YCbCr", "tif")),
+    ],
+)
+def test_an_image_of_8_bits_a_channel_is_what_pil_makes_of_it(tmp_path: Path, mode: str, suffix: str) -> None:
+    path = tmp_path / f"image.{suffix}"
+    image = Image.fromarray(RAMP).convert(mode)
+    image.save(path)
+    assert Image.open(path).mode == mode
+    assert np.array_equal(read_image(str(path), "RGB"), np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "suffix"), [(np.uint16, "png"), (np.uint16, "tif"), (">u2", "tif"), (np.int32, "tif"), ("f4", "tif")]
+)
+def test_an_image_of_more_bits_is_refused_with_its_name_and_mode(tmp_path: Path, dtype: str, suffix: str) -> None:
+    path = tmp_path / f"deep.{suffix}"
+    Image.fromarray((RAMP * np.array(257)).astype(dtype)).save(path)
+    mode = Image.open(path).mode
+    with pytest.raises(DatasetError, match=rf"deep\.{suffix} .*mode {mode}\).*convert it to 8 bits") as error:
+        read_image(str(path), "RGB")
+    assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)  # as a data loader's process sends it
