@@ -1,7 +1,9 @@
 """Checks of the configured datasets before anything is built, each with one clear line."""
 
 import difflib
+import logging
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 from detectron2.config import CfgNode
@@ -15,6 +17,8 @@ from dimaskdino.errors import ConfigError, DatasetError
 
 __all__ = ["DatasetError", "check_datasets", "find_dataset"]
 
+logger = logging.getLogger(__name__)
+
 
 def check_datasets(cfg: CfgNode, *, train: bool = True, test: bool = True) -> None:
     """Check the datasets that a job will use; makes the synthetic dataset if it is named and not there yet.
@@ -26,20 +30,24 @@ def check_datasets(cfg: CfgNode, *, train: bool = True, test: bool = True) -> No
 
     Raises:
         ConfigError: if there is no dataset to train on, or, without training, to evaluate on.
-        DatasetError: if a dataset is not registered, lacks a file, is malformed or does not fit the configuration.
+        DatasetError: if a dataset is not registered, lacks a file, is malformed, or does not fit the configuration or
+            the other datasets.
     """
     register_all(cfg=cfg)
     if train and not cfg.DATASETS.TRAIN:
         raise ConfigError("DATASETS.TRAIN names no dataset; set it, for example to ('coco_2017_train',).")
     if test and not train and not cfg.DATASETS.TEST:
         raise ConfigError("DATASETS.TEST names no dataset to evaluate on; set it, for example to ('coco_2017_val',).")
-    names = [*(cfg.DATASETS.TRAIN if train else ()), *(cfg.DATASETS.TEST if test else ())]
-    for name in dict.fromkeys(names):
+    trained, tested = cfg.DATASETS.TRAIN if train else (), cfg.DATASETS.TEST if test else ()
+    classes: dict[str, tuple[str, ...]] = {}
+    for name in dict.fromkeys((*trained, *tested)):
         summary = _summarize(name)
-        if train and name in cfg.DATASETS.TRAIN and not summary.annotated:
+        if name in trained and not summary.annotated:
             raise DatasetError(f"Dataset {name} has no annotations, so it can be predicted but not trained on.")
         _check_classes(name, summary.class_names, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)
         read_image(summary.first_image, cfg.INPUT.FORMAT)
+        classes[name] = summary.class_names
+    _check_same_classes(classes, trained)
 
 
 def find_dataset(name: str) -> Metadata:
@@ -111,3 +119,27 @@ def _check_classes(name: str, class_names: tuple[str, ...], num_classes: int) ->
             f"MODEL.SEM_SEG_HEAD.NUM_CLASSES is {num_classes}, but dataset {name} has {len(class_names)} categories; "
             f"set it to {len(class_names)}."
         )
+
+
+def _check_same_classes(classes: dict[str, tuple[str, ...]], trained: Collection[str]) -> None:
+    """Class numbers must mean the same everywhere: against other ones even perfect predictions score AP 0.
+
+    Args:
+        classes: dataset -> class names by number, as many in each; the others are compared with the first.
+        trained: the datasets that are trained on.
+    """
+    first = next(iter(classes), "")
+    for name, names in classes.items():
+        expected = classes[first]
+        if names == expected:
+            continue
+        index = next(index for index in range(len(names)) if names[index] != expected[index])
+        where = f"class {index} is {expected[index]!r} in {first} and {names[index]!r} in {name}"
+        if set(names) == set(expected):
+            raise DatasetError(
+                f"Datasets {first} and {name} have the same classes in another order: {where}; give their categories "
+                "the same order."
+            )
+        if name in trained:
+            raise DatasetError(f"Datasets {first} and {name} cannot be trained on together: {where}.")
+        logger.warning("Datasets %s and %s have classes of other names, compared by number: %s.", first, name, where)

@@ -1,6 +1,7 @@
 """What is wrong with a dataset is said in one line, before anything is built."""
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,48 @@ def test_a_changed_annotation_file_is_read_again(mine: Config) -> None:
 def test_a_file_with_other_classes_than_registered_is_told_apart(mine: Config) -> None:
     MetadataCatalog.get("mine").thing_classes = ["ball", "crate"]
     assert "is registered with 2 classes" in message(mine)
+
+
+def register_with_classes(name: str, *class_names: str) -> None:
+    """The sound dataset again, its classes named otherwise."""
+    DatasetCatalog.register(name, lambda: DatasetCatalog.get("mine"))
+    MetadataCatalog.get(name).thing_classes = list(class_names)
+
+
+def test_training_datasets_with_other_classes_are_refused(mine: Config) -> None:
+    register_with_classes("swapped", "box", "ball")
+    register_with_classes("renamed", "ball", "crate")
+    mine.DATASETS.TRAIN = ("mine", "swapped")
+    text = message(mine)
+    assert "Datasets mine and swapped have the same classes in another order" in text
+    assert "class 0 is 'ball' in mine and 'box' in swapped" in text
+    mine.DATASETS.TRAIN = ("mine", "renamed")
+    text = message(mine)
+    assert text == (
+        "Datasets mine and renamed cannot be trained on together: class 1 is 'box' in mine and 'crate' in renamed."
+    )
+
+
+def test_a_test_dataset_with_the_classes_in_another_order_is_refused(mine: Config) -> None:
+    register_with_classes("swapped", "box", "ball")
+    mine.DATASETS.TEST = ("swapped",)
+    assert "Datasets mine and swapped have the same classes in another order" in message(mine)
+    check_datasets(mine, train=False)
+    mine.DATASETS.TEST = ("mine", "swapped")
+    assert "in another order" in message(mine, train=False)
+
+
+def test_a_test_dataset_with_classes_of_other_names_is_warned_of_once(
+    mine: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    register_with_classes("renamed", "ball", "crate")
+    mine.DATASETS.TEST = ("mine", "renamed")
+    check_datasets(mine)
+    (record,) = [
+        record for record in caplog.records if record.levelno == logging.WARNING and "other names" in record.message
+    ]
+    assert "mine and renamed" in record.message
+    assert "class 1 is 'box' in mine and 'crate' in renamed" in record.message
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"?")], ids=["missing", "unreadable"])
