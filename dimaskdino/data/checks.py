@@ -41,7 +41,7 @@ def check_datasets(cfg: CfgNode, *, train: bool = True, test: bool = True) -> No
     trained, tested = cfg.DATASETS.TRAIN if train else (), cfg.DATASETS.TEST if test else ()
     classes: dict[str, tuple[str, ...]] = {}
     for name in dict.fromkeys((*trained, *tested)):
-        summary = _summarize(name)
+        summary = _summarize(name, scored=name in tested)
         if name in trained and not summary.annotated:
             raise DatasetError(f"Dataset {name} has no annotations, so it can be predicted but not trained on.")
         _check_classes(name, summary.class_names, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)
@@ -69,11 +69,12 @@ def find_dataset(name: str) -> Metadata:
     return metadata
 
 
-def _summarize(name: str) -> Summary:
+def _summarize(name: str, *, scored: bool) -> Summary:
     metadata = find_dataset(name)
     if metadata.get("evaluator_type") != "coco":
         return _summarize_entries(name)
-    summary = summarize_coco(metadata.json_file, metadata.image_root, os.stat(metadata.json_file).st_mtime_ns)
+    modified_ns = os.stat(metadata.json_file).st_mtime_ns
+    summary = summarize_coco(metadata.json_file, metadata.image_root, modified_ns, scored=scored)
     names = tuple(metadata.get("thing_classes", summary.class_names))
     if names != summary.class_names:
         raise DatasetError(

@@ -14,7 +14,7 @@ from dimaskdino.config import Config
 from dimaskdino.data import build_train_loader, register_all
 from dimaskdino.data.checks import check_datasets
 from dimaskdino.errors import ConfigError, DatasetError
-from tests.data_pipeline.conftest import Json
+from tests.data_pipeline.conftest import POLYGON, Json
 
 pytestmark = pytest.mark.usefixtures("registrations")
 
@@ -144,14 +144,14 @@ def test_an_annotation_that_lacks_a_key_is_named(mine: Config, keys: list[str], 
     [
         ({"ignore": 1}, 'says "ignore", which detectron2 refuses'),
         ({"iscrowd": None}, "has iscrowd None, which is neither 0 nor 1"),
-        ({"bbox": []}, "has the box [], which is no list of four numbers"),
+        ({"bbox": []}, "has the box [], which is no list of four finite numbers"),
         ({"bbox": 5}, "has the box 5,"),
         ({"segmentation": 5}, "has a segmentation that is neither a list of polygons"),
         ({"segmentation": [1, 1, 4, 1, 4, 3]}, "has a segmentation that is neither a list of polygons"),
-        ({"segmentation": {"size": [6, 8]}}, "has a malformed RLE"),
-        ({"segmentation": {"size": 6, "counts": [48]}}, "has a malformed RLE"),
-        ({"segmentation": {"size": ["6", "8"], "counts": [48]}}, "has a malformed RLE"),
-        ({"segmentation": {"size": [6, 8], "counts": [7, None]}}, "has a malformed RLE"),
+        ({"segmentation": {"size": [6, 8]}}, "has an RLE without size or counts"),
+        ({"segmentation": {"size": 6, "counts": [48]}}, "has an RLE without size or counts"),
+        ({"segmentation": {"size": ["6", "8"], "counts": [48]}}, "has an RLE of another size than the image"),
+        ({"segmentation": {"size": [6, 8], "counts": [7, None]}}, "has an RLE whose runs do not cover the image"),
     ],
 )
 def test_what_detectron2_would_stop_at_is_named_before_it_loads(mine: Config, change: Json, words: str) -> None:
@@ -159,6 +159,52 @@ def test_what_detectron2_would_stop_at_is_named_before_it_loads(mine: Config, ch
     assert f"Annotation 11 of {path} {words}" in message(mine)
     with pytest.raises((AssertionError, TypeError, ValueError, KeyError)):
         build_train_loader(mine)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"bbox": [1, 1, 3]}, "has the box [1, 1, 3], which is no list of four finite numbers"),
+        ({"bbox": [1, 1, 3, float("nan")]}, "has the box [1, 1, 3, nan], which is no list"),
+        ({"bbox": ["1", 1, 3, 2]}, "has the box ['1', 1, 3, 2], which is no list"),
+        ({"segmentation": None}, "has no segmentation"),
+        ({"segmentation": []}, "has no segmentation"),
+        ({"segmentation": [[1, 1, 4, 1, 4, float("inf")]]}, "has a polygon with something else than finite numbers"),
+        ({"segmentation": [POLYGON, [1, 1, 4, 1, 4, "3"]]}, "has a polygon with something else than finite numbers"),
+        ({"segmentation": {"size": [6, 8], "counts": "abc"}}, "has an RLE whose runs do not cover the image"),
+        ({"segmentation": {"size": [6.0, 8], "counts": [48]}}, "has an RLE of the size [6.0, 8], which must be whole"),
+        ({"segmentation": {"size": [8, 6], "counts": [48]}}, "has an RLE of another size than the image"),
+    ],
+)
+@pytest.mark.parametrize("which", [{"train": False}, {"test": False}], ids=["test", "train"])
+def test_what_training_or_evaluation_would_stop_at_is_named(
+    mine: Config, change: Json, words: str, which: dict[str, bool]
+) -> None:
+    path = rewrite(lambda coco: coco["annotations"][0].update(change))
+    assert f"Annotation 11 of {path} {words}" in message(mine, **which)
+
+
+def test_boxes_and_masks_of_crowd_regions_are_needed_for_evaluation_alone(mine: Config) -> None:
+    path = rewrite(lambda coco: coco["annotations"][0].pop("bbox"))
+    assert message(mine) == f"Annotation 11 of {path} has no bbox, which the evaluation needs."
+    check_datasets(mine, test=False)
+    rewrite(lambda coco: coco["annotations"][0].update(bbox=[1, 1, 3, 2], segmentation=[], iscrowd=1))
+    assert "has no segmentation" in message(mine, train=False)
+    check_datasets(mine, test=False)
+
+
+@pytest.mark.parametrize("polygon", [[1, 1, 4, 3], [1, 1, 4, 1, 4, 3, 1]], ids=["two points", "odd"])
+def test_polygons_that_detectron2_leaves_out_are_counted_and_never_all_of_an_object_that_is_evaluated(
+    mine: Config, polygon: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    rewrite(lambda coco: coco["annotations"][0].update(segmentation=[POLYGON, polygon, polygon]))
+    check_datasets(mine)
+    assert "2 polygons with fewer than three points or an odd number of coordinates" in caplog.text
+    assert "the first in annotation 11, are left out of training, but not of the evaluation." in caplog.text
+    rewrite(lambda coco: coco["annotations"][0].update(segmentation=[polygon]))
+    assert f"has a polygon of {len(polygon)} numbers" in message(mine)
+    check_datasets(mine, test=False)
+    assert "the first in annotation 11, are left out of training." in caplog.text
 
 
 def test_an_annotation_id_that_is_used_twice_is_named(mine: Config) -> None:
@@ -186,7 +232,13 @@ def test_double_ids_of_a_minival_file_pass_as_detectron2_has_them_pass(
 @pytest.mark.parametrize("keys", [["height"], ["height", "width"]])
 def test_an_image_without_its_size_is_named(mine: Config, keys: list[str]) -> None:
     path = rewrite(lambda coco: [coco["images"][1].pop(key) for key in keys])
-    assert message(mine) == f"Image 2 (two.png) of {path} has no {' and no '.join(keys)} in pixels."
+    assert message(mine) == f"Image 2 (two.png) of {path} has no {' and no '.join(keys)} in whole pixels."
+
+
+@pytest.mark.parametrize("height", [6.0, 6.5, "6", 0, True])
+def test_a_size_that_is_no_whole_number_of_pixels_is_refused(mine: Config, height: Any) -> None:
+    path = rewrite(lambda coco: coco["images"][1].update(height=height))
+    assert message(mine) == f"Image 2 (two.png) of {path} has no height in whole pixels."
 
 
 @pytest.mark.parametrize(
