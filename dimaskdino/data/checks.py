@@ -64,14 +64,14 @@ def find_dataset(name: str) -> Metadata:
     make = metadata.get("make")
     if make is not None:
         make()
-    if hasattr(metadata, "json_file"):
+    if _has_coco_file(metadata):
         _check_files(name, Path(metadata.json_file), Path(metadata.image_root))
     return metadata
 
 
 def _summarize(name: str, *, scored: bool) -> Summary:
     metadata = find_dataset(name)
-    if metadata.get("evaluator_type") != "coco":
+    if metadata.get("evaluator_type") != "coco" or not _has_coco_file(metadata):
         return _summarize_entries(name)
     modified_ns = os.stat(metadata.json_file).st_mtime_ns
     summary = summarize_coco(metadata.json_file, metadata.image_root, modified_ns, scored=scored)
@@ -82,6 +82,11 @@ def _summarize(name: str, *, scored: bool) -> Summary:
             f"{len(summary.class_names)} categories or other names; register that file under a name of its own."
         )
     return summary
+
+
+def _has_coco_file(metadata: Metadata) -> bool:
+    """Whether a dataset is read from an annotation file; one of a function may name a file for the evaluation alone."""
+    return bool(metadata.get("json_file") and metadata.get("image_root"))
 
 
 def _check_files(name: str, json_file: Path, image_root: Path) -> None:
@@ -111,7 +116,8 @@ def _summarize_entries(name: str) -> Summary:
     class_names = MetadataCatalog.get(name).get("thing_classes")
     if class_names is None:
         raise DatasetError(f"Dataset {name} has no class names; set thing_classes in its metadata.")
-    return Summary(class_names=tuple(class_names), first_image=entries[0]["file_name"])
+    annotated = any("annotations" in entry for entry in entries)
+    return Summary(class_names=tuple(class_names), first_image=entries[0]["file_name"], annotated=annotated)
 
 
 def _check_classes(name: str, class_names: tuple[str, ...], num_classes: int) -> None:

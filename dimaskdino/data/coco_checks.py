@@ -24,7 +24,7 @@ class Summary:
 
     class_names: tuple[str, ...]
     first_image: str
-    annotated: bool = True
+    annotated: bool
 
 
 @functools.lru_cache(maxsize=8)

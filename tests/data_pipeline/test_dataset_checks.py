@@ -334,6 +334,25 @@ def test_a_dataset_registered_as_a_function_is_checked_too(mine: Config) -> None
     assert "is empty" in message(mine)
 
 
+def test_a_function_whose_images_have_no_annotations_can_be_predicted_but_not_trained_on(mine: Config) -> None:
+    entries = DatasetCatalog.get("mine")
+    DatasetCatalog.register("function", lambda: entries)
+    MetadataCatalog.get("function").thing_classes = ["ball", "box"]
+    mine.merge_from_list(["DATASETS.TRAIN", ("function",), "DATASETS.TEST", ("function",)])
+    del entries[0]["annotations"]
+    check_datasets(mine)
+    del entries[1]["annotations"]
+    check_datasets(mine, train=False)
+    assert message(mine) == "Dataset function has no annotations, so it can be predicted but not trained on."
+
+
+def test_a_function_may_name_an_annotation_file_without_a_folder(mine: Config, tmp_path: Path) -> None:
+    register_with_classes("function", "ball", "box")
+    MetadataCatalog.get("function").set(json_file=str(tmp_path / "annotations.json"), evaluator_type="coco")
+    mine.merge_from_list(["DATASETS.TRAIN", ("function",), "DATASETS.TEST", ("function",)])
+    check_datasets(mine)
+
+
 def test_the_synthetic_dataset_is_made_by_the_check(cfg: Config, tmp_path: Path) -> None:
     cfg.merge_from_list(["DATASETS.TRAIN", ("shapes_train",), "DATASETS.TEST", ("shapes_val",)])
     assert "dataset shapes_train has 6 categories" in message(cfg)
