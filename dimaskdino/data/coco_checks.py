@@ -7,6 +7,7 @@ import math
 import os
 from collections import Counter
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,10 @@ def summarize_coco(json_file: str, image_root: str, modified_ns: int, *, scored:
         coco = json.loads(Path(json_file).read_bytes())
         categories = {category["id"]: category["name"] for category in coco["categories"]}
         images = {image["id"]: image for image in coco["images"]}
-        given = coco.get("annotations")
-        annotations = [] if given is None else given
+        annotations = coco.get("annotations", [])
+        if annotations is None:
+            raise DatasetError(f'{json_file} has "annotations": null; write a list, or remove the key for a test set.')
+        _check_categories(json_file, coco["categories"])
         _check_images(json_file, coco["images"])
         _check_annotations(json_file, annotations, categories)
         _check_objects(json_file, [each for each in annotations if each["image_id"] in images], images, scored=scored)
@@ -60,7 +63,17 @@ def summarize_coco(json_file: str, image_root: str, modified_ns: int, *, scored:
         ) from error
     if not images:
         raise DatasetError(f"Annotation file {json_file} lists no image.")
-    return Summary(class_names=class_names, first_image=first_image, annotated=given is not None)
+    return Summary(class_names=class_names, first_image=first_image, annotated="annotations" in coco)
+
+
+def _check_categories(json_file: str, categories: list[Json]) -> None:
+    """Categories of one id, or of one name, would share a class or a row of the table by class."""
+    for key in ("id", "name"):
+        value, count = max(
+            Counter(category[key] for category in categories).items(), key=itemgetter(1), default=("", 0)
+        )
+        if count > 1:
+            raise DatasetError(f"{count} categories of {json_file} have the {key} {value!r}; give each its own.")
 
 
 def _check_images(json_file: str, images: list[Json]) -> None:

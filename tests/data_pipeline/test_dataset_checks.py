@@ -127,6 +127,15 @@ def test_a_category_that_the_file_does_not_define_names_the_annotation(mine: Con
 
 
 @pytest.mark.parametrize(
+    ("category", "words"),
+    [({"id": 3, "name": "cone"}, "have the id 3;"), ({"id": 9, "name": "box"}, "have the name 'box';")],
+)
+def test_categories_that_share_an_id_or_a_name_are_refused(mine: Config, category: Json, words: str) -> None:
+    path = rewrite(lambda coco: coco["categories"].append(category))
+    assert f"2 categories of {path} {words}" in message(mine)
+
+
+@pytest.mark.parametrize(
     ("keys", "words"),
     [
         (["id"], "Annotation number 0, counted from 0, of {path} has no id."),
@@ -259,6 +268,11 @@ def test_a_test_set_without_annotations_can_be_predicted_but_not_trained_on(mine
     rewrite(lambda coco: coco.pop("annotations"))
     check_datasets(mine, train=False)
     assert message(mine) == "Dataset mine has no annotations, so it can be predicted but not trained on."
+
+
+def test_annotations_that_are_null_are_refused(mine: Config) -> None:
+    path = rewrite(lambda coco: coco.update(annotations=None))
+    assert f'{path} has "annotations": null' in message(mine, train=False)
 
 
 def test_a_changed_annotation_file_is_read_again(mine: Config) -> None:
