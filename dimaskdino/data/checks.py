@@ -1,32 +1,23 @@
 """Checks of the configured datasets before anything is built, each with one clear line."""
 
 import difflib
-import functools
-import json
+import logging
 import os
-from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Collection
 from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 
+from dimaskdino.data.coco_checks import Summary, summarize_coco
 from dimaskdino.data.datasets import data_root, register_all
 from dimaskdino.data.images import read_image
-from dimaskdino.data.rle import checked_rle
 from dimaskdino.errors import ConfigError, DatasetError
 
 __all__ = ["DatasetError", "check_datasets", "find_dataset"]
 
-
-@dataclass(frozen=True)
-class _Summary:
-    """What the checks need of a dataset: class names by index, the first image's path, and whether it is labelled."""
-
-    class_names: tuple[str, ...]
-    first_image: str
-    annotated: bool = True
+logger = logging.getLogger(__name__)
 
 
 def check_datasets(cfg: CfgNode, *, train: bool = True, test: bool = True) -> None:
@@ -39,20 +30,24 @@ def check_datasets(cfg: CfgNode, *, train: bool = True, test: bool = True) -> No
 
     Raises:
         ConfigError: if there is no dataset to train on, or, without training, to evaluate on.
-        DatasetError: if a dataset is not registered, lacks a file, is malformed or does not fit the configuration.
+        DatasetError: if a dataset is not registered, lacks a file, is malformed, or does not fit the configuration or
+            the other datasets.
     """
     register_all(cfg=cfg)
     if train and not cfg.DATASETS.TRAIN:
         raise ConfigError("DATASETS.TRAIN names no dataset; set it, for example to ('coco_2017_train',).")
     if test and not train and not cfg.DATASETS.TEST:
         raise ConfigError("DATASETS.TEST names no dataset to evaluate on; set it, for example to ('coco_2017_val',).")
-    names = [*(cfg.DATASETS.TRAIN if train else ()), *(cfg.DATASETS.TEST if test else ())]
-    for name in dict.fromkeys(names):
-        summary = _summarize(name)
-        if train and name in cfg.DATASETS.TRAIN and not summary.annotated:
+    trained, tested = cfg.DATASETS.TRAIN if train else (), cfg.DATASETS.TEST if test else ()
+    classes: dict[str, tuple[str, ...]] = {}
+    for name in dict.fromkeys((*trained, *tested)):
+        summary = _summarize(name, scored=name in tested)
+        if name in trained and not summary.annotated:
             raise DatasetError(f"Dataset {name} has no annotations, so it can be predicted but not trained on.")
         _check_classes(name, summary.class_names, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)
         read_image(summary.first_image, cfg.INPUT.FORMAT)
+        classes[name] = summary.class_names
+    _check_same_classes(classes, trained)
 
 
 def find_dataset(name: str) -> Metadata:
@@ -69,16 +64,17 @@ def find_dataset(name: str) -> Metadata:
     make = metadata.get("make")
     if make is not None:
         make()
-    if hasattr(metadata, "json_file"):
+    if _has_coco_file(metadata):
         _check_files(name, Path(metadata.json_file), Path(metadata.image_root))
     return metadata
 
 
-def _summarize(name: str) -> _Summary:
+def _summarize(name: str, *, scored: bool) -> Summary:
     metadata = find_dataset(name)
-    if metadata.get("evaluator_type") != "coco":
+    if metadata.get("evaluator_type") != "coco" or not _has_coco_file(metadata):
         return _summarize_entries(name)
-    summary = _summarize_coco(metadata.json_file, metadata.image_root, os.stat(metadata.json_file).st_mtime_ns)
+    modified_ns = os.stat(metadata.json_file).st_mtime_ns
+    summary = summarize_coco(metadata.json_file, metadata.image_root, modified_ns, scored=scored)
     names = tuple(metadata.get("thing_classes", summary.class_names))
     if names != summary.class_names:
         raise DatasetError(
@@ -86,6 +82,11 @@ def _summarize(name: str) -> _Summary:
             f"{len(summary.class_names)} categories or other names; register that file under a name of its own."
         )
     return summary
+
+
+def _has_coco_file(metadata: Metadata) -> bool:
+    """Whether a dataset is read from an annotation file; one of a function may name a file for the evaluation alone."""
+    return bool(metadata.get("json_file") and metadata.get("image_root"))
 
 
 def _check_files(name: str, json_file: Path, image_root: Path) -> None:
@@ -107,99 +108,7 @@ def _layout_hint(json_file: Path, image_root: Path) -> str:
     )
 
 
-@functools.lru_cache(maxsize=8)
-def _summarize_coco(json_file: str, image_root: str, modified_ns: int) -> _Summary:
-    """Read a COCO annotation file; ``modified_ns`` makes a changed file be read again."""
-    try:
-        coco = json.loads(Path(json_file).read_bytes())
-        categories = {category["id"]: category["name"] for category in coco["categories"]}
-        images = {image["id"]: image["file_name"] for image in coco["images"]}
-        given = coco.get("annotations")
-        annotations = [] if given is None else given
-        _check_images(json_file, coco["images"])
-        _check_annotations(json_file, annotations, categories)
-        _check_for_detectron2(json_file, [each for each in annotations if each["image_id"] in images])
-        class_names = tuple(categories[key] for key in sorted(categories))
-        first_image = os.path.join(image_root, images[min(images)]) if images else ""
-    except DatasetError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DatasetError(
-            f"Annotation file {json_file} is not in COCO's format ({type(error).__name__}: {error}); it needs images, "
-            "categories and, but for a test set, annotations."
-        ) from error
-    if not images:
-        raise DatasetError(f"Annotation file {json_file} lists no image.")
-    return _Summary(class_names=class_names, first_image=first_image, annotated=given is not None)
-
-
-def _check_images(json_file: str, images: list[dict]) -> None:
-    for image in images:
-        if not isinstance(image["file_name"], str):
-            raise DatasetError(f"Image {image['id']} of {json_file} has the file_name {image['file_name']!r:.40}.")
-        missing = [key for key in ("height", "width") if not isinstance(image.get(key), int | float)]
-        if missing:
-            where = f"Image {image['id']} ({image['file_name']}) of {json_file}"
-            raise DatasetError(f"{where} has no {' and no '.join(missing)} in pixels.")
-
-
-def _check_annotations(json_file: str, annotations: list[dict], categories: dict[int, str]) -> None:
-    for position, annotation in enumerate(annotations):
-        missing = [key for key in ("id", "image_id", "category_id") if key not in annotation]
-        if missing:
-            raise DatasetError(
-                f"Annotation {annotation.get('id', f'number {position}, counted from 0,')} of {json_file} has no "
-                f"{' and no '.join(missing)}."
-            )
-        if annotation["category_id"] not in categories:
-            raise DatasetError(
-                f"Annotation {annotation['id']} of {json_file} has category id {annotation['category_id']}, "
-                "which is not among the file's categories."
-            )
-
-
-def _check_for_detectron2(json_file: str, annotations: list[dict]) -> None:
-    """What detectron2 takes for granted of the annotations of listed images while it loads them."""
-    for annotation in annotations:
-        complaint = _complaint(annotation)
-        if complaint:
-            raise DatasetError(f"Annotation {annotation['id']} of {json_file} {complaint}.")
-    ids = [annotation["id"] for annotation in annotations]
-    # detectron2 knows that COCO 2014's minival files list annotations twice.
-    if len(set(ids)) < len(ids) and "minival" not in json_file:
-        twice = next(key for key, count in Counter(ids).items() if count > 1)
-        raise DatasetError(f"Annotation id {twice} is used more than once in {json_file}; number the annotations anew.")
-
-
-def _complaint(annotation: dict) -> str:
-    """What keeps detectron2 from loading an annotation; "" if nothing does."""
-    if annotation.get("ignore", 0) != 0:
-        return 'says "ignore", which detectron2 refuses: write "iscrowd": 1 to leave a region out, or remove the key'
-    if annotation.get("iscrowd", 0) not in (0, 1):
-        return f"has iscrowd {annotation['iscrowd']!r:.40}, which is neither 0 nor 1"
-    box = annotation.get("bbox", (0,))
-    if not box or not isinstance(box, list | tuple):
-        return f"has the box {box!r:.40}, which is no list of four numbers"
-    mask = annotation.get("segmentation")
-    if isinstance(mask, dict):
-        return _rle_complaint(mask)
-    if mask and not (isinstance(mask, list) and all(isinstance(polygon, list) for polygon in mask)):
-        return "has a segmentation that is neither a list of polygons, each a list of numbers, nor an RLE"
-    return ""
-
-
-def _rle_complaint(mask: dict) -> str:
-    """As :func:`_complaint`; detectron2 unpacks lists of run lengths at once."""
-    try:
-        if not isinstance(mask["counts"], str):
-            height, width = mask["size"]
-            checked_rle(mask, (height, width))
-    except (KeyError, TypeError, ValueError):
-        return "has a malformed RLE; it needs size, [height, width], and counts, whose sum is their product"
-    return ""
-
-
-def _summarize_entries(name: str) -> _Summary:
+def _summarize_entries(name: str) -> Summary:
     """For datasets that are not in COCO's format: load them through detectron2."""
     entries = DatasetCatalog.get(name)
     if not entries:
@@ -207,7 +116,8 @@ def _summarize_entries(name: str) -> _Summary:
     class_names = MetadataCatalog.get(name).get("thing_classes")
     if class_names is None:
         raise DatasetError(f"Dataset {name} has no class names; set thing_classes in its metadata.")
-    return _Summary(class_names=tuple(class_names), first_image=entries[0]["file_name"])
+    annotated = any("annotations" in entry for entry in entries)
+    return Summary(class_names=tuple(class_names), first_image=entries[0]["file_name"], annotated=annotated)
 
 
 def _check_classes(name: str, class_names: tuple[str, ...], num_classes: int) -> None:
@@ -216,3 +126,27 @@ def _check_classes(name: str, class_names: tuple[str, ...], num_classes: int) ->
             f"MODEL.SEM_SEG_HEAD.NUM_CLASSES is {num_classes}, but dataset {name} has {len(class_names)} categories; "
             f"set it to {len(class_names)}."
         )
+
+
+def _check_same_classes(classes: dict[str, tuple[str, ...]], trained: Collection[str]) -> None:
+    """Class numbers must mean the same everywhere: against other ones even perfect predictions score AP 0.
+
+    Args:
+        classes: dataset -> class names by number, as many in each; the others are compared with the first.
+        trained: the datasets that are trained on.
+    """
+    first = next(iter(classes), "")
+    for name, names in classes.items():
+        expected = classes[first]
+        if names == expected:
+            continue
+        index = next(index for index in range(len(names)) if names[index] != expected[index])
+        where = f"class {index} is {expected[index]!r} in {first} and {names[index]!r} in {name}"
+        if set(names) == set(expected):
+            raise DatasetError(
+                f"Datasets {first} and {name} have the same classes in another order: {where}; give their categories "
+                "the same order."
+            )
+        if name in trained:
+            raise DatasetError(f"Datasets {first} and {name} cannot be trained on together: {where}.")
+        logger.warning("Datasets %s and %s have classes of other names, compared by number: %s.", first, name, where)

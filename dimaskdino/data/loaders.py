@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader, build_detection_train_loader, get_detection_dataset_dicts
-from detectron2.data.build import filter_images_with_only_crowd_annotations
+from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader, build_detection_train_loader
+from detectron2.data.build import filter_images_with_only_crowd_annotations, print_instances_class_histogram
+from detectron2.data.detection_utils import check_metadata_consistency
 from torch.utils.data import Sampler
 
 from dimaskdino.compat import training_samplers
@@ -36,7 +37,7 @@ def build_train_loader(cfg: CfgNode, *, make_sampler: Callable[[int], Sampler] |
     check_choice("DATALOADER.SAMPLER_TRAIN", cfg.DATALOADER.SAMPLER_TRAIN, training_samplers(cfg))
     register_all(cfg=cfg)
     entries = _entries(cfg, cfg.DATASETS.TRAIN)
-    regions = sum(annotation.get("iscrowd", 0) for entry in entries for annotation in entry.get("annotations", ()))
+    regions = sum(annotation.get("iscrowd", 0) for entry in entries for annotation in entry["annotations"])
     logger.info("Crowd and ignored regions are left out of training: %d", regions)
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
         entries = filter_images_with_only_crowd_annotations(entries)
@@ -73,7 +74,16 @@ def max_images(cfg: CfgNode) -> int:
 
 
 def _entries(cfg: CfgNode, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Images of the named datasets in detectron2's format; the first DATASETS.MAX_IMAGES of them unless that is 0."""
+    """Images of the named datasets in detectron2's format; the first DATASETS.MAX_IMAGES of them unless that is 0.
+
+    detectron2's own function wants annotations of every image where the first has them; here an image without them is
+    background. Like it, this logs how many objects there are of each class.
+    """
     number = max_images(cfg)
-    entries = get_detection_dataset_dicts(list(names), filter_empty=False)
+    loaded = [entry for name in names for entry in DatasetCatalog.get(name)]
+    entries = [entry if "annotations" in entry else {**entry, "annotations": []} for entry in loaded]
+    class_names = MetadataCatalog.get(names[0]).get("thing_classes")
+    if class_names is not None and any("annotations" in entry for entry in loaded):
+        check_metadata_consistency("thing_classes", names)
+        print_instances_class_histogram(entries, class_names)
     return entries[:number] if number else entries

@@ -1,6 +1,7 @@
 """What is wrong with a dataset is said in one line, before anything is built."""
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from dimaskdino.config import Config
 from dimaskdino.data import build_train_loader, register_all
 from dimaskdino.data.checks import check_datasets
 from dimaskdino.errors import ConfigError, DatasetError
-from tests.data_pipeline.conftest import Json
+from tests.data_pipeline.conftest import POLYGON, Json
 
 pytestmark = pytest.mark.usefixtures("registrations")
 
@@ -126,6 +127,15 @@ def test_a_category_that_the_file_does_not_define_names_the_annotation(mine: Con
 
 
 @pytest.mark.parametrize(
+    ("category", "words"),
+    [({"id": 3, "name": "cone"}, "have the id 3;"), ({"id": 9, "name": "box"}, "have the name 'box';")],
+)
+def test_categories_that_share_an_id_or_a_name_are_refused(mine: Config, category: Json, words: str) -> None:
+    path = rewrite(lambda coco: coco["categories"].append(category))
+    assert f"2 categories of {path} {words}" in message(mine)
+
+
+@pytest.mark.parametrize(
     ("keys", "words"),
     [
         (["id"], "Annotation number 0, counted from 0, of {path} has no id."),
@@ -143,14 +153,14 @@ def test_an_annotation_that_lacks_a_key_is_named(mine: Config, keys: list[str], 
     [
         ({"ignore": 1}, 'says "ignore", which detectron2 refuses'),
         ({"iscrowd": None}, "has iscrowd None, which is neither 0 nor 1"),
-        ({"bbox": []}, "has the box [], which is no list of four numbers"),
+        ({"bbox": []}, "has the box [], which is no list of four finite numbers"),
         ({"bbox": 5}, "has the box 5,"),
         ({"segmentation": 5}, "has a segmentation that is neither a list of polygons"),
         ({"segmentation": [1, 1, 4, 1, 4, 3]}, "has a segmentation that is neither a list of polygons"),
-        ({"segmentation": {"size": [6, 8]}}, "has a malformed RLE"),
-        ({"segmentation": {"size": 6, "counts": [48]}}, "has a malformed RLE"),
-        ({"segmentation": {"size": ["6", "8"], "counts": [48]}}, "has a malformed RLE"),
-        ({"segmentation": {"size": [6, 8], "counts": [7, None]}}, "has a malformed RLE"),
+        ({"segmentation": {"size": [6, 8]}}, "has an RLE without size or counts"),
+        ({"segmentation": {"size": 6, "counts": [48]}}, "has an RLE without size or counts"),
+        ({"segmentation": {"size": ["6", "8"], "counts": [48]}}, "has an RLE of another size than the image"),
+        ({"segmentation": {"size": [6, 8], "counts": [7, None]}}, "has an RLE whose runs do not cover the image"),
     ],
 )
 def test_what_detectron2_would_stop_at_is_named_before_it_loads(mine: Config, change: Json, words: str) -> None:
@@ -158,6 +168,52 @@ def test_what_detectron2_would_stop_at_is_named_before_it_loads(mine: Config, ch
     assert f"Annotation 11 of {path} {words}" in message(mine)
     with pytest.raises((AssertionError, TypeError, ValueError, KeyError)):
         build_train_loader(mine)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"bbox": [1, 1, 3]}, "has the box [1, 1, 3], which is no list of four finite numbers"),
+        ({"bbox": [1, 1, 3, float("nan")]}, "has the box [1, 1, 3, nan], which is no list"),
+        ({"bbox": ["1", 1, 3, 2]}, "has the box ['1', 1, 3, 2], which is no list"),
+        ({"segmentation": None}, "has no segmentation"),
+        ({"segmentation": []}, "has no segmentation"),
+        ({"segmentation": [[1, 1, 4, 1, 4, float("inf")]]}, "has a polygon with something else than finite numbers"),
+        ({"segmentation": [POLYGON, [1, 1, 4, 1, 4, "3"]]}, "has a polygon with something else than finite numbers"),
+        ({"segmentation": {"size": [6, 8], "counts": "abc"}}, "has an RLE whose runs do not cover the image"),
+        ({"segmentation": {"size": [6.0, 8], "counts": [48]}}, "has an RLE of the size [6.0, 8], which must be whole"),
+        ({"segmentation": {"size": [8, 6], "counts": [48]}}, "has an RLE of another size than the image"),
+    ],
+)
+@pytest.mark.parametrize("which", [{"train": False}, {"test": False}], ids=["test", "train"])
+def test_what_training_or_evaluation_would_stop_at_is_named(
+    mine: Config, change: Json, words: str, which: dict[str, bool]
+) -> None:
+    path = rewrite(lambda coco: coco["annotations"][0].update(change))
+    assert f"Annotation 11 of {path} {words}" in message(mine, **which)
+
+
+def test_boxes_and_masks_of_crowd_regions_are_needed_for_evaluation_alone(mine: Config) -> None:
+    path = rewrite(lambda coco: coco["annotations"][0].pop("bbox"))
+    assert message(mine) == f"Annotation 11 of {path} has no bbox, which the evaluation needs."
+    check_datasets(mine, test=False)
+    rewrite(lambda coco: coco["annotations"][0].update(bbox=[1, 1, 3, 2], segmentation=[], iscrowd=1))
+    assert "has no segmentation" in message(mine, train=False)
+    check_datasets(mine, test=False)
+
+
+@pytest.mark.parametrize("polygon", [[1, 1, 4, 3], [1, 1, 4, 1, 4, 3, 1]], ids=["two points", "odd"])
+def test_polygons_that_detectron2_leaves_out_are_counted_and_never_all_of_an_object_that_is_evaluated(
+    mine: Config, polygon: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    rewrite(lambda coco: coco["annotations"][0].update(segmentation=[POLYGON, polygon, polygon]))
+    check_datasets(mine)
+    assert "2 polygons with fewer than three points or an odd number of coordinates" in caplog.text
+    assert "the first in annotation 11, are left out of training, but not of the evaluation." in caplog.text
+    rewrite(lambda coco: coco["annotations"][0].update(segmentation=[polygon]))
+    assert f"has a polygon of {len(polygon)} numbers" in message(mine)
+    check_datasets(mine, test=False)
+    assert "the first in annotation 11, are left out of training." in caplog.text
 
 
 def test_an_annotation_id_that_is_used_twice_is_named(mine: Config) -> None:
@@ -185,7 +241,13 @@ def test_double_ids_of_a_minival_file_pass_as_detectron2_has_them_pass(
 @pytest.mark.parametrize("keys", [["height"], ["height", "width"]])
 def test_an_image_without_its_size_is_named(mine: Config, keys: list[str]) -> None:
     path = rewrite(lambda coco: [coco["images"][1].pop(key) for key in keys])
-    assert message(mine) == f"Image 2 (two.png) of {path} has no {' and no '.join(keys)} in pixels."
+    assert message(mine) == f"Image 2 (two.png) of {path} has no {' and no '.join(keys)} in whole pixels."
+
+
+@pytest.mark.parametrize("height", [6.0, 6.5, "6", 0, True])
+def test_a_size_that_is_no_whole_number_of_pixels_is_refused(mine: Config, height: Any) -> None:
+    path = rewrite(lambda coco: coco["images"][1].update(height=height))
+    assert message(mine) == f"Image 2 (two.png) of {path} has no height in whole pixels."
 
 
 @pytest.mark.parametrize(
@@ -208,6 +270,11 @@ def test_a_test_set_without_annotations_can_be_predicted_but_not_trained_on(mine
     assert message(mine) == "Dataset mine has no annotations, so it can be predicted but not trained on."
 
 
+def test_annotations_that_are_null_are_refused(mine: Config) -> None:
+    path = rewrite(lambda coco: coco.update(annotations=None))
+    assert f'{path} has "annotations": null' in message(mine, train=False)
+
+
 def test_a_changed_annotation_file_is_read_again(mine: Config) -> None:
     check_datasets(mine)
     rewrite(lambda coco: coco["categories"].append({"id": 9, "name": "cone"}))
@@ -217,6 +284,48 @@ def test_a_changed_annotation_file_is_read_again(mine: Config) -> None:
 def test_a_file_with_other_classes_than_registered_is_told_apart(mine: Config) -> None:
     MetadataCatalog.get("mine").thing_classes = ["ball", "crate"]
     assert "is registered with 2 classes" in message(mine)
+
+
+def register_with_classes(name: str, *class_names: str) -> None:
+    """The sound dataset again, its classes named otherwise."""
+    DatasetCatalog.register(name, lambda: DatasetCatalog.get("mine"))
+    MetadataCatalog.get(name).thing_classes = list(class_names)
+
+
+def test_training_datasets_with_other_classes_are_refused(mine: Config) -> None:
+    register_with_classes("swapped", "box", "ball")
+    register_with_classes("renamed", "ball", "crate")
+    mine.DATASETS.TRAIN = ("mine", "swapped")
+    text = message(mine)
+    assert "Datasets mine and swapped have the same classes in another order" in text
+    assert "class 0 is 'ball' in mine and 'box' in swapped" in text
+    mine.DATASETS.TRAIN = ("mine", "renamed")
+    text = message(mine)
+    assert text == (
+        "Datasets mine and renamed cannot be trained on together: class 1 is 'box' in mine and 'crate' in renamed."
+    )
+
+
+def test_a_test_dataset_with_the_classes_in_another_order_is_refused(mine: Config) -> None:
+    register_with_classes("swapped", "box", "ball")
+    mine.DATASETS.TEST = ("swapped",)
+    assert "Datasets mine and swapped have the same classes in another order" in message(mine)
+    check_datasets(mine, train=False)
+    mine.DATASETS.TEST = ("mine", "swapped")
+    assert "in another order" in message(mine, train=False)
+
+
+def test_a_test_dataset_with_classes_of_other_names_is_warned_of_once(
+    mine: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    register_with_classes("renamed", "ball", "crate")
+    mine.DATASETS.TEST = ("mine", "renamed")
+    check_datasets(mine)
+    (record,) = [
+        record for record in caplog.records if record.levelno == logging.WARNING and "other names" in record.message
+    ]
+    assert "mine and renamed" in record.message
+    assert "class 1 is 'box' in mine and 'crate' in renamed" in record.message
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"?")], ids=["missing", "unreadable"])
@@ -237,6 +346,25 @@ def test_a_dataset_registered_as_a_function_is_checked_too(mine: Config) -> None
     check_datasets(mine, test=False)
     entries.clear()
     assert "is empty" in message(mine)
+
+
+def test_a_function_whose_images_have_no_annotations_can_be_predicted_but_not_trained_on(mine: Config) -> None:
+    entries = DatasetCatalog.get("mine")
+    DatasetCatalog.register("function", lambda: entries)
+    MetadataCatalog.get("function").thing_classes = ["ball", "box"]
+    mine.merge_from_list(["DATASETS.TRAIN", ("function",), "DATASETS.TEST", ("function",)])
+    del entries[0]["annotations"]
+    check_datasets(mine)
+    del entries[1]["annotations"]
+    check_datasets(mine, train=False)
+    assert message(mine) == "Dataset function has no annotations, so it can be predicted but not trained on."
+
+
+def test_a_function_may_name_an_annotation_file_without_a_folder(mine: Config, tmp_path: Path) -> None:
+    register_with_classes("function", "ball", "box")
+    MetadataCatalog.get("function").set(json_file=str(tmp_path / "annotations.json"), evaluator_type="coco")
+    mine.merge_from_list(["DATASETS.TRAIN", ("function",), "DATASETS.TEST", ("function",)])
+    check_datasets(mine)
 
 
 def test_the_synthetic_dataset_is_made_by_the_check(cfg: Config, tmp_path: Path) -> None:

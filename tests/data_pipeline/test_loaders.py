@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from torch.utils.data import SequentialSampler
 
@@ -43,6 +44,24 @@ def test_images_without_an_object_are_left_out_and_counted(mine: Config, caplog:
 def test_background_images_are_trained_on_where_asked(mine: Config) -> None:
     mine.merge_from_list(["DATALOADER.FILTER_EMPTY_ANNOTATIONS", False, "INPUT.MIN_SCALE", 1.0, "INPUT.MAX_SCALE", 1.0])
     assert drawn_objects(mine) == {1: 1, 2: 0, 3: 0}
+
+
+@pytest.mark.parametrize("without", [[0], [1, 2], [0, 1, 2]], ids=["first", "others", "all"])
+def test_images_without_annotations_are_background(mine: Config, without: list[int]) -> None:
+    entries = DatasetCatalog.get("mine")
+    for index in without:
+        del entries[index]["annotations"]
+    DatasetCatalog.register("function", lambda: entries)
+    MetadataCatalog.get("function").thing_classes = ["ball", "box"]
+    mine.merge_from_list(["DATASETS.TRAIN", ("function",), "DATALOADER.FILTER_EMPTY_ANNOTATIONS", False])
+    mine.merge_from_list(["INPUT.MIN_SCALE", 1.0, "INPUT.MAX_SCALE", 1.0])
+    assert drawn_objects(mine) == {1: 0 if 0 in without else 1, 2: 0, 3: 0}
+    assert sum("annotations" not in entry for entry in entries) == len(without)
+    assert len(list(build_test_loader(mine, "function"))) == 3
+    mine.DATALOADER.FILTER_EMPTY_ANNOTATIONS = True
+    if 0 in without:
+        with pytest.raises(DatasetError, match="No image with an object"):
+            build_train_loader(mine)
 
 
 def test_training_repeats_without_end_by_default(mine: Config) -> None:
