@@ -15,7 +15,7 @@ from dimaskdino.data.datasets import data_root, register_all
 from dimaskdino.data.images import read_image
 from dimaskdino.errors import ConfigError, DatasetError
 
-__all__ = ["DatasetError", "check_datasets", "find_dataset"]
+__all__ = ["DatasetError", "check_datasets", "find_dataset", "has_coco_file"]
 
 logger = logging.getLogger(__name__)
 
@@ -64,14 +64,14 @@ def find_dataset(name: str) -> Metadata:
     make = metadata.get("make")
     if make is not None:
         make()
-    if _has_coco_file(metadata):
+    if has_coco_file(metadata):
         _check_files(name, Path(metadata.json_file), Path(metadata.image_root))
     return metadata
 
 
 def _summarize(name: str, *, scored: bool) -> Summary:
     metadata = find_dataset(name)
-    if metadata.get("evaluator_type") != "coco" or not _has_coco_file(metadata):
+    if metadata.get("evaluator_type") != "coco" or not has_coco_file(metadata):
         return _summarize_entries(name)
     modified_ns = os.stat(metadata.json_file).st_mtime_ns
     summary = summarize_coco(metadata.json_file, metadata.image_root, modified_ns, scored=scored)
@@ -84,7 +84,7 @@ def _summarize(name: str, *, scored: bool) -> Summary:
     return summary
 
 
-def _has_coco_file(metadata: Metadata) -> bool:
+def has_coco_file(metadata: Metadata) -> bool:
     """Whether a dataset is read from an annotation file; one of a function may name a file for the evaluation alone."""
     return bool(metadata.get("json_file") and metadata.get("image_root"))
 

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dimaskdino.data.checks import find_dataset
+from dimaskdino.data.checks import find_dataset, has_coco_file
 from dimaskdino.data.inspection_image import image_problems
 from dimaskdino.data.parallel import Progress, no_progress, parallel_map
 from dimaskdino.data.reports import Problem
@@ -50,7 +50,7 @@ def inspect_dataset(name: str, *, num_workers: int = 0, progress: Progress = no_
         DatasetError: if it is not registered, lacks its files, lists no image or is not in COCO's format at all.
     """
     metadata = find_dataset(name)
-    if metadata.get("evaluator_type") != "coco" or not hasattr(metadata, "json_file"):
+    if metadata.get("evaluator_type") != "coco" or not has_coco_file(metadata):
         raise DatasetError(f"Dataset {name} is not registered with a COCO annotation file, so it cannot be inspected.")
     coco = _read(Path(metadata.json_file))
     problems = [*_category_problems(coco, metadata.get("thing_classes")), *_listing_problems(coco)]

@@ -28,6 +28,7 @@ def read_truth(path: str | Path) -> COCO:
     annotations = truth.dataset.get("annotations", [])
     for number, annotation in enumerate(annotations, start=1):
         annotation["id"] = number
+        annotation.setdefault("iscrowd", 0)  # pycocotools reads it of every object
     with quiet():
         truth.createIndex()
     without = [annotation for annotation in annotations if not _is_number(annotation.get("area"))]

@@ -162,6 +162,16 @@ def test_scores_do_not_depend_on_the_ids_of_annotations(dataset: str, tmp_path: 
     assert scores["bbox"]["AP"] == scores["segm"]["AP"] == pytest.approx(100.0)
 
 
+@pytest.mark.parametrize("implementation", [COCOeval, COCOeval_faster or COCOeval], ids=lambda kind: kind.__name__)
+def test_objects_without_iscrowd_are_no_crowd(
+    dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, implementation: type[COCOeval]
+) -> None:
+    change_truth(dataset, lambda coco: [found.pop("iscrowd") for found in coco["annotations"][:2]])
+    monkeypatch.setattr("dimaskdino.evaluation.coco.implementation_for", lambda truth: implementation)
+    scores = scores_of(CocoEvaluator(dataset_name=dataset, output_dir=str(tmp_path / "out")), perfect())
+    assert scores["bbox"]["AP"] == scores["segm"]["AP"] == pytest.approx(100.0)
+
+
 def entries() -> list[dict[str, Any]]:
     """``OBJECTS`` in detectron2's own format."""
     by_image: dict[int, list[Any]] = {image_id: [] for image_id in IMAGE_IDS}
