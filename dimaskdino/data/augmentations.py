@@ -3,7 +3,7 @@
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 
-from dimaskdino.errors import ConfigError
+from dimaskdino.errors import check_choice
 
 PAD_VALUE = 128.0  # gray of the canvas around a picture that large-scale jitter made small, as in the releases
 DETR_CROP_SHORT_EDGES = (400, 500, 600)
@@ -53,8 +53,7 @@ def _color_and_flip(cfg: CfgNode) -> list[T.Augmentation]:
 
         augmentations.append(ColorAugSSDTransform(img_format=cfg.INPUT.FORMAT))
     flip = cfg.INPUT.RANDOM_FLIP
-    if flip not in ("none", "horizontal", "vertical"):
-        raise ConfigError(f"INPUT.RANDOM_FLIP is {flip!r}; it must be none, horizontal or vertical.")
+    check_choice("INPUT.RANDOM_FLIP", flip, ("none", "horizontal", "vertical"))
     if flip != "none":
         augmentations.append(T.RandomFlip(horizontal=flip == "horizontal", vertical=flip == "vertical"))
     return augmentations

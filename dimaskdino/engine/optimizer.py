@@ -8,7 +8,7 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
-from dimaskdino.errors import ConfigError
+from dimaskdino.errors import ConfigError, check_choice
 
 logger = logging.getLogger(__name__)
 
@@ -87,8 +87,7 @@ class GradientClipper:
     TYPES = ("full_model", "norm", "value")
 
     def __init__(self, *, clip_type: str, limit: float, norm_type: float = 2.0) -> None:
-        if clip_type not in self.TYPES:
-            raise ConfigError(f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE {clip_type!r} is unknown; use {', '.join(self.TYPES)}.")
+        check_choice("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", clip_type, self.TYPES)
         self.clip_type = clip_type
         self.limit = limit
         self.norm_type = norm_type

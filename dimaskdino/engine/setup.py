@@ -20,7 +20,7 @@ from dimaskdino.command_line import add_import_flag, import_modules
 from dimaskdino.config import Config, get_cfg
 from dimaskdino.data.checks import check_datasets
 from dimaskdino.engine.unused_keys import report_unused_keys
-from dimaskdino.errors import ConfigError, UserError, file_errors_told_in_one_line
+from dimaskdino.errors import ConfigError, UserError, check_choice, file_errors_told_in_one_line
 
 logger = logging.getLogger(__name__)
 
@@ -132,8 +132,7 @@ def _set_float32_precision(cfg: Config) -> None:
     precision = cfg.FLOAT32_PRECISION
     if not precision:
         return
-    if precision not in FLOAT32_PRECISIONS:
-        raise ConfigError(f"FLOAT32_PRECISION {precision!r} is unknown; use {', '.join(FLOAT32_PRECISIONS)}, or ''.")
+    check_choice("FLOAT32_PRECISION", precision, FLOAT32_PRECISIONS)
     torch.set_float32_matmul_precision(precision)
     logger.info("Matrix products of float32 are of %s precision.", precision)
 

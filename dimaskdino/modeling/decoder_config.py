@@ -2,7 +2,7 @@
 
 from detectron2.config import CfgNode
 
-from dimaskdino.errors import ConfigError
+from dimaskdino.errors import ConfigError, check_choice
 
 _BOX_TYPES = ("no", "mask2box", "bitmask")
 _DN_KINDS = ("no", "standard", "seg")
@@ -68,8 +68,7 @@ def check_decoder_config(cfg: CfgNode) -> None:
         ("DN", node.DN, _DN_KINDS),
         ("BATO.GUIDANCE", node.BATO.GUIDANCE, _GUIDANCE),
     ):
-        if value not in allowed:
-            raise ConfigError(f"MODEL.MaskDINO.{key} is {value!r}; it must be one of {', '.join(allowed)}.")
+        check_choice(f"MODEL.MaskDINO.{key}", value, allowed)
     selected = node.DI.NUM_SELECTED
     if node.DI.ENABLED and selected and selected[-1] != node.NUM_OBJECT_QUERIES:
         raise ConfigError(

@@ -11,7 +11,7 @@ from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from fvcore.nn import weight_init
 from torch import Tensor, nn
 
-from dimaskdino.errors import ConfigError
+from dimaskdino.errors import ConfigError, check_choice
 from dimaskdino.layers import FeedForward, MSDeformAttn
 from dimaskdino.layers.attention import xavier_init
 from dimaskdino.layers.ms_deform_attn import SpatialShapes
@@ -231,8 +231,7 @@ def pixel_centers(height: int, width: int, device: torch.device) -> Tensor:
 
 
 def _check_features(shape: Mapping[str, ShapeSpec], in_features: list[str], num_levels: int, order: str) -> None:
-    if order not in _FEATURE_ORDERS:
-        raise ConfigError(f"MODEL.SEM_SEG_HEAD.FEATURE_ORDER is {order!r}; it must be one of {_FEATURE_ORDERS}.")
+    check_choice("MODEL.SEM_SEG_HEAD.FEATURE_ORDER", order, _FEATURE_ORDERS)
     missing = [name for name in in_features if name not in shape]
     if missing or not in_features:
         raise ConfigError(

@@ -193,7 +193,7 @@ def test_a_damaged_image_is_named(cfg: Config, entry: Entry, damage: Callable[[P
     ("key", "value", "words"),
     [
         ("INPUT.DATASET_MAPPER_NAME", "coco_instance_lsg", "coco_instance_detr, coco_instance_lsj"),
-        ("INPUT.RANDOM_FLIP", "diagonal", "none, horizontal or vertical"),
+        ("INPUT.RANDOM_FLIP", "diagonal", "one of none, horizontal, vertical"),
     ],
 )
 def test_an_unknown_name_is_answered_with_the_known_ones(cfg: Config, key: str, value: str, words: str) -> None:

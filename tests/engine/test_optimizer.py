@@ -128,5 +128,5 @@ def test_gradients_stay_as_they_are_where_clipping_is_off_or_not_needed() -> Non
 
 def test_an_unknown_clip_type_is_named() -> None:
     cfg = cfg_with("SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "global")
-    with pytest.raises(ConfigError, match="CLIP_TYPE 'global' is unknown"):
+    with pytest.raises(ConfigError, match="CLIP_TYPE is 'global'; it must be one of full_model"):
         GradientClipper.from_config(cfg)

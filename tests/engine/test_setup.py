@@ -112,7 +112,7 @@ def test_the_precision_of_float32_is_as_asked(flags: list[str], precision, monke
 
     assert set_up("medium") == "medium"
     assert set_up("") == "medium"  # whatever it was
-    with pytest.raises(ConfigError, match="FLOAT32_PRECISION 'low' is unknown; use highest, high, medium"):
+    with pytest.raises(ConfigError, match="FLOAT32_PRECISION is 'low'; it must be one of highest, high, medium"):
         set_up("low")
 
 

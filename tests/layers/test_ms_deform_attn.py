@@ -164,10 +164,10 @@ def test_plain_pytorch_gives_the_dtype_of_autocast_as_the_compiled_op_does(dtype
         assert ms_deform_attn(value.double(), SHAPES, locations, weights).dtype == torch.float64
 
 
+@pytest.mark.skipif(ms_deform_attn_ops.MISSING is not None, reason="the compiled op is not there")
 def test_an_op_that_was_built_from_older_sources_is_not_used(monkeypatch):
     monkeypatch.setattr(ms_deform_attn_ops, "_OPS", (*ms_deform_attn_ops._OPS, "op_of_tomorrow"))
-    if ms_deform_attn_ops.MISSING is None:
-        assert ms_deform_attn_ops._load() == "the compiled op was built from older sources"
+    assert ms_deform_attn_ops._load() == "the compiled op was built from older sources"
 
 
 def test_a_negative_size_is_an_error():
