@@ -280,6 +280,20 @@ def compile_arguments(includes: list[Path], *, sanitize: bool) -> tuple[dict[str
     return options, [*openmp, *(SANITIZERS if sanitize else [])]
 
 
+class PutInPlace(build_ext):
+    """The step from the build to the source tree, where Python imports the library."""
+
+    def copy_file(self, infile: str, outfile: str, *_: object, **__: object) -> tuple[str, bool]:
+        """Put the file there whole or not at all: half a library ends Python when it is imported.
+
+        Its time is now: it is newer than every source, also where none of those that it was built from changed.
+        """
+        part = f"{outfile}.part"
+        shutil.copy(infile, part)
+        os.replace(part, outfile)
+        return outfile, True
+
+
 def build_command(compiler: str) -> type[build_ext]:
     """The build_ext command: torch's, made to complete our extension; without torch one that says so when it runs."""
     os.environ["CXX"] = compiler  # torch and setuptools would each choose one
@@ -310,7 +324,7 @@ def build_command(compiler: str) -> type[build_ext]:
         say(f"building with CUDA {toolkit.version} ({toolkit.home}) for {archs or 'the visible GPUs'}")
         return toolkit
 
-    class BuildOp(cpp_extension.BuildExtension):
+    class BuildOp(PutInPlace, cpp_extension.BuildExtension):
         """Builds the op for the CPU, and for CUDA where that is chosen."""
 
         def finalize_options(self) -> None:

@@ -8,6 +8,7 @@ import functools
 import importlib
 import logging
 import os
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -75,6 +76,9 @@ def _tell(device: str, compiled: bool) -> None:
     if compiled:
         name = torch.ops.dimaskdino.cpu_capability() if device == "cpu" else device.upper()
         logger.info("Deformable attention on %s: the compiled op (%s).", device, name)
+        changed = _changed_source()
+        if changed:
+            logger.warning("%s changed after the compiled op was built; %s.", changed, _HOW_TO_BUILD)
     elif WANTED == "reference":
         logger.info("Deformable attention on %s: plain PyTorch, as %s asks.", device, VARIABLE)
     else:
@@ -82,6 +86,13 @@ def _tell(device: str, compiled: bool) -> None:
         logger.warning(
             "Deformable attention on %s: plain PyTorch, many times slower, as %s; %s.", device, why, _HOW_TO_BUILD
         )
+
+
+def _changed_source() -> str:
+    """A source of the op that is newer than the op in use, as after a git pull; empty where there is none."""
+    built = Path(importlib.import_module("dimaskdino._C").__file__ or "").stat().st_mtime
+    sources = sorted(path for path in Path(__file__).with_name("csrc").rglob("*") if path.is_file())
+    return next((str(path) for path in sources if path.stat().st_mtime > built), "")
 
 
 def _fake_forward(value: Tensor, spatial_shapes: list[int], *samples: Tensor) -> Tensor:

@@ -170,6 +170,21 @@ def test_an_op_that_was_built_from_older_sources_is_not_used(monkeypatch):
     assert ms_deform_attn_ops._load() == "the compiled op was built from older sources"
 
 
+@pytest.mark.skipif(not ms_deform_attn_ops.COMPILED, reason="the compiled op is not in use")
+def test_a_source_that_changed_after_the_build_is_told(tmp_path, monkeypatch, caplog):
+    kernels, header = tmp_path / "csrc" / "cpu" / "kernels.cpp", tmp_path / "csrc" / "op.h"
+    kernels.parent.mkdir(parents=True)
+    for path in (kernels, header):
+        path.touch()
+        os.utime(path, (0, 0))
+    monkeypatch.setattr(ms_deform_attn_ops, "__file__", str(tmp_path / "ms_deform_attn_ops.py"))
+    ms_deform_attn_ops._tell("cpu", True)
+    assert "changed after" not in caplog.text
+    kernels.touch()
+    ms_deform_attn_ops._tell("cpu", True)
+    assert f"{kernels} changed after the compiled op was built; build it with" in caplog.text
+
+
 def test_a_negative_size_is_an_error():
     value, locations, weights = inputs()
     with pytest.raises(ValueError, match="negative"):

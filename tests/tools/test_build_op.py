@@ -1,10 +1,12 @@
 """How the compiled op would be built, by what is found on a machine; nothing is compiled here."""
 
+import os
 import re
 import sys
 from pathlib import Path
 
 import pytest
+from setuptools import Distribution
 
 from tools import build_op
 from tools.build_op import BuildError, Toolkit
@@ -242,3 +244,25 @@ def test_sanitizers_stand_in_both_compiling_and_linking():
     options, link = build_op.compile_arguments([], sanitize=True)
     for words in (options["cxx"], link):
         assert any(word.startswith("-fsanitize=address,undefined") for word in words)
+
+
+def test_a_build_broken_off_while_it_is_put_in_place_leaves_the_old_library(tmp_path, monkeypatch):
+    command = build_op.PutInPlace(Distribution())
+    built, target = tmp_path / "built.so", tmp_path / "_C.so"
+    built.write_text("new")
+    target.write_text("old")
+    os.utime(built, (0, 0))
+
+    def broken_off(source, part):
+        Path(part).write_text("ne")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build_op.shutil, "copy", broken_off)
+        with pytest.raises(OSError, match="No space left"):
+            command.copy_file(str(built), str(target))
+    assert target.read_text() == "old"
+    command.copy_file(str(built), str(target))
+    assert target.read_text() == "new"
+    assert target.stat().st_mtime > 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["_C.so", "built.so"]
