@@ -12,6 +12,7 @@ from detectron2.data.catalog import Metadata
 
 from dimaskdino.data.coco_checks import Summary, summarize_coco
 from dimaskdino.data.datasets import data_root, register_all
+from dimaskdino.data.entry_checks import check_entries
 from dimaskdino.data.images import read_image
 from dimaskdino.errors import ConfigError, DatasetError
 
@@ -41,7 +42,7 @@ def check_datasets(cfg: CfgNode, *, train: bool = True, test: bool = True) -> No
     trained, tested = cfg.DATASETS.TRAIN if train else (), cfg.DATASETS.TEST if test else ()
     classes: dict[str, tuple[str, ...]] = {}
     for name in dict.fromkeys((*trained, *tested)):
-        summary = _summarize(name, scored=name in tested)
+        summary = _summarize(name, trained=name in trained, tested=name in tested)
         if name in trained and not summary.annotated:
             raise DatasetError(f"Dataset {name} has no annotations, so it can be predicted but not trained on.")
         _check_classes(name, summary.class_names, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)
@@ -69,12 +70,12 @@ def find_dataset(name: str) -> Metadata:
     return metadata
 
 
-def _summarize(name: str, *, scored: bool) -> Summary:
+def _summarize(name: str, *, trained: bool, tested: bool) -> Summary:
     metadata = find_dataset(name)
     if metadata.get("evaluator_type") != "coco" or not has_coco_file(metadata):
-        return _summarize_entries(name)
+        return _summarize_entries(name, trained=trained, tested=tested)
     modified_ns = os.stat(metadata.json_file).st_mtime_ns
-    summary = summarize_coco(metadata.json_file, metadata.image_root, modified_ns, scored=scored)
+    summary = summarize_coco(metadata.json_file, metadata.image_root, modified_ns, scored=tested)
     names = tuple(metadata.get("thing_classes", summary.class_names))
     if names != summary.class_names:
         raise DatasetError(
@@ -108,14 +109,16 @@ def _layout_hint(json_file: Path, image_root: Path) -> str:
     )
 
 
-def _summarize_entries(name: str) -> Summary:
+def _summarize_entries(name: str, *, trained: bool, tested: bool) -> Summary:
     """For datasets that are not in COCO's format: load them through detectron2."""
-    entries = DatasetCatalog.get(name)
+    entries, metadata = DatasetCatalog.get(name), MetadataCatalog.get(name)
     if not entries:
         raise DatasetError(f"Dataset {name} is empty; check the function that it is registered with.")
-    class_names = MetadataCatalog.get(name).get("thing_classes")
+    class_names = metadata.get("thing_classes")
     if class_names is None:
         raise DatasetError(f"Dataset {name} has no class names; set thing_classes in its metadata.")
+    scored = tested and not metadata.get("json_file")
+    check_entries(name, entries, len(class_names), trained=trained, tested=tested, scored=scored)
     annotated = any("annotations" in entry for entry in entries)
     return Summary(class_names=tuple(class_names), first_image=entries[0]["file_name"], annotated=annotated)
 

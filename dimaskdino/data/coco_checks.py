@@ -3,7 +3,6 @@
 import functools
 import json
 import logging
-import math
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from dimaskdino.data.rle import Size, checked_rle
+from dimaskdino.data.annotation_checks import box_complaint, flag_complaint, is_dropped, mask_complaint
 from dimaskdino.errors import DatasetError
 
 logger = logging.getLogger(__name__)
@@ -107,9 +106,11 @@ def _check_objects(json_file: str, annotations: list[Json], images: dict[int, Js
     for annotation in annotations:
         image = images[annotation["image_id"]]
         complaint = (
-            _flag_complaint(annotation)
-            or _box_complaint(annotation, scored=scored)
-            or _mask_complaint(annotation, (image["height"], image["width"]), scored=scored)
+            _ignore_complaint(annotation)
+            or flag_complaint(annotation)
+            or box_complaint(annotation, scored=scored)
+            or _side_complaint(annotation, scored=scored)
+            or mask_complaint(annotation, (image["height"], image["width"]), scored=scored)
         )
         if complaint:
             raise DatasetError(f"Annotation {annotation['id']} of {json_file} {complaint}.")
@@ -128,66 +129,20 @@ def _check_objects(json_file: str, annotations: list[Json], images: dict[int, Js
         raise DatasetError(f"Annotation id {twice} is used more than once in {json_file}; number the annotations anew.")
 
 
-def _flag_complaint(annotation: Json) -> str:
-    """What is wrong with an annotation's flags; "" if nothing is, as with the other complaints."""
+def _ignore_complaint(annotation: Json) -> str:
     if annotation.get("ignore", 0) != 0:
         return 'says "ignore", which detectron2 refuses: write "iscrowd": 1 to leave a region out, or remove the key'
-    if annotation.get("iscrowd", 0) not in (0, 1):
-        return f"has iscrowd {annotation['iscrowd']!r:.40}, which is neither 0 nor 1"
     return ""
 
 
-def _box_complaint(annotation: Json, *, scored: bool) -> str:
-    """Training makes its boxes from the masks; only the evaluation needs those of the file."""
-    if "bbox" not in annotation:
-        return "has no bbox, which the evaluation needs" if scored else ""
-    box = annotation["bbox"]
-    if not (isinstance(box, list) and len(box) == 4 and _are_finite(box)):
-        return f"has the box {box!r:.40}, which is no list of four finite numbers"
-    return ""
-
-
-def _mask_complaint(annotation: Json, size: Size, *, scored: bool) -> str:
-    mask = annotation.get("segmentation")
-    if not mask:
-        # Training never looks at crowd regions.
-        needed = scored or not annotation.get("iscrowd", 0)
-        return "has no segmentation; give it polygons or an RLE, or remove it" if needed else ""
-    if isinstance(mask, dict):
-        return _rle_complaint(mask, size)
-    if not (isinstance(mask, list) and all(isinstance(polygon, list) for polygon in mask)):
-        return "has a segmentation that is neither a list of polygons, each a list of numbers, nor an RLE"
-    if not all(map(_are_finite, mask)):
-        return "has a polygon with something else than finite numbers"
-    if scored and _is_dropped(mask[0]):
-        # pycocotools takes the kind of a whole segmentation from its first list; four numbers are a box there.
-        return f"has a polygon of {len(mask[0])} numbers, which needs at least three points x, y to be evaluated on"
-    return ""
-
-
-def _rle_complaint(mask: Json, size: Size) -> str:
-    try:
-        checked_rle(mask, size)
-    except ValueError as error:
-        return f"has {error}; encode the mask again at the image's size (height x width {size[0]}x{size[1]})"
-    if not all(type(side) is int for side in mask["size"]):
-        return f"has an RLE of the size {mask['size']}, which must be whole numbers"
+def _side_complaint(annotation: Json, *, scored: bool) -> str:
+    if scored and min(annotation["bbox"][2:]) < 0:
+        return (
+            f"has the box {annotation['bbox']}, whose width or height is negative; COCO's boxes are x, y, width, height"
+        )
     return ""
 
 
 def _num_dropped_polygons(annotation: Json) -> int:
     mask = annotation.get("segmentation")
-    return sum(map(_is_dropped, mask)) if isinstance(mask, list) else 0
-
-
-def _is_dropped(polygon: list[float]) -> bool:
-    """Whether detectron2 leaves a polygon out with no word, or with it the whole object if it has no other."""
-    return len(polygon) < 6 or len(polygon) % 2 == 1
-
-
-def _are_finite(numbers: list[Any]) -> bool:
-    """Whether a list holds finite numbers alone; one sum is faster than a look at each."""
-    try:
-        return math.isfinite(sum(numbers))
-    except (TypeError, OverflowError):
-        return False
+    return sum(map(is_dropped, mask)) if isinstance(mask, list) else 0

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets.coco import convert_to_coco_json
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.utils import comm
@@ -20,7 +19,7 @@ from pycocotools.cocoeval import COCOeval
 
 from dimaskdino.errors import DatasetError
 from dimaskdino.evaluation.report import METRICS, TASKS, class_table, coco_table
-from dimaskdino.evaluation.truth import quiet, read_truth
+from dimaskdino.evaluation.truth import quiet, read_truth, truth_of_entries
 
 try:
     from faster_coco_eval import COCOeval_faster
@@ -37,7 +36,7 @@ class CocoEvaluator(DatasetEvaluator):
     """Collects predictions and computes box and mask AP as COCO defines them; crowd regions are ignored.
 
     Args:
-        dataset_name: a registered instance dataset; without a COCO file its registered form is converted.
+        dataset_name: a registered instance dataset; its truth is its COCO file, or what its function lists.
         output_dir: where ``coco_instances_results.json`` goes.
         seen_only: evaluate on the images that were predicted instead of on the whole dataset.
     """
@@ -51,14 +50,17 @@ class CocoEvaluator(DatasetEvaluator):
             DatasetCatalog.get(dataset_name)  # register_coco_instances learns the classes when the file is read
         if not self._metadata.get("thing_classes"):
             raise DatasetError(f"{dataset_name} has no object classes (thing_classes), so it has no box or mask AP.")
-        path = self._metadata.get("json_file")
-        if not path:
-            # Kept out of the metadata: with a file there, others would take the dataset for one in COCO's format.
-            path = os.path.join(output_dir, f"{dataset_name}_coco_format.json")
-            convert_to_coco_json(dataset_name, path, allow_cached=False)
-        self._truth = read_truth(path)
+        self._truth = self._read_truth()
         self._implementation = implementation_for(self._truth)
         self.reset()
+
+    def _read_truth(self) -> COCO:
+        path = self._metadata.get("json_file")
+        if path:
+            return read_truth(path)
+        names, categories = self._metadata.thing_classes, self._categories()
+        category_ids = [index if categories is None else categories[index] for index in range(len(names))]
+        return truth_of_entries(DatasetCatalog.get(self._metadata.name), self._metadata.name, names, category_ids)
 
     def for_stage(self, name: str) -> "CocoEvaluator":
         """An empty evaluator against the same ground truth that writes to a folder ``name`` of this one's."""

@@ -5,9 +5,11 @@ import io
 import json
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from detectron2.structures import BoxMode
 from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 
@@ -15,17 +17,67 @@ logger = logging.getLogger(__name__)
 
 Json = dict[str, Any]
 
+XYWH = BoxMode.XYWH_ABS
+
 
 def read_truth(path: str | Path) -> COCO:
-    """Read an annotation file in COCO's format.
+    """Read an annotation file in COCO's format; see :func:`complete_truth`."""
+    return complete_truth(json.loads(Path(path).read_bytes()), str(path))
+
+
+def truth_of_entries(entries: list[Json], name: str, class_names: Sequence[str], category_ids: Sequence[Any]) -> COCO:
+    """Ground truth from images in detectron2's format, as a registered function lists them.
+
+    Args:
+        entries: the images; annotations may hold lists or NumPy's arrays.
+        name: of the dataset.
+        class_names: by class index.
+        category_ids: by class index.
+    """
+    keys = ("file_name", "height", "width")
+    images = [{"id": entry["image_id"]} | {key: entry[key] for key in keys} for entry in entries]
+    truth: Json = {
+        "images": images,
+        "categories": [{"id": key, "name": name} for key, name in zip(category_ids, class_names, strict=True)],
+    }
+    # Without any, predictions are written and not scored.
+    if any("annotations" in entry for entry in entries):
+        truth["annotations"] = [
+            {
+                "image_id": entry["image_id"],
+                "category_id": category_ids[annotation["category_id"]],
+                "bbox": [float(x) for x in BoxMode.convert(list(annotation["bbox"]), annotation["bbox_mode"], XYWH)],
+                "segmentation": _plain(annotation["segmentation"]),
+                "iscrowd": int(annotation.get("iscrowd", 0)),
+            }
+            for entry in entries
+            for annotation in entry.get("annotations", ())
+        ]
+    return complete_truth(truth, name)
+
+
+def _plain(segmentation: Any) -> Any:
+    """Polygons as lists of Python's numbers, a compressed RLE as text, as they are in a file."""
+    if isinstance(segmentation, list):
+        return [[float(x) for x in polygon] for polygon in segmentation]
+    counts = segmentation["counts"]
+    return {**segmentation, "counts": counts.decode() if isinstance(counts, bytes) else counts}
+
+
+def complete_truth(dataset: Json, source: str) -> COCO:
+    """Index a dataset in COCO's format, which is changed.
 
     Annotations are numbered anew from 1, since evaluation takes the id 0, and in part negative numbers and text, for no
     match. An area that is missing or no number is taken from the mask, or from the box where there is no mask:
     faster-coco-eval would take it as 0 and count every object as small.
+
+    Args:
+        dataset: what a COCO file holds.
+        source: the file or dataset, for the log.
     """
     truth = COCO()
-    truth.dataset = json.loads(Path(path).read_bytes())
-    annotations = truth.dataset.get("annotations", [])
+    truth.dataset = dataset
+    annotations = dataset.get("annotations", [])
     for number, annotation in enumerate(annotations, start=1):
         annotation["id"] = number
         annotation.setdefault("iscrowd", 0)  # pycocotools reads it of every object
@@ -39,7 +91,7 @@ def read_truth(path: str | Path) -> COCO:
             "%d of %d annotations of %s have no area: it is that of their mask, or of their box where there is none.",
             len(without),
             len(annotations),
-            path,
+            source,
         )
     return truth
 

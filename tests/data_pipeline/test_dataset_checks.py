@@ -193,6 +193,12 @@ def test_what_training_or_evaluation_would_stop_at_is_named(
     assert f"Annotation 11 of {path} {words}" in message(mine, **which)
 
 
+def test_a_box_of_negative_width_is_refused_where_it_is_evaluated(mine: Config) -> None:
+    path = rewrite(lambda coco: coco["annotations"][0].update(bbox=[5, 1, -3, 2]))
+    assert f"Annotation 11 of {path} has the box [5, 1, -3, 2], whose width or height is negative" in message(mine)
+    check_datasets(mine, test=False)
+
+
 def test_boxes_and_masks_of_crowd_regions_are_needed_for_evaluation_alone(mine: Config) -> None:
     path = rewrite(lambda coco: coco["annotations"][0].pop("bbox"))
     assert message(mine) == f"Annotation 11 of {path} has no bbox, which the evaluation needs."

@@ -219,6 +219,44 @@ def test_a_dataset_that_a_function_lists_can_be_checked_and_evaluated_again(
         assert scores["bbox"]["AP"] == scores["segm"]["AP"] == pytest.approx(100.0)
 
 
+def numpy_form(found: dict[str, Any]) -> dict[str, Any]:
+    return {"bbox": np.array(found["bbox"]), "segmentation": [np.array(found["segmentation"][0], dtype=np.float32)]}
+
+
+def tuple_form(found: dict[str, Any]) -> dict[str, Any]:
+    x0, y0, x1, y1 = found["bbox"]
+    numbers = tuple(np.int64(x) for x in found["segmentation"][0])
+    return {"bbox": (x0, y0, x1 - x0, y1 - y0), "bbox_mode": BoxMode.XYWH_ABS, "segmentation": [numbers]}
+
+
+def rle_form(found: dict[str, Any]) -> dict[str, Any]:
+    return {"segmentation": mask_api.encode(mask_of(*found["bbox"]))}
+
+
+def run_length_form(found: dict[str, Any]) -> dict[str, Any]:
+    pixels = mask_of(*found["bbox"]).astype(int).T.reshape(-1)
+    changes = np.flatnonzero(np.diff(np.concatenate(([0], pixels, [1 - pixels[-1]]))))
+    runs = np.diff(np.concatenate(([0], changes))).tolist()
+    return {"segmentation": {"size": [SIDE, SIDE], "counts": runs}}
+
+
+@pytest.mark.parametrize("form", [numpy_form, tuple_form, rle_form, run_length_form], ids=lambda form: form.__name__)
+def test_annotations_of_a_function_mean_the_same_in_every_form(
+    registered: Callable[..., str], tmp_path: Path, form: Callable[[dict[str, Any]], dict[str, Any]]
+) -> None:
+    listed = [
+        {**entry, "annotations": [{**found, **form(found)} for found in entry["annotations"]]} for entry in entries()
+    ]
+    before = repr(listed)
+    evaluator = CocoEvaluator(dataset_name=registered(lambda: listed), output_dir=str(tmp_path))
+    # Half of the cat is found: an IoU of 0.5 at the first threshold alone.
+    half = {**perfect(), 1: instances([(0, (2, 2, 11, 20), 0.9), (1, OBJECTS[1][2:6], 0.9)])}
+    scores = scores_of(evaluator, half)
+    assert scores["bbox"]["AP-cat"] == scores["segm"]["AP-cat"] == pytest.approx(10.0)
+    assert scores["bbox"]["AP-dog"] == scores["segm"]["AP-dog"] == pytest.approx(100.0)
+    assert repr(listed) == before
+
+
 def test_a_class_keeps_its_name_where_category_ids_are_in_another_order_than_indices(
     registered: Callable[..., str], tmp_path: Path
 ) -> None:
