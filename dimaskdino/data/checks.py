@@ -13,7 +13,7 @@ from detectron2.data.catalog import Metadata
 from dimaskdino.data.coco_checks import Summary, summarize_coco
 from dimaskdino.data.datasets import data_root, register_all
 from dimaskdino.data.entry_checks import check_entries
-from dimaskdino.data.images import read_image
+from dimaskdino.data.images import check_images_exist, read_image
 from dimaskdino.errors import ConfigError, DatasetError
 
 __all__ = ["DatasetError", "check_datasets", "find_dataset", "has_coco_file"]
@@ -46,7 +46,9 @@ def check_datasets(cfg: CfgNode, *, train: bool = True, test: bool = True) -> No
         if name in trained and not summary.annotated:
             raise DatasetError(f"Dataset {name} has no annotations, so it can be predicted but not trained on.")
         _check_classes(name, summary.class_names, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)
-        read_image(summary.first_image, cfg.INPUT.FORMAT)
+        if name in tested:  # which images are trained on is known once they are loaded
+            check_images_exist(name, summary.images[: cfg.DATASETS.MAX_IMAGES or None])
+        read_image(summary.images[0], cfg.INPUT.FORMAT)
         classes[name] = summary.class_names
     _check_same_classes(classes, trained)
 
@@ -120,7 +122,8 @@ def _summarize_entries(name: str, *, trained: bool, tested: bool) -> Summary:
     scored = tested and not metadata.get("json_file")
     check_entries(name, entries, len(class_names), trained=trained, tested=tested, scored=scored)
     annotated = any("annotations" in entry for entry in entries)
-    return Summary(class_names=tuple(class_names), first_image=entries[0]["file_name"], annotated=annotated)
+    paths = tuple(entry["file_name"] for entry in entries)
+    return Summary(class_names=tuple(class_names), images=paths, annotated=annotated)
 
 
 def _check_classes(name: str, class_names: tuple[str, ...], num_classes: int) -> None:

@@ -20,10 +20,10 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Summary:
-    """What the checks need of a dataset: class names by index, the first image's path, and whether it is labelled."""
+    """What the checks need of a dataset: class names by index, paths of its images, and whether it is labelled."""
 
     class_names: tuple[str, ...]
-    first_image: str
+    images: tuple[str, ...]
     annotated: bool
 
 
@@ -52,7 +52,7 @@ def summarize_coco(json_file: str, image_root: str, modified_ns: int, *, scored:
         _check_annotations(json_file, annotations, categories)
         _check_objects(json_file, [each for each in annotations if each["image_id"] in images], images, scored=scored)
         class_names = tuple(categories[key] for key in sorted(categories))
-        first_image = os.path.join(image_root, images[min(images)]["file_name"]) if images else ""
+        paths = tuple(os.path.join(image_root, images[key]["file_name"]) for key in sorted(images))
     except DatasetError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -62,7 +62,7 @@ def summarize_coco(json_file: str, image_root: str, modified_ns: int, *, scored:
         ) from error
     if not images:
         raise DatasetError(f"Annotation file {json_file} lists no image.")
-    return Summary(class_names=class_names, first_image=first_image, annotated="annotations" in coco)
+    return Summary(class_names=class_names, images=paths, annotated="annotations" in coco)
 
 
 def _check_categories(json_file: str, categories: list[Json]) -> None:

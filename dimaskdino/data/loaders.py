@@ -8,11 +8,13 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader, build_detection_train_loader
 from detectron2.data.build import filter_images_with_only_crowd_annotations, print_instances_class_histogram
 from detectron2.data.detection_utils import check_metadata_consistency
+from detectron2.utils import comm
 from torch.utils.data import Sampler
 
 from dimaskdino.compat import training_samplers
 from dimaskdino.data.build import build_mapper
 from dimaskdino.data.datasets import register_all
+from dimaskdino.data.images import check_images_exist
 from dimaskdino.errors import ConfigError, DatasetError, check_choice
 
 logger = logging.getLogger(__name__)
@@ -32,7 +34,7 @@ def build_train_loader(cfg: CfgNode, *, make_sampler: Callable[[int], Sampler] |
 
     Raises:
         ConfigError: if DATALOADER.SAMPLER_TRAIN is no sampler's name.
-        DatasetError: if no image is left.
+        DatasetError: if no image is left, or some of those that are left do not exist.
     """
     check_choice("DATALOADER.SAMPLER_TRAIN", cfg.DATALOADER.SAMPLER_TRAIN, training_samplers(cfg))
     register_all(cfg=cfg)
@@ -46,6 +48,8 @@ def build_train_loader(cfg: CfgNode, *, make_sampler: Callable[[int], Sampler] |
             f"No image with an object (crowd regions aside) in {', '.join(cfg.DATASETS.TRAIN)}; check the annotations, "
             "or set DATALOADER.FILTER_EMPTY_ANNOTATIONS False to train on background."
         )
+    if comm.get_local_rank() == 0:
+        check_images_exist(", ".join(cfg.DATASETS.TRAIN), [entry["file_name"] for entry in entries])
     mapper = build_mapper(cfg, is_train=True)
     sampler = make_sampler(len(entries)) if make_sampler else None
     return build_detection_train_loader(cfg, mapper=mapper, dataset=entries, sampler=sampler)

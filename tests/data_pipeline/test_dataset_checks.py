@@ -341,6 +341,16 @@ def test_a_damaged_first_image_is_named(mine: Config, damage: Callable[[Path], A
     assert str(first) in message(mine)
 
 
+def test_images_of_a_test_dataset_that_are_missing_are_counted_before_anything_is_built(mine: Config) -> None:
+    second = Path(MetadataCatalog.get("mine").image_root) / "two.png"
+    second.unlink()
+    answer = message(mine, train=False)
+    assert answer.startswith(f"1 of 2 images of dataset mine do not exist, the first of them {second};")
+    check_datasets(mine, test=False)
+    mine.DATASETS.MAX_IMAGES = 1
+    check_datasets(mine)
+
+
 def test_a_dataset_registered_as_a_function_is_checked_too(mine: Config) -> None:
     entries = DatasetCatalog.get("mine")
     DatasetCatalog.register("function", lambda: entries)

@@ -1,5 +1,6 @@
 """Images of 8 bits a channel are read in every mode; those of more, whose values would be cut off, are refused."""
 
+import os
 import pickle
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dimaskdino.data.images import read_image
+from dimaskdino.data.images import check_images_exist, read_image
 from dimaskdino.errors import DatasetError
 
 # Every value of 8 bits once.
@@ -39,3 +40,26 @@ def test_an_image_of_more_bits_is_refused_with_its_name_and_mode(tmp_path: Path,
     with pytest.raises(DatasetError, match=rf"deep\.{suffix} .*mode {mode}\).*convert it to 8 bits") as error:
         read_image(str(path), "RGB")
     assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)  # as a data loader's process sends it
+
+
+def test_missing_images_are_found_in_every_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there, elsewhere = tmp_path / "there.png", tmp_path / "below" / "there.png"
+    elsewhere.parent.mkdir()
+    for path in (there, elsewhere):
+        path.touch()
+    monkeypatch.chdir(tmp_path)
+    check_images_exist("mine", [str(there), str(elsewhere), "there.png", "below/../there.png", "s3://bucket/1.png"])
+    gone = [str(tmp_path / "below" / "other.png"), str(tmp_path / "nowhere" / "there.png")]
+    with pytest.raises(
+        DatasetError, match=rf"2 of 3 images of dataset mine do not exist, the first of them {gone[0]};"
+    ):
+        check_images_exist("mine", [str(there), *gone])
+
+
+def test_an_image_that_the_file_system_knows_by_another_name_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "IMAGE.PNG").touch()
+    exists = os.path.exists
+    monkeypatch.setattr("os.path.exists", lambda path: exists(str(path).replace("image.png", "IMAGE.PNG")))
+    check_images_exist("mine", [str(tmp_path / "image.png")])
