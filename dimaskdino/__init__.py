@@ -9,6 +9,9 @@ import os
 # Before torch starts its threads: on busy cores, OpenMP threads that spin while they wait for each other take the time
 # that the others need. Two of them on two shared cores made a training step ten times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# oneDNN keeps the last 1,024 convolutions and products that it compiled, each for one size, with their buffers:
+# gigabytes on a CPU where images have many sizes. A training step with images of one size compiles fewer than 256.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 from dimaskdino import meta_arch
 

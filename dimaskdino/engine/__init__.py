@@ -1,5 +1,6 @@
 """Training: the launcher, the command line's set-up, the trainer and its optimiser."""
 
+from dimaskdino.engine.cpu_memory import keep_freed_memory
 from dimaskdino.engine.launch import launch
 from dimaskdino.engine.optimizer import GradientClipper, build_optimizer
 from dimaskdino.engine.schedule import build_lr_scheduler
@@ -15,6 +16,7 @@ __all__ = [
     "build_lr_scheduler",
     "build_optimizer",
     "evaluate",
+    "keep_freed_memory",
     "launch",
     "setup",
 ]

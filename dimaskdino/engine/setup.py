@@ -19,6 +19,7 @@ from detectron2.utils.logger import setup_logger
 from dimaskdino.command_line import add_import_flag, import_modules
 from dimaskdino.config import Config, get_cfg
 from dimaskdino.data.checks import check_datasets
+from dimaskdino.engine.cpu_memory import keep_freed_memory
 from dimaskdino.engine.unused_keys import report_unused_keys
 from dimaskdino.errors import ConfigError, UserError, check_choice, file_errors_told_in_one_line
 
@@ -77,6 +78,8 @@ def setup(args: Namespace) -> Config:
             _place(cfg, args.num_gpus)
             if not args.eval_only:
                 _check_solver(cfg)
+            if cfg.MODEL.DEVICE == "cpu":
+                keep_freed_memory()
             _set_float32_precision(cfg)
             report_unused_keys(cfg)
             cfg.freeze()
