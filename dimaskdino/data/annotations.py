@@ -19,6 +19,9 @@ Annotation = dict[str, Any]
 Box = tuple[float, float, float, float]  # xyxy in pixels
 
 
+MAX_LABELS = 127  # in one image of labels
+
+
 class Region(NamedTuple):
     """Where an object lies in the target: its mask, and its box."""
 
@@ -56,20 +59,24 @@ def annotations_to_instances(
     Deviation: the releases keep objects whose mask has no pixel, with a mask loss that nothing can lower.
     """
     classes: list[int] = []
-    regions: list[Region] = []
+    masks: list[Rle | list[np.ndarray]] = []
     for index, annotation in enumerate(annotations):
         if annotation.get("iscrowd", 0):
             continue
         where = f"annotation {annotation.get('id', f'number {index}')} of {file_name}"
-        label = _checked_class(annotation, num_classes, where)
-        region = _transformed_region(annotation, transforms, source_size, target_size, where)
-        if mask_util.area(region.rle) > 0:
-            classes.append(label)
-            regions.append(region)
+        classes.append(_checked_class(annotation, num_classes, where))
+        masks.append(_checked_mask(annotation, source_size, where))
+    moved_rles = iter(_regions_of_rles([mask for mask in masks if isinstance(mask, dict)], transforms, source_size))
+    regions = [
+        next(moved_rles) if isinstance(mask, dict) else _region_of_polygons(mask, transforms, target_size)
+        for mask in masks
+    ]
+    kept = [index for index, region in enumerate(regions) if mask_util.area(region.rle) > 0]
+    boxes = [regions[index].box for index in kept]
     instances = Instances(target_size)
-    instances.gt_classes = torch.tensor(classes, dtype=torch.int64)
-    instances.gt_boxes = Boxes(torch.tensor([region.box for region in regions], dtype=torch.float32).reshape(-1, 4))
-    instances.gt_masks = BitMasks(_unpack([region.rle for region in regions], target_size))
+    instances.gt_classes = torch.tensor([classes[index] for index in kept], dtype=torch.int64)
+    instances.gt_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
+    instances.gt_masks = BitMasks(_unpack([regions[index].rle for index in kept], target_size))
     return instances
 
 
@@ -83,30 +90,39 @@ def _checked_class(annotation: Annotation, num_classes: int, where: str) -> int:
     return label
 
 
-def _transformed_region(
-    annotation: Annotation, transforms: TransformList, source_size: Size, target_size: Size, where: str
-) -> Region:
+def _checked_mask(annotation: Annotation, source_size: Size, where: str) -> Rle | list[np.ndarray]:
+    """An RLE of the image's size, or polygons (points, 2) in its pixels."""
     segmentation = annotation.get("segmentation")
     if isinstance(segmentation, list) and segmentation:
-        return _region_of_polygons(segmentation, transforms, target_size, where)
-    if isinstance(segmentation, dict):
-        return _region_of_rle(segmentation, transforms, source_size, where)
-    raise DatasetError(
-        f"No segmentation in {where}; every object needs polygons or an RLE: add it or remove the annotation."
-    )
+        return [_checked_polygon(polygon, where) for polygon in segmentation]
+    if not isinstance(segmentation, dict):
+        raise DatasetError(
+            f"No segmentation in {where}; every object needs polygons or an RLE: add it or remove the annotation."
+        )
+    try:
+        return checked_rle(segmentation, source_size)
+    except ValueError as error:
+        raise DatasetError(
+            f"Unusable segmentation in {where}: {error}; encode the mask again at the image's size "
+            f"(height x width {source_size[0]}x{source_size[1]})."
+        ) from error
 
 
-def _region_of_polygons(polygons: list[Any], transforms: TransformList, target_size: Size, where: str) -> Region:
+def _checked_polygon(polygon: Any, where: str) -> np.ndarray:
+    corners = np.array(polygon, dtype=np.float64).reshape(-1)
+    if len(corners) < 6 or len(corners) % 2 or not np.isfinite(corners).all():
+        raise DatasetError(
+            f"A polygon with {len(corners)} numbers in {where}; it needs at least three finite points x, y."
+        )
+    return corners.reshape(-1, 2)
+
+
+def _region_of_polygons(polygons: list[np.ndarray], transforms: TransformList, target_size: Size) -> Region:
     """Move the corners, then rasterise; what lies outside the target is left out by the rasteriser itself."""
     height, width = target_size
     moved: list[np.ndarray] = []
     for polygon in polygons:
-        corners = np.array(polygon, dtype=np.float64).reshape(-1)
-        if len(corners) < 6 or len(corners) % 2 or not np.isfinite(corners).all():
-            raise DatasetError(
-                f"A polygon with {len(corners)} numbers in {where}; it needs at least three finite points x, y."
-            )
-        points = transforms.apply_coords(corners.reshape(-1, 2))
+        points = transforms.apply_coords(polygon)
         if (points.max(axis=0) > 0).all() and (points.min(axis=0) < (width, height)).all():
             moved.append(points)
     if not moved:
@@ -126,19 +142,32 @@ def _box_of_polygons(corners: np.ndarray, rle: Rle, size: Size) -> Box:
     return left, top, right, bottom
 
 
-def _region_of_rle(segmentation: Rle, transforms: TransformList, source_size: Size, where: str) -> Region:
-    """Unpack, move the pixels (nearest neighbour) and pack again."""
-    try:
-        mask = mask_util.decode(checked_rle(segmentation, source_size))
-    except ValueError as error:
-        raise DatasetError(
-            f"Unusable segmentation in {where}: {error}; encode the mask again at the image's size "
-            f"(height x width {source_size[0]}x{source_size[1]})."
-        ) from error
-    # Comparing with 1 keeps a transform's padding out, whatever value it pads with.
-    moved = transforms.apply_segmentation(mask) == 1
-    rle = mask_util.encode(np.asfortranarray(moved, dtype=np.uint8))
-    return Region(rle, _box_of_rle(rle))
+def _regions_of_rles(rles: list[Rle], transforms: TransformList, source_size: Size) -> list[Region]:
+    """Move pixels (nearest neighbour), many objects at once: those that do not overlap share an image of labels.
+
+    A transform may pad with 0, 128 or 255, none of which is a label.
+    """
+    layers: list[tuple[np.ndarray, list[int]]] = []  # labels, and the object of each label
+    for index, rle in enumerate(rles):
+        left, top, right, bottom = (int(edge) for edge in _box_of_rle(rle))
+        pixels = mask_util.decode(rle)[top:bottom, left:right] == 1
+        for labels, members in layers:
+            window = labels[top:bottom, left:right]
+            if len(members) < MAX_LABELS and not window[pixels].any():
+                break
+        else:
+            labels, members = np.zeros(source_size, dtype=np.uint8), []
+            layers.append((labels, members))
+            window = labels[top:bottom, left:right]
+        members.append(index)
+        window[pixels] = len(members)
+    regions: dict[int, Region] = {}
+    for labels, members in layers:
+        moved = np.asfortranarray(transforms.apply_segmentation(labels))
+        for label, index in enumerate(members, start=1):
+            moved_rle = mask_util.encode((moved == label).view(np.uint8))
+            regions[index] = Region(moved_rle, _box_of_rle(moved_rle))
+    return [regions[index] for index in range(len(rles))]
 
 
 def _empty_rle(size: Size) -> Rle:

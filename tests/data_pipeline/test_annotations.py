@@ -109,6 +109,33 @@ def test_padding_never_counts_as_mask_whatever_its_value() -> None:
     assert targets(RLE_COMPRESSED, [pad], (8, 12)).gt_masks.tensor.sum() == 6
 
 
+@pytest.mark.parametrize(("count", "longest"), [(300, 1), (40, 6)], ids=["many apart", "overlapping"])
+def test_objects_of_one_image_get_the_masks_that_they_get_alone(count: int, longest: int) -> None:
+    generator = np.random.default_rng(0)
+    size, transforms = (
+        (20, 24),
+        T.TransformList([T.ResizeTransform(20, 24, 31, 17), T.PadTransform(1, 2, 3, 4, 17, 31, 128)]),
+    )
+    annotations = []
+    for index in range(count):
+        top, left = (index // 24, index % 24) if longest == 1 else generator.integers(0, 16, size=2)
+        mask = np.zeros(size, dtype=np.uint8, order="F")
+        mask[top : top + generator.integers(1, longest + 1), left : left + generator.integers(1, longest + 1)] = 1
+        annotations.append({"category_id": index, "segmentation": mask_util.encode(mask)})
+
+    def moved(chosen: list[Any]) -> Instances:
+        sizes: dict[str, Any] = {"source_size": size, "target_size": (37, 21)}
+        return annotations_to_instances(
+            chosen, transforms=transforms, num_classes=count, file_name="image.png", **sizes
+        )
+
+    together, alone = moved(annotations), [moved([annotation]) for annotation in annotations]
+    assert 10 < len(together) == sum(map(len, alone))
+    assert torch.equal(together.gt_masks.tensor, torch.cat([one.gt_masks.tensor for one in alone]))
+    assert torch.equal(together.gt_boxes.tensor, torch.cat([one.gt_boxes.tensor for one in alone]))
+    assert together.gt_classes.tolist() == [label for one in alone for label in one.gt_classes.tolist()]
+
+
 def test_a_mask_with_a_hole_keeps_its_hole() -> None:
     ring = np.zeros((HEIGHT, WIDTH), dtype=np.uint8, order="F")
     ring[1:5, 1:5] = 1
