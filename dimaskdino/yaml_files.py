@@ -55,11 +55,22 @@ def _read(path: str, readers: tuple[str, ...]) -> dict[str, Any]:
     own = {} if own is None else own
     if not isinstance(own, dict):
         raise ConfigError(f"{path}: a configuration is a mapping of keys, not a {type(own).__name__}.")
+    _check_keys(own, path, "")
     merged: dict[str, Any] = {}
     for base in _bases(own.pop(_BASE_KEY, []), path):
         _merge(merged, _read(_resolve(base, path), (*readers, path)))
     _merge(merged, own)
     return merged
+
+
+def _check_keys(node: dict[Any, Any], path: str, prefix: str) -> None:
+    for key, value in node.items():
+        if not isinstance(key, str):
+            raise ConfigError(
+                f"{path}: {prefix}{key} is no key: keys are text, and YAML reads {key!r} ({type(key).__name__}) here."
+            )
+        if isinstance(value, dict):
+            _check_keys(value, path, f"{prefix}{key}.")
 
 
 def _bases(given: Any, path: str) -> list[str]:

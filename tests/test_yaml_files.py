@@ -1,5 +1,6 @@
 """Configuration files are read without running code."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,18 @@ def test_a_file_that_is_no_text_or_holds_an_impossible_date_is_an_error_that_nam
     with pytest.raises(ConfigError, match=r"Cannot read the configuration .*bad\.yaml: ") as error:
         read_yaml(str(path))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("MODEL: {1: {2: 3}}\n", "MODEL.1 is no key: keys are text, and YAML reads 1 (int) here."),
+        ("no: 1\n", "False is no key: keys are text, and YAML reads False (bool) here."),
+    ],
+)
+def test_keys_that_yaml_reads_as_something_else_than_text_are_named(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"bad.yaml: {words}")):
+        read_yaml(write(tmp_path / "bad.yaml", text))
 
 
 @pytest.mark.parametrize("base", ["", "3", "[3]", "{a.yaml: b.yaml}", "[a.yaml, ~]"])

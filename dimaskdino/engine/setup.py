@@ -8,6 +8,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from logging.handlers import MemoryHandler
+from typing import Any
 
 import torch
 from detectron2.engine import default_argument_parser
@@ -113,6 +114,7 @@ def _check_solver(cfg: Config) -> None:
     solver = cfg.SOLVER
     if solver.MAX_ITER < 1:
         raise ConfigError(f"SOLVER.MAX_ITER is {solver.MAX_ITER}; it must be at least 1.")
+    _check_steps(list(solver.STEPS))
     if solver.CHECKPOINT_PERIOD < 0:
         raise ConfigError(
             f"SOLVER.CHECKPOINT_PERIOD is {solver.CHECKPOINT_PERIOD}; it must be at least 0, which means the last "
@@ -127,6 +129,15 @@ def _check_solver(cfg: Config) -> None:
         raise ConfigError(
             f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} (images per step over all processes) "
             f"is not a multiple of the {sharing} processes of {of}."
+        )
+
+
+def _check_steps(steps: list[Any]) -> None:
+    whole = all(type(step) is int for step in steps)
+    if not whole or steps != sorted({*steps}) or min(steps, default=1) < 1:
+        raise ConfigError(
+            f"SOLVER.STEPS is {tuple(steps)}; it must be iterations from 1 on, each later than the one before, or () "
+            "for none."
         )
 
 

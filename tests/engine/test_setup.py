@@ -93,6 +93,14 @@ def test_numbers_that_no_training_can_have_are_refused(name: str, value: int) ->
         _check_solver(configured(f"SOLVER.{name}", value))
 
 
+@pytest.mark.parametrize("steps", [("60",), (60.5,), (100, 60), (60, 60), (0,), (True,)])
+def test_steps_that_no_schedule_can_have_are_refused(steps: tuple[object, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"SOLVER\.STEPS is \(.*each later than the one before"):
+        _check_solver(configured("SOLVER.STEPS", steps))
+    for sound in ((), (1,), (60, 100)):
+        _check_solver(configured("SOLVER.STEPS", sound))
+
+
 @pytest.fixture
 def precision() -> Iterator[Callable[[], str]]:
     """That of float32 matrix products; put back after the test."""
