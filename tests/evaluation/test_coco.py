@@ -210,7 +210,8 @@ def test_a_dataset_that_a_function_lists_can_be_checked_and_evaluated_again(
     registered: Callable[..., str], tmp_path: Path
 ) -> None:
     name = registered(lambda: [{**entry, "file_name": str(tmp_path / entry["file_name"])} for entry in entries()])
-    Image.new("RGB", (SIDE, SIDE)).save(tmp_path / "1.png")
+    for image_id in IMAGE_IDS:
+        Image.new("RGB", (SIDE, SIDE)).save(tmp_path / f"{image_id}.png")
     cfg = get_cfg()
     cfg.merge_from_list(["DATASETS.TEST", (name,), "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 2])
     for run in ("first", "second"):
