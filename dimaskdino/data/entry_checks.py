@@ -37,10 +37,12 @@ def check_entries(
             if complaint:
                 which = annotation.get("id", f"number {index}, counted from 0,")
                 raise DatasetError(f"Annotation {which} of {entry['file_name']} (dataset {name}) {complaint}.")
-        if tested and entry["image_id"] in files:
+        if not tested:
+            continue
+        if entry["image_id"] in files:
             both = f"{files[entry['image_id']]} and {entry['file_name']}"
             raise DatasetError(f"Dataset {name}: {both} have the image_id {entry['image_id']!r}; give each its own.")
-        files[entry.get("image_id")] = entry["file_name"]
+        files[entry["image_id"]] = entry["file_name"]
 
 
 def _check_image(entry: Json, where: str, *, tested: bool, scored: bool) -> None:

@@ -8,7 +8,6 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader, build_detection_train_loader
 from detectron2.data.build import filter_images_with_only_crowd_annotations, print_instances_class_histogram
 from detectron2.data.detection_utils import check_metadata_consistency
-from detectron2.utils import comm
 from torch.utils.data import Sampler
 
 from dimaskdino.compat import training_samplers
@@ -48,8 +47,7 @@ def build_train_loader(cfg: CfgNode, *, make_sampler: Callable[[int], Sampler] |
             f"No image with an object (crowd regions aside) in {', '.join(cfg.DATASETS.TRAIN)}; check the annotations, "
             "or set DATALOADER.FILTER_EMPTY_ANNOTATIONS False to train on background."
         )
-    if comm.get_local_rank() == 0:
-        check_images_exist(", ".join(cfg.DATASETS.TRAIN), [entry["file_name"] for entry in entries])
+    check_images_exist(", ".join(cfg.DATASETS.TRAIN), [entry["file_name"] for entry in entries])
     mapper = build_mapper(cfg, is_train=True)
     sampler = make_sampler(len(entries)) if make_sampler else None
     return build_detection_train_loader(cfg, mapper=mapper, dataset=entries, sampler=sampler)

@@ -17,8 +17,6 @@ logger = logging.getLogger(__name__)
 
 Json = dict[str, Any]
 
-XYWH = BoxMode.XYWH_ABS
-
 
 def read_truth(path: str | Path) -> COCO:
     """Read an annotation file in COCO's format; see :func:`complete_truth`."""
@@ -38,7 +36,7 @@ def truth_of_entries(entries: list[Json], name: str, class_names: Sequence[str],
     images = [{"id": entry["image_id"]} | {key: entry[key] for key in keys} for entry in entries]
     truth: Json = {
         "images": images,
-        "categories": [{"id": key, "name": name} for key, name in zip(category_ids, class_names, strict=True)],
+        "categories": [{"id": key, "name": label} for key, label in zip(category_ids, class_names, strict=True)],
     }
     # Without any, predictions are written and not scored.
     if any("annotations" in entry for entry in entries):
@@ -46,7 +44,7 @@ def truth_of_entries(entries: list[Json], name: str, class_names: Sequence[str],
             {
                 "image_id": entry["image_id"],
                 "category_id": category_ids[annotation["category_id"]],
-                "bbox": [float(x) for x in BoxMode.convert(list(annotation["bbox"]), annotation["bbox_mode"], XYWH)],
+                "bbox": _box_xywh_px(annotation),
                 "segmentation": _plain(annotation["segmentation"]),
                 "iscrowd": int(annotation.get("iscrowd", 0)),
             }
@@ -54,6 +52,11 @@ def truth_of_entries(entries: list[Json], name: str, class_names: Sequence[str],
             for annotation in entry.get("annotations", ())
         ]
     return complete_truth(truth, name)
+
+
+def _box_xywh_px(annotation: Json) -> list[float]:
+    mode = BoxMode(annotation["bbox_mode"])  # a mode may be its number
+    return [float(x) for x in BoxMode.convert(list(annotation["bbox"]), mode, BoxMode.XYWH_ABS)]
 
 
 def _plain(segmentation: Any) -> Any:

@@ -135,6 +135,7 @@ def test_an_image_that_cannot_be_used_is_named(
     [
         (lambda entry: entry.pop("image_id"), "has the image_id None; give each image a number or a text"),
         (lambda entry: entry.update(image_id=np.int64(2)), "has the image_id"),
+        (lambda entry: entry.update(image_id=["2"]), "has the image_id ['2']"),
         (lambda entry: entry.update(image_id=1), "have the image_id 1; give each its own"),
         (lambda entry: entry.pop("height"), "has the height None"),
     ],

@@ -46,6 +46,10 @@ def test_what_the_user_has_set_stays(choice: dict[str, str]) -> None:
     assert printed(KEEP, **choice) == ["False"]
 
 
+def test_a_choice_about_something_else_changes_nothing() -> None:
+    assert printed(KEEP, GLIBC_TUNABLES="glibc.malloc.arena_max=2") == ["True"]
+
+
 def test_the_command_line_keeps_memory_on_the_cpu_and_not_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[str] = []
     monkeypatch.setattr(engine_setup, "keep_freed_memory", lambda: kept.append("kept"))

@@ -221,7 +221,8 @@ def test_a_dataset_that_a_function_lists_can_be_checked_and_evaluated_again(
 
 
 def numpy_form(found: dict[str, Any]) -> dict[str, Any]:
-    return {"bbox": np.array(found["bbox"]), "segmentation": [np.array(found["segmentation"][0], dtype=np.float32)]}
+    polygon = np.array(found["segmentation"][0], dtype=np.float32)
+    return {"bbox": np.array(found["bbox"]), "bbox_mode": int(BoxMode.XYXY_ABS), "segmentation": [polygon]}
 
 
 def tuple_form(found: dict[str, Any]) -> dict[str, Any]:
