@@ -23,7 +23,7 @@ from tabulate import tabulate
 from benchmarks.whole_model import CONFIG, make_work, sample
 from dimaskdino.config import get_cfg
 from dimaskdino.engine import keep_freed_memory
-from dimaskdino.meta_arch import build_model
+from dimaskdino.modeling.meta_arch import build_model
 
 DEFAULT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024"}  # oneDNN's own
 RUNS = 3  # of the model in a process, of which the median counts

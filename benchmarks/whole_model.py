@@ -21,7 +21,7 @@ from benchmarks.measure import Work, side_by_side
 from dimaskdino.config import get_cfg
 from dimaskdino.engine import keep_freed_memory
 from dimaskdino.layers import ms_deform_attn_ops
-from dimaskdino.meta_arch import build_model
+from dimaskdino.modeling.meta_arch import build_model
 
 CONFIG = Path(__file__).parents[1] / "configs" / "coco" / "dimaskdino_r50_12ep.yaml"
 # The package has a function of the module's name.

@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # gigabytes on a CPU where images have many sizes. A training step with images of one size compiles fewer than 256.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
-from dimaskdino import meta_arch
+from dimaskdino import modeling
 
-__all__ = ["meta_arch"]
+__all__ = ["modeling"]
 __version__ = "0.1.0"

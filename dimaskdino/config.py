@@ -34,7 +34,6 @@ IGNORED_KEYS = frozenset(
         "MODEL.RESNETS.STEM_TYPE",
         "MODEL.MaskDINO.ENC_LAYERS",
         "MODEL.MaskDINO.EVAL_FLAG",
-        "MODEL.MaskDINO.NO_OBJECT_WEIGHT",
         "MODEL.MaskDINO.PANO_BOX_LOSS",
         "MODEL.MaskDINO.PRED_CONV",
         "MODEL.MaskDINO.PRE_NORM",
@@ -240,8 +239,15 @@ def _add_decoder_keys(cfg: CfgNode) -> None:
     # Whether boxes are supervised, and whether every layer is.
     node.BOX_LOSS = True
     node.DEEP_SUPERVISION = True
+    # Focal loss of classes: weight of the target class, and exponent that plays down easy ones.
+    node.FOCAL_ALPHA = 0.25
+    node.FOCAL_GAMMA = 2.0
     # Class head with a no-object logit, as the releases' semantic models have it; they load, but do not train here.
     node.SEMANTIC_CE_LOSS = False
+    # Weight of queries without an object in the softmax class loss.
+    node.NO_OBJECT_WEIGHT = 0.1
+    # Whether the model predicts masks; without them it detects boxes (PIXEL_DECODER_NAME DeformableEncoder).
+    node.MASK_ON = True
     # Attention heads, width, feed-forward width, dropout (encoder only, as in the releases).
     node.NHEADS = 8
     node.HIDDEN_DIM = 256
@@ -260,8 +266,10 @@ def _add_decoder_keys(cfg: CfgNode) -> None:
     node.INITIAL_PRED = True
     # First boxes of the queries: no (box head), mask2box or bitmask (from the predicted mask).
     node.INITIALIZE_BOX_TYPE = "no"
-    # Denoising: no, standard (class and box) or seg (mask as well); noise scale; number of denoising queries.
+    # Denoising: no, standard (class and box) or seg (mask as well); registered name of the part that makes its queries;
+    # noise scale; number of denoising queries.
     node.DN = "seg"
+    node.DN_NAME = "Denoising"
     node.DN_NOISE_SCALE = 0.4
     node.DN_NUM = 100
     # Points of the mask losses and the matcher; oversampling and share of the most uncertain ones (PointRend).

@@ -10,10 +10,9 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 from torch import Tensor, nn
 
-import dimaskdino.meta_arch  # noqa: F401  (registers the model)
+import dimaskdino.modeling.meta_arch  # noqa: F401  (registers the model)
 from dimaskdino.config import Config, get_cfg
-from dimaskdino.modeling.encoder import EncoderOutput
-from dimaskdino.modeling.targets import Targets
+from dimaskdino.structures import EncoderOutput, Targets
 
 DIM = 64
 NUM_CLASSES = 5

@@ -32,7 +32,7 @@ from dimaskdino.engine.schedule import build_lr_scheduler
 from dimaskdino.engine.train_step import TrainStep
 from dimaskdino.errors import CheckpointError, UserError, file_errors_told_in_one_line
 from dimaskdino.evaluation import ForwardTimer, SpeedEvaluator, build_evaluator, timed, write_results
-from dimaskdino.meta_arch import build_model
+from dimaskdino.modeling.meta_arch import build_model
 
 logger = logging.getLogger(__name__)
 

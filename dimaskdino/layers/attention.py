@@ -55,6 +55,30 @@ class FeedForward(nn.Module):
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
 
+class AttentionLayer(FeedForward):
+    """Attention and a feed-forward block, both post-norm.
+
+    Args:
+        dim: channels C.
+        hidden_dim: width of the feed-forward block.
+        num_heads: attention heads; must divide ``dim``.
+        attention_name: name of the attention module, and so of its weights in checkpoints.
+    """
+
+    def __init__(self, *, dim: int, hidden_dim: int, num_heads: int, attention_name: str) -> None:
+        super().__init__()
+        self.attention_name = attention_name
+        self.add_module(attention_name, MultiheadAttention(dim, num_heads))
+        self.norm1 = nn.LayerNorm(dim)
+        self.add_feed_forward(dim, hidden_dim, dropout=0.0)
+        self.norm2 = nn.LayerNorm(dim)
+
+    def forward(self, content: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Update ``content`` (B, N, C) by what ``query`` (B, N, C) finds in ``key`` and ``value`` (B, K, C)."""
+        attended = self.get_submodule(self.attention_name)(query, key, value)
+        return self.feed_forward(self.norm1(content + attended), self.norm2)
+
+
 def xavier_init(module: nn.Module) -> None:
     """Xavier-uniform for every weight of two or more dimensions under ``module``, as DETR's transformers start."""
     with torch.no_grad():

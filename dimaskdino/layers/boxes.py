@@ -8,14 +8,23 @@ _AREA_EPS = 1e-6
 
 
 def inverse_sigmoid(x: Tensor, eps: float = _EPS) -> Tensor:
-    """Logit of values in [0, 1]; both x and 1 - x are kept at least ``eps``, so the result is finite.
-
-    The logarithm is taken in float64: that of float32 differs in the last bit between the CPUs of different makers, and
-    with it everything that begins at a box and comes back to it.
-    """
+    """Logit of values in [0, 1]; both x and 1 - x are kept at least ``eps``, so the result is finite."""
     x = x.clamp(min=0, max=1)
-    odds = x.clamp(min=eps) / (1 - x).clamp(min=eps)
-    return odds.double().log().to(odds.dtype)
+    return (x.clamp(min=eps) / (1 - x).clamp(min=eps)).log()
+
+
+def move_boxes(boxes: Tensor, delta: Tensor, eps: float = _EPS) -> Tensor:
+    """Move boxes by offsets in logits.
+
+    Args:
+        boxes: (..., 4) cxcywh in [0, 1].
+        delta: (..., 4) any floating dtype.
+        eps: see :func:`inverse_sigmoid`.
+
+    Returns:
+        (..., 4) float32 cxcywh in [0, 1].
+    """
+    return (delta.float() + inverse_sigmoid(boxes, eps)).sigmoid()
 
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:

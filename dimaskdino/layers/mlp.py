@@ -1,5 +1,6 @@
 """Multi-layer perceptron."""
 
+import torch
 from torch import Tensor, nn
 
 
@@ -19,6 +20,11 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList(
             nn.Linear(narrow, wide) for narrow, wide in zip(widths[:-1], widths[1:], strict=True)
         )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return next(self.parameters()).dtype
 
     def zero_last_layer(self) -> None:
         """Start from an output of zero."""

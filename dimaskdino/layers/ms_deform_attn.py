@@ -5,13 +5,13 @@ import math
 import torch
 from torch import Tensor, nn
 
-from dimaskdino.layers.autocast import to_autocast_dtype
 from dimaskdino.layers.ms_deform_attn_ops import call, use_compiled
 from dimaskdino.layers.ms_deform_attn_reference import (
     SpatialShapes,
     ms_deform_attn_fused_reference,
     ms_deform_attn_reference,
 )
+from dimaskdino.layers.precision import to_autocast_dtype
 
 
 def ms_deform_attn(

@@ -61,3 +61,10 @@ def box_sine_embedding(boxes: Tensor, dim: int) -> Tensor:
     frequencies = _frequencies(dim // 2, boxes.device)
     angles = torch.stack((center_y, center_x, width, height), dim=-1)[..., None] * (2 * math.pi) / frequencies
     return _interleave_sin_cos(angles).flatten(-2)
+
+
+def pixel_centers(height: int, width: int, device: torch.device) -> Tensor:
+    """(height * width, 2) float32 centres of the pixels as (x, y) in (0, 1), row by row."""
+    y = (torch.arange(height, dtype=torch.float32, device=device) + 0.5) / height
+    x = (torch.arange(width, dtype=torch.float32, device=device) + 0.5) / width
+    return torch.stack((x.expand(height, width), y[:, None].expand(height, width)), dim=-1).flatten(0, 1)

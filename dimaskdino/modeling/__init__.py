@@ -1,5 +1,5 @@
-"""The paper: encoder, selection, De-Imbalance, BATO, decoder, heads. Importing it registers every part."""
+"""The papers' models, in the folders that Mask DINO's users know. Importing this registers every part."""
 
-from dimaskdino.modeling import backbone, bato, de_imbalance, decoder, encoder, sem_seg_head
+from dimaskdino.modeling import backbone, criterion, meta_arch, pixel_decoder, postprocessing, transformer_decoder
 
-__all__ = ["backbone", "bato", "de_imbalance", "decoder", "encoder", "sem_seg_head"]
+__all__ = ["backbone", "criterion", "meta_arch", "pixel_decoder", "postprocessing", "transformer_decoder"]

@@ -1,4 +1,4 @@
-"""One registry for each part of the model that user code may replace by registering a class and naming it in YAML.
+"""One registry for each part of the model; register a class of your own and name it in YAML to replace the part.
 
 The meta-architecture and ``MaskDINOHead`` live in detectron2's own registries (``META_ARCH_REGISTRY`` and
 ``SEM_SEG_HEADS_REGISTRY``), backbones in its ``BACKBONE_REGISTRY``.
@@ -16,11 +16,15 @@ TRANSFORMER_DECODER_REGISTRY = Registry("TRANSFORMER_DECODER")
 TRANSFORMER_DECODER_REGISTRY.__doc__ = """
 Decoders, named by MODEL.MaskDINO.TRANSFORMER_DECODER_NAME; called as ``cls(cfg)``.
 """
+DENOISING_REGISTRY = Registry("DENOISING")
+DENOISING_REGISTRY.__doc__ = """
+Denoising, named by MODEL.MaskDINO.DN_NAME; called as ``cls(cfg)``, then with the targets of each image to give
+:class:`dimaskdino.structures.DenoisingQueries`, or None for a batch without any.
+"""
 DE_IMBALANCE_REGISTRY = Registry("DE_IMBALANCE")
 DE_IMBALANCE_REGISTRY.__doc__ = """
-De-Imbalance modules, named by MODEL.MaskDINO.DI.NAME; called as ``cls(cfg)``. One whose
-``evaluate_selections`` is True gets the mask features as a third argument in evaluation, and also predicts
-"selection.2" and so on.
+De-Imbalance modules, named by MODEL.MaskDINO.DI.NAME; called as ``cls(cfg)``. In evaluation, one that lists
+``selection_stages`` is given a third argument, ``predict(stage, tokens)``, to predict those stages.
 """
 BATO_REGISTRY = Registry("BATO")
 BATO_REGISTRY.__doc__ = """

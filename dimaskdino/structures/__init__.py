@@ -1,5 +1,35 @@
 """The values that flow between the parts of a model."""
 
+from dimaskdino.structures.predictions import (
+    DecoderOutput,
+    DenoisingQueries,
+    MaskLogits,
+    Matches,
+    StagePrediction,
+    group_by_mask_features,
+    mask_logits,
+)
 from dimaskdino.structures.stages import Stage, decoder_stages, is_final_loss
+from dimaskdino.structures.targets import JoinedTargets, Targets
+from dimaskdino.structures.tokens import EncoderOutput, FeatureTokens, Tokens, flatten_levels, highest_scores, take
 
-__all__ = ["Stage", "decoder_stages", "is_final_loss"]
+__all__ = [
+    "DecoderOutput",
+    "DenoisingQueries",
+    "EncoderOutput",
+    "FeatureTokens",
+    "JoinedTargets",
+    "MaskLogits",
+    "Matches",
+    "Stage",
+    "StagePrediction",
+    "Targets",
+    "Tokens",
+    "decoder_stages",
+    "flatten_levels",
+    "group_by_mask_features",
+    "highest_scores",
+    "is_final_loss",
+    "mask_logits",
+    "take",
+]

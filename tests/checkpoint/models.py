@@ -8,7 +8,7 @@ import torch
 from detectron2.modeling import build_model
 from torch import Tensor, nn
 
-import dimaskdino.meta_arch  # noqa: F401  (registers the model)
+import dimaskdino.modeling.meta_arch  # noqa: F401  (registers the model)
 from dimaskdino.config import Config, get_cfg
 
 SMALL: dict[str, Any] = {

@@ -6,19 +6,18 @@ from detectron2.modeling import META_ARCH_REGISTRY, SEM_SEG_HEADS_REGISTRY
 from torch import nn
 
 from dimaskdino.errors import ConfigError
-from dimaskdino.meta_arch import DIMaskDINO, MaskDINO, build_model
 from dimaskdino.modeling.bato import BalanceAwareTokensOptimization
-from dimaskdino.modeling.de_imbalance import DeImbalance
-from dimaskdino.modeling.decoder import DIMaskDINODecoder
-from dimaskdino.modeling.encoder import EncoderOutput, MaskDINOEncoder
+from dimaskdino.modeling.meta_arch import DIMaskDINO, MaskDINO, MaskDINOHead, build_model
+from dimaskdino.modeling.pixel_decoder import MaskDINOEncoder
 from dimaskdino.modeling.registry import (
     BATO_REGISTRY,
     DE_IMBALANCE_REGISTRY,
     PIXEL_DECODER_REGISTRY,
     TRANSFORMER_DECODER_REGISTRY,
 )
-from dimaskdino.modeling.selection import Tokens
-from dimaskdino.modeling.sem_seg_head import MaskDINOHead
+from dimaskdino.modeling.transformer_decoder import DIMaskDINODecoder
+from dimaskdino.modeling.transformer_decoder.de_imbalance import DeImbalance
+from dimaskdino.structures import EncoderOutput, Tokens
 from tests.tiny_model import DIM, image, sample, tiny_cfg
 
 

@@ -14,7 +14,7 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from torch import Tensor
 
 from dimaskdino.checkpoint import from_release
-from dimaskdino.meta_arch import DIMaskDINO
+from dimaskdino.modeling.meta_arch import DIMaskDINO
 from tests.parity.releases import release
 
 DATA = Path(__file__).parents[1] / "data"

@@ -7,7 +7,7 @@ import torch
 from detectron2.modeling import build_model
 from torch import Tensor
 
-import dimaskdino.meta_arch  # noqa: F401  (registers the model)
+import dimaskdino.modeling.meta_arch  # noqa: F401  (registers the model)
 from dimaskdino.checkpoint import Checkpointer, from_release, is_release, to_release
 from tests.parity.releases import NAMES, release
 

@@ -8,7 +8,7 @@ import torch
 from detectron2.structures import Instances
 from torch import Tensor
 
-from dimaskdino.modeling.heads import StagePrediction
+from dimaskdino.structures import StagePrediction
 from tests.parity.recorded import NAMES, OUTPUT_SIZE, images, model, our_stage, recorded, recorded_stages, unpack
 
 STAGES = [(name, stage) for name in NAMES for stage in recorded_stages(name)]

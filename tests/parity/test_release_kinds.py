@@ -11,7 +11,7 @@ import pytest
 import yaml
 from detectron2.modeling import build_model
 
-import dimaskdino.meta_arch  # noqa: F401  (registers the model)
+import dimaskdino.modeling.meta_arch  # noqa: F401  (registers the model)
 from dimaskdino.checkpoint import to_release
 from dimaskdino.config import get_cfg
 from tests.parity.releases import release

@@ -55,13 +55,12 @@ def test_the_loss_terms_are_the_recorded_ones(runs, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_weighted_term_is_the_same(runs, name):
-    # Without noise, loss_bbox_dn_0 and loss_giou_dn_0 compare boxes with themselves and hold nothing but the rounding
-    # of sigmoid(logit(box)), a fraction of an ulp of each coordinate. They are the same to the bit where torch has
-    # its AVX2 or AVX-512 kernels, whose exponential is the recorded one.
+    # Without noise, loss_bbox_dn_0 and loss_giou_dn_0 compare boxes with themselves and hold nothing but rounding,
+    # which differs between CPUs: hence the absolute floor.
     different = {
         key: (runs[name].losses[key], value)
         for key, value in recorded_losses(name).items()
-        if not math.isclose(runs[name].losses[key], value, rel_tol=1e-4)
+        if not math.isclose(runs[name].losses[key], value, rel_tol=1e-4, abs_tol=1e-6)
     }
     assert not different
 

@@ -1,0 +1,158 @@
+"""The training loss: every supervised stage, matched and weighed by a short list of terms."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.utils import comm
+from torch import Tensor, nn
+
+from dimaskdino.errors import ConfigError
+from dimaskdino.modeling.criterion.matcher import BoxCost, CostTerm, FocalClassCost, HungarianMatcher, MaskCost
+from dimaskdino.modeling.criterion.points import PointSampler, RandomPointSampler
+from dimaskdino.modeling.criterion.terms import (
+    BoxLoss,
+    FocalClassLoss,
+    LossTerm,
+    MaskLoss,
+    SoftmaxClassLoss,
+    SupervisedStages,
+    Supervision,
+)
+from dimaskdino.modeling.transformer_decoder.checks import uses_no_object_class
+from dimaskdino.structures import DecoderOutput, DenoisingQueries, Stage, Targets
+
+
+class Criterion(nn.Module):
+    """Weighted losses of every stage.
+
+    Args:
+        terms: of the loss, in the order of their names in the logs.
+        matcher: pairs queries and objects.
+        denoising: ``no``, ``standard`` (class and box) or ``seg`` (mask as well).
+        deep_supervision: supervise every decoder layer; otherwise the last one, and selection, alone.
+    """
+
+    @configurable
+    def __init__(
+        self, *, terms: Sequence[LossTerm], matcher: HungarianMatcher, denoising: str, deep_supervision: bool
+    ) -> None:
+        super().__init__()
+        self.terms, self.matcher = list(terms), matcher
+        self.denoising, self.deep_supervision = denoising, deep_supervision
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, sampler: PointSampler | None = None) -> dict[str, Any]:
+        """Read the terms of MODEL.MaskDINO; ``sampler`` replaces the random one."""
+        node = cfg.MODEL.MaskDINO
+        sampler = sampler or RandomPointSampler(cfg)
+        focal = {"alpha": node.FOCAL_ALPHA, "gamma": node.FOCAL_GAMMA}
+        costs: list[CostTerm] = [
+            FocalClassCost(weight=node.COST_CLASS_WEIGHT, **focal),
+            BoxCost(l1_weight=node.COST_BOX_WEIGHT, giou_weight=node.COST_GIOU_WEIGHT),
+            MaskCost(ce_weight=node.COST_MASK_WEIGHT, dice_weight=node.COST_DICE_WEIGHT, sampler=sampler),
+        ]
+        num_classes = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+        terms: list[LossTerm]
+        if uses_no_object_class(cfg):
+            no_object = {"no_object_weight": node.NO_OBJECT_WEIGHT}
+            terms = [SoftmaxClassLoss(weight=node.CLASS_WEIGHT, num_classes=num_classes, **no_object)]
+        else:
+            terms = [FocalClassLoss(weight=node.CLASS_WEIGHT, num_classes=num_classes, **focal)]
+        if node.BOX_LOSS:
+            terms.append(BoxLoss(l1_weight=node.BOX_WEIGHT, giou_weight=node.GIOU_WEIGHT))
+        if node.MASK_ON:
+            terms.append(MaskLoss(ce_weight=node.MASK_WEIGHT, dice_weight=node.DICE_WEIGHT, sampler=sampler))
+        elif not node.BOX_LOSS:
+            raise ConfigError("MODEL.MaskDINO.BOX_LOSS and MASK_ON are both False: set one of them, to learn where.")
+        return {
+            "terms": terms,
+            "matcher": HungarianMatcher(costs),
+            "denoising": node.DN,
+            "deep_supervision": node.DEEP_SUPERVISION,
+        }
+
+    def forward(self, output: DecoderOutput, targets: Sequence[Targets]) -> dict[str, Tensor]:
+        """Weighted losses.
+
+        Args:
+            output: of the decoder, in training.
+            targets: of each image.
+
+        Returns:
+            Scalar per term and stage: loss_ce, loss_bbox, loss_giou, loss_mask, loss_dice, with the ending of the
+            stage (:attr:`dimaskdino.structures.Stage.loss_suffix`). The names depend on the configuration alone, so
+            that all processes log the same ones.
+        """
+        supervisions = self._supervise(output, targets)
+        losses: dict[str, Tensor] = {}
+        for term in self.terms:
+            chosen = [each for each in supervisions if each.use_masks or not term.needs_masks]
+            for name, values in term(SupervisedStages(chosen, targets)).items() if chosen else ():
+                losses |= {f"{name}{_suffix(each)}": x for each, x in zip(chosen, values.unbind(), strict=True)}
+        if not any("loss_bbox" in term.names for term in self.terms):
+            # A zero gradient for the parameters that make boxes, as data-parallel training needs.
+            for each in supervisions:
+                name = f"loss_ce{_suffix(each)}"
+                losses[name] = losses[name] + 0.0 * each.prediction.boxes.sum()
+        return losses | self._zero_denoising_losses(output, supervisions)
+
+    def _supervise(self, output: DecoderOutput, targets: Sequence[Targets]) -> list[Supervision]:
+        """Every stage to supervise, with its matches."""
+        objects, denoised = _count_objects(targets, output.denoising)
+        stages = [each for each in output.stages if self._is_supervised(each.stage)]
+        matches = self.matcher(stages, targets)
+        supervisions = [
+            Supervision(stage, of_stage, objects, use_masks=stage.masks is not None)
+            for stage, of_stage in zip(stages, matches, strict=True)
+        ]
+        if output.denoising is None:
+            return supervisions
+        total = denoised * output.denoising.num_groups
+        return supervisions + [
+            Supervision(
+                each, output.denoising.matches, total, use_masks=self.denoising == "seg" and each.masks is not None
+            )
+            for each in output.denoising_stages
+            if self._is_denoised(each.stage, output)
+        ]
+
+    def _is_supervised(self, stage: Stage) -> bool:
+        return self.deep_supervision or stage.place is None
+
+    def _is_denoised(self, stage: Stage, output: DecoderOutput) -> bool:
+        """Whether denoising queries are supervised: as in the releases, learned queries leave out their first stage."""
+        learned_queries = all(each.stage.is_refined for each in output.stages)
+        return self._is_supervised(stage) and not (learned_queries and stage.place == 0)
+
+    def _zero_denoising_losses(self, output: DecoderOutput, supervisions: list[Supervision]) -> dict[str, Tensor]:
+        """The losses of denoising, all zero, where this batch denoises nothing."""
+        if self.denoising == "no" or output.denoising is not None:
+            return {}
+        return {
+            f"{name}{each.prediction.stage.of_denoising().loss_suffix}": each.num_objects.new_zeros(())
+            for each in supervisions
+            if each.prediction.stage.is_refined and self._is_denoised(each.prediction.stage, output)
+            for term in self.terms
+            if not term.needs_masks or (self.denoising == "seg" and each.use_masks)
+            for name in term.names
+        }
+
+
+def _suffix(supervision: Supervision) -> str:
+    return supervision.prediction.stage.loss_suffix
+
+
+def _count_objects(targets: Sequence[Targets], denoising: DenoisingQueries | None) -> tuple[Tensor, Tensor]:
+    """Objects, and those that are denoised (one group), per process: scalars, at least 1, that stay on the device."""
+    objects = sum(len(target) for target in targets)
+    pairs = sum(len(query) for query, _ in denoising.matches) if denoising else 0
+    denoised = pairs // denoising.num_groups if denoising else 0
+    # Filled on the device: the host would have to wait for numbers that it copies there.
+    device = targets[0].labels.device
+    counts = torch.stack([torch.full((), float(count), device=device) for count in (objects, denoised)])
+    if comm.get_world_size() > 1:
+        torch.distributed.all_reduce(counts)
+    objects_per_process, denoised_per_process = (counts / comm.get_world_size()).clamp(min=1).unbind()
+    return objects_per_process, denoised_per_process

@@ -1,0 +1,44 @@
+"""Losses as functions of matched tensors, one value per query or pair."""
+
+import torch.nn.functional as F
+from fvcore.nn import sigmoid_focal_loss
+from torch import Tensor
+
+from dimaskdino.layers.boxes import cxcywh_to_xyxy, generalized_iou
+
+
+def focal_loss(logits: Tensor, labels: Tensor, *, alpha: float, gamma: float) -> Tensor:
+    """Focal loss, summed over classes.
+
+    Args:
+        logits: (..., K).
+        labels: (...) int64; K stands for no object.
+        alpha: weight of the target class; other classes weigh 1 - alpha.
+        gamma: exponent that plays down easy classes.
+
+    Returns:
+        (...).
+
+    Source: RetinaNet (Lin et al., 2017).
+    """
+    one_hot = F.one_hot(labels, logits.shape[-1] + 1)[..., :-1].to(logits.dtype)
+    return sigmoid_focal_loss(logits, one_hot, alpha=alpha, gamma=gamma, reduction="none").sum(-1)
+
+
+def box_losses(boxes: Tensor, target_boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """L1 and generalized-IoU loss of (N, 4) cxcywh pairs, each (N,)."""
+    overlap = generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target_boxes))
+    return (boxes - target_boxes).abs().sum(-1), 1 - overlap
+
+
+def mask_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Binary cross entropy (mean over points) and dice loss, each (N,).
+
+    Args:
+        logits: (N, P) at the sampled points.
+        labels: (N, P) in [0, 1].
+    """
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1)
+    probability = logits.sigmoid()
+    dice = 1 - (2 * (probability * labels).sum(-1) + 1) / (probability.sum(-1) + labels.sum(-1) + 1)
+    return cross_entropy, dice

@@ -1,0 +1,169 @@
+"""One-to-one matching of predictions and objects."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from dimaskdino.layers.boxes import cxcywh_to_xyxy, generalized_iou
+from dimaskdino.layers.points import sample_binary_masks, sample_points
+from dimaskdino.layers.precision import float32_block
+from dimaskdino.modeling.criterion.points import PointSampler
+from dimaskdino.structures import Matches, StagePrediction, Targets, group_by_mask_features
+
+# Queries whose masks are compared at a time: at 12,544 points each, the largest tensors of the matching.
+_QUERIES_PER_CHUNK = 1024
+
+
+class CostTerm(Protocol):
+    """A part of the matching cost."""
+
+    def __call__(self, stages: Sequence[StagePrediction], image: int, target: Targets) -> Tensor:
+        """Weighted cost (Q of all stages, n) float32 of pairing each query of one image with each of its objects."""
+
+
+class FocalClassCost:
+    """What predicting an object's class changes in the focal loss.
+
+    Args:
+        weight: of the cost.
+        alpha: see :func:`dimaskdino.modeling.criterion.losses.focal_loss`.
+        gamma: see there.
+    """
+
+    def __init__(self, *, weight: float, alpha: float, gamma: float) -> None:
+        self.weight, self.alpha, self.gamma = weight, alpha, gamma
+
+    def __call__(self, stages: Sequence[StagePrediction], image: int, target: Targets) -> Tensor:
+        """Weighted cost (Q of all stages, n)."""
+        logits = torch.cat([stage.logits[image] for stage in stages]).float()
+        probability = logits.sigmoid()
+        positive = self.alpha * (1 - probability) ** self.gamma * F.softplus(-logits)
+        negative = (1 - self.alpha) * probability**self.gamma * F.softplus(logits)
+        return self.weight * (positive - negative)[:, target.labels]
+
+
+class BoxCost:
+    """L1 distance of cxcywh boxes, and their negative generalized IoU.
+
+    Args:
+        l1_weight: of the distance.
+        giou_weight: of the overlap.
+    """
+
+    def __init__(self, *, l1_weight: float, giou_weight: float) -> None:
+        self.l1_weight, self.giou_weight = l1_weight, giou_weight
+
+    def __call__(self, stages: Sequence[StagePrediction], image: int, target: Targets) -> Tensor:
+        """Weighted cost (Q of all stages, n)."""
+        boxes = torch.cat([stage.boxes[image] for stage in stages]).float()
+        distance = torch.cdist(boxes, target.boxes, p=1)
+        overlap = generalized_iou(cxcywh_to_xyxy(boxes)[:, None], cxcywh_to_xyxy(target.boxes)[None])
+        return self.l1_weight * distance - self.giou_weight * overlap
+
+
+class MaskCost:
+    """Cross entropy and dice loss of masks at points that all masks of an image share.
+
+    Stages without masks, and images without them, cost nothing.
+
+    Args:
+        ce_weight: of the cross entropy.
+        dice_weight: of the dice loss.
+        sampler: gives the points.
+
+    Deviation: the releases draw new points for every stage; here the stages of an image share them.
+    """
+
+    def __init__(self, *, ce_weight: float, dice_weight: float, sampler: PointSampler) -> None:
+        self.ce_weight, self.dice_weight, self.sampler = ce_weight, dice_weight, sampler
+
+    def __call__(self, stages: Sequence[StagePrediction], image: int, target: Targets) -> Tensor:
+        """Weighted cost (Q of all stages, n)."""
+        costs = [stage.boxes.new_zeros(stage.boxes.shape[1], len(target), dtype=torch.float32) for stage in stages]
+        groups = group_by_mask_features(stages)
+        if target.masks is None or not groups:
+            return torch.cat(costs)
+        points = self.sampler.shared(target.labels.device)
+        everything = torch.arange(len(target), device=points.device)
+        labels = sample_binary_masks(target.masks, everything, points.expand(len(target), -1, -1))
+        for group in groups:
+            masks = [masks for index in group if (masks := stages[index].masks) is not None]
+            features = sample_points(masks[0].features[image][None].float(), points[None])[0]
+            embeds = torch.cat([each.embed[image] for each in masks]).float()
+            cost = torch.cat([self._cost(embed @ features, labels) for embed in embeds.split(_QUERIES_PER_CHUNK)])
+            for index, of_stage in zip(group, cost.split([each.embed.shape[1] for each in masks]), strict=True):
+                costs[index] = of_stage
+        return torch.cat(costs)
+
+    def _cost(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """(Q, n) from mask logits (Q, P) and labels (n, P) at the points."""
+        # Cross entropy with label t is softplus(x) - x t.
+        cross_entropy = (F.softplus(logits).sum(-1, keepdim=True) - logits @ labels.T) / labels.shape[1]
+        probability = logits.sigmoid()
+        total = probability.sum(-1, keepdim=True) + labels.sum(-1)
+        dice = 1 - (2 * probability @ labels.T + 1) / (total + 1)
+        return self.ce_weight * cross_entropy + self.dice_weight * dice
+
+
+class HungarianMatcher:
+    """Matches every stage on its own: least total cost per image.
+
+    Args:
+        costs: the terms whose sum is minimized.
+
+    Source: DETR (Carion et al., 2020); Mask DINO (Li et al., 2023), section 3.3, for the terms.
+    Deviation: the releases add 1e-8 inside logarithms; here costs are computed from the logits.
+    """
+
+    def __init__(self, costs: Sequence[CostTerm]) -> None:
+        self.costs = list(costs)
+
+    @torch.no_grad()
+    def __call__(self, stages: Sequence[StagePrediction], targets: Sequence[Targets]) -> list[Matches]:
+        """Match every stage.
+
+        Args:
+            stages: predictions.
+            targets: of each image.
+
+        Returns:
+            One :data:`dimaskdino.structures.Matches` per stage, on the device of the predictions.
+
+        Raises:
+            FloatingPointError: when a cost is not finite; names stage and image.
+        """
+        num_queries = [stage.logits.shape[1] for stage in stages]
+        with float32_block("matching", stages[0].logits.device):
+            by_image = [
+                torch.stack([term(stages, image, target) for term in self.costs]).sum(0).split(num_queries)
+                for image, target in enumerate(targets)
+            ]
+        return _assign([list(of_stage) for of_stage in zip(*by_image, strict=True)], stages)
+
+
+def _assign(costs: list[list[Tensor]], stages: Sequence[StagePrediction]) -> list[Matches]:
+    """Solve the problems of all stages and images on the host: one transfer there, and one back."""
+    flat = torch.cat([cost.flatten() for row in costs for cost in row])
+    on_host = flat.cpu()
+    finite = bool(on_host.isfinite().all())
+    solutions: list[np.ndarray] = []
+    start = 0
+    for row, stage in zip(costs, stages, strict=True):
+        for image, cost in enumerate(row):
+            matrix = on_host[start : start + cost.numel()].view(cost.shape)
+            start += cost.numel()
+            if not finite and not bool(matrix.isfinite().all()):
+                raise FloatingPointError(
+                    f"The predictions of stage {stage.name} for image {image} of the batch are not finite. "
+                    "Training has diverged: lower SOLVER.BASE_LR or check the data."
+                )
+            solutions.append(np.stack(linear_sum_assignment(matrix.numpy())))
+    pairs = torch.from_numpy(np.concatenate(solutions, axis=1)).to(flat.device)
+    matches = iter(pairs.split([solution.shape[1] for solution in solutions], dim=1))
+    return [[(queries, objects) for queries, objects in itertools.islice(matches, len(row))] for row in costs]

@@ -1,0 +1,238 @@
+"""The terms of the criterion: each computes its losses for all supervised stages at once."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dimaskdino.layers.points import sample_binary_masks, sample_points
+from dimaskdino.layers.precision import to_autocast_dtype
+from dimaskdino.modeling.criterion.losses import box_losses, focal_loss, mask_losses
+from dimaskdino.modeling.criterion.points import PointSampler
+from dimaskdino.structures import (
+    JoinedTargets,
+    Matches,
+    StagePrediction,
+    Targets,
+    group_by_mask_features,
+    mask_logits,
+)
+
+# Bounds the mask logits and the candidate points that are in memory beside those kept for the backward pass.
+_MASKS_PER_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """One stage with the objects that its queries stand for.
+
+    Attributes:
+        prediction: of the stage.
+        matches: (query, object) indices of each image.
+        num_objects: scalar that its losses are divided by.
+        use_masks: whether its masks are supervised.
+    """
+
+    prediction: StagePrediction
+    matches: Matches
+    num_objects: Tensor
+    use_masks: bool
+
+
+class SupervisedStages:
+    """Stages (S) whose queries and matched pairs (N) stand in one row, stage after stage.
+
+    Args:
+        supervisions: of the stages.
+        targets: of each image.
+
+    Attributes:
+        predictions: of the stages.
+        matches: of the stages.
+        targets: the objects of the batch in one row.
+        num_objects: (S,) what the losses of each stage are divided by.
+        image: (N,) int64, image of each pair.
+        query: (N,) int64, its query in the row of all queries.
+        object: (N,) int64, its object in ``targets``.
+    """
+
+    def __init__(self, supervisions: Sequence[Supervision], targets: Sequence[Targets]) -> None:
+        self.predictions = [supervision.prediction for supervision in supervisions]
+        self.matches = [supervision.matches for supervision in supervisions]
+        self.targets = JoinedTargets(targets)
+        self.num_objects = torch.stack([supervision.num_objects for supervision in supervisions])
+        self._num_pairs = [sum(len(query) for query, _ in matches) for matches in self.matches]
+        self._num_queries = [prediction.logits.shape[1] for prediction in self.predictions]
+        starts = [sum(self._num_queries[:index]) for index in range(len(self._num_queries))]
+        of_image = [
+            (image, query + start)
+            for matches, start in zip(self.matches, starts, strict=True)
+            for image, (query, _) in enumerate(matches)
+        ]
+        self.image = torch.cat([torch.full_like(query, image) for image, query in of_image])
+        self.query = torch.cat([query for _, query in of_image])
+        self.object = torch.cat([self.targets.objects(matches) for matches in self.matches])
+
+    def logits(self) -> Tensor:
+        """(B, Q of all stages, K) float32."""
+        return torch.cat([prediction.logits for prediction in self.predictions], dim=1).float()
+
+    def boxes(self) -> Tensor:
+        """(N, 4) float32 cxcywh of the matched queries."""
+        boxes = torch.cat([prediction.boxes for prediction in self.predictions], dim=1).float()
+        return boxes[self.image, self.query]
+
+    def labels(self, no_object: int) -> Tensor:
+        """(B, Q of all stages) int64: the class of each query's object, or ``no_object``."""
+        images = len(self.predictions[0].logits)
+        labels = self.query.new_full((images, sum(self._num_queries)), no_object)
+        return labels.index_put((self.image, self.query), self.targets.labels[self.object])
+
+    def sum_queries(self, values: Tensor) -> Tensor:
+        """(S,) sums by stage of values (B, Q of all stages)."""
+        return torch.stack([of_stage.sum() for of_stage in values.split(self._num_queries, dim=1)])
+
+    def sum_pairs(self, values: Tensor) -> Tensor:
+        """(S,) sums by stage of values (N,)."""
+        return torch.stack([of_stage.sum() for of_stage in values.split(self._num_pairs)])
+
+
+class LossTerm(Protocol):
+    """A part of the criterion."""
+
+    names: tuple[str, ...]
+    """Names of its losses, without a stage's ending."""
+    needs_masks: bool
+    """Whether it supervises masks; it is then given those stages alone whose masks are supervised."""
+
+    def __call__(self, stages: SupervisedStages) -> Mapping[str, Tensor]:
+        """Weighted losses (S,) by name."""
+
+
+class FocalClassLoss:
+    """Focal loss of every query; the target of one without an object is no class. Divided by the objects.
+
+    Args:
+        weight: of the loss.
+        num_classes: K.
+        alpha: see :func:`focal_loss`.
+        gamma: see :func:`focal_loss`.
+    """
+
+    names: tuple[str, ...] = ("loss_ce",)
+    needs_masks = False
+
+    def __init__(self, *, weight: float, num_classes: int, alpha: float, gamma: float) -> None:
+        self.weight, self.num_classes, self.alpha, self.gamma = weight, num_classes, alpha, gamma
+
+    def __call__(self, stages: SupervisedStages) -> Mapping[str, Tensor]:
+        """Weighted losses (S,)."""
+        losses = focal_loss(stages.logits(), stages.labels(self.num_classes), alpha=self.alpha, gamma=self.gamma)
+        return {"loss_ce": self.weight * stages.sum_queries(losses) / stages.num_objects}
+
+
+class SoftmaxClassLoss:
+    """Cross entropy over K classes and "no object": the weighted mean over all queries.
+
+    Args:
+        weight: of the loss.
+        num_classes: K; the class head has K + 1 logits.
+        no_object_weight: weight of a query without an object.
+
+    Source: MaskFormer (Cheng et al., 2021); Mask DINO's semantic models.
+    """
+
+    names: tuple[str, ...] = ("loss_ce",)
+    needs_masks = False
+
+    def __init__(self, *, weight: float, num_classes: int, no_object_weight: float) -> None:
+        self.weight, self.num_classes, self.no_object_weight = weight, num_classes, no_object_weight
+
+    def __call__(self, stages: SupervisedStages) -> Mapping[str, Tensor]:
+        """Weighted losses (S,)."""
+        logits, labels = stages.logits(), stages.labels(self.num_classes)
+        losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+        weights = torch.ones_like(losses).masked_fill(labels == self.num_classes, self.no_object_weight)
+        return {"loss_ce": self.weight * stages.sum_queries(weights * losses) / stages.sum_queries(weights)}
+
+
+class BoxLoss:
+    """L1 and generalized IoU of the objects whose box is supervised. Divided by all objects.
+
+    Args:
+        l1_weight: of the L1 loss.
+        giou_weight: of the generalized IoU loss.
+    """
+
+    names: tuple[str, ...] = ("loss_bbox", "loss_giou")
+    needs_masks = False
+
+    def __init__(self, *, l1_weight: float, giou_weight: float) -> None:
+        self.l1_weight, self.giou_weight = l1_weight, giou_weight
+
+    def __call__(self, stages: SupervisedStages) -> Mapping[str, Tensor]:
+        """Weighted losses (S,)."""
+        targets = stages.targets
+        supervised = targets.box_supervised[stages.object]
+        l1, giou = box_losses(stages.boxes(), targets.boxes[stages.object])
+        l1, giou = (stages.sum_pairs(losses * supervised) / stages.num_objects for losses in (l1, giou))
+        return {"loss_bbox": self.l1_weight * l1, "loss_giou": self.giou_weight * giou}
+
+
+class MaskLoss:
+    """Cross entropy and dice loss of the matched masks at sampled points. Divided by all objects.
+
+    No mask of another query is ever computed.
+
+    Args:
+        ce_weight: of the cross entropy.
+        dice_weight: of the dice loss.
+        sampler: gives the points.
+    """
+
+    names: tuple[str, ...] = ("loss_mask", "loss_dice")
+    needs_masks = True
+
+    def __init__(self, *, ce_weight: float, dice_weight: float, sampler: PointSampler) -> None:
+        self.ce_weight, self.dice_weight, self.sampler = ce_weight, dice_weight, sampler
+
+    def __call__(self, stages: SupervisedStages) -> Mapping[str, Tensor]:
+        """Weighted losses (S,)."""
+        sums: list[list[Tensor]] = [[] for _ in stages.predictions]
+        for group in group_by_mask_features(stages.predictions):
+            masks = stages.predictions[group[0]].masks
+            assert masks is not None
+            # Taken apart once: each image by itself would fill a whole batch with zeros in the backward pass.
+            for image, features in enumerate(to_autocast_dtype(masks.features).unbind()):
+                losses, counts = self._of_image(stages, group, image, features)
+                for index, of_stage in zip(group, losses.split(counts, dim=1), strict=True):
+                    sums[index].append(of_stage.sum(1))
+        cross_entropy, dice = torch.stack([torch.stack(parts).sum(0) for parts in sums], dim=1) / stages.num_objects
+        return {"loss_mask": self.ce_weight * cross_entropy, "loss_dice": self.dice_weight * dice}
+
+    def _of_image(
+        self, stages: SupervisedStages, group: list[int], image: int, features: Tensor
+    ) -> tuple[Tensor, list[int]]:
+        """Losses (2, m) of the matched masks of one image, for stages that share its mask features; m of each stage."""
+        embeds, places = [], []
+        for index in group:
+            masks, (query, obj) = stages.predictions[index].masks, stages.matches[index][image]
+            assert masks is not None
+            place = stages.targets.masks_of(image, obj)
+            # Of an image without masks no row is taken, which leaves the weights of the masks a zero gradient.
+            query, place = (query[:0], obj[:0]) if place is None else (query, place)
+            embeds.append(masks.embed[image, query])
+            places.append(place)
+        chunks = zip(torch.cat(embeds).split(_MASKS_PER_CHUNK), torch.cat(places).split(_MASKS_PER_CHUNK), strict=True)
+        losses = [self._of_masks(mask_logits(embed, features), stages.targets.masks, place) for embed, place in chunks]
+        return torch.cat(losses, dim=1), [len(place) for place in places]
+
+    def _of_masks(self, logits: Tensor, masks: Tensor, place: Tensor) -> Tensor:
+        """Losses (2, m) of logits (m, h, w) against the rows ``place`` (m,) of ``masks``."""
+        logits = logits.float()
+        points = self.sampler.per_mask(logits.detach())
+        labels = sample_binary_masks(masks, place, points)
+        return torch.stack(mask_losses(sample_points(logits[:, None], points)[:, 0], labels))

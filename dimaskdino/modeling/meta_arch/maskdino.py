@@ -1,0 +1,213 @@
+"""Images to losses (training) or results (evaluation)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, SEM_SEG_HEADS_REGISTRY, build_backbone
+from detectron2.modeling import build_model as build_detectron2_model
+from detectron2.structures import ImageList, Instances
+from torch import Tensor, nn
+
+from dimaskdino.errors import ConfigError
+from dimaskdino.modeling.criterion import Criterion, PointSampler
+from dimaskdino.modeling.postprocessing import instances_of_image
+from dimaskdino.modeling.registry import get_registered
+from dimaskdino.modeling.transformer_decoder.checks import uses_no_object_class
+from dimaskdino.structures import DecoderOutput, Stage, Targets
+
+
+@META_ARCH_REGISTRY.register()
+class DIMaskDINO(nn.Module):
+    """Joint object detection and instance segmentation.
+
+    Args:
+        backbone: images to features by name.
+        sem_seg_head: features, and targets for denoising, to predictions.
+        criterion: predictions and targets to losses.
+        num_classes: classes K.
+        pixel_mean: of each channel, on the 0-255 scale.
+        pixel_std: of each channel.
+        size_divisibility: images are padded with zeros to a multiple of this.
+        max_detections: results per image.
+        score_by_mask: multiply class scores by mask quality.
+        eval_layers: stages to report besides the final one: none, ("all",) or names of :attr:`stages`.
+        instance_results: False for a configuration that asks for semantic or panoptic results alone.
+        no_object_class: whether the class head has a no-object logit (semantic models of the releases).
+        predicts_masks: False for a model of boxes alone, which is trained without the masks of its objects.
+
+    Source: DI-MaskDINO (NeurIPS 2024), on MaskDINO (Li et al., 2023).
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: nn.Module,
+        sem_seg_head: nn.Module,
+        criterion: Criterion,
+        num_classes: int,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        size_divisibility: int,
+        max_detections: int,
+        score_by_mask: bool,
+        eval_layers: Sequence[str],
+        instance_results: bool = True,
+        no_object_class: bool = False,
+        predicts_masks: bool = True,
+    ) -> None:
+        super().__init__()
+        self.backbone, self.sem_seg_head, self.criterion = backbone, sem_seg_head, criterion
+        self.num_classes, self.size_divisibility = num_classes, size_divisibility
+        self.max_detections, self.score_by_mask = max_detections, score_by_mask
+        self.instance_results, self.no_object_class = instance_results, no_object_class
+        self.predicts_masks = predicts_masks
+        self.eval_layers = self._resolve_eval_layers(eval_layers)
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, point_sampler: PointSampler | None = None) -> dict[str, Any]:
+        """Build the parts by their registered names; ``point_sampler`` replaces the random one in training."""
+        node = cfg.MODEL.MaskDINO
+        get_registered(BACKBONE_REGISTRY, cfg.MODEL.BACKBONE.NAME, "MODEL.BACKBONE.NAME")
+        backbone = build_backbone(cfg)
+        build_head = get_registered(SEM_SEG_HEADS_REGISTRY, cfg.MODEL.SEM_SEG_HEAD.NAME, "MODEL.SEM_SEG_HEAD.NAME")
+        head = build_head(cfg, backbone.output_shape())
+        return {
+            "backbone": backbone,
+            "sem_seg_head": head,
+            "criterion": Criterion(cfg, sampler=point_sampler),
+            "num_classes": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "size_divisibility": max(node.SIZE_DIVISIBILITY, backbone.size_divisibility, 1),
+            "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "score_by_mask": not node.TEST.TEST_FOUCUS_ON_BOX,
+            "eval_layers": cfg.TEST.EVAL_LAYERS,
+            "instance_results": node.TEST.INSTANCE_ON,
+            "no_object_class": uses_no_object_class(cfg),
+            "predicts_masks": node.MASK_ON,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives; images are moved there."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return next(self.parameters()).dtype
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """Stages that evaluation can report, in the order in which they are predicted; the last is the result."""
+        return self.sem_seg_head.predictor.stages  # type: ignore[union-attr, return-value]
+
+    def eval_layer_names(self) -> list[str]:
+        """Names of :attr:`stages`."""
+        return [stage.name for stage in self.stages]
+
+    def _resolve_eval_layers(self, asked: Sequence[str]) -> tuple[str, ...]:
+        if not asked:
+            return ()
+        known = self.eval_layer_names()
+        if list(asked) == ["all"]:
+            return tuple(known)
+        unknown = [name for name in asked if name not in known]
+        if unknown:
+            raise ConfigError(f"TEST.EVAL_LAYERS names {unknown}; this model has {', '.join(known)} (or all).")
+        return tuple(name for name in known if name in asked)
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> dict[str, Tensor] | list[dict[str, Any]]:
+        """Train on or evaluate a batch.
+
+        Args:
+            batched_inputs: for each image a dict with "image" (3, H, W) in the channel order of INPUT.FORMAT, 0 to 255;
+                optionally "height" and "width" of the wanted result in px (default: those of "image"); in training
+                "instances" in the frame of "image" (:meth:`dimaskdino.structures.Targets.from_instances`).
+
+        Returns:
+            In training the weighted losses by name. In evaluation for each image {"instances": Instances}, and
+            "layers": {stage: Instances} where TEST.EVAL_LAYERS asks for it.
+
+        Raises:
+            ConfigError: for a semantic or panoptic configuration.
+            DatasetError: for training data that does not fit the model.
+        """
+        self._check_supported()
+        images = self._preprocess(batched_inputs)
+        features = self.backbone(images.tensor)
+        if not self.training:
+            output = self.sem_seg_head(features)
+            return [self._results(output, index, images, given) for index, given in enumerate(batched_inputs)]
+        height, width = images.tensor.shape[-2:]
+        targets = [
+            Targets.from_instances(
+                given["instances"], height, width, self.num_classes, self.device, with_masks=self.predicts_masks
+            )
+            for given in batched_inputs
+        ]
+        return self.criterion(self.sem_seg_head(features, targets), targets)
+
+    def _check_supported(self) -> None:
+        if self.no_object_class or not (self.training or self.instance_results):
+            raise ConfigError(
+                "This configuration is a semantic or panoptic one; the model loads its weights, but computes instance "
+                "losses and results alone: set MODEL.MaskDINO.TEST.INSTANCE_ON True and SEMANTIC_CE_LOSS False."
+            )
+        allowed = (torch.float32,) if self.training else (torch.float32, torch.bfloat16)
+        if self.dtype not in allowed:
+            raise TypeError(
+                f"The weights are {self.dtype}; keep them in float32 (in evaluation bfloat16 works as well), and use "
+                "torch.autocast for mixed precision."
+            )
+
+    def _preprocess(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
+        images = [
+            (given["image"].to(self.device).float() - self.pixel_mean) / self.pixel_std for given in batched_inputs
+        ]
+        padded = ImageList.from_tensors(images, self.size_divisibility)
+        return ImageList(padded.tensor.to(self.dtype), padded.image_sizes)
+
+    def _results(self, output: DecoderOutput, index: int, images: ImageList, given: dict[str, Any]) -> dict[str, Any]:
+        """Results of one image: of the last stage, and of the stages that evaluation asks for."""
+        image_size = images.image_sizes[index]
+        stages = {stage.name: stage for stage in output.stages}
+        final = output.stages[-1].name
+
+        def instances(name: str) -> Instances:
+            return instances_of_image(
+                stages[name],
+                index,
+                padded_size=tuple(images.tensor.shape[-2:]),
+                image_size=tuple(image_size),
+                output_size=(given.get("height", image_size[0]), given.get("width", image_size[1])),
+                max_detections=self.max_detections,
+                score_by_mask=self.score_by_mask,
+            )
+
+        result = {"instances": instances(final)}
+        if self.eval_layers:
+            result["layers"] = {
+                name: result["instances"] if name == final else instances(name) for name in self.eval_layers
+            }
+        return result
+
+
+def build_model(cfg: CfgNode) -> nn.Module:
+    """detectron2's build_model: the model that MODEL.META_ARCHITECTURE names, on MODEL.DEVICE.
+
+    Raises:
+        ConfigError: no model is registered under that name.
+    """
+    get_registered(META_ARCH_REGISTRY, cfg.MODEL.META_ARCHITECTURE, "MODEL.META_ARCHITECTURE")
+    return build_detectron2_model(cfg)
+
+
+@META_ARCH_REGISTRY.register()
+class MaskDINO(DIMaskDINO):
+    """The same model under the name that the releases' configurations use."""

@@ -1,0 +1,205 @@
+"""The encoder: backbone features to the initial feature tokens T_i, by deformable attention over several levels."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from torch import Tensor, nn
+
+from dimaskdino.errors import ConfigError, check_choice
+from dimaskdino.layers import FeedForward, MSDeformAttn
+from dimaskdino.layers.attention import xavier_init
+from dimaskdino.layers.ms_deform_attn import SpatialShapes
+from dimaskdino.layers.position import pixel_centers, pixel_sine_embedding
+from dimaskdino.layers.precision import float32_block
+from dimaskdino.modeling.registry import PIXEL_DECODER_REGISTRY
+from dimaskdino.structures import EncoderOutput, flatten_levels
+
+_FEATURE_ORDERS = ("low2high", "high2low")
+
+
+class EncoderLayer(FeedForward):
+    """Deformable self-attention over all levels and a feed-forward block, both post-norm."""
+
+    def __init__(self, *, dim: int, hidden_dim: int, dropout: float, num_levels: int, num_heads: int) -> None:
+        super().__init__()
+        self.self_attn = MSDeformAttn(dim=dim, num_levels=num_levels, num_heads=num_heads)
+        self.norm1 = nn.LayerNorm(dim)
+        self.add_feed_forward(dim, hidden_dim, dropout)
+        self.norm2 = nn.LayerNorm(dim)
+
+    def forward(self, tokens: Tensor, position: Tensor, reference: Tensor, spatial_shapes: SpatialShapes) -> Tensor:
+        """Update ``tokens`` (B, N, C), given ``position`` (N, C) and ``reference`` points (1, N, 2)."""
+        reference = reference.expand(tokens.shape[0], -1, -1)
+        attended = self.self_attn(tokens + position, reference, tokens, spatial_shapes)
+        tokens = self.norm1(tokens + self.drop(attended))
+        return self.feed_forward(tokens, self.norm2)
+
+
+@PIXEL_DECODER_REGISTRY.register()
+class DeformableEncoder(nn.Module):
+    """Deformable transformer over several levels, for models without masks.
+
+    Args:
+        input_shape: channels and stride of each backbone feature, by name.
+        in_features: the features that become tokens.
+        num_levels: levels after adding stride-2 convolutions of the coarsest feature; at least ``len(in_features)``.
+        feature_order: ``low2high`` lists the finest level first, ``high2low`` the coarsest.
+        conv_dim: width C of the tokens, a multiple of 32.
+        num_layers: transformer layers.
+        num_heads: attention heads.
+        hidden_dim: width of the feed-forward blocks.
+        dropout: probability, in training.
+
+    Source: Deformable DETR (Zhu et al., 2021).
+    """
+
+    makes_mask_features = False
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        input_shape: Mapping[str, ShapeSpec],
+        in_features: list[str],
+        num_levels: int,
+        feature_order: str,
+        conv_dim: int,
+        num_layers: int,
+        num_heads: int,
+        hidden_dim: int,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        _check_features(input_shape, in_features, num_levels, feature_order)
+        # The releases number the projections against the order of the levels: finest first in low2high.
+        self.token_features = sorted(
+            in_features, key=lambda name: input_shape[name].stride, reverse=feature_order != "low2high"
+        )
+        self.feature_order = feature_order
+        self.coarsest_feature = max(in_features, key=lambda name: input_shape[name].stride)
+        self.input_proj = _input_projections(
+            [input_shape[name].channels for name in self.token_features],
+            input_shape[self.coarsest_feature].channels,
+            num_levels,
+            conv_dim,
+        )
+        self.conv_dim = conv_dim
+        self.level_embed = nn.Parameter(torch.empty(num_levels, conv_dim))
+        self.layers = nn.ModuleList(
+            EncoderLayer(
+                dim=conv_dim, hidden_dim=hidden_dim, dropout=dropout, num_levels=num_levels, num_heads=num_heads
+            )
+            for _ in range(num_layers)
+        )
+        self._reset_parameters()
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> dict[str, Any]:
+        """Read MODEL.SEM_SEG_HEAD; heads and dropout come from MODEL.MaskDINO."""
+        head, node = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.MaskDINO
+        if cls.makes_mask_features != node.MASK_ON:
+            name = "MaskDINOEncoder" if node.MASK_ON else "DeformableEncoder"
+            raise ConfigError(
+                f"MODEL.MaskDINO.MASK_ON is {node.MASK_ON}, but MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME "
+                f"{head.PIXEL_DECODER_NAME} makes {'' if cls.makes_mask_features else 'no '}mask features; set it to "
+                f"{name}."
+            )
+        missing = [name for name in head.IN_FEATURES if name not in input_shape]
+        if missing:
+            raise ConfigError(
+                f"MODEL.SEM_SEG_HEAD.IN_FEATURES names {missing}, but the backbone gives {sorted(input_shape)}."
+            )
+        return {
+            "input_shape": {name: input_shape[name] for name in head.IN_FEATURES},
+            "in_features": head.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES,
+            "num_levels": head.TOTAL_NUM_FEATURE_LEVELS,
+            "feature_order": head.FEATURE_ORDER,
+            "conv_dim": head.CONVS_DIM,
+            "num_layers": head.TRANSFORMER_ENC_LAYERS,
+            "num_heads": node.NHEADS,
+            "hidden_dim": head.DIM_FEEDFORWARD,
+            "dropout": node.DROPOUT,
+        }
+
+    def _reset_parameters(self) -> None:
+        for module in self.input_proj.modules():
+            if isinstance(module, nn.Conv2d) and module.bias is not None:
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        xavier_init(self.layers)
+        for module in self.layers.modules():
+            if isinstance(module, MSDeformAttn):
+                module.reset_parameters()
+        nn.init.normal_(self.level_embed)
+
+    def forward(self, features: Mapping[str, Tensor]) -> EncoderOutput:
+        """Encode backbone features by name, (B, C_f, h_f, w_f), any floating dtype; see :class:`EncoderOutput`."""
+        with float32_block("encoder", self.level_embed.device):
+            features = {name: feature.to(self.level_embed.dtype) for name, feature in features.items()}
+            levels = self._attend(*self._project(features))
+            return EncoderOutput(levels, self.make_mask_features(features, levels))
+
+    def make_mask_features(self, features: Mapping[str, Tensor], levels: list[Tensor]) -> Tensor | None:
+        """Mask features from backbone features and encoded levels; a model without masks has none."""
+        return None
+
+    def _project(self, features: Mapping[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Feature maps of width C: of the features, in ``feature_order``, and of the levels beyond the coarsest."""
+        maps = [proj(features[name]) for name, proj in zip(self.token_features, self.input_proj, strict=False)]
+        extra: list[Tensor] = []
+        source = features[self.coarsest_feature]
+        for proj in self.input_proj[len(maps) :]:
+            source = proj(source)
+            extra.append(source)
+        return maps, extra
+
+    def _attend(self, maps: list[Tensor], extra: list[Tensor]) -> list[Tensor]:
+        """Run the transformer over all levels.
+
+        Deviation: with two or more extra levels the releases list those coarsest first in either order, and give them
+        each other's positions; their weights were trained so, and it is kept. With none or one there is no difference.
+        """
+        low2high = self.feature_order == "low2high"
+        levels = maps + extra[::-1] if low2high else extra[::-1] + maps
+        positioned = maps + extra if low2high else extra + maps
+        tokens, spatial_shapes = flatten_levels(levels)
+        device = tokens.device
+        position = torch.cat(
+            [
+                pixel_sine_embedding(level.shape[-2], level.shape[-1], self.conv_dim, device) + self.level_embed[index]
+                for index, level in enumerate(positioned)
+            ]
+        ).to(tokens.dtype)
+        reference = torch.cat([pixel_centers(height, width, device) for height, width in spatial_shapes])[None]
+        if not self.layers:  # a zero gradient for the level embedding, as data-parallel training needs
+            tokens = tokens + 0.0 * self.level_embed.sum()
+        for layer in self.layers:
+            tokens = layer(tokens, position, reference, spatial_shapes)
+        chunks = tokens.split([height * width for height, width in spatial_shapes], dim=1)
+        return [chunk.transpose(1, 2).unflatten(-1, shape) for chunk, shape in zip(chunks, spatial_shapes, strict=True)]
+
+
+def _check_features(shape: Mapping[str, ShapeSpec], in_features: list[str], num_levels: int, order: str) -> None:
+    check_choice("MODEL.SEM_SEG_HEAD.FEATURE_ORDER", order, _FEATURE_ORDERS)
+    missing = [name for name in in_features if name not in shape]
+    if missing or not in_features:
+        raise ConfigError(
+            f"MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES is {in_features}; "
+            f"it must name some of IN_FEATURES {sorted(shape)}."
+        )
+    if num_levels < len(in_features):
+        raise ConfigError(
+            f"MODEL.SEM_SEG_HEAD.TOTAL_NUM_FEATURE_LEVELS is {num_levels}, fewer than the {len(in_features)} features "
+            "of DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES."
+        )
+
+
+def _input_projections(channels: list[int], coarsest: int, num_levels: int, dim: int) -> nn.ModuleList:
+    """1x1 convolutions for the features, 3x3 stride-2 ones for the levels beyond them."""
+    convs = [nn.Conv2d(width, dim, 1) for width in channels]
+    extra = num_levels - len(channels)
+    convs += [nn.Conv2d(coarsest if i == 0 else dim, dim, 3, stride=2, padding=1) for i in range(extra)]
+    return nn.ModuleList(nn.Sequential(conv, nn.GroupNorm(32, dim)) for conv in convs)

@@ -1,0 +1,108 @@
+"""What the decoders' keys mean together, and which combinations cannot work."""
+
+from collections.abc import Mapping
+
+from detectron2.config import CfgNode
+
+from dimaskdino.errors import ConfigError, check_choice
+
+
+def uses_no_object_class(cfg: CfgNode) -> bool:
+    """Whether the class head has a no-object logit: semantic segmentation with softmax cross entropy."""
+    test = cfg.MODEL.MaskDINO.TEST
+    return bool(test.SEMANTIC_ON and cfg.MODEL.MaskDINO.SEMANTIC_CE_LOSS and not test.PANOPTIC_ON)
+
+
+def num_selected(cfg: CfgNode) -> list[int]:
+    """Tokens that each selection of De-Imbalance keeps: k1, k2 and so on."""
+    node = cfg.MODEL.MaskDINO
+    return list(node.DI.NUM_SELECTED or [node.FIRST_SELECTED_QUERIES, node.NUM_OBJECT_QUERIES])
+
+
+def check_maskdino(cfg: CfgNode) -> None:
+    """Refuse keys of Mask DINO's decoder that cannot work together.
+
+    Raises:
+        ConfigError: names the keys and what to change.
+    """
+    node, head = cfg.MODEL.MaskDINO, cfg.MODEL.SEM_SEG_HEAD
+    check_choice("MODEL.MaskDINO.INITIALIZE_BOX_TYPE", node.INITIALIZE_BOX_TYPE, ("no", "mask2box", "bitmask"))
+    check_choice("MODEL.MaskDINO.DN", node.DN, ("no", "standard", "seg"))
+    box_of_mask = node.INITIALIZE_BOX_TYPE != "no"
+    _refuse(
+        {
+            "INITIALIZE_BOX_TYPE needs TWO_STAGE: learned queries bring their own boxes.": (
+                box_of_mask and not node.TWO_STAGE
+            ),
+            "INITIALIZE_BOX_TYPE needs INITIAL_PRED, as in Mask DINO.": box_of_mask and not node.INITIAL_PRED,
+            "INITIALIZE_BOX_TYPE needs MASK_ON: without masks set it to no.": box_of_mask and not node.MASK_ON,
+            "DI.RANDOM_POSITION needs TWO_STAGE: the boxes of learned queries would never be trained.": (
+                node.DI.RANDOM_POSITION and not node.TWO_STAGE
+            ),
+            "DEC_LAYERS must be at least 1.": node.DEC_LAYERS < 1,
+            "NUM_OBJECT_QUERIES must be at least 1.": node.NUM_OBJECT_QUERIES < 1,
+            "NHEADS must divide HIDDEN_DIM and SEM_SEG_HEAD.CONVS_DIM.": (
+                node.HIDDEN_DIM % node.NHEADS != 0 or head.CONVS_DIM % node.NHEADS != 0
+            ),
+            "HIDDEN_DIM and SEM_SEG_HEAD.CONVS_DIM must be multiples of 32: group normalization has 32 groups.": (
+                node.HIDDEN_DIM % 32 != 0 or head.CONVS_DIM % 32 != 0
+            ),
+            "DN_NUM must be at least 1 (or set DN no).": node.DN != "no" and node.DN_NUM < 1,
+        }
+    )
+
+
+def check_dimaskdino(cfg: CfgNode) -> None:
+    """Refuse keys of De-Imbalance and BATO that cannot work together.
+
+    Raises:
+        ConfigError: names the keys and what to change.
+    """
+    node = cfg.MODEL.MaskDINO
+    check_choice("MODEL.MaskDINO.BATO.GUIDANCE", node.BATO.GUIDANCE, ("q_bal", "t_s2", "t_s1", "t_i"))
+    selected = node.DI.NUM_SELECTED
+    if node.DI.ENABLED and selected and selected[-1] != node.NUM_OBJECT_QUERIES:
+        raise ConfigError(
+            f"MODEL.MaskDINO.DI.NUM_SELECTED ends in {selected[-1]}, but NUM_OBJECT_QUERIES is "
+            f"{node.NUM_OBJECT_QUERIES}; the last selection gives the decoder its queries."
+        )
+    if node.DI.ENABLED:
+        _refuse(
+            {
+                "DI.ENABLED needs TWO_STAGE: De-Imbalance selects from tokens.": not node.TWO_STAGE,
+                "DI.ENABLED needs TI_LAYERS of at least 1: the second selection follows token interaction.": (
+                    node.TI_LAYERS < 1
+                ),
+                "FIRST_SELECTED_QUERIES must be at least NUM_OBJECT_QUERIES, which are selected from them.": (
+                    not selected and node.FIRST_SELECTED_QUERIES < node.NUM_OBJECT_QUERIES
+                ),
+            }
+        )
+    if node.BATO.ENABLED:
+        guidance = node.BATO.GUIDANCE
+        _refuse(
+            {
+                "BATO.ENABLED needs DEC_LAYERS of at least 2: it acts before layer 1.": node.DEC_LAYERS < 2,
+                "BATO.GUIDANCE t_i means that De-Imbalance is off: set DI.ENABLED False.": (
+                    guidance == "t_i" and node.DI.ENABLED
+                ),
+                "BATO.GUIDANCE t_s2 needs DI.ENABLED: without De-Imbalance there is one selection alone, T_s1.": (
+                    guidance == "t_s2" and not node.DI.ENABLED
+                ),
+                "BATO.GUIDANCE t_s1 needs TWO_STAGE: learned queries are not selected from tokens.": (
+                    guidance == "t_s1" and not node.TWO_STAGE
+                ),
+                "BATO.ENABLED needs MASK_ON: it updates the mask features.": not node.MASK_ON,
+                "BATO.ENABLED needs HIDDEN_DIM and SEM_SEG_HEAD.MASK_DIM to be equal.": (
+                    node.HIDDEN_DIM != cfg.MODEL.SEM_SEG_HEAD.MASK_DIM
+                ),
+                "NUM_GUIDING_TOKENS must be at least 1.": node.NUM_GUIDING_TOKENS < 1,
+            }
+        )
+
+
+def _refuse(conflicts: Mapping[str, bool]) -> None:
+    """Raise a ConfigError with the first message whose condition holds."""
+    for message, applies in conflicts.items():
+        if applies:
+            raise ConfigError(f"MODEL.MaskDINO.{message}")

@@ -1,0 +1,45 @@
+"""Prediction heads N_det and N_seg (Eqs. 10 and 11)."""
+
+from torch import Tensor, nn
+
+from dimaskdino.layers import MLP
+from dimaskdino.layers.boxes import move_boxes
+from dimaskdino.structures import MaskLogits, Stage, StagePrediction
+
+
+class PredictionHeads(nn.Module):
+    """Class, box and mask heads, shared by the first selection and by all decoder layers.
+
+    Args:
+        dim: channels C of the queries.
+        num_logits: class logits K.
+        mask_dim: channels of the mask features; None for a model without masks.
+    """
+
+    def __init__(self, *, dim: int, num_logits: int, mask_dim: int | None) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.class_embed = nn.Linear(dim, num_logits)
+        self.box_embed = MLP(dim, dim, 4, 3)
+        self.mask_embed = None if mask_dim is None else MLP(dim, dim, mask_dim, 3)
+        # A new model predicts the reference box itself.
+        self.box_embed.zero_last_layer()
+
+    def refine_box(self, content: Tensor, boxes: Tensor) -> Tensor:
+        """Move ``boxes`` (B, Q, 4) cxcywh in [0, 1] by the offsets predicted from ``content`` (B, Q, C), in logits."""
+        return move_boxes(boxes, self.box_embed(content))
+
+    def forward(self, stage: Stage, content: Tensor, boxes: Tensor, mask_features: Tensor | None) -> StagePrediction:
+        """Predict classes and masks from the normed content, and attach the boxes.
+
+        Args:
+            stage: which the prediction belongs to.
+            content: (B, Q, C).
+            boxes: (B, Q, 4) cxcywh in [0, 1], predicted already.
+            mask_features: (B, C_mask, h, w), or None to predict no masks.
+        """
+        normed = self.norm(content)
+        masks = None
+        if mask_features is not None and self.mask_embed is not None:
+            masks = MaskLogits(self.mask_embed(normed), mask_features)
+        return StagePrediction(stage, self.class_embed(normed), boxes, masks)

@@ -1,0 +1,125 @@
+"""Mask DINO's decoder: one selection of tokens, or learned queries, and masks from the heads of every stage."""
+
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import Conv2d
+from fvcore.nn import weight_init
+from torch import Tensor, nn
+
+from dimaskdino.layers.position import pixel_sine_embedding
+from dimaskdino.modeling.registry import DENOISING_REGISTRY, TRANSFORMER_DECODER_REGISTRY, get_registered
+from dimaskdino.modeling.transformer_decoder.checks import check_maskdino, uses_no_object_class
+from dimaskdino.modeling.transformer_decoder.decoder_layer import DecoderLayer
+from dimaskdino.modeling.transformer_decoder.heads import PredictionHeads
+from dimaskdino.modeling.transformer_decoder.query_decoder import QueryDecoder, Selection
+from dimaskdino.modeling.transformer_decoder.selection import FirstSelection
+from dimaskdino.structures import EncoderOutput, FeatureTokens, Stage, Tokens, flatten_levels
+
+
+@TRANSFORMER_DECODER_REGISTRY.register()
+class MaskDINODecoder(QueryDecoder):
+    """Mask DINO (Li et al., 2023).
+
+    Args:
+        input_proj: projections of the encoder's levels to the queries' width, in their order; empty where none is
+            needed.
+        selection: first selection; None for learned queries.
+        num_first_selected: tokens that it keeps.
+        query_feat: learned content of the queries, or None to take that of the selected tokens.
+        query_embed: learned boxes (logits), for learned queries alone.
+        random_position: draw the boxes of the matching queries at random (Table 3 of DI-MaskDINO).
+        parts: those of :class:`QueryDecoder`.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        input_proj: list[nn.Module],
+        selection: FirstSelection | None,
+        num_first_selected: int,
+        query_feat: nn.Embedding | None,
+        query_embed: nn.Embedding | None,
+        random_position: bool,
+        **parts: Any,
+    ) -> None:
+        super().__init__(**parts)
+        self.num_first_selected, self.random_position = num_first_selected, random_position
+        self.input_proj = nn.ModuleList(input_proj)
+        self.selection, self.query_feat, self.query_embed = selection, query_feat, query_embed
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Build the parts from MODEL.MaskDINO.
+
+        Raises:
+            ConfigError: for values that cannot work together.
+        """
+        check_maskdino(cfg)
+        node, head = cfg.MODEL.MaskDINO, cfg.MODEL.SEM_SEG_HEAD
+        dim, num_levels = node.HIDDEN_DIM, head.TOTAL_NUM_FEATURE_LEVELS
+        project = dim != head.CONVS_DIM or node.ENFORCE_INPUT_PROJ
+        learned_content = node.LEARN_TGT or not node.TWO_STAGE
+        return {
+            "dim": dim,
+            "input_proj": [_projection(head.CONVS_DIM, dim) for _ in range(num_levels if project else 0)],
+            "heads": PredictionHeads(
+                dim=dim,
+                num_logits=head.NUM_CLASSES + uses_no_object_class(cfg),
+                mask_dim=head.MASK_DIM if node.MASK_ON else None,
+            ),
+            "selection": FirstSelection(dim=dim, initialize_box_type=node.INITIALIZE_BOX_TYPE)
+            if node.TWO_STAGE
+            else None,
+            "num_first_selected": node.NUM_OBJECT_QUERIES,
+            "query_feat": nn.Embedding(node.NUM_OBJECT_QUERIES, dim) if learned_content else None,
+            "query_embed": None if node.TWO_STAGE else nn.Embedding(node.NUM_OBJECT_QUERIES, 4),
+            "denoising": get_registered(DENOISING_REGISTRY, node.DN_NAME, "MODEL.MaskDINO.DN_NAME")(cfg),
+            "layers": [
+                DecoderLayer(dim=dim, hidden_dim=node.DIM_FEEDFORWARD, num_levels=num_levels, num_heads=node.NHEADS)
+                for _ in range(node.DEC_LAYERS)
+            ],
+            "initial_prediction": node.INITIAL_PRED,
+            "random_position": node.DI.RANDOM_POSITION,
+        }
+
+    @property
+    def selection_stages(self) -> tuple[Stage, ...]:
+        """The first selection, where there is one."""
+        return () if self.selection is None else (Stage("interm"),)
+
+    def feature_tokens(self, encoded: EncoderOutput) -> FeatureTokens:
+        """T_i: the levels in the opposite of the encoder's order, with positions that carry no level embedding."""
+        levels = encoded.levels
+        if len(self.input_proj):
+            levels = [proj(level) for proj, level in zip(self.input_proj, levels, strict=True)]
+        tokens, spatial_shapes = flatten_levels(levels[::-1])
+        position = torch.cat([pixel_sine_embedding(*shape, self.dim, tokens.device) for shape in spatial_shapes])
+        return FeatureTokens(tokens, position, spatial_shapes)
+
+    def select(self, t_i: FeatureTokens, mask_features: Tensor | None, *, training: bool) -> Selection:
+        """T_s1 and what it predicts, or the learned queries."""
+        if self.selection is None:
+            assert self.query_feat is not None
+            assert self.query_embed is not None
+            batch = t_i.tokens.shape[0]
+            content, boxes = self.query_feat.weight, self.query_embed.weight.float().sigmoid()
+            learned = Tokens(content.expand(batch, -1, -1), boxes.expand(batch, -1, -1))
+            return Selection(learned, learned, [])
+        t_s1, interm = self.selection(t_i, mask_features, self.heads, self.num_first_selected)
+        return Selection(t_s1, t_s1, [interm])
+
+    def matching_queries(self, tokens: Tokens) -> Tokens:
+        """The selected tokens, with learned content or random boxes where the configuration says so."""
+        content, boxes = tokens.content, tokens.boxes
+        if self.query_feat is not None:
+            content = self.query_feat.weight[: content.shape[1]].expand_as(content)
+        return Tokens(content, torch.rand_like(boxes) if self.random_position else boxes)
+
+
+def _projection(in_channels: int, dim: int) -> nn.Module:
+    projection = Conv2d(in_channels, dim, 1)
+    weight_init.c2_xavier_fill(projection)
+    return projection

@@ -1,0 +1,133 @@
+"""What a model predicts, stage by stage, before losses or results are made of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dimaskdino.structures.stages import Stage
+from dimaskdino.structures.tokens import Tokens
+
+Matches = list[tuple[Tensor, Tensor]]
+"""For each image, (query, target) indices that belong together, each (m,) int64."""
+
+
+@dataclass(frozen=True)
+class MaskLogits:
+    """Predicted masks as the factors of a dot product, so that only the masks or points in use are ever computed.
+
+    Attributes:
+        embed: (B, Q, C) mask embeddings of the queries.
+        features: (B, C, h, w) mask features.
+    """
+
+    embed: Tensor
+    features: Tensor
+
+    def dense(self) -> Tensor:
+        """All masks: (B, Q, h, w) logits."""
+        return torch.einsum("bqc,bchw->bqhw", self.embed, self.features)
+
+    def select(self, image: int, queries: Tensor) -> Tensor:
+        """Masks of some queries of one image: ``queries`` (N,) int64 to (N, h, w) logits."""
+        return mask_logits(self.embed[image, queries], self.features[image])
+
+
+def mask_logits(embed: Tensor, features: Tensor) -> Tensor:
+    """Masks of one image: embeddings (N, C) and features (C, h, w) to (N, h, w) logits."""
+    return torch.einsum("nc,chw->nhw", embed, features)
+
+
+@dataclass(frozen=True)
+class StagePrediction:
+    """What the heads predict from the queries of one stage.
+
+    Attributes:
+        stage: which one.
+        logits: (B, Q, K) class logits.
+        boxes: (B, Q, 4) cxcywh in [0, 1].
+        masks: mask logits, or None where the stage predicts no masks.
+    """
+
+    stage: Stage
+    logits: Tensor
+    boxes: Tensor
+    masks: MaskLogits | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the stage."""
+        return self.stage.name
+
+    def split(self, num_denoising: int) -> tuple["StagePrediction", "StagePrediction"]:
+        """The predictions of the first ``num_denoising`` queries, which are denoising ones, and those of the others."""
+        first = self._take(slice(None, num_denoising))
+        return replace(first, stage=self.stage.of_denoising()), self._take(slice(num_denoising, None))
+
+    def _take(self, queries: slice) -> "StagePrediction":
+        masks = self.masks and replace(self.masks, embed=self.masks.embed[:, queries])
+        return replace(self, logits=self.logits[:, queries], boxes=self.boxes[:, queries], masks=masks)
+
+
+def group_by_mask_features(predictions: Sequence[StagePrediction]) -> list[list[int]]:
+    """Indices of the predictions with masks, grouped by the mask features (the same tensor) that they share."""
+    groups: list[tuple[Tensor, list[int]]] = []
+    for index, prediction in enumerate(predictions):
+        if prediction.masks is None:
+            continue
+        features = prediction.masks.features
+        members = next((members for shared, members in groups if shared is features), None)
+        if members is None:
+            groups.append((features, [index]))
+        else:
+            members.append(index)
+    return [members for _, members in groups]
+
+
+@dataclass(frozen=True)
+class DenoisingQueries:
+    """Noised ground truth, in groups, to be put in front of the matching queries.
+
+    Attributes:
+        tokens: (B, P, .) with P = groups * places per group; unused places hold zeros at the box (.5, .5, .5, .5).
+        matches: for each image the (query, target) indices that belong together, each (m,) int64.
+        num_groups: copies of every object.
+        group_size: places per group.
+    """
+
+    tokens: Tokens
+    matches: Matches
+    num_groups: int
+    group_size: int
+
+    @property
+    def num_queries(self) -> int:
+        """Places of all groups, P."""
+        return self.num_groups * self.group_size
+
+    def attention_mask(self, num_matching: int) -> Tensor:
+        """(P + Q, P + Q) bool, True where a query must not see another.
+
+        Groups do not see each other, matching queries see no denoising query; denoising queries see the matching ones.
+        """
+        device = self.tokens.content.device
+        group = torch.arange(self.num_queries, device=device) // max(self.group_size, 1)
+        group = torch.cat((group, group.new_full((num_matching,), -1)))
+        other_group = group[:, None] != group[None, :]
+        return other_group & (group[None, :] >= 0)
+
+
+@dataclass(frozen=True)
+class DecoderOutput:
+    """Everything that the decoder predicts.
+
+    Attributes:
+        stages: predictions in the order in which they are made; the last one is the model's result.
+        denoising_stages: of the denoising queries, one per stage of the matching queries; empty without denoising.
+        denoising: the denoising queries that those belong to.
+    """
+
+    stages: list[StagePrediction]
+    denoising_stages: list[StagePrediction]
+    denoising: DenoisingQueries | None

@@ -1,0 +1,94 @@
+"""Tokens and queries: what each holds, and where it looks."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dimaskdino.layers.ms_deform_attn import SpatialShapes
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens or queries.
+
+    Attributes:
+        content: (B, N, C).
+        boxes: (B, N, 4) cxcywh in [0, 1], the position part.
+    """
+
+    content: Tensor
+    boxes: Tensor
+
+    def gather(self, index: Tensor) -> "Tokens":
+        """The tokens at ``index`` (B, k) int64."""
+        return Tokens(take(self.content, index), take(self.boxes, index))
+
+    def detach(self) -> "Tokens":
+        """The same tokens, cut from the graph."""
+        return Tokens(self.content.detach(), self.boxes.detach())
+
+    def prepend(self, first: "Tokens") -> "Tokens":
+        """``first``, then these tokens."""
+        return Tokens(torch.cat((first.content, self.content), 1), torch.cat((first.boxes, self.boxes), 1))
+
+
+def take(values: Tensor, index: Tensor) -> Tensor:
+    """Rows of ``values`` (B, N, C) at ``index`` (B, k), as (B, k, C)."""
+    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
+
+
+class EncoderOutput(NamedTuple):
+    """What the encoder gives the decoder.
+
+    Attributes:
+        levels: feature maps (B, C, h_l, w_l), in the order that MODEL.SEM_SEG_HEAD.FEATURE_ORDER names.
+        mask_features: (B, C_mask, h, w) at the common stride (4), with which predicted masks are dot products; None for
+            a model without masks.
+    """
+
+    levels: list[Tensor]
+    mask_features: Tensor | None
+
+
+@dataclass(frozen=True)
+class FeatureTokens:
+    """T_i or T_bal: feature maps flattened into one sequence.
+
+    Attributes:
+        tokens: (B, N, C).
+        position: (N, C) sine positions.
+        spatial_shapes: (height, width) of each level.
+    """
+
+    tokens: Tensor
+    position: Tensor
+    spatial_shapes: SpatialShapes
+
+    @property
+    def finest_level(self) -> Tensor:
+        """The level with the most pixels, as a map (B, C, h, w)."""
+        areas = [height * width for height, width in self.spatial_shapes]
+        finest = max(range(len(areas)), key=areas.__getitem__)
+        chunk = self.tokens.split(areas, dim=1)[finest]
+        return chunk.transpose(1, 2).unflatten(-1, self.spatial_shapes[finest])
+
+
+def flatten_levels(levels: list[Tensor]) -> tuple[Tensor, SpatialShapes]:
+    """Join feature maps (B, C, h_l, w_l) into tokens (B, N, C); also gives the (height, width) of each level."""
+    spatial_shapes = [(level.shape[-2], level.shape[-1]) for level in levels]
+    return torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1), spatial_shapes
+
+
+def highest_scores(logits: Tensor, num_selected: int) -> Tensor:
+    """S(., k): the tokens whose best class logit is highest.
+
+    Args:
+        logits: (B, N, K).
+        num_selected: k; all N are taken, best first, where there are fewer.
+
+    Returns:
+        (B, min(k, N)) int64 indices, highest first.
+    """
+    return logits.max(-1).values.topk(min(num_selected, logits.shape[1]), dim=1).indices

@@ -1,0 +1,118 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dimaskdino.modeling.bato import BalanceAwareTokensOptimization
+from dimaskdino.modeling.transformer_decoder import PredictionHeads
+from dimaskdino.structures import highest_scores, take
+from tests.tiny_model import DIM, scramble, tiny_cfg
+
+NUM_GUIDING = 3
+
+
+def module(generate: bool = True, num_guiding: int = NUM_GUIDING) -> BalanceAwareTokensOptimization:
+    torch.manual_seed(0)
+    bato = BalanceAwareTokensOptimization(
+        dim=DIM, hidden_dim=48, num_heads=4, num_guiding_tokens=num_guiding, generate_guiding_tokens=generate
+    )
+    return scramble(bato)
+
+
+@pytest.fixture
+def heads() -> PredictionHeads:
+    return scramble(PredictionHeads(dim=DIM, num_logits=5, mask_dim=DIM))
+
+
+@pytest.fixture
+def inputs() -> tuple[torch.Tensor, ...]:
+    """T_i, its positions, Q_bal and its positions."""
+    return torch.randn(2, 20, DIM), torch.randn(20, DIM), torch.randn(2, 8, DIM), torch.randn(2, 8, DIM)
+
+
+def test_tokens_keep_their_shape_and_all_change(heads, inputs):
+    t_bal = module()(*inputs, heads)
+    assert t_bal.shape == inputs[0].shape
+    assert ((t_bal - inputs[0]).abs().amax(-1) > 1e-3).all()
+
+
+@pytest.mark.parametrize("generate", [True, False])
+def test_a_query_outside_the_best_g_changes_nothing(heads, inputs, generate):
+    t_i, token_position, q_bal, position = inputs
+    bato = module(generate)
+    before = bato(*inputs, heads)
+    worst = heads.class_embed(q_bal).max(-1).values.argmin(1)
+    images = torch.arange(2)
+    q_bal[images, worst] += 1e-3 * torch.randn(2, DIM)
+    position[images, worst] += torch.randn(2, DIM)
+    assert torch.equal(bato(t_i, token_position, q_bal, position, heads), before)
+
+
+@pytest.mark.parametrize("generate", [True, False])
+def test_one_of_the_best_g_queries_changes_all_tokens(heads, inputs, generate):
+    t_i, token_position, q_bal, position = inputs
+    bato = module(generate)
+    before = bato(*inputs, heads)
+    best = heads.class_embed(q_bal).max(-1).values.argmax(1)
+    q_bal[torch.arange(2), best] += 1e-2 * torch.randn(2, DIM)
+    moved = (bato(t_i, token_position, q_bal, position, heads) - before).abs().amax(-1)
+    assert (moved > 0).all()
+
+
+def test_keys_are_mask_plus_box_tokens_and_values_the_mask_tokens(heads, inputs):
+    t_i, token_position, q_bal, position = inputs
+    bato = module()
+    index = highest_scores(heads.class_embed(q_bal), NUM_GUIDING)
+    t_g_mask, t_g_box = heads.mask_embed(take(q_bal, index)), take(position, index)
+    expected = bato.attention(t_i, t_i + token_position, t_g_mask + t_g_box, t_g_mask)
+    torch.testing.assert_close(bato(*inputs, heads), expected)
+
+
+def test_without_gtg_the_queries_themselves_are_keys_and_values(heads, inputs):
+    t_i, token_position, q_bal, position = inputs
+    bato = module(generate=False)
+    t_g = take(q_bal, highest_scores(heads.class_embed(q_bal), NUM_GUIDING))
+    torch.testing.assert_close(bato(*inputs, heads), bato.attention(t_i, t_i + token_position, t_g, t_g))
+    other = bato(t_i, token_position, q_bal, position + 1, heads)
+    assert torch.equal(other, bato(*inputs, heads))
+
+
+def test_token_positions_enter_the_queries_of_the_attention_alone(heads, inputs):
+    t_i, token_position, q_bal, position = inputs
+    bato = module(num_guiding=1)
+    # With one guiding token the attention weights are 1 whatever the query is, so positions cannot matter.
+    expected = bato(*inputs, heads)
+    torch.testing.assert_close(bato(t_i, token_position + 1, q_bal, position, heads), expected)
+    several = module()
+    moved = several(t_i, token_position + torch.randn(20, DIM), q_bal, position, heads)
+    assert not torch.allclose(several(*inputs, heads), moved)
+
+
+def test_fewer_queries_than_guiding_tokens_all_guide(heads, inputs):
+    assert module(num_guiding=50)(*inputs, heads).shape == (2, 20, DIM)
+
+
+def test_images_of_a_batch_do_not_mix(heads, inputs):
+    t_i, token_position, q_bal, position = inputs
+    bato = module()
+    alone = bato(t_i[1:], token_position, q_bal[1:], position[1:], heads)
+    torch.testing.assert_close(bato(*inputs, heads)[1:], alone)
+
+
+def test_runs_in_float32_under_autocast(heads, inputs):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module()(*inputs, heads).dtype == torch.float32
+
+
+def test_mask_features_are_renewed_from_the_upsampled_finest_level():
+    bato = module()
+    mask_features, finest = torch.randn(2, DIM, 8, 12), torch.randn(2, DIM, 4, 6)
+    upsampled = F.interpolate(finest, scale_factor=2, mode="bilinear", align_corners=False)
+    conv = F.conv2d(mask_features + upsampled, bato.mask_conv.weight, padding=1)
+    expected = F.group_norm(conv, 32, bato.mask_conv.norm.weight, bato.mask_conv.norm.bias).relu()
+    torch.testing.assert_close(bato.renew_mask_features(mask_features, finest), expected)
+
+
+def test_the_configuration_gives_the_number_of_guiding_tokens_and_gtg():
+    bato = BalanceAwareTokensOptimization(tiny_cfg(NUM_GUIDING_TOKENS=7, BATO__GTG=False))
+    assert bato.num_guiding_tokens == 7
+    assert not bato.generate_guiding_tokens

@@ -1,0 +1,71 @@
+import torch
+
+from dimaskdino.modeling.transformer_decoder import PredictionHeads
+from dimaskdino.structures import MaskLogits, Stage, StagePrediction
+from tests.tiny_model import scramble
+
+
+def masks(batch: int = 2, queries: int = 5, channels: int = 4) -> MaskLogits:
+    return MaskLogits(torch.randn(batch, queries, channels), torch.randn(batch, channels, 6, 7))
+
+
+def test_dense_masks_are_dot_products_of_embedding_and_features():
+    logits = masks()
+    expected = (logits.embed[1, 3][:, None, None] * logits.features[1]).sum(0)
+    torch.testing.assert_close(logits.dense()[1, 3], expected)
+
+
+def test_selected_masks_are_those_of_the_dense_ones():
+    logits, queries = masks(), torch.tensor([4, 0, 4])
+    torch.testing.assert_close(logits.select(1, queries), logits.dense()[1, queries])
+    assert logits.select(0, torch.tensor([], dtype=torch.int64)).shape == (0, 6, 7)
+
+
+def test_split_gives_the_first_queries_to_denoising_and_names_them():
+    stage = StagePrediction(Stage("layer", 2), torch.randn(2, 5, 3), torch.rand(2, 5, 4), masks())
+    denoising, matching = stage.split(2)
+    assert (denoising.name, matching.name) == ("dn.layer.2", "layer.2")
+    for part, queries in ((denoising, slice(0, 2)), (matching, slice(2, None))):
+        assert torch.equal(part.logits, stage.logits[:, queries])
+        assert torch.equal(part.boxes, stage.boxes[:, queries])
+        assert torch.equal(part.masks.embed, stage.masks.embed[:, queries])
+        assert part.masks.features is stage.masks.features
+
+
+def test_split_takes_stages_without_masks():
+    denoising, matching = StagePrediction(Stage("di"), torch.randn(1, 5, 3), torch.rand(1, 5, 4)).split(2)
+    assert denoising.masks is None
+    assert matching.masks is None
+
+
+def test_fresh_heads_predict_the_reference_box():
+    heads, boxes = PredictionHeads(dim=8, num_logits=3, mask_dim=4), torch.rand(2, 5, 4)
+    torch.testing.assert_close(heads.refine_box(torch.randn(2, 5, 8), boxes), boxes, rtol=0, atol=1e-4)
+
+
+def test_boxes_are_refined_in_logits():
+    heads = PredictionHeads(dim=8, num_logits=3, mask_dim=4)
+    with torch.no_grad():
+        heads.box_embed.layers[-1].bias.copy_(torch.tensor([1.0, -1.0, 2.0, 0.0]))
+    refined = heads.refine_box(torch.randn(1, 1, 8), torch.full((1, 1, 4), 0.5))
+    torch.testing.assert_close(refined[0, 0], torch.tensor([1.0, -1.0, 2.0, 0.0]).sigmoid())
+
+
+def test_predictions_norm_the_content_and_pass_the_boxes_on():
+    heads = scramble(PredictionHeads(dim=8, num_logits=3, mask_dim=4))
+    content, boxes, features = torch.randn(2, 5, 8), torch.rand(2, 5, 4), torch.randn(2, 4, 6, 7)
+    stage = heads(Stage("layer"), content, boxes, features)
+    normed = heads.norm(content)
+    assert stage.name == "layer.0"
+    assert stage.boxes is boxes
+    torch.testing.assert_close(stage.logits, heads.class_embed(normed))
+    torch.testing.assert_close(stage.masks.embed, heads.mask_embed(normed))
+    assert stage.masks.features is features
+    assert heads(Stage("di"), content, boxes, None).masks is None
+
+
+def test_heads_without_masks_predict_classes_and_boxes_alone():
+    heads = PredictionHeads(dim=8, num_logits=3, mask_dim=None)
+    prediction = heads(Stage("layer"), torch.randn(2, 5, 8), torch.rand(2, 5, 4), torch.randn(2, 4, 6, 7))
+    assert prediction.masks is None
+    assert not any("mask" in name for name in heads.state_dict())
