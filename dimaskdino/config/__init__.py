@@ -3,6 +3,7 @@
 from dimaskdino.config.keys import KEYS, add_dimaskdino_config, add_keys
 from dimaskdino.config.reader import Config, flatten, get_cfg
 from dimaskdino.config.releases import IGNORED_KEYS
+from dimaskdino.config.unused_keys import report_unused_keys
 from dimaskdino.config.yaml_files import read_yaml
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "flatten",
     "get_cfg",
     "read_yaml",
+    "report_unused_keys",
 ]
