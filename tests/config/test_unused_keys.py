@@ -81,7 +81,7 @@ def test_configurations_here_set_no_unused_keys(caplog: pytest.LogCaptureFixture
 
 
 def source_here() -> str:
-    files = [file for file in (ROOT / "dimaskdino").rglob("*.py")]
+    files = (ROOT / "dimaskdino").rglob("*.py")
     return "\n".join(file.read_text() for file in files if file.parent.name != "config" and file.stem != "compat")
 
 
