@@ -11,7 +11,7 @@ import yaml
 from detectron2.modeling import build_backbone, build_model
 
 from dimaskdino.checkpoint.names import to_release
-from dimaskdino.config import Config, _flatten, get_cfg
+from dimaskdino.config import Config, flatten, get_cfg
 from dimaskdino.reproduction.experiments import EPOCH_IMAGES, find_experiment
 from dimaskdino.reproduction.tables import paper_tables
 from tests.parity.releases import release
@@ -64,8 +64,8 @@ def name(file: Path) -> str:
 
 def changes(file: Path, base: Path) -> dict[str, Any]:
     """Keys in which ``file`` differs from ``base``, with the values of ``file``."""
-    values = dict(_flatten(load(base)))
-    return {key: value for key, value in _flatten(load(file)) if value != values[key]}
+    values = dict(flatten(load(base)))
+    return {key: value for key, value in flatten(load(file)) if value != values[key]}
 
 
 @pytest.mark.parametrize("file", FILES, ids=name)

@@ -18,10 +18,9 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
 from dimaskdino.command_line import add_import_flag, import_modules
-from dimaskdino.config import Config, get_cfg
+from dimaskdino.config import Config, get_cfg, report_unused_keys
 from dimaskdino.data.checks import check_datasets
 from dimaskdino.engine.cpu_memory import keep_freed_memory
-from dimaskdino.engine.unused_keys import report_unused_keys
 from dimaskdino.errors import ConfigError, UserError, check_choice, file_errors_told_in_one_line
 
 logger = logging.getLogger(__name__)

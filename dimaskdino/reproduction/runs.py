@@ -12,12 +12,11 @@ from typing import Any
 
 import yaml
 
-from dimaskdino.config import Config, get_cfg
+from dimaskdino.config import Config, get_cfg, read_yaml
 from dimaskdino.errors import ConfigError, UserError
 from dimaskdino.evaluation.speed import SPEED_FILE
 from dimaskdino.reproduction.experiments import Experiment
 from dimaskdino.reproduction.tables import Table, Values
-from dimaskdino.yaml_files import read_yaml
 
 logger = logging.getLogger(__name__)
 

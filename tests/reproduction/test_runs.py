@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from dimaskdino.config import read_yaml
 from dimaskdino.errors import ConfigError, UserError
 from dimaskdino.reproduction.experiments import find_experiment
 from dimaskdino.reproduction.runs import Run, decoder_layers, read_stages
 from dimaskdino.reproduction.tables import paper_tables
-from dimaskdino.yaml_files import read_yaml
 from tests.reproduction.fakes import CONFIGS, stage, write_run
 
 HALF_DEMO = read_yaml(str(CONFIGS / "ablation" / "shapes" / "dimaskdino.yaml"))["SOLVER"]["MAX_ITER"]

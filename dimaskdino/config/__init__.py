@@ -1,0 +1,19 @@
+"""Configuration: every key with its default, the reader, and what the releases' files need."""
+
+from dimaskdino.config.keys import KEYS, add_dimaskdino_config, add_keys
+from dimaskdino.config.reader import Config, flatten, get_cfg
+from dimaskdino.config.releases import IGNORED_KEYS
+from dimaskdino.config.unused_keys import report_unused_keys
+from dimaskdino.config.yaml_files import read_yaml
+
+__all__ = [
+    "IGNORED_KEYS",
+    "KEYS",
+    "Config",
+    "add_dimaskdino_config",
+    "add_keys",
+    "flatten",
+    "get_cfg",
+    "read_yaml",
+    "report_unused_keys",
+]

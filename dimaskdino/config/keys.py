@@ -1,0 +1,228 @@
+"""Every configuration key that this package adds to detectron2's, with its default.
+
+Keys of the public MaskDINO and DI-MaskDINO releases keep their names, so that their YAML files load unchanged.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from detectron2.config import CfgNode
+
+from dimaskdino.errors import ConfigError
+
+KEYS: dict[str, Any] = {
+    # --- Data ---
+    # Training mapper, by registered name: coco_instance_lsj or coco_instance_detr.
+    "INPUT.DATASET_MAPPER_NAME": "coco_instance_lsj",
+    # SSD's photometric distortion before the geometric augmentations.
+    "INPUT.COLOR_AUG_SSD": False,
+    # Large-scale jitter: side of the square canvas in pixels.
+    "INPUT.IMAGE_SIZE": 1024,
+    # Large-scale jitter: range of the random scale.
+    "INPUT.MIN_SCALE": 0.1,
+    "INPUT.MAX_SCALE": 2.0,
+    # Train and evaluate on the first images of each list of datasets, to try things; 0 means all.
+    "DATASETS.MAX_IMAGES": 0,
+    # Folder of the synthetic dataset; "" means $DETECTRON2_DATASETS/shapes (or datasets/shapes).
+    "DATASETS.SHAPES.ROOT": "",
+    # Synthetic images in shapes_train and in shapes_val.
+    "DATASETS.SHAPES.NUM_TRAIN": 2000,
+    "DATASETS.SHAPES.NUM_VAL": 200,
+    # Side of the square synthetic images in pixels.
+    "DATASETS.SHAPES.IMAGE_SIZE": 128,
+    # Seed of the synthetic images.
+    "DATASETS.SHAPES.SEED": 0,
+    # --- Solver ---
+    # Precision of float32 matrix products: highest, high (TF32 on GPUs that have it), medium, or "" for torch's own.
+    # Newer detectron2 has this key too.
+    "FLOAT32_PRECISION": "",
+    # Optimizer: ADAMW or SGD.
+    "SOLVER.OPTIMIZER": "ADAMW",
+    # Factor on the learning rate of every parameter whose module name contains "backbone".
+    "SOLVER.BACKBONE_MULTIPLIER": 0.1,
+    # Weight decay of nn.Embedding weights.
+    "SOLVER.WEIGHT_DECAY_EMBED": 0.0,
+    # Polynomial schedule of the releases' semantic configurations (SOLVER.LR_SCHEDULER_NAME WarmupPolyLR): its power,
+    # and the fraction of the learning rate that it ends at.
+    "SOLVER.POLY_LR_POWER": 0.9,
+    "SOLVER.POLY_LR_CONSTANT_ENDING": 0.0,
+    # --- Pixel decoder: the paper's encoder ---
+    # Pixel decoder, by registered name.
+    "MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME": "MaskDINOEncoder",
+    # Backbone features that the deformable encoder attends to.
+    "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES": ["res3", "res4", "res5"],
+    # Encoder levels, including those that stride-2 convolutions of the coarsest feature add.
+    "MODEL.SEM_SEG_HEAD.TOTAL_NUM_FEATURE_LEVELS": 4,
+    # Order of the encoder's levels: low2high (finest first) or high2low (coarsest first).
+    "MODEL.SEM_SEG_HEAD.FEATURE_ORDER": "high2low",
+    # Hidden width of the encoder's feed-forward blocks.
+    "MODEL.SEM_SEG_HEAD.DIM_FEEDFORWARD": 1024,
+    # Encoder layers.
+    "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS": 0,
+    # Channels of the mask features.
+    "MODEL.SEM_SEG_HEAD.MASK_DIM": 256,
+    # --- Loss weights ---
+    "MODEL.MaskDINO.CLASS_WEIGHT": 4.0,
+    "MODEL.MaskDINO.DICE_WEIGHT": 5.0,
+    "MODEL.MaskDINO.MASK_WEIGHT": 5.0,
+    "MODEL.MaskDINO.BOX_WEIGHT": 5.0,
+    "MODEL.MaskDINO.GIOU_WEIGHT": 2.0,
+    # --- Weights of the matching cost ---
+    "MODEL.MaskDINO.COST_CLASS_WEIGHT": 4.0,
+    "MODEL.MaskDINO.COST_DICE_WEIGHT": 5.0,
+    "MODEL.MaskDINO.COST_MASK_WEIGHT": 5.0,
+    "MODEL.MaskDINO.COST_BOX_WEIGHT": 5.0,
+    "MODEL.MaskDINO.COST_GIOU_WEIGHT": 2.0,
+    # --- Supervision ---
+    # Supervise boxes.
+    "MODEL.MaskDINO.BOX_LOSS": True,
+    # Supervise every decoder layer.
+    "MODEL.MaskDINO.DEEP_SUPERVISION": True,
+    # Focal loss of classes: weight of the target class, and exponent that plays down easy examples.
+    "MODEL.MaskDINO.FOCAL_ALPHA": 0.25,
+    "MODEL.MaskDINO.FOCAL_GAMMA": 2.0,
+    # Class head with a no-object logit, as in the releases' semantic models; they load, but do not train here.
+    "MODEL.MaskDINO.SEMANTIC_CE_LOSS": False,
+    # Weight of queries without an object in the softmax class loss.
+    "MODEL.MaskDINO.NO_OBJECT_WEIGHT": 0.1,
+    # Whether the model predicts masks; a model of boxes alone needs PIXEL_DECODER_NAME DeformableEncoder.
+    "MODEL.MaskDINO.MASK_ON": True,
+    # Points of the mask losses and the matcher (PointRend).
+    "MODEL.MaskDINO.TRAIN_NUM_POINTS": 112 * 112,
+    # Candidates drawn per point that is kept.
+    "MODEL.MaskDINO.OVERSAMPLE_RATIO": 3.0,
+    # Share of the points taken where the mask is most uncertain.
+    "MODEL.MaskDINO.IMPORTANCE_SAMPLE_RATIO": 0.75,
+    # --- Decoder ---
+    # Decoder, by registered name: DIMaskDINODecoder, or MaskDINODecoder (the same with DI and BATO off).
+    "MODEL.MaskDINO.TRANSFORMER_DECODER_NAME": "MaskDINODecoder",
+    # Attention heads, width, and feed-forward width.
+    "MODEL.MaskDINO.NHEADS": 8,
+    "MODEL.MaskDINO.HIDDEN_DIM": 256,
+    "MODEL.MaskDINO.DIM_FEEDFORWARD": 2048,
+    # Dropout of the encoder; the decoder has none, as in the releases.
+    "MODEL.MaskDINO.DROPOUT": 0.1,
+    # Project the encoder's levels by a 1x1 convolution even where their width fits.
+    "MODEL.MaskDINO.ENFORCE_INPUT_PROJ": False,
+    # Decoder layers, including layer 0 (Eq. 4).
+    "MODEL.MaskDINO.DEC_LAYERS": 6,
+    # Queries that the decoder refines; the last selection keeps this many tokens.
+    "MODEL.MaskDINO.NUM_OBJECT_QUERIES": 100,
+    # Queries from selected tokens (two-stage) rather than learned ones.
+    "MODEL.MaskDINO.TWO_STAGE": True,
+    # Learned content on top of the selected boxes.
+    "MODEL.MaskDINO.LEARN_TGT": False,
+    # Predict from the queries before layer 0 as well.
+    "MODEL.MaskDINO.INITIAL_PRED": True,
+    # First boxes of the queries: no (box head), mask2box or bitmask (from the predicted mask).
+    "MODEL.MaskDINO.INITIALIZE_BOX_TYPE": "no",
+    # Denoising: no, standard (class and box) or seg (mask as well).
+    "MODEL.MaskDINO.DN": "seg",
+    # Registered name of the part that makes denoising queries.
+    "MODEL.MaskDINO.DN_NAME": "Denoising",
+    # Scale of the denoising noise.
+    "MODEL.MaskDINO.DN_NOISE_SCALE": 0.4,
+    # Denoising queries.
+    "MODEL.MaskDINO.DN_NUM": 100,
+    # --- De-Imbalance (Eqs. 1-4) ---
+    # Tokens of the first selection.
+    "MODEL.MaskDINO.FIRST_SELECTED_QUERIES": 600,
+    # Token-interaction layers.
+    "MODEL.MaskDINO.TI_LAYERS": 2,
+    # De-Imbalance module, by registered name.
+    "MODEL.MaskDINO.DI.NAME": "DeImbalance",
+    "MODEL.MaskDINO.DI.ENABLED": True,
+    # Tokens that each selection keeps; [] means [FIRST_SELECTED_QUERIES, NUM_OBJECT_QUERIES].
+    "MODEL.MaskDINO.DI.NUM_SELECTED": [],
+    # Draw the position part of the decoder's queries at random (Table 3, with or without DI).
+    "MODEL.MaskDINO.DI.RANDOM_POSITION": False,
+    # Supervise token interaction on the box refined once; the release applies the shared box head twice.
+    "MODEL.MaskDINO.DI.SINGLE_DELTA_BOXES": False,
+    # --- Balance-Aware Tokens Optimization (Eqs. 5-8) ---
+    # Guiding tokens.
+    "MODEL.MaskDINO.NUM_GUIDING_TOKENS": 50,
+    # BATO module, by registered name.
+    "MODEL.MaskDINO.BATO.NAME": "BalanceAwareTokensOptimization",
+    "MODEL.MaskDINO.BATO.ENABLED": True,
+    # Tokens that guide: q_bal, t_s2, t_s1, or t_i (De-Imbalance off), as in Table 5.
+    "MODEL.MaskDINO.BATO.GUIDANCE": "q_bal",
+    # Guiding token generation; without it the selected queries themselves guide (Table 6).
+    "MODEL.MaskDINO.BATO.GTG": True,
+    # --- Inference ---
+    # Stages to evaluate besides the final one: [] for none, ["all"], or names such as "layer.0".
+    "TEST.EVAL_LAYERS": [],
+    # Pad images to a multiple of this many pixels.
+    "MODEL.MaskDINO.SIZE_DIVISIBILITY": 32,
+    # Score instances by class alone (True) or by class times mask quality (False). The spelling is the releases'.
+    "MODEL.MaskDINO.TEST.TEST_FOUCUS_ON_BOX": False,
+    # Compute instance results.
+    "MODEL.MaskDINO.TEST.INSTANCE_ON": True,
+    # These two say which class head a release's semantic or panoptic model has.
+    "MODEL.MaskDINO.TEST.SEMANTIC_ON": True,
+    "MODEL.MaskDINO.TEST.PANOPTIC_ON": False,
+    # --- timm's backbones (MODEL.BACKBONE.NAME build_timm_backbone) ---
+    # Any timm model that supports features_only.
+    "MODEL.TIMM.NAME": "resnet50",
+    # Download timm's pretrained weights.
+    "MODEL.TIMM.PRETRAINED": False,
+    # Features to return: res2 to res5 at strides 4 to 32.
+    "MODEL.TIMM.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
+    # Stochastic depth of the last block.
+    "MODEL.TIMM.DROP_PATH_RATE": 0.0,
+    # --- The releases' Swin (MODEL.BACKBONE.NAME D2SwinTransformer) ---
+    # Side in pixels of the images it was pretrained on; only the absolute position embedding depends on it.
+    "MODEL.SWIN.PRETRAIN_IMG_SIZE": 224,
+    # Side of a patch in pixels.
+    "MODEL.SWIN.PATCH_SIZE": 4,
+    # Channels of the first stage; each later stage has twice as many.
+    "MODEL.SWIN.EMBED_DIM": 96,
+    # Blocks of each stage.
+    "MODEL.SWIN.DEPTHS": [2, 2, 6, 2],
+    # Attention heads of each stage.
+    "MODEL.SWIN.NUM_HEADS": [3, 6, 12, 24],
+    # Side of an attention window in patches.
+    "MODEL.SWIN.WINDOW_SIZE": 7,
+    # Hidden width of the MLPs over their input width.
+    "MODEL.SWIN.MLP_RATIO": 4.0,
+    # Bias of queries, keys and values.
+    "MODEL.SWIN.QKV_BIAS": True,
+    # Scale of the attention logits; None means one over the square root of the head width.
+    "MODEL.SWIN.QK_SCALE": None,
+    # Dropout of the activations and of the attention weights.
+    "MODEL.SWIN.DROP_RATE": 0.0,
+    "MODEL.SWIN.ATTN_DROP_RATE": 0.0,
+    # Stochastic depth of the last block.
+    "MODEL.SWIN.DROP_PATH_RATE": 0.3,
+    # Absolute position embedding.
+    "MODEL.SWIN.APE": False,
+    # Normalize the patch embedding.
+    "MODEL.SWIN.PATCH_NORM": True,
+    # Features to return: res2 to res5 at strides 4 to 32.
+    "MODEL.SWIN.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
+    # Recompute activations in the backward pass to save memory.
+    "MODEL.SWIN.USE_CHECKPOINT": False,
+}
+
+
+def add_dimaskdino_config(cfg: CfgNode) -> None:
+    """Add every key of this package to ``cfg`` in place."""
+    add_keys(cfg, KEYS)
+
+
+def add_keys(cfg: CfgNode, keys: Mapping[str, Any]) -> None:
+    """Add keys by their dotted names, each with its default, in place; missing nodes are made.
+
+    Raises:
+        ConfigError: a key has the name of a node, or lies below another key.
+    """
+    for key, default in keys.items():
+        *parents, name = key.split(".")
+        node = cfg
+        for parent in parents:
+            node = node.setdefault(parent, CfgNode())
+            if not isinstance(node, CfgNode):
+                raise ConfigError(f"Cannot add the key {key}: {parent} is a key itself.")
+        if isinstance(node.get(name), CfgNode):
+            raise ConfigError(f"Cannot add the key {key}: other keys lie below it.")
+        node[name] = copy.deepcopy(default)

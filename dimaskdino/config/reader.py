@@ -1,0 +1,117 @@
+"""Reading the configuration: safe YAML files and KEY VALUE pairs, with errors that name file and key."""
+
+import difflib
+import functools
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import detectron2
+from detectron2.config import CfgNode
+from detectron2.config import get_cfg as get_detectron2_cfg
+
+from dimaskdino.compat import NEWER_KEYS
+from dimaskdino.config.keys import add_dimaskdino_config
+from dimaskdino.config.releases import IGNORED_KEYS
+from dimaskdino.config.yaml_files import read_yaml
+from dimaskdino.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+class Config(CfgNode):
+    """detectron2's CfgNode, limited to safe YAML, with one-line errors.
+
+    Keys in :data:`IGNORED_KEYS` are accepted, dropped, and reported once. So are the keys of a newer detectron2
+    (:data:`dimaskdino.compat.NEWER_KEYS`), at the values that the installed one follows anyway.
+
+    Raises:
+        ConfigError: an unknown key (the message names the closest known one), a value of the wrong type, or YAML that
+            cannot be read.
+    """
+
+    def merge_from_file(self, cfg_filename: str, allow_unsafe: bool = False) -> None:
+        """Merge a YAML file on top of the files that its ``_BASE_`` names; YAML that runs code is an error."""
+        if allow_unsafe:
+            raise ConfigError(f"{cfg_filename}: unsafe YAML is not supported; write the value as plain YAML.")
+        loaded = read_yaml(str(cfg_filename))
+        loaded.pop("VERSION", None)
+        try:
+            self.merge_from_other_cfg(type(self)(loaded))
+        except (ConfigError, AssertionError) as error:
+            # yacs asserts that a value has one of its own types; a YAML date has none of them.
+            raise ConfigError(f"{cfg_filename}: {_one_line(error)}") from error
+
+    def merge_from_other_cfg(self, cfg_other: CfgNode) -> None:
+        """Merge another tree of keys."""
+        self._merge_pairs(dict(flatten(cfg_other)))
+
+    def merge_from_list(self, cfg_list: list[Any]) -> None:
+        """Merge ``[KEY, VALUE, KEY, VALUE, ...]``, as on the command line."""
+        flags = [option for option in cfg_list if str(option).startswith("--")]
+        if flags:
+            raise ConfigError(f"{flags[0]} follows KEY VALUE pairs; put flags before them.")
+        if len(cfg_list) % 2:
+            raise ConfigError(f"Options are KEY VALUE pairs, but {cfg_list[-1]!r} has no value.")
+        self._merge_pairs(dict(zip(cfg_list[::2], cfg_list[1::2], strict=True)))
+
+    def _merge_pairs(self, pairs: dict[str, Any]) -> None:
+        known = dict(flatten(self))
+        ignored = sorted(key for key in pairs if key in IGNORED_KEYS and key not in known)
+        newer = sorted(key for key in pairs if key in NEWER_KEYS and key not in known)
+        for key in newer:
+            _check_newer(key, self._decode_cfg_value(pairs[key]))
+        _report_ignored(tuple(ignored), "they have no effect on instance segmentation, nor had they in the releases")
+        _report_ignored(tuple(newer), "the installed detectron2 lacks them but behaves as they ask")
+        for key, value in pairs.items():
+            if key in ignored or key in newer:
+                continue
+            if key not in known:
+                raise ConfigError(_unknown_key_message(key, list(known)))
+            try:
+                super().merge_from_list([key, value])
+            except (ValueError, AssertionError, KeyError, RecursionError, MemoryError) as error:
+                raise ConfigError(f"Cannot set {key} to {value!r}: {_one_line(error)}") from error
+
+
+def flatten(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) for every leaf; an empty node counts as a leaf."""
+    for name, value in node.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, CfgNode) and len(value):
+            yield from flatten(value, f"{key}.")
+        else:
+            yield key, value
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _unknown_key_message(key: str, known: list[str]) -> str:
+    by_lower = {name.lower(): name for name in known}
+    closest = difflib.get_close_matches(key.lower(), by_lower, n=1, cutoff=0.5)
+    hint = f" Did you mean {by_lower[closest[0]]}?" if closest else " dimaskdino/config/keys.py lists all keys."
+    return f"Unknown configuration key {key}.{hint}"
+
+
+def _check_newer(key: str, value: Any) -> None:
+    """Check that the installed detectron2, which lacks the key, behaves as the value asks."""
+    if value != NEWER_KEYS[key]:
+        raise ConfigError(
+            f"Cannot set {key} to {value!r}: detectron2 {detectron2.__version__} lacks this key and behaves as with "
+            f"{NEWER_KEYS[key]!r}. Remove the key, or install a newer detectron2."
+        )
+
+
+@functools.cache
+def _report_ignored(keys: tuple[str, ...], reason: str) -> None:
+    if keys:
+        logger.info("Ignored keys (%s): %s", reason, ", ".join(keys))
+
+
+def get_cfg() -> Config:
+    """Return a new, unfrozen configuration: detectron2's defaults and every key of dimaskdino."""
+    cfg = Config(get_detectron2_cfg())
+    add_dimaskdino_config(cfg)
+    return cfg

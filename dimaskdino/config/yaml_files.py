@@ -1,0 +1,151 @@
+"""Configuration files: safe YAML and ``_BASE_`` files, read in bounded time and without running code."""
+
+import copy
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import yaml
+from iopath.common.file_io import g_pathmgr
+
+from dimaskdino.config.releases import scaled_sizes
+from dimaskdino.errors import ConfigError
+
+_BASE_KEY = "_BASE_"
+_EVAL_TAG = "tag:yaml.org,2002:python/object/apply:eval"
+
+# Far beyond any configuration, and read in seconds.
+_MAX_BYTES = 10**6
+_MAX_VALUES = 10**5
+_MAX_DEPTH = 20
+_MAX_DIGITS = 100
+_MAX_FILES = 100
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """Read a YAML file on top of the files that its ``_BASE_`` names.
+
+    Args:
+        path: the file. A ``_BASE_`` (one path or a list) is relative to it, absolute, or a URL that iopath knows; a
+            later file overrides an earlier one.
+
+    Returns:
+        The merged tree of plain values.
+
+    Raises:
+        ConfigError: a file that is missing, is not a mapping, asks for code to run, or is too large or nested too
+            deeply; bases that form a cycle, or too many of them. The message names the file.
+    """
+    merged: dict[str, Any] = {}
+    for count, own in enumerate(_files(path, ()), start=1):
+        if count > _MAX_FILES:
+            raise ConfigError(f"{path}: _BASE_ leads to more than {_MAX_FILES} files; name each file once.")
+        _merge(merged, own)
+    return merged
+
+
+def _files(path: str, readers: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """Yield the contents of the files below ``path`` and of ``path`` itself, each after what it overrides."""
+    file = path if "://" in path else os.path.realpath(path)
+    if file in readers:
+        raise ConfigError(f"{path}: _BASE_ leads back to this file ({' -> '.join([*readers, file])}).")
+    if len(readers) >= _MAX_FILES:
+        raise ConfigError(f"{readers[0]}: _BASE_ leads to more than {_MAX_FILES} files; name each file once.")
+    own = _read(path)
+    for base in _bases(own.pop(_BASE_KEY, []), path):
+        yield from _files(_resolve(base, path), (*readers, file))
+    yield own
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        with g_pathmgr.open(path, "rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+        if len(content) > _MAX_BYTES:
+            raise ValueError(f"a configuration has at most {_MAX_BYTES:,} bytes")
+        own = _parse(content)
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        # PyYAML raises ValueError for a date that does not exist.
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise ConfigError(f"Cannot read the configuration {path}: {reason}.") from error
+    own = {} if own is None else own
+    if not isinstance(own, dict):
+        raise ConfigError(f"{path}: a configuration is a mapping of keys, not a {type(own).__name__}.")
+    _check_keys(own, path, "")
+    return own
+
+
+def _parse(content: bytes) -> Any:
+    loader = _Loader(content)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_size(node)
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _check_size(root: yaml.Node) -> None:
+    """Bound what ``root`` expands to; aliases and merges can make a few lines endless."""
+    pending, count = [(root, 0)], 0
+    while pending:
+        node, depth = pending.pop()
+        count += 1
+        if depth > _MAX_DEPTH:
+            raise ValueError(f"values are nested more than {_MAX_DEPTH} levels deep")
+        if count > _MAX_VALUES:
+            raise ValueError(f"it expands to more than {_MAX_VALUES:,} values")
+        if isinstance(node, yaml.MappingNode):
+            pending += [(child, depth + 1) for pair in node.value for child in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            pending += [(child, depth + 1) for child in node.value]
+        elif node.tag.endswith((":int", ":float")) and len(node.value) > _MAX_DIGITS:
+            raise ValueError(f"a number has more than {_MAX_DIGITS} characters")
+
+
+def _check_keys(node: dict[Any, Any], path: str, prefix: str) -> None:
+    for key, value in node.items():
+        if not isinstance(key, str):
+            raise ConfigError(
+                f"{path}: keys are strings, but YAML reads {prefix}{key} as {key!r} ({type(key).__name__}); put it in "
+                "quotes."
+            )
+        if isinstance(value, dict):
+            _check_keys(value, path, f"{prefix}{key}.")
+
+
+def _bases(given: Any, path: str) -> list[str]:
+    bases = [given] if isinstance(given, str) else given
+    if not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
+        raise ConfigError(f"{path}: _BASE_ is {given!r}; it must be the path of a file, or a list of paths.")
+    return bases
+
+
+def _resolve(base: str, path: str) -> str:
+    base = os.path.expanduser(base)
+    return base if "://" in base else os.path.join(os.path.dirname(path), base)
+
+
+def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = copy.deepcopy(value)  # An alias would tie two keys together.
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that also knows the releases' ``!!python/object/apply:eval``; see :func:`scaled_sizes`."""
+
+
+def _construct_sizes(loader: yaml.SafeLoader, node: yaml.Node) -> list[int]:
+    try:
+        (expression,) = loader.construct_sequence(node)
+        return scaled_sizes(str(expression))
+    except ValueError as error:
+        raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from error
+
+
+_Loader.add_constructor(_EVAL_TAG, _construct_sizes)
