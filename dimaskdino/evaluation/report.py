@@ -7,10 +7,11 @@ from typing import Any
 
 from tabulate import tabulate
 
+from dimaskdino.structures.stages import Stage
+
 TASKS = ("bbox", "segm")
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 TASK_NAMES = {"bbox": "box", "segm": "mask"}
-_ORDINALS = {"2": "second", "3": "third", "4": "fourth", "5": "fifth"}
 
 
 def coco_table(results: dict[str, dict[str, float]]) -> str:
@@ -32,17 +33,13 @@ def layer_table(rows: list[dict[str, Any]]) -> str:
     Args:
         rows: as :func:`dimaskdino.evaluation.layerwise.stage_row` makes them.
     """
-    cells = [[row["stage"], stage_name(row["stage"]), row["box_AP"], row["mask_AP"], row["gap"]] for row in rows]
+    titles = [Stage.from_name(row["stage"]).title for row in rows]
+    cells = [
+        [row["stage"], title, row["box_AP"], row["mask_AP"], row["gap"]]
+        for row, title in zip(rows, titles, strict=True)
+    ]
     headers = ["stage", "after", "box AP", "mask AP", "box - mask"]
     return tabulate(cells, headers=headers, floatfmt=("", "", ".1f", ".1f", "+.1f"), tablefmt="github")
-
-
-def stage_name(stage: str) -> str:
-    """A stage in words: "first selection", "queries before layer 0", "decoder layer 3"."""
-    kind, _, number = stage.partition(".")
-    if kind == "selection":
-        return f"{_ORDINALS.get(number, f'{number}th')} selection"
-    return {"interm": "first selection", "initial": "queries before layer 0"}.get(stage, f"decoder layer {number}")
 
 
 def write_results(results: Any, path: str) -> None:

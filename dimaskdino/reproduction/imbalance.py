@@ -16,6 +16,7 @@ from dimaskdino.errors import UserError
 from dimaskdino.reproduction.charts import BOX_COLOUR, MASK_COLOUR, PAPER_STYLE, signed
 from dimaskdino.reproduction.runs import decoder_layers
 from dimaskdino.reproduction.tables import paper_tables
+from dimaskdino.structures.stages import Stage
 
 _BARS = (("box_AP", "box AP", BOX_COLOUR), ("mask_AP", "mask AP", MASK_COLOUR))
 _WIDTH = 0.36
@@ -134,7 +135,7 @@ def _is_measured(value: float | None) -> TypeGuard[float]:
 
 def _draw_lines(axes: Axes, runs: Sequence[StageResults]) -> None:
     names = list(dict.fromkeys(stage["stage"] for run in runs for stage in run.stages))
-    names.sort(key=_stage_order)
+    names.sort(key=lambda name: Stage.from_name(name).order)
     for index, run in enumerate(runs):
         style = _RUN_STYLES[index % len(_RUN_STYLES)]
         places = [names.index(stage["stage"]) for stage in run.stages]
@@ -150,8 +151,3 @@ def _draw_lines(axes: Axes, runs: Sequence[StageResults]) -> None:
         for run, style in zip(runs, _RUN_STYLES * len(runs), strict=False)
     ]
     axes.legend(handles=handles, frameon=False, fontsize=8, loc="lower right")
-
-
-def _stage_order(name: str) -> tuple[int, int]:
-    kind, _, index = name.partition(".")
-    return ("interm", "selection", "initial", "layer").index(kind), int(index or 0)

@@ -17,6 +17,7 @@ from dimaskdino.errors import ConfigError, UserError
 from dimaskdino.evaluation.speed import SPEED_FILE
 from dimaskdino.reproduction.experiments import Experiment
 from dimaskdino.reproduction.tables import Table, Values
+from dimaskdino.structures.stages import Stage
 from dimaskdino.yaml_files import read_yaml
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,6 @@ _FREE_KEYS = frozenset(
 )
 _MOST_DIFFERENCES = 10
 _TAIL_BYTES = 2**18
-_STAGE = re.compile(r"interm|initial|(selection|layer)\.\d+")
 _STAGE_SCORES = ("box_AP", "mask_AP", "gap")
 _BY_STAGE = (
     "evaluate the run by stage: train_net.py --config-file FILE --eval-only --resume --eval-layers all OUTPUT_DIR RUN"
@@ -227,7 +227,7 @@ def _read_rows(file: Path) -> list[dict[str, Any]]:
         raise UserError(f"{file} does not exist; {_BY_STAGE}")
     stages = _read_json(file, list, f"It is no layers.json, or broken: {_BY_STAGE}")
     for row in stages:
-        if not isinstance(row, dict) or not _STAGE.fullmatch(str(row.get("stage"))):
+        if not isinstance(row, dict) or not _is_stage(str(row.get("stage"))):
             raise UserError(f"{file} holds {row!r:.60}, which is no result of a stage; {_BY_STAGE}")
         for key in _STAGE_SCORES:
             if not isinstance(row.get(key, ""), float | int | None):
@@ -237,7 +237,15 @@ def _read_rows(file: Path) -> list[dict[str, Any]]:
 
 def decoder_layers(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The stages that are decoder layers, in their order."""
-    return [stage for stage in stages if stage["stage"].startswith("layer.")]
+    return [row for row in stages if Stage.from_name(row["stage"]).kind == "layer"]
+
+
+def _is_stage(name: str) -> bool:
+    try:
+        Stage.from_name(name)
+    except ValueError:
+        return False
+    return True
 
 
 @functools.cache
