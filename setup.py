@@ -32,8 +32,8 @@ setup(
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if OP and build_op.STABLE_ABI else {},
     extras_require={"slurm": ["submitit>=1.5"]},  # tools/reproduce.py --submit slurm
     install_requires=[
-        "faster-coco-eval>=1.6",
         "fvcore>=0.1.5",
+        "hotcoco>=1.3,<2",
         "iopath>=0.1.7",
         "matplotlib>=3.5",
         "numpy>=1.23",
