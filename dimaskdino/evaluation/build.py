@@ -50,7 +50,7 @@ def check_classes(cfg: CfgNode) -> None:
     """Check that each DATASETS.TEST has the classes, in the order, of the datasets that the model was trained on.
 
     A class is a number to the model: against other classes, or another order, AP is a plausible wrong number. Training
-    datasets whose files are not on this machine are not compared.
+    datasets with another number of classes than the model, or whose files are not on this machine, are not compared.
 
     Raises:
         DatasetError: a dataset has other classes or another order; the message shows both.
@@ -59,7 +59,7 @@ def check_classes(cfg: CfgNode) -> None:
         ours = class_names(tested)
         for trained in cfg.DATASETS.TRAIN:
             theirs = class_names(trained)
-            if theirs and ours and theirs != ours:
+            if ours and theirs != ours and len(theirs) == cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES:
                 raise DatasetError(_difference(trained, theirs, tested, ours))
 
 

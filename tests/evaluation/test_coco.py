@@ -409,6 +409,7 @@ def test_cocos_limit_stands_alone_where_it_is_enough(dataset: str, tmp_path: Pat
 def order_case(register: Callable[..., str], **files: str) -> Any:
     """Datasets "train" and "val" whose classes come from the files of the case, and their configuration."""
     cfg = get_cfg()
+    cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 3
     for split, name in files.items():
         setattr(cfg.DATASETS, split, (register(name, list, json_file=str(CASES / "06-class-order" / f"{name}.json")),))
     return cfg
@@ -427,6 +428,12 @@ def test_other_classes_are_an_error_that_shows_both(register: Callable[..., str]
     cfg.DATASETS.TEST = (register("other", list, thing_classes=["bolt", "nut"]),)
     with pytest.raises(DatasetError, match=r"train: 3 classes, with 2 'washer'\. other: 2 classes"):
         check_classes(cfg)
+
+
+def test_a_training_set_that_is_not_the_models_is_not_compared(register: Callable[..., str]) -> None:
+    cfg = order_case(register, TRAIN="train", TEST="val")
+    cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 4
+    check_classes(cfg)
 
 
 def test_equal_or_unknown_classes_pass(register: Callable[..., str]) -> None:
