@@ -26,14 +26,14 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=("dimaskdino", "dimaskdino.*")),
-    package_data={"dimaskdino.reproduction": ["paper_tables.json"]},
+    package_data={"dimaskdino.reproduction": ["papers/*.json"]},
     ext_modules=[build_op.extension()] if OP else [],
     cmdclass={"build_ext": build_op.build_command(COMPILER)} if OP else {},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if OP and build_op.STABLE_ABI else {},
     extras_require={"slurm": ["submitit>=1.5"]},  # tools/reproduce.py --submit slurm
     install_requires=[
-        "faster-coco-eval>=1.6",
         "fvcore>=0.1.5",
+        "hotcoco>=1.3,<2",
         "iopath>=0.1.7",
         "matplotlib>=3.5",
         "numpy>=1.23",

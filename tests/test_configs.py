@@ -12,8 +12,7 @@ from detectron2.modeling import build_backbone, build_model
 
 from dimaskdino.checkpoint.names import to_release
 from dimaskdino.config import Config, flatten, get_cfg
-from dimaskdino.reproduction.experiments import EPOCH_IMAGES, find_experiment
-from dimaskdino.reproduction.tables import paper_tables
+from dimaskdino.reproduction.tables import EPOCH_IMAGES, find_experiment, paper_tables
 from tests.parity.releases import release
 from tests.tiny_model import image, sample
 

@@ -23,6 +23,7 @@ from dimaskdino.engine.launch import num_cores
 from dimaskdino.engine.setup import load_config
 from dimaskdino.errors import UserError, run_cli
 from dimaskdino.evaluation import coco_table, layer_table
+from dimaskdino.structures.stages import Stage
 from dimaskdino.visualization import Objects, Row, save_grid
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "demo"
@@ -142,7 +143,7 @@ def report(run: Path) -> str:
     """The COCO table and the table by stage, with the imbalance at the first and the last decoder layer."""
     results = json.loads((run / "inference" / "results.json").read_text())
     rows = json.loads((run / "inference" / "layers.json").read_text())
-    layers = [row for row in rows if row["stage"].startswith("layer.")]
+    layers = [row for row in rows if Stage.from_name(row["stage"]).kind == "layer"]
     return "\n".join(
         [
             "shapes_val, AP in percent",

@@ -8,18 +8,18 @@ import argparse
 from pathlib import Path
 
 from dimaskdino.errors import UserError, run_cli
-from dimaskdino.reproduction.imbalance import StageResults, draw_imbalance
+from dimaskdino.reproduction.charts import StageResults, draw_imbalance
 from dimaskdino.reproduction.runs import read_stages
 
 SUFFIXES = (".png", ".pdf", ".svg")
 
 
 def parse_args() -> argparse.Namespace:
-    """The command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or a layers.json")
-    parser.add_argument("--labels", nargs="+", metavar="LABEL", help="a name for each run; default: of its folder")
-    parser.add_argument("--output", type=Path, default=Path("imbalance.png"), help="picture: .png, .pdf or .svg")
+    parser.add_argument("--labels", nargs="+", metavar="LABEL", help="a name for each run; default: its folder's")
+    parser.add_argument("--output", type=Path, default=Path("imbalance.png"), help="picture: .png, .pdf, or .svg")
     parser.add_argument("--all-layers", action="store_true", help="a second panel with every stage as lines")
     parser.add_argument(
         "--paper", action="store_true", help="the paper's bars beside those of runs named MaskDINO or DI-MaskDINO"
@@ -28,7 +28,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Read, draw."""
+    """Read and draw."""
     args = parse_args()
     labels = args.labels or [folder_of(run).name for run in args.runs]
     if len(labels) != len(args.runs):
@@ -41,10 +41,10 @@ def main() -> None:
 
 
 def picture_path(path: Path) -> Path:
-    """The picture to write: PNG where no format is named.
+    """The picture to write, a PNG if no format is named.
 
     Raises:
-        UserError: a folder, or a format that is not offered.
+        UserError: it is a folder, or another format.
     """
     if not (path.suffix or path.is_dir()):
         path = path.with_name(f"{path.name}.png")
@@ -56,7 +56,7 @@ def picture_path(path: Path) -> Path:
 
 
 def folder_of(run: Path) -> Path:
-    """The run's folder, from itself or from the layers.json in its folder ``inference``."""
+    """The folder of a run, given itself or its inference/layers.json."""
     return run.resolve().parents[1] if run.is_file() else run.resolve()
 
 

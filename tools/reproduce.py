@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Redo tables of the paper: say what they cost, train and evaluate their rows, print ours beside the paper's.
+"""Reproduce tables of the papers: show what they cost, train and evaluate their rows, print ours beside the papers'.
 
-Without --run, --submit or --collect it only says what would be done. A finished run is not trained again, and an
-interrupted one goes on. Runs lie under OUTPUT/DATASET/ROW, tables and charts beside them.
+Without --run, --submit, or --collect it only shows what there is to do. A finished run is not trained again, and an
+interrupted one resumes. Runs are in OUTPUT/DATASET/ROW, with tables and charts beside them.
 """
 
 import argparse
@@ -12,29 +12,29 @@ from pathlib import Path
 
 from dimaskdino.command_line import at_least
 from dimaskdino.errors import UserError, run_cli
-from dimaskdino.reproduction.charts import draw_table
+from dimaskdino.reproduction.charts import StageResults, draw_imbalance, draw_table
 from dimaskdino.reproduction.costs import cost_table, measure_folder, speeds
-from dimaskdino.reproduction.experiments import DATASETS, find_experiment
-from dimaskdino.reproduction.imbalance import StageResults, draw_imbalance
-from dimaskdino.reproduction.jobs import Job, Launcher, measure_all, run_jobs, unfinished
+from dimaskdino.reproduction.jobs import Job, Launcher, check_submission, measure_all, run_jobs, submit, unfinished
 from dimaskdino.reproduction.report import compare, markdown, to_csv
-from dimaskdino.reproduction.runs import Run, read_stages
-from dimaskdino.reproduction.slurm import check_submission, submit
-from dimaskdino.reproduction.tables import Table, choose_tables, paper_tables
+from dimaskdino.reproduction.runs import Run
+from dimaskdino.reproduction.tables import DATASETS, Table, choose_tables, find_experiment, paper_tables
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 EXAMPLES = """
-  what would be done    tools/reproduce.py table4 --dataset bdd100k
+  what there is to do   tools/reproduce.py table4 --dataset bdd100k
   what it would cost    tools/reproduce.py all --measure 20 --num-gpus 8
   on this machine       tools/reproduce.py table4 --dataset bdd100k --run --num-gpus 8
+  mean of three runs    tools/reproduce.py table4 --dataset bdd100k --run --num-gpus 8 --seeds 3
   on a cluster          tools/reproduce.py table4 --dataset bdd100k --submit slurm --num-gpus 8 --slurm timeout_min=2880
   what is there so far  tools/reproduce.py table4 --dataset bdd100k --collect
   on a laptop           tools/reproduce.py table4 --dataset shapes --run
 """
 
+Runs = dict[str, list[Run]]
+
 
 def parse_args() -> argparse.Namespace:
-    """The command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -45,23 +45,29 @@ def parse_args() -> argparse.Namespace:
     )
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--run", action="store_true", help="train and evaluate what is missing, then collect")
-    action.add_argument("--submit", choices=["slurm"], help="send what is missing to a cluster, a job each")
+    action.add_argument("--submit", choices=["slurm"], help="send what is missing to a cluster, a job for each run")
     action.add_argument("--collect", action="store_true", help="only print the tables from the runs that are there")
-    action.add_argument("--dry-run", action="store_true", help="only say what would be done and its cost (default)")
-    parser.add_argument("--measure", type=int, metavar="N", help="train N iterations of each kind first, for the cost")
+    action.add_argument("--dry-run", action="store_true", help="only show what there is to do and its cost (default)")
+    parser.add_argument(
+        "--measure", type=int, metavar="N", help="first train N iterations of each kind of run to find the hours"
+    )
+    parser.add_argument(
+        "--seeds", type=at_least(1), metavar="N", help="train each row with SEED 1 to N; print the mean"
+    )
     parser.add_argument("--num-gpus", type=at_least(0), help="as for train_net.py; 0 means the CPU")
     parser.add_argument("--output", type=Path, default=Path("output/reproduce"), help="folder of all runs and tables")
     parser.add_argument(
-        "--slurm", nargs="+", default=[], metavar="KEY=VALUE", help="submitit's parameters; timeout_min is needed"
+        "--slurm", nargs="+", default=[], metavar="KEY=VALUE", help="submitit's parameters; timeout_min is required"
     )
     parser.add_argument(
         "--options", nargs="+", default=[], metavar="KEY VALUE", help="keys on top of every configuration file"
     )
+    parser.add_argument("--verbose", action="store_true", help="also show the command of every run")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Plan, cost, train, collect."""
+    """Plan, show the cost, train, collect."""
     args = parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parameters = slurm_parameters(args.slurm)
@@ -69,28 +75,44 @@ def main() -> None:
     if args.submit:
         check_submission(launcher, parameters)
     wanted = choose_tables(args.tables, args.dataset or [])
-    runs = {dataset: open_runs(dataset, tables, args.output, args.options) for dataset, tables in wanted.items()}
+    runs = {dataset: open_runs(dataset, tables, args) for dataset, tables in wanted.items()}
     failures: list[str] = []
     if not args.collect:
         jobs = [job for dataset, tables in wanted.items() for job in jobs_of(tables, runs[dataset])]
-        failures += say_cost(jobs, args.output, launcher, args.measure)
-        missing = unfinished(jobs, launcher)
-        if args.submit:
-            say_submissions(missing, launcher, parameters, args.submit)
-        elif args.run:
-            failures += run_jobs(missing, launcher)
-        else:
-            say_commands(missing, launcher)
+        failures += show_cost([job.run for job in jobs], args.output, launcher, args.measure)
+        failures += do_missing(unfinished(jobs, launcher), launcher, args, parameters)
     if args.run or args.collect:
         for dataset, tables in wanted.items():
             for table in tables:
                 collect(table, dataset, runs[dataset], args.output / dataset)
     if failures:
-        raise UserError(f"{' '.join(failures)} Nothing else failed; the same command goes on where it stopped.")
+        raise UserError(f"{' '.join(failures)} Nothing else failed; the same command continues where it stopped.")
+
+
+def do_missing(
+    jobs: list[Job], launcher: Launcher, args: argparse.Namespace, parameters: dict[str, str | int]
+) -> list[str]:
+    """Submit or run what is left to do if asked to, otherwise say how; return the failures."""
+    if not jobs:
+        print("Nothing is left to do.")
+        return []
+    if args.verbose:
+        for job in jobs:
+            print(f"{job.run.name}: {shlex.join(job.next_command(launcher) or [])}")
+    if args.run:
+        return run_jobs(jobs, launcher)
+    if args.submit:
+        # Printed one by one, so that a later error does not hide them.
+        for line in submit(jobs, launcher, parameters, cluster=args.submit):
+            print(line, flush=True)
+    else:
+        hint = "" if args.verbose else ", --verbose shows their commands"
+        print(f"{len(jobs)} runs have something left to do: --run starts them{hint}.")
+    return []
 
 
 def slurm_parameters(pairs: list[str]) -> dict[str, str | int]:
-    """``KEY=VALUE`` as submitit's parameters; whole numbers as such."""
+    """Read ``KEY=VALUE`` as submitit's parameters; whole numbers become integers."""
     parameters: dict[str, str | int] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
@@ -100,36 +122,33 @@ def slurm_parameters(pairs: list[str]) -> dict[str, str | int]:
     return parameters
 
 
-def open_runs(dataset: str, tables: list[Table], output: Path, options: list[str]) -> dict[str, Run | None]:
-    """The runs of the tables' rows, None where the dataset has no configuration; one run for all rows that show it."""
-    runs: dict[str, Run | None] = {}
-    opened: dict[str, Run] = {}
+def open_runs(dataset: str, tables: list[Table], args: argparse.Namespace) -> Runs:
+    """Open the runs of each row, one for each seed; none if the dataset has no configuration.
+
+    Rows that name the same experiment share its runs.
+    """
+    runs: Runs = {}
+    opened: Runs = {}
+    seeds = [None] if args.seeds is None else range(1, args.seeds + 1)
     for row in (row for table in tables for row in table.rows):
         experiment = find_experiment(REPOSITORY / "configs", dataset, row.experiment)
         if experiment is not None and experiment.name not in opened:
-            opened[experiment.name] = Run.open(experiment, output, options)
-        runs[row.experiment] = opened[experiment.name] if experiment else None
+            opened[experiment.name] = [Run.open(experiment, args.output, args.options, seed=seed) for seed in seeds]
+        runs[row.experiment] = opened[experiment.name] if experiment else []
     return runs
 
 
-def jobs_of(tables: list[Table], runs: dict[str, Run | None]) -> list[Job]:
-    """A job for every run, with results by stage where a table shows them."""
+def jobs_of(tables: list[Table], runs: Runs) -> list[Job]:
+    """Make a job for every run, with results by stage if a table shows them."""
     with_layers: dict[Run, bool] = {}
     for table in tables:
-        for row in table.rows:
-            run = runs[row.experiment]
-            if run is not None:
-                with_layers[run] = with_layers.get(run, False) or table.needs_layers
+        for run in (run for row in table.rows for run in runs[row.experiment]):
+            with_layers[run] = with_layers.get(run, False) or table.needs_layers
     return [Job(run, layers) for run, layers in with_layers.items()]
 
 
-def say_cost(jobs: list[Job], output: Path, launcher: Launcher, iterations: int | None) -> list[str]:
-    """Print what is left to train; measure the kinds of runs that were not measured yet if that is asked for.
-
-    Returns:
-        What happened to each measurement that failed.
-    """
-    runs = [job.run for job in jobs]
+def show_cost(runs: list[Run], output: Path, launcher: Launcher, iterations: int | None) -> list[str]:
+    """Print what is left to train, measure the kinds of runs that have no speed yet if asked to, return failures."""
     known = speeds(runs, output)
     failures = []
     if iterations is not None:
@@ -137,46 +156,31 @@ def say_cost(jobs: list[Job], output: Path, launcher: Launcher, iterations: int 
         failures = measure_all(folders, launcher, iterations)
         known = speeds(runs, output)
     num_gpus = {run: given for run in runs if (given := launcher.gpus_of(run)) != launcher.num_gpus}
-    print(f"{cost_table(runs, known, num_gpus)}\n\nTraining alone; evaluations come on top.", flush=True)
+    print(f"{cost_table(runs, known, num_gpus)}\n\nTraining only; evaluations come on top.", flush=True)
     if num_gpus:
         print(
             f"A run with a number under GPUs gets that many, not {launcher.num_gpus}: no more can share its batch "
             "(SOLVER.IMS_PER_BATCH) equally."
         )
     if any(run not in known and run.iterations_left for run in runs):
-        print("Hours are unknown where no iteration was measured: --measure 20 measures some on this machine.")
+        print("Hours are unknown until an iteration is measured: --measure 20 finds them on this machine.")
     return failures
 
 
-def say_submissions(jobs: list[Job], launcher: Launcher, parameters: dict[str, str | int], cluster: str) -> None:
-    """Submit the jobs and print what became of each, so that a later error does not hide it."""
-    for line in submit(jobs, launcher, parameters, cluster=cluster):
-        print(line, flush=True)
-    if not jobs:
-        print("Nothing is left to do.")
-
-
-def say_commands(jobs: list[Job], launcher: Launcher) -> None:
-    """Print what --run would start first for every run."""
-    print("\n--run would start:" if jobs else "\nNothing is left to do.")
-    for job in jobs:
-        print(" ", shlex.join(job.next_command(launcher) or []))
-
-
-def collect(table: Table, dataset: str, runs: dict[str, Run | None], folder: Path) -> None:
-    """Print a table, and write it as Markdown, CSV and a picture."""
+def collect(table: Table, dataset: str, runs: Runs, folder: Path) -> None:
+    """Print a table, and write it as Markdown, CSV, and a picture."""
     rows = compare(table, dataset, runs)
     text = markdown(table, dataset, rows)
     print(f"\n{text}")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{table.name}.md").write_text(text, encoding="utf-8")
     (folder / f"{table.name}.csv").write_text(to_csv(table, dataset, rows), encoding="utf-8")
-    picture = folder / f"{table.name}.png"
     if not any(cell.ours is not None for row in rows for cell in row.cells):
         return
+    picture = folder / f"{table.name}.png"
     if table.needs_layers:
-        measured = [(row.labels[0], run) for row in table.rows if (run := runs[row.experiment]) and run.layers()]
-        stages = [StageResults(label, read_stages(run.folder)) for label, run in measured]
+        measured = {row.labels[0]: [run for run in runs[row.experiment] if run.layers()] for row in table.rows}
+        stages = [StageResults.of_runs(label, of_row) for label, of_row in measured.items() if of_row]
         draw_imbalance(stages, picture, with_paper=table.has_paper_values(dataset), lines=True)
     else:
         draw_table(table, dataset, rows, picture)

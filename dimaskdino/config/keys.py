@@ -87,7 +87,7 @@ KEYS: dict[str, Any] = {
     # Weight of queries without an object in the softmax class loss.
     "MODEL.MaskDINO.NO_OBJECT_WEIGHT": 0.1,
     # Whether the model predicts masks; a model of boxes alone needs PIXEL_DECODER_NAME DeformableEncoder.
-    "MODEL.MaskDINO.MASK_ON": True,
+    "MODEL.MaskDINO.PREDICT_MASKS": True,
     # Points of the mask losses and the matcher (PointRend).
     "MODEL.MaskDINO.TRAIN_NUM_POINTS": 112 * 112,
     # Candidates drawn per point that is kept.

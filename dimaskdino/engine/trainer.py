@@ -31,7 +31,7 @@ from dimaskdino.engine.sampler import ResumableSampler
 from dimaskdino.engine.schedule import build_lr_scheduler
 from dimaskdino.engine.train_step import TrainStep
 from dimaskdino.errors import CheckpointError, UserError, file_errors_told_in_one_line
-from dimaskdino.evaluation import ForwardTimer, SpeedEvaluator, build_evaluator, timed, write_results
+from dimaskdino.evaluation import ForwardTimer, SpeedEvaluator, build_evaluator, check_classes, timed, write_results
 from dimaskdino.modeling.meta_arch import build_model
 
 logger = logging.getLogger(__name__)
@@ -211,6 +211,7 @@ def evaluate(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
         UserError: there are no weights to evaluate, or not the same for all processes.
         SystemExit: on the main process, with status 1, if the results are not TEST.EXPECTED_RESULTS.
     """
+    check_classes(cfg)
     model = Trainer.build_model(cfg)
     checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
     check_common_checkpoint(checkpointer, resume=resume)

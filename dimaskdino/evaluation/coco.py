@@ -4,44 +4,49 @@ import copy
 import itertools
 import json
 import logging
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import hotcoco
 import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.utils import comm
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
-from dimaskdino.errors import DatasetError
-from dimaskdino.evaluation.report import METRICS, TASKS, class_table, coco_table
-from dimaskdino.evaluation.truth import quiet, read_truth, truth_of_entries
-
-try:
-    from faster_coco_eval import COCOeval_faster
-except ImportError:
-    COCOeval_faster = None
+from dimaskdino.errors import DatasetError, UserError
+from dimaskdino.evaluation.report import class_table, coco_table
+from dimaskdino.evaluation.truth import Truth, read_truth, truth_of_entries
 
 logger = logging.getLogger(__name__)
 
 Result = dict[str, Any]
 Scores = dict[str, float]
 
+COCO_LIMIT = 100  # detections of a class in an image that COCO's AP counts
+# Index of the IoU threshold (0.50 to 0.95 by 0.05; None means all) and of the area range of each metric.
+_METRICS = {"AP": (None, 0), "AP50": (0, 0), "AP75": (5, 0), "APs": (None, 1), "APm": (None, 2), "APl": (None, 3)}
+_SHAPE_KEYS = {"bbox": "bbox", "segm": "segmentation"}
+
 
 class CocoEvaluator(DatasetEvaluator):
-    """Collects predictions and computes box and mask AP as COCO defines them; crowd regions are ignored.
+    """Collects predictions and computes AP as COCO defines it, of boxes, and of masks where there are any.
+
+    Masks are scored if the model predicts them and every annotation has one. Crowd regions are ignored.
 
     Args:
         dataset_name: a registered instance dataset; its truth is its COCO file, or what its function lists.
         output_dir: where ``coco_instances_results.json`` goes.
         seen_only: evaluate on the images that were predicted instead of on the whole dataset.
+        max_detections: detections that the model reports for an image.
     """
 
-    def __init__(self, *, dataset_name: str, output_dir: str, seen_only: bool = False) -> None:
+    def __init__(
+        self, *, dataset_name: str, output_dir: str, seen_only: bool = False, max_detections: int = COCO_LIMIT
+    ) -> None:
         self._metadata = MetadataCatalog.get(dataset_name)
         self._output_dir = output_dir
         self._seen_only = seen_only
@@ -51,19 +56,47 @@ class CocoEvaluator(DatasetEvaluator):
         if not self._metadata.get("thing_classes"):
             raise DatasetError(f"{dataset_name} has no object classes (thing_classes), so it has no box or mask AP.")
         self._truth = self._read_truth()
-        self._implementation = implementation_for(self._truth)
+        self._limit = max(COCO_LIMIT, max_detections, *self._truth.objects.values())
+        self._report_limit(max_detections)
         self.reset()
 
-    def _read_truth(self) -> COCO:
+    def _read_truth(self) -> Truth:
         path = self._metadata.get("json_file")
         if path:
             return read_truth(path)
-        names, categories = self._metadata.thing_classes, self._categories()
-        category_ids = [index if categories is None else categories[index] for index in range(len(names))]
-        return truth_of_entries(DatasetCatalog.get(self._metadata.name), self._metadata.name, names, category_ids)
+        names, categories = self._metadata.thing_classes, self._category_ids()
+        return truth_of_entries(DatasetCatalog.get(self._metadata.name), self._metadata.name, names, categories)
+
+    def _category_ids(self) -> list[Any]:
+        """The dataset's category ids by class index."""
+        to_index = self._metadata.get("thing_dataset_id_to_contiguous_id")
+        if to_index is None:
+            return list(range(len(self._metadata.thing_classes)))
+        return sorted(to_index, key=to_index.__getitem__)
+
+    def _report_limit(self, max_detections: int) -> None:
+        """Say how many objects COCO's AP cannot count, and under which name it is reported without its limit."""
+        if self._limit == COCO_LIMIT:
+            return
+        name, counts = self._metadata.name, self._truth.objects.values()
+        logger.info(
+            "%s: AP counts %d detections of a class in an image, as COCO defines it; AP@%d counts %d.",
+            *(name, COCO_LIMIT, self._limit, self._limit),
+        )
+        hidden = sum(count - COCO_LIMIT for count in counts if count > COCO_LIMIT)
+        if hidden:
+            logger.warning(
+                "%s has up to %d objects of a class in an image: AP cannot count %d of its %d objects; AP@%d does.",
+                *(name, max(counts), hidden, sum(counts), self._limit),
+            )
+        if max_detections < max(counts, default=0):
+            logger.warning(
+                "TEST.DETECTIONS_PER_IMAGE is %d, but images of %s hold up to %d objects of a class; raise it.",
+                *(max_detections, name, max(counts)),
+            )
 
     def for_stage(self, name: str) -> "CocoEvaluator":
-        """An empty evaluator against the same ground truth that writes to a folder ``name`` of this one's."""
+        """An empty evaluator with the same ground truth that writes to a folder ``name`` of this one's."""
         stage = copy.copy(self)
         stage._output_dir = os.path.join(self._output_dir, name)
         os.makedirs(stage._output_dir, exist_ok=True)
@@ -73,17 +106,24 @@ class CocoEvaluator(DatasetEvaluator):
     def reset(self) -> None:
         """Forget all predictions."""
         self._results: list[Result] = []
-        self._image_ids: list[int] = []
+        self._image_ids: list[Any] = []
+        self._predicts_masks = True
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
         """Add the predicted ``instances`` of a batch."""
-        cpu = torch.device("cpu")
         for image, output in zip(inputs, outputs, strict=True):
+            instances = output["instances"].to(torch.device("cpu"))
+            if not instances.scores.isfinite().all():
+                raise UserError(
+                    f"The model predicts scores that are not finite for image {image['image_id']!r}; its weights "
+                    "(MODEL.WEIGHTS) have diverged."
+                )
             self._image_ids.append(image["image_id"])
-            self._results += instances_to_coco_json(output["instances"].to(cpu), image["image_id"])
+            self._predicts_masks &= instances.has("pred_masks")
+            self._results += instances_to_coco_json(instances, image["image_id"])
 
     def evaluate(self) -> dict[str, Scores]:
-        """Score the predictions of all processes and log the table; returns as :meth:`score`."""
+        """Score the predictions of all processes and log the table; returns the same as :meth:`score`."""
         scores = self.score()
         if scores:
             logger.info("%s:\n%s\n\n%s", self._metadata.name, coco_table(scores), class_table(scores))
@@ -93,129 +133,119 @@ class CocoEvaluator(DatasetEvaluator):
         """Score the predictions of all processes.
 
         Returns:
-            On the main process ``{"bbox": scores, "segm": scores}``, each with AP, AP50, AP75, APs, APm, APl and
-            ``AP-<class>`` in percent (nan where the dataset has no such object); elsewhere an empty dict.
+            On the main process ``{"bbox": scores}``, with ``"segm"`` as well where masks are scored. Scores are AP,
+            AP50, AP75, APs, APm, APl, ``AP@<limit>`` where more than 100 detections of a class count, and
+            ``AP-<class>``, in percent, nan where the dataset has no such object. On other processes an empty dict.
+
+        Raises:
+            DatasetError: a prediction is of an image or class that the dataset does not have, or nothing was measured
+                although there are objects.
         """
-        gathered = comm.gather((self._results, self._image_ids))
+        gathered = comm.gather((self._results, self._image_ids, self._predicts_masks))
         if not comm.is_main_process():
             return {}
-        results = self._with_dataset_categories(itertools.chain.from_iterable(part[0] for part in gathered))
+        parts, image_ids, predict_masks = zip(*gathered, strict=True)
+        results = self._with_category_ids(itertools.chain.from_iterable(parts))
         with open(os.path.join(self._output_dir, "coco_instances_results.json"), "w") as file:
             json.dump(results, file)
-        if "annotations" not in self._truth.dataset:
+        if self._truth.annotations is None:
             logger.info("The dataset has no annotations: predictions are written, not scored.")
             return {}
-        image_ids = sorted(itertools.chain.from_iterable(part[1] for part in gathered)) if self._seen_only else None
-        return {task: self._score(results, task, image_ids) for task in TASKS}
+        seen = sorted(map(self._image_number, itertools.chain.from_iterable(image_ids))) if self._seen_only else None
+        tasks = ["bbox", "segm"] if all(predict_masks) and self._truth.has_masks else ["bbox"]
+        return {task: self._scores(results, task, seen) for task in tasks}
 
-    def _with_dataset_categories(self, results: Any) -> list[Result]:
+    def _with_category_ids(self, results: Iterable[Result]) -> list[Result]:
         """Replace class indices by the dataset's category ids."""
-        to_category = self._categories()
-        if to_category is None:
-            return list(results)
+        category_ids = self._category_ids()
         mapped = []
         for result in results:
-            if result["category_id"] not in to_category:
+            if result["category_id"] >= len(category_ids):
                 raise DatasetError(
                     f"The model predicts class {result['category_id']}, but {self._metadata.name} has "
-                    f"{len(to_category)} classes; set MODEL.SEM_SEG_HEAD.NUM_CLASSES to {len(to_category)}."
+                    f"{len(category_ids)} classes; set MODEL.SEM_SEG_HEAD.NUM_CLASSES to {len(category_ids)}."
                 )
-            mapped.append({**result, "category_id": to_category[result["category_id"]]})
+            mapped.append({**result, "category_id": category_ids[result["category_id"]]})
         return mapped
 
-    def _categories(self) -> dict[int, Any] | None:
-        """Category ids by class index; None where these are the same."""
-        to_index = self._metadata.get("thing_dataset_id_to_contiguous_id")
-        return None if to_index is None else {index: category for category, index in to_index.items()}
+    def _image_number(self, image_id: Any) -> int:
+        if image_id not in self._truth.image_numbers:
+            raise DatasetError(
+                f"A prediction is of image {image_id!r}, which the annotations of {self._metadata.name} do not list; "
+                "the ids of its images must be those of its annotation file, of the same kind (text or number)."
+            )
+        return self._truth.image_numbers[image_id]
 
-    def _score(self, results: list[Result], task: str, image_ids: list[int] | None) -> Scores:
-        evaluation = run_coco_eval(self._truth, results, task, image_ids=image_ids, implementation=self._implementation)
-        scores = {name: _percent(value) for name, value in zip(METRICS, evaluation.stats, strict=False)}
-        # precision: (IoU threshold, recall, class, area range, detections per image)
-        precision = evaluation.eval["precision"][:, :, :, 0, -1]
-        to_category = self._categories()
-        # COCO's classes are in the order of their category ids, which need not be that of the class indices.
-        category_ids = list(evaluation.params.catIds)
-        for index, name in enumerate(self._metadata.thing_classes):
-            category = index if to_category is None else to_category.get(index)
-            of_class = precision[:, :, [other == category for other in category_ids]]
-            known = of_class[of_class > -1]
-            scores[f"AP-{name}"] = _percent(known.mean() if known.size else -1)
+    def _scores(self, results: list[Result], task: str, seen: list[int] | None) -> Scores:
+        # Classes that the annotation file does not list are not measured.
+        categories = self._truth.category_numbers
+        numbered = [
+            {
+                "image_id": self._image_number(result["image_id"]),
+                "category_id": categories[result["category_id"]],
+                "score": result["score"],
+                _SHAPE_KEYS[task]: result[_SHAPE_KEYS[task]],
+            }
+            for result in results
+            if result["category_id"] in categories
+        ]
+        limits = sorted({COCO_LIMIT, self._limit})
+        precision = coco_precision(self._truth.coco, numbered, task, limits=limits, image_ids=seen)
+        scores = {name: _mean(_select(precision, *which)) for name, which in _METRICS.items()}
+        if self._limit > COCO_LIMIT:
+            scores[f"AP@{self._limit}"] = _mean(precision[:, :, :, 0, -1])
+        for name, category_id in zip(self._metadata.thing_classes, self._category_ids(), strict=True):
+            number = categories.get(category_id)
+            scores[f"AP-{name}"] = math.nan if number is None else _mean(precision[:, :, number - 1, 0, 0])
+        self._check_measured(scores, seen)
         return scores
 
+    def _check_measured(self, scores: Scores, seen: Sequence[int] | None) -> None:
+        """AP must be a number wherever the evaluated images have objects."""
+        images = set(self._truth.image_numbers.values() if seen is None else seen)
+        objects = sum(count for (image, _), count in self._truth.objects.items() if image in images)
+        if objects and math.isnan(scores["AP"]):
+            raise DatasetError(
+                f"The evaluation of {self._metadata.name} gives no AP, although its images have {objects} objects; "
+                "check the ids of images and categories in its annotations (tools/check_dataset.py)."
+            )
 
-def run_coco_eval(
-    truth: COCO,
-    results: list[Result],
-    task: str,
-    *,
-    image_ids: list[int] | None = None,
-    implementation: type[COCOeval] | None = None,
-) -> COCOeval:
-    """Evaluate ``results`` (COCO's result format) against ``truth``.
+
+def coco_precision(
+    truth: hotcoco.COCO, results: list[Result], task: str, *, limits: Sequence[int], image_ids: list[int] | None = None
+) -> np.ndarray:
+    """Interpolated precision as COCO defines it.
 
     Args:
-        truth: the ground truth.
-        results: detections, possibly none.
+        truth: images, categories, and annotations, with ids from 1.
+        results: detections in COCO's format with the same ids, possibly none, with a box or a mask alone: with both,
+            the box's area would decide whether a mask is small or large.
         task: ``"bbox"`` or ``"segm"``.
+        limits: how many detections of a class in an image count, in increasing order.
         image_ids: images to evaluate on; None for all.
-        implementation: COCO's evaluation; None: as :func:`implementation_for` chooses.
 
     Returns:
-        The evaluation, with ``stats`` and ``eval`` filled.
+        (IoU threshold 10, recall 101, category in the order of the ids, area range 4, limit); -1 where there are no
+        objects.
     """
-    implementation = implementation or implementation_for(truth)
-    if task == "segm":
-        # With a box present COCO would take its area, not the mask's, to tell small from large.
-        results = [{key: value for key, value in result.items() if key != "bbox"} for result in results]
-    with quiet():
-        evaluation = implementation(truth, _load_results(truth, results), task)
-        if image_ids is not None:
-            evaluation.params.imgIds = image_ids
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return evaluation
+    evaluation = hotcoco.COCOeval(truth, truth.load_res(results), task)
+    evaluation.params.max_dets = list(limits)
+    if image_ids is not None:
+        evaluation.params.img_ids = image_ids
+    evaluation.evaluate()
+    evaluation.accumulate()
+    accumulated = evaluation.eval
+    assert accumulated is not None
+    return np.asarray(accumulated["precision"])
 
 
-def implementation_for(truth: COCO) -> type[COCOeval]:
-    """faster-coco-eval's class where it is installed and can read the ids of ``truth``, else pycocotools'.
-
-    Both give the same numbers.
-    """
-    if COCOeval_faster is None:
-        return COCOeval
-    odd = next((value for value in _ids(truth) if not _fits_faster_coco_eval(value)), None)
-    if odd is None:
-        return COCOeval_faster
-    logger.info("faster-coco-eval cannot read the id %r, so pycocotools evaluates, which takes longer.", odd)
-    return COCOeval
+def _select(precision: np.ndarray, threshold: int | None, area: int) -> np.ndarray:
+    """What one metric averages, at COCO's limit."""
+    at_limit = precision[:, :, :, area, 0]
+    return at_limit if threshold is None else at_limit[threshold]
 
 
-def _ids(truth: COCO) -> Iterator[Any]:
-    """Of images and categories, as listed and as annotations name them."""
-    for kind in ("images", "categories"):
-        yield from (entry["id"] for entry in truth.dataset[kind])
-    for annotation in truth.dataset.get("annotations", ()):
-        yield annotation["image_id"]
-        yield annotation["category_id"]
-
-
-def _fits_faster_coco_eval(value: Any) -> bool:
-    # It keeps some ids as floating point numbers, which are exact up to here.
-    return isinstance(value, int) and 0 <= value <= 2**53
-
-
-def _load_results(truth: COCO, results: list[Result]) -> COCO:
-    if results:
-        return truth.loadRes(copy.deepcopy(results))
-    # COCO's own loader cannot read an empty list.
-    empty = COCO()
-    empty.dataset = {**truth.dataset, "annotations": []}
-    empty.createIndex()
-    return empty
-
-
-def _percent(value: float) -> float:
-    """COCO's -1 means that there is nothing to measure."""
-    return float(value) * 100 if value >= 0 else float(np.nan)
+def _mean(precision: np.ndarray) -> float:
+    """In percent; nan where there is nothing to measure."""
+    known = precision[precision > -1]
+    return float(known.mean()) * 100 if known.size else math.nan

@@ -1,4 +1,4 @@
-"""Box and mask AP after every stage of the decoder: the detection-segmentation imbalance and how it closes."""
+"""AP after every stage of the decoder: the detection-segmentation imbalance and how it closes."""
 
 import csv
 import itertools
@@ -10,11 +10,9 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
 from dimaskdino.evaluation.coco import CocoEvaluator
-from dimaskdino.evaluation.report import layer_table, write_results
+from dimaskdino.evaluation.report import layer_table, stage_columns, stage_row, write_results
 
 logger = logging.getLogger(__name__)
-
-StageRow = dict[str, Any]
 
 
 class LayerwiseEvaluator(DatasetEvaluator):
@@ -48,8 +46,9 @@ class LayerwiseEvaluator(DatasetEvaluator):
         """Score every stage.
 
         Returns:
-            On the main process the final stage's ``bbox`` and ``segm`` scores and ``layers``: ``<stage>/box_AP``,
-            ``<stage>/mask_AP`` and ``<stage>/gap`` (box minus mask) in percent; elsewhere an empty dict.
+            On the main process the final stage's scores by task, and ``layers``: ``<stage>/box_AP``,
+            ``<stage>/mask_AP``, and ``<stage>/gap`` (box minus mask) in percent, the last two where masks are scored.
+            On other processes an empty dict.
         """
         results = self._final.evaluate()
         rows = []
@@ -60,8 +59,8 @@ class LayerwiseEvaluator(DatasetEvaluator):
         if not comm.is_main_process():
             return {}
         self._write(rows)
-        logger.info("Box and mask AP by stage:\n%s", layer_table(rows))
-        results["layers"] = {f"{row['stage']}/{key}": row[key] for row in rows for key in ("box_AP", "mask_AP", "gap")}
+        logger.info("AP by stage:\n%s", layer_table(rows))
+        results["layers"] = {f"{row['stage']}/{key}": row[key] for row in rows for key in stage_columns([row])}
         return results
 
     def _stage(self, name: str) -> CocoEvaluator:
@@ -74,15 +73,9 @@ class LayerwiseEvaluator(DatasetEvaluator):
         names = comm.all_gather(list(self._stages))
         return list(dict.fromkeys(itertools.chain.from_iterable(names)))
 
-    def _write(self, rows: list[StageRow]) -> None:
+    def _write(self, rows: list[dict[str, Any]]) -> None:
         write_results(rows, os.path.join(self._output_dir, "layers.json"))
         with open(os.path.join(self._output_dir, "layers.csv"), "w", newline="") as file:
-            writer = csv.DictWriter(file, ["stage", "box_AP", "mask_AP", "gap"], extrasaction="ignore")
+            writer = csv.DictWriter(file, ["stage", *stage_columns(rows)], extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
-
-
-def stage_row(name: str, scores: dict[str, dict[str, float]]) -> StageRow:
-    """A stage's line of the table: its box AP, mask AP, their difference, and all scores."""
-    box, mask = scores["bbox"]["AP"], scores["segm"]["AP"]
-    return {"stage": name, "box_AP": box, "mask_AP": mask, "gap": box - mask, **scores}

@@ -3,53 +3,76 @@
 import json
 import math
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tabulate import tabulate
 
-TASKS = ("bbox", "segm")
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+from dimaskdino.structures.stages import Stage
+
+Results = Mapping[str, Mapping[str, float]]
+
+# What results hold by task, and what the task is called in tables.
 TASK_NAMES = {"bbox": "box", "segm": "mask"}
-_ORDINALS = {"2": "second", "3": "third", "4": "fourth", "5": "fifth"}
+_GAP = "gap"
+_GAP_HEAD = "box - mask"
 
 
-def coco_table(results: dict[str, dict[str, float]]) -> str:
-    """Box and mask AP (percent) by IoU threshold and object size."""
-    rows = [[TASK_NAMES[task]] + [results[task][metric] for metric in METRICS] for task in TASKS]
-    return tabulate(rows, headers=["", *METRICS], floatfmt=".1f", tablefmt="github")
+def coco_table(results: Results) -> str:
+    """AP (percent) by IoU threshold and object size, a row for each of boxes and masks that was scored."""
+    tasks = _tasks(results)
+    metrics = [key for key in results[tasks[0]] if not key.startswith("AP-")]
+    rows = [[TASK_NAMES[task]] + [results[task][metric] for metric in metrics] for task in tasks]
+    return tabulate(rows, headers=["", *metrics], floatfmt=".1f", tablefmt="github")
 
 
-def class_table(results: dict[str, dict[str, float]]) -> str:
-    """Box and mask AP (percent) by class."""
-    names = [key for key in results["bbox"] if key.startswith("AP-")]
-    rows = [[name.removeprefix("AP-")] + [results[task][name] for task in TASKS] for name in names]
-    return tabulate(rows, headers=["class", "box AP", "mask AP"], floatfmt=".1f", tablefmt="github")
+def class_table(results: Results) -> str:
+    """AP (percent) by class, a column for each of boxes and masks that was scored."""
+    tasks = _tasks(results)
+    names = [key for key in results[tasks[0]] if key.startswith("AP-")]
+    rows = [[name.removeprefix("AP-")] + [results[task][name] for task in tasks] for name in names]
+    heads = ["class", *(f"{TASK_NAMES[task]} AP" for task in tasks)]
+    return tabulate(rows, headers=heads, floatfmt=".1f", tablefmt="github")
 
 
-def layer_table(rows: list[dict[str, Any]]) -> str:
-    """Box AP, mask AP and box minus mask (percent) by stage.
+def stage_row(stage: str, results: Results) -> dict[str, Any]:
+    """One stage's line of the table: its box AP, mask AP, and their difference, as far as scored, and all scores."""
+    row = {f"{TASK_NAMES[task]}_AP": results[task]["AP"] for task in _tasks(results)}
+    if len(row) == len(TASK_NAMES):
+        row[_GAP] = row["box_AP"] - row["mask_AP"]
+    return {"stage": stage, **row, **results}
+
+
+def stage_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The columns of the table by stage that ``rows`` have: ``box_AP``, ``mask_AP``, and ``gap``."""
+    known = [*(f"{name}_AP" for name in TASK_NAMES.values()), _GAP]
+    return [column for column in known if any(column in row for row in rows)]
+
+
+def layer_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """AP (percent) of boxes and masks by stage, and box minus mask where both were scored.
 
     Args:
-        rows: as :func:`dimaskdino.evaluation.layerwise.stage_row` makes them.
+        rows: as :func:`stage_row` makes them.
     """
-    cells = [[row["stage"], stage_name(row["stage"]), row["box_AP"], row["mask_AP"], row["gap"]] for row in rows]
-    headers = ["stage", "after", "box AP", "mask AP", "box - mask"]
-    return tabulate(cells, headers=headers, floatfmt=("", "", ".1f", ".1f", "+.1f"), tablefmt="github")
-
-
-def stage_name(stage: str) -> str:
-    """A stage in words: "first selection", "queries before layer 0", "decoder layer 3"."""
-    kind, _, number = stage.partition(".")
-    if kind == "selection":
-        return f"{_ORDINALS.get(number, f'{number}th')} selection"
-    return {"interm": "first selection", "initial": "queries before layer 0"}.get(stage, f"decoder layer {number}")
+    columns = stage_columns(rows)
+    cells = [
+        [row["stage"], Stage.from_name(row["stage"]).title, *(row.get(column) for column in columns)] for row in rows
+    ]
+    heads = ["stage", "after", *(_GAP_HEAD if column == _GAP else column.replace("_", " ") for column in columns)]
+    formats = ("", "", *("+.1f" if column == _GAP else ".1f" for column in columns))
+    return tabulate(cells, headers=heads, floatfmt=formats, tablefmt="github")
 
 
 def write_results(results: Any, path: str) -> None:
-    """Write nested results as JSON, what cannot be measured (nan) as null."""
+    """Write nested results as JSON, with null for what cannot be measured (nan)."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, "w") as file:
         json.dump(_without_nan(results), file, indent=2)
+
+
+def _tasks(results: Results) -> list[str]:
+    return [task for task in TASK_NAMES if task in results]
 
 
 def _without_nan(value: Any) -> Any:

@@ -1,57 +1,175 @@
-"""A COCO file as ground truth, completed where COCO's evaluation would go wrong without a word."""
+"""Ground truth in the form that the evaluation reads: COCO's format with ids counted from 1."""
 
-import contextlib
-import io
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import hotcoco
 from detectron2.structures import BoxMode
-from pycocotools import mask as mask_util
-from pycocotools.coco import COCO
+
+from dimaskdino.errors import DatasetError
 
 logger = logging.getLogger(__name__)
 
 Json = dict[str, Any]
 
 
-def read_truth(path: str | Path) -> COCO:
-    """Read an annotation file in COCO's format; see :func:`complete_truth`."""
-    return complete_truth(json.loads(Path(path).read_bytes()), str(path))
+@dataclass(frozen=True)
+class Truth:
+    """Ground truth of a dataset. Its own ids may be of any kind; the numbers here follow their order.
+
+    Attributes:
+        coco: the images, categories, and annotations, with ids counted from 1.
+        image_numbers: number by the dataset's image id.
+        category_numbers: number by the dataset's category id.
+        annotations: those in ``coco``; None if the dataset has no annotations and so cannot be scored.
+    """
+
+    coco: hotcoco.COCO
+    image_numbers: dict[Any, int]
+    category_numbers: dict[Any, int]
+    annotations: list[Json] | None
+
+    @cached_property
+    def has_masks(self) -> bool:
+        """Whether every annotation has a mask, so that masks can be scored."""
+        return all(annotation.get("segmentation") for annotation in self.annotations or ())
+
+    @cached_property
+    def objects(self) -> Counter[tuple[int, int]]:
+        """Objects, without crowd regions, by the numbers of image and category."""
+        return Counter(
+            (annotation["image_id"], annotation["category_id"])
+            for annotation in self.annotations or ()
+            if not annotation["iscrowd"]
+        )
 
 
-def truth_of_entries(entries: list[Json], name: str, class_names: Sequence[str], category_ids: Sequence[Any]) -> COCO:
-    """Ground truth from images in detectron2's format, as a registered function lists them.
+def read_truth(path: str | Path) -> Truth:
+    """Read an annotation file in COCO's format; see :func:`make_truth`."""
+    return make_truth(json.loads(Path(path).read_bytes()), str(path))
+
+
+def truth_of_entries(entries: list[Json], name: str, class_names: Sequence[str], category_ids: Sequence[Any]) -> Truth:
+    """Make ground truth of images in detectron2's format, as a registered function lists them.
 
     Args:
-        entries: the images; annotations may hold lists or NumPy's arrays.
+        entries: the images; annotations may hold lists or NumPy arrays.
         name: of the dataset.
         class_names: by class index.
         category_ids: by class index.
     """
-    keys = ("file_name", "height", "width")
-    images = [{"id": entry["image_id"]} | {key: entry[key] for key in keys} for entry in entries]
-    truth: Json = {
+    images = [{"id": entry["image_id"], "height": entry["height"], "width": entry["width"]} for entry in entries]
+    dataset: Json = {
         "images": images,
         "categories": [{"id": key, "name": label} for key, label in zip(category_ids, class_names, strict=True)],
     }
     # Without any, predictions are written and not scored.
     if any("annotations" in entry for entry in entries):
-        truth["annotations"] = [
+        dataset["annotations"] = [
             {
                 "image_id": entry["image_id"],
                 "category_id": category_ids[annotation["category_id"]],
                 "bbox": _box_xywh_px(annotation),
-                "segmentation": _plain(annotation["segmentation"]),
+                "segmentation": _plain(annotation.get("segmentation")),
                 "iscrowd": int(annotation.get("iscrowd", 0)),
             }
             for entry in entries
             for annotation in entry.get("annotations", ())
         ]
-    return complete_truth(truth, name)
+    return make_truth(dataset, name)
+
+
+def make_truth(dataset: Json, source: str) -> Truth:
+    """Number a dataset in COCO's format anew and fill in what annotations may lack.
+
+    COCO's evaluation treats the annotation id 0 as "no match", and fast implementations read whole numbers alone.
+    A missing area is that of the mask, or of the box where there is no mask; a missing ``iscrowd`` is 0. Annotations
+    of images or categories that the dataset does not list are left out, as COCO's evaluation does.
+
+    Args:
+        dataset: the content of a COCO file; it is not changed.
+        source: the file or dataset, for messages.
+
+    Raises:
+        DatasetError: there are annotations, but none of a listed image and category.
+    """
+    images, categories = _numbers(dataset["images"]), _numbers(dataset["categories"])
+    annotations = dataset.get("annotations")
+    kept = None if annotations is None else _numbered(annotations, images, categories, source)
+    plain: Json = {
+        "images": [
+            {"id": images[image["id"]], "height": image.get("height", 0), "width": image.get("width", 0)}
+            for image in dataset["images"]
+        ],
+        "categories": [
+            {"id": categories[category["id"]], "name": str(category["name"])} for category in dataset["categories"]
+        ],
+        "annotations": kept or [],
+    }
+    coco = hotcoco.COCO(plain)
+    without = [annotation for annotation in plain["annotations"] if annotation["area"] is None]
+    if without:
+        _fill_areas(coco, without)
+        coco = hotcoco.COCO(plain)
+        logger.info(
+            "%d of %d annotations of %s have no area; the area of the mask, or of the box without a mask, stands in.",
+            *(len(without), len(plain["annotations"]), source),
+        )
+    return Truth(coco, images, categories, kept)
+
+
+def _numbers(listed: Iterable[Json]) -> dict[Any, int]:
+    """The place of each id in their order, from 1. Text comes after numbers."""
+    ids = sorted({entry["id"] for entry in listed}, key=lambda value: (isinstance(value, str), value))
+    return {value: number for number, value in enumerate(ids, start=1)}
+
+
+def _numbered(annotations: list[Json], images: dict[Any, int], categories: dict[Any, int], source: str) -> list[Json]:
+    listed = [a for a in annotations if a["image_id"] in images and a["category_id"] in categories]
+    if annotations and not listed:
+        first = annotations[0]
+        raise DatasetError(
+            f"{source}: none of the {len(annotations)} annotations can be scored. The first names image "
+            f"{first['image_id']!r} and category {first['category_id']!r}; the file's images begin with "
+            f"{next(iter(images), None)!r} and its categories with {next(iter(categories), None)!r}. Give annotations "
+            "the ids that the file lists, of the same kind (text or number)."
+        )
+    if len(listed) < len(annotations):
+        left_out = len(annotations) - len(listed)
+        logger.warning("%s: %d annotations of unlisted images or categories are not scored.", source, left_out)
+    return [
+        {
+            "id": number,
+            "image_id": images[annotation["image_id"]],
+            "category_id": categories[annotation["category_id"]],
+            "bbox": annotation.get("bbox"),
+            "area": annotation["area"] if _is_number(annotation.get("area")) else None,
+            "iscrowd": int(annotation.get("iscrowd", 0)),
+            **({"segmentation": annotation["segmentation"]} if annotation.get("segmentation") else {}),
+        }
+        for number, annotation in enumerate(listed, start=1)
+    ]
+
+
+def _fill_areas(coco: hotcoco.COCO, annotations: list[Json]) -> None:
+    """Set the area (px^2) of each annotation."""
+    for annotation in annotations:
+        if "segmentation" in annotation:
+            annotation["area"] = float(hotcoco.mask.area(coco.ann_to_rle(annotation)))
+        else:
+            _, _, width, height = annotation["bbox"] or (0, 0, 0, 0)
+            annotation["area"] = float(width * height)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _box_xywh_px(annotation: Json) -> list[float]:
@@ -60,57 +178,10 @@ def _box_xywh_px(annotation: Json) -> list[float]:
 
 
 def _plain(segmentation: Any) -> Any:
-    """Polygons as lists of Python's numbers, a compressed RLE as text, as they are in a file."""
+    """Polygons as lists of Python numbers and a compressed RLE as text, the form that files have."""
+    if not segmentation:
+        return None
     if isinstance(segmentation, list):
         return [[float(x) for x in polygon] for polygon in segmentation]
     counts = segmentation["counts"]
     return {**segmentation, "counts": counts.decode() if isinstance(counts, bytes) else counts}
-
-
-def complete_truth(dataset: Json, source: str) -> COCO:
-    """Index a dataset in COCO's format, which is changed.
-
-    Annotations are numbered anew from 1, since evaluation takes the id 0, and in part negative numbers and text, for no
-    match. An area that is missing or no number is taken from the mask, or from the box where there is no mask:
-    faster-coco-eval would take it as 0 and count every object as small.
-
-    Args:
-        dataset: what a COCO file holds.
-        source: the file or dataset, for the log.
-    """
-    truth = COCO()
-    truth.dataset = dataset
-    annotations = dataset.get("annotations", [])
-    for number, annotation in enumerate(annotations, start=1):
-        annotation["id"] = number
-        annotation.setdefault("iscrowd", 0)  # pycocotools reads it of every object
-    with quiet():
-        truth.createIndex()
-    without = [annotation for annotation in annotations if not _is_number(annotation.get("area"))]
-    for annotation in without:
-        annotation["area"] = _area(truth, annotation)
-    if without:
-        logger.info(
-            "%d of %d annotations of %s have no area: it is that of their mask, or of their box where there is none.",
-            len(without),
-            len(annotations),
-            source,
-        )
-    return truth
-
-
-def quiet() -> contextlib.AbstractContextManager[Any]:
-    """The COCO API prints; results are logged by whoever asks for them."""
-    return contextlib.redirect_stdout(io.StringIO())
-
-
-def _area(truth: COCO, annotation: Json) -> float:
-    """In square pixels."""
-    if annotation.get("segmentation") and annotation["image_id"] in truth.imgs:
-        return float(mask_util.area(truth.annToRLE(annotation)))
-    _, _, width, height = annotation.get("bbox") or (0, 0, 0, 0)
-    return float(width * height)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

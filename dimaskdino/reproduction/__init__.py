@@ -1,1 +1,1 @@
-"""Redo the paper's tables and its Figure 1: their numbers, the runs behind them, costs, jobs, reports, charts."""
+"""Reproduce the papers' tables: their numbers, the runs behind them, what these cost, jobs, reports, and charts."""

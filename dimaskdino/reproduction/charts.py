@@ -1,59 +1,67 @@
-"""Bars of a table: box and mask AP of every row, ours beside the paper's."""
+"""Charts: the bars of a table, ours beside the paper's, and Figure 1 with box and mask AP by decoder layer."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from statistics import mean
+from typing import Any, TypeGuard
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from dimaskdino.reproduction.experiments import DATASET_NAMES
-from dimaskdino.reproduction.report import REFERENCE_DATASET, Compared, ComparedRow, heading
-from dimaskdino.reproduction.tables import Table, metric_name
+from dimaskdino.errors import UserError
+from dimaskdino.reproduction.report import Compared, ComparedRow
+from dimaskdino.reproduction.runs import Run, StageRows, decoder_layers, read_stages
+from dimaskdino.reproduction.tables import DATASET_NAMES, Table, metric_name, paper_tables
+from dimaskdino.structures.stages import Stage
 
-# Okabe and Ito's blue and orange, which most colour-blind people tell apart.
-BOX_COLOUR, MASK_COLOUR = "#0072B2", "#E69F00"
-PAPER_STYLE: dict[str, Any] = {"fill": True, "alpha": 0.25, "hatch": "////", "linewidth": 0.8}
-_COLOURS = {"bbox/AP": BOX_COLOUR, "segm/AP": MASK_COLOUR}
+# Okabe and Ito's blue and orange, which most color-blind people tell apart.
+_BOX_COLOR, _MASK_COLOR = "#0072B2", "#E69F00"
+_TABLE_COLORS = {"bbox/AP": _BOX_COLOR, "segm/AP": _MASK_COLOR}
+_STAGE_COLORS = {"box_AP": _BOX_COLOR, "mask_AP": _MASK_COLOR}
+_PAPER_STYLE: dict[str, Any] = {"fill": True, "alpha": 0.25, "hatch": "////", "linewidth": 0.8}
+_RUN_STYLES = ("o-", "s--", "^:", "D-.")
 _THICKNESS = 0.36
+NOT_MEASURED = "n/a"  # in place of a bar
 
 
 def draw_table(table: Table, dataset: str, rows: Sequence[ComparedRow], path: Path) -> None:
-    """Draw horizontal bars, a panel for box and one for mask AP, and write a picture.
+    """Draw horizontal bars, a panel for each of box and mask AP that the table has, and write a picture.
 
     Args:
-        table: of the paper, with ``bbox/AP`` and ``segm/AP`` among its metrics.
-        dataset: that the rows are on.
+        table: of a paper.
+        dataset: of the rows.
         rows: as :func:`dimaskdino.reproduction.report.compare` makes them.
         path: of the picture; its suffix decides the format.
     """
     of_paper = table.has_paper_values(dataset)
+    metrics = [metric for metric in _TABLE_COLORS if metric in table.metrics]
     figure = Figure(figsize=(9.5, 1.5 + (0.62 if of_paper else 0.42) * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(_COLOURS), sharey=True)
-    for axes, (metric, colour) in zip(panels, _COLOURS.items(), strict=True):
+    panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
+    for axes, metric in zip(panels, metrics, strict=True):
         cells = [row.cells[table.metrics.index(metric)] for row in rows]
-        _draw_panel(axes, cells, [row.status for row in rows], colour, of_paper)
+        _draw_panel(axes, cells, [row.status for row in rows], _TABLE_COLORS[metric], of_paper)
         axes.set_title(f"{metric_name(metric)} (%)", fontsize=10)
     panels[0].set_yticks(range(len(rows)), ["\n".join(_label(table, row)) for row in rows], fontsize=9)
     panels[0].invert_yaxis()
-    figure.suptitle(heading(table, dataset), fontsize=11, fontweight="bold")
+    figure.suptitle(table.heading(dataset), fontsize=11, fontweight="bold")
     if of_paper:
-        keys = [
-            Patch(facecolor="0.35", label="ours"),
-            Patch(facecolor="0.35", edgecolor="0.35", label="paper", **PAPER_STYLE),
-        ]
+        keys = [Patch(facecolor="0.35", label="ours"), _paper_key("paper")]
         figure.legend(handles=keys, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     else:
-        note = f"In brackets: change against the first row; the paper's on {DATASET_NAMES[REFERENCE_DATASET]}."
+        reference = DATASET_NAMES[table.reference_dataset]
+        note = f"In parentheses: change against the first row; the paper's on {reference}."
         figure.supxlabel(note, fontsize=8, color="0.35")
     figure.savefig(path, dpi=200)
 
 
 def _label(table: Table, row: ComparedRow) -> list[str]:
-    """What a row is called beside its bars, in one or two lines."""
+    """The name of a row beside its bars, in one or two lines."""
     if set(row.labels) <= {"yes", "no"}:
         names = [name for name, value in zip(table.label_names, row.labels, strict=True) if value == "yes"]
         return [" + ".join(names) or f"without {' and '.join(table.label_names)}"]
@@ -64,36 +72,185 @@ def _label(table: Table, row: ComparedRow) -> list[str]:
     return [labels[0], ", ".join(labels[1:])] if len(labels) > 1 else labels
 
 
-def _draw_panel(axes: Axes, cells: Sequence[Compared], empty: Sequence[str], colour: str, of_paper: bool) -> None:
-    """The bars of one metric; ``empty`` says why there is none of ours."""
+def _draw_panel(axes: Axes, cells: Sequence[Compared], statuses: Sequence[str], color: str, of_paper: bool) -> None:
+    """Draw the bars of one metric; a row's status stands in for a missing bar of ours."""
     thickness, offset = (_THICKNESS, _THICKNESS / 2) if of_paper else (1.6 * _THICKNESS, 0.0)
-    largest = (
-        max([value for cell in cells for value in (cell.ours, cell.paper) if value is not None], default=0.0) or 1.0
-    )
+    values = [value for cell in cells for value in (cell.ours, cell.paper) if value is not None]
+    largest = max(values, default=0.0) or 1.0
     for position, cell in enumerate(cells):
-        place, ours = position - offset, cell.ours or 0.0
-        axes.barh(place, ours, thickness, color=colour)
-        text = empty[position] if cell.ours is None else f"{ours:.1f}{_brackets(cell, position, of_paper)}"
-        axes.text(ours + 0.015 * largest, place, text, va="center", fontsize=8)
+        ours = cell.ours or 0.0
+        axes.barh(position - offset, ours, thickness, color=color, xerr=cell.spread, ecolor="0.35")
+        text = statuses[position] if cell.ours is None else f"{ours:.1f}{_changes(cell, position, of_paper)}"
+        axes.text(ours + (cell.spread or 0.0) + 0.015 * largest, position - offset, text, va="center", fontsize=8)
         if cell.paper is not None:
-            place = position + offset
-            axes.barh(place, cell.paper, thickness, color=colour, edgecolor=colour, **PAPER_STYLE)
-            axes.text(cell.paper + 0.015 * largest, place, f"{cell.paper:.1f}", va="center", fontsize=8, color="0.35")
+            axes.barh(position + offset, cell.paper, thickness, color=color, edgecolor=color, **_PAPER_STYLE)
+            place = (cell.paper + 0.015 * largest, position + offset)
+            axes.text(*place, f"{cell.paper:.1f}", va="center", fontsize=8, color="0.35")
     axes.set_xlim(0, largest * (1.25 if of_paper else 1.6))
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.tick_params(axis="x", labelsize=8)
 
 
-def _brackets(cell: Compared, position: int, of_paper: bool) -> str:
+def _changes(cell: Compared, position: int, of_paper: bool) -> str:
     if of_paper:
-        return "" if cell.difference is None else f" ({signed(cell.difference)})"
+        return "" if cell.difference is None else f" ({_signed(cell.difference)})"
     if position == 0 or cell.change is None:
         return ""
-    paper = "" if cell.paper_change is None else f"; paper {signed(cell.paper_change)}"
-    return f" ({signed(cell.change)}{paper})"
+    paper = "" if cell.paper_change is None else f"; paper {_signed(cell.paper_change)}"
+    return f" ({_signed(cell.change)}{paper})"
 
 
-def signed(value: float) -> str:
-    """With its sign and one decimal, as print has it."""
+@dataclass(frozen=True)
+class StageResults:
+    """Results by stage of a run, or the mean of several.
+
+    Attributes:
+        label: in the picture.
+        stages: rows of layers.json with ``stage``, ``box_AP``, ``mask_AP``, and ``gap`` in percent; None or nan if
+            not measured.
+    """
+
+    label: str
+    stages: StageRows
+
+    @classmethod
+    def of_runs(cls, label: str, runs: Sequence[Run]) -> "StageResults":
+        """The mean over runs that were evaluated by stage."""
+        rows = [row for run in runs for row in read_stages(run.folder)]
+        names = dict.fromkeys(row["stage"] for row in rows)
+        return cls(label, [_mean_row([row for row in rows if row["stage"] == name]) for name in names])
+
+    def ends(self) -> dict[str, dict[str, Any]]:
+        """The ``first`` and the ``last`` decoder layer.
+
+        Raises:
+            UserError: no stage is a decoder layer.
+        """
+        layers = decoder_layers(self.stages)
+        if not layers:
+            raise UserError(f"The results of {self.label} hold no decoder layer; evaluate with --eval-layers all.")
+        return {"first": layers[0], "last": layers[-1]}
+
+
+def _mean_row(rows: StageRows) -> dict[str, Any]:
+    means = {}
+    for key in (*_STAGE_COLORS, "gap"):
+        values = [row[key] for row in rows if _is_measured(row[key])]
+        means[key] = mean(values) if values else None
+    return {"stage": rows[0]["stage"], **means}
+
+
+def paper_ends(label: str) -> dict[str, float] | None:
+    """What the paper's Figure 1 shows of a model, by ``first/box_AP`` and the like; None for another model."""
+    figure = paper_tables()["figure1"]
+    for row in figure.rows:
+        if row.labels == (label,):
+            return dict(zip(figure.metrics, row.paper["bdd100k"], strict=True))  # type: ignore[arg-type]
+    return None
+
+
+def draw_imbalance(runs: Sequence[StageResults], path: Path, *, with_paper: bool = False, lines: bool = False) -> None:
+    """Draw box and mask AP at the first and the last decoder layer, runs side by side, and write a picture.
+
+    Args:
+        runs: at least one.
+        path: of the picture; its suffix decides the format.
+        with_paper: hatched bars beside those of runs whose label is a model of the paper's Figure 1.
+        lines: a second panel with every stage.
+
+    Raises:
+        UserError: the paper's bars are asked for, but no label is one of its models.
+    """
+    if with_paper and not any(paper_ends(run.label) for run in runs):
+        models = [row.labels[0] for row in paper_tables()["figure1"].rows]
+        raise UserError(f"The paper's bars belong to {' and '.join(models)}; name the runs so with --labels.")
+    step = 1.45 if with_paper else 1.0
+    width = 1.3 + 2 * (1.35 if with_paper else 1.0) * len(runs)
+    figure = Figure(figsize=(max(width, 3.6) + (4.4 if lines else 0.0), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2 if lines else 1, squeeze=False, width_ratios=[width, 4.4] if lines else [1])[0]
+    ticks: dict[float, str] = {}
+    for index, run in enumerate(runs):
+        start = index * (2 * step + 0.35)
+        ticks |= _draw_run(panels[0], run, (start, start + step), paper_ends(run.label) if with_paper else None)
+    _finish_bars(panels[0], ticks, with_paper)
+    if lines:
+        _draw_lines(panels[1], runs)
+    figure.savefig(path, dpi=200)
+
+
+def _draw_run(
+    axes: Axes, run: StageResults, places: tuple[float, float], paper: Mapping[str, float] | None
+) -> dict[float, str]:
+    """Draw the bars of one run and return the text under each of its two groups by place."""
+    ticks = {}
+    for place, (name, layer) in zip(places, run.ends().items(), strict=True):
+        _draw_group(axes, place, name, layer, paper)
+        of_paper = f" (paper {_signed(paper[f'{name}/gap'])})" if paper else ""
+        gap = _signed(layer["gap"]) if _is_measured(layer["gap"]) else NOT_MEASURED
+        ticks[place] = f"{name} layer\ngap {gap}{of_paper}"
+    style: dict[str, Any] = {"ha": "center", "va": "top", "fontsize": 9, "fontweight": "bold"}
+    axes.text(sum(places) / 2, -0.17, run.label, transform=axes.get_xaxis_transform(), **style)
+    return ticks
+
+
+def _draw_group(
+    axes: Axes, position: float, name: str, layer: Mapping[str, Any], paper: Mapping[str, float] | None
+) -> None:
+    """Draw box and mask AP of one layer, each with the paper's at its right."""
+    bars: list[tuple[float | None, dict[str, Any]]] = []
+    for key, color in _STAGE_COLORS.items():
+        bars.append((layer[key], {"color": color}))
+        if paper:
+            bars.append((paper[f"{name}/{key}"], {"color": color, "edgecolor": color, **_PAPER_STYLE}))
+    width = _THICKNESS * (0.85 if paper else 1.0)
+    for index, (height, style) in enumerate(bars):
+        place = position + (index - (len(bars) - 1) / 2) * width
+        text = f"{height:.1f}" if _is_measured(height) else NOT_MEASURED
+        top = height if _is_measured(height) else 0.0
+        axes.bar(place, top, width * 0.94, **style)
+        axes.annotate(text, (place, top), (0, 2), textcoords="offset points", ha="center", fontsize=7.5)
+
+
+def _finish_bars(axes: Axes, ticks: Mapping[float, str], with_paper: bool) -> None:
+    axes.set_xticks(list(ticks), list(ticks.values()), fontsize=8)
+    axes.set_ylabel("AP (%)")
+    axes.margins(y=0.12)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(axis="x", length=0)
+    handles = [Patch(facecolor=color, label=key.replace("_", " ")) for key, color in _STAGE_COLORS.items()]
+    handles += [_paper_key("paper (BDD100K)")] if with_paper else []
+    axes.legend(handles=handles, frameon=False, fontsize=8, ncols=len(handles), loc="lower left", bbox_to_anchor=(0, 1))
+
+
+def _draw_lines(axes: Axes, runs: Sequence[StageResults]) -> None:
+    names = sorted({row["stage"] for run in runs for row in run.stages}, key=lambda name: Stage.from_name(name).order)
+    handles = []
+    for index, run in enumerate(runs):
+        style = _RUN_STYLES[index % len(_RUN_STYLES)]
+        places = [names.index(row["stage"]) for row in run.stages]
+        for key, color in _STAGE_COLORS.items():
+            heights = [row[key] if _is_measured(row[key]) else math.nan for row in run.stages]
+            axes.plot(places, heights, style, color=color, markersize=4, linewidth=1.2)
+        look: dict[str, Any] = {"marker": style[0], "linestyle": style[1:], "markersize": 4}
+        handles.append(Line2D([], [], color="0.35", label=run.label, **look))
+    axes.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=8)
+    axes.set_ylabel("AP (%)")
+    axes.grid(axis="y", color="0.9")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(handles=handles, frameon=False, fontsize=8, loc="lower right")
+
+
+def _paper_key(label: str) -> Patch:
+    return Patch(facecolor="0.35", edgecolor="0.35", label=label, **_PAPER_STYLE)
+
+
+def _is_measured(value: float | None) -> TypeGuard[float]:
+    """AP without any object is nan, and null in JSON files."""
+    return value is not None and not math.isnan(value)
+
+
+def _signed(value: float) -> str:
+    """A number with its sign and one decimal, as print sets it."""
     return f"{value:+.1f}".replace("-", "\N{MINUS SIGN}")

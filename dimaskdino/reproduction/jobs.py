@@ -1,13 +1,16 @@
-"""Train and evaluate the runs of a table: what is missing, in this process's machine or through Slurm."""
+"""Train and evaluate runs: what is missing of each, on this machine or, through submitit, on a Slurm cluster."""
 
 import functools
+import importlib
 import logging
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -20,12 +23,16 @@ logger = logging.getLogger(__name__)
 Command = list[str]
 Execute = Callable[[Command], int]
 
-# Gradients are averaged over this many processes on a CPU: two cores are used better so than by two threads.
+JOB_FILE = "slurm_job"  # holds the id of a run's job, so that no second one is submitted while it waits or runs
+# Two processes that average gradients use two cores better than two threads do.
 _MAX_CPU_PROCESSES = 2
+# How often submitit queues a job again after its time limit. Its own 3 would give up on most runs; this is enough for
+# every run, and still ends one that never reaches a checkpoint.
+_MAX_TIMEOUTS_KEY, _MAX_TIMEOUTS = "slurm_max_num_timeout", 1000
 
 
 def execute(command: Command) -> int:
-    """Run ``command`` in the current folder, which the user's relative paths start from. Returns its exit status."""
+    """Run ``command`` in the current folder, which relative paths start from, and return its exit status."""
     return subprocess.run(command, check=False).returncode
 
 
@@ -34,23 +41,23 @@ class Launcher:
     """How trainings are started.
 
     Attributes:
-        repository: absolute path of the folder that holds train_net.py.
-        num_gpus: as ``train_net.py --num-gpus`` takes it, for runs whose batch they can share; None means one where
-            there is one.
+        repository: absolute path of the folder of train_net.py.
+        num_gpus: ``train_net.py --num-gpus`` of runs whose batch that many can share; None means one, or the CPU
+            without any.
     """
 
     repository: Path
     num_gpus: int | None = None
 
     def gpus_of(self, run: Run) -> int | None:
-        """How many GPUs ``run`` gets: as many as can share its batch equally. None and 0 are as given."""
+        """GPUs for ``run``: as many of ``num_gpus`` as can share its batch equally."""
         if not self.num_gpus:
             return self.num_gpus
         batch = run.cfg.SOLVER.IMS_PER_BATCH
         return max(number for number in range(1, self.num_gpus + 1) if batch % number == 0)
 
     def train(self, run: Run) -> Command:
-        """The command that trains ``run`` from where it stopped, and evaluates it at the end."""
+        """The command that trains ``run`` from where it stopped and evaluates it at the end."""
         resume = ["--resume"] if run.has_checkpoint else []
         return [*self._program(run), *resume, *self._arguments(run)]
 
@@ -59,7 +66,7 @@ class Launcher:
         return [*self._program(run), "--eval-only", "--resume", "--eval-layers", "all", *self._arguments(run)]
 
     def measure(self, run: Run, folder: Path, iterations: int) -> Command:
-        """The command that trains a few iterations of ``run`` from random weights, and keeps nothing but their time."""
+        """The command that trains a few iterations of ``run`` from random weights."""
         options = [
             *("MODEL.WEIGHTS", "", "DATASETS.TEST", "()"),
             *("SOLVER.MAX_ITER", str(iterations), "SOLVER.STEPS", "()"),
@@ -68,15 +75,12 @@ class Launcher:
 
     def _program(self, run: Run) -> Command:
         script = str(self.repository / "train_net.py")
-        num_processes = self._cpu_processes(run.cfg.SOLVER.IMS_PER_BATCH)
-        if num_processes == 1:
-            return [sys.executable, script]
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
-        return [sys.executable, *torchrun, script]
-
-    def _cpu_processes(self, batch: int) -> int:
         on_cpu = self.num_gpus == 0 or (self.num_gpus is None and torch.cuda.device_count() == 0)
-        return math.gcd(batch, min(_MAX_CPU_PROCESSES, num_cores())) if on_cpu else 1
+        processes = math.gcd(run.cfg.SOLVER.IMS_PER_BATCH, min(_MAX_CPU_PROCESSES, num_cores())) if on_cpu else 1
+        if processes == 1:
+            return [sys.executable, script]
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        return [sys.executable, *torchrun, script]
 
     def _arguments(self, run: Run) -> Command:
         num_gpus = self.gpus_of(run)
@@ -92,13 +96,8 @@ class Job:
     run: Run
     with_layers: bool
 
-    @property
-    def name(self) -> str:
-        """``DATASET/ROW``."""
-        return f"{self.run.experiment.dataset}/{self.run.experiment.name}"
-
     def next_command(self, launcher: Launcher) -> Command | None:
-        """What has to be done next, or None where everything is there."""
+        """What to do next; None if everything is there."""
         if not self.run.is_finished:
             return launcher.train(self.run)
         if self.with_layers and not self.run.layers():
@@ -106,37 +105,38 @@ class Job:
         return None
 
 
+def unfinished(jobs: Sequence[Job], launcher: Launcher) -> list[Job]:
+    """The jobs that have something left to do."""
+    return [job for job in jobs if job.next_command(launcher) is not None]
+
+
 def run_job(job: Job, launcher: Launcher, run_command: Execute = execute) -> None:
     """Do what is missing of ``job``.
 
     Raises:
-        UserError: a command failed, or ended without what it was started for.
+        UserError: a command failed, or succeeded without leaving its results.
     """
     last = None
     while (command := job.next_command(launcher)) is not None:
         if command == last:
-            raise UserError(f"{' '.join(command)} ended well, but its results are not in {job.run.folder}.")
-        logger.info("%s: %s", job.name, " ".join(command))
+            raise UserError(f"{' '.join(command)} succeeded, but its results are not in {job.run.folder}.")
+        logger.info("%s: %s", job.run.name, " ".join(command))
         status = run_command(command)
         if status:
-            raise UserError(f"{job.name} stopped with exit status {status} (log: {job.run.folder / 'log.txt'}).")
+            raise UserError(f"{job.run.name} stopped with exit status {status} (log: {job.run.folder / 'log.txt'}).")
         last = command
 
 
 def run_jobs(jobs: Sequence[Job], launcher: Launcher, run_command: Execute = execute) -> list[str]:
-    """Do what is missing of every job; one that fails does not keep the next from its turn.
-
-    Returns:
-        What happened to each that failed.
-    """
+    """Do what is missing of every job, also after one fails, and return the failures."""
     return _failures([functools.partial(run_job, job, launcher, run_command) for job in jobs])
 
 
 def measure(run: Run, folder: Path, launcher: Launcher, iterations: int, run_command: Execute = execute) -> None:
-    """Train a few iterations into ``folder``, for :func:`dimaskdino.reproduction.costs.speeds`.
+    """Train a few iterations of ``run`` into ``folder`` and keep nothing but their times.
 
     Raises:
-        UserError: it failed.
+        UserError: the training failed.
     """
     (folder / "metrics.json").unlink(missing_ok=True)
     status = run_command(launcher.measure(run, folder, iterations))
@@ -149,18 +149,14 @@ def measure(run: Run, folder: Path, launcher: Launcher, iterations: int, run_com
 def measure_all(
     folders: Mapping[Path, Run], launcher: Launcher, iterations: int, run_command: Execute = execute
 ) -> list[str]:
-    """:func:`measure` each run into its folder; one that fails does not keep the next from its turn.
-
-    Returns:
-        What happened to each that failed.
-    """
-    return _failures(
-        [functools.partial(measure, run, folder, launcher, iterations, run_command) for folder, run in folders.items()]
+    """:func:`measure` each run into its folder, also after one fails, and return the failures."""
+    steps = (
+        functools.partial(measure, run, folder, launcher, iterations, run_command) for folder, run in folders.items()
     )
+    return _failures(list(steps))
 
 
 def _failures(steps: Sequence[Callable[[], None]]) -> list[str]:
-    """Take every step; what is said of those that fail, which is logged at once too."""
     failures = []
     for step in steps:
         try:
@@ -171,6 +167,108 @@ def _failures(steps: Sequence[Callable[[], None]]) -> list[str]:
     return failures
 
 
-def unfinished(jobs: Sequence[Job], launcher: Launcher) -> list[Job]:
-    """The jobs that have something left to do."""
-    return [job for job in jobs if job.next_command(launcher) is not None]
+@dataclass(frozen=True)
+class SlurmTask:
+    """What a cluster's job does. submitit calls ``checkpoint`` when the job hits its time limit or is preempted."""
+
+    job: Job
+    launcher: Launcher
+
+    def __call__(self) -> None:
+        """Train and evaluate what is missing."""
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        run_job(self.job, self.launcher)
+
+    def checkpoint(self) -> Any:
+        """Queue the same task again, which resumes from the run's last checkpoint."""
+        return _submitit().helpers.DelayedSubmission(self)
+
+
+def check_submission(launcher: Launcher, parameters: Mapping[str, Any]) -> None:
+    """Check what :func:`submit` needs.
+
+    Raises:
+        UserError: the number of GPUs or the time limit is missing, a value is not a number, or submitit is missing.
+    """
+    if launcher.num_gpus is None:
+        raise UserError("--submit needs --num-gpus: the number of GPUs of each job.")
+    limits = [key for key in ("timeout_min", "slurm_time") if key in parameters]
+    if not limits:
+        raise UserError(
+            "--submit needs the time limit of a job in minutes: --slurm timeout_min=2880 (what the partition allows; a "
+            "job that reaches it is queued again and resumes). Without it, submitit asks for five minutes."
+        )
+    for key in (*limits, _MAX_TIMEOUTS_KEY):
+        # submitit computes with them when a job reaches its time limit; text such as 2-00:00:00 would break it then.
+        if not isinstance(parameters.get(key, 0), int):
+            raise UserError(f"--slurm {key} is {parameters[key]!r}; it must be a whole number (times are in minutes).")
+    _submitit()
+
+
+def submit(jobs: Sequence[Job], launcher: Launcher, parameters: Mapping[str, Any], *, cluster: str) -> Iterator[str]:
+    """Submit each job, unless it waits or runs already, when its line is asked for.
+
+    Args:
+        jobs: with something left to do.
+        launcher: gives each run its GPUs, all on one machine.
+        parameters: submitit's, such as ``timeout_min`` and ``slurm_partition``.
+        cluster: ``slurm``, or another of submitit's.
+
+    Yields:
+        For every job a line that says what became of it.
+
+    Raises:
+        UserError: submitit cannot submit, or :func:`check_submission` fails.
+    """
+    check_submission(launcher, parameters)
+    submitit = _submitit()
+    for number, job in enumerate(jobs):
+        waiting = _waiting_job(submitit, job.run)
+        if waiting is not None:
+            hint = f"if it does not, remove {job.run.folder / JOB_FILE}"
+            yield f"{job.run.name}: not submitted, since job {waiting} waits or runs ({hint})"
+            continue
+        try:
+            job_id = _submit_one(submitit, job, launcher, parameters, cluster)
+        except UserError as error:
+            # Slurm would refuse the next one for the same reason: a limit, a wrong parameter.
+            left = ", ".join(each.run.name for each in jobs[number:])
+            raise UserError(f"{error}. Not submitted: {left}.") from error
+        yield f"{job.run.name}: submitted as job {job_id}; its log is in {job.run.folder / 'slurm'}"
+
+
+def _submit_one(submitit: ModuleType, job: Job, launcher: Launcher, parameters: Mapping[str, Any], cluster: str) -> str:
+    """Submit one job, remember its id, and return it."""
+    try:
+        max_timeouts = {_MAX_TIMEOUTS_KEY: parameters.get(_MAX_TIMEOUTS_KEY, _MAX_TIMEOUTS)}
+        executor = submitit.AutoExecutor(folder=job.run.folder / "slurm", cluster=cluster, **max_timeouts)
+        executor.update_parameters(
+            name=f"dimaskdino_{job.run.folder.name}",
+            nodes=1,
+            tasks_per_node=1,
+            gpus_per_node=launcher.gpus_of(job.run),
+            **{key: value for key, value in parameters.items() if key != _MAX_TIMEOUTS_KEY},
+        )
+        job_id = executor.submit(SlurmTask(job, launcher)).job_id
+    except (TypeError, NameError, AssertionError, RuntimeError) as error:
+        # Unknown or wrong parameters, no Slurm on this machine, or Slurm itself refuses.
+        reason = str(error).strip().removesuffix(".")
+        raise UserError(f"submitit cannot submit {job.run.name}: {reason}") from error
+    (job.run.folder / JOB_FILE).write_text(job_id)
+    return job_id
+
+
+def _waiting_job(submitit: ModuleType, run: Run) -> str | None:
+    """The id of the run's job that is not over yet; None if there is none."""
+    file = run.folder / JOB_FILE
+    if not file.is_file():
+        return None
+    job_id = file.read_text().strip()
+    return None if submitit.SlurmJob(folder=run.folder / "slurm", job_id=job_id).done() else job_id
+
+
+def _submitit() -> ModuleType:
+    try:
+        return importlib.import_module("submitit")
+    except ImportError as error:
+        raise UserError("--submit needs the package submitit: python -m pip install submitit") from error

@@ -3,40 +3,41 @@
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import mean, stdev
 
 from tabulate import tabulate
 
-from dimaskdino.reproduction.experiments import DATASET_NAMES
 from dimaskdino.reproduction.runs import Run
-from dimaskdino.reproduction.tables import SPEED, Table, Values, metric_name
+from dimaskdino.reproduction.tables import DATASET_NAMES, SPEED, Table, metric_name
 
-# Where a dataset is not the paper's, its rows keep the paper's labels and stand for smaller models.
+# On a dataset of our own, rows keep the paper's labels and stand for smaller models.
 _NOTES = {
-    "shapes": "The paper has no numbers on shapes, a synthetic set. Rows carry the paper's labels, but the model is a "
-    "small one: 2/15 of the tokens (600 is 80, 300 is 40), 2/3 of the decoder layers (6 is 4), epochs of its own."
+    "shapes": "The paper has no numbers on shapes, a synthetic set. Rows keep the paper's labels, but the model is a "
+    "small one: 2/15 of the tokens (80 for 600, 40 for 300), 2/3 of the decoder layers (4 for 6), a shorter schedule."
 }
-# The paper has no numbers on shapes: changes against the first row stand beside those that it found here.
-REFERENCE_DATASET = "bdd100k"
 NOT_THERE = "–"
 
+Runs = Mapping[str, Sequence[Run]]
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Compared:
-    """One number of ours and what the paper has beside it.
+    """One number of ours with the paper's.
 
     Attributes:
-        ours: AP in percent or images per second, rounded as the paper's.
+        ours: AP in percent or images per second, the mean over the finished runs, rounded as the paper's.
+        spread: standard deviation over the runs; None for a single one.
         paper: on the same dataset.
-        change: of ours against the first row.
-        paper_change: of the paper's against its first row, on REFERENCE_DATASET where it has nothing on ours.
-        is_speed: images per second, which belong to a device: it has no difference or change.
+        change: of ours against the first row. Speed belongs to a device, so it has no change or difference.
+        paper_change: of the paper's against its first row, on the table's reference dataset if it has nothing on ours.
     """
 
-    ours: float | None
-    paper: float | None
-    change: float | None
-    paper_change: float | None
+    ours: float | None = None
+    spread: float | None = None
+    paper: float | None = None
+    change: float | None = None
+    paper_change: float | None = None
     is_speed: bool = False
 
     @property
@@ -45,67 +46,66 @@ class Compared:
         return None if self.is_speed else _minus(self.ours, self.paper)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ComparedRow:
-    """A row of a table with its run's results, one for each metric of the table, and where its speed was measured."""
+    """A row of a table with its runs' results, one for each metric, and the devices that gave its speed."""
 
     labels: tuple[str, ...]
     experiment: str
     status: str
     cells: tuple[Compared, ...]
-    device: str = ""
+    devices: tuple[str, ...] = field(default=())
 
 
-def compare(table: Table, dataset: str, runs: Mapping[str, Run | None]) -> list[ComparedRow]:
+def compare(table: Table, dataset: str, runs: Runs) -> list[ComparedRow]:
     """Fill a table with what runs measured.
 
     Args:
-        table: of the paper.
-        dataset: that the runs are on.
-        runs: by :attr:`Row.experiment`; None where the dataset has no configuration of the row.
+        table: of a paper.
+        dataset: of the runs.
+        runs: by :attr:`Row.experiment`, one for each seed; none if the dataset has no configuration of the row.
     """
-    ours = [_rounded(_results(table, runs[row.experiment])) for row in table.rows]
-    nothing: Values = (None,) * len(table.metrics)
-    paper = [row.paper.get(dataset, nothing) for row in table.rows]
-    shown = dataset if table.has_paper_values(dataset) else REFERENCE_DATASET
-    changes = [row.paper.get(shown, nothing) for row in table.rows]
-    compared = []
-    for index, row in enumerate(table.rows):
-        run = runs[row.experiment]
-        cells = [
-            Compared(ours[index][column], paper[index][column], None, None, is_speed=True)
-            if metric == SPEED
-            else Compared(
-                ours=ours[index][column],
-                paper=paper[index][column],
-                change=_minus(ours[index][column], ours[0][column]),
-                paper_change=_minus(changes[index][column], changes[0][column]),
+    paper = _columns(table, dataset)
+    changes = paper if table.has_paper_values(dataset) else _columns(table, table.reference_dataset)
+    rows: list[ComparedRow] = []
+    for row, paper_row, changes_row in zip(table.rows, paper, changes, strict=True):
+        measured = list(zip(*(run.results(table) for run in runs[row.experiment]), strict=True))
+        cells = []
+        for column, metric in enumerate(table.metrics):
+            values = [value for value in measured[column] if value is not None] if measured else []
+            ours = round(mean(values), 1) if values else None
+            cell = {"ours": ours, "spread": stdev(values) if len(values) > 1 else None, "paper": paper_row[column]}
+            if metric != SPEED:
+                first = rows[0].cells[column].ours if rows else ours
+                cell["change"] = _minus(ours, first)
+                cell["paper_change"] = _minus(changes_row[column], changes[0][column])
+            cells.append(Compared(**cell, is_speed=metric == SPEED))
+        rows.append(
+            ComparedRow(
+                labels=row.labels,
+                experiment=next((run.experiment.name for run in runs[row.experiment]), row.experiment),
+                status=_status(table, dataset, runs[row.experiment]),
+                cells=tuple(cells),
+                devices=tuple(dict.fromkeys(filter(None, (run.speed().get("device") for run in runs[row.experiment])))),
             )
-            for column, metric in enumerate(table.metrics)
-        ]
-        name = run.experiment.name if run else row.experiment
-        device = run.speed().get("device", "") if run and SPEED in table.metrics else ""
-        compared.append(ComparedRow(row.labels, name, _status(table, dataset, run), tuple(cells), device))
-    return compared
+        )
+    return rows
 
 
-def _results(table: Table, run: Run | None) -> Values:
-    return run.results(table) if run else (None,) * len(table.metrics)
+def _columns(table: Table, dataset: str) -> list[Sequence[float | None]]:
+    return [row.paper.get(dataset, (None,) * len(table.metrics)) for row in table.rows]
 
 
-def _status(table: Table, dataset: str, run: Run | None) -> str:
-    if run is None:
+def _status(table: Table, dataset: str, runs: Sequence[Run]) -> str:
+    if not runs:
         return f"not on {DATASET_NAMES[dataset]}"
-    if run.is_finished and table.needs_layers and not run.layers():
-        return "not evaluated by layer"
-    return run.status
-
-
-def heading(table: Table, dataset: str) -> str:
-    """For example "Table 4: Main modules, on COCO"."""
-    number = table.name.removeprefix("table").removeprefix("figure")
-    kind = table.name.removesuffix(number).capitalize()
-    return f"{kind} {number}: {table.title}, on {DATASET_NAMES[dataset]}"
+    each = [
+        "not evaluated by layer" if run.is_finished and table.needs_layers and not run.layers() else run.status
+        for run in runs
+    ]
+    if len(each) == 1:
+        return each[0]
+    return f"{each.count('finished')} of {len(each)} seeds finished"
 
 
 def markdown(table: Table, dataset: str, rows: Sequence[ComparedRow]) -> str:
@@ -116,37 +116,37 @@ def markdown(table: Table, dataset: str, rows: Sequence[ComparedRow]) -> str:
         [*row.labels, row.experiment, row.status, *(_cell(cell, of_paper, first=row is rows[0]) for cell in row.cells)]
         for row in rows
     ]
-    reference = DATASET_NAMES[REFERENCE_DATASET]
     meaning = (
         "Ours / the paper's (difference), AP in percent."
         if of_paper
-        else f"Ours (change against the first row; the paper's change on {reference}), AP in percent."
+        else f"Ours (change against the first row; the paper's change on {DATASET_NAMES[table.reference_dataset]}), "
+        "AP in percent."
     )
+    if _has_spread(rows):
+        meaning += " Ours is the mean over seeds ± their standard deviation."
     note = f" {_NOTES[dataset]}" if dataset in _NOTES else ""
     text = tabulate(body, headers=heads, tablefmt="github", disable_numparse=True)
     speed = f"\n{_speed_note(rows)}\n" if SPEED in table.metrics else ""
-    return f"### {heading(table, dataset)}\n\n{meaning}{note}\n\n{text}\n{speed}"
+    return f"### {table.heading(dataset)}\n\n{meaning}{note}\n\n{text}\n{speed}"
 
 
 def _speed_note(rows: Sequence[ComparedRow]) -> str:
-    """What FPS means, and on which device which rows have it."""
-    runs: dict[str, list[str]] = {}
+    """What FPS means, and which rows were measured on which device."""
+    names: dict[str, list[str]] = {}
     for row in rows:
-        if row.device:
-            runs.setdefault(row.device, []).append(row.experiment)
-    where = [device if len(runs) == 1 else f"{device} ({', '.join(names)})" for device, names in runs.items()]
+        for device in row.devices:
+            names.setdefault(device, []).append(row.experiment)
+    where = [device if len(names) == 1 else f"{device} ({', '.join(of_device)})" for device, of_device in names.items()]
     measured = f"ours on {'; '.join(where)}" if where else "ours not measured"
     return f"FPS: images per second of one process, one image at a time; it depends on the device: {measured}."
 
 
 def _cell(cell: Compared, of_paper: bool, *, first: bool) -> str:
-    ours = _number(cell.ours)
-    if cell.is_speed and not of_paper:
-        return ours
+    ours = _number(cell.ours) + ("" if cell.spread is None else f" ± {cell.spread:.1f}")
     if of_paper:
         difference = "" if cell.difference is None else f" ({cell.difference:+.1f})"
         return f"{ours} / {_number(cell.paper)}{difference}"
-    if first:
+    if first or cell.is_speed:
         return ours
     changes = [f"{cell.change:+.1f}"] if cell.change is not None else []
     changes += [f"paper {cell.paper_change:+.1f}"] if cell.paper_change is not None else []
@@ -154,30 +154,30 @@ def _cell(cell: Compared, of_paper: bool, *, first: bool) -> str:
 
 
 def to_csv(table: Table, dataset: str, rows: Sequence[ComparedRow]) -> str:
-    """The table with a line for each row, its columns named; empty where there is no number."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    columns = ("", " paper", " difference", " change", " paper change")
+    """The table with named columns and a line for each row; cells without a number are empty."""
+    columns = {"": "ours", " paper": "paper", " difference": "difference"}
+    columns |= {" change": "change", " paper change": "paper_change"} | (
+        {" spread": "spread"} if _has_spread(rows) else {}
+    )
     names = [f"{metric_name(metric)}{column}" for metric in table.metrics for column in columns]
     device = ["FPS device"] if SPEED in table.metrics else []
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["table", "dataset", *table.label_names, "run", "status", *names, *device])
     for row in rows:
-        values = [
-            "" if value is None else f"{value:.1f}"
-            for cell in row.cells
-            for value in (cell.ours, cell.paper, cell.difference, cell.change, cell.paper_change)
-        ]
-        where = [row.device] if device else []
-        writer.writerow([table.name, dataset, *row.labels, row.experiment, row.status, *values, *where])
+        values = [getattr(cell, attribute) for cell in row.cells for attribute in columns.values()]
+        texts = ["" if value is None else f"{value:.1f}" for value in values]
+        where = ["; ".join(row.devices)] if device else []
+        writer.writerow([table.name, dataset, *row.labels, row.experiment, row.status, *texts, *where])
     return file.getvalue()
+
+
+def _has_spread(rows: Sequence[ComparedRow]) -> bool:
+    return any(cell.spread is not None for row in rows for cell in row.cells)
 
 
 def _number(value: float | None) -> str:
     return NOT_THERE if value is None else f"{value:.1f}"
-
-
-def _rounded(values: Values) -> Values:
-    return tuple(None if value is None else round(value, 1) for value in values)
 
 
 def _minus(one: float | None, other: float | None) -> float | None:

@@ -1,4 +1,4 @@
-"""A run's folder: how far it came, whether it is what its configuration file says, what it measured."""
+"""A run's folder: how far it got, whether it is what its configuration file says, and what it measured."""
 
 import functools
 import json
@@ -15,12 +15,14 @@ import yaml
 from dimaskdino.config import Config, get_cfg, read_yaml
 from dimaskdino.errors import ConfigError, UserError
 from dimaskdino.evaluation.speed import SPEED_FILE
-from dimaskdino.reproduction.experiments import Experiment
-from dimaskdino.reproduction.tables import Table, Values
+from dimaskdino.reproduction.tables import Experiment, Table, Values
+from dimaskdino.structures import Stage
 
 logger = logging.getLogger(__name__)
 
-# How and where a run is made, not what it trains.
+StageRows = list[dict[str, Any]]
+
+# Keys that say how and where a run is made, not what it trains.
 _FREE_KEYS = frozenset(
     {
         "CUDNN_BENCHMARK",
@@ -36,8 +38,7 @@ _FREE_KEYS = frozenset(
     }
 )
 _MOST_DIFFERENCES = 10
-_TAIL_BYTES = 2**18
-_STAGE = re.compile(r"interm|initial|(selection|layer)\.\d+")
+_TAIL_BYTES = 2**18  # enough of metrics.json to hold its last evaluation
 _STAGE_SCORES = ("box_AP", "mask_AP", "gap")
 _BY_STAGE = (
     "evaluate the run by stage: train_net.py --config-file FILE --eval-only --resume --eval-layers all OUTPUT_DIR RUN"
@@ -46,12 +47,12 @@ _BY_STAGE = (
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """An experiment and the folder that its training writes to, which may not exist yet.
+    """An experiment and the folder of its training, which may not exist yet.
 
     Attributes:
         experiment: what is trained.
         folder: OUTPUT_DIR.
-        cfg: the experiment's file and the options.
+        cfg: the experiment's file with the options.
         options: keys and values on top of the file, as on a command line.
     """
 
@@ -61,18 +62,34 @@ class Run:
     options: tuple[str, ...]
 
     @classmethod
-    def open(cls, experiment: Experiment, output: Path, options: Sequence[str] = ()) -> "Run":
-        """The run of ``experiment`` under ``output``.
+    def open(
+        cls, experiment: Experiment, output: Path, options: Sequence[str] = (), *, seed: int | None = None
+    ) -> "Run":
+        """Open the run of ``experiment`` under ``output``.
+
+        Args:
+            experiment: what is trained.
+            output: folder of all runs.
+            options: keys and values on top of the file.
+            seed: SEED of one of several runs of the experiment, each with a folder of its own; None for a single run.
 
         Raises:
             ConfigError: the folder holds a run of another configuration.
         """
+        name = experiment.name
+        if seed is not None:
+            name, options = f"{name}_seed{seed}", (*options, "SEED", str(seed))
         cfg = get_cfg()
         cfg.merge_from_file(str(experiment.config_file))
         cfg.merge_from_list(list(options))
-        run = cls(experiment, output / experiment.dataset / experiment.name, cfg, tuple(options))
+        run = cls(experiment, output / experiment.dataset / name, cfg, tuple(options))
         run._check_config()
         return run
+
+    @property
+    def name(self) -> str:
+        """``DATASET/FOLDER``."""
+        return f"{self.experiment.dataset}/{self.folder.name}"
 
     @property
     def max_iter(self) -> int:
@@ -81,12 +98,12 @@ class Run:
 
     @property
     def has_checkpoint(self) -> bool:
-        """Whether a training can go on here."""
+        """Whether a training can resume here."""
         return (self.folder / "last_checkpoint").is_file()
 
     @property
     def iterations_done(self) -> int:
-        """Iterations that the last checkpoint holds."""
+        """Iterations in the last checkpoint."""
         if not self.has_checkpoint:
             return 0
         found = re.search(r"model_(\d+)", (self.folder / "last_checkpoint").read_text())
@@ -95,10 +112,10 @@ class Run:
     @property
     def is_finished(self) -> bool:
         """Whether it was trained to its end and evaluated there."""
-        path = self.folder / "metrics.json"
-        if not (path.is_file() and self._scores()):
+        path, tasks = self.folder / "metrics.json", list(self._scores())
+        if not (path.is_file() and tasks):
             return False
-        evaluated = [record["iteration"] for record in _records(path, '"bbox/AP"', last_bytes=_TAIL_BYTES)]
+        evaluated = [record["iteration"] for record in _records(path, f'"{tasks[0]}/', last_bytes=_TAIL_BYTES)]
         return bool(evaluated) and evaluated[-1] >= self.max_iter
 
     @property
@@ -108,7 +125,7 @@ class Run:
 
     @property
     def status(self) -> str:
-        """``finished``, ``not run``, or how far it came."""
+        """``finished``, ``not run``, or how far it got."""
         if self.is_finished:
             return "finished"
         if self.iterations_done >= self.max_iter:
@@ -117,54 +134,46 @@ class Run:
             return f"stopped at {self.iterations_done} of {self.max_iter}"
         return "not run"
 
-    def seconds_per_iteration(self) -> float | None:
-        """The median over the training, or None where too little was trained to tell."""
-        path = self.folder / "metrics.json"
-        times = [record["time"] for record in _records(path, '"time"')] if path.is_file() else []
-        return median(times) if times else None
-
     def results(self, table: Table) -> Values:
-        """What ``table`` measures, AP in percent, speed in images per second; None for what was not measured."""
-        if not self.is_finished:
-            return (None,) * len(table.metrics)
-        scores = self._scores()
-        if table.needs_layers:
-            layers = self.layers()
-            scores = {"first": layers[0], "last": layers[-1]} if layers else {}
-        scores["speed"] = self.speed()
+        """The metrics of ``table``: AP in percent, speed in images per second, None for what was not measured."""
+        scores: dict[str, Any] = {}
+        if self.is_finished:
+            layers = self.layers() if table.needs_layers else []
+            ends = {"first": layers[0], "last": layers[-1]} if layers else {}
+            scores = {**self._scores(), **ends, "speed": self.speed()}
         pairs = [metric.split("/") for metric in table.metrics]
         return tuple(scores.get(group, {}).get(name) for group, name in pairs)
 
     def speed(self) -> dict[str, Any]:
-        """``images_per_second`` and ``device`` of the finished run; empty where they were not measured.
+        """``images_per_second`` and ``device`` of the finished run; empty if they were not measured.
 
-        They do not depend on the weights, so that any evaluation of this configuration may have measured them.
+        Speed does not depend on the weights, so any evaluation of this configuration may have measured it.
         """
         path = self.folder / "inference" / SPEED_FILE
         if not (self.is_finished and path.is_file()):
             return {}
         return _read_json(path, dict, "Remove it; the next evaluation measures the speed again.")
 
-    def layers(self) -> list[dict[str, Any]]:
-        """Results of the decoder layers of the finished run; empty where they were not measured after its training."""
+    def layers(self) -> StageRows:
+        """Results of the decoder layers; empty if they were not measured at the end of the training."""
         path = self.folder / "inference" / "layers.json"
         if not (self.is_finished and path.is_file()):
             return []
         layers = decoder_layers(_read_rows(path))
-        # Those of an earlier checkpoint end in another result.
-        return layers if layers and layers[-1].get("bbox") == self._scores()["bbox"] else []
+        # The rows of an earlier checkpoint end in another result.
+        return layers if layers and layers[-1].get("bbox") == self._scores().get("bbox") else []
 
     def _scores(self) -> dict[str, Any]:
-        """The last evaluation's results; empty where there is none, or none of boxes or masks."""
+        """Scores of the last evaluation by task; empty if there is none."""
         path = self.folder / "inference" / "results.json"
         if not path.is_file():
             return {}
-        scores = _read_json(path, dict, "Remove it; the run is then evaluated again.")
-        return scores if all(scores.get(task) and isinstance(scores[task], dict) for task in ("bbox", "segm")) else {}
+        results = _read_json(path, dict, "Remove it; the run is then evaluated again.")
+        return {task: scores for task, scores in results.items() if task != "layers" and isinstance(scores, dict)}
 
     def _check_config(self) -> None:
         path = self.folder / "config.yaml"
-        # A training that ended before its first iteration leaves nothing that could be mixed up.
+        # A training that ended before its first iteration leaves nothing that another one could be confused with.
         if not (path.is_file() and (self.has_checkpoint or (self.folder / "metrics.json").is_file())):
             return
         found = differences(read_yaml(str(path)), self.cfg)
@@ -173,14 +182,14 @@ class Run:
             more = f"; and {len(found) - _MOST_DIFFERENCES} more" if len(found) > _MOST_DIFFERENCES else ""
             raise ConfigError(
                 f"{self.folder} holds a run of another configuration than {self.experiment.config_file} with the "
-                f"options given here: {shown}{more}. Give its options, another --output, or remove the folder."
+                f"given options: {shown}{more}. Give the options of that run, another --output, or remove the folder."
             )
 
 
 def differences(of_run: Mapping[str, Any], cfg: Config) -> list[str]:
-    """Keys by which a run's written configuration is another training than ``cfg``.
+    """List the keys by which a run's recorded configuration differs from ``cfg`` in what is trained.
 
-    A key that is newer than the run has its default there. Keys that this version does not know are not compared.
+    A key that is newer than the run had its default value there. Keys that this version lacks are not compared.
 
     Returns:
         For each key, sorted, its name and both values.
@@ -192,51 +201,59 @@ def differences(of_run: Mapping[str, Any], cfg: Config) -> list[str]:
     found = []
     for key in sorted(wanted.keys() - _FREE_KEYS):
         theirs, ours = given.get(key, defaults[key]), wanted[key]
-        if key == "MODEL.WEIGHTS":
-            # The same file may lie elsewhere.
+        if key == "MODEL.WEIGHTS":  # the same file may be in another place
             theirs, ours = Path(theirs).name, Path(ours).name
         if theirs != ours:
             found.append(f"{key} is {theirs!r} there and {ours!r} here")
     return found
 
 
-def read_stages(path: Path) -> list[dict[str, Any]]:
-    """Rows of a ``layers.json``, or of the one in a run's folder.
+def seconds_per_iteration(folder: Path) -> float | None:
+    """The median over the training in ``folder``; None if too few iterations were trained."""
+    path = folder / "metrics.json"
+    times = [record["time"] for record in _records(path, '"time"')] if path.is_file() else []
+    return median(times) if times else None
+
+
+def read_stages(path: Path) -> StageRows:
+    """Read the rows of a ``layers.json``, or of the one in a run's folder.
 
     Raises:
-        UserError: there is none, the file holds something else, or the results beside it are of another evaluation.
+        UserError: there is none, it holds something else, or the results beside it come from another evaluation.
     """
     file = path / "inference" / "layers.json" if path.is_dir() else path
     stages = _read_rows(file)
     results = file.with_name("results.json")
-    if results.is_file() and not _are_of(stages, _read_json(results, dict, f"Remove it, or {_BY_STAGE}")):
-        raise UserError(f"{file} is of another evaluation than {results}, as of an earlier training; {_BY_STAGE}")
+    if results.is_file() and not _agree(stages, _read_json(results, dict, f"Remove it, or {_BY_STAGE}")):
+        raise UserError(f"{file} comes from another evaluation than {results}; {_BY_STAGE}")
     return stages
 
 
-def _are_of(stages: list[dict[str, Any]], results: Mapping[str, Any]) -> bool:
-    """Whether the rows are of the model that was evaluated last: by stage then, or with the same final result."""
-    by_stage = {f"{row['stage']}/{key}": row.get(key) for row in stages for key in _STAGE_SCORES}
+def decoder_layers(stages: StageRows) -> StageRows:
+    """The stages that are decoder layers, in order."""
+    return [row for row in stages if Stage.from_name(row["stage"]).kind == "layer"]
+
+
+def _agree(stages: StageRows, results: Mapping[str, Any]) -> bool:
+    """Whether the rows and the results come from the same evaluation, or end in the same final result."""
+    by_stage = {f"{row['stage']}/{key}": row[key] for row in stages for key in _STAGE_SCORES}
     last = decoder_layers(stages)[-1:]
     return results.get("layers") == by_stage or (bool(last) and last[0].get("bbox") == results.get("bbox"))
 
 
-def _read_rows(file: Path) -> list[dict[str, Any]]:
+def _read_rows(file: Path) -> StageRows:
     if not file.is_file():
         raise UserError(f"{file} does not exist; {_BY_STAGE}")
-    stages = _read_json(file, list, f"It is no layers.json, or broken: {_BY_STAGE}")
+    stages = _read_json(file, list, f"It is broken or not a layers.json; {_BY_STAGE}")
     for row in stages:
-        if not isinstance(row, dict) or not _STAGE.fullmatch(str(row.get("stage"))):
-            raise UserError(f"{file} holds {row!r:.60}, which is no result of a stage; {_BY_STAGE}")
+        try:
+            Stage.from_name(str(row["stage"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{file} holds {row!r:.60}, which is not the result of a stage; {_BY_STAGE}") from error
         for key in _STAGE_SCORES:
             if not isinstance(row.get(key, ""), float | int | None):
-                raise UserError(f"{file} has no number {key} of stage {row['stage']}; {_BY_STAGE}")
+                raise UserError(f"{file} has no number {key} for stage {row['stage']}; {_BY_STAGE}")
     return stages
-
-
-def decoder_layers(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The stages that are decoder layers, in their order."""
-    return [stage for stage in stages if stage["stage"].startswith("layer.")]
 
 
 @functools.cache
@@ -245,42 +262,32 @@ def _defaults() -> dict[str, Any]:
 
 
 def _read_json(path: Path, kind: type, advice: str) -> Any:
-    """The content of a JSON file, which must be of a kind; the UserError otherwise ends with the advice."""
+    """Read a JSON file that holds a ``kind``; a UserError otherwise, which ends with the advice."""
     try:
         content = json.loads(path.read_bytes())
     except ValueError as error:
-        raise UserError(f"{path} is no whole JSON file ({error}). {advice}") from error
+        raise UserError(f"{path} is not a complete JSON file ({error}). {advice}") from error
     if not isinstance(content, kind):
-        raise UserError(f"{path} holds a {type(content).__name__} where a {kind.__name__} belongs. {advice}")
+        raise UserError(f"{path} holds a {type(content).__name__}, not a {kind.__name__}. {advice}")
     return content
 
 
-def _records(path: Path, holding: str, *, last_bytes: int | None = None) -> list[dict[str, Any]]:
-    """The lines of a metrics.json that hold a text, of all or of its end; one that is broken is left out."""
+def _records(path: Path, holding: str, *, last_bytes: int = 0) -> Iterator[dict[str, Any]]:
+    """The records of a metrics.json, or of its end, that hold a text; lines cut off by a crash are skipped."""
     with path.open("rb") as file:
         file.seek(max(path.stat().st_size - last_bytes, 0) if last_bytes else 0)
         lines = file.read().decode(errors="replace").splitlines()
-    found, broken = [], 0
     for line in lines:
-        # A line that does not begin or end as a record is cut: here, or by a training that is writing it.
-        if holding in line and line.startswith("{") and line.endswith("}"):
+        if holding in line:
             try:
-                found.append(json.loads(line))
+                record = json.loads(line)
             except ValueError:
-                broken += 1
-    if broken:
-        _warn_of_broken_lines(path, broken)
-    return found
-
-
-@functools.cache
-def _warn_of_broken_lines(path: Path, count: int) -> None:
-    """Once, however often a file is read."""
-    logger.warning("%s: %d broken lines are left out, as a crash of a training leaves them.", path, count)
+                continue
+            yield record
 
 
 def _plain(cfg: Config) -> dict[str, Any]:
-    """Values by dotted key as YAML holds them: it knows no tuples."""
+    """Values by dotted key as YAML holds them: it has no tuples."""
     return dict(_leaves(yaml.safe_load(cfg.dump())))
 
 

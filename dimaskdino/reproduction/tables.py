@@ -1,4 +1,4 @@
-"""The paper's tables and its Figure 1 as data: what each row is called, which experiment it shows, and its numbers."""
+"""The papers' tables as data: the label of each row, the configuration behind it, and the paper's numbers."""
 
 import functools
 import json
@@ -11,12 +11,40 @@ from dimaskdino.errors import UserError
 
 Values = tuple[float | None, ...]
 
-_FILE = Path(__file__).with_name("paper_tables.json")
+DATASETS = ("coco", "bdd100k", "shapes")
+DATASET_NAMES = {"coco": "COCO", "bdd100k": "BDD100K", "shapes": "shapes"}
+# Images of an epoch as the schedules count them: MaskDINO's release rounds COCO's 118,287.
+EPOCH_IMAGES = {"coco": 118_000, "bdd100k": 7_000, "shapes": 2_000}
+SPEED = "speed/images_per_second"
+
+_PAPERS = Path(__file__).with_name("papers")
 _TASKS = {"bbox": "box AP", "segm": "mask AP"}
 _SIZES = {"AP": "", "APs": " S", "APm": " M", "APl": " L"}
-# Images per second of the forward pass.
-SPEED = "speed/images_per_second"
 _STAGE_METRICS = {"box_AP": "box AP", "mask_AP": "mask AP", "gap": "box - mask"}
+# The models that the ablations start from. On shapes, MaskDINO has the decoder layers of DI-MaskDINO, so it is the run
+# without either module.
+_MAIN = {
+    ("coco", "dimaskdino"): "dimaskdino_r50_12ep",
+    ("coco", "maskdino"): "maskdino_r50_12ep",
+    ("bdd100k", "dimaskdino"): "dimaskdino_r50_68ep",
+    ("bdd100k", "maskdino"): "maskdino_r50_68ep",
+    ("shapes", "maskdino"): "neither",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """One training on one dataset, which may fill rows of several tables.
+
+    Attributes:
+        dataset: one of DATASETS.
+        name: of the configuration file and of the run's folder.
+        config_file: the configuration to train.
+    """
+
+    dataset: str
+    name: str
+    config_file: Path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +52,10 @@ class Row:
     """A row of a table.
 
     Attributes:
-        labels: what stands in its first columns.
-        experiment: the run that it shows; rows of several tables may show the same one.
-        paper: its numbers by dataset, in the order of the table's metrics, AP in percent, speed in images per second;
-            None where there is none.
+        labels: its first columns.
+        experiment: name that :func:`find_experiment` resolves; rows of several tables may share one.
+        paper: its numbers by dataset, in the order of the table's metrics: AP in percent, speed in images per second,
+            None where the paper has none.
     """
 
     labels: tuple[str, ...]
@@ -37,19 +65,23 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table or figure of the paper.
+    """A table or figure of a paper.
 
     Attributes:
-        name: table1 to table9, figure1.
+        name: on the command line: "table4", "figure1".
+        paper: the paper's model.
+        number: in the paper: "Table 4".
         title: what it compares.
         label_names: heads of the first columns.
-        metrics: what is measured: ``bbox/AP`` and the like from a run's results, ``first/box_AP`` and ``last/gap`` from
-            its results by stage, SPEED.
-        datasets: on which it can be made.
+        metrics: "bbox/AP" and the like from a run's results, "first/box_AP" and "last/gap" from its results by decoder
+            layer, SPEED.
+        datasets: where it can be made.
         rows: in the paper's order.
     """
 
     name: str
+    paper: str
+    number: str
     title: str
     label_names: tuple[str, ...]
     metrics: tuple[str, ...]
@@ -58,33 +90,48 @@ class Table:
 
     @property
     def needs_layers(self) -> bool:
-        """Whether it shows results by stage."""
+        """Whether it shows results by decoder layer."""
         return any(metric.startswith(("first/", "last/")) for metric in self.metrics)
 
     def has_paper_values(self, dataset: str) -> bool:
         """Whether the paper measured it on ``dataset``."""
         return any(dataset in row.paper for row in self.rows)
 
+    @property
+    def reference_dataset(self) -> str:
+        """The paper's dataset, the smallest of several, whose changes stand beside ours where it has no numbers."""
+        return [dataset for dataset in DATASETS if self.has_paper_values(dataset)][-1]
+
+    def heading(self, dataset: str) -> str:
+        """For example "DI-MaskDINO, Table 4: Main modules, on COCO"."""
+        return f"{self.paper}, {self.number}: {self.title}, on {DATASET_NAMES[dataset]}"
+
 
 @functools.cache
 def paper_tables() -> dict[str, Table]:
-    """Tables 1 to 9 and Figure 1 by name, MaskDINO's and DI-MaskDINO's rows alone."""
-    tables = json.loads(_FILE.read_text())["tables"]
-    return {name: _table(name, content) for name, content in tables.items()}
+    """All tables and figures by name, each paper's in its order."""
+    tables = {}
+    for file in sorted(_PAPERS.glob("*.json")):
+        paper = json.loads(file.read_text())
+        for name, content in paper["tables"].items():
+            tables[paper["prefix"] + name] = _table(paper["paper"], paper["prefix"], name, content)
+    return tables
 
 
-def _table(name: str, content: dict[str, Any]) -> Table:
-    known = ("labels", "experiment")
+def _table(paper: str, prefix: str, name: str, content: dict[str, Any]) -> Table:
+    kind = name.rstrip("0123456789")
     rows = tuple(
         Row(
             labels=tuple(row["labels"]),
             experiment=row["experiment"],
-            paper={dataset: tuple(values) for dataset, values in row.items() if dataset not in known},
+            paper={dataset: tuple(row[dataset]) for dataset in DATASETS if dataset in row},
         )
         for row in content["rows"]
     )
     return Table(
-        name=name,
+        name=prefix + name,
+        paper=paper,
+        number=f"{kind.capitalize()} {name.removeprefix(kind)}",
         title=content["title"],
         label_names=tuple(content["labels"]),
         metrics=tuple(content["metrics"]),
@@ -93,18 +140,34 @@ def _table(name: str, content: dict[str, Any]) -> Table:
     )
 
 
-def choose_tables(names: Sequence[str], datasets: Sequence[str]) -> dict[str, list[Table]]:
-    """Which tables to make on which dataset.
+def find_experiment(configs: Path, dataset: str, row: str) -> Experiment | None:
+    """Find the experiment that a row names; None if the dataset has no configuration of it.
 
     Args:
-        names: of tables; ``all`` stands for every one.
+        configs: the repository's folder of configurations.
+        dataset: one of DATASETS.
+        row: :attr:`Row.experiment`.
+    """
+    name = _MAIN.get((dataset, row), row)
+    for folder in (configs / dataset, configs / "ablation" / dataset):
+        file = folder / f"{name}.yaml"
+        if file.is_file():
+            return Experiment(dataset=dataset, name=name, config_file=file)
+    return None
+
+
+def choose_tables(names: Sequence[str], datasets: Sequence[str]) -> dict[str, list[Table]]:
+    """Choose the tables to make on each dataset.
+
+    Args:
+        names: of tables; "all" stands for every one.
         datasets: none means those that the paper measured each table on.
 
     Returns:
-        By dataset its tables, in the paper's order.
+        The tables by dataset, in the paper's order.
 
     Raises:
-        UserError: a table is asked for by name that cannot be made on a dataset that is asked for.
+        UserError: a table named here cannot be made on a dataset named here.
     """
     tables = [table for table in paper_tables().values() if "all" in names or table.name in names]
     if not datasets:
@@ -113,12 +176,12 @@ def choose_tables(names: Sequence[str], datasets: Sequence[str]) -> dict[str, li
     for dataset in datasets:
         for table in tables:
             if table.name in names and dataset not in table.datasets:
-                raise UserError(f"{table.name} is not made on {dataset}; it is on {', '.join(table.datasets)}.")
+                raise UserError(f"{table.name} cannot be made on {dataset}, only on {', '.join(table.datasets)}.")
     return {dataset: [table for table in tables if dataset in table.datasets] for dataset in datasets}
 
 
 def metric_name(metric: str) -> str:
-    """A metric as a column's head: "box AP S", "first layer mask AP", "FPS"."""
+    """A metric as the head of a column: "box AP S", "first layer mask AP", "FPS"."""
     if metric == SPEED:
         return "FPS"
     group, _, name = metric.partition("/")

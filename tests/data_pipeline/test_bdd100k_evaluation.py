@@ -13,13 +13,11 @@ import pytest
 import torch
 from detectron2.structures import Boxes, Instances
 from pycocotools import mask as mask_util
-from pycocotools.cocoeval import COCOeval
 
 from dimaskdino.data import register_all
 from dimaskdino.data.datasets.bdd100k import CLASSES
 from dimaskdino.data.datasets.bdd100k_convert import convert_split
 from dimaskdino.evaluation import CocoEvaluator
-from dimaskdino.evaluation import coco as coco_evaluation
 from tests.data_pipeline.bdd100k import bitmask_of, is_region, record, write_bitmask, write_frames, write_images
 
 pytestmark = pytest.mark.usefixtures("registrations")
@@ -77,12 +75,7 @@ def without_regions() -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("source", ["rles", "bitmasks"])
-@pytest.mark.parametrize("implementation", ["as installed", "pycocotools"])
-def test_scores_with_crowd_and_ignored_regions_are_the_toolkits(
-    tmp_path: Path, source: str, implementation: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if implementation == "pycocotools":
-        monkeypatch.setattr(coco_evaluation, "COCOeval_faster", COCOeval)
+def test_scores_with_crowd_and_ignored_regions_are_the_toolkits(tmp_path: Path, source: str) -> None:
     scores = evaluate(tmp_path, record()["frames"], source)
     assert scores == pytest.approx(expected("all", "rle"), abs=1e-9, nan_ok=True)
 

@@ -12,7 +12,6 @@ from torch.utils.data import SequentialSampler
 from dimaskdino.config import Config
 from dimaskdino.data import build_test_loader, build_train_loader
 from dimaskdino.errors import ConfigError, DatasetError
-from dimaskdino.evaluation import build_evaluator
 from tests.data_pipeline.conftest import Json
 
 pytestmark = pytest.mark.usefixtures("registrations")
@@ -99,12 +98,11 @@ def test_the_first_images_alone_where_asked(mine: Config) -> None:
     assert len(list(build_test_loader(mine, "mine"))) == 2
 
 
-def test_a_negative_number_of_images_is_refused(mine: Config, tmp_path: Path) -> None:
+def test_a_negative_number_of_images_is_refused(mine: Config) -> None:
     mine.DATASETS.MAX_IMAGES = -1
     for build in (
         lambda: build_train_loader(mine),
         lambda: build_test_loader(mine, "mine"),
-        lambda: build_evaluator(mine, "mine", str(tmp_path)),
     ):
         with pytest.raises(ConfigError, match=r"DATASETS\.MAX_IMAGES is -1; .* 0 for all"):
             build()

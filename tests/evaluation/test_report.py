@@ -1,16 +1,23 @@
 """Tables to read."""
 
-from dimaskdino.evaluation.report import layer_table, stage_name
+from dimaskdino.evaluation.report import class_table, coco_table, layer_table, stage_row
+
+SCORES = {"AP": 1.0, "AP50": 2.0, "AP-cat": 1.0}
 
 
-def test_stages_have_names_to_read() -> None:
-    stages = ["interm", "selection.2", "selection.3", "selection.7", "initial", "layer.0"]
-    assert [stage_name(stage) for stage in stages] == [
-        *("first selection", "second selection", "third selection", "7th selection"),
-        *("queries before layer 0", "decoder layer 0"),
-    ]
-    table = layer_table([{"stage": "selection.2", "box_AP": 1.0, "mask_AP": 2.5, "gap": -1.5}])
-    assert table.splitlines()[2].split("|")[1:-1] == [
-        *(" selection.2 ", " second selection "),
-        *("      1.0 ", "       2.5 ", "         -1.5 "),
-    ]
+def cells(table: str, line: int) -> list[str]:
+    return [cell.strip() for cell in table.splitlines()[line].split("|")[1:-1]]
+
+
+def test_a_stage_has_its_title_and_scores() -> None:
+    table = layer_table([stage_row("selection.2", {"bbox": {"AP": 1.0}, "segm": {"AP": 2.5}})])
+    assert cells(table, 0) == ["stage", "after", "box AP", "mask AP", "box - mask"]
+    assert cells(table, 2) == ["selection.2", "second selection", "1.0", "2.5", "-1.5"]
+
+
+def test_tables_show_only_the_tasks_that_were_scored() -> None:
+    assert cells(coco_table({"bbox": SCORES}), 0) == ["", "AP", "AP50"]
+    assert len(coco_table({"bbox": SCORES}).splitlines()) == 3
+    assert cells(class_table({"bbox": SCORES}), 0) == ["class", "box AP"]
+    assert cells(layer_table([stage_row("layer.0", {"bbox": SCORES})]), 0) == ["stage", "after", "box AP"]
+    assert cells(coco_table({"bbox": SCORES, "segm": SCORES}), 3)[0] == "mask"

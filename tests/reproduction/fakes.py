@@ -4,14 +4,23 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dimaskdino.config import get_cfg
-from dimaskdino.reproduction.experiments import find_experiment
+from dimaskdino.reproduction.runs import Run
+from dimaskdino.reproduction.tables import find_experiment
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
+def open_run(
+    output: Path, row: str = "neither", dataset: str = "shapes", options: tuple[str, ...] = (), seed: int | None = None
+) -> Run:
+    """Open the run of a table's row."""
+    experiment = find_experiment(CONFIGS, dataset, row)
+    assert experiment is not None
+    return Run.open(experiment, output, options, seed=seed)
+
+
 def scores(box: float, mask: float) -> dict[str, dict[str, float]]:
-    """A run's results: AP as given, those by size a point apart each."""
+    """Results of a run: AP as given, AP by size one point apart."""
     return {
         task: {"AP": ap, "APs": ap - 1, "APm": ap + 1, "APl": ap + 2, "AP-car": ap, "AP50": ap + 9, "AP75": ap}
         for task, ap in (("bbox", box), ("segm", mask))
@@ -36,6 +45,7 @@ def write_run(
     seconds: float = 0.5,
     first_layer: tuple[float, float] | None = None,
     speed: tuple[float, str] | None = (7.5, "a GPU"),
+    seed: int | None = None,
 ) -> Path:
     """Write the folder of a run of ``row``.
 
@@ -46,18 +56,16 @@ def write_run(
         box: box AP of the final result.
         mask: mask AP of the final result.
         options: keys on top of the file.
-        done: iterations that were trained; None means all.
-        evaluated: whether it was evaluated at the end of those.
+        done: trained iterations; None means all.
+        evaluated: whether it was evaluated after them.
         seconds: of an iteration.
-        first_layer: box and mask AP of decoder layer 0; None where stages were not evaluated.
-        speed: images per second and the device; None where they were not measured.
+        first_layer: box and mask AP of decoder layer 0; None if stages were not evaluated.
+        speed: images per second and the device; None if not measured.
+        seed: of one of several runs of the row.
     """
-    experiment = find_experiment(CONFIGS, dataset, row)
-    assert experiment is not None
-    cfg = get_cfg()
-    cfg.merge_from_file(str(experiment.config_file))
-    folder = output / dataset / experiment.name
-    cfg.merge_from_list([*options, "OUTPUT_DIR", str(folder)])
+    empty = open_run(output, row, dataset, options, seed)
+    folder, cfg = empty.folder, empty.cfg
+    cfg.merge_from_list(["OUTPUT_DIR", str(folder)])
     (folder / "inference").mkdir(parents=True)
     (folder / "config.yaml").write_text(cfg.dump())
     max_iter = cfg.SOLVER.MAX_ITER

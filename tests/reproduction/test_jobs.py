@@ -1,4 +1,4 @@
-"""Which commands are started, in which order, and what happens when one fails."""
+"""Which commands are started, in which order, and what a failure does."""
 
 import json
 import logging
@@ -11,11 +11,21 @@ import pytest
 import torch
 
 from dimaskdino.errors import UserError
-from dimaskdino.reproduction import jobs, slurm
-from dimaskdino.reproduction.jobs import Job, Launcher, measure, measure_all, run_job, run_jobs, unfinished
-from dimaskdino.reproduction.slurm import JOB_FILE, SlurmTask, check_submission, submit
-from tests.reproduction.fakes import stage, write_run
-from tests.reproduction.test_runs import open_run
+from dimaskdino.reproduction import jobs
+from dimaskdino.reproduction.jobs import (
+    JOB_FILE,
+    Job,
+    Launcher,
+    SlurmTask,
+    check_submission,
+    measure,
+    measure_all,
+    run_job,
+    run_jobs,
+    submit,
+    unfinished,
+)
+from tests.reproduction.fakes import open_run, stage, write_run
 
 REPOSITORY = Path(__file__).parents[2]
 GPUS = Launcher(REPOSITORY, 8)
@@ -23,7 +33,7 @@ TIMES = {"timeout_min": 60}
 
 
 class Trainer:
-    """Stands for the processes that are started: writes what they would write, and remembers them."""
+    """Stands for the processes that are started: writes their files and remembers their commands."""
 
     def __init__(self, output: Path, row: str = "neither", dataset: str = "shapes", statuses: tuple[int, ...] = ()):
         self.output, self.row, self.dataset, self.statuses = output, row, dataset, list(statuses)
@@ -48,7 +58,7 @@ def job(output: Path, row: str = "neither", dataset: str = "shapes", *, with_lay
     return Job(open_run(output, row, dataset), with_layers)
 
 
-def test_a_run_that_was_not_started_is_trained_from_its_file_with_the_options_and_gpus(tmp_path):
+def test_a_new_run_is_trained_with_its_file_options_and_gpus(tmp_path):
     run = open_run(tmp_path, "di_only", "coco", options=("SOLVER.MAX_ITER", "5"))
     command = GPUS.train(run)
     assert command[:2] == [sys.executable, str(REPOSITORY / "train_net.py")]
@@ -61,7 +71,7 @@ def test_a_run_that_was_not_started_is_trained_from_its_file_with_the_options_an
 @pytest.mark.parametrize(
     ("asked", "batch", "given"), [(8, 4, 4), (8, 16, 8), (6, 4, 4), (6, 16, 4), (3, 16, 2), (0, 4, 0), (None, 4, None)]
 )
-def test_a_run_gets_the_gpus_that_can_share_its_batch_and_the_cpu_and_one_gpu_stay(asked, batch, given, tmp_path):
+def test_a_run_gets_the_gpus_that_can_share_its_batch(asked, batch, given, tmp_path):
     run = open_run(tmp_path, "neither", "coco", options=("SOLVER.IMS_PER_BATCH", str(batch)))
     launcher = Launcher(REPOSITORY, asked)
     assert launcher.gpus_of(run) == given
@@ -77,7 +87,7 @@ def test_an_interrupted_run_is_resumed(tmp_path):
     assert "--resume" not in (job(tmp_path, "di_only").next_command(GPUS) or [])
 
 
-def test_a_trained_run_that_was_not_evaluated_is_resumed_for_its_evaluation(tmp_path):
+def test_a_trained_run_is_resumed_for_its_evaluation(tmp_path):
     write_run(tmp_path, "shapes", "neither", evaluated=False)
     command = job(tmp_path).next_command(GPUS)
     assert command is not None
@@ -93,7 +103,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
     assert unfinished([job(tmp_path), job(tmp_path, "di_only")], GPUS)[0].run.experiment.name == "di_only"
 
 
-def test_results_by_stage_are_evaluated_after_the_training_where_they_are_wanted(tmp_path):
+def test_results_by_stage_are_evaluated_after_the_training(tmp_path):
     trainer = Trainer(tmp_path)
     run_job(job(tmp_path, with_layers=True), GPUS, trainer)
     first, second = trainer.commands
@@ -105,7 +115,7 @@ def test_results_by_stage_are_evaluated_after_the_training_where_they_are_wanted
     assert len(trainer.commands) == 2
 
 
-def test_a_failure_is_an_error_that_names_the_log_and_the_next_call_goes_on(tmp_path):
+def test_a_failure_names_the_log_and_the_next_call_continues(tmp_path):
     trainer = Trainer(tmp_path, statuses=(3,))
     with pytest.raises(UserError, match=r"neither stopped with exit status 3 .*neither/log\.txt"):
         run_job(job(tmp_path), GPUS, trainer)
@@ -113,7 +123,7 @@ def test_a_failure_is_an_error_that_names_the_log_and_the_next_call_goes_on(tmp_
     assert job(tmp_path).run.is_finished
 
 
-def test_a_run_that_fails_does_not_keep_the_next_from_its_turn(tmp_path, caplog):
+def test_the_next_run_starts_after_a_failure(tmp_path, caplog):
     trainer = Trainer(tmp_path, "di_only", statuses=(3,))
     (failure,) = run_jobs([job(tmp_path, "neither"), job(tmp_path, "di_only")], GPUS, trainer)
     assert failure.startswith("shapes/neither stopped with exit status 3")
@@ -122,19 +132,19 @@ def test_a_run_that_fails_does_not_keep_the_next_from_its_turn(tmp_path, caplog)
     assert not job(tmp_path, "neither").run.is_finished
 
 
-def test_a_measurement_that_fails_does_not_keep_the_next_from_its_turn(tmp_path):
+def test_the_next_measurement_starts_after_a_failure(tmp_path):
     run, statuses = open_run(tmp_path, "neither", "coco"), [1, 0]
     failures = measure_all({tmp_path / "a": run, tmp_path / "b": run}, GPUS, 20, lambda command: statuses.pop(0))
     assert [failure.split(" stopped")[0] for failure in failures] == [f"The measurement in {tmp_path / 'a'}"]
     assert statuses == []
 
 
-def test_a_command_that_leaves_nothing_behind_is_not_repeated_for_ever(tmp_path):
-    with pytest.raises(UserError, match="ended well, but its results are not in"):
+def test_a_command_without_results_is_not_repeated_forever(tmp_path):
+    with pytest.raises(UserError, match="train_net.py.*results are not in"):
         run_job(job(tmp_path), GPUS, lambda command: 0)
 
 
-def test_a_command_runs_in_the_callers_folder_and_imports_from_its_repository(tmp_path, monkeypatch):
+def test_a_command_runs_in_the_callers_folder(tmp_path, monkeypatch):
     repository, caller = tmp_path / "repository", tmp_path / "caller"
     repository.mkdir()
     caller.mkdir()
@@ -150,7 +160,7 @@ def test_a_command_runs_in_the_callers_folder_and_imports_from_its_repository(tm
     ("num_gpus", "available", "cores", "batch", "processes"),
     [(0, 0, 8, 8, 2), (None, 0, 2, 8, 2), (None, 0, 1, 8, 1), (0, 0, 2, 5, 1), (None, 1, 8, 8, 1), (4, 4, 8, 8, 1)],
 )
-def test_on_a_cpu_two_processes_share_a_batch_that_can_be_divided(
+def test_two_processes_share_a_divisible_batch_on_a_cpu(
     num_gpus, available, cores, batch, processes, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: available)
@@ -162,7 +172,7 @@ def test_on_a_cpu_two_processes_share_a_batch_that_can_be_divided(
         assert command[command.index("--nproc_per_node") + 1] == str(processes)
 
 
-def test_a_measurement_trains_a_few_iterations_without_weights_and_leaves_its_times(tmp_path):
+def test_a_measurement_leaves_nothing_but_its_times(tmp_path):
     folder, seen = tmp_path / "measured", []
     folder.mkdir()
     (folder / "metrics.json").write_text("of an earlier measurement")
@@ -183,7 +193,7 @@ def test_a_measurement_trains_a_few_iterations_without_weights_and_leaves_its_ti
 
 
 class FakeSubmitit(types.ModuleType):
-    """What of submitit is used: remembers what was submitted, and which jobs are over."""
+    """The part of submitit in use: remembers what was submitted and which jobs are over."""
 
     def __init__(self) -> None:
         super().__init__("submitit")
@@ -231,7 +241,7 @@ def submitit(monkeypatch) -> FakeSubmitit:
     return fake
 
 
-def test_a_cluster_gets_a_job_for_each_run_with_its_gpus_and_parameters(tmp_path, submitit):
+def test_a_cluster_gets_a_job_for_each_run(tmp_path, submitit):
     given = [job(tmp_path, "neither", "coco"), job(tmp_path, "di_only", "coco")]
     said = submit(given, GPUS, TIMES, cluster="slurm")
     assert [line.split(";")[0] for line in said] == [
@@ -243,11 +253,11 @@ def test_a_cluster_gets_a_job_for_each_run_with_its_gpus_and_parameters(tmp_path
     }
 
 
-def test_a_run_whose_job_waits_is_not_submitted_again_and_one_whose_job_is_over_is(tmp_path, submitit):
+def test_a_run_whose_job_waits_is_not_submitted_again(tmp_path, submitit):
     given = job(tmp_path, "neither", "coco")
     assert len(list(submit([given], GPUS, TIMES, cluster="slurm"))) == 1
     (said,) = submit([given], GPUS, TIMES, cluster="slurm")
-    assert "not submitted, job 101 waits or runs already" in said
+    assert "not submitted, since job 101 waits or runs" in said
     assert JOB_FILE in said
     submitit.over.add("101")
     shutil.rmtree(given.run.folder / "slurm")
@@ -255,7 +265,7 @@ def test_a_run_whose_job_waits_is_not_submitted_again_and_one_whose_job_is_over_
     assert "submitted as job 102" in said
 
 
-def test_a_job_whose_time_is_over_is_queued_again_far_more_often_than_submitits_three_times(tmp_path, submitit):
+def test_a_job_is_queued_again_up_to_1000_times(tmp_path, submitit):
     for times, number in ((TIMES, 1000), ({**TIMES, "slurm_max_num_timeout": 7}, 7)):
         (said,) = submit([job(tmp_path / str(number), "neither", "coco")], GPUS, times, cluster="slurm")
         assert "submitted as job" in said
@@ -263,13 +273,13 @@ def test_a_job_whose_time_is_over_is_queued_again_far_more_often_than_submitits_
         assert "slurm_max_num_timeout" not in submitit.parameters
 
 
-def test_a_job_asks_for_the_gpus_that_can_share_its_batch(tmp_path, submitit):
+def test_a_job_asks_for_the_gpus_of_its_run(tmp_path, submitit):
     given = [job(tmp_path, row, "coco") for row in ("neither", "dimaskdino_swinl_12ep")]
     assert len(list(submit(given, GPUS, TIMES, cluster="slurm"))) == 2
     assert submitit.gpus == [8, 4]
 
 
-def test_a_refusal_names_every_run_that_was_not_submitted_after_the_lines_of_those_that_were(tmp_path, submitit):
+def test_a_refusal_names_every_run_that_was_not_submitted(tmp_path, submitit):
     given = [job(tmp_path, row, "coco") for row in ("neither", "di_only", "no_gtg")]
     lines = submit(given, GPUS, TIMES, cluster="slurm")
     assert "coco/neither: submitted as job 101" in next(lines)
@@ -280,24 +290,24 @@ def test_a_refusal_names_every_run_that_was_not_submitted_after_the_lines_of_tho
         next(lines)
 
 
-def test_a_job_runs_what_is_missing_and_is_submitted_again_when_its_time_is_over(tmp_path, submitit, monkeypatch):
+def test_a_job_runs_what_is_missing_and_is_queued_again(tmp_path, submitit, monkeypatch):
     monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
     trainer = Trainer(tmp_path)
-    monkeypatch.setattr(slurm, "run_job", lambda each, launcher: run_job(each, launcher, trainer))
+    monkeypatch.setattr(jobs, "run_job", lambda each, launcher: run_job(each, launcher, trainer))
     task = SlurmTask(job(tmp_path), GPUS)
     task()
     assert len(trainer.commands) == 1
     assert task.checkpoint() == ("again", task)
 
 
-def test_what_a_cluster_needs_is_said(tmp_path, submitit, monkeypatch):
+def test_what_a_cluster_needs_is_named(tmp_path, submitit, monkeypatch):
     given = [job(tmp_path)]
     with pytest.raises(UserError, match="--submit needs --num-gpus"):
         check_submission(Launcher(REPOSITORY), TIMES)
     with pytest.raises(UserError, match="time limit .* --slurm timeout_min=2880"):
         check_submission(GPUS, {"slurm_partition": "gpu"})
     for key in ("timeout_min", "slurm_time", "slurm_max_num_timeout"):
-        with pytest.raises(UserError, match=f"--slurm {key} is '2-00:00:00'; it must be a whole number"):
+        with pytest.raises(UserError, match=f"--slurm {key}.*'2-00:00:00'.*whole number"):
             check_submission(GPUS, {**TIMES, key: "2-00:00:00"})
     check_submission(GPUS, {"slurm_time": 60})
     with pytest.raises(UserError, match="cannot submit shapes/neither: nonsense"):

@@ -1,28 +1,29 @@
-"""Ours beside the paper's: numbers, differences, what is missing."""
+"""Ours beside the paper's: numbers, differences, and what is missing."""
 
 import csv
 import io
 
 import pytest
 
-from dimaskdino.reproduction.charts import draw_table
-from dimaskdino.reproduction.experiments import DATASETS, find_experiment
-from dimaskdino.reproduction.report import compare, heading, markdown, to_csv
+from dimaskdino.reproduction.report import compare, markdown, to_csv
 from dimaskdino.reproduction.runs import Run
-from dimaskdino.reproduction.tables import Table, paper_tables
+from dimaskdino.reproduction.tables import DATASETS, Table, find_experiment, paper_tables
 from tests.reproduction.fakes import CONFIGS, write_run
 
 ALL = [(dataset, table) for table in paper_tables().values() for dataset in DATASETS if dataset in table.datasets]
 
 
-def runs_of(table: Table, dataset: str, output) -> dict[str, Run | None]:
+def runs_of(table: Table, dataset: str, output, seeds=(None,)) -> dict[str, list[Run]]:
     found = {row.experiment: find_experiment(CONFIGS, dataset, row.experiment) for row in table.rows}
-    return {row: experiment and Run.open(experiment, output) for row, experiment in found.items()}
+    return {
+        row: [Run.open(experiment, output, seed=seed) for seed in seeds] if experiment else []
+        for row, experiment in found.items()
+    }
 
 
-def compared(name: str, dataset: str, output):
+def compared(name: str, dataset: str, output, seeds=(None,)):
     table = paper_tables()[name]
-    return table, compare(table, dataset, runs_of(table, dataset, output))
+    return table, compare(table, dataset, runs_of(table, dataset, output, seeds))
 
 
 def cells(text: str) -> list[list[str]]:
@@ -32,7 +33,7 @@ def cells(text: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(("dataset", "table"), ALL, ids=lambda value: getattr(value, "name", value))
-def test_every_table_prints_what_was_not_run_beside_the_papers_numbers(dataset, table, tmp_path):
+def test_the_papers_numbers_stand_beside_missing_runs(dataset, table, tmp_path):
     rows = compare(table, dataset, runs_of(table, dataset, tmp_path))
     body = cells(markdown(table, dataset, rows))
     assert len(body) == len(table.rows)
@@ -44,7 +45,7 @@ def test_every_table_prints_what_was_not_run_beside_the_papers_numbers(dataset, 
 
 
 @pytest.mark.parametrize(("dataset", "table"), ALL, ids=lambda value: getattr(value, "name", value))
-def test_every_table_of_finished_runs_prints_as_markdown_and_csv(dataset, table, tmp_path):
+def test_every_table_is_written_as_markdown_and_csv(dataset, table, tmp_path):
     for row in table.rows:
         if find_experiment(CONFIGS, dataset, row.experiment):
             write_run(tmp_path, dataset, row.experiment, box=40.0, mask=35.0, first_layer=(20.0, 24.0))
@@ -59,7 +60,7 @@ def test_every_table_of_finished_runs_prints_as_markdown_and_csv(dataset, table,
             assert list(record.values())[: 2 + len(row.labels)] == [table.name, dataset, *row.labels]
 
 
-def test_a_cell_holds_ours_the_papers_and_their_difference(tmp_path):
+def test_a_cell_holds_ours_the_papers_and_the_difference(tmp_path):
     write_run(tmp_path, "bdd100k", "di_only", box=29.04, mask=24.76)
     table, rows = compared("table4", "bdd100k", tmp_path)
     assert cells(markdown(table, "bdd100k", rows))[1] == [
@@ -71,7 +72,7 @@ def test_a_cell_holds_ours_the_papers_and_their_difference(tmp_path):
     assert (record["mask AP difference"], record["box AP change"]) == ("-0.4", "")
 
 
-def test_on_shapes_changes_against_the_first_row_stand_beside_the_papers(tmp_path):
+def test_shapes_shows_changes_beside_the_papers(tmp_path):
     write_run(tmp_path, "shapes", "neither", box=60.0, mask=50.0)
     write_run(tmp_path, "shapes", "dimaskdino", box=62.5, mask=49.0)
     table, rows = compared("table4", "shapes", tmp_path)
@@ -84,7 +85,7 @@ def test_on_shapes_changes_against_the_first_row_stand_beside_the_papers(tmp_pat
     assert "synthetic" in text
 
 
-def test_speed_stands_beside_the_papers_without_a_difference_and_its_device_below(tmp_path):
+def test_speed_has_a_device_and_no_difference(tmp_path):
     write_run(tmp_path, "bdd100k", "maskdino", speed=(12.34, "GPU one"))
     write_run(tmp_path, "bdd100k", "dimaskdino", speed=None)
     table, rows = compared("table2", "bdd100k", tmp_path)
@@ -97,7 +98,7 @@ def test_speed_stands_beside_the_papers_without_a_difference_and_its_device_belo
     assert [second[name] for name in speed] == ["", "6.4", "", "", "", ""]
 
 
-def test_speeds_of_several_devices_say_whose_they_are(tmp_path):
+def test_speeds_of_several_devices_name_their_runs(tmp_path):
     write_run(tmp_path, "shapes", "neither", speed=(30.0, "a CPU"))
     write_run(tmp_path, "shapes", "dimaskdino", speed=(90.0, "a GPU"))
     table, rows = compared("table2", "shapes", tmp_path)
@@ -106,19 +107,19 @@ def test_speeds_of_several_devices_say_whose_they_are(tmp_path):
     assert "ours on a CPU (neither); a GPU (dimaskdino)." in text
 
 
-def test_where_no_speed_was_measured_the_table_says_so(tmp_path):
+def test_an_unmeasured_speed_is_marked(tmp_path):
     table, rows = compared("table1", "coco", tmp_path)
     assert markdown(table, "coco", rows).endswith("ours not measured.\n")
     table, rows = compared("table4", "coco", tmp_path)
     assert "FPS" not in markdown(table, "coco", rows) + to_csv(table, "coco", rows)
 
 
-def test_rows_that_a_dataset_lacks_say_so(tmp_path):
+def test_a_row_that_the_dataset_lacks_is_marked(tmp_path):
     _, rows = compared("table2", "shapes", tmp_path)
     assert [row.status for row in rows] == ["not run", "not run", "not on shapes", "not on shapes"]
 
 
-def test_a_finished_run_without_results_by_stage_says_so_in_the_figure(tmp_path):
+def test_the_figure_marks_runs_without_results_by_layer(tmp_path):
     write_run(tmp_path, "bdd100k", "maskdino")
     write_run(tmp_path, "bdd100k", "dimaskdino", first_layer=(20.0, 21.0))
     _, rows = compared("figure1", "bdd100k", tmp_path)
@@ -132,18 +133,12 @@ def test_one_run_fills_its_row_in_every_table(tmp_path):
         assert [cell.ours for cell in rows[row].cells] == [46.5, 41.5]
 
 
-def test_headings_name_the_table_and_the_dataset():
-    assert heading(paper_tables()["table4"], "coco") == "Table 4: Main modules, on COCO"
-    assert heading(paper_tables()["figure1"], "bdd100k").startswith("Figure 1: Imbalance")
-
-
-@pytest.mark.parametrize(("name", "dataset"), [("table1", "coco"), ("table4", "shapes"), ("table8", "bdd100k")])
-def test_a_table_is_drawn_with_what_is_missing(name, dataset, tmp_path):
-    table = paper_tables()[name]
-    write_run(tmp_path, dataset, table.rows[0].experiment, box=0.0, mask=35.0)
-    _, rows = compared(name, dataset, tmp_path)
-    draw_table(table, dataset, rows, tmp_path / "chart.svg")
-    drawn = (tmp_path / "chart.svg").read_text()
-    for text in (heading(table, dataset), "not run", "35.0", "box AP (%)", "mask AP (%)"):
-        assert f"<!-- {text}" in drawn
-    assert ("<!-- paper -->" in drawn) is (dataset != "shapes")
+def test_several_seeds_give_a_mean_and_a_spread(tmp_path):
+    for seed, box in ((1, 29.0), (2, 31.0)):
+        write_run(tmp_path, "bdd100k", "di_only", box=box, mask=25.0, seed=seed)
+    table, rows = compared("table4", "bdd100k", tmp_path, seeds=(1, 2, 3))
+    assert rows[1].status == "2 of 3 seeds finished"
+    # The standard deviation of two numbers is their distance over the root of 2.
+    assert cells(markdown(table, "bdd100k", rows))[1][-2:] == ["30.0 ± 1.4 / 28.8 (+1.2)", "25.0 ± 0.0 / 25.2 (-0.2)"]
+    record = list(csv.DictReader(io.StringIO(to_csv(table, "bdd100k", rows))))[1]
+    assert (record["box AP"], record["box AP spread"]) == ("30.0", "1.4")

@@ -62,10 +62,12 @@ class Criterion(nn.Module):
             terms = [FocalClassLoss(weight=node.CLASS_WEIGHT, num_classes=num_classes, **focal)]
         if node.BOX_LOSS:
             terms.append(BoxLoss(l1_weight=node.BOX_WEIGHT, giou_weight=node.GIOU_WEIGHT))
-        if node.MASK_ON:
+        if node.PREDICT_MASKS:
             terms.append(MaskLoss(ce_weight=node.MASK_WEIGHT, dice_weight=node.DICE_WEIGHT, sampler=sampler))
         elif not node.BOX_LOSS:
-            raise ConfigError("MODEL.MaskDINO.BOX_LOSS and MASK_ON are both False: set one of them, to learn where.")
+            raise ConfigError(
+                "MODEL.MaskDINO.BOX_LOSS and PREDICT_MASKS are both False: set one of them, to learn where."
+            )
         return {
             "terms": terms,
             "matcher": HungarianMatcher(costs),

@@ -89,7 +89,7 @@ class DIMaskDINO(nn.Module):
             "eval_layers": cfg.TEST.EVAL_LAYERS,
             "instance_results": node.TEST.INSTANCE_ON,
             "no_object_class": uses_no_object_class(cfg),
-            "predicts_masks": node.MASK_ON,
+            "predicts_masks": node.PREDICT_MASKS,
         }
 
     @property

@@ -100,10 +100,10 @@ class DeformableEncoder(nn.Module):
     def from_config(cls, cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> dict[str, Any]:
         """Read MODEL.SEM_SEG_HEAD; heads and dropout come from MODEL.MaskDINO."""
         head, node = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.MaskDINO
-        if cls.makes_mask_features != node.MASK_ON:
-            name = "MaskDINOEncoder" if node.MASK_ON else "DeformableEncoder"
+        if cls.makes_mask_features != node.PREDICT_MASKS:
+            name = "MaskDINOEncoder" if node.PREDICT_MASKS else "DeformableEncoder"
             raise ConfigError(
-                f"MODEL.MaskDINO.MASK_ON is {node.MASK_ON}, but MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME "
+                f"MODEL.MaskDINO.PREDICT_MASKS is {node.PREDICT_MASKS}, but MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME "
                 f"{head.PIXEL_DECODER_NAME} makes {'' if cls.makes_mask_features else 'no '}mask features; set it to "
                 f"{name}."
             )

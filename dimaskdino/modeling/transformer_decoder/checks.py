@@ -35,7 +35,8 @@ def check_maskdino(cfg: CfgNode) -> None:
                 box_of_mask and not node.TWO_STAGE
             ),
             "INITIALIZE_BOX_TYPE needs INITIAL_PRED, as in Mask DINO.": box_of_mask and not node.INITIAL_PRED,
-            "INITIALIZE_BOX_TYPE needs MASK_ON: without masks set it to no.": box_of_mask and not node.MASK_ON,
+            "INITIALIZE_BOX_TYPE needs PREDICT_MASKS: without masks set it to no.": box_of_mask
+            and not node.PREDICT_MASKS,
             "DI.RANDOM_POSITION needs TWO_STAGE: the boxes of learned queries would never be trained.": (
                 node.DI.RANDOM_POSITION and not node.TWO_STAGE
             ),
@@ -92,7 +93,7 @@ def check_dimaskdino(cfg: CfgNode) -> None:
                 "BATO.GUIDANCE t_s1 needs TWO_STAGE: learned queries are not selected from tokens.": (
                     guidance == "t_s1" and not node.TWO_STAGE
                 ),
-                "BATO.ENABLED needs MASK_ON: it updates the mask features.": not node.MASK_ON,
+                "BATO.ENABLED needs PREDICT_MASKS: it updates the mask features.": not node.PREDICT_MASKS,
                 "BATO.ENABLED needs HIDDEN_DIM and SEM_SEG_HEAD.MASK_DIM to be equal.": (
                     node.HIDDEN_DIM != cfg.MODEL.SEM_SEG_HEAD.MASK_DIM
                 ),

@@ -68,7 +68,7 @@ class MaskDINODecoder(QueryDecoder):
             "heads": PredictionHeads(
                 dim=dim,
                 num_logits=head.NUM_CLASSES + uses_no_object_class(cfg),
-                mask_dim=head.MASK_DIM if node.MASK_ON else None,
+                mask_dim=head.MASK_DIM if node.PREDICT_MASKS else None,
             ),
             "selection": FirstSelection(dim=dim, initialize_box_type=node.INITIALIZE_BOX_TYPE)
             if node.TWO_STAGE

@@ -252,7 +252,7 @@ def test_bfloat16_weights_predict_almost_the_same_as_float32():
 
 
 NO_MASKS = {"MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME": "DeformableEncoder"}
-BOXES_ALONE = {"MASK_ON": False, "TRANSFORMER_DECODER_NAME": "MaskDINODecoder", "INITIALIZE_BOX_TYPE": "no"}
+BOXES_ALONE = {"PREDICT_MASKS": False, "TRANSFORMER_DECODER_NAME": "MaskDINODecoder", "INITIALIZE_BOX_TYPE": "no"}
 WITH_DI = BOXES_ALONE | {"TRANSFORMER_DECODER_NAME": "DIMaskDINODecoder", "BATO__ENABLED": False}
 
 
@@ -295,11 +295,11 @@ def test_images_without_masks_train_a_model_with_masks(images):
 @pytest.mark.parametrize(
     ("options", "node", "message"),
     [
-        ({}, BOXES_ALONE, "MASK_ON is False.*DeformableEncoder"),
-        (NO_MASKS, {}, "MASK_ON is True.*MaskDINOEncoder"),
-        (NO_MASKS, BOXES_ALONE | {"INITIALIZE_BOX_TYPE": "bitmask"}, "INITIALIZE_BOX_TYPE needs MASK_ON"),
-        (NO_MASKS, WITH_DI | {"BATO__ENABLED": True}, "BATO.ENABLED needs MASK_ON"),
-        (NO_MASKS, BOXES_ALONE | {"BOX_LOSS": False}, "BOX_LOSS and MASK_ON are both False"),
+        ({}, BOXES_ALONE, "PREDICT_MASKS is False.*DeformableEncoder"),
+        (NO_MASKS, {}, "PREDICT_MASKS is True.*MaskDINOEncoder"),
+        (NO_MASKS, BOXES_ALONE | {"INITIALIZE_BOX_TYPE": "bitmask"}, "INITIALIZE_BOX_TYPE needs PREDICT_MASKS"),
+        (NO_MASKS, WITH_DI | {"BATO__ENABLED": True}, "BATO.ENABLED needs PREDICT_MASKS"),
+        (NO_MASKS, BOXES_ALONE | {"BOX_LOSS": False}, "BOX_LOSS and PREDICT_MASKS are both False"),
     ],
     ids=str,
 )

@@ -1,10 +1,12 @@
-"""The picture of the imbalance: whose bars stand in it."""
+"""Which bars and texts the charts show."""
 
 import pytest
 
 from dimaskdino.errors import UserError
-from dimaskdino.reproduction.imbalance import StageResults, draw_imbalance, paper_ends
-from tests.reproduction.fakes import stage
+from dimaskdino.reproduction.charts import StageResults, draw_imbalance, draw_table, paper_ends
+from dimaskdino.reproduction.report import compare
+from dimaskdino.reproduction.tables import find_experiment, paper_tables
+from tests.reproduction.fakes import CONFIGS, open_run, stage, write_run
 
 STAGES = [stage("interm", 5.0, 6.0), stage("initial", 7.0, 8.0), stage("layer.0", 16.0, 21.5), stage("layer.1", 28, 25)]
 
@@ -15,7 +17,7 @@ def drawn(tmp_path, *labels: str, **how) -> str:
     return path.read_text()
 
 
-def test_bars_of_every_run_are_the_first_and_the_last_decoder_layer(tmp_path):
+def test_bars_show_the_first_and_the_last_decoder_layer(tmp_path):
     text = drawn(tmp_path, "one", "two")
     assert text.count("<!-- 16.0 -->") == text.count("<!-- 21.5 -->") == text.count("<!-- 28.0 -->") == 2
     assert text.count("gap −5.5") == text.count("gap +3.0") == 2
@@ -24,22 +26,22 @@ def test_bars_of_every_run_are_the_first_and_the_last_decoder_layer(tmp_path):
     assert "paper" not in text
 
 
-def test_the_papers_bars_stand_beside_those_of_its_models_alone(tmp_path):
+def test_only_the_papers_models_get_its_bars(tmp_path):
     text = drawn(tmp_path, "MaskDINO", "mine", with_paper=True)
     assert text.count("<!-- 16.6 -->") == text.count("<!-- 21.1 -->") == 1
     assert "gap −5.5 (paper −4.5)" in text
     assert "<!-- 21.6 -->" not in text
-    with pytest.raises(UserError, match="MaskDINO and DI-MaskDINO; name the runs so with --labels"):
+    with pytest.raises(UserError, match="MaskDINO and DI-MaskDINO.*--labels"):
         drawn(tmp_path, "mine", with_paper=True)
 
 
-def test_lines_show_every_stage_in_its_order(tmp_path):
+def test_lines_show_every_stage_in_order(tmp_path):
     text = drawn(tmp_path, "one", lines=True)
     places = [text.index(f"<!-- {name} -->") for name in ("interm", "initial", "layer.0", "layer.1")]
     assert places == sorted(places)
 
 
-def test_later_selections_stand_between_the_first_one_and_the_queries(tmp_path):
+def test_later_selections_come_before_the_queries(tmp_path):
     runs = [
         StageResults("two", STAGES),
         StageResults("three", [STAGES[0], stage("selection.2", 6.0, 7.0), *STAGES[1:]]),
@@ -58,7 +60,7 @@ def test_runs_may_differ_in_their_stages(tmp_path):
 
 
 @pytest.mark.parametrize("nothing", [None, float("nan")])
-def test_what_could_not_be_measured_has_no_bar_and_says_so(tmp_path, nothing):
+def test_an_unmeasured_value_is_marked(tmp_path, nothing):
     first = {**stage("layer.0", 16.0, 21.5), "mask_AP": nothing, "gap": nothing}
     path = tmp_path / "figure.svg"
     draw_imbalance([StageResults("one", [STAGES[0], first, STAGES[3]])], path, lines=True)
@@ -68,12 +70,37 @@ def test_what_could_not_be_measured_has_no_bar_and_says_so(tmp_path, nothing):
 
 
 def test_a_run_without_decoder_layers_is_refused(tmp_path):
-    with pytest.raises(UserError, match="hold no decoder layer"):
+    with pytest.raises(UserError, match="one.*--eval-layers all"):
         draw_imbalance([StageResults("one", STAGES[:2])], tmp_path / "figure.png")
 
 
-def test_the_papers_numbers_are_found_by_the_models_name():
+def test_the_papers_numbers_are_found_by_model():
     ends = paper_ends("DI-MaskDINO")
     assert ends is not None
     assert (ends["first/box_AP"], ends["last/mask_AP"], ends["last/gap"]) == (21.6, 25.7, 3.8)
     assert paper_ends("mine") is None
+
+
+@pytest.mark.parametrize(("name", "dataset"), [("table1", "coco"), ("table4", "shapes"), ("table8", "bdd100k")])
+def test_a_table_is_drawn_with_what_is_missing(name, dataset, tmp_path):
+    table = paper_tables()[name]
+    write_run(tmp_path, dataset, table.rows[0].experiment, box=0.0, mask=35.0)
+    runs = {
+        row.experiment: [open_run(tmp_path, row.experiment, dataset)]
+        for row in table.rows
+        if find_experiment(CONFIGS, dataset, row.experiment)
+    }
+    draw_table(table, dataset, compare(table, dataset, runs), tmp_path / "chart.svg")
+    drawn = (tmp_path / "chart.svg").read_text()
+    for text in (table.heading(dataset), "not run", "35.0", "box AP (%)", "mask AP (%)"):
+        assert f"<!-- {text}" in drawn
+    assert ("<!-- paper -->" in drawn) is (dataset != "shapes")
+
+
+def test_several_runs_are_drawn_as_their_mean(tmp_path):
+    runs = []
+    for seed, box in ((1, 20.0), (2, 24.0)):
+        write_run(tmp_path, "bdd100k", "maskdino", first_layer=(box, 21.0), seed=seed)
+        runs.append(open_run(tmp_path, "maskdino", "bdd100k", seed=seed))
+    first = StageResults.of_runs("MaskDINO", runs).ends()["first"]
+    assert first == {"stage": "layer.0", "box_AP": 22.0, "mask_AP": 21.0, "gap": 1.0}
