@@ -65,9 +65,7 @@ class Criterion(nn.Module):
         if node.PREDICT_MASKS:
             terms.append(MaskLoss(ce_weight=node.MASK_WEIGHT, dice_weight=node.DICE_WEIGHT, sampler=sampler))
         elif not node.BOX_LOSS:
-            raise ConfigError(
-                "MODEL.MaskDINO.BOX_LOSS and PREDICT_MASKS are both False: set one of them, to learn where."
-            )
+            raise ConfigError("MODEL.MaskDINO.BOX_LOSS and PREDICT_MASKS are both False; set one of them.")
         return {
             "terms": terms,
             "matcher": HungarianMatcher(costs),
