@@ -253,3 +253,62 @@ def test_the_number_of_objects_is_averaged_over_processes(monkeypatch):
     output, target = DecoderOutput([plain([RIGHT])], [], None), [make_targets([0], [LEFT])]
     shared = criterion(DN="no")(output, target)["loss_bbox"]
     assert shared.item() == pytest.approx(5 * 0.5 / 3)
+
+
+def test_a_stage_costs_the_same_alone_as_among_others():
+    torch.manual_seed(0)
+    features = torch.randn(2, 4, 8, 8)
+    stages = [
+        StagePrediction(
+            stage,
+            torch.randn(2, 3, NUM_CLASSES),
+            torch.rand(2, 3, 4) * 0.5 + 0.25,
+            MaskLogits(torch.randn(2, 3, 4), shared),
+        )
+        for stage, shared in zip(decoder_stages(2, initial=True), (features, features, features + 1), strict=True)
+    ]
+    targets = [make_targets([0, 1], [LEFT, RIGHT]), make_targets([2], [LOWER])]
+    together = criterion(DN="no")(DecoderOutput(stages, [], None), targets)
+    for stage in stages:
+        alone = criterion(DN="no")(DecoderOutput([stage], [], None), targets)
+        for name, value in alone.items():
+            torch.testing.assert_close(together[name], value)
+
+
+def test_masks_in_chunks_cost_the_same(monkeypatch):
+    expected = criterion()(full_output(2), TWO_OBJECTS * 2)
+    monkeypatch.setattr("dimaskdino.modeling.criterion.terms._MASKS_PER_CHUNK", 3)
+    chunked = criterion()(full_output(2), TWO_OBJECTS * 2)
+    for name, value in expected.items():
+        torch.testing.assert_close(chunked[name], value)
+
+
+def test_unsupervised_boxes_cost_nothing_and_still_count_as_objects():
+    output = DecoderOutput([plain([RIGHT, LOWER])], [], None)
+    target = make_targets([0, 1], [LEFT, LOWER])
+    free = replace(target, box_supervised=torch.tensor([False, True]))
+    supervised, some = (criterion(DN="no")(output, [each]) for each in (target, free))
+    assert supervised["loss_bbox"].item() == pytest.approx(5 * 0.5 / 2)
+    assert some["loss_bbox"].item() == pytest.approx(0.0, abs=1e-6)
+    assert some["loss_giou"].item() == pytest.approx(0.0, abs=1e-5)
+    assert some["loss_mask"] == supervised["loss_mask"]
+
+
+def test_alpha_and_gamma_of_the_class_loss_are_keys():
+    output = DecoderOutput([plain([LEFT])], [], None)
+    target = [make_targets([0], [LEFT])]
+    loss = criterion(DN="no", FOCAL_ALPHA=0.5, FOCAL_GAMMA=0.0)(output, target)["loss_ce"]
+    assert loss.item() == pytest.approx(4 * 0.5 * NUM_CLASSES * LN2, rel=1e-5)
+
+
+SEMANTIC = {"SEMANTIC_CE_LOSS": True, "TEST__SEMANTIC_ON": True, "TEST__INSTANCE_ON": False}
+
+
+@pytest.mark.parametrize("weight", [0.1, 1.0])
+def test_softmax_class_loss_is_the_weighted_mean_over_queries(weight):
+    # Of three queries one has an object; a logit of ln 2 gives the last class a probability of 2 in K + 2.
+    logits = [[0.0] * NUM_CLASSES + [math.log(2)]] * 3
+    output = DecoderOutput([make_stage(logits, [LEFT, RIGHT, LOWER])], [], None)
+    loss = criterion(DN="no", NO_OBJECT_WEIGHT=weight, **SEMANTIC)(output, [make_targets([0], [LEFT])])["loss_ce"]
+    total = math.log(NUM_CLASSES + 2) + 2 * weight * math.log((NUM_CLASSES + 2) / 2)
+    assert loss.item() == pytest.approx(4 * total / (1 + 2 * weight), rel=1e-5)
