@@ -62,7 +62,7 @@ class RandomPointSampler:
         count, device = len(logits), logits.device
         candidates = torch.rand(count, self.num_candidates, 2, device=device)
         certainty = sample_points(logits[:, None], candidates)[:, 0].abs()
-        chosen = certainty.topk(self.num_uncertain, dim=1, largest=False).indices
+        chosen = certainty.topk(self.num_uncertain, dim=1, largest=False, sorted=False).indices
         uncertain = candidates.gather(1, chosen[..., None].expand(-1, -1, 2))
         others = torch.rand(count, self.num_points - self.num_uncertain, 2, device=device)
         return torch.cat((uncertain, others), dim=1)
