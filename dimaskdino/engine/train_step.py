@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from dimaskdino.engine.hooks import running_statistics
 from dimaskdino.errors import DatasetError
-from dimaskdino.solver import GradientClipper, check_optimizer_state
+from dimaskdino.solver import GradientClipper, check_optimizer_state, reorder_state
 
 Batch = list[dict[str, Any]]
 
@@ -143,13 +143,21 @@ class TrainStep:
         """Optimizer and loss scale; the trainer saves the iteration."""
         return {"optimizer": self.optimizer.state_dict(), "grad_scaler": self._scaler.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a :meth:`state_dict`; its loss scale is empty if the run did not scale.
+    def load_state_dict(self, state: dict[str, Any], saved_names: Sequence[str] = ()) -> None:
+        """Restore a :meth:`state_dict`.
+
+        Args:
+            state: its loss scale is empty if the run did not scale.
+            saved_names: names of the parameters in the order of the model that was saved, by default the order of this
+                model.
 
         Raises:
             CheckpointError: the state is of another optimizer.
         """
-        check_optimizer_state(self.optimizer, state["optimizer"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        saved = state["optimizer"]
+        if saved_names:
+            saved = reorder_state(self.optimizer, getattr(self.model, "module", self.model), saved, saved_names)
+        check_optimizer_state(self.optimizer, saved)
+        self.optimizer.load_state_dict(saved)
         if self.amp and state["grad_scaler"]:
             self._scaler.load_state_dict(state["grad_scaler"])

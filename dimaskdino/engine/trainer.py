@@ -199,7 +199,9 @@ class Trainer(TrainerBase):
         if "step" not in state_dict:
             raise CheckpointError(f"its training state ({', '.join(state_dict)}) is of another trainer; {NEW_RUN}.")
         super().load_state_dict(state_dict)
-        self.step.load_state_dict(state_dict["step"])
+        self.step.load_state_dict(state_dict["step"], self.checkpointer.loaded_names)
+        # The schedule saved these in the order of the groups.
+        self.scheduler.base_lrs = [group["initial_lr"] for group in self.optimizer.param_groups]
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:

@@ -7,6 +7,7 @@ from dimaskdino.solver.optimizer import (
     build_optimizer,
     check_optimizer_state,
     parameter_groups,
+    reorder_state,
     restored_settings,
     warn_of_kept_settings,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "check_optimizer_state",
     "check_solver",
     "parameter_groups",
+    "reorder_state",
     "restored_settings",
     "warn_of_kept_settings",
 ]

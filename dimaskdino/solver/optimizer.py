@@ -1,7 +1,7 @@
 """The optimizer of the releases: AdamW with a slower backbone and no decay on norms and embeddings."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -127,6 +127,42 @@ class GradientClipper:
         elif self.clip_type == "value":
             nn.utils.clip_grad_value_(parameters, self.limit)
         return norm
+
+
+def reorder_state(
+    optimizer: Optimizer, model: nn.Module, state: dict[str, Any], saved_names: Sequence[str]
+) -> dict[str, Any]:
+    """Match a saved state to parameters that the model now has in another order; torch numbers them by their order.
+
+    Args:
+        optimizer: the optimizer that is to load the state.
+        model: the model of the optimizer.
+        state: the ``state_dict`` of an optimizer.
+        saved_names: names of the parameters in the order of the model that was saved; other names are skipped.
+
+    Returns:
+        The state in the order of ``optimizer``; as it is if its groups are not those of ``optimizer``.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    group_of = {p: index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    saved: dict[int, dict[nn.Parameter, None]] = {}  # by group, in the order of the saved model
+    for parameter in (parameters[name] for name in saved_names if name in parameters):
+        if parameter in group_of:
+            saved.setdefault(group_of[parameter], {})[parameter] = None
+    groups = state["param_groups"]
+    if [len(members) for members in saved.values()] != [len(group["params"]) for group in groups]:
+        return state
+    number: dict[nn.Parameter, int] = {}
+    for members, group in zip(saved.values(), groups, strict=True):
+        number |= zip(members, group["params"], strict=True)
+    saved_group = dict(zip(saved, groups, strict=True))
+    return {
+        "param_groups": [
+            {**saved_group[index], "params": [number[p] for p in group["params"]]}
+            for index, group in enumerate(optimizer.param_groups)
+        ],
+        "state": state["state"],
+    }
 
 
 def check_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:

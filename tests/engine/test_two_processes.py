@@ -13,15 +13,17 @@ from typing import Any
 
 import pytest
 import torch
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
-from torch import Tensor
+from torch import Tensor, nn
 
 from dimaskdino.data.datasets import register_all
 from dimaskdino.data.datasets.shapes_drawing import SHAPES
 from dimaskdino.engine import Trainer, argument_parser, launch
 from dimaskdino.engine.setup import load_config
+from dimaskdino.modeling.meta_arch import DIMaskDINO
 from tests.documentation import REPOSITORY
 
 NUM_ITERATIONS = 3
@@ -37,7 +39,7 @@ OPTIONS = [
     *("DATASETS.SHAPES.IMAGE_SIZE", "64", "DATASETS.SHAPES.NUM_TRAIN", "12", "DATASETS.SHAPES.NUM_VAL", "1"),
     *("INPUT.DATASET_MAPPER_NAME", "coco_instance_detr", "INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.RANDOM_FLIP", "none"),
     *("SOLVER.IMS_PER_BATCH", "4", "SOLVER.MAX_ITER", str(NUM_ITERATIONS), "SOLVER.STEPS", "()"),
-    *("SOLVER.OPTIMIZER", "SGD", "SOLVER.BASE_LR", "0.2", "SOLVER.WARMUP_ITERS", "0"),
+    *("SOLVER.OPTIMIZER", "SGD", "SOLVER.BASE_LR", "0.02", "SOLVER.WARMUP_ITERS", "0"),
     *("DATASETS.TRAIN", "('shapes_pairs',)", "DATASETS.TEST", "()", "DATALOADER.NUM_WORKERS", "0", "SEED", "3"),
 ]
 
@@ -53,6 +55,15 @@ class GridPoints:
     def per_mask(self, logits: Tensor) -> Tensor:
         """(N, 64, 2)."""
         return self.shared(logits.device).expand(len(logits), -1, -1)
+
+
+class GridTrainer(Trainer):
+    """Trains on these points."""
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """The model of the configuration."""
+        return DIMaskDINO(cfg, point_sampler=GridPoints())
 
 
 def images_with_two_objects() -> list[dict[str, Any]]:
@@ -73,9 +84,7 @@ def main(args: argparse.Namespace) -> None:
         DatasetCatalog.register("shapes_pairs", images_with_two_objects)
         MetadataCatalog.get("shapes_pairs").thing_classes = list(SHAPES)
     seed_all_rng(cfg.SEED)
-    trainer = Trainer(cfg)
-    criterion = getattr(trainer.model, "module", trainer.model).criterion
-    criterion.sampler = criterion.matcher.sampler = GridPoints()
+    trainer = GridTrainer(cfg)
     trainer.train()
     if comm.is_main_process():
         histories = trainer.storage.histories().items()

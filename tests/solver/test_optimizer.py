@@ -15,6 +15,7 @@ from dimaskdino.solver import (
     check_optimizer_state,
     check_solver,
     parameter_groups,
+    reorder_state,
     restored_settings,
     warn_of_kept_settings,
 )
@@ -198,6 +199,39 @@ def test_state_of_another_torch_version_is_accepted() -> None:
     check_optimizer_state(build_optimizer(cfg_with(), Parts()), state)
 
 
+class Reordered(Parts):
+    """The same parameters in another order, in which the groups have another order as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("backbone", "head", "tied", "norm"):
+            module = self._modules.pop(name)
+            setattr(self, name, module)
+        self._parameters = dict(reversed(self._parameters.items()))
+
+
+def test_state_follows_the_names_of_the_parameters() -> None:
+    old, new = Parts(), Reordered()
+    optimizer, resumed = (build_optimizer(cfg_with(), model) for model in (old, new))
+    for index, parameter in enumerate(old.parameters()):
+        parameter.grad = torch.full_like(parameter, float(index))
+    optimizer.step()
+    for index, group in enumerate(optimizer.param_groups):
+        group["lr"] = float(index)
+    saved_state, names = optimizer.state_dict(), list(old.state_dict())
+    assert names != list(new.state_dict())
+    resumed.load_state_dict(reorder_state(resumed, new, saved_state, names))
+    for name, parameter in old.named_parameters():
+        if parameter.requires_grad:
+            counterpart = dict(new.named_parameters(remove_duplicate=False))[name]
+            torch.testing.assert_close(resumed.state[counterpart], optimizer.state[parameter], rtol=0, atol=0)
+            assert learning_rate_of(resumed, counterpart) == learning_rate_of(optimizer, parameter)
+
+
+def learning_rate_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> float:
+    return next(group["lr"] for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
+
+
 @pytest.mark.parametrize(
     ("pairs", "message"),
     [
@@ -209,7 +243,8 @@ def test_state_of_another_torch_version_is_accepted() -> None:
 def test_kept_settings_are_warned_of(pairs: list[object], message: list[str], caplog) -> None:
     sgd = ("SOLVER.OPTIMIZER", "SGD")
     kept = restored_settings(build_optimizer(cfg_with(*sgd), Parts()))
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, "dimaskdino"):
+        caplog.clear()
         warn_of_kept_settings(kept, kept)
         assert not caplog.records
         warn_of_kept_settings(restored_settings(build_optimizer(cfg_with(*sgd, *pairs), Parts())), kept)
