@@ -10,8 +10,8 @@ import torch
 from detectron2.utils.events import EventStorage
 
 import dimaskdino
-from dimaskdino.engine.optimizer import GradientClipper, parameter_groups
 from dimaskdino.engine.train_step import TrainStep
+from dimaskdino.solver import GradientClipper, parameter_groups
 from tests.accelerator import DEVICE, accelerator, send
 from tests.tiny_model import ONE_STAGE, sample, tiny_cfg, tiny_model
 

@@ -50,6 +50,8 @@ class Checkpointer(DetectionCheckpointer):
         self.logger = logging.getLogger(__name__)
         self.finetune = bool(checkpointables) if finetune is None else finetune
         self.trust = trust
+        # The loaded file's weights, in the order in which the model had them that saved the file.
+        self.loaded_names: list[str] = []
         self._path = ""
         self._is_resuming = False
 
@@ -138,6 +140,7 @@ class Checkpointer(DetectionCheckpointer):
             weights = self._weights(state, checkpoint.get(AUTHOR))
         except CheckpointError as error:
             raise CheckpointError(f"{self._path}: {error}") from error
+        self.loaded_names = list(weights)
         self.model.load_state_dict(weights, strict=False)
 
     def _weights(self, state: Mapping[str, Tensor], author: str | None) -> dict[str, Tensor]:

@@ -1,16 +1,15 @@
-"""Start the processes of a job: alone, one per GPU as detectron2's launcher does, or as torchrun started them."""
+"""Start the processes of a job: one, one per GPU as detectron2's launcher does, or those that torchrun started."""
 
 import logging
+import multiprocessing
 import os
+import signal
 import sys
 import tempfile
-import time
+import traceback
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -18,31 +17,30 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from dimaskdino.compat import create_local_process_group, leave_process_group, silence_gathering
-from dimaskdino.engine.failures import Failure, end_process, one_line, read_failures, report_failure
 from dimaskdino.errors import USER_ERROR_STATUS, UserError
 
 Main = Callable[[Namespace], object]
 
 TIMEOUT = timedelta(minutes=30)
-GRACE_S = 5.0  # for the other processes to say what they met, once one has failed
 
 
 def launch(main: Main, args: Namespace, *, cpu_processes: int = 1) -> None:
     """Run ``main(args)`` in every process of the job.
 
-    ``args.num_gpus`` (per machine; None means one where there is one) is replaced by the number that is used.
-    Under torchrun its processes are the job's, on GPUs where there are any and ``--num-gpus`` is not 0.
-    A :class:`UserError` of any process ends the program with one line on stderr and exit status 2.
+    ``args.num_gpus`` (per machine; None means one if there is one) is replaced by the number that is used.
+    Under torchrun, its processes are the job's. They use GPUs if there are any and ``--num-gpus`` is not 0.
+    A :class:`UserError` in any process ends the program with one line on stderr and exit status 2.
 
     Args:
-        main: what every process does; with several processes a function of a module's top level.
-        args: of the command line.
-        cpu_processes: how many processes to start on this machine where no GPU is used; they share its cores.
+        main: what every process does; with several processes, a function at the top level of a module.
+        args: the parsed command line.
+        cpu_processes: number of processes to start on this machine if it uses no GPU; they share its cores.
     """
+    if _under_torchrun():
+        local_rank = int(os.environ["LOCAL_RANK"])
+        _run_in_job(main, args, num_local=int(os.environ["LOCAL_WORLD_SIZE"]), local_rank=local_rank)
+        return
     try:
-        if _under_torchrun():
-            _run_under_torchrun(main, args)
-            return
         args.num_gpus = _num_gpus(args.num_gpus)
         num_local = args.num_gpus or cpu_processes
         if num_local * args.num_machines == 1:
@@ -50,12 +48,22 @@ def launch(main: Main, args: Namespace, *, cpu_processes: int = 1) -> None:
         else:
             _spawn(main, args, num_local)
     except UserError as error:
-        _exit_with(error)
+        _print_user_error(error)
+        sys.exit(USER_ERROR_STATUS)
 
 
-def _exit_with(error: UserError) -> NoReturn:
-    sys.stderr.write(f"error: {one_line(error)}\n")
-    sys.exit(USER_ERROR_STATUS)
+def num_cores() -> int:
+    """Number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def one_line(error: BaseException) -> str:
+    """The message of ``error`` in one line, without the traceback that a data-loader worker wraps it in."""
+    message = str(error).strip()
+    if "Original Traceback" in message:
+        # The last line of a traceback is "module.ClassName: message".
+        message = message.splitlines()[-1].partition(": ")[2]
+    return " ".join(message.split())
 
 
 def _num_gpus(asked: int | None) -> int:
@@ -64,129 +72,146 @@ def _num_gpus(asked: int | None) -> int:
         return min(1, available)
     if asked < 0 or asked > available:
         raise UserError(
-            f"--num-gpus {asked}, but this machine has {available}; "
+            f"--num-gpus is {asked}, but this machine has {available}; "
             f"give a number from 0 (train on the CPU) to {available}."
         )
     return asked
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _under_torchrun() -> bool:
     return {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= os.environ.keys()
 
 
-def _run_under_torchrun(main: Main, args: Namespace) -> None:
-    _join_torchrun(args)
-    try:
-        main(args)
-    except UserError as error:
-        rank = f" (process {dist.get_rank()})" if dist.get_rank() else ""
-        sys.stderr.write(f"error{rank}: {one_line(error)}\n")
-        end_process(USER_ERROR_STATUS)
-    leave_process_group()
-
-
-def _join_torchrun(args: Namespace) -> None:
-    num_local = int(os.environ["LOCAL_WORLD_SIZE"])
+def _num_gpus_under_torchrun(asked: int | None, num_local: int) -> int:
     available = torch.cuda.device_count()
-    args.num_gpus = 0 if args.num_gpus == 0 or available == 0 else num_local
-    if args.num_gpus > available:
+    if asked == 0 or available == 0:
+        return 0
+    if num_local > available:
         raise UserError(
             f"torchrun started {num_local} processes on a machine with {available} GPUs; "
             f"use --nproc_per_node {available}, or --num-gpus 0 to train on the CPU."
         )
-    _join(num_local=num_local, local_rank=int(os.environ["LOCAL_RANK"]), on_gpu=args.num_gpus > 0)
+    return num_local
 
 
-def _join(*, num_local: int, local_rank: int, on_gpu: bool, **init_options: Any) -> None:
+def _spawn(main: Main, args: Namespace, num_local: int) -> None:
+    """Start the processes of this machine and wait for them; if one fails, end the others and exit."""
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # It warns of each process that it ends.
+    with tempfile.TemporaryDirectory() as folder:
+        job = {"world_size": num_local * args.num_machines, "init_method": _dist_url(args, folder)}
+        context = mp.spawn(_worker, args=(main, args, num_local, job), nprocs=num_local, join=False)
+        try:
+            while not context.join():
+                pass
+        except mp.ProcessExitedException as error:
+            codes = [process.exitcode or 0 for process in context.processes]
+            if USER_ERROR_STATUS in codes:
+                sys.exit(USER_ERROR_STATUS)  # That process has printed its error.
+            _exit_after_crash(codes, str(error))
+
+
+def _worker(local_rank: int, main: Main, args: Namespace, num_local: int, job: dict[str, Any]) -> None:
+    rank = num_local * args.machine_rank + local_rank
+    _run_in_job(main, args, num_local=num_local, local_rank=local_rank, rank=rank, **job)
+
+
+def _exit_after_crash(codes: list[int], otherwise: str) -> NoReturn:
+    """Name the processes that were killed or aborted, which could not print anything; the launcher sends SIGTERM."""
+    killed = [f"process {rank} was ended by signal {-code}" for rank, code in enumerate(codes) if code < 0]
+    crashed = [line for line in killed if not line.endswith(f" {signal.SIGTERM:d}")]
+    hint = " (Linux sends signal 9 when memory runs out)" if -signal.SIGKILL in codes else ""
+    sys.stderr.write(f"error: {'; '.join(crashed) or otherwise}{hint}\n")
+    sys.exit(1)
+
+
+def _run_in_job(main: Main, args: Namespace, *, num_local: int, local_rank: int, **job: Any) -> None:
+    """Join the job as one of its processes, run ``main``, and leave the job; a failure ends this process at once."""
+    try:
+        if _under_torchrun():
+            args.num_gpus = _num_gpus_under_torchrun(args.num_gpus, num_local)
+        _join(num_local=num_local, local_rank=local_rank, on_gpu=args.num_gpus > 0, **job)
+        main(args)
+        leave_process_group()
+    except BaseException as error:  # noqa: BLE001 (the process ends)
+        # The launcher ends all processes once one has failed; this one reports its error first.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _report(error, num_local, local_rank)
+        _end_process(_exit_status(error))
+
+
+def _join(*, num_local: int, local_rank: int, on_gpu: bool, **job: Any) -> None:
     if on_gpu:
         torch.cuda.set_device(local_rank)
     else:
-        # Threads beyond the cores wait for each other instead of computing.
+        # More threads than cores would wait for each other instead of computing.
         torch.set_num_threads(max(1, min(torch.get_num_threads(), num_cores() // num_local)))
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, **init_options)
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, **job)
     create_local_process_group(num_local)
     silence_gathering()
 
 
-def _spawn(main: Main, args: Namespace, num_local: int) -> None:
-    """Start this machine's processes and wait for them; a user error among them, or else the first error, is raised."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        url = _dist_url(args, name)
-        context = mp.spawn(_worker, args=(main, args, num_local, url, folder), nprocs=num_local, join=False)
-        crashed = _wait_for_failure(context.processes)
-        try:
-            while not context.join():
-                pass
-        except (mp.ProcessRaisedException, mp.ProcessExitedException):
-            failures = read_failures(folder)
-            if not failures:
-                raise
-            _raise_failure(failures[0], context.processes, crashed)
+def _report(error: BaseException, num_local: int, local_rank: int) -> None:
+    """Print why this process failed, if it is the first of this machine; others fail because they lost it."""
+    if isinstance(error, SystemExit | KeyboardInterrupt) or not _is_first_failure(num_local, local_rank):
+        return
+    if isinstance(error, UserError):
+        _print_user_error(error)
+    else:
+        traceback.print_exception(error)
 
 
-def _wait_for_failure(processes: Sequence[BaseProcess]) -> list[int]:
-    """Return once all have ended, or one has failed and the others have had time to; they may wait for it forever.
-
-    Returns:
-        the processes that were killed or aborted, by their place in ``processes``.
-    """
-    running = list(processes)
-    deadline: float | None = None
-    while running and (deadline is None or time.monotonic() < deadline):
-        ended = wait(
-            [process.sentinel for process in running], None if deadline is None else deadline - time.monotonic()
-        )
-        for process in running:
-            if process.sentinel in ended:
-                process.join()
-        running = [process for process in running if process.sentinel not in ended]
-        if deadline is None and any(process.exitcode for process in processes):
-            deadline = time.monotonic() + GRACE_S
-    return [place for place, process in enumerate(processes) if (process.exitcode or 0) < 0]
-
-
-def _raise_failure(failure: Failure, processes: Sequence[BaseProcess], crashed: list[int]) -> NoReturn:
-    """Raise the error of a process here; the processes that crashed could not report anything themselves."""
-    if failure.is_user_error:
-        raise UserError(failure.text) from None
-    lines = [f"\n\n-- Process {place} was ended by signal {-(processes[place].exitcode or 0)}" for place in crashed]
-    message = f"\n\n-- Process {failure.local_rank} terminated with the following error:\n{failure.text}"
-    pid = processes[failure.local_rank].pid or 0
-    raise mp.ProcessRaisedException("".join([*lines, message]), failure.local_rank, pid) from None
-
-
-def _worker(local_rank: int, main: Main, args: Namespace, num_local: int, url: str, folder: Path) -> None:
+def _is_first_failure(num_local: int, local_rank: int) -> bool:
+    """Count the failures of this machine in the job's store; before there is a job, process 0 reports."""
+    if not dist.is_initialized():
+        return local_rank == 0
     try:
-        _join(
-            num_local=num_local,
-            local_rank=local_rank,
-            on_gpu=args.num_gpus > 0,
-            init_method=url,
-            world_size=num_local * args.num_machines,
-            rank=num_local * args.machine_rank + local_rank,
-        )
-        main(args)
-        leave_process_group()
-    except Exception as error:  # noqa: BLE001 (the parent raises it)
-        report_failure(folder, local_rank, error)
-        end_process(USER_ERROR_STATUS if isinstance(error, UserError) else 1)
+        store = dist.distributed_c10d._get_default_store()
+        return store.add(f"failures of machine {dist.get_rank() // num_local}", 1) == 1
+    except RuntimeError:  # The process that keeps the store has ended.
+        return True
+
+
+def _print_user_error(error: UserError) -> None:
+    sys.stderr.write(f"error: {one_line(error)}\n")
+
+
+def _exit_status(error: BaseException) -> int:
+    if isinstance(error, UserError):
+        return USER_ERROR_STATUS
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    return 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+
+
+def _end_process(status: int) -> NoReturn:
+    """End this process of a job at once and leave its process groups as they are.
+
+    Other processes may be waiting for this one in a collective. Destroying a group may wait for them in turn, and a
+    group that is still alive when the interpreter exits sometimes aborts the process (a traceback holds the model,
+    which holds the group). So the interpreter does not exit; the operating system closes the connections, which tells
+    the other processes.
+    """
+    try:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Data-loader workers would live on for seconds. PyTorch takes the end of a worker for an error.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for child in multiprocessing.active_children():
+            child.terminate()
+    finally:
+        os._exit(status)
 
 
 def _dist_url(args: Namespace, folder: str) -> str:
-    """Where the processes meet: as given, or on one machine a file in ``folder``, which no other job can be using.
+    """The address where the processes meet: the one given, or a file in ``folder``, which no other job uses.
 
-    A port that is free when it is asked for may be taken when it is used.
+    A port that is free now may be taken by the time it is used.
     """
     if args.dist_url != "auto":
         if args.num_machines > 1 and args.dist_url.startswith("file://"):
             logging.getLogger(__name__).warning("A file:// --dist-url is unreliable between machines; prefer tcp://.")
         return args.dist_url
     if args.num_machines > 1:
-        raise UserError("--dist-url auto works on one machine alone; give tcp://HOST:PORT of the first machine.")
+        raise UserError("--dist-url auto works on one machine only; give tcp://HOST:PORT of the first machine.")
     return f"file://{folder}/rendezvous"

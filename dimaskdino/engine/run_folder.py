@@ -1,34 +1,109 @@
-"""The folder of a run: what an earlier run left there, and the record of this one."""
+"""The folder of a run (OUTPUT_DIR): its logs and records, and what an earlier run left there."""
 
+import contextlib
+import errno
 import itertools
 import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from detectron2.config import CfgNode
-from detectron2.utils.events import EventWriter, JSONWriter
+from detectron2.utils import comm
+from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter, get_event_storage
+
+from dimaskdino.checkpoint import Checkpointer
+from dimaskdino.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
+LOG_FILE = "log.txt"
 METRICS_FILE = "metrics.json"
 LAST_CHECKPOINT_FILE = "last_checkpoint"
 
+LOGGERS = ("dimaskdino", "detectron2", "fvcore")
+# What these log below a warning is for people; what else detectron2 logs goes to log.txt only.
+ON_CONSOLE = (
+    "dimaskdino",
+    "detectron2.data.build",
+    "detectron2.engine",
+    "detectron2.evaluation.evaluator",
+)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-class MetricsWriter(EventWriter):
-    """detectron2's JSONWriter to ``folder``/metrics.json that opens it with the first record.
 
-    A run that ends before that leaves no file, and the file of an earlier run can be moved until then.
+class _Console(logging.StreamHandler):
+    """Writes to stdout what a person wants to see."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stdout)
+        self.setLevel(logging.INFO)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.WARNING or record.name.startswith(ON_CONSOLE)
+
+    def format(self, record: logging.LogRecord) -> str:
+        level = f"{record.levelname}: " if record.levelno >= logging.WARNING else ""
+        self.setFormatter(logging.Formatter(f"[%(asctime)s] {level}%(message)s", datefmt="%m/%d %H:%M:%S"))
+        return super().format(record)
+
+
+class _LogFile(logging.FileHandler):
+    """Appends everything to a file; a full disk costs records, but no traceback for each."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, encoding="utf-8")
+        form = "[%(asctime)s] %(name)s %(levelname)s: %(message)s"
+        self.setFormatter(logging.Formatter(form, datefmt="%m/%d %H:%M:%S"))
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        if not _is_no_space(sys.exc_info()[1]):
+            super().handleError(record)
+
+
+def setup_loggers(folder: Path, rank: int) -> None:
+    """Log to ``folder``/log.txt, on the main process also to the console; replaces the handlers of an earlier call.
+
+    Args:
+        folder: made if it does not exist.
+        rank: of this process; other processes than the main one log to log.txt.rankN.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    handlers: list[logging.Handler] = [_LogFile(folder / (f"{LOG_FILE}.rank{rank}" if rank else LOG_FILE))]
+    if rank == 0:
+        handlers.append(_Console())
+    for name in LOGGERS:
+        to_set_up = logging.getLogger(name)
+        to_set_up.setLevel(logging.DEBUG)
+        to_set_up.propagate = False
+        for earlier in [handler for handler in to_set_up.handlers if isinstance(handler, _Console | _LogFile)]:
+            to_set_up.removeHandler(earlier)
+            earlier.close()
+        for handler in handlers:
+            to_set_up.addHandler(handler)
+    # detectron2's loop logs a traceback of every error; the launcher prints a user error in one line.
+    logging.getLogger("detectron2.engine.train_loop").addFilter(_is_no_user_error)
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / METRICS_FILE
-        self._writer: JSONWriter | None = None
+
+def _is_no_user_error(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and isinstance(record.exc_info[1], UserError))
+
+
+class OnFirstRecord(EventWriter):
+    """A writer that opens its file with the first record, so that a run that fails before leaves no empty file."""
+
+    def __init__(self, open_writer: Callable[[], EventWriter]) -> None:
+        self._open = open_writer
+        self._writer: EventWriter | None = None
 
     def write(self) -> None:
-        """Append what is new as lines of JSON."""
-        if self._writer is None:
-            self._writer = JSONWriter(str(self._path))
-        self._writer.write()
+        """Write the new records."""
+        if self._writer is None and get_event_storage().latest():
+            self._writer = self._open()
+        if self._writer is not None:
+            self._writer.write()
 
     def close(self) -> None:
         """Close the file."""
@@ -36,11 +111,19 @@ class MetricsWriter(EventWriter):
             self._writer.close()
 
 
-def set_earlier_run_aside(folder: Path) -> None:
-    """Make ``folder`` one in which a training starts anew, with a warning where it holds an earlier run.
+def build_writers(folder: Path) -> list[EventWriter]:
+    """Writers of metrics.json and of TensorBoard events."""
+    return [
+        OnFirstRecord(lambda: JSONWriter(str(folder / METRICS_FILE))),
+        OnFirstRecord(lambda: TensorboardXWriter(str(folder))),
+    ]
 
-    Without its last_checkpoint a later --resume cannot go on from the earlier run; its records get a name of their own.
-    No record and no weights are deleted.
+
+def set_earlier_run_aside(folder: Path) -> None:
+    """Prepare ``folder`` for a new training, with a warning if it holds an earlier run.
+
+    last_checkpoint is removed, so that a later --resume cannot go on from the earlier run, and metrics.json gets
+    another name. No record and no weights are deleted.
     """
     last, metrics = folder / LAST_CHECKPOINT_FILE, folder / METRICS_FILE
     if last.is_file():
@@ -54,12 +137,61 @@ def set_earlier_run_aside(folder: Path) -> None:
     if metrics.is_file() and metrics.stat().st_size:
         moved = next(path for n in itertools.count(1) if not (path := folder / f"metrics.{n}.json").exists())
         metrics.rename(moved)
-        logger.warning("The earlier records of %s are now %s.", metrics, moved.name)
+        logger.warning("The earlier records in %s are now in %s.", metrics, moved.name)
 
 
 def write_config(cfg: CfgNode, folder: Path) -> None:
-    """Write the whole configuration to ``folder``/config.yaml; the folder is made."""
+    """Write the complete configuration to ``folder``/config.yaml; the folder is made if it does not exist."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / CONFIG_FILE
     path.write_text(cfg.dump(), encoding="utf-8")
-    logger.info("The whole configuration is in %s", path)
+    logger.info("The complete configuration is in %s", path)
+
+
+def check_same_checkpoint(checkpointer: Checkpointer, *, resume: bool) -> None:
+    """Check that all processes start from the same checkpoint; all of them must call this.
+
+    Each process looks for the last checkpoint itself, and only the main process writes it. If machines do not share
+    the folder, those without a checkpoint would train another model.
+
+    Raises:
+        UserError: in every process.
+    """
+    found = comm.all_gather(_find_checkpoint(checkpointer) if resume else "was not given --resume")
+    if len(set(found)) > 1:
+        who = ", ".join(f"process {found.index(what)} {what}" for what in dict.fromkeys(found))
+        raise UserError(
+            f"--resume: the processes of this job would start from different checkpoints in OUTPUT_DIR "
+            f"{checkpointer.save_dir}: {who}. OUTPUT_DIR must be a folder that all machines share."
+        )
+
+
+def _find_checkpoint(checkpointer: Checkpointer) -> str:
+    if not checkpointer.has_checkpoint():
+        return "finds none"
+    path = checkpointer.get_checkpoint_file()
+    missing = "" if checkpointer.path_manager.isfile(path) else ", which does not exist"
+    return f"finds {os.path.basename(path)}{missing}"
+
+
+@contextlib.contextmanager
+def full_disk_in_one_line(folder: Path) -> Iterator[None]:
+    """Turn an error for want of disk space into a :class:`UserError`."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if not _is_no_space(error):
+            raise
+        raise UserError(
+            f"No space is left for {folder} (OUTPUT_DIR): the disk or a quota is full. Free space, then go on from the "
+            "last checkpoint with --resume."
+        ) from error
+
+
+def _is_no_space(error: BaseException | None) -> bool:
+    """Whether a full disk caused ``error``; torch raises an error of its own while it handles the system's."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -1,4 +1,4 @@
-"""From the command line to a frozen configuration, a run directory, loggers and seeds."""
+"""From the command line to a frozen configuration, a run folder, loggers and seeds."""
 
 import argparse
 import contextlib
@@ -8,27 +8,30 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from logging.handlers import MemoryHandler
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
-from detectron2.engine import default_argument_parser
+from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
-from detectron2.utils.logger import setup_logger
 
 from dimaskdino.command_line import add_import_flag, import_modules
 from dimaskdino.config import Config, get_cfg, report_unused_keys
+from dimaskdino.cpu import keep_freed_memory
 from dimaskdino.data.checks import check_datasets
-from dimaskdino.engine.cpu_memory import keep_freed_memory
+from dimaskdino.engine.run_folder import setup_loggers
 from dimaskdino.errors import ConfigError, UserError, check_choice, file_errors_told_in_one_line
+from dimaskdino.modeling.registry import get_registered
+from dimaskdino.solver import check_solver
 
 logger = logging.getLogger(__name__)
 
 FLOAT32_PRECISIONS = ("highest", "high", "medium")
 
 EXAMPLES = """
-Without --num-gpus, one GPU is used where there is one, else the CPU; --num-gpus 0 always means the CPU.
+Without --num-gpus, one GPU is used if there is one, else the CPU; --num-gpus 0 always means the CPU.
 
   train on 8 GPUs      train_net.py --config-file FILE --num-gpus 8
   change keys          train_net.py --config-file FILE SOLVER.BASE_LR 0.0002 OUTPUT_DIR output/run
@@ -40,56 +43,86 @@ Without --num-gpus, one GPU is used where there is one, else the CPU; --num-gpus
 """
 
 
-def argument_parser() -> argparse.ArgumentParser:
-    """detectron2's command line, ``--eval-layers`` and ``--import``; ``num_gpus`` is None where it is not given.
+class CommandLine(argparse.ArgumentParser):
+    """Parses a command line and says what to do if nothing is given, or a key of the configuration as a flag."""
 
-    ``--dist-url`` is "auto" by default: detectron2's is a port that depends on the user alone, so that a second job on
-    the same machine would fail.
+    # Flags of other programs whose keys have another name.
+    KEYS = {"BATCH_SIZE": "IMS_PER_BATCH", "LR": "BASE_LR", "LEARNING_RATE": "BASE_LR", "EPOCHS": "MAX_ITER"}
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse ``args``, by default the program's."""
+        if args is None and not sys.argv[1:]:
+            self.error("give --config-file FILE, for example configs/coco/dimaskdino_r50_12ep.yaml; see --help.")
+        return super().parse_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with usage, message and status 2."""
+        if message.startswith("unrecognized arguments: --"):
+            flag = message.split()[2].partition("=")[0]
+            name = flag.lstrip("-").replace("-", "_").upper()
+            try:
+                get_cfg().merge_from_list([self.KEYS.get(name, name), ""])
+            except ConfigError as error:
+                message = f"there is no flag {flag}; keys follow the flags as KEY VALUE, without dashes. {error}"
+        super().error(message)
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """detectron2's command line plus ``--eval-layers`` and ``--import``.
+
+    ``num_gpus`` is None unless given. ``--dist-url`` is "auto" by default: detectron2's default is a port that depends
+    on the user only, so a second job on the same machine would fail.
     """
-    parser = default_argument_parser(epilog=EXAMPLES)
-    parser.set_defaults(num_gpus=None, dist_url="auto")
-    parser.add_argument(
-        "--eval-layers",
-        metavar="STAGES",
-        default="",
-        help='also evaluate after these stages: "all", or names such as layer.0,layer.5 (TEST.EVAL_LAYERS)',
-    )
+    parser = CommandLine(epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--config-file", default="", metavar="FILE", help="configuration")
+    add("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR")
+    add("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS, with --resume the last checkpoint")
+    add("--eval-layers", default="", metavar="STAGES", help="evaluate after these stages too: all, or layer.0,layer.5")
     add_import_flag(parser)
+    add("--num-gpus", type=int, metavar="N", help="number of GPUs of this machine")
+    add("--num-machines", type=int, default=1, metavar="N", help="number of machines")
+    add("--machine-rank", type=int, default=0, metavar="N", help="number of this machine, from 0 on")
+    add("--dist-url", default="auto", metavar="URL", help="where the processes meet; tcp://HOST:PORT of machine 0")
+    add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="keys of the configuration and their values")
     return parser
 
 
 def setup(args: Namespace) -> Config:
-    """Import what ``--import`` names, read the configuration, check it against datasets and job, prepare the folder.
+    """Import the modules of ``--import``, read and check the configuration, prepare the run folder, check the datasets.
 
     Args:
-        args: what :func:`argument_parser` returns, after :func:`dimaskdino.engine.launch`.
+        args: the result of :func:`argument_parser`, after :func:`dimaskdino.engine.launch` has completed it.
 
     Returns:
         The frozen configuration of this process.
 
     Raises:
         UserError: a module that does not exist, an unknown key or value, a dataset that is missing or does not fit, a
-            batch that cannot be divided, a file or folder that cannot be read or written.
+            batch that the processes cannot share, a file or folder that cannot be read or written.
     """
     import_modules(args.modules)
     with file_errors_told_in_one_line():
-        with _held_log_records():
+        with _held_log_records() as held:
             cfg = load_config(args)
-            _place(cfg, args.num_gpus)
-            if not args.eval_only:
-                _check_solver(cfg)
-            if cfg.MODEL.DEVICE == "cpu":
-                keep_freed_memory()
+            _set_device(cfg, args.num_gpus)
+            _check(cfg, train=not args.eval_only)
             _set_float32_precision(cfg)
-            report_unused_keys(cfg)
             cfg.freeze()
-            _prepare_run(cfg, eval_only=args.eval_only)
+        _prepare_folder(Path(cfg.OUTPUT_DIR))
+        for record in held.buffer:
+            logging.getLogger(record.name).handle(record)
+        seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
+        if cfg.MODEL.DEVICE == "cpu":
+            keep_freed_memory()
+        if not args.eval_only:
+            torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
         _check_datasets_once(cfg, train=not args.eval_only)
     return cfg
 
 
 def load_config(args: Namespace) -> Config:
-    """The keys of ``--config-file``, then of ``KEY VALUE``, then of the shortcuts."""
+    """The keys of ``--config-file``, then of ``KEY VALUE``, then of the flags that set keys."""
     cfg = get_cfg()
     if args.config_file:
         cfg.merge_from_file(args.config_file)
@@ -99,77 +132,51 @@ def load_config(args: Namespace) -> Config:
     return cfg
 
 
-def _place(cfg: Config, num_gpus: int) -> None:
-    """Set MODEL.DEVICE to where this job runs."""
+def _set_device(cfg: Config, num_gpus: int) -> None:
+    """Set MODEL.DEVICE to the device of this job."""
     on_cpu = cfg.MODEL.DEVICE == "cpu"
     if num_gpus == 0 and not on_cpu:
         cfg.MODEL.DEVICE = "cpu"
         logger.info("No GPU is used: MODEL.DEVICE is set to cpu.")
     elif on_cpu and comm.get_world_size() > 1 and num_gpus:
-        raise ConfigError("MODEL.DEVICE cpu with several GPU processes; give --num-gpus 0, or remove the key.")
+        raise ConfigError("MODEL.DEVICE is cpu, but the processes use GPUs; give --num-gpus 0, or remove the key.")
 
 
-def _check_solver(cfg: Config) -> None:
-    solver = cfg.SOLVER
-    if solver.MAX_ITER < 1:
-        raise ConfigError(f"SOLVER.MAX_ITER is {solver.MAX_ITER}; it must be at least 1.")
-    _check_steps(list(solver.STEPS))
-    if solver.CHECKPOINT_PERIOD < 0:
-        raise ConfigError(
-            f"SOLVER.CHECKPOINT_PERIOD is {solver.CHECKPOINT_PERIOD}; it must be at least 0, which means the last "
-            "checkpoint alone."
-        )
-    if solver.REFERENCE_WORLD_SIZE < 0:
-        raise ConfigError(f"SOLVER.REFERENCE_WORLD_SIZE is {solver.REFERENCE_WORLD_SIZE}; it must be at least 0.")
-    # The trainer scales the batch from the processes of the reference to those of the job.
-    sharing = solver.REFERENCE_WORLD_SIZE or comm.get_world_size()
-    if solver.IMS_PER_BATCH < 1 or solver.IMS_PER_BATCH % sharing:
-        of = "SOLVER.REFERENCE_WORLD_SIZE" if solver.REFERENCE_WORLD_SIZE else "this job"
-        raise ConfigError(
-            f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} (images per step over all processes) "
-            f"is not a multiple of the {sharing} processes of {of}."
-        )
-
-
-def _check_steps(steps: list[Any]) -> None:
-    whole = all(type(step) is int for step in steps)
-    if not whole or steps != sorted({*steps}) or min(steps, default=1) < 1:
-        raise ConfigError(
-            f"SOLVER.STEPS is {tuple(steps)}; it must be iterations from 1 on, each later than the one before, or () "
-            "for none."
-        )
+def _check(cfg: Config, *, train: bool) -> None:
+    """Check what can be checked without data."""
+    if train:
+        check_solver(cfg, comm.get_world_size())
+    meta_arch = get_registered(META_ARCH_REGISTRY, cfg.MODEL.META_ARCHITECTURE, "MODEL.META_ARCHITECTURE")
+    if hasattr(meta_arch, "check_config"):
+        meta_arch.check_config(cfg, train=train)
+    report_unused_keys(cfg)
 
 
 def _set_float32_precision(cfg: Config) -> None:
-    """Have torch multiply float32 matrices as FLOAT32_PRECISION asks; a newer detectron2's default_setup does so."""
+    """Set the precision of float32 matrix products (FLOAT32_PRECISION), as a newer detectron2's default_setup does."""
     precision = cfg.FLOAT32_PRECISION
     if not precision:
         return
     check_choice("FLOAT32_PRECISION", precision, FLOAT32_PRECISIONS)
     torch.set_float32_matmul_precision(precision)
-    logger.info("Matrix products of float32 are of %s precision.", precision)
+    logger.info("Matrix products of float32 have %s precision.", precision)
 
 
-def _prepare_run(cfg: Config, *, eval_only: bool) -> None:
-    """Make the run directory with log.txt, and seed this process.
+def _prepare_folder(folder: Path) -> None:
+    """Make the run folder with log.txt.
 
-    detectron2's default_setup does the same, prints the whole configuration in colour, to the log file too, and writes
-    config.yaml, also of what then fails. Here the trainer writes it once the run begins.
+    detectron2's default_setup does the same, but it also prints the whole configuration, and writes config.yaml even if
+    the run then fails to start. Here the trainer writes it when the run begins.
     """
-    rank = comm.get_rank()
-    os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
-    for name in ("fvcore", "detectron2", "dimaskdino"):
-        setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name=name)
-    logging.getLogger("detectron2.engine.train_loop").addFilter(_is_no_user_error)
-    logger.info("Process %d of %d; environment:\n%s", rank, comm.get_world_size(), collect_env_info())
-    logger.info("Command line: %s", " ".join(sys.argv))
-    seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + rank)
-    if not eval_only:
-        torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
+    setup_loggers(folder, comm.get_rank())
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"OUTPUT_DIR {folder} is not writable; change its permissions, or set another OUTPUT_DIR.")
+    logger.debug("Process %d of %d; environment:\n%s", comm.get_rank(), comm.get_world_size(), collect_env_info())
+    logger.debug("Command line: %s", " ".join(sys.argv))
 
 
 def _check_datasets_once(cfg: Config, *, train: bool) -> None:
-    """Check on the main process first: it may be the one that generates a dataset, the others then find it."""
+    """Check on the main process first: it may generate a dataset that the others then find."""
     if not comm.is_main_process():
         comm.synchronize()
     check_datasets(cfg, train=train)
@@ -178,20 +185,13 @@ def _check_datasets_once(cfg: Config, *, train: bool) -> None:
 
 
 @contextlib.contextmanager
-def _held_log_records() -> Iterator[None]:
-    """Keep what the package logs before its loggers exist, and log it once they do."""
+def _held_log_records() -> Iterator[MemoryHandler]:
+    """Keep what the package logs before its loggers exist."""
     package = logging.getLogger("dimaskdino")
     held = MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1)
     package.addHandler(held)
     package.setLevel(logging.INFO)
     try:
-        yield
+        yield held
     finally:
         package.removeHandler(held)
-    for record in held.buffer:
-        package.handle(record)
-
-
-def _is_no_user_error(record: logging.LogRecord) -> bool:
-    """Filter for detectron2's loop, which logs a traceback; the launcher tells a user error in one line."""
-    return not (record.exc_info and isinstance(record.exc_info[1], UserError))

@@ -1,7 +1,8 @@
-"""One optimisation step: losses, gradients, clipping, update, and the record of what happened."""
+"""One optimization step: losses, gradients, clipping, update, and the record of what happened."""
 
+import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,24 +12,23 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dimaskdino.engine.optimizer import GradientClipper
-from dimaskdino.engine.resuming import check_optimizer_state
+from dimaskdino.engine.hooks import running_statistics
 from dimaskdino.errors import DatasetError
+from dimaskdino.solver import GradientClipper, check_optimizer_state, reorder_state
 
 Batch = list[dict[str, Any]]
 
 
 class TrainStep:
-    """Trains ``model`` by one batch per call of :meth:`run_step`, in fp32 or with fp16 autocast and loss scaling.
+    """Trains ``model`` on one batch per call of :meth:`run_step`, in fp32 or with fp16 autocast and loss scaling.
 
-    detectron2's DefaultTrainer calls it ``_trainer``. The losses are averaged over the processes for the record, so
-    the model must return the same terms in every process.
+    The recorded losses are averages over the processes, so the model must return the same terms in every process.
 
     Args:
         model: maps a batch to ``{name: weighted scalar loss}`` in training mode; may be wrapped for distribution.
-        data_loader: yields batches for ever; may be set later, before the first step.
-        optimizer: over the parameters of ``model``.
-        clipper: limits the gradients once they are unscaled.
+        data_loader: yields batches forever; may be set later, before the first step.
+        optimizer: optimizes the parameters of ``model``.
+        clipper: clips the gradients after loss scaling is undone.
         amp: whether to autocast to fp16.
     """
 
@@ -49,16 +49,18 @@ class TrainStep:
         self.amp = amp
         self.iter = 0
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._statistics = running_statistics(getattr(model, "module", model))
         self._device = self._parameters[0].device
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=amp)
         self._batches: Iterator[Batch] | None = None
 
     def run_step(self) -> None:
-        """Draw a batch and update the model by it.
+        """Draw a batch and update the model.
 
         Raises:
-            FloatingPointError: a prediction, a loss, or without loss scaling a gradient, is not finite.
-            DatasetError: the batch does not fit the model. Both name iteration, process and images.
+            FloatingPointError: a prediction, a loss, a running statistic or, without loss scaling, a gradient is not
+                finite.
+            DatasetError: the batch does not fit the model. Both errors name iteration, process and images.
         """
         start = time.perf_counter()
         batch = self._next_batch()
@@ -69,7 +71,7 @@ class TrainStep:
             total = torch.stack(list(losses.values())).sum()
         self.optimizer.zero_grad()
         self._scaler.scale(total).backward()
-        # Clipping must see true gradients, so the loss scale comes off first.
+        # Clipping needs the true gradients, so the loss scale comes off first.
         self._scaler.unscale_(self.optimizer)
         grad_norm = self.clipper(self._parameters)
 
@@ -96,46 +98,66 @@ class TrainStep:
 
     def _record(self, batch: Batch, losses: dict[str, Tensor], grad_norm: Tensor, data_time: float) -> None:
         """Check what was computed and write the averages over the processes to the event storage."""
-        names = sorted(losses)
-        values = torch.stack([losses[name].detach().float() for name in names] + [grad_norm.detach().float()])
-        local = values.tolist()
-        self._check_finite(batch, dict(zip(names, local, strict=False)), local[-1])
+        names = [*sorted(losses), "grad_norm"]
+        measured = losses | {"grad_norm": grad_norm}
+        values = torch.stack([measured[name].detach().float() for name in names])
+        # The one time that the host waits for the device.
+        *local, statistics = torch.cat([values, self._sum_of_statistics()]).tolist()
+        self._check_finite(batch, dict(zip(names, local, strict=True)), statistics)
         if comm.get_world_size() > 1:
             dist.all_reduce(values)
             local = (values / comm.get_world_size()).tolist()
         if not comm.is_main_process():
             return
         storage = get_event_storage()
-        storage.put_scalar("data_time", data_time)
-        storage.put_scalar("total_loss", sum(local[:-1]))
-        storage.put_scalars(**dict(zip(names, local, strict=False)))
-        # A step that the loss scaler is about to skip has no norm worth recording.
-        if _is_finite(local[-1]):
-            storage.put_scalar("grad_norm", local[-1])
+        averages = dict(zip(names, local, strict=True))
+        norm = averages.pop("grad_norm")
+        storage.put_scalars(data_time=data_time, total_loss=sum(averages.values()), **averages)
+        # If the loss scaler is about to skip the step, the norm is not worth recording.
+        if math.isfinite(norm):
+            storage.put_scalar("grad_norm", norm)
 
-    def _check_finite(self, batch: Batch, losses: dict[str, float], grad_norm: float) -> None:
-        bad = {name: value for name, value in losses.items() if not _is_finite(value)}
-        if not bad and not self.amp and not _is_finite(grad_norm):
-            bad = {"grad_norm": grad_norm}
+    def _sum_of_statistics(self) -> Tensor:
+        """A number that is finite if all running statistics are, shape (1,)."""
+        if not self._statistics:
+            return torch.zeros(1, device=self._device)
+        # A sum of finite values may overflow, a sum of zeros cannot.
+        return (torch.cat(list(self._statistics.values())) * 0).sum()[None].float()
+
+    def _check_finite(self, batch: Batch, values: dict[str, float], statistics: float) -> None:
+        """Check losses, running statistics, and the gradient norm unless the loss scaler deals with it."""
+        terms = [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]
+        # The norm follows from the losses; it is a cause of its own only if they are finite.
+        bad = [term for term in terms if not term.startswith("grad_norm")] or ([] if self.amp else terms)
+        remedy = ""
+        if not math.isfinite(statistics):
+            bad += [name for name, buffer in self._statistics.items() if not buffer.isfinite().all()]
+            remedy = (
+                " The running statistics of batch norm cannot recover: go on from the last checkpoint with --resume, "
+                "and check these images, or lower SOLVER.BASE_LR."
+            )
         if bad:
-            terms = ", ".join(f"{name} = {value}" for name, value in bad.items())
-            raise FloatingPointError(f"Not finite: {terms} ({self._place_of(batch)}).")
+            raise FloatingPointError(f"Not finite: {', '.join(bad)} ({self._place_of(batch)}).{remedy}")
 
     def state_dict(self) -> dict[str, Any]:
-        """Optimiser and loss scale; the iteration is the trainer's."""
+        """Optimizer and loss scale; the trainer saves the iteration."""
         return {"optimizer": self.optimizer.state_dict(), "grad_scaler": self._scaler.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave; the scale of a run without loss scaling is empty.
+    def load_state_dict(self, state: dict[str, Any], saved_names: Sequence[str] = ()) -> None:
+        """Restore a :meth:`state_dict`.
+
+        Args:
+            state: its loss scale is empty if the run did not scale.
+            saved_names: names of the parameters in the order of the model that was saved, by default the order of this
+                model.
 
         Raises:
-            CheckpointError: the state is of another optimiser.
+            CheckpointError: the state is of another optimizer.
         """
-        check_optimizer_state(self.optimizer, state["optimizer"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        saved = state["optimizer"]
+        if saved_names:
+            saved = reorder_state(self.optimizer, getattr(self.model, "module", self.model), saved, saved_names)
+        check_optimizer_state(self.optimizer, saved)
+        self.optimizer.load_state_dict(saved)
         if self.amp and state["grad_scaler"]:
             self._scaler.load_state_dict(state["grad_scaler"])
-
-
-def _is_finite(value: float) -> bool:
-    return abs(value) < float("inf")

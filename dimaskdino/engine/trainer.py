@@ -1,62 +1,71 @@
-"""The training loop: detectron2's trainer and hooks around our own step."""
+"""The training loop: detectron2's loop and hooks around our own step."""
 
 import logging
 import os
 import sys
 import weakref
+from collections import OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase
-from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
-from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators, verify_results
+from detectron2.engine.hooks import IterationTimer, LRScheduler, PeriodicCheckpointer, PeriodicWriter, PreciseBN
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators, inference_on_dataset, verify_results
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
-from detectron2.utils.events import EventWriter, TensorboardXWriter
+from detectron2.utils.events import EventWriter
+from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from dimaskdino.checkpoint import Checkpointer
 from dimaskdino.data import build_test_loader, build_train_loader, register_all
-from dimaskdino.engine.final_evaluation import EvaluateIfTrained
-from dimaskdino.engine.optimizer import GradientClipper, build_optimizer
-from dimaskdino.engine.progress import ProgressLog
-from dimaskdino.engine.resuming import NEW_RUN, check_common_checkpoint, settings_of, warn_of_restored_settings
-from dimaskdino.engine.run_folder import MetricsWriter, set_earlier_run_aside, write_config
-from dimaskdino.engine.running_statistics import AverageRunningStatistics
-from dimaskdino.engine.sampler import ResumableSampler
-from dimaskdino.engine.schedule import build_lr_scheduler
+from dimaskdino.data.samplers import ResumableSampler
+from dimaskdino.engine.hooks import AverageRunningStatistics, EvaluateWhenTrained, ProgressLog
+from dimaskdino.engine.run_folder import (
+    build_writers,
+    check_same_checkpoint,
+    full_disk_in_one_line,
+    set_earlier_run_aside,
+    write_config,
+)
 from dimaskdino.engine.train_step import TrainStep
 from dimaskdino.errors import CheckpointError, UserError, file_errors_told_in_one_line
 from dimaskdino.evaluation import ForwardTimer, SpeedEvaluator, build_evaluator, check_classes, timed, write_results
 from dimaskdino.modeling.meta_arch import build_model
+from dimaskdino.solver import (
+    NEW_RUN,
+    GradientClipper,
+    build_lr_scheduler,
+    build_optimizer,
+    restored_settings,
+    warn_of_kept_settings,
+)
 
 logger = logging.getLogger(__name__)
 
 
-class Trainer(DefaultTrainer):
-    """Trains the configured model and evaluates it; what a run writes lies under OUTPUT_DIR.
+class Trainer(TrainerBase):
+    """Trains the configured model and evaluates it; everything that a run writes is under OUTPUT_DIR.
 
-    Beyond detectron2's trainer: runs on the CPU in several processes too, saves the optimiser with either version of
-    detectron2, goes on with the order of the images when it resumes, clips and records the gradient norm, evaluates
-    and saves one set of running statistics of batch norm.
+    It has the methods of detectron2's DefaultTrainer to override, from ``build_model`` to ``test``. Beyond that
+    trainer, it also runs on the CPU in several processes, resumes in the order of the images, clips and records the
+    gradient norm, and evaluates and saves one set of running statistics of batch norm.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
-        # DefaultTrainer's own constructor distributes a model over GPUs only and knows two kinds of step.
-        TrainerBase.__init__(self)
+        super().__init__()
         self._given_cfg = cfg
-        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
-        self.cfg = cfg
-        self.start_iter = 0
+        self.cfg = cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         self.max_iter = cfg.SOLVER.MAX_ITER
 
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
-        self._trainer = TrainStep(
+        self.step = TrainStep(
             model=_distribute(model),
             optimizer=optimizer,
             clipper=GradientClipper.from_config(cfg),
@@ -64,86 +73,135 @@ class Trainer(DefaultTrainer):
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self._last_eval_results: dict[str, Any] | None = None
         self.register_hooks(self.build_hooks())
 
+    @property
+    def model(self) -> nn.Module:
+        """The model in training, wrapped for distribution if the job has several processes."""
+        return self.step.model
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer of the model."""
+        return self.step.optimizer
+
+    @property
+    def data_loader(self) -> Iterable[Any] | None:
+        """The training batches; None before :meth:`train` builds the loader."""
+        return self.step.data_loader
+
     def resume_or_load(self, resume: bool = True) -> None:
-        """Go on from the last checkpoint of OUTPUT_DIR if ``resume``, else load MODEL.WEIGHTS and start at 0.
+        """Go on from the last checkpoint in OUTPUT_DIR if ``resume``, else load MODEL.WEIGHTS and start at 0.
 
         Raises:
-            UserError: the processes find different checkpoints; or the checkpoint is not of this model and optimiser.
+            UserError: the processes find different checkpoints, or the checkpoint has another model or optimizer.
         """
-        check_common_checkpoint(self.checkpointer, resume=resume)
-        if resume and not self.checkpointer.has_checkpoint():
-            logger.warning("--resume: no checkpoint in %s; starting from MODEL.WEIGHTS.", self.cfg.OUTPUT_DIR)
-        configured = settings_of(self.optimizer)
-        super().resume_or_load(resume=resume)
-        warn_of_restored_settings(configured, settings_of(self.optimizer))
-        if self.start_iter and self.cfg.SEED >= 0:
+        check_same_checkpoint(self.checkpointer, resume=resume)
+        resume = resume and self._has_checkpoint()
+        configured = restored_settings(self.optimizer)
+        self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        if not resume:
+            return
+        warn_of_kept_settings(configured, restored_settings(self.optimizer))
+        # The checkpoint holds the iteration that it was saved after.
+        self.start_iter = self.iter + 1
+        if self.cfg.SEED >= 0:
             # The random numbers of iteration 0 were spent on other images; draw different ones from here.
             seed_all_rng(self.cfg.SEED + comm.get_rank() + self.start_iter * comm.get_world_size())
 
+    def _has_checkpoint(self) -> bool:
+        if self.checkpointer.has_checkpoint():
+            return True
+        logger.warning("--resume: no checkpoint in %s; starting from MODEL.WEIGHTS.", self.cfg.OUTPUT_DIR)
+        return False
+
     def train(self) -> dict[str, Any] | None:
-        """Train from ``start_iter`` to SOLVER.MAX_ITER; a run that starts anew sets an earlier one of its folder aside.
+        """Train from ``start_iter`` to SOLVER.MAX_ITER; a new run sets an earlier one in its folder aside.
 
         Returns:
-            The last evaluation's results on the main process where there is a test set.
+            On the main process, the results of the last evaluation if there is a test set.
         """
-        self.data_loader = self.build_train_loader(self.cfg, self.start_iter)
-        # A job that one of its processes cannot start leaves the folder as it is.
+        self.step.data_loader = self.build_train_loader(self.cfg, self.start_iter)
+        # If any process cannot start, the folder stays as it is.
         comm.synchronize()
         if comm.is_main_process():
             self._claim_folder(Path(self.cfg.OUTPUT_DIR))
-        super().train()
-        return getattr(self, "_last_eval_results", None)
+        super().train(self.start_iter, self.max_iter)
+        if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
+            verify_results(self.cfg, self._last_eval_results or {})
+        return self._last_eval_results
 
     def _claim_folder(self, folder: Path) -> None:
-        """Make OUTPUT_DIR the folder of this run: config.yaml says from now on what its checkpoints are."""
+        """Make OUTPUT_DIR the folder of this run: from now on config.yaml describes the checkpoints there."""
         with file_errors_told_in_one_line():
             if not self.start_iter:
                 set_earlier_run_aside(folder)
             write_config(self._given_cfg, folder)
 
-    def build_hooks(self) -> list[HookBase]:
-        """detectron2's hooks, common statistics for those that evaluate and save, and progress on the console."""
-        hooks = [self._in_its_place(hook) for hook in super().build_hooks()]
-        # Only the main process saves, but all take part in the average.
-        first_user = next(i for i, hook in enumerate(hooks) if isinstance(hook, PeriodicCheckpointer | EvalHook))
-        periods = (self.cfg.TEST.EVAL_PERIOD, self.cfg.SOLVER.CHECKPOINT_PERIOD)
-        hooks.insert(first_user, AverageRunningStatistics(self.model, periods=periods))
+    def run_step(self) -> None:
+        """One iteration."""
+        self.step.iter = self.iter
+        self.step.run_step()
+
+    def after_step(self) -> None:
+        """Run the hooks, which evaluate, save and log."""
+        with full_disk_in_one_line(Path(self.cfg.OUTPUT_DIR)):
+            super().after_step()
+
+    def after_train(self) -> None:
+        """Run the hooks at the end of the training, or after an error ended it."""
+        with full_disk_in_one_line(Path(self.cfg.OUTPUT_DIR)):
+            super().after_train()
+
+    def build_hooks(self) -> list[HookBase | None]:
+        """The hooks in the order in which they run."""
+        cfg = self.cfg
+        hooks = [
+            IterationTimer(),
+            LRScheduler(),
+            self._precise_batch_norm(),
+            # Only the main process saves, but all take part in the average.
+            AverageRunningStatistics(self.model, periods=(cfg.TEST.EVAL_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD)),
+        ]
         if comm.is_main_process():
-            hooks.append(ProgressLog())
+            # The hook divides by its period; it saves the last checkpoint in any case.
+            hooks.append(PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD or sys.maxsize))
+        # After the checkpointer, so that an evaluation that fails can be repeated.
+        hooks.append(EvaluateWhenTrained(cfg.TEST.EVAL_PERIOD, self._evaluate))
+        if comm.is_main_process():
+            hooks += [PeriodicWriter(self.build_writers(), period=20), ProgressLog()]
         return hooks
 
-    def _in_its_place(self, hook: HookBase) -> HookBase:
-        """``hook``, or what does its work here."""
-        if isinstance(hook, EvalHook):
-            return EvaluateIfTrained(self.cfg.TEST.EVAL_PERIOD, self._evaluate)
-        if isinstance(hook, PeriodicCheckpointer) and not hook.period:
-            hook.period = sys.maxsize  # The hook divides by it; it saves the last checkpoint in any case.
-        return hook
+    def _precise_batch_norm(self) -> HookBase | None:
+        if not (self.cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.model)):
+            return None
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.DATALOADER.NUM_WORKERS = 0
+        loader = self.build_train_loader(cfg)
+        return PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, cfg.TEST.PRECISE_BN.NUM_ITER)
 
     def _evaluate(self) -> dict[str, Any]:
         self._last_eval_results = self.test(self.cfg, self.model)
         return self._last_eval_results
 
     def build_writers(self) -> list[EventWriter]:
-        """metrics.json and TensorBoard; the console has :class:`ProgressLog`."""
-        with file_errors_told_in_one_line():
-            os.makedirs(self.cfg.OUTPUT_DIR, exist_ok=True)
-            return [MetricsWriter(Path(self.cfg.OUTPUT_DIR)), TensorboardXWriter(self.cfg.OUTPUT_DIR)]
+        """metrics.json and TensorBoard; :class:`ProgressLog` writes to the console."""
+        return build_writers(Path(self.cfg.OUTPUT_DIR))
 
     def state_dict(self) -> dict[str, Any]:
-        """Iteration and hooks (schedule), and the step (optimiser)."""
-        return {**TrainerBase.state_dict(self), "step": self._trainer.state_dict()}
+        """Iteration, hooks (with the schedule) and step (with the optimizer)."""
+        return {**super().state_dict(), "step": self.step.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave."""
+        """Restore a :meth:`state_dict`."""
         if "step" not in state_dict:
-            raise CheckpointError(
-                f"its state of a training ({', '.join(state_dict)}) is of another trainer; {NEW_RUN}."
-            )
-        TrainerBase.load_state_dict(self, state_dict)
-        self._trainer.load_state_dict(state_dict["step"])
+            raise CheckpointError(f"its training state ({', '.join(state_dict)}) is of another trainer; {NEW_RUN}.")
+        super().load_state_dict(state_dict)
+        self.step.load_state_dict(state_dict["step"], self.checkpointer.loaded_names)
+        # The schedule saved these in the order of the groups.
+        self.scheduler.base_lrs = [group["initial_lr"] for group in self.optimizer.param_groups]
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -155,12 +213,12 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
-        """See :func:`dimaskdino.engine.optimizer.build_optimizer`."""
+        """See :func:`dimaskdino.solver.build_optimizer`."""
         return build_optimizer(cfg, model)
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: Optimizer) -> LRMultiplier:
-        """See :func:`dimaskdino.engine.schedule.build_lr_scheduler`."""
+        """See :func:`dimaskdino.solver.build_lr_scheduler`."""
         return build_lr_scheduler(cfg, optimizer)
 
     @classmethod
@@ -177,7 +235,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> Any:
-        """COCO evaluation, of several stages where TEST.EVAL_LAYERS names them."""
+        """COCO evaluation, of several stages if TEST.EVAL_LAYERS names them."""
         register_all(cfg=cfg)
         return build_evaluator(cfg, dataset_name, _inference_folder(cfg, dataset_name))
 
@@ -185,13 +243,27 @@ class Trainer(DefaultTrainer):
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict[str, Any]:
         """Evaluate ``model`` on every DATASETS.TEST.
 
-        The results also go to OUTPUT_DIR/inference/results.json, beside the config.yaml that they were made with. The
-        speed is measured as well, except where TEST.EVAL_LAYERS asks for more than the model's result.
+        The results also go to OUTPUT_DIR/inference/results.json, beside the config.yaml that produced them. The speed
+        is measured as well, unless TEST.EVAL_LAYERS asks for more than the model's result.
+
+        Args:
+            cfg: the configuration.
+            model: the model to evaluate.
+            evaluators: a DatasetEvaluator for each dataset; by default :meth:`build_evaluator` makes them.
+
+        Returns:
+            Scores by task, by dataset and task if there are several datasets; empty on other processes than the main.
         """
+        if isinstance(evaluators, DatasetEvaluator):
+            evaluators = [evaluators]
+        results: dict[str, Any] = OrderedDict()
         with timed(model) as timer:
-            if evaluators is None and not cfg.TEST.EVAL_LAYERS:
-                evaluators = [cls._with_speed(cfg, name, timer) for name in cfg.DATASETS.TEST]
-            results = super().test(cfg, model, evaluators)
+            for index, name in enumerate(cfg.DATASETS.TEST):
+                loader = cls.build_test_loader(cfg, name)
+                evaluator = evaluators[index] if evaluators else cls._evaluator_with_speed(cfg, name, timer)
+                results[name] = inference_on_dataset(model, loader, evaluator)
+        if len(results) == 1:
+            results = next(iter(results.values()))
         if comm.is_main_process():
             folder = Path(cfg.OUTPUT_DIR) / "inference"
             write_results(results, str(folder / "results.json"))
@@ -199,41 +271,44 @@ class Trainer(DefaultTrainer):
         return results
 
     @classmethod
-    def _with_speed(cls, cfg: CfgNode, dataset_name: str, timer: ForwardTimer) -> DatasetEvaluator:
-        speed = SpeedEvaluator(timer, _inference_folder(cfg, dataset_name))
-        return DatasetEvaluators([cls.build_evaluator(cfg, dataset_name), speed])
+    def _evaluator_with_speed(cls, cfg: CfgNode, dataset_name: str, timer: ForwardTimer) -> DatasetEvaluator:
+        evaluator = cls.build_evaluator(cfg, dataset_name)
+        if cfg.TEST.EVAL_LAYERS:
+            return evaluator
+        return DatasetEvaluators([evaluator, SpeedEvaluator(timer, _inference_folder(cfg, dataset_name))])
 
 
 def evaluate(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
-    """Evaluate MODEL.WEIGHTS, or the last checkpoint of OUTPUT_DIR if ``resume``, on every DATASETS.TEST.
+    """Evaluate MODEL.WEIGHTS, or the last checkpoint in OUTPUT_DIR if ``resume``, on every DATASETS.TEST.
 
     Raises:
-        UserError: there are no weights to evaluate, or not the same for all processes.
+        UserError: there are no weights to evaluate, or the processes find different ones.
         SystemExit: on the main process, with status 1, if the results are not TEST.EXPECTED_RESULTS.
     """
     check_classes(cfg)
     model = Trainer.build_model(cfg)
     checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
-    check_common_checkpoint(checkpointer, resume=resume)
+    check_same_checkpoint(checkpointer, resume=resume)
     if resume and not checkpointer.has_checkpoint():
         raise UserError(f"--eval-only --resume: no checkpoint in {cfg.OUTPUT_DIR}; train first, or set MODEL.WEIGHTS.")
     if not resume and not cfg.MODEL.WEIGHTS:
         raise UserError("--eval-only needs weights: set MODEL.WEIGHTS to a file, or give --resume.")
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
-    results = Trainer.test(cfg, model)
+    with full_disk_in_one_line(Path(cfg.OUTPUT_DIR)):
+        results = Trainer.test(cfg, model)
     if comm.is_main_process():
         verify_results(cfg, results)
     return results
 
 
 def _inference_folder(cfg: CfgNode, dataset_name: str) -> str:
-    """Where the results on a dataset go: a folder of its own where there are several."""
+    """The folder of the results on a dataset: its own one if there are several datasets."""
     folder = os.path.join(cfg.OUTPUT_DIR, "inference")
     return os.path.join(folder, dataset_name) if len(cfg.DATASETS.TEST) > 1 else folder
 
 
 def _distribute(model: nn.Module) -> nn.Module:
-    """Wrap ``model`` for gradient averaging where the job has several processes."""
+    """Wrap ``model`` to average gradients if the job has several processes."""
     if comm.get_world_size() == 1:
         return model
     device = next(model.parameters()).device

@@ -1,4 +1,4 @@
-"""train_net.py from the command line: a whole run, and one clear line for what cannot be used."""
+"""train_net.py from the command line: whole runs, and one line for each mistake."""
 
 import json
 import sys
@@ -37,7 +37,7 @@ def assert_one_error_line(finished, *parts: str) -> None:
         assert part in lines[-1]
 
 
-def test_help_shows_detectron2s_flags_and_examples(run) -> None:
+def test_help_shows_flags_and_examples(run) -> None:
     finished = run(SCRIPT, "--help")
     assert finished.status == 0
     for flag in ("config-file", "num-gpus", "num-machines", "machine-rank", "dist-url", "resume", "eval-only"):
@@ -46,7 +46,7 @@ def test_help_shows_detectron2s_flags_and_examples(run) -> None:
     assert "torchrun" in finished.out
 
 
-def test_a_run_trains_evaluates_resumes_and_is_evaluated_again_by_stage(run, tiny: list[str], tmp_path: Path) -> None:
+def test_run_trains_evaluates_and_resumes(run, tiny: list[str], tmp_path: Path) -> None:
     assert run(SCRIPT, *tiny).status == 0
     folder = tmp_path / "run"
     for name in ("config.yaml", "log.txt", "metrics.json", "model_final.pth", "inference/results.json"):
@@ -71,9 +71,7 @@ def test_a_run_trains_evaluates_resumes_and_is_evaluated_again_by_stage(run, tin
     assert "box - mask" in evaluated.out
 
 
-def test_the_configuration_beside_the_checkpoints_is_that_of_their_training(
-    run, tiny: list[str], tmp_path: Path
-) -> None:
+def test_config_file_describes_the_checkpoints(run, tiny: list[str], tmp_path: Path) -> None:
     assert run(SCRIPT, *tiny).status == 0
     folder = tmp_path / "run"
     trained = (folder / "config.yaml").read_text()
@@ -91,15 +89,15 @@ def test_the_configuration_beside_the_checkpoints_is_that_of_their_training(
     assert yaml.safe_load((folder / "config.yaml").read_text())["SOLVER"]["MAX_ITER"] == 5
 
 
-def test_an_unknown_key_names_the_closest_known_one(run, tiny: list[str]) -> None:
+def test_unknown_key_names_the_closest(run, tiny: list[str]) -> None:
     assert_one_error_line(run(SCRIPT, *tiny, "SOLVER.BASE_LRR", 1), "SOLVER.BASE_LRR", "Did you mean SOLVER.BASE_LR?")
 
 
-def test_a_missing_configuration_file_is_named(run) -> None:
+def test_missing_configuration_is_named(run) -> None:
     assert_one_error_line(run(SCRIPT, "--config-file", "configs/none.yaml"), "configs/none.yaml")
 
 
-def test_a_missing_dataset_says_where_it_was_looked_for(
+def test_missing_dataset_names_the_folder(
     run, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "nowhere"))
@@ -108,17 +106,17 @@ def test_a_missing_dataset_says_where_it_was_looked_for(
     assert_one_error_line(finished, "coco_2017_train", str(tmp_path / "nowhere"), "DETECTRON2_DATASETS")
 
 
-def test_an_unregistered_dataset_names_the_closest_one(run, tiny: list[str]) -> None:
+def test_unregistered_dataset_names_the_closest(run, tiny: list[str]) -> None:
     finished = run(SCRIPT, *tiny, "DATASETS.TRAIN", "('shapes_trian',)")
     assert_one_error_line(finished, "shapes_trian", "shapes_train")
 
 
-def test_a_class_count_that_does_not_fit_gives_both_numbers(run, tiny: list[str]) -> None:
+def test_wrong_class_count_gives_both_numbers(run, tiny: list[str]) -> None:
     finished = run(SCRIPT, *tiny, "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 5)
     assert_one_error_line(finished, "NUM_CLASSES is 5", "shapes_train has 6")
 
 
-def test_an_unreadable_image_of_a_loader_process_is_named(run, tiny: list[str], tmp_path: Path) -> None:
+def test_unreadable_image_in_a_worker_is_named(run, tiny: list[str], tmp_path: Path) -> None:
     # A dataset of its own, since its images are broken here.
     options = [*tiny, "DATASETS.SHAPES.ROOT", tmp_path / "broken", "DATALOADER.NUM_WORKERS", 1]
     assert run(SCRIPT, *options, "SOLVER.MAX_ITER", 1, "DATASETS.TEST", "()").status == 0
@@ -128,23 +126,21 @@ def test_an_unreadable_image_of_a_loader_process_is_named(run, tiny: list[str], 
     assert_one_error_line(run(SCRIPT, *options), ".png")
 
 
-def test_evaluation_without_weights_or_with_a_missing_file_is_refused(run, tiny: list[str], tmp_path: Path) -> None:
+def test_evaluation_needs_weights(run, tiny: list[str], tmp_path: Path) -> None:
     assert_one_error_line(run(SCRIPT, "--eval-only", *tiny), "MODEL.WEIGHTS")
     missing = tmp_path / "absent.pth"
     assert_one_error_line(run(SCRIPT, "--eval-only", *tiny, "MODEL.WEIGHTS", missing), str(missing))
 
 
-def test_a_stage_that_the_model_does_not_have_is_refused_with_those_it_has(run, tiny: list[str]) -> None:
+def test_absent_stage_is_refused(run, tiny: list[str]) -> None:
     assert_one_error_line(run(SCRIPT, "--eval-layers", "layer.9", *tiny), "layer.9", "layer.1")
 
 
-def test_more_gpus_than_there_are_is_refused(run, tiny: list[str]) -> None:
-    assert_one_error_line(run(SCRIPT, "--num-gpus", 99, *tiny[2:]), "--num-gpus 99")
+def test_absent_gpus_are_refused(run, tiny: list[str]) -> None:
+    assert_one_error_line(run(SCRIPT, "--num-gpus", 99, *tiny[2:]), "--num-gpus is 99")
 
 
-def test_a_part_of_an_imported_module_is_trained_and_a_module_that_does_not_exist_is_refused(
-    run, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_imported_part_is_trained(run, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", list(sys.path))
     tiny[tiny.index("--config-file") + 1] = str(REPO / "configs" / "demo" / "dimaskdino_shapes.yaml")
     monkeypatch.chdir(tmp_path)
@@ -157,7 +153,7 @@ def test_a_part_of_an_imported_module_is_trained_and_a_module_that_does_not_exis
     assert any(name.endswith("bato.own") for name in weights)
 
 
-def test_an_output_folder_that_cannot_be_made_is_told_in_one_line(run, tiny: list[str], tmp_path: Path) -> None:
+def test_unusable_output_folder_is_named(run, tiny: list[str], tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("not a folder")
     assert_one_error_line(run(SCRIPT, *tiny, "OUTPUT_DIR", file), f"error: {file}: File exists; ", "a folder is needed")

@@ -1,12 +1,18 @@
-"""A tiny ``shapes`` dataset and configurations for it, shared by the tests of the engine."""
+"""A tiny ``shapes`` dataset and configurations for it, and the results of one job of two processes."""
 
+import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from dimaskdino.config import Config, get_cfg
+from dimaskdino.data.checks import check_datasets
 from dimaskdino.data.datasets import register_all
-from tests.engine import toy  # noqa: F401  registers ToyDetector
+from dimaskdino.engine import launch
+from tests.engine import job, toy  # noqa: F401  toy registers ToyDetector
 
 
 @pytest.fixture(scope="session")
@@ -15,8 +21,7 @@ def shapes_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("shapes")
 
 
-@pytest.fixture
-def toy_cfg(shapes_root: Path, tmp_path: Path) -> Config:
+def make_toy_cfg(shapes_root: Path, output_dir: Path) -> Config:
     """Ten iterations of :class:`ToyDetector` on eight images of 64 pixels."""
     cfg = get_cfg()
     cfg.merge_from_list(
@@ -29,8 +34,31 @@ def toy_cfg(shapes_root: Path, tmp_path: Path) -> Config:
             *("INPUT.MIN_SIZE_TEST", 64, "INPUT.RANDOM_FLIP", "none", "DATALOADER.NUM_WORKERS", 0),
             *("DATALOADER.ASPECT_RATIO_GROUPING", False, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 10),
             *("SOLVER.STEPS", (8,), "SOLVER.BASE_LR", 0.01, "SOLVER.WARMUP_ITERS", 0, "SOLVER.CHECKPOINT_PERIOD", 5),
-            *("SEED", 1, "OUTPUT_DIR", str(tmp_path / "run")),
+            *("SEED", 1, "OUTPUT_DIR", str(output_dir)),
         ]
     )
     register_all(cfg=cfg)
     return cfg
+
+
+@pytest.fixture
+def toy_cfg(shapes_root: Path, tmp_path: Path) -> Config:
+    """See :func:`make_toy_cfg`; the run is ``tmp_path / "run"``."""
+    return make_toy_cfg(shapes_root, tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def job_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the two processes write."""
+    return tmp_path_factory.mktemp("job")
+
+
+@pytest.fixture(scope="session")
+def of_two_processes(shapes_root: Path, job_folder: Path) -> Callable[[str], list[Any]]:
+    """Results of one function of :mod:`tests.engine.job`, from each of two processes on the CPU."""
+    cfg = make_toy_cfg(shapes_root, job_folder / "run")
+    check_datasets(cfg)  # Makes the images, which only one process should do.
+    job.write_modules(job_folder)
+    args = argparse.Namespace(num_gpus=0, num_machines=1, machine_rank=0, dist_url="auto", folder=job_folder, cfg=cfg)
+    launch(job.main, args, cpu_processes=2)
+    return lambda name: [torch.load(job_folder / f"{name}.{rank}.pth") for rank in range(2)]

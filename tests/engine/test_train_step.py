@@ -1,4 +1,4 @@
-"""One optimisation step, with a model of one parameter."""
+"""One optimization step of a model with one parameter."""
 
 import math
 from typing import Any
@@ -34,7 +34,7 @@ def step_on(*batches: dict[str, Any], clip: float = math.inf, amp: bool = False)
     )
 
 
-def test_a_step_descends_the_sum_of_the_losses_and_records_each_and_the_gradient_norm() -> None:
+def test_step_descends_the_sum_of_the_losses() -> None:
     step = step_on({"a": 2.0, "b": 3.0})
     with EventStorage() as storage:
         step.run_step()
@@ -46,7 +46,7 @@ def test_a_step_descends_the_sum_of_the_losses_and_records_each_and_the_gradient
     assert latest["grad_norm"] == 5.0
 
 
-def test_the_update_is_by_the_clipped_gradient_and_the_record_by_the_whole_one() -> None:
+def test_update_uses_the_clipped_gradient() -> None:
     step = step_on({"a": 2.0, "b": 3.0}, clip=1.0)
     with EventStorage() as storage:
         step.run_step()
@@ -54,7 +54,7 @@ def test_the_update_is_by_the_clipped_gradient_and_the_record_by_the_whole_one()
     assert storage.latest()["grad_norm"][0] == 5.0
 
 
-def test_with_loss_scaling_the_true_gradient_is_clipped_and_recorded() -> None:
+def test_loss_scaling_clips_the_true_gradient() -> None:
     step = step_on({"a": 2.0, "b": 3.0}, clip=1.0, amp=True)
     with EventStorage() as storage:
         step.run_step()
@@ -62,7 +62,7 @@ def test_with_loss_scaling_the_true_gradient_is_clipped_and_recorded() -> None:
     assert storage.latest()["grad_norm"][0] == 5.0
 
 
-def test_with_loss_scaling_a_gradient_that_overflows_skips_the_update_and_lowers_the_scale() -> None:
+def test_overflow_skips_the_update_and_lowers_the_scale() -> None:
     step = step_on({"a": 2.0, "b": 3.0}, amp=True)
     step.model.weight.register_hook(lambda gradient: gradient * math.inf)
     before = step._scaler.get_scale()
@@ -73,7 +73,7 @@ def test_with_loss_scaling_a_gradient_that_overflows_skips_the_update_and_lowers
     assert "grad_norm" not in storage.latest()
 
 
-def test_gradients_do_not_add_up_over_steps() -> None:
+def test_gradients_do_not_accumulate() -> None:
     step = step_on({"a": 1.0, "b": 0.0}, {"a": 1.0, "b": 0.0})
     with EventStorage():
         step.run_step()
@@ -81,7 +81,7 @@ def test_gradients_do_not_add_up_over_steps() -> None:
     assert step.model.weight.item() == pytest.approx(1.0 - 0.1 - 0.1)
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_term_iteration_and_image() -> None:
+def test_non_finite_loss_stops_before_the_update() -> None:
     step = step_on({"a": 2.0, "b": math.nan, "image_id": 139})
     step.iter = 7
     with EventStorage(), pytest.raises(FloatingPointError, match=r"loss_bbox = nan \(iteration 7, .*images 139\)"):
@@ -90,7 +90,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_term_iterat
 
 
 @pytest.mark.parametrize("kind", [FloatingPointError, DatasetError])
-def test_what_the_model_refuses_is_told_with_its_images(kind: type[Exception]) -> None:
+def test_errors_of_the_model_name_the_images(kind: type[Exception]) -> None:
     step = step_on({"a": 2.0, "b": 0.0, "file_name": "x.png", "image_id": 3})
 
     def refuse(*_: object) -> None:
@@ -101,7 +101,7 @@ def test_what_the_model_refuses_is_told_with_its_images(kind: type[Exception]) -
         step.run_step()
 
 
-def test_a_gradient_that_is_not_finite_stops_too() -> None:
+def test_non_finite_gradient_stops() -> None:
     step = step_on({"a": 2.0, "b": 0.0, "file_name": "x.png"})
     step.model.weight.register_hook(lambda gradient: gradient * math.inf)
     with EventStorage(), pytest.raises(FloatingPointError, match="grad_norm = inf.*images x.png"):
@@ -109,9 +109,29 @@ def test_a_gradient_that_is_not_finite_stops_too() -> None:
     assert step.model.weight.item() == 1.0
 
 
-def test_state_of_the_optimizer_round_trips() -> None:
+def test_optimizer_state_round_trips() -> None:
     step = step_on({"a": 1.0, "b": 1.0})
     step.optimizer.param_groups[0]["lr"] = 0.01
     other = step_on()
     other.load_state_dict(step.state_dict())
     assert other.optimizer.param_groups[0]["lr"] == 0.01
+
+
+@pytest.mark.parametrize("buffer", ["running_mean", "running_var"])
+@pytest.mark.parametrize("amp", [False, True])
+def test_non_finite_running_statistics_stop(buffer: str, amp: bool) -> None:
+    step = step_on({"a": 2.0, "b": 3.0, "file_name": "x.png"}, {"a": 2.0, "b": 3.0, "file_name": "y.png"}, amp=amp)
+    norm = nn.BatchNorm1d(2)
+    norm.running_mean.fill_(3e38)  # finite, though the sum of two is not
+    step.model.norm = norm
+    step = TrainStep(
+        model=step.model, data_loader=step.data_loader, optimizer=step.optimizer, clipper=step.clipper, amp=amp
+    )
+    with EventStorage():
+        step.run_step()
+        getattr(norm, buffer)[1] = math.inf
+        step.iter = 1
+        message = rf"^Not finite: norm\.{buffer} \(iteration 1, .*y\.png\).*--resume.*SOLVER\.BASE_LR"
+        with pytest.raises(FloatingPointError, match=message):
+            step.run_step()
+    assert step.model.weight.item() == pytest.approx(1.0 - 0.1 * 5.0)

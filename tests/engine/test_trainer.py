@@ -11,9 +11,9 @@ import torch
 from detectron2.utils.events import EventStorage
 
 from dimaskdino.config import Config
+from dimaskdino.data.samplers import ResumableSampler
 from dimaskdino.engine import Trainer, evaluate
-from dimaskdino.engine.progress import progress_line
-from dimaskdino.engine.sampler import ResumableSampler
+from dimaskdino.engine.hooks import progress_line
 from dimaskdino.errors import UserError
 
 
@@ -29,7 +29,7 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     return trainer.model.state_dict()
 
 
-def test_a_run_leaves_checkpoints_metrics_events_and_results(toy_cfg: Config) -> None:
+def test_run_writes_checkpoints_metrics_events_and_results(toy_cfg: Config) -> None:
     toy_cfg.TEST.EVAL_LAYERS = ["all"]
     trainer = train(toy_cfg)
     run = Path(toy_cfg.OUTPUT_DIR)
@@ -46,7 +46,7 @@ def test_a_run_leaves_checkpoints_metrics_events_and_results(toy_cfg: Config) ->
     assert (run / "inference" / "layers.csv").is_file()
 
 
-def test_a_resumed_run_ends_where_an_uninterrupted_one_does(toy_cfg: Config) -> None:
+def test_resumed_run_ends_like_an_uninterrupted_one(toy_cfg: Config) -> None:
     whole = weights(train(toy_cfg))
     interrupted = toy_cfg.clone()
     interrupted.OUTPUT_DIR += "_resumed"
@@ -60,7 +60,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(toy_cfg: Config) -> 
         torch.testing.assert_close(value, whole[name], msg=name)
 
 
-def test_without_resume_a_run_starts_anew(toy_cfg: Config) -> None:
+def test_run_starts_anew_without_resume(toy_cfg: Config) -> None:
     train(toy_cfg)
     trainer = Trainer(toy_cfg)
     trainer.resume_or_load(resume=False)
@@ -71,9 +71,7 @@ def iterations(metrics: Path) -> list[int]:
     return [json.loads(line)["iteration"] for line in metrics.read_text().splitlines()]
 
 
-def test_a_new_run_in_the_folder_of_another_sets_that_aside_and_says_so(
-    toy_cfg: Config, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_new_run_sets_an_earlier_one_aside(toy_cfg: Config, caplog: pytest.LogCaptureFixture) -> None:
     train(toy_cfg)
     folder = Path(toy_cfg.OUTPUT_DIR)
     earlier = (folder / "metrics.json").read_text()
@@ -88,7 +86,7 @@ def test_a_new_run_in_the_folder_of_another_sets_that_aside_and_says_so(
     assert set(iterations(folder / "metrics.json")) == {3, 4}
 
 
-def test_a_new_run_that_ends_before_its_first_checkpoint_is_not_resumed_from_the_earlier_one(toy_cfg: Config) -> None:
+def test_earlier_run_is_not_resumed_after_a_new_start(toy_cfg: Config) -> None:
     train(toy_cfg)
     trainer = Trainer(toy_cfg)
     trainer.resume_or_load(resume=False)
@@ -101,7 +99,7 @@ def test_a_new_run_that_ends_before_its_first_checkpoint_is_not_resumed_from_the
     assert (Path(toy_cfg.OUTPUT_DIR) / "model_final.pth").is_file()
 
 
-def test_a_run_that_cannot_start_leaves_the_earlier_one_as_it_is(toy_cfg: Config) -> None:
+def test_failed_start_leaves_the_earlier_run(toy_cfg: Config) -> None:
     train(toy_cfg)
     folder = Path(toy_cfg.OUTPUT_DIR)
     records = (folder / "metrics.json").read_text()
@@ -112,15 +110,13 @@ def test_a_run_that_cannot_start_leaves_the_earlier_one_as_it_is(toy_cfg: Config
     assert (folder / "metrics.json").read_text() == records
 
 
-def test_a_model_that_there_is_not_is_refused_with_its_key(toy_cfg: Config) -> None:
+def test_unknown_model_is_refused(toy_cfg: Config) -> None:
     toy_cfg.MODEL.META_ARCHITECTURE = "ToyDetecter"
     with pytest.raises(UserError, match=r"MODEL\.META_ARCHITECTURE is 'ToyDetecter', but only these are .*ToyDetector"):
         Trainer(toy_cfg)
 
 
-def test_a_resumed_run_keeps_its_learning_rate_and_says_so_where_another_is_configured(
-    toy_cfg: Config, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_resumed_run_keeps_its_learning_rate(toy_cfg: Config, caplog: pytest.LogCaptureFixture) -> None:
     train(toy_cfg)
     with caplog.at_level(logging.WARNING):
         Trainer(toy_cfg).resume_or_load(resume=True)
@@ -130,16 +126,16 @@ def test_a_resumed_run_keeps_its_learning_rate_and_says_so_where_another_is_conf
     with caplog.at_level(logging.WARNING):
         trainer.resume_or_load(resume=True)
     assert {group["initial_lr"] for group in trainer.optimizer.param_groups} == {0.01, 0.001}
-    assert re.search(r"rates of the run stay \[.*0\.01\b.*\]; SOLVER.BASE_LR .* ask for \[.*0\.02\b.*\]", caplog.text)
+    assert re.search(r"learning rates of the run, \[.*0\.01\b.*\], .*SOLVER.BASE_LR .* \[.*0\.02\b.*\]", caplog.text)
 
 
-def test_without_a_checkpoint_period_the_last_checkpoint_alone_is_saved(toy_cfg: Config) -> None:
+def test_checkpoint_period_zero_saves_the_last_only(toy_cfg: Config) -> None:
     toy_cfg.SOLVER.CHECKPOINT_PERIOD = 0
     train(toy_cfg)
     assert [path.name for path in Path(toy_cfg.OUTPUT_DIR).glob("*.pth")] == ["model_final.pth"]
 
 
-def test_a_training_that_fails_in_its_last_iteration_is_not_evaluated(toy_cfg: Config) -> None:
+def test_failure_in_the_last_iteration_is_not_evaluated(toy_cfg: Config) -> None:
     trainer = Trainer(toy_cfg)
     step = trainer.run_step
     trainer.run_step = lambda: 1 / 0 if trainer.iter == toy_cfg.SOLVER.MAX_ITER - 1 else step()
@@ -148,7 +144,7 @@ def test_a_training_that_fails_in_its_last_iteration_is_not_evaluated(toy_cfg: C
     assert not (Path(toy_cfg.OUTPUT_DIR) / "inference").exists()
 
 
-def test_a_run_that_was_trained_to_its_end_is_evaluated_when_it_resumes(toy_cfg: Config) -> None:
+def test_finished_run_is_evaluated_when_resumed(toy_cfg: Config) -> None:
     toy_cfg.SOLVER.MAX_ITER, toy_cfg.SOLVER.STEPS = 2, ()
     train(toy_cfg)
     results = Path(toy_cfg.OUTPUT_DIR) / "inference" / "results.json"
@@ -157,9 +153,7 @@ def test_a_run_that_was_trained_to_its_end_is_evaluated_when_it_resumes(toy_cfg:
     assert results.is_file()
 
 
-def test_resume_without_a_checkpoint_says_so_and_starts_at_zero(
-    toy_cfg: Config, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_resume_without_a_checkpoint_starts_at_zero(toy_cfg: Config, caplog: pytest.LogCaptureFixture) -> None:
     trainer = Trainer(toy_cfg)
     with caplog.at_level(logging.WARNING):
         trainer.resume_or_load(resume=True)
@@ -167,7 +161,7 @@ def test_resume_without_a_checkpoint_says_so_and_starts_at_zero(
     assert "no checkpoint in" in caplog.text
 
 
-def test_evaluation_of_a_checkpoint_repeats_the_last_evaluation_of_training(toy_cfg: Config) -> None:
+def test_evaluation_repeats_that_of_the_training(toy_cfg: Config) -> None:
     trained = train(toy_cfg)._last_eval_results
     evaluated = evaluate(toy_cfg, resume=True)
     assert set(evaluated) == {"bbox", "segm"}
@@ -175,7 +169,7 @@ def test_evaluation_of_a_checkpoint_repeats_the_last_evaluation_of_training(toy_
         assert scores == pytest.approx(trained[task], nan_ok=True)
 
 
-def test_an_evaluation_verifies_the_expected_results(toy_cfg: Config) -> None:
+def test_evaluation_verifies_expected_results(toy_cfg: Config) -> None:
     toy_cfg.SOLVER.MAX_ITER, toy_cfg.SOLVER.STEPS = 1, ()
     ap = train(toy_cfg)._last_eval_results["bbox"]["AP"]
     toy_cfg.TEST.EXPECTED_RESULTS = [["bbox", "AP", ap, 0.01]]
@@ -186,7 +180,7 @@ def test_an_evaluation_verifies_the_expected_results(toy_cfg: Config) -> None:
     assert stopped.value.code == 1
 
 
-def test_an_evaluation_writes_the_speed_and_one_by_stage_leaves_it_as_it_was(toy_cfg: Config) -> None:
+def test_evaluation_by_stage_keeps_the_speed_file(toy_cfg: Config) -> None:
     toy_cfg.DATASETS.SHAPES.NUM_VAL = 7
     train(toy_cfg)
     file = Path(toy_cfg.OUTPUT_DIR) / "inference" / "speed.json"
@@ -206,21 +200,21 @@ def test_evaluation_without_weights_is_refused(toy_cfg: Config) -> None:
         evaluate(toy_cfg, resume=True)
 
 
-def test_amp_on_the_cpu_is_off_and_says_so(toy_cfg: Config, caplog: pytest.LogCaptureFixture) -> None:
+def test_amp_is_off_on_the_cpu(toy_cfg: Config, caplog: pytest.LogCaptureFixture) -> None:
     toy_cfg.SOLVER.AMP.ENABLED = True
     with caplog.at_level(logging.INFO):
         trainer = Trainer(toy_cfg)
-    assert not trainer._trainer.amp
+    assert not trainer.step.amp
     assert "SOLVER.AMP.ENABLED has no effect on the CPU" in caplog.text
 
 
-def test_the_resumed_stream_is_the_rest_of_the_whole_one() -> None:
+def test_resumed_stream_is_the_rest_of_the_whole() -> None:
     whole = list(islice(ResumableSampler(7, seed=3), 30))
     assert sorted(whole[:7]) == list(range(7))
     assert list(islice(ResumableSampler(7, seed=3, num_drawn=12), 18)) == whole[12:]
 
 
-def test_the_progress_line_shows_the_final_stage_and_the_time_left() -> None:
+def test_progress_line_shows_the_final_stage() -> None:
     with EventStorage() as storage:
         storage.put_scalars(total_loss=9.0, loss_ce=1.5, loss_ce_0=2.0, loss_mask_interm=3.0, loss_dice_dn_1=2.5)
         storage.put_scalars(time=2.0)

@@ -1,4 +1,4 @@
-"""How the C library hands out memory, for models that run on the CPU."""
+"""Memory of models that run on the CPU."""
 
 import ctypes
 import os
@@ -12,16 +12,16 @@ TUNABLES = ("glibc.malloc.trim_threshold", "glibc.malloc.mmap_max", "glibc.mallo
 
 
 def keep_freed_memory() -> bool:
-    """Have this process keep the memory that it frees, for the next image.
+    """Make this process keep the memory that it frees, for the next image.
 
-    glibc asks the system for every block of more than 32 MiB, as feature maps are, and gives it back when it is freed,
-    so that the system clears the same pages for every layer of every image. The process then keeps as much as it needed
-    at most. What the user has set of this by environment variables (MALLOC_MMAP_MAX_, GLIBC_TUNABLES, ...) stays.
+    glibc asks the system for every block of more than 32 MiB, such as feature maps, and returns it when it is freed, so
+    the system clears the same pages for every layer of every image. With this setting, the process holds on to the most
+    memory that it has needed. Environment variables that the user has set (MALLOC_MMAP_MAX_, GLIBC_TUNABLES, ...) win.
 
     Returns:
-        Whether that was set: not where the user chose otherwise, and not without glibc.
+        Whether the setting was made: not if the user chose otherwise, and not without glibc.
 
-    Source: mallopt(3). Measured in benchmarks/RESULTS.md.
+    Source: mallopt(3). benchmarks/RESULTS.md has the measurements.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     chosen = any(name in os.environ for name in ENVIRONMENT) or any(name in tunables for name in TUNABLES)

@@ -7,10 +7,8 @@ from fvcore.common.param_scheduler import ParamScheduler
 from torch.optim import Optimizer
 
 from dimaskdino.compat import lr_schedules
-from dimaskdino.errors import check_choice
 
 _POLYNOMIAL = "WarmupPolyLR"
-_WARMUP_METHODS = ("linear", "constant")
 
 
 class WarmupPolynomial(ParamScheduler):
@@ -18,7 +16,7 @@ class WarmupPolynomial(ParamScheduler):
 
     Args:
         power: exponent of the decay.
-        floor: smallest factor once the warm-up is over; 0 for none.
+        floor: smallest factor after the warm-up; 0 for none.
         warmup_share: share of the training, in [0, 1], over which the factor is scaled up linearly.
         warmup_start: scale at the beginning of the warm-up.
     """
@@ -30,7 +28,7 @@ class WarmupPolynomial(ParamScheduler):
         self.warmup_start = warmup_start
 
     def __call__(self, where: float) -> float:
-        """Args: where: progress in [0, 1)."""
+        """The factor at progress ``where`` in [0, 1)."""
         decay = (1.0 - where) ** self.power
         if where >= self.warmup_share:
             return max(decay, self.floor)
@@ -38,15 +36,14 @@ class WarmupPolynomial(ParamScheduler):
         return decay * (self.warmup_start + (1.0 - self.warmup_start) * done)
 
 
-def build_lr_scheduler(cfg: CfgNode, optimizer: Optimizer) -> LRMultiplier:
-    """The schedule that SOLVER.LR_SCHEDULER_NAME names, stepped once per iteration.
+def schedule_names(cfg: CfgNode) -> list[str]:
+    """The values of SOLVER.LR_SCHEDULER_NAME."""
+    return [*lr_schedules(cfg), _POLYNOMIAL]
 
-    Raises:
-        ConfigError: there is no schedule, or no kind of warm-up, of that name.
-    """
+
+def build_lr_scheduler(cfg: CfgNode, optimizer: Optimizer) -> LRMultiplier:
+    """The schedule that SOLVER.LR_SCHEDULER_NAME names, stepped once per iteration."""
     solver = cfg.SOLVER
-    check_choice("SOLVER.LR_SCHEDULER_NAME", solver.LR_SCHEDULER_NAME, [*lr_schedules(cfg), _POLYNOMIAL])
-    check_choice("SOLVER.WARMUP_METHOD", solver.WARMUP_METHOD, _WARMUP_METHODS)
     if solver.LR_SCHEDULER_NAME != _POLYNOMIAL:
         return build_detectron2_lr_scheduler(cfg, optimizer)
     schedule = WarmupPolynomial(

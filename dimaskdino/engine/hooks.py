@@ -1,0 +1,147 @@
+"""The trainer's own hooks: progress on the console, evaluation, and the running statistics of batch norm."""
+
+import datetime
+import logging
+import time
+
+import torch
+import torch.distributed as dist
+from detectron2.engine import HookBase
+from detectron2.engine.hooks import EvalHook
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
+
+from dimaskdino.structures import is_final_loss
+
+logger = logging.getLogger(__name__)
+
+WINDOW = 20  # iterations whose median the console shows
+
+
+class ProgressLog(HookBase):
+    """Logs one line every ``period`` iterations, and every ``seconds`` when iterations are slow.
+
+    The line shows the total loss and the losses of the last stage; metrics.json and TensorBoard have every term.
+    """
+
+    def __init__(self, *, period: int = 20, seconds: float = 10.0) -> None:
+        self._period = period
+        self._seconds = seconds
+        self._last = 0.0
+
+    def before_train(self) -> None:
+        """Start the clock."""
+        self._last = time.perf_counter()
+
+    def after_step(self) -> None:
+        """Log a line if one is due."""
+        done = self.trainer.iter + 1
+        now = time.perf_counter()
+        if done % self._period and done != self.trainer.max_iter and now - self._last < self._seconds:
+            return
+        self._last = now
+        logger.info(progress_line(self.trainer.storage, done, self.trainer.max_iter))
+
+
+def progress_line(storage: EventStorage, done: int, max_iter: int) -> str:
+    """Summarize the last iterations in one line.
+
+    Args:
+        storage: holds total_loss and, once measured, time, data_time, lr and grad_norm.
+        done: number of finished iterations.
+        max_iter: number of iterations of the run.
+    """
+    histories = storage.histories()
+    parts = [f"{done}/{max_iter}"]
+    if "time" in histories:
+        seconds = histories["time"].median(1000)
+        parts.insert(0, f"eta {datetime.timedelta(seconds=int(seconds * (max_iter - done)))}")
+    shown = ["total_loss", *sorted(name for name in histories if name.startswith("loss_") and is_final_loss(name))]
+    shown += [name for name in ("grad_norm", "time", "data_time") if name in histories]
+    parts += [f"{name} {histories[name].median(WINDOW):.4g}" for name in shown]
+    if "lr" in histories:
+        parts.append(f"lr {histories['lr'].latest():.4g}")
+    if torch.cuda.is_available():
+        parts.append(f"max_mem {torch.cuda.max_memory_allocated() / 2**20:.0f}M")
+    return "  ".join(parts)
+
+
+class EvaluateWhenTrained(EvalHook):
+    """detectron2's EvalHook, except that a run that fails in its last iteration is not evaluated.
+
+    detectron2 would evaluate the unfinished model and write its results. With several processes, the one that failed
+    would wait for the others in the evaluation, and the others for its gradients.
+    """
+
+    def after_train(self) -> None:
+        """Evaluate if the loop finished: only then does the iteration count exceed the last iteration."""
+        if self.trainer.iter >= self.trainer.max_iter:
+            super().after_train()
+        else:
+            del self._func  # It may hold the trainer, which holds this hook.
+
+
+class AverageRunningStatistics(HookBase):
+    """Calls :func:`average_running_statistics` before the model is evaluated or saved.
+
+    Register it in every process, before the hooks that evaluate and save, even if only the main process runs those.
+
+    Args:
+        model: the model in training; may be wrapped for distribution.
+        periods: iterations between two uses, one number for each kind of use; 0 means only after the last iteration.
+    """
+
+    def __init__(self, model: nn.Module, *, periods: tuple[int, ...]) -> None:
+        self._model = model
+        self._periods = tuple(period for period in periods if period > 0)
+
+    def after_step(self) -> None:
+        """Average after the iterations whose model is evaluated or saved; the last iteration is always one of them."""
+        done = self.trainer.iter + 1
+        if done == self.trainer.max_iter or any(done % period == 0 for period in self._periods):
+            average_running_statistics(self._model)
+
+
+@torch.no_grad()
+def average_running_statistics(model: nn.Module) -> None:
+    """Give every process the running statistics of the images of all processes; all processes must call this.
+
+    Each process has the mean and variance of its own, equally large share of the images. The mean of all images is the
+    mean of the means. Their variance, E[x^2] - E[x]^2, is the mean of the variances plus the variance of the means;
+    without the second term it would be too small if the shares differ, as they do in short runs and with few images
+    per process. The second term is computed from the distances to the common mean: in float32 this neither cancels
+    nor becomes negative.
+
+    Training does not change, since it normalizes by the batch. Frozen batch norm is not touched.
+    """
+    buffers = list(running_statistics(model).values())
+    if comm.get_world_size() == 1 or not buffers:
+        return
+    means, variances = torch.cat(buffers[::2]).float(), torch.cat(buffers[1::2]).float()
+    common_mean = _average(means)
+    common_variance = _average(variances + (means - common_mean).square())
+    sizes = [len(mean) for mean in buffers[::2]]
+    for own, common in ((buffers[::2], common_mean), (buffers[1::2], common_variance)):
+        for buffer, values in zip(own, common.split(sizes), strict=True):
+            buffer.copy_(values)
+
+
+def running_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """The running mean and then the variance of each batch or instance norm that updates them, by buffer name.
+
+    The frozen batch norms of detectron2 and timm are other classes.
+    """
+    return {
+        f"{name}.{buffer}" if name else buffer: getattr(norm, buffer)
+        for name, norm in model.named_modules()
+        if isinstance(norm, nn.modules.batchnorm._NormBase) and norm.running_mean is not None
+        for buffer in ("running_mean", "running_var")
+    }
+
+
+def _average(values: Tensor) -> Tensor:
+    """Average over the processes, with the same bits in each."""
+    total = values.clone()
+    dist.all_reduce(total)
+    return total / comm.get_world_size()

@@ -1,0 +1,27 @@
+"""Optimizer, learning-rate schedule and gradient clipping, from the SOLVER keys."""
+
+from dimaskdino.solver.checks import check_solver
+from dimaskdino.solver.optimizer import (
+    NEW_RUN,
+    GradientClipper,
+    build_optimizer,
+    check_optimizer_state,
+    parameter_groups,
+    reorder_state,
+    restored_settings,
+    warn_of_kept_settings,
+)
+from dimaskdino.solver.schedule import build_lr_scheduler
+
+__all__ = [
+    "NEW_RUN",
+    "GradientClipper",
+    "build_lr_scheduler",
+    "build_optimizer",
+    "check_optimizer_state",
+    "check_solver",
+    "parameter_groups",
+    "reorder_state",
+    "restored_settings",
+    "warn_of_kept_settings",
+]

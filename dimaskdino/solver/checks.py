@@ -1,0 +1,77 @@
+"""Checks of the SOLVER keys, for the start of a run: before any data is read."""
+
+import math
+from typing import Any
+
+from detectron2.config import CfgNode
+
+from dimaskdino.errors import ConfigError, check_choice
+from dimaskdino.solver.optimizer import OPTIMIZERS, GradientClipper
+from dimaskdino.solver.schedule import schedule_names
+
+WARMUP_METHODS = ("linear", "constant")
+# The smallest value of each number.
+AT_LEAST = {
+    "BASE_LR": 0.0,
+    "BACKBONE_MULTIPLIER": 0.0,
+    "WEIGHT_DECAY": 0.0,
+    "WEIGHT_DECAY_NORM": 0.0,
+    "WEIGHT_DECAY_EMBED": 0.0,
+    "MOMENTUM": 0.0,
+    "WARMUP_FACTOR": 0.0,
+    "WARMUP_ITERS": 0,
+    "MAX_ITER": 1,
+    "IMS_PER_BATCH": 1,
+    "REFERENCE_WORLD_SIZE": 0,
+    "CHECKPOINT_PERIOD": 0,
+}
+MEANINGS = {
+    "IMS_PER_BATCH": "images per step over all processes",
+    "CHECKPOINT_PERIOD": "0 saves the last checkpoint only",
+}
+
+
+def check_solver(cfg: CfgNode, num_processes: int) -> None:
+    """Check every SOLVER key that a training reads.
+
+    Args:
+        cfg: the configuration.
+        num_processes: processes of the job.
+
+    Raises:
+        ConfigError: names the key, its value and what it may be.
+    """
+    solver = cfg.SOLVER
+    check_choice("SOLVER.OPTIMIZER", solver.OPTIMIZER, list(OPTIMIZERS))
+    check_choice("SOLVER.LR_SCHEDULER_NAME", solver.LR_SCHEDULER_NAME, schedule_names(cfg))
+    check_choice("SOLVER.WARMUP_METHOD", solver.WARMUP_METHOD, WARMUP_METHODS)
+    for name, least in AT_LEAST.items():
+        _check_at_least(name, solver[name], least)
+    _check_steps(list(solver.STEPS))
+    _check_batch(cfg, num_processes)
+    GradientClipper.from_config(cfg)
+
+
+def _check_at_least(name: str, value: float, least: float) -> None:
+    if not least <= value < math.inf:
+        meaning = f" ({MEANINGS[name]})" if name in MEANINGS else ""
+        raise ConfigError(f"SOLVER.{name} is {value}; it must be at least {least}{meaning}.")
+
+
+def _check_steps(steps: list[Any]) -> None:
+    if any(type(step) is not int for step in steps) or steps != sorted({*steps}) or min(steps, default=1) < 1:
+        raise ConfigError(
+            f"SOLVER.STEPS is {tuple(steps)}; it must be iterations from 1 on in increasing order, or () for none."
+        )
+
+
+def _check_batch(cfg: CfgNode, num_processes: int) -> None:
+    """Check that the processes share a batch evenly; the trainer scales the batch from a reference number of them."""
+    reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
+    sharing = reference or num_processes
+    if cfg.SOLVER.IMS_PER_BATCH % sharing:
+        of = "SOLVER.REFERENCE_WORLD_SIZE" if reference else "this job"
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH} ({MEANINGS['IMS_PER_BATCH']}); it must be a multiple "
+            f"of the {sharing} processes of {of}."
+        )

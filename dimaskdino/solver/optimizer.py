@@ -1,0 +1,218 @@
+"""The optimizer of the releases: AdamW with a slower backbone and no decay on norms and embeddings."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dimaskdino.errors import CheckpointError, check_choice
+
+logger = logging.getLogger(__name__)
+
+NORMS = (
+    nn.modules.batchnorm._NormBase,  # batch, synchronised batch and instance norm of every dimension
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.LocalResponseNorm,
+    nn.RMSNorm,
+)
+# Position tables of Swin: learned offsets that neither release decays.
+UNDECAYED_NAMES = ("relative_position_bias_table", "absolute_pos_embed")
+
+ParameterGroups = list[dict[str, Any]]
+
+
+def _adamw(groups: ParameterGroups, cfg: CfgNode) -> Optimizer:
+    return torch.optim.AdamW(groups, cfg.SOLVER.BASE_LR, fused=True)
+
+
+def _sgd(groups: ParameterGroups, cfg: CfgNode) -> Optimizer:
+    return torch.optim.SGD(groups, cfg.SOLVER.BASE_LR, momentum=cfg.SOLVER.MOMENTUM, nesterov=cfg.SOLVER.NESTEROV)
+
+
+OPTIMIZERS = {"ADAMW": _adamw, "SGD": _sgd}
+
+NEW_RUN = "start a new run with MODEL.WEIGHTS set to the checkpoint"
+# Settings of a parameter group that a checkpoint restores: in words, and the keys that set them.
+RESTORED = {
+    "initial_lr": ("learning rates", "SOLVER.BASE_LR and BACKBONE_MULTIPLIER"),
+    "weight_decay": ("weight decays", "SOLVER.WEIGHT_DECAY, WEIGHT_DECAY_NORM and WEIGHT_DECAY_EMBED"),
+    "momentum": ("momenta", "SOLVER.MOMENTUM"),
+}
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
+    """The optimizer that SOLVER.OPTIMIZER names, over :func:`parameter_groups`."""
+    groups = parameter_groups(cfg, model)
+    for group in groups:
+        logger.info("%d parameters: lr %g, weight decay %g", len(group["params"]), group["lr"], group["weight_decay"])
+    return OPTIMIZERS[cfg.SOLVER.OPTIMIZER](groups, cfg)
+
+
+def parameter_groups(cfg: CfgNode, model: nn.Module) -> ParameterGroups:
+    """Trainable parameters grouped by learning rate and weight decay, each parameter once.
+
+    Returns:
+        Groups ``{"params": [...], "lr": float, "weight_decay": float}`` in the order in which the model names their
+        first members, so that a saved optimizer state fits the same model again.
+    """
+    by_setting: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for module_name, module, name, parameter in _trainable_parameters(model):
+        setting = (_learning_rate(cfg, module_name), _weight_decay(cfg, module, name))
+        by_setting.setdefault(setting, []).append(parameter)
+    return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in by_setting.items()]
+
+
+def _trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+    """Yield (module name, module, name within it, parameter); a shared parameter belongs to its first module."""
+    seen: set[nn.Parameter] = set()
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad and parameter not in seen:
+                seen.add(parameter)
+                yield module_name, module, name, parameter
+
+
+def _learning_rate(cfg: CfgNode, module_name: str) -> float:
+    factor = cfg.SOLVER.BACKBONE_MULTIPLIER if "backbone" in module_name else 1.0
+    return cfg.SOLVER.BASE_LR * factor
+
+
+def _weight_decay(cfg: CfgNode, module: nn.Module, name: str) -> float:
+    if isinstance(module, nn.Embedding):
+        return cfg.SOLVER.WEIGHT_DECAY_EMBED
+    if isinstance(module, NORMS):
+        return cfg.SOLVER.WEIGHT_DECAY_NORM
+    return 0.0 if name in UNDECAYED_NAMES else cfg.SOLVER.WEIGHT_DECAY
+
+
+class GradientClipper:
+    """Clips gradients as SOLVER.CLIP_GRADIENTS says, and measures their norm before that.
+
+    CLIP_TYPE ``full_model`` scales all gradients by one factor so that their global norm is at most CLIP_VALUE (the
+    releases' choice); ``norm`` does so for each parameter separately; ``value`` clamps each element.
+    """
+
+    TYPES = ("full_model", "norm", "value")
+
+    def __init__(self, *, clip_type: str, limit: float, norm_type: float = 2.0) -> None:
+        check_choice("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", clip_type, self.TYPES)
+        self.clip_type = clip_type
+        self.limit = limit
+        self.norm_type = norm_type
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> "GradientClipper":
+        """The clipper of SOLVER.CLIP_GRADIENTS; one that never clips if clipping is disabled."""
+        clip = cfg.SOLVER.CLIP_GRADIENTS
+        if not clip.ENABLED:
+            return cls(clip_type="full_model", limit=float("inf"))
+        return cls(clip_type=clip.CLIP_TYPE, limit=clip.CLIP_VALUE, norm_type=clip.NORM_TYPE)
+
+    def __call__(self, parameters: list[nn.Parameter]) -> Tensor:
+        """Clip the gradients of ``parameters`` in place.
+
+        Returns:
+            The global norm of the gradients before clipping, a scalar.
+        """
+        limit = self.limit if self.clip_type == "full_model" else float("inf")
+        norm = nn.utils.clip_grad_norm_(parameters, limit, self.norm_type)
+        if self.clip_type == "norm":
+            for parameter in parameters:
+                nn.utils.clip_grad_norm_(parameter, self.limit, self.norm_type)
+        elif self.clip_type == "value":
+            nn.utils.clip_grad_value_(parameters, self.limit)
+        return norm
+
+
+def reorder_state(
+    optimizer: Optimizer, model: nn.Module, state: dict[str, Any], saved_names: Sequence[str]
+) -> dict[str, Any]:
+    """Match a saved state to parameters that the model now has in another order; torch numbers them by their order.
+
+    Args:
+        optimizer: the optimizer that is to load the state.
+        model: the model of the optimizer.
+        state: the ``state_dict`` of an optimizer.
+        saved_names: names of the parameters in the order of the model that was saved; other names are skipped.
+
+    Returns:
+        The state in the order of ``optimizer``; as it is if its groups are not those of ``optimizer``.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    group_of = {p: index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    saved: dict[int, dict[nn.Parameter, None]] = {}  # by group, in the order of the saved model
+    for parameter in (parameters[name] for name in saved_names if name in parameters):
+        if parameter in group_of:
+            saved.setdefault(group_of[parameter], {})[parameter] = None
+    groups = state["param_groups"]
+    if [len(members) for members in saved.values()] != [len(group["params"]) for group in groups]:
+        return state
+    number: dict[nn.Parameter, int] = {}
+    for members, group in zip(saved.values(), groups, strict=True):
+        number |= zip(members, group["params"], strict=True)
+    saved_group = dict(zip(saved, groups, strict=True))
+    return {
+        "param_groups": [
+            {**saved_group[index], "params": [number[p] for p in group["params"]]}
+            for index, group in enumerate(optimizer.param_groups)
+        ],
+        "state": state["state"],
+    }
+
+
+def check_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Check that a saved state is of the same kind of optimizer, over the same parameter groups.
+
+    Args:
+        optimizer: the optimizer that is to load the state.
+        state: the ``state_dict`` of an optimizer.
+
+    Raises:
+        CheckpointError: says what differs.
+    """
+    groups, saved = optimizer.param_groups, state["param_groups"]
+    # A newer torch adds settings; optimizers of different kinds each have settings that the other lacks.
+    here, there = ({name for group in each for name in group} for each in (groups, saved))
+    if here - there and there - here:
+        ours, theirs = (", ".join(sorted(names)) for names in (here - there, there - here))
+        raise CheckpointError(
+            f"its optimizer is not the one that SOLVER.OPTIMIZER names: it has {theirs} and lacks {ours}; {NEW_RUN}."
+        )
+    sizes, saved_sizes = ([len(group["params"]) for group in each] for each in (groups, saved))
+    if sizes != saved_sizes:
+        raise CheckpointError(
+            f"its optimizer has groups of {saved_sizes} parameters, the configured one has groups of {sizes}: other "
+            f"parameters are trainable, or other ones share a learning rate and weight decay "
+            f"({RESTORED['initial_lr'][1]}; {RESTORED['weight_decay'][1]}); {NEW_RUN}."
+        )
+
+
+def restored_settings(optimizer: Optimizer) -> dict[str, list[float]]:
+    """The settings of :data:`RESTORED` for each parameter group."""
+    groups = optimizer.param_groups
+    return {name: [group[name] for group in groups] for name in RESTORED if all(name in group for group in groups)}
+
+
+def warn_of_kept_settings(configured: dict[str, list[float]], restored: dict[str, list[float]]) -> None:
+    """Warn of settings that a resumed run keeps although the configuration now sets other values.
+
+    Args:
+        configured: :func:`restored_settings` before the checkpoint was loaded.
+        restored: the same afterwards.
+    """
+    for name, asked in configured.items():
+        if (kept := restored.get(name, asked)) != asked:
+            what, keys = RESTORED[name]
+            logger.warning(
+                "--resume keeps the %s of the run, %s, although %s now give %s. To train with those, %s.",
+                what,
+                kept,
+                keys,
+                asked,
+                NEW_RUN,
+            )

@@ -1,0 +1,156 @@
+"""What the tests of several processes do there: each function runs in both processes of one job.
+
+Starting a process takes seconds, so the tests share the job and look at what its functions return.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+from detectron2.engine import HookBase
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.utils import comm
+from torch import Tensor, nn
+
+from dimaskdino.config import Config
+from dimaskdino.data.datasets import register_all
+from dimaskdino.engine import Trainer, argument_parser, evaluate, setup
+from dimaskdino.engine.hooks import average_running_statistics
+from dimaskdino.errors import UserError
+from dimaskdino.modeling.registry import BATO_REGISTRY
+from tests.documentation import REPOSITORY, example
+from tests.engine.toy import ToyDetector
+
+Buffers = dict[str, Tensor]
+MAX_ITER, CHECKPOINT_PERIOD, EVAL_PERIOD = 5, 2, 3
+
+
+def main(args: argparse.Namespace) -> None:
+    """Run every function below and save its result as FOLDER/NAME.RANK.pth."""
+    register_all(cfg=args.cfg)
+    for function in (ranks, average_by_hand, train_with_batch_norm, start_from_own_folders, import_modules):
+        result = function(args.cfg.clone(), args.folder)
+        torch.save(result, args.folder / f"{function.__name__}.{comm.get_rank()}.pth")
+
+
+def ranks(cfg: Config, folder: Path) -> dict[str, Any]:
+    """What each process knows of the job."""
+    found = {"rank": comm.get_rank(), "local": comm.get_local_rank(), "local_size": comm.get_local_size()}
+    return {**found, "all": comm.all_gather(comm.get_rank())}
+
+
+class ToyBatchNormDetector(ToyDetector):
+    """With the one layer that has running statistics."""
+
+    def __init__(self, cfg: CfgNode) -> None:
+        super().__init__(cfg)
+        self.norm = nn.BatchNorm1d(8)
+
+
+if "ToyBatchNormDetector" not in META_ARCH_REGISTRY:
+    META_ARCH_REGISTRY.register(ToyBatchNormDetector)
+
+
+def buffers_of(model: nn.Module) -> Buffers:
+    """By the last part of their names, which is unique in the toy."""
+    return {name.rpartition(".")[2]: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+class KeepBuffers(HookBase):
+    """Keeps the buffers of every iteration; as the first hook, it sees what this process alone has gathered."""
+
+    def __init__(self) -> None:
+        self.kept: dict[int, Buffers] = {}
+
+    def after_step(self) -> None:
+        """Keep them by the number of finished iterations."""
+        self.kept[self.trainer.iter + 1] = buffers_of(self.trainer.model)
+
+
+class RecordingTrainer(Trainer):
+    """Keeps the buffers of the models that are evaluated."""
+
+    evaluated: list[Buffers] = []
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict[str, Any]:
+        """Keep, then evaluate."""
+        cls.evaluated.append(buffers_of(model))
+        return super().test(cfg, model, evaluators)
+
+
+def train_with_batch_norm(cfg: Config, folder: Path) -> dict[str, Any]:
+    """Train with other periods of saving and of evaluating, and return the buffers."""
+    cfg.MODEL.META_ARCHITECTURE = "ToyBatchNormDetector"
+    cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.STEPS, cfg.SOLVER.MAX_ITER = 4, (), MAX_ITER
+    cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD = CHECKPOINT_PERIOD, EVAL_PERIOD
+    cfg.OUTPUT_DIR = str(folder / "batch_norm")
+    torch.manual_seed(cfg.SEED)
+    trainer = RecordingTrainer(cfg)
+    local = KeepBuffers()
+    local.trainer = trainer
+    trainer._hooks.insert(0, local)
+    trainer.train()
+    return {"local": local.kept, "evaluated": RecordingTrainer.evaluated}
+
+
+def average_by_hand(cfg: Config, folder: Path) -> list[Buffers]:
+    """Average layers of every kind, filled with values of this process."""
+    rank = comm.get_rank()
+    plain, without, frozen = nn.BatchNorm2d(2), nn.BatchNorm1d(2, track_running_stats=False), FrozenBatchNorm2d(2)
+    for norm in (plain, frozen):
+        norm.running_mean.copy_(torch.tensor([[1000.0, 2.0], [1006.0, 2.0]][rank]))
+        norm.running_var.copy_(torch.tensor([[0.25, 3.0], [0.75, 5.0]][rank]))
+    plain.num_batches_tracked.fill_(7 + rank)
+    average_running_statistics(nn.Sequential(plain, without, frozen))
+    average_running_statistics(nn.Sequential(without, frozen))
+    return [buffers_of(norm) for norm in (plain, frozen)]
+
+
+def start_from_own_folders(cfg: Config, folder: Path) -> list[str]:
+    """The errors if only the main process has a checkpoint, or was given --resume."""
+    cfg.OUTPUT_DIR = str(folder / str(comm.get_rank()))
+    trainer = Trainer(cfg)  # Both processes take part in the making of one.
+    if comm.is_main_process():
+        Path(cfg.OUTPUT_DIR).mkdir()
+        trainer.checkpointer.save("model_0000004", iteration=4)
+    errors = []
+    for start in (
+        lambda: Trainer(cfg).resume_or_load(resume=True),
+        lambda: Trainer(cfg).resume_or_load(resume=comm.is_main_process()),
+        lambda: evaluate(cfg, resume=True),
+    ):
+        try:
+            start()
+        except UserError as error:
+            errors.append(str(error))
+    return errors
+
+
+def import_modules(cfg: Config, folder: Path) -> list[Any]:
+    """Set up a run with the modules that the documentation shows."""
+    options = ["DATASETS.TRAIN", "('my_train',)", "DATASETS.TEST", "('my_val',)", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", "3"]
+    options += ["MODEL.MaskDINO.BATO.NAME", "MyBato", "OUTPUT_DIR", "imported"]
+    command = ["--num-gpus", "0", "--import", "my_parts", "--import", "my_data", *options]
+    os.chdir(folder)
+    found = setup(argument_parser().parse_args(command))
+    return [BATO_REGISTRY.get("MyBato").__name__, "my_train" in DatasetCatalog.list(), found.MODEL.MaskDINO.BATO.NAME]
+
+
+def write_modules(folder: Path) -> None:
+    """Write the modules that the documentation shows and the data that they name."""
+    (folder / "my_parts.py").write_text(example("README.md", "my_parts"))
+    (folder / "my_data.py").write_text(example("datasets/README.md", "my_data"))
+    (folder / "path/to/images").mkdir(parents=True)
+    (folder / "path/to/images/1.png").write_bytes((REPOSITORY / "docs/images/demo.png").read_bytes())
+    categories = [{"id": number, "name": f"class {number}"} for number in (1, 2, 3)]
+    image = {"id": 1, "file_name": "1.png", "width": 4, "height": 4}
+    for split in ("train", "val"):
+        coco = {"images": [image], "annotations": [], "categories": categories}
+        (folder / f"path/to/{split}.json").write_text(json.dumps(coco))

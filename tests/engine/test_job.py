@@ -1,0 +1,81 @@
+"""Two processes on the CPU, as the launcher starts them: what each knows, evaluates, saves, and refuses."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dimaskdino.engine.hooks import average_running_statistics
+from tests.engine.job import EVAL_PERIOD, MAX_ITER, Buffers, buffers_of
+
+
+def test_processes_know_each_other(of_two_processes) -> None:
+    for rank, found in enumerate(of_two_processes("ranks")):
+        assert found == {"rank": rank, "local": rank, "local_size": 2, "all": [0, 1]}
+
+
+def test_every_process_imports_the_modules(of_two_processes) -> None:
+    assert of_two_processes("import_modules") == [["MyBato", True, "MyBato"]] * 2
+
+
+def test_processes_with_different_checkpoints_are_refused(of_two_processes, job_folder: Path) -> None:
+    for rank, errors in enumerate(of_two_processes("start_from_own_folders")):
+        without_checkpoint, without_flag, evaluated = errors
+        for error in (without_checkpoint, evaluated):
+            assert f"OUTPUT_DIR {job_folder / str(rank)}: process 0 finds model_0000004.pth, process 1 finds" in error
+            assert "must be a folder that all machines share" in error
+        assert "process 1 was not given --resume" in without_flag
+
+
+def test_variance_of_the_means_is_added(of_two_processes) -> None:
+    for rank, (plain, frozen) in enumerate(of_two_processes("average_by_hand")):
+        # Channel 0: both means are 3 from the common one, so 9 + (0.25 + 0.75) / 2. Channel 1: equal means add nothing.
+        assert plain["running_mean"].tolist() == [1003.0, 2.0]
+        assert plain["running_var"].tolist() == [9.5, 4.0]
+        assert plain["num_batches_tracked"] == 7 + rank
+        assert frozen["running_mean"].tolist() == [[1000.0, 2.0], [1006.0, 2.0]][rank]
+        assert frozen["running_var"].tolist() == [[0.25, 3.0], [0.75, 5.0]][rank]
+
+
+def test_common_statistics_are_evaluated_and_saved(of_two_processes, job_folder: Path) -> None:
+    seen = of_two_processes("train_with_batch_norm")
+    local = [process["local"] for process in seen]
+
+    def expected(done: int) -> Buffers:
+        """Mean, and second moment less the square of the mean, over both processes."""
+        means = torch.stack([process[done]["running_mean"] for process in local]).double()
+        variances = torch.stack([process[done]["running_var"] for process in local]).double()
+        mean = means.mean(0)
+        variance = (variances + means**2).mean(0) - mean**2
+        return {
+            "running_mean": mean.float(),
+            "running_var": variance.float(),
+            "num_batches_tracked": torch.tensor(done),
+        }
+
+    # The processes gather different statistics.
+    assert not torch.allclose(local[0][MAX_ITER]["running_mean"], local[1][MAX_ITER]["running_mean"], rtol=1e-3)
+
+    for process in seen:
+        assert len(process["evaluated"]) == 2
+        for done, found in zip((EVAL_PERIOD, MAX_ITER), process["evaluated"], strict=True):
+            torch.testing.assert_close(found, expected(done), rtol=1e-5, atol=1e-7)
+    for of_one, of_other in zip(*(process["evaluated"] for process in seen), strict=True):
+        torch.testing.assert_close(of_one, of_other, rtol=0, atol=0)
+
+    for name, done in {"model_0000001": 2, "model_0000003": 4, "model_final": MAX_ITER}.items():
+        weights = torch.load(job_folder / "batch_norm" / f"{name}.pth")["model"]
+        saved = {key.removeprefix("norm."): value for key, value in weights.items() if "running" in key}
+        wanted = {key: value for key, value in expected(done).items() if "running" in key}
+        torch.testing.assert_close(saved, wanted, rtol=1e-5, atol=1e-7)
+    # An evaluation of the last file repeats the last evaluation of the training.
+    last = {key: value for key, value in seen[0]["evaluated"][-1].items() if "running" in key}
+    torch.testing.assert_close(saved, last, rtol=0, atol=0)
+
+
+def test_one_process_keeps_its_statistics() -> None:
+    norm = nn.BatchNorm1d(3)
+    norm(torch.rand(4, 3))
+    before = buffers_of(norm)
+    average_running_statistics(norm)
+    torch.testing.assert_close(buffers_of(norm), before, rtol=0, atol=0)
