@@ -204,7 +204,7 @@ class _Canvas:
                     # OpenCV's coordinates overflow far outside the picture. Beside masks, boxes are thin.
                     x0, y0, x1, y1 = self.boxes[index].clip(-9999, 32767).round().astype(int).tolist()
                     thickness = (line if self.masks is None else max(1, line // 2)) + halo
-                    cv2.rectangle(picture, (x0, y0), (x1, y1), color, thickness, cv2.LINE_AA)
+                    cv2.rectangle(picture, (x0, y0), (x1, y1), color, thickness)
 
     def add_labels(self, picture: np.ndarray, objects: Objects) -> np.ndarray:
         """Add labels to a copy of the picture, highest scores first, each where it covers no other."""
@@ -260,13 +260,14 @@ def _places_at_box(box: Box, size: tuple[float, float]) -> Iterable[tuple[float,
 
 
 def _places_in_mask(mask: np.ndarray, size: tuple[float, float]) -> Iterable[tuple[float, float]]:
-    """Places for a label of ``size`` at a segment: where it is widest, then around that."""
+    """Places for a label of ``size`` at a segment: where it is widest, near its middle, then around that."""
     if not mask.any():
         return
     # A rim of zeros: the border of the picture ends a segment, too.
     depth = cv2.distanceTransform(np.pad(mask, 1), cv2.DIST_L2, 3)[1:-1, 1:-1]
-    y, x = np.unravel_index(int(depth.argmax()), depth.shape)
-    left, top = float(x) - size[0] / 2, float(y) - size[1] / 2
+    deep = np.argwhere(depth >= 0.95 * depth.max())
+    y, x = deep[np.square(deep - np.argwhere(mask).mean(axis=0)).sum(axis=1).argmin()].tolist()
+    left, top = x - size[0] / 2, y - size[1] / 2
     yield left, top
     yield from _places_at_box((left, top, left + size[0], top + size[1]), size)
 
