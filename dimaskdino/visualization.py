@@ -1,96 +1,325 @@
-"""Pictures of what is there and what was found."""
+"""Draw objects and segments on pictures: boxes, masks, and labels, in the one style that every tool uses."""
 
-from collections.abc import Sequence
+import functools
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import cv2
+import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from detectron2.structures import Instances
 from matplotlib.colors import hsv_to_rgb
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.font_manager import findSystemFonts
+from matplotlib.ft2font import FT2Font
+from PIL import Image, ImageDraw, ImageFont
 
-COLUMNS = ("input", "ground truth", "prediction")
-INCHES_PER_PICTURE = 3.2
-MASK_OPACITY = 0.45
+logger = logging.getLogger(__name__)
+
+Color = tuple[int, int, int]
+Box = tuple[float, float, float, float]
+
+SHORTEST_SIDE_PX, LONGEST_SIDE_PX = 600, 2400  # smaller pictures are enlarged up to these
+MASK_OPACITY = 0.4
+HALO: Color = (16, 16, 16)
+_GOLDEN_RATIO = (5**0.5 - 1) / 2  # turning a hue by this keeps it far from the hues before it
+_TONES = ((0.85, 1.0), (0.6, 1.0), (0.9, 0.8))  # saturation and value, in turn
+_LONGEST_LABEL = 28
+_GRID_MARGIN_PX, _GRID_BACKGROUND = 8, (255, 255, 255)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objects:
-    """Objects of one image: masks (N, H, W) bool, boxes (N, 4) xyxy px, a text and a class index for each."""
+    """Objects of one image, or segments of a panoptic or semantic map.
 
-    masks: np.ndarray
-    boxes: np.ndarray
-    texts: Sequence[str]
+    Attributes:
+        classes: class index of each.
+        names: class name of each.
+        scores: in [0, 1]; None for ground truth.
+        boxes: (N, 4) xyxy px; None for segments, which have masks alone.
+        masks: (N, H, W) bool; None for objects with boxes alone.
+    """
+
     classes: Sequence[int]
+    names: Sequence[str]
+    scores: Sequence[float] | None = None
+    boxes: np.ndarray | None = None
+    masks: np.ndarray | None = None
+
+    @classmethod
+    def from_instances(cls, instances: Instances, class_names: Sequence[str]) -> "Objects":
+        """Read predicted (``pred_``) or true (``gt_``) detectron2 instances on the CPU, with or without masks."""
+        fields: dict[str, Any] = instances.get_fields()
+        prefix = "pred" if "pred_classes" in fields else "gt"
+        classes = fields[f"{prefix}_classes"].tolist()
+        masks = fields.get(f"{prefix}_masks")
+        return cls(
+            classes=classes,
+            names=[class_names[index] for index in classes],
+            scores=fields["scores"].tolist() if "scores" in fields else None,
+            boxes=fields[f"{prefix}_boxes"].tensor.numpy(),
+            masks=None if masks is None else getattr(masks, "tensor", masks).numpy().astype(bool),
+        )
+
+    @classmethod
+    def from_segments(cls, ids: np.ndarray, classes: Mapping[int, int], class_names: Sequence[str]) -> "Objects":
+        """Read a panoptic map, or a semantic one, whose segments are its classes.
+
+        Args:
+            ids: (H, W) segment of each pixel.
+            classes: class index by segment; pixels of other segments are left as they are.
+            class_names: by class index.
+        """
+        there = [segment for segment in classes if (ids == segment).any()]
+        return cls(
+            classes=[classes[segment] for segment in there],
+            names=[class_names[classes[segment]] for segment in there],
+            masks=np.array([ids == segment for segment in there], dtype=bool).reshape(-1, *ids.shape),
+        )
+
+
+def class_color(index: int) -> Color:
+    """A bright RGB color, the same for a class wherever it is drawn."""
+    saturation, value = _TONES[index % len(_TONES)]
+    red, green, blue = (hsv_to_rgb((index * _GOLDEN_RATIO % 1, saturation, value)) * 255).round().astype(int).tolist()
+    return red, green, blue
+
+
+def draw_objects(
+    image: np.ndarray, objects: Objects, *, width: int | None = None, by_instance: bool = False
+) -> np.ndarray:
+    """Draw objects on an image.
+
+    Masks are tinted and outlined, boxes outlined, both with a dark halo. A label never covers another one: it moves
+    along its object, and is left out if there is no room.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        objects: in the image's frame.
+        width: of the picture in px; None enlarges a small image, so that its labels can be read.
+        by_instance: whether each object has a color of its own, not of its class.
+
+    Returns:
+        (H', W', 3) uint8 RGB.
+    """
+    scale = width / image.shape[1] if width else _enlargement(image.shape[0], image.shape[1])
+    size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
+    picture = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+    canvas = _Canvas(
+        size=size,
+        colors=[class_color(index if by_instance else label) for index, label in enumerate(objects.classes)],
+        boxes=None if objects.boxes is None else np.nan_to_num(objects.boxes.reshape(-1, 4)) * scale,
+        masks=objects.masks,
+    )
+    picture = canvas.tint(picture)
+    canvas.outline(picture)
+    return canvas.add_labels(picture, objects)
+
+
+def _enlargement(height: int, width: int) -> float:
+    """How much a picture is enlarged, so that labels can be read; long pictures are limited by their longest side."""
+    return max(1.0, min(SHORTEST_SIDE_PX / min(height, width), LONGEST_SIDE_PX / max(height, width)))
+
+
+def save_grid(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], path: str | Path) -> None:
+    """Write pictures side by side as one image file, with a title over each column.
+
+    Args:
+        rows: of pictures (H, W, 3) uint8 RGB, one for each title; those of a row are scaled to the width of its first.
+        titles: of the columns.
+        path: of the file; its suffix decides the format, and its folder exists.
+    """
+    font = _font("", 20)
+    margin, head = _GRID_MARGIN_PX, 20 + 2 * _GRID_MARGIN_PX
+    scaled = [[_to_width(picture, row[0].shape[1]) for picture in row] for row in rows]
+    column = max((row[0].shape[1] for row in scaled), default=0) + margin
+    heights = [max(picture.shape[0] for picture in row) + margin for row in scaled]
+    sheet = Image.new("RGB", (margin + column * len(titles), head + sum(heights)), _GRID_BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    for index, title in enumerate(titles):
+        draw.text((margin + column * index + (column - margin) / 2, head / 2), title, HALO, font, anchor="mm")
+    top = head
+    for row, height in zip(scaled, heights, strict=True):
+        for index, picture in enumerate(row):
+            sheet.paste(Image.fromarray(picture), (margin + column * index, top))
+        top += height
+    sheet.save(path)
+
+
+def _to_width(picture: np.ndarray, width: int) -> np.ndarray:
+    if picture.shape[1] == width:
+        return picture
+    height = max(1, round(picture.shape[0] * width / picture.shape[1]))
+    return cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """One image (H, W, 3) uint8 RGB with its true and its predicted objects."""
+class _Canvas:
+    """What is drawn on one picture of ``size`` (width, height): boxes in its px, masks in the image's."""
 
-    image: np.ndarray
-    truth: Objects
-    found: Objects
+    size: tuple[int, int]
+    colors: Sequence[Color]
+    boxes: np.ndarray | None
+    masks: np.ndarray | None
+
+    def mask(self, index: int) -> np.ndarray:
+        """A mask (H, W) uint8 at the size of the picture, its rim smooth."""
+        assert self.masks is not None
+        resized = cv2.resize(self.masks[index].astype(np.float32), self.size, interpolation=cv2.INTER_LINEAR)
+        return (resized > 0.5).astype(np.uint8)
+
+    @functools.cached_property
+    def largest_first(self) -> list[int]:
+        """The objects in the order in which they are drawn."""
+        if self.masks is not None:
+            areas = self.masks.sum(axis=(1, 2))
+        elif self.boxes is not None:
+            areas = (self.boxes[:, 2:] - self.boxes[:, :2]).prod(axis=1)
+        else:
+            areas = np.zeros(0)
+        return np.argsort(-areas, kind="stable").tolist()
+
+    def tint(self, picture: np.ndarray) -> np.ndarray:
+        """Blend the colors of the masks into a copy of the picture."""
+        if self.masks is None:
+            return picture
+        blended = picture.astype(np.float32)
+        for index in self.largest_first:
+            mask = self.mask(index)
+            x, y, width, height = cv2.boundingRect(mask)
+            inside, region = mask[y : y + height, x : x + width] > 0, blended[y : y + height, x : x + width]
+            region[inside] += MASK_OPACITY * (np.array(self.colors[index], np.float32) - region[inside])
+        return blended.round().astype(np.uint8)
+
+    def outline(self, picture: np.ndarray) -> None:
+        """Draw the rims of masks and boxes into the picture, each over a wider dark line."""
+        line = max(1, round(min(self.size) / 350))
+        for index in self.largest_first:
+            rims = () if self.masks is None else _rims(self.mask(index))
+            for color, halo in ((HALO, 2), (self.colors[index], 0)):
+                cv2.drawContours(picture, rims, -1, color, line + halo, cv2.LINE_AA)
+                if self.boxes is not None:
+                    # OpenCV's coordinates overflow far outside the picture. Beside masks, boxes are thin.
+                    x0, y0, x1, y1 = self.boxes[index].clip(-9999, 32767).round().astype(int).tolist()
+                    thickness = (line if self.masks is None else max(1, line // 2)) + halo
+                    cv2.rectangle(picture, (x0, y0), (x1, y1), color, thickness)
+
+    def add_labels(self, picture: np.ndarray, objects: Objects) -> np.ndarray:
+        """Add labels to a copy of the picture, highest scores first, each where it covers no other."""
+        image = Image.fromarray(picture)
+        draw, taken = ImageDraw.Draw(image), list[Box]()
+        scores = [1.0] * len(self.colors) if objects.scores is None else objects.scores
+        size_px = max(12, round(min(self.size) / 42))
+        for index in sorted(range(len(scores)), key=lambda index: -scores[index]):
+            text = _label(objects, index)
+            font, pad = _font(text, size_px), size_px // 5
+            size = (font.getlength(text) + 2 * pad, sum(font.getmetrics()) + pad)
+            place = _free_place(self._places(index, size), size, self.size, taken)
+            if place is None:
+                continue
+            x, y = place
+            taken.append((x, y, x + size[0], y + size[1]))
+            draw.rectangle((x, y, x + size[0] - 1, y + size[1] - 1), fill=self.colors[index], outline=HALO)
+            ink = (0, 0, 0) if np.dot(self.colors[index], (0.299, 0.587, 0.114)) > 110 else (255, 255, 255)
+            draw.text((x + pad, y + pad / 2), text, ink, font)
+        return np.array(image)
+
+    def _places(self, index: int, size: tuple[float, float]) -> Iterable[tuple[float, float]]:
+        """Places for the label of an object, the best first."""
+        if self.boxes is not None:
+            return _places_at_box(tuple(self.boxes[index].tolist()), size)
+        return () if self.masks is None else _places_in_mask(self.mask(index), size)
 
 
-def save_grid(rows: Sequence[Row], path: str | Path, *, num_classes: int) -> None:
-    """Draw input, ground truth and prediction side by side, an image a row, and write a PNG.
-
-    Args:
-        rows: at least one image.
-        path: of the PNG; its folder exists.
-        num_classes: each class keeps one colour of so many.
-    """
-    size = (INCHES_PER_PICTURE * len(COLUMNS), INCHES_PER_PICTURE * len(rows) + 0.3)
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(len(rows), len(COLUMNS), squeeze=False)
-    for title, axes in zip(COLUMNS, grid[0], strict=True):
-        axes.set_title(title)
-    for axes_of_row, row in zip(grid, rows, strict=True):
-        for axes, objects in zip(axes_of_row, (None, row.truth, row.found), strict=True):
-            axes.imshow(row.image if objects is None else _with_masks(row.image, objects, num_classes))
-            axes.set_axis_off()
-            if objects is not None:
-                _draw_boxes(axes, objects, num_classes)
-    figure.savefig(path, dpi=110)
+def _rims(mask: np.ndarray) -> Sequence[np.ndarray]:
+    return cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)[0]
 
 
-def class_colour(index: int, num_classes: int) -> np.ndarray:
-    """A bright colour (3,) in [0, 1], different for each class."""
-    return hsv_to_rgb((index / max(num_classes, 1), 0.85, 1.0))
+def _label(objects: Objects, index: int) -> str:
+    """Name and score; the class index stands in for a name that no font can show."""
+    name = " ".join("".join(c for c in objects.names[index] if c.isprintable()).split())
+    if len(name) > _LONGEST_LABEL:
+        name = f"{name[: _LONGEST_LABEL - 1]}…"
+    score = "" if objects.scores is None else f" {objects.scores[index]:.2f}"
+    if _font_file(name + score) is None:
+        _warn_of_missing_glyphs()
+        name = f"class {objects.classes[index]}"
+    return name + score
 
 
-def _with_masks(image: np.ndarray, objects: Objects, num_classes: int) -> np.ndarray:
-    """The image (H, W, 3) in [0, 1] with every mask tinted and its rim drawn, the largest first."""
-    picture = image.astype(np.float64) / 255
-    for index in np.argsort(-objects.masks.sum((1, 2))):
-        mask, colour = objects.masks[index], class_colour(objects.classes[index], num_classes)
-        picture[mask] = (1 - MASK_OPACITY) * picture[mask] + MASK_OPACITY * colour
-        picture[mask & ~_eroded(mask)] = colour
-    return picture
+def _places_at_box(box: Box, size: tuple[float, float]) -> Iterable[tuple[float, float]]:
+    """Places for a label of ``size`` at a box: over it, in it, under it, then further along its sides."""
+    (x0, y0, x1, y1), (width, height) = box, size
+    yield from ((x0, y0 - height), (x0, y0), (x0, y1), (x1 - width, y0 - height), (x1 - width, y1))
+    yield from ((x1 - width, y0), (x0, y1 - height), (x1 - width, y1 - height), (x1, y0), (x0 - width, y0))
+    for step in range(1, 7):
+        for x in (x0, x1 - width, x1, x0 - width):
+            yield from ((x, y0 + step * height), (x, y0 - (step + 1) * height))
 
 
-def _eroded(mask: np.ndarray) -> np.ndarray:
-    """Pixels of ``mask`` (H, W) whose four neighbours belong to it too; outside the image counts as inside."""
-    padded = np.pad(mask, 1, constant_values=True)
-    return mask & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+def _places_in_mask(mask: np.ndarray, size: tuple[float, float]) -> Iterable[tuple[float, float]]:
+    """Places for a label of ``size`` at a segment: where it is widest, near its middle, then around that."""
+    if not mask.any():
+        return
+    # A rim of zeros: the border of the picture ends a segment, too.
+    depth = cv2.distanceTransform(np.pad(mask, 1), cv2.DIST_L2, 3)[1:-1, 1:-1]
+    deep = np.argwhere(depth >= 0.95 * depth.max())
+    y, x = deep[np.square(deep - np.argwhere(mask).mean(axis=0)).sum(axis=1).argmin()].tolist()
+    left, top = x - size[0] / 2, y - size[1] / 2
+    yield left, top
+    yield from _places_at_box((left, top, left + size[0], top + size[1]), size)
 
 
-def _draw_boxes(axes: Axes, objects: Objects, num_classes: int) -> None:
-    for (x0, y0, x1, y1), text, label in zip(objects.boxes, objects.texts, objects.classes, strict=True):
-        colour = class_colour(label, num_classes)
-        # Pixel centres lie on whole numbers in matplotlib, and on halves in a box.
-        axes.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.2))
-        axes.text(
-            max(x0 - 0.5, 0),
-            max(y0 - 1, 0),
-            text,
-            fontsize=6.5,
-            color="black",
-            verticalalignment="bottom" if y0 > 4 else "top",
-            clip_on=True,
-            bbox={"facecolor": colour, "edgecolor": "none", "alpha": 0.85, "pad": 0.6},
-        )
+def _free_place(
+    places: Iterable[tuple[float, float]], size: tuple[float, float], bounds: tuple[int, int], taken: Sequence[Box]
+) -> tuple[float, float] | None:
+    """The first place, moved into the picture, at which a label covers none that is there."""
+    for left, top in places:
+        x = min(max(0.0, left), max(0.0, bounds[0] - size[0]))
+        y = min(max(0.0, top), max(0.0, bounds[1] - size[1]))
+        if not any(x < x1 and x0 < x + size[0] and y < y1 and y0 < y + size[1] for x0, y0, x1, y1 in taken):
+            return x, y
+    return None
+
+
+@functools.lru_cache(maxsize=256)
+def _font(text: str, size_px: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(str(_font_file(text) or _own_font()), size_px)
+
+
+@functools.lru_cache(maxsize=1024)
+def _font_file(text: str) -> Path | None:
+    """A font that has every character of ``text``: matplotlib's own, or one of the system's; None if none has."""
+    needed = {ord(character) for character in text if not character.isspace()}
+    files = (_own_font(), *_system_fonts()) if needed - _characters(_own_font()) else (_own_font(),)
+    return next((file for file in files if needed <= _characters(file)), None)
+
+
+def _own_font() -> Path:
+    return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+
+
+@functools.cache
+def _system_fonts() -> tuple[Path, ...]:
+    """The system's fonts, upright sans-serif ones first."""
+    files = sorted(Path(file) for file in findSystemFonts())
+    return tuple(sorted(files, key=lambda file: ("sans" not in file.name.lower(), "regular" not in file.name.lower())))
+
+
+@functools.cache
+def _characters(font: Path) -> frozenset[int]:
+    try:
+        return frozenset(FT2Font(str(font)).get_charmap())
+    except (OSError, RuntimeError):  # a font in a format that FreeType does not read
+        return frozenset()
+
+
+@functools.cache
+def _warn_of_missing_glyphs() -> None:
+    """Log one line for all names, however many there are."""
+    logger.warning(
+        "Some class names have characters that no installed font has; the class index is drawn instead. Install a font "
+        "of their script, such as Noto Sans CJK."
+    )

@@ -1,165 +1,134 @@
 #!/usr/bin/env python
-"""Train a small DI-MaskDINO on synthetic pictures, on the CPU, in minutes; print its results and draw what it finds."""
+"""Train a small DI-MaskDINO on synthetic pictures, on the CPU, in minutes; print its results and draw what it finds.
+
+With --quick, evaluate and draw the trained model that comes with the repository, in a minute.
+"""
 
 import argparse
 import json
 import logging
-import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.structures import Instances
 
 from dimaskdino.checkpoint import Checkpointer
 from dimaskdino.command_line import at_least
 from dimaskdino.config import get_cfg
 from dimaskdino.data import build_mapper, register_all
-from dimaskdino.engine import Trainer, argument_parser, launch, setup
+from dimaskdino.engine import Trainer, argument_parser, evaluate, launch, setup
 from dimaskdino.engine.launch import num_cores
-from dimaskdino.engine.setup import load_config
 from dimaskdino.errors import UserError, run_cli
 from dimaskdino.evaluation import coco_table, layer_table
 from dimaskdino.structures.stages import Stage
-from dimaskdino.visualization import Objects, Row, save_grid
+from dimaskdino.visualization import Objects, draw_objects, save_grid
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "demo"
-# Gradients are averaged over this many processes: two cores are used better so than by two threads.
+MODEL = Path(__file__).resolve().with_name("demo_model.pth")  # trained by `make demo`
+# Two processes that average gradients use two cores better than two threads do.
 MAX_PROCESSES = 2
 OUTPUT = Path("output/demo")
-QUICK_OUTPUT = Path("output/demo_quick")
 MIN_SCORE = 0.35
-QUICK = [
+COLUMNS = ("input", "ground truth", "prediction")
+PICTURE_WIDTH_PX = 384
+# --quick evaluates on the pictures of the demo and trains on none.
+QUICK = ["DATASETS.SHAPES.NUM_TRAIN", "1"]
+SMOKE = [
     *("DATASETS.SHAPES.NUM_TRAIN", "64", "DATASETS.SHAPES.NUM_VAL", "16"),
     *("SOLVER.MAX_ITER", "20", "SOLVER.STEPS", "(15,)", "SOLVER.WARMUP_ITERS", "5"),
 ]
 
 
 def parse_args() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--quick", action="store_true", help=f"evaluate and draw {MODEL.name} instead of training")
+    kind.add_argument("--smoke", action="store_true", help="train a few iterations: tests the code, learns nothing")
     parser.add_argument(
-        "--output",
-        type=Path,
-        default=argparse.SUPPRESS,
-        help=f"folder for everything that is made (default: {OUTPUT}, with --quick {QUICK_OUTPUT})",
+        "--output", type=Path, help=f"folder for all files (default: {OUTPUT}; {OUTPUT}_quick and {OUTPUT}_smoke)"
     )
-    parser.add_argument("--config-file", default=str(CONFIGS / "dimaskdino_shapes.yaml"), help="model and schedule")
-    parser.add_argument("--seed", type=at_least(0), default=1, help="of the pictures, the weights and the training")
-    parser.add_argument("--pictures", type=at_least(1), default=6, help="rows of the picture grid")
-    parser.add_argument("--quick", action="store_true", help="one minute that tries the machinery and learns nothing")
+    config = CONFIGS / "dimaskdino_shapes.yaml"
+    parser.add_argument("--config-file", default=str(config), help="model and schedule (default: the demo's)")
+    parser.add_argument(
+        "--seed", type=at_least(0), default=1, help="of the pictures, the weights, and the training (default: 1)"
+    )
+    parser.add_argument("--pictures", type=at_least(1), default=6, help="rows of the picture grid (default: 6)")
     demo = parser.parse_args()
-    if "output" not in demo:
-        demo.output = QUICK_OUTPUT if demo.quick else OUTPUT
+    kind_suffix = "_quick" if demo.quick else "_smoke" if demo.smoke else ""
+    demo.output = demo.output or OUTPUT.with_name(OUTPUT.name + kind_suffix)
     return demo
 
 
 def main() -> None:
-    """Generate, train, evaluate, report, draw."""
+    """Train or load, evaluate, report, draw."""
     demo = parse_args()
     started = time.perf_counter()
     run = demo.output / "run"
-    args = training_arguments(demo, run)
-    load_config(args)
-    earlier = set_earlier_aside(run)
-    print(f"1. Training and evaluating on the CPU; all details are in {run}/log.txt", flush=True)
-    try:
-        launch(train, args, cpu_processes=min(MAX_PROCESSES, num_cores()))
-    finally:
-        settle_earlier(run, earlier)
+    args = run_arguments(demo, run)
+    what = f"Evaluating {MODEL.name}" if demo.quick else "Training and evaluating"
+    print(f"1. {what} on the CPU; all details are in {run}/log.txt", flush=True)
+    launch(work, args, cpu_processes=min(MAX_PROCESSES, num_cores()))
     print(f"\n{report(run)}\n")
     print("2. Drawing what the model finds", flush=True)
-    picture = draw(args, run, demo.output / "predictions.png", demo.pictures)
+    picture = draw(
+        args, MODEL if demo.quick else run / "model_final.pth", demo.output / "predictions.png", demo.pictures
+    )
     print(f"pictures: {picture}")
     print(f"results:  {run / 'inference' / 'results.json'}, {run / 'inference' / 'layers.csv'}")
     print(f"time:     {(time.perf_counter() - started) / 60:.1f} min")
 
 
-def set_earlier_aside(run: Path) -> Path:
-    """Give an earlier run, which would be mixed with this one, another name, and say so.
-
-    Returns:
-        Where it lies until :func:`settle_earlier`; nothing is there where there was none.
+def run_arguments(demo: argparse.Namespace, run: Path) -> argparse.Namespace:
+    """The command line of train_net.py that does the same.
 
     Raises:
-        UserError: what is there is something else.
+        UserError: --quick, but the trained model is not there.
     """
-    if run.exists() and not (run.is_dir() and is_run(run)):
-        raise UserError(f"{run} is not the folder of an earlier run, so it is not replaced; give another --output.")
-    earlier = run.with_name(f".{run.name}_set_aside")
-    settle_earlier(run, earlier)  # What a demo that was killed left.
-    if run.exists():
-        print(f"The earlier run in {run} is replaced", flush=True)
-        run.rename(earlier)
-    return earlier
-
-
-def settle_earlier(run: Path, earlier: Path) -> None:
-    """Remove the run that was set aside if the training of the new one has begun, else put it back and say so."""
-    if not earlier.exists():
-        return
-    # The trainer writes this file once nothing is left that could keep it from training.
-    if (run / "config.yaml").is_file():
-        shutil.rmtree(earlier)
-        return
-    if run.exists():
-        shutil.rmtree(run)
-    earlier.rename(run)
-    print(f"The training did not begin, so the earlier run is in {run} again", flush=True)
-
-
-def is_run(folder: Path) -> bool:
-    """Whether the folder is a run's; one that ended before it began holds nothing but what every start writes."""
-    written = ("log.txt*", "events.out.tfevents.*")
-    return (folder / "config.yaml").is_file() or all(
-        any(path.match(pattern) for pattern in written) for path in folder.iterdir()
-    )
-
-
-def training_arguments(demo: argparse.Namespace, run: Path) -> argparse.Namespace:
-    """The command line of train_net.py that does the same training."""
-    opts = [
+    arguments = ["--config-file", demo.config_file, "--num-gpus", "0"]
+    options = [
         *("OUTPUT_DIR", str(run), "SEED", str(demo.seed)),
         *("DATASETS.SHAPES.ROOT", str(demo.output / "shapes"), "DATASETS.SHAPES.SEED", str(demo.seed)),
-        *(QUICK if demo.quick else []),
     ]
-    return argument_parser().parse_args(["--config-file", demo.config_file, "--num-gpus", "0", *opts])
+    if demo.quick:
+        if not MODEL.is_file():
+            raise UserError(
+                f"--quick evaluates {MODEL}, which does not exist; take it from the repository, or train a model with "
+                "tools/demo.py (12 minutes on two cores)."
+            )
+        arguments.append("--eval-only")
+        options += [*QUICK, "MODEL.WEIGHTS", str(MODEL)]
+    return argument_parser().parse_args([*arguments, *options, *(SMOKE if demo.smoke else [])])
 
 
-def train(args: argparse.Namespace) -> None:
-    """What every process does; detectron2's own messages go to the log file alone."""
+def work(args: argparse.Namespace) -> None:
+    """Do what every process does; detectron2's own messages go to the log file alone."""
     cfg = setup(args)
     for name in ("fvcore", "detectron2"):
         for handler in logging.getLogger(name).handlers:
             if getattr(handler, "stream", None) is sys.stdout:
                 handler.setLevel(logging.WARNING)
-    Trainer(cfg).train()
+    if args.eval_only:
+        evaluate(cfg)
+    else:
+        Trainer(cfg).train()
 
 
 def report(run: Path) -> str:
     """The COCO table and the table by stage, with the imbalance at the first and the last decoder layer."""
     results = json.loads((run / "inference" / "results.json").read_text())
     rows = json.loads((run / "inference" / "layers.json").read_text())
-    layers = [row for row in rows if Stage.from_name(row["stage"]).kind == "layer"]
-    return "\n".join(
-        [
-            "shapes_val, AP in percent",
-            coco_table(results),
-            "",
-            "after every stage",
-            layer_table(rows),
-            "",
-            f"box minus mask AP at the first decoder layer: {layers[0]['gap']:+.1f}",
-            f"box minus mask AP at the last decoder layer:  {layers[-1]['gap']:+.1f}",
-        ]
-    )
+    layers = [row for row in rows if Stage.from_name(row["stage"]).kind == "layer" and "gap" in row]
+    ends = {"first": layers[0], "last": layers[-1]} if layers else {}
+    gaps = [f"box minus mask AP at the {name} decoder layer: {row['gap']:+.1f}" for name, row in ends.items()]
+    tables = ["shapes_val, AP in percent", coco_table(results), "", "after every stage", layer_table(rows), ""]
+    return "\n".join([*tables, *gaps])
 
 
 @torch.no_grad()
-def draw(args: argparse.Namespace, run: Path, path: Path, num_pictures: int) -> Path:
+def draw(args: argparse.Namespace, weights: Path, path: Path, num_pictures: int) -> Path:
     """Draw the first pictures of shapes_val that hold objects, beside their truth and what the model finds."""
     cfg = get_cfg()
     cfg.merge_from_file(args.config_file)
@@ -168,40 +137,20 @@ def draw(args: argparse.Namespace, run: Path, path: Path, num_pictures: int) -> 
     name = cfg.DATASETS.TEST[0]
     class_names = MetadataCatalog.get(name).thing_classes
     model = Trainer.build_model(cfg).eval()
-    Checkpointer(model).load(str(run / "model_final.pth"))
+    Checkpointer(model).load(str(weights))
     mapper = build_mapper(cfg, is_train=False, with_instances=True)
     rows = []
     for entry in [entry for entry in DatasetCatalog.get(name) if entry["annotations"]][:num_pictures]:
-        image = mapper(entry)
-        truth = image["instances"]
-        found = model([image])[0]["instances"]
-        found = found[found.scores >= MIN_SCORE]
-        rows.append(
-            Row(
-                image=image["image"].permute(1, 2, 0).numpy(),
-                truth=objects(truth, "gt", [class_names[label] for label in truth.gt_classes.tolist()]),
-                found=objects(found, "pred", [f"{class_names[c]} {s:.2f}" for c, s in labels_and_scores(found)]),
-            )
-        )
-    save_grid(rows, path, num_classes=len(class_names))
+        given = mapper(entry)
+        found = model([given])[0]["instances"]
+        image = given["image"].permute(1, 2, 0).numpy()
+        shown = (None, given["instances"], found[found.scores >= MIN_SCORE])
+        objects = [
+            Objects.from_instances(each, class_names) if each else Objects(classes=[], names=[]) for each in shown
+        ]
+        rows.append([draw_objects(image, each, width=PICTURE_WIDTH_PX) for each in objects])
+    save_grid(rows, COLUMNS, path)
     return path
-
-
-def labels_and_scores(found: Instances) -> list[tuple[int, float]]:
-    """Class index and score of every detection."""
-    return list(zip(found.pred_classes.tolist(), found.scores.tolist(), strict=True))
-
-
-def objects(instances: Instances, prefix: str, texts: list[str]) -> Objects:
-    """True (``gt``) or predicted (``pred``) instances for the picture."""
-    fields: dict[str, Any] = instances.get_fields()
-    masks = fields[f"{prefix}_masks"]
-    return Objects(
-        masks=getattr(masks, "tensor", masks).numpy(),
-        boxes=fields[f"{prefix}_boxes"].tensor.numpy(),
-        classes=fields[f"{prefix}_classes"].tolist(),
-        texts=texts,
-    )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def coco_table(results: Results) -> str:
     tasks = _tasks(results)
     metrics = [key for key in results[tasks[0]] if not key.startswith("AP-")]
     rows = [[TASK_NAMES[task]] + [results[task][metric] for metric in metrics] for task in tasks]
-    return tabulate(rows, headers=["", *metrics], floatfmt=".1f", tablefmt="github")
+    return _table(rows, ["", *metrics])
 
 
 def class_table(results: Results) -> str:
@@ -32,7 +32,7 @@ def class_table(results: Results) -> str:
     names = [key for key in results[tasks[0]] if key.startswith("AP-")]
     rows = [[name.removeprefix("AP-")] + [results[task][name] for task in tasks] for name in names]
     heads = ["class", *(f"{TASK_NAMES[task]} AP" for task in tasks)]
-    return tabulate(rows, headers=heads, floatfmt=".1f", tablefmt="github")
+    return _table(rows, heads)
 
 
 def stage_row(stage: str, results: Results) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def layer_table(rows: Sequence[Mapping[str, Any]]) -> str:
     ]
     heads = ["stage", "after", *(_GAP_HEAD if column == _GAP else column.replace("_", " ") for column in columns)]
     formats = ("", "", *("+.1f" if column == _GAP else ".1f" for column in columns))
-    return tabulate(cells, headers=heads, floatfmt=formats, tablefmt="github")
+    return _table(cells, heads, formats)
 
 
 def write_results(results: Any, path: str) -> None:
@@ -69,6 +69,12 @@ def write_results(results: Any, path: str) -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, "w") as file:
         json.dump(_without_nan(results), file, indent=2)
+
+
+def _table(rows: Sequence[Sequence[Any]], heads: Sequence[str], formats: str | Sequence[str] = ".1f") -> str:
+    """A table in which a dash stands for what cannot be measured: nan here, and null in JSON."""
+    cells = [[None if isinstance(cell, float) and math.isnan(cell) else cell for cell in row] for row in rows]
+    return tabulate(cells, headers=heads, floatfmt=formats, missingval="–", tablefmt="github")
 
 
 def _tasks(results: Results) -> list[str]:

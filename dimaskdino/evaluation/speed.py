@@ -1,4 +1,4 @@
-"""Inference speed: images per second of the model alone, measured while it is evaluated."""
+"""Inference speed: images per second of the model alone, measured during evaluation."""
 
 import logging
 import os
@@ -25,10 +25,10 @@ NUM_WARMUP_BATCHES = 5
 
 
 class ForwardTimer:
-    """Seconds of a model's last forward pass, the device idle at both ends.
+    """Measures the seconds of a model's last forward pass, with the device synchronized before and after.
 
     Args:
-        model: that is timed between :meth:`start` and :meth:`stop`; without the wrapper of data-parallel training.
+        model: the model, or its wrapper of data-parallel training.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -37,18 +37,18 @@ class ForwardTimer:
         self.seconds = 0.0
 
     def before(self, *_: Any) -> None:
-        """Start the clock when the device has done all earlier work."""
+        """Start the clock once the device has finished all earlier work."""
         self._wait()
         self._started = time.perf_counter()
 
     def after(self, *_: Any) -> None:
-        """Stop the clock when the device has done this pass's work."""
+        """Stop the clock once the device has finished this pass."""
         self._wait()
         self.seconds = time.perf_counter() - self._started
 
     def _wait(self) -> None:
         backend = getattr(torch, self.device.type)
-        # A backend that knows one device alone may take no argument.
+        # A backend with a single device may take no argument.
         backend.synchronize(*([self.device] if backend.device_count() > 1 else []))
 
 
@@ -68,15 +68,15 @@ def timed(model: nn.Module) -> Iterator[ForwardTimer]:
 
 
 class SpeedEvaluator(DatasetEvaluator):
-    """Writes ``speed.json``: images per second of the forward pass, and the device; it gives no scores.
+    """Writes ``speed.json``: images per second of the forward pass, and the device. It returns no scores.
 
-    A forward pass is images in memory to results at the asked size: the transfer to the device, the network, boxes and
-    masks. Loading and scoring are not in it. Speed is images over seconds of all batches but the first five; that of
-    several processes is a process's average, not their sum.
+    A forward pass goes from images in memory to results at the requested size: transfer to the device, network, boxes,
+    and masks, without loading and scoring. Speed is images over seconds of all batches but the first five. With several
+    processes it is the average of one process, not their sum.
 
     Args:
-        timer: of the model that is evaluated.
-        output_dir: where the file goes.
+        timer: of the evaluated model.
+        output_dir: folder of the file.
     """
 
     def __init__(self, timer: ForwardTimer, output_dir: str) -> None:
@@ -88,17 +88,17 @@ class SpeedEvaluator(DatasetEvaluator):
         self._batches: list[tuple[int, float]] = []
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
-        """Note the time of the pass that these came from."""
+        """Record the time of the pass that gave these outputs."""
         self._batches.append((len(inputs), self._timer.seconds))
 
     def evaluate(self) -> dict[str, dict[str, float]]:
-        """Write the speed on the main process, if there were enough batches to tell; returns an empty dict."""
+        """Write the speed on the main process if there were enough batches. Returns an empty dict."""
         gathered = comm.gather(self._batches[NUM_WARMUP_BATCHES:])
         batches = [batch for of_process in gathered for batch in of_process]
         if not comm.is_main_process():
             return {}
         if not batches:
-            logger.info("Inference speed needs more than %d batches of a process: not measured.", NUM_WARMUP_BATCHES)
+            logger.info("Inference speed is not measured: it needs more than %d batches per process.", NUM_WARMUP_BATCHES)
             return {}
         images = sum(count for count, _ in batches)
         seconds = sum(seconds for _, seconds in batches)
@@ -110,12 +110,12 @@ class SpeedEvaluator(DatasetEvaluator):
             "processes": len(gathered),
         }
         write_results(speed, os.path.join(self._output_dir, SPEED_FILE))
-        logger.info("Inference speed: %.3g images per second and process on %s", images / seconds, speed["device"])
+        logger.info("Inference speed: %.3g images per second per process on %s", images / seconds, speed["device"])
         return {}
 
 
 def device_name(device: torch.device) -> str:
-    """What a device is called, a CPU with the threads that it uses."""
+    """The name of a device; for a CPU with the number of threads in use."""
     backend = getattr(torch, device.type)
     if hasattr(backend, "get_device_name"):
         return backend.get_device_name(device)

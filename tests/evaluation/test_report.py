@@ -1,5 +1,7 @@
 """Tables to read."""
 
+import math
+
 from dimaskdino.evaluation.report import class_table, coco_table, layer_table, stage_row
 
 SCORES = {"AP": 1.0, "AP50": 2.0, "AP-cat": 1.0}
@@ -21,3 +23,7 @@ def test_tables_show_only_the_tasks_that_were_scored() -> None:
     assert cells(class_table({"bbox": SCORES}), 0) == ["class", "box AP"]
     assert cells(layer_table([stage_row("layer.0", {"bbox": SCORES})]), 0) == ["stage", "after", "box AP"]
     assert cells(coco_table({"bbox": SCORES, "segm": SCORES}), 3)[0] == "mask"
+
+
+def test_a_dash_stands_for_what_cannot_be_measured() -> None:
+    assert cells(coco_table({"bbox": {"AP": 1.0, "APl": math.nan, "APs": None}}), 2) == ["box", "1.0", "–", "–"]

@@ -1,4 +1,4 @@
-"""Inference speed on a clock that the model itself moves."""
+"""Inference speed on a clock that the model moves."""
 
 import json
 import time
@@ -24,7 +24,7 @@ class Clock:
 
 
 class Model(nn.Module):
-    """Takes the seconds that each image says."""
+    """Takes as many seconds as its images say."""
 
     def __init__(self, clock: Clock) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Model(nn.Module):
 
 
 class SlowEvaluator(SpeedEvaluator):
-    """Spends time on its own."""
+    """Takes time itself."""
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
         self._timer.model.clock.now += 50.0
@@ -52,7 +52,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def measure(clock: Clock, folder: Path, batches: list[list[float]]) -> dict[str, Any]:
-    """What is written of batches whose images take these seconds."""
+    """The content of speed.json for batches whose images take these seconds."""
     model = Model(clock)
     with timed(model) as timer:
         evaluator = SlowEvaluator(timer, str(folder))
@@ -65,7 +65,7 @@ def measure(clock: Clock, folder: Path, batches: list[list[float]]) -> dict[str,
 WARM_UP = [[9.0]] * NUM_WARMUP_BATCHES
 
 
-def test_speed_is_images_over_seconds_of_the_forward_passes_after_the_first_five(clock: Clock, tmp_path: Path) -> None:
+def test_speed_leaves_out_the_first_five_batches(clock: Clock, tmp_path: Path) -> None:
     speed = measure(clock, tmp_path, [*WARM_UP, [0.25], [0.5], [0.75]])
     assert speed == {
         "images_per_second": 2.0,
@@ -76,7 +76,7 @@ def test_speed_is_images_over_seconds_of_the_forward_passes_after_the_first_five
     }
 
 
-def test_images_count_not_batches(clock: Clock, tmp_path: Path) -> None:
+def test_speed_counts_images_not_batches(clock: Clock, tmp_path: Path) -> None:
     speed = measure(clock, tmp_path, [*WARM_UP, [0.25, 0.25], [0.5]])
     assert (speed["images_per_second"], speed["images"], speed["images_per_batch"]) == (3.0, 3, 2)
 
@@ -85,14 +85,14 @@ def test_too_few_images_give_no_speed(clock: Clock, tmp_path: Path) -> None:
     assert measure(clock, tmp_path, WARM_UP) == {}
 
 
-def test_several_processes_have_the_speed_of_one(clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_report_the_speed_of_one(clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = [(1, 0.5), (1, 1.0)]
     monkeypatch.setattr("dimaskdino.evaluation.speed.comm.gather", lambda mine: [mine, other])
     speed = measure(clock, tmp_path, [*WARM_UP, [0.25], [0.25]])
     assert (speed["images_per_second"], speed["images"], speed["processes"]) == (2.0, 4, 2)
 
 
-def test_the_device_is_waited_for_before_and_after_a_pass(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_device_is_synchronized_around_a_pass(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     monkeypatch.setattr(torch.cpu, "synchronize", lambda: events.append("wait"))
     model = Model(clock)
@@ -102,7 +102,7 @@ def test_the_device_is_waited_for_before_and_after_a_pass(clock: Clock, monkeypa
     assert events == ["wait", "clock", "wait", "clock"]
 
 
-def test_a_model_is_timed_inside_the_block_alone(clock: Clock) -> None:
+def test_only_passes_inside_the_block_are_timed(clock: Clock) -> None:
     model = Model(clock)
     with timed(model) as timer:
         model([{"seconds": 3.0}])
