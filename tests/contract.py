@@ -83,21 +83,25 @@ def _arguments(command: str) -> dict[str, Any]:
         raise _ParserError(parser)
 
     with (
-        mock.patch.object(argparse.ArgumentParser, "parse_args", stop),
+        mock.patch.object(argparse.ArgumentParser, "parse_known_args", stop),
         mock.patch.object(sys, "path", [str(ROOT / "tools"), *sys.path]),
-        mock.patch.object(sys, "argv", [command]),
+        mock.patch.object(sys, "argv", [command, "--some-argument"]),
     ):
         try:
             runpy.run_path(str(ROOT / command), run_name="__main__")
         except _ParserError as parsed:
             (parser,) = parsed.args
             return {
-                name: {"default": _plain(action.default), "choices": _plain(action.choices)}
+                name: {"default": _plain(_default(action)), "choices": _plain(action.choices)}
                 for action in parser._actions
                 for name in action.option_strings or [action.dest]
                 if action.dest != "help"
             }
     return {}
+
+
+def _default(action: argparse.Action) -> Any:
+    return None if action.default == argparse.SUPPRESS else action.default
 
 
 def _plain(value: Any) -> Any:
