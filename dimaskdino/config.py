@@ -177,6 +177,12 @@ def _add_data_keys(cfg: CfgNode) -> None:
     cfg.INPUT.MIN_SCALE = 0.1
     cfg.INPUT.MAX_SCALE = 2.0
 
+    # Turn photos upright as their EXIF orientation says; False reads the pixels as stored, for labels drawn on those.
+    cfg.INPUT.APPLY_EXIF = True
+    # Refuse a dataset of which training would drop more than this share of the objects, or all objects of a class,
+    # because nothing of them is in their image; 1 accepts any loss. Crowd regions do not count.
+    cfg.DATASETS.MAX_DROPPED_SHARE = 0.1
+
     # Train and evaluate on the first images of each list of datasets only, to try things; 0 means all.
     cfg.DATASETS.MAX_IMAGES = 0
     cfg.DATASETS.SHAPES = CfgNode()

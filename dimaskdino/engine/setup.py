@@ -19,7 +19,7 @@ from detectron2.utils.logger import setup_logger
 
 from dimaskdino.command_line import add_import_flag, import_modules
 from dimaskdino.config import Config, get_cfg
-from dimaskdino.data.checks import check_datasets
+from dimaskdino.data.validation.start import check_datasets
 from dimaskdino.engine.cpu_memory import keep_freed_memory
 from dimaskdino.engine.unused_keys import report_unused_keys
 from dimaskdino.errors import ConfigError, UserError, check_choice, file_errors_told_in_one_line

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.utils import comm
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from dimaskdino.data.datasets.registration import load_dataset
 from dimaskdino.errors import DatasetError
 from dimaskdino.evaluation.report import METRICS, TASKS, class_table, coco_table
 from dimaskdino.evaluation.truth import quiet, read_truth, truth_of_entries
@@ -47,7 +48,7 @@ class CocoEvaluator(DatasetEvaluator):
         self._seen_only = seen_only
         os.makedirs(output_dir, exist_ok=True)
         if self._metadata.get("json_file") and not self._metadata.get("thing_classes"):
-            DatasetCatalog.get(dataset_name)  # register_coco_instances learns the classes when the file is read
+            load_dataset(dataset_name)  # register_coco_instances learns the classes when the file is read
         if not self._metadata.get("thing_classes"):
             raise DatasetError(f"{dataset_name} has no object classes (thing_classes), so it has no box or mask AP.")
         self._truth = self._read_truth()
@@ -60,7 +61,7 @@ class CocoEvaluator(DatasetEvaluator):
             return read_truth(path)
         names, categories = self._metadata.thing_classes, self._categories()
         category_ids = [index if categories is None else categories[index] for index in range(len(names))]
-        return truth_of_entries(DatasetCatalog.get(self._metadata.name), self._metadata.name, names, category_ids)
+        return truth_of_entries(load_dataset(self._metadata.name), self._metadata.name, names, category_ids)
 
     def for_stage(self, name: str) -> "CocoEvaluator":
         """An empty evaluator against the same ground truth that writes to a folder ``name`` of this one's."""

@@ -15,8 +15,8 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from dimaskdino.config import Config
-from dimaskdino.data.checks import check_datasets
 from dimaskdino.data.datasets import register_all
+from dimaskdino.data.validation.start import check_datasets
 from dimaskdino.engine import Trainer, launch
 from dimaskdino.engine.running_statistics import average_running_statistics
 from tests.engine.toy import ToyDetector
