@@ -14,10 +14,11 @@ from tqdm import tqdm
 
 from dimaskdino.command_line import at_least
 from dimaskdino.data.datasets import data_root
-from dimaskdino.data.datasets.bdd100k import SPLITS, annotation_file
+from dimaskdino.data.datasets.bdd100k import SPLITS, annotation_file, image_folder
 from dimaskdino.data.datasets.bdd100k_convert import convert_split
 from dimaskdino.data.datasets.bdd100k_sources import SOURCES
-from dimaskdino.data.reports import count_table, problem_table
+from dimaskdino.data.validation.dataset import open_file
+from dimaskdino.data.validation.report import problem_table
 from dimaskdino.errors import run_cli
 
 logger = logging.getLogger(__name__)
@@ -53,8 +54,9 @@ def main() -> None:
             logger.info("%s is there already, made from %s; --force makes it again", output, made_from(output))
             continue
         progress = partial(tqdm, desc=f"bdd100k {split}", unit="image")
-        coco, problems = convert_split(folder, split, args.source, num_workers=args.workers, progress=progress)
-        logger.info("\n%s\n\n%s\n", output, count_table(coco))
+        _, problems = convert_split(folder, split, args.source, num_workers=args.workers, progress=progress)
+        counts = open_file("bdd100k", str(output), str(image_folder(folder, split))).counts()
+        logger.info("\n%s\n\n%s\n", output, counts.table())
         logger.info("%s\n", problem_table(problems) if problems else "No problem was met.")
 
 

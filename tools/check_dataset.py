@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Check a registered dataset from end to end: files, sizes, categories, boxes, masks, doubles; count and draw them.
+"""Check a registered dataset from end to end: files, sizes, categories, boxes, masks, duplicates; count and draw them.
 
 Exits with 1 if anything is wrong with the dataset, with 2 if it cannot be checked at all.
 """
@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from dimaskdino.command_line import add_import_flag, at_least, import_modules
 from dimaskdino.data import register_all
-from dimaskdino.data.inspection import Inspection, inspect_dataset
-from dimaskdino.data.inspection_drawing import draw_samples
-from dimaskdino.data.reports import count_table, problem_table
+from dimaskdino.data.drawing import draw_samples
+from dimaskdino.data.validation.inspection import Inspection, inspect_dataset
+from dimaskdino.data.validation.report import problem_table
 from dimaskdino.errors import run_cli
 
 PROBLEMS_STATUS = 1
@@ -33,6 +33,9 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, default=Path("output/check_dataset"), metavar="DIR", help="for files")
     parser.add_argument("--workers", type=at_least(0), default=0, help="processes that read images, beside this one")
+    parser.add_argument(
+        "--no-exif", action="store_true", help="read photos as stored, as INPUT.APPLY_EXIF False does in training"
+    )
     add_import_flag(parser)
     return parser.parse_args()
 
@@ -44,15 +47,19 @@ def main() -> None:
     register_all(args.root)
     import_modules(args.modules)
     progress = partial(tqdm, desc=args.name, unit="image")
-    inspection = inspect_dataset(args.name, num_workers=args.workers, progress=progress)
-    folder = args.output / args.name
-    print(f"\n{count_table(inspection.coco)}\n")
+    exif = not args.no_exif
+    inspection = inspect_dataset(args.name, apply_exif=exif, num_workers=args.workers, progress=progress)
+    dataset, folder = inspection.dataset, args.output / args.name
+    empty = sum(not picture.annotations for picture in dataset.pictures)
+    print(f"\n{inspection.counts.table()}\n\n{len(dataset.pictures)} images, {empty} of them without any annotation\n")
+    if inspection.exif:
+        print(f"{inspection.exif}\n")
     if args.draw > 0:
-        paths = draw_samples(inspection, args.draw, folder)
+        paths = draw_samples(dataset, args.draw, folder, apply_exif=exif)
         print(f"Drew {len(paths)} images in {folder}")
-    if inspection.problems:
+    if inspection.findings:
         print(
-            f"{problem_table(inspection.problems)}\n\nAll {len(inspection.problems)} are in {write(inspection, folder)}"
+            f"{problem_table(inspection.findings)}\n\nAll {len(inspection.findings)} are in {write(inspection, folder)}"
         )
         sys.exit(PROBLEMS_STATUS)
     print("No problem was found.")
@@ -65,7 +72,7 @@ def write(inspection: Inspection, folder: Path) -> Path:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["problem", "where"])
-        writer.writerows(inspection.problems)
+        writer.writerows(inspection.findings)
     return path
 
 

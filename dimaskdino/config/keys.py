@@ -22,6 +22,11 @@ KEYS: dict[str, Any] = {
     # Large-scale jitter: range of the random scale.
     "INPUT.MIN_SCALE": 0.1,
     "INPUT.MAX_SCALE": 2.0,
+    # Turn photos upright as their EXIF orientation says; False reads the pixels as stored, for labels drawn on those.
+    "INPUT.APPLY_EXIF": True,
+    # Refuse a dataset of which training would drop more than this share of the objects, or all objects of a class,
+    # because nothing of them is in their image; 1 accepts any loss. Crowd regions do not count.
+    "DATASETS.MAX_DROPPED_SHARE": 0.1,
     # Train and evaluate on the first images of each list of datasets, to try things; 0 means all.
     "DATASETS.MAX_IMAGES": 0,
     # Folder of the synthetic dataset; "" means $DETECTRON2_DATASETS/shapes (or datasets/shapes).

@@ -4,15 +4,17 @@ Everything geometric happens on run-length encodings: areas, boxes and unions of
 unpacked only once its object is known to be kept.
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from detectron2.data.transforms import TransformList
-from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, BoxMode, Instances
 from pycocotools import mask as mask_util
 
-from dimaskdino.data.rle import Rle, Size, checked_rle
+from dimaskdino.data.validation.rle import Rle, Size
+from dimaskdino.data.validation.rules import MISSING_MASK, Level, Rules, Shape, has_mask, read_mask
 from dimaskdino.errors import DatasetError
 
 Annotation = dict[str, Any]
@@ -23,9 +25,9 @@ MAX_LABELS = 127  # in one image of labels
 
 
 class Region(NamedTuple):
-    """Where an object lies in the target: its mask, and its box."""
+    """Where an object lies in the target: its mask, if it has one, and its box."""
 
-    rle: Rle
+    rle: Rle | None
     box: Box
 
 
@@ -37,92 +39,105 @@ def annotations_to_instances(
     target_size: Size,
     num_classes: int,
     file_name: str,
+    with_masks: bool = True,
 ) -> Instances:
-    """Build the targets of one image; crowd regions and objects without a pixel left are not among them.
+    """Build the targets of one image, without crowd regions and without objects that have no pixel left.
 
     Args:
-        annotations: objects of the image before its transforms, in detectron2's format, with polygons or RLE.
+        annotations: objects of the image before its transforms, in detectron2's format, with a mask or a box.
         transforms: what the image went through; moves coordinates linearly.
         source_size: size of the image before, which RLE labels must have.
         target_size: size of the image after.
         num_classes: category ids must lie in [0, num_classes).
         file_name: the image's path, for errors.
+        with_masks: whether the targets have masks.
 
     Returns:
-        Instances of ``target_size`` with gt_classes (N,) int64, gt_masks BitMasks (N, H, W), and gt_boxes (N, 4)
-        float32, xyxy in pixels: the extent of an object's polygons inside the target, or of its mask for RLE labels,
-        where the far edge is the last pixel's index + 1.
+        Instances of ``target_size`` with gt_classes (n,) int64 and gt_boxes (n, 4) float32, xyxy in pixels. With masks,
+        a box is the extent of an object's polygons inside the target, or of its mask for RLE labels, where the far edge
+        is the last pixel's index + 1; otherwise it is the annotation's box, clipped. Optional fields:
+
+        - gt_masks: BitMasks (n, H, W), if ``with_masks``; empty for an object that has only a box.
+        - gt_mask_supervised: (n,) bool, if some object has only a box: False for those.
+        - gt_box_supervised: (n,) bool, if some annotation has the key ``box_supervised``: its value, by default True.
 
     Raises:
-        DatasetError: for an annotation without a usable mask or with a category out of range.
+        DatasetError: for an annotation that cannot be used.
 
     Deviation: the releases keep objects whose mask has no pixel, with a mask loss that nothing can lower.
     """
-    classes: list[int] = []
-    masks: list[Rle | list[np.ndarray]] = []
-    for index, annotation in enumerate(annotations):
-        if annotation.get("iscrowd", 0):
-            continue
-        where = f"annotation {annotation.get('id', f'number {index}')} of {file_name}"
-        classes.append(_checked_class(annotation, num_classes, where))
-        masks.append(_checked_mask(annotation, source_size, where))
-    moved_rles = iter(_regions_of_rles([mask for mask in masks if isinstance(mask, dict)], transforms, source_size))
-    regions = [
-        next(moved_rles) if isinstance(mask, dict) else _region_of_polygons(mask, transforms, target_size)
-        for mask in masks
+    objects = [annotation for annotation in annotations if not annotation.get("iscrowd", 0)]
+    rules = Rules(categories=dict.fromkeys(range(num_classes), ""), with_masks=with_masks)
+    _check(annotations, rules, source_size, file_name)
+    regions = _regions(objects, transforms, source_size, target_size, with_masks=with_masks)
+    kept = [
+        (each, region)
+        for each, region in zip(objects, regions, strict=True)
+        if Shape(region.box, 0, [], region.rle).has_pixel(target_size)
     ]
-    kept = [index for index, region in enumerate(regions) if mask_util.area(region.rle) > 0]
-    boxes = [regions[index].box for index in kept]
     instances = Instances(target_size)
-    instances.gt_classes = torch.tensor([classes[index] for index in kept], dtype=torch.int64)
-    instances.gt_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
-    instances.gt_masks = BitMasks(_unpack([regions[index].rle for index in kept], target_size))
+    instances.gt_classes = torch.tensor([each["category_id"] for each, _ in kept], dtype=torch.int64)
+    boxes = torch.tensor([region.box for _, region in kept], dtype=torch.float32)
+    instances.gt_boxes = Boxes(boxes.reshape(-1, 4))
+    if with_masks:
+        rles = [region.rle for _, region in kept]
+        instances.gt_masks = BitMasks(_unpack(rles, target_size))
+        if None in rles:
+            instances.gt_mask_supervised = torch.tensor([rle is not None for rle in rles])
+    if any("box_supervised" in annotation for annotation in annotations):
+        supervised = [bool(each.get("box_supervised", True)) for each, _ in kept]
+        instances.gt_box_supervised = torch.tensor(supervised, dtype=torch.bool)
     return instances
 
 
-def _checked_class(annotation: Annotation, num_classes: int, where: str) -> int:
-    label = annotation["category_id"]
-    if not 0 <= label < num_classes:
-        raise DatasetError(
-            f"Category index {label} in {where} is outside [0, {num_classes}); "
-            "set MODEL.SEM_SEG_HEAD.NUM_CLASSES to the dataset's number of categories or correct the annotation."
-        )
-    return label
+def _check(annotations: list[Annotation], rules: Rules, size: Size, file_name: str) -> None:
+    """Refuse what cannot be used; an object without a mask can, as one with only a box."""
+    for index, annotation in enumerate(annotations):
+        for problem in rules.problems(annotation, size):
+            if problem.level is not Level.REFUSED or problem.kind == MISSING_MASK:
+                continue
+            which = annotation.get("id", f"number {index}")
+            hint = f" MODEL.SEM_SEG_HEAD.NUM_CLASSES is {len(rules.categories)}." * problem.kind.startswith("category")
+            raise DatasetError(
+                f"Annotation {which} of {file_name}: {problem}.{hint} `python tools/check_dataset.py NAME` lists every "
+                "problem of the dataset."
+            )
 
 
-def _checked_mask(annotation: Annotation, source_size: Size, where: str) -> Rle | list[np.ndarray]:
-    """An RLE of the image's size, or polygons (points, 2) in its pixels."""
-    segmentation = annotation.get("segmentation")
-    if isinstance(segmentation, list) and segmentation:
-        return [_checked_polygon(polygon, where) for polygon in segmentation]
-    if not isinstance(segmentation, dict):
-        raise DatasetError(
-            f"No segmentation in {where}; every object needs polygons or an RLE: add it or remove the annotation."
-        )
-    try:
-        return checked_rle(segmentation, source_size)
-    except ValueError as error:
-        raise DatasetError(
-            f"Unusable segmentation in {where}: {error}; encode the mask again at the image's size "
-            f"(height x width {source_size[0]}x{source_size[1]})."
-        ) from error
+def _regions(
+    objects: list[Annotation], transforms: TransformList, source_size: Size, target_size: Size, *, with_masks: bool
+) -> Iterable[Region]:
+    """Where the objects lie in the target: by their masks, or by their boxes if masks are missing or not wanted."""
+    masks = [
+        read_mask(annotation["segmentation"], source_size)
+        if has_mask(annotation) and (with_masks or "bbox" not in annotation)
+        else None
+        for annotation in objects
+    ]
+    rles = [mask.rle for mask in masks if mask is not None and mask.rle is not None]
+    moved_rles = iter(_regions_of_rles(rles, transforms, source_size))
+    for annotation, mask in zip(objects, masks, strict=True):
+        if mask is None:
+            yield _region_of_box(annotation, transforms, target_size)
+        elif mask.rle is not None:
+            yield next(moved_rles)
+        else:
+            yield _region_of_polygons(mask, transforms, target_size)
 
 
-def _checked_polygon(polygon: Any, where: str) -> np.ndarray:
-    corners = np.array(polygon, dtype=np.float64).reshape(-1)
-    if len(corners) < 6 or len(corners) % 2 or not np.isfinite(corners).all():
-        raise DatasetError(
-            f"A polygon with {len(corners)} numbers in {where}; it needs at least three finite points x, y."
-        )
-    return corners.reshape(-1, 2)
+def _region_of_box(annotation: Annotation, transforms: TransformList, target_size: Size) -> Region:
+    box = BoxMode.convert(list(annotation["bbox"]), BoxMode(annotation["bbox_mode"]), BoxMode.XYXY_ABS)
+    height, width = target_size
+    left, top, right, bottom = transforms.apply_box(np.array([box]))[0].clip(0, [width, height, width, height])
+    return Region(None, (float(left), float(top), float(right), float(bottom)))
 
 
-def _region_of_polygons(polygons: list[np.ndarray], transforms: TransformList, target_size: Size) -> Region:
-    """Move the corners, then rasterise; what lies outside the target is left out by the rasteriser itself."""
+def _region_of_polygons(mask: Shape, transforms: TransformList, target_size: Size) -> Region:
+    """Move the corners, then rasterize; the rasterizer leaves out what lies outside the target."""
     height, width = target_size
     moved: list[np.ndarray] = []
-    for polygon in polygons:
-        points = transforms.apply_coords(polygon)
+    for polygon in mask.polygons:
+        points = transforms.apply_coords(np.array(polygon, dtype=np.float64).reshape(-1, 2))
         if (points.max(axis=0) > 0).all() and (points.min(axis=0) < (width, height)).all():
             moved.append(points)
     if not moved:
@@ -143,7 +158,7 @@ def _box_of_polygons(corners: np.ndarray, rle: Rle, size: Size) -> Box:
 
 
 def _regions_of_rles(rles: list[Rle], transforms: TransformList, source_size: Size) -> list[Region]:
-    """Move pixels (nearest neighbour), many objects at once: those that do not overlap share an image of labels.
+    """Move pixels (nearest neighbor), many objects at once: those that do not overlap share an image of labels.
 
     A transform may pad with 0, 128 or 255, none of which is a label.
     """
@@ -180,10 +195,11 @@ def _box_of_rle(rle: Rle) -> Box:
     return left, top, left + width, top + height
 
 
-def _unpack(rles: list[Rle], size: Size) -> torch.Tensor:
-    """(N, H, W) bool, contiguous. Unpacked masks lie column by column; turning them inside the box alone is cheap."""
+def _unpack(rles: list[Rle | None], size: Size) -> torch.Tensor:
+    """(n, H, W) bool, contiguous. Decoded masks lie column by column, and transposing only the box is cheap."""
     masks = np.zeros((len(rles), *size), dtype=bool)
     for mask, rle in zip(masks, rles, strict=True):
-        left, top, right, bottom = (int(edge) for edge in _box_of_rle(rle))
-        mask[top:bottom, left:right] = mask_util.decode(rle)[top:bottom, left:right]
+        if rle is not None:
+            left, top, right, bottom = (int(edge) for edge in _box_of_rle(rle))
+            mask[top:bottom, left:right] = mask_util.decode(rle)[top:bottom, left:right]
     return torch.from_numpy(masks)

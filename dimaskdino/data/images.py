@@ -1,86 +1,131 @@
-"""Reading image files with errors that name the file."""
+"""Reading image files, with errors that name the file."""
 
 import os
-from collections.abc import Collection
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
-from detectron2.data import detection_utils
+from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
+from dimaskdino.data.validation.rle import Size
 from dimaskdino.errors import DatasetError
 
+_ORIENTATION_TAG = 0x0112  # of EXIF
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
-class BitDepthError(DatasetError):
-    """An image of more than 8 bits a channel."""
+
+class Header(NamedTuple):
+    """What an image file says of itself.
+
+    Attributes:
+        stored: (height, width) of the pixels as stored.
+        orientation: of EXIF, 2 to 8 where an upright picture needs the pixels turned or mirrored, else 1.
+    """
+
+    stored: Size
+    orientation: int
+
+    def size(self, *, apply_exif: bool) -> Size:
+        """(height, width) of the picture as read."""
+        return self.stored[::-1] if apply_exif and self.orientation >= 5 else self.stored
 
 
-def read_image(file_name: str, image_format: str) -> np.ndarray:
-    """Read an image, turned upright by its EXIF orientation.
+def read_image(file_name: str, image_format: str, *, apply_exif: bool = True) -> np.ndarray:
+    """Read an image.
 
     Args:
         file_name: path of the image.
         image_format: INPUT.FORMAT: a mode of PIL, or "BGR".
+        apply_exif: turn the picture upright as its EXIF orientation says (INPUT.APPLY_EXIF), or read it as stored.
 
     Returns:
-        (H, W, 3) uint8.
+        (H, W, C) uint8.
 
     Raises:
-        DatasetError: if the file is missing or is no readable image.
-        BitDepthError: if it has more than 8 bits a channel.
+        DatasetError: if the file is missing, is not a readable image, or has more than 8 bits a channel.
     """
+    with _opened(file_name) as image:
+        method = _UPRIGHT.get(_orientation(image)) if apply_exif else None
+        pixels = convert_PIL_to_numpy(image if method is None else image.transpose(method), image_format)
+        return np.array(pixels)  # a copy: those of PIL cannot be written to, which torch warns of
+
+
+def read_header(file_name: str) -> Header:
+    """Read the size and orientation of an image without decoding it; raises as :func:`read_image`."""
+    with _opened(file_name) as image:
+        return Header((image.height, image.width), _orientation(image))
+
+
+@contextmanager
+def _opened(file_name: str) -> Iterator[Image.Image]:
+    if "://" not in file_name and not os.path.isfile(file_name) and os.path.exists(file_name):
+        raise DatasetError(f"Image {file_name} is not a regular file; replace it with an image.")
     try:
-        _check_bit_depth(file_name)
-        return detection_utils.read_image(file_name, format=image_format)
+        with PathManager.open(file_name, "rb") as file, Image.open(file) as image:
+            # PIL clips integers of 16 and 32 bits to 255, and rounds floating-point values, mostly 0 to 1, to integers.
+            if image.mode.startswith(("I", "F")):
+                raise DatasetError(
+                    f"Image {file_name} has more than 8 bits a channel (PIL's mode {image.mode}), so that almost all "
+                    "of it would become white or black; convert it to 8 bits."
+                )
+            yield image
+    except DatasetError:
+        raise
     except FileNotFoundError as error:
         raise DatasetError(
-            f"Image {file_name} does not exist; check the dataset's image folder and the file names in its annotations."
+            f"Image {file_name} does not exist; {backslash_hint(file_name)}check the dataset's image folder and the "
+            "file names in its annotations."
         ) from error
-    except BitDepthError:
-        raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DatasetError(
             f"Cannot read image {file_name} ({error}); replace the file or take its image out of the annotations."
         ) from error
 
 
-def check_images_exist(dataset: str, paths: Collection[str]) -> None:
-    """Find images that are not there before a job that takes hours meets them.
+def _orientation(image: Image.Image) -> int:
+    try:
+        orientation = image.getexif().get(_ORIENTATION_TAG)
+    except Exception:  # noqa: BLE001 - PIL raises errors of many kinds for malformed EXIF
+        return 1
+    return orientation if orientation in _UPRIGHT else 1
 
-    Folders are listed, which on network file systems takes a small part of asking for every file.
+
+def size_problem(header: Header, listed: Size, *, apply_exif: bool) -> str:
+    """What is wrong with the size of an image; "" where it is as listed.
 
     Args:
-        dataset: its name, for the error.
-        paths: of images; those of other storage (``s3://...``) are not looked for.
-
-    Raises:
-        DatasetError: with the number of images that are missing, and the first.
+        header: of its file.
+        listed: (height, width) in its dataset.
+        apply_exif: as in :func:`read_image`.
     """
-    local = [path for path in paths if "://" not in path]
-    listed = {folder: _names_in(folder) for folder in {os.path.dirname(path) for path in local}}
-    unlisted = [path for path in local if os.path.basename(path) not in listed[os.path.dirname(path)]]
-    # A file system may take other names for a listed one, with letters of the other case for example.
-    missing = [path for path in unlisted if not os.path.exists(path)]
-    if missing:
-        raise DatasetError(
-            f"{len(missing)} of {len(paths)} images of dataset {dataset} do not exist, the first of them {missing[0]}; "
-            "check the image folder, whether it was unpacked to the end, and the file names in the annotations."
+    size = header.size(apply_exif=apply_exif)
+    if size == tuple(listed):
+        return ""
+    found = f"{size[1]}x{size[0]} (width x height), listed as {listed[1]}x{listed[0]}"
+    if header.size(apply_exif=not apply_exif) != tuple(listed):
+        return f"{found}; correct the size in the annotations or replace the image"
+    if apply_exif:
+        return (
+            f"{found}, its size before EXIF (orientation {header.orientation}) turns the photo; set INPUT.APPLY_EXIF "
+            "False if the labels were drawn on the pixels as stored"
         )
+    return (
+        f"{found}, its size after EXIF (orientation {header.orientation}) has turned the photo; set INPUT.APPLY_EXIF "
+        "True if the labels were drawn on the upright photo"
+    )
 
 
-def _names_in(folder: str) -> frozenset[str]:
-    try:
-        return frozenset(os.listdir(folder or os.curdir))
-    except OSError:
-        return frozenset()
-
-
-def _check_bit_depth(file_name: str) -> None:
-    with PathManager.open(file_name, "rb") as file, Image.open(file) as image:
-        # PIL would cut whole numbers of 16 and 32 bits off at 255, and round floating point numbers, most of them
-        # between 0 and 1, to whole ones.
-        if image.mode.startswith(("I", "F")):
-            raise BitDepthError(
-                f"Image {file_name} has more than 8 bits a channel (PIL's mode {image.mode}), so that almost all of it "
-                "would become white or black; convert it to 8 bits."
-            )
+def backslash_hint(file_name: str) -> str:
+    """Names the cause where a missing file has Windows' separators."""
+    return "its file_name has backslashes, as on Windows: write / instead; " if "\\" in file_name else ""

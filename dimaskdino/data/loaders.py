@@ -5,15 +5,16 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader, build_detection_train_loader
-from detectron2.data.build import filter_images_with_only_crowd_annotations, print_instances_class_histogram
+from detectron2.data import MetadataCatalog, build_detection_test_loader, build_detection_train_loader
+from detectron2.data.build import filter_images_with_only_crowd_annotations
 from detectron2.data.detection_utils import check_metadata_consistency
 from torch.utils.data import Sampler
 
 from dimaskdino.compat import training_samplers
-from dimaskdino.data.build import build_mapper
 from dimaskdino.data.datasets import register_all
-from dimaskdino.data.images import check_images_exist
+from dimaskdino.data.datasets.registration import load_dataset
+from dimaskdino.data.mapper import build_mapper
+from dimaskdino.data.validation.coco import forget_files
 from dimaskdino.errors import ConfigError, DatasetError, check_choice
 
 logger = logging.getLogger(__name__)
@@ -21,46 +22,51 @@ logger = logging.getLogger(__name__)
 Batches = Iterable[list[dict[str, Any]]]
 
 
-def build_train_loader(cfg: CfgNode, *, make_sampler: Callable[[int], Sampler] | None = None) -> Batches:
+def build_train_loader(
+    cfg: CfgNode, *, make_sampler: Callable[[int], Sampler] | None = None, with_masks: bool = True
+) -> Batches:
     """Endless batches of SOLVER.IMS_PER_BATCH / processes mapped images of DATASETS.TRAIN.
 
-    Images without objects, or with crowd regions alone, are left out where DATALOADER.FILTER_EMPTY_ANNOTATIONS says so;
+    Images without objects, or with only crowd regions, are left out if DATALOADER.FILTER_EMPTY_ANNOTATIONS says so;
     detectron2 logs how many. Crowd regions, and with them BDD100K's ignored regions, are never trained on.
 
     Args:
         cfg: the configuration.
         make_sampler: number of images -> the order to draw them in; None means DATALOADER.SAMPLER_TRAIN.
+        with_masks: whether the model needs masks.
 
     Raises:
-        ConfigError: if DATALOADER.SAMPLER_TRAIN is no sampler's name.
-        DatasetError: if no image is left, or some of those that are left do not exist.
+        ConfigError: if DATALOADER.SAMPLER_TRAIN is not the name of a sampler.
+        DatasetError: if no image is left.
     """
     check_choice("DATALOADER.SAMPLER_TRAIN", cfg.DATALOADER.SAMPLER_TRAIN, training_samplers(cfg))
     register_all(cfg=cfg)
     entries = _entries(cfg, cfg.DATASETS.TRAIN)
-    regions = sum(annotation.get("iscrowd", 0) for entry in entries for annotation in entry["annotations"])
-    logger.info("Crowd and ignored regions are left out of training: %d", regions)
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
         entries = filter_images_with_only_crowd_annotations(entries)
     if not entries:
         raise DatasetError(
-            f"No image with an object (crowd regions aside) in {', '.join(cfg.DATASETS.TRAIN)}; check the annotations, "
-            "or set DATALOADER.FILTER_EMPTY_ANNOTATIONS False to train on background."
+            f"No image with an object (apart from crowd regions) in {', '.join(cfg.DATASETS.TRAIN)}; check the "
+            "annotations, or set DATALOADER.FILTER_EMPTY_ANNOTATIONS False to train on background."
         )
-    check_images_exist(", ".join(cfg.DATASETS.TRAIN), [entry["file_name"] for entry in entries])
-    mapper = build_mapper(cfg, is_train=True)
+    mapper = build_mapper(cfg, is_train=True, with_masks=with_masks)
+    logger.info("Augmentations: %s", getattr(mapper, "augmentations", mapper))
     sampler = make_sampler(len(entries)) if make_sampler else None
-    return build_detection_train_loader(cfg, mapper=mapper, dataset=entries, sampler=sampler)
+    loader = build_detection_train_loader(cfg, mapper=mapper, dataset=entries, sampler=sampler)
+    forget_files()
+    return loader
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> Batches:
     """Every image of one dataset once, in order, one per batch, divided between the processes."""
     register_all(cfg=cfg)
-    return build_detection_test_loader(
+    loader = build_detection_test_loader(
         dataset=_entries(cfg, [dataset_name]),
         mapper=build_mapper(cfg, is_train=False),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )
+    forget_files()
+    return loader
 
 
 def max_images(cfg: CfgNode) -> int:
@@ -78,14 +84,12 @@ def max_images(cfg: CfgNode) -> int:
 def _entries(cfg: CfgNode, names: Sequence[str]) -> list[dict[str, Any]]:
     """Images of the named datasets in detectron2's format; the first DATASETS.MAX_IMAGES of them unless that is 0.
 
-    detectron2's own function wants annotations of every image where the first has them; here an image without them is
-    background. Like it, this logs how many objects there are of each class.
+    detectron2's own function wants annotations of every image if the first has them; here an image without them is
+    background.
     """
     number = max_images(cfg)
-    loaded = [entry for name in names for entry in DatasetCatalog.get(name)]
+    loaded = [entry for name in names for entry in load_dataset(name)]
     entries = [entry if "annotations" in entry else {**entry, "annotations": []} for entry in loaded]
-    class_names = MetadataCatalog.get(names[0]).get("thing_classes")
-    if class_names is not None and any("annotations" in entry for entry in loaded):
+    if MetadataCatalog.get(names[0]).get("thing_classes") is not None:
         check_metadata_consistency("thing_classes", names)
-        print_instances_class_histogram(entries, class_names)
     return entries[:number] if number else entries

@@ -1,17 +1,27 @@
-"""From one entry of a dataset to what the model takes."""
+"""From one entry of a dataset to what the model takes, and the mappers by name."""
 
-import logging
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+from detectron2.config import CfgNode
 from detectron2.data import transforms as T
+from detectron2.utils.registry import Registry
 
 from dimaskdino.data.annotations import annotations_to_instances
-from dimaskdino.data.images import read_image
-from dimaskdino.errors import DatasetError
+from dimaskdino.data.images import read_header, read_image, size_problem
+from dimaskdino.data.transforms import large_scale_jitter, shortest_edge, test_resize
+from dimaskdino.errors import ConfigError, DatasetError
 
-logger = logging.getLogger(__name__)
+Mapper = Callable[[dict[str, Any]], dict[str, Any]]
+
+MAPPER_REGISTRY = Registry("DATASET_MAPPER")
+MAPPER_REGISTRY.__doc__ = """
+Builders of mappers by INPUT.DATASET_MAPPER_NAME. Each is called as ``builder(cfg, *, is_train, with_instances)`` and
+returns a callable that maps an entry of a dataset to the model's input; ``with_masks=False`` comes with it for a model
+without masks.
+"""
 
 
 class InstanceMapper:
@@ -22,22 +32,30 @@ class InstanceMapper:
         image_format: channel order, as in INPUT.FORMAT.
         num_classes: category ids must lie in [0, num_classes).
         with_instances: whether the annotations become "instances"; they are dropped otherwise.
+        with_masks: whether the targets have masks.
+        apply_exif: whether photos are turned upright as EXIF says, as in INPUT.APPLY_EXIF.
     """
 
     def __init__(
-        self, *, augmentations: list[T.Augmentation], image_format: str, num_classes: int, with_instances: bool
+        self,
+        *,
+        augmentations: list[T.Augmentation],
+        image_format: str,
+        num_classes: int,
+        with_instances: bool,
+        with_masks: bool = True,
+        apply_exif: bool = True,
     ) -> None:
         self.augmentations = T.AugmentationList(augmentations)
         self.image_format = image_format
         self.num_classes = num_classes
-        self.with_instances = with_instances
-        logger.info("Augmentations: %s", augmentations)
+        self.with_instances, self.with_masks, self.apply_exif = with_instances, with_masks, apply_exif
 
     def __call__(self, entry: dict[str, Any]) -> dict[str, Any]:
         """Map one entry of a dataset in detectron2's format; the entry stays as it is.
 
         Returns:
-            The entry without "annotations", with "image" (3, H, W) uint8 as augmented, "height" and "width" of the
+            The entry without "annotations", with "image" (C, H, W) uint8 as augmented, "height" and "width" of the
             file, and, if wanted, "instances" (see :func:`annotations_to_instances`); an entry without annotations is
             background.
 
@@ -45,9 +63,9 @@ class InstanceMapper:
             DatasetError: for an image that cannot be read or has another size than the entry says, and for an
                 annotation that cannot be used.
         """
-        image = read_image(entry["file_name"], self.image_format)
+        image = read_image(entry["file_name"], self.image_format, apply_exif=self.apply_exif)
         source_size = image.shape[:2]
-        _check_size(entry, source_size)
+        self._check_size(entry, source_size)
         augmented = T.AugInput(image)
         transforms = self.augmentations(augmented)
         mapped = {key: value for key, value in entry.items() if key != "annotations"}
@@ -61,14 +79,62 @@ class InstanceMapper:
                 target_size=augmented.image.shape[:2],
                 num_classes=self.num_classes,
                 file_name=entry["file_name"],
+                with_masks=self.with_masks,
             )
         return mapped
 
+    def _check_size(self, entry: dict[str, Any], size: tuple[int, ...]) -> None:
+        listed = entry.get("height", size[0]), entry.get("width", size[1])
+        if listed != size:
+            problem = size_problem(read_header(entry["file_name"]), listed, apply_exif=self.apply_exif)
+            raise DatasetError(f"Image {entry['file_name']} is {problem}.")
 
-def _check_size(entry: dict[str, Any], size: tuple[int, int]) -> None:
-    expected = (entry.get("height", size[0]), entry.get("width", size[1]))
-    if expected != tuple(size):
-        raise DatasetError(
-            f"Image {entry['file_name']} is {size[0]}x{size[1]} (height x width), but its dataset says "
-            f"{expected[0]}x{expected[1]}; correct the size in the annotations or replace the image."
-        )
+
+@MAPPER_REGISTRY.register()
+def coco_instance_lsj(cfg: CfgNode, *, is_train: bool, with_instances: bool, with_masks: bool = True) -> InstanceMapper:
+    """Large-scale jitter on a square canvas in training."""
+    return _instance_mapper(cfg, large_scale_jitter(cfg) if is_train else test_resize(cfg), with_instances, with_masks)
+
+
+@MAPPER_REGISTRY.register()
+def coco_instance_detr(
+    cfg: CfgNode, *, is_train: bool, with_instances: bool, with_masks: bool = True
+) -> InstanceMapper:
+    """DETR's resizing of the shortest edge, with its random crop if asked for, in training."""
+    return _instance_mapper(cfg, shortest_edge(cfg) if is_train else test_resize(cfg), with_instances, with_masks)
+
+
+def _instance_mapper(
+    cfg: CfgNode, augmentations: list[T.Augmentation], with_instances: bool, with_masks: bool
+) -> InstanceMapper:
+    return InstanceMapper(
+        augmentations=augmentations,
+        image_format=cfg.INPUT.FORMAT,
+        num_classes=cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
+        with_instances=with_instances,
+        with_masks=with_masks,
+        apply_exif=cfg.INPUT.APPLY_EXIF,
+    )
+
+
+def build_mapper(
+    cfg: CfgNode, is_train: bool, *, with_instances: bool | None = None, with_masks: bool = True
+) -> Mapper:
+    """Build the mapper that INPUT.DATASET_MAPPER_NAME names.
+
+    Args:
+        cfg: the configuration.
+        is_train: training augmentations, or the plain resize of testing.
+        with_instances: whether annotations become targets; None means in training only.
+        with_masks: whether the targets have masks; False is passed on to the builder.
+
+    Raises:
+        ConfigError: if no mapper has that name, or its augmentations contradict each other.
+    """
+    name = cfg.INPUT.DATASET_MAPPER_NAME
+    if name not in MAPPER_REGISTRY:
+        known = ", ".join(sorted(known_name for known_name, _ in MAPPER_REGISTRY))
+        raise ConfigError(f"INPUT.DATASET_MAPPER_NAME is {name!r}; known mappers: {known}.")
+    options = {} if with_masks else {"with_masks": False}
+    wanted = is_train if with_instances is None else with_instances
+    return MAPPER_REGISTRY.get(name)(cfg, is_train=is_train, with_instances=wanted, **options)

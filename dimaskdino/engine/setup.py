@@ -20,7 +20,7 @@ from detectron2.utils.env import seed_all_rng
 from dimaskdino.command_line import add_import_flag, import_modules
 from dimaskdino.config import Config, get_cfg, report_unused_keys
 from dimaskdino.cpu import keep_freed_memory
-from dimaskdino.data.checks import check_datasets
+from dimaskdino.data.validation.start import check_datasets
 from dimaskdino.engine.run_folder import setup_loggers
 from dimaskdino.errors import ConfigError, UserError, check_choice, file_errors_told_in_one_line
 from dimaskdino.modeling.registry import get_registered

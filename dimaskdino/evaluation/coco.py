@@ -12,11 +12,12 @@ from typing import Any
 import hotcoco
 import numpy as np
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.utils import comm
 
+from dimaskdino.data.datasets.registration import load_dataset
 from dimaskdino.errors import DatasetError, UserError
 from dimaskdino.evaluation.report import class_table, coco_table
 from dimaskdino.evaluation.truth import Truth, read_truth, truth_of_entries
@@ -52,7 +53,7 @@ class CocoEvaluator(DatasetEvaluator):
         self._seen_only = seen_only
         os.makedirs(output_dir, exist_ok=True)
         if self._metadata.get("json_file") and not self._metadata.get("thing_classes"):
-            DatasetCatalog.get(dataset_name)  # register_coco_instances learns the classes when the file is read
+            load_dataset(dataset_name)  # register_coco_instances learns the classes when the file is read
         if not self._metadata.get("thing_classes"):
             raise DatasetError(f"{dataset_name} has no object classes (thing_classes), so it has no box or mask AP.")
         self._truth = self._read_truth()
@@ -65,7 +66,7 @@ class CocoEvaluator(DatasetEvaluator):
         if path:
             return read_truth(path)
         names, categories = self._metadata.thing_classes, self._category_ids()
-        return truth_of_entries(DatasetCatalog.get(self._metadata.name), self._metadata.name, names, categories)
+        return truth_of_entries(load_dataset(self._metadata.name), self._metadata.name, names, categories)
 
     def _category_ids(self) -> list[Any]:
         """The dataset's category ids by class index."""

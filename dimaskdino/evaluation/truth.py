@@ -1,6 +1,5 @@
 """Ground truth in the form that the evaluation reads: COCO's format with ids counted from 1."""
 
-import json
 import logging
 import math
 from collections import Counter
@@ -13,6 +12,8 @@ from typing import Any
 import hotcoco
 from detectron2.structures import BoxMode
 
+from dimaskdino.data.validation.coco import read_json
+from dimaskdino.data.validation.rules import Level, Rules, has_mask, read_mask
 from dimaskdino.errors import DatasetError
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ class Truth:
 
 def read_truth(path: str | Path) -> Truth:
     """Read an annotation file in COCO's format; see :func:`make_truth`."""
-    return make_truth(json.loads(Path(path).read_bytes()), str(path))
+    return make_truth(read_json(path), str(path))
 
 
 def truth_of_entries(entries: list[Json], name: str, class_names: Sequence[str], category_ids: Sequence[Any]) -> Truth:
@@ -77,8 +78,8 @@ def truth_of_entries(entries: list[Json], name: str, class_names: Sequence[str],
                 "image_id": entry["image_id"],
                 "category_id": category_ids[annotation["category_id"]],
                 "bbox": _box_xywh_px(annotation),
-                "segmentation": _plain(annotation.get("segmentation")),
                 "iscrowd": int(annotation.get("iscrowd", 0)),
+                **({"segmentation": _plain(annotation["segmentation"])} if has_mask(annotation) else {}),
             }
             for entry in entries
             for annotation in entry.get("annotations", ())
@@ -98,8 +99,10 @@ def make_truth(dataset: Json, source: str) -> Truth:
         source: the file or dataset, for messages.
 
     Raises:
-        DatasetError: there are annotations, but none of a listed image and category.
+        DatasetError: there are annotations, but none of a listed image and category; or an object that no evaluation
+            can use.
     """
+    _check_objects(dataset, source)
     images, categories = _numbers(dataset["images"]), _numbers(dataset["categories"])
     annotations = dataset.get("annotations")
     kept = None if annotations is None else _numbered(annotations, images, categories, source)
@@ -123,6 +126,25 @@ def make_truth(dataset: Json, source: str) -> Truth:
             *(len(without), len(plain["annotations"]), source),
         )
     return Truth(coco, images, categories, kept)
+
+
+def _check_objects(dataset: Json, source: str) -> None:
+    """Refuse objects that the evaluation would crash at, or compare with nothing."""
+    categories = {category["id"]: category["name"] for category in dataset["categories"]}
+    rules = Rules(categories=categories, with_masks=False, scored=True, in_file=True)
+    sizes = {image["id"]: (image["height"], image["width"]) for image in dataset["images"] if "height" in image}
+    for annotation in dataset.get("annotations", []):
+        size = sizes.get(annotation["image_id"])
+        for problem in rules.problems(annotation, size) if size else ():
+            if problem.level is Level.REFUSED:
+                which = f"Annotation {annotation.get('id', '')} of image {annotation['image_id']}"
+                raise DatasetError(f"{which} in {source}: {problem}. `python tools/check_dataset.py NAME` lists all.")
+
+
+def _usable_mask(segmentation: Any) -> Any:
+    """A mask without the polygons of fewer than three points, which training leaves out as well."""
+    mask = read_mask(segmentation, None) if isinstance(segmentation, list) else None
+    return mask.polygons if mask else segmentation
 
 
 def _numbers(listed: Iterable[Json]) -> dict[Any, int]:
@@ -152,7 +174,7 @@ def _numbered(annotations: list[Json], images: dict[Any, int], categories: dict[
             "bbox": annotation.get("bbox"),
             "area": annotation["area"] if _is_number(annotation.get("area")) else None,
             "iscrowd": int(annotation.get("iscrowd", 0)),
-            **({"segmentation": annotation["segmentation"]} if annotation.get("segmentation") else {}),
+            **({"segmentation": _usable_mask(annotation["segmentation"])} if annotation.get("segmentation") else {}),
         }
         for number, annotation in enumerate(listed, start=1)
     ]
@@ -179,8 +201,6 @@ def _box_xywh_px(annotation: Json) -> list[float]:
 
 def _plain(segmentation: Any) -> Any:
     """Polygons as lists of Python numbers and a compressed RLE as text, the form that files have."""
-    if not segmentation:
-        return None
     if isinstance(segmentation, list):
         return [[float(x) for x in polygon] for polygon in segmentation]
     counts = segmentation["counts"]

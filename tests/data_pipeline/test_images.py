@@ -2,13 +2,15 @@
 
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
-from dimaskdino.data.images import check_images_exist, read_image
+from dimaskdino.data.images import read_header, read_image
+from dimaskdino.data.validation.files import check_images_exist
 from dimaskdino.errors import DatasetError
 
 # Every value of 8 bits once.
@@ -22,7 +24,7 @@ RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
         *(("CMYK", "tif"), ("YCbCr", "tif")),
     ],
 )
-def test_an_image_of_8_bits_a_channel_is_what_pil_makes_of_it(tmp_path: Path, mode: str, suffix: str) -> None:
+def test_image_of_8_bits_a_channel_is_as_pil_reads_it(tmp_path: Path, mode: str, suffix: str) -> None:
     path = tmp_path / f"image.{suffix}"
     image = Image.fromarray(RAMP).convert(mode)
     image.save(path)
@@ -33,7 +35,7 @@ def test_an_image_of_8_bits_a_channel_is_what_pil_makes_of_it(tmp_path: Path, mo
 @pytest.mark.parametrize(
     ("dtype", "suffix"), [(np.uint16, "png"), (np.uint16, "tif"), (">u2", "tif"), (np.int32, "tif"), ("f4", "tif")]
 )
-def test_an_image_of_more_bits_is_refused_with_its_name_and_mode(tmp_path: Path, dtype: str, suffix: str) -> None:
+def test_image_of_more_bits_is_refused_with_its_mode(tmp_path: Path, dtype: str, suffix: str) -> None:
     path = tmp_path / f"deep.{suffix}"
     Image.fromarray((RAMP * np.array(257)).astype(dtype)).save(path)
     mode = Image.open(path).mode
@@ -56,10 +58,33 @@ def test_missing_images_are_found_in_every_folder(tmp_path: Path, monkeypatch: p
         check_images_exist("mine", [str(there), *gone])
 
 
-def test_an_image_that_the_file_system_knows_by_another_name_is_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_image_known_by_another_spelling_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "IMAGE.PNG").touch()
-    exists = os.path.exists
-    monkeypatch.setattr("os.path.exists", lambda path: exists(str(path).replace("image.png", "IMAGE.PNG")))
+    is_file = os.path.isfile
+    monkeypatch.setattr("os.path.isfile", lambda path: is_file(str(path).replace("image.png", "IMAGE.PNG")))
     check_images_exist("mine", [str(tmp_path / "image.png")])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied_or_ignored(tmp_path: Path, orientation: int) -> None:
+    stored = Image.fromarray(np.repeat(np.repeat(RAMP[:2, :3], 16, 0), 16, 1))  # blocks that JPEG keeps apart
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "photo.jpg", exif=exif, quality=100)
+    with Image.open(tmp_path / "photo.jpg") as image:
+        expected = {True: np.asarray(ImageOps.exif_transpose(image)), False: np.asarray(image)}
+    header = read_header(str(tmp_path / "photo.jpg"))
+    for apply_exif, pixels in expected.items():
+        assert np.array_equal(read_image(str(tmp_path / "photo.jpg"), "L", apply_exif=apply_exif)[..., 0], pixels)
+        assert header.size(apply_exif=apply_exif) == pixels.shape
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "folder"])
+def test_what_is_not_a_file_is_refused(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path / "one.png")
+    for attempt in (
+        lambda path: read_image(path, "RGB"),
+        lambda path: check_images_exist("mine", [path]),
+    ):
+        with pytest.raises(DatasetError, match=r"one\.png"):
+            attempt(str(tmp_path / "one.png"))

@@ -63,17 +63,6 @@ def test_images_without_annotations_are_background(mine: Config, without: list[i
             build_train_loader(mine)
 
 
-def test_images_to_train_on_that_are_missing_are_counted_before_training(mine: Config) -> None:
-    for name in ("two.png", "three.png"):
-        (Path(MetadataCatalog.get("mine").image_root) / name).unlink()
-    assert set(drawn_objects(mine)) == {1}  # the others hold no object
-    mine.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
-    with pytest.raises(
-        DatasetError, match=r"2 of 3 images of dataset mine do not exist, the first of them .*two\.png;"
-    ):
-        build_train_loader(mine)
-
-
 def test_training_repeats_without_end_by_default(mine: Config) -> None:
     batches = iter(build_train_loader(mine))
     assert [next(batches)[0]["image_id"] for _ in range(3)] == [1, 1, 1]

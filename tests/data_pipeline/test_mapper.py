@@ -177,7 +177,7 @@ def test_color_distortion_changes_colors_alone(cfg: Config, entry: Entry) -> Non
         (lambda path: path.unlink(), "does not exist"),
         (lambda path: path.write_bytes(b"no image at all"), "Cannot read image"),
         (lambda path: path.write_bytes(path.read_bytes()[:60]), "Cannot read image"),
-        (lambda path: Image.new("RGB", (9, 9)).save(path), "9x9 .* 50x100"),
+        (lambda path: Image.new("RGB", (9, 9)).save(path), "9x9 .* 100x50"),
     ],
     ids=["missing", "no image", "cut short", "other size"],
 )

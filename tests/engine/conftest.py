@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from dimaskdino.config import Config, get_cfg
-from dimaskdino.data.checks import check_datasets
 from dimaskdino.data.datasets import register_all
+from dimaskdino.data.validation.start import check_datasets
 from dimaskdino.engine import launch
 from tests.engine import job, toy  # noqa: F401  toy registers ToyDetector
 

@@ -21,7 +21,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from dimaskdino.config import get_cfg
-from dimaskdino.data.checks import check_datasets
+from dimaskdino.data.validation.start import check_datasets
 from dimaskdino.errors import DatasetError, UserError
 from dimaskdino.evaluation import CocoEvaluator, LayerwiseEvaluator, build_evaluator, check_classes
 from dimaskdino.evaluation.coco import coco_precision

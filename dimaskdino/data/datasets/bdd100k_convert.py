@@ -13,8 +13,8 @@ from dimaskdino.data.datasets.bdd100k import CLASSES, annotation_file
 from dimaskdino.data.datasets.bdd100k_labels import labels_of_bitmask, labels_of_frame
 from dimaskdino.data.datasets.bdd100k_sources import Task, find_tasks
 from dimaskdino.data.parallel import Progress, no_progress, parallel_map
-from dimaskdino.data.reports import Problem
-from dimaskdino.data.rle import Size
+from dimaskdino.data.validation.report import Finding
+from dimaskdino.data.validation.rle import Size
 from dimaskdino.errors import DatasetError
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ Json = dict[str, Any]
 
 def convert_split(
     folder: Path, split: str, source: str, *, num_workers: int = 0, progress: Progress = no_progress
-) -> tuple[Json, list[Problem]]:
+) -> tuple[Json, list[Finding]]:
     """Convert a split and write its annotation file.
 
     What is done is kept in a file beside the annotation file until that is written, so that a broken run goes on where
@@ -57,7 +57,7 @@ def convert_split(
         for record in progress(parallel_map(convert_image, to_do, num_workers=num_workers), total=len(to_do)):
             journal.add(record)
     records = [journal.records[task.key] for task in tasks]
-    problems += [Problem(kind, record["file_name"]) for record in records for kind in record["problems"]]
+    problems += [Finding(kind, record["file_name"]) for record in records for kind in record["problems"]]
     coco = _assemble(records, split, source)
     if not coco["images"]:
         kinds = ", ".join(dict.fromkeys(problem.kind for problem in problems)) or "the folders are empty"

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from zlib import crc32
 
 from dimaskdino.data.datasets.bdd100k import image_folder
-from dimaskdino.data.reports import Problem
+from dimaskdino.data.validation.report import Finding
 from dimaskdino.errors import DatasetError
 
 SOURCES = ("bitmasks", "rles", "polygons")
@@ -29,7 +29,7 @@ class Task(NamedTuple):
     key: str
 
 
-def find_tasks(folder: Path, split: str, source: str) -> tuple[list[Task], list[Problem]]:
+def find_tasks(folder: Path, split: str, source: str) -> tuple[list[Task], list[Finding]]:
     """Every image of a split that has labels.
 
     Args:
@@ -45,13 +45,13 @@ def find_tasks(folder: Path, split: str, source: str) -> tuple[list[Task], list[
     """
     images = image_folder(folder, split)
     _require(images.is_dir(), "Image folder", images)
-    problems: list[Problem] = []
+    problems: list[Finding] = []
     image_of = _images(images, problems)
     labels_of = _bitmasks(folder, split) if source == "bitmasks" else _frames(folder, split, source, problems)
     for stem in sorted(image_of.keys() - labels_of.keys()):
-        problems.append(Problem(f"image left out: it has no labels in {source}", image_of[stem].name))
+        problems.append(Finding(f"image left out: it has no labels in {source}", image_of[stem].name))
     for stem in sorted(labels_of.keys() - image_of.keys()):
-        problems.append(Problem("labels left out: there is no such image", stem))
+        problems.append(Finding("labels left out: there is no such image", stem))
     stems = sorted(image_of.keys() & labels_of.keys())
     return [_task(image_of[stem], labels_of[stem]) for stem in stems], problems
 
@@ -67,12 +67,12 @@ def _task(image: Path, labels: str | Frame) -> Task:
     return Task(str(image), labels, f"{stats} {frame}")
 
 
-def _images(folder: Path, problems: list[Problem]) -> dict[str, Path]:
+def _images(folder: Path, problems: list[Finding]) -> dict[str, Path]:
     """Images by stem, which labels name them by; of several with one stem the first by name."""
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in IMAGE_SUFFIXES and found.setdefault(path.stem, path) is not path:
-            problems.append(Problem("image left out: another one differs in the suffix alone", path.name))
+            problems.append(Finding("image left out: another one differs in the suffix alone", path.name))
     return found
 
 
@@ -82,7 +82,7 @@ def _bitmasks(folder: Path, split: str) -> dict[str, str]:
     return {path.stem: str(path) for path in bitmasks.glob("*.png")}
 
 
-def _frames(folder: Path, split: str, source: str, problems: list[Problem]) -> dict[str, Frame]:
+def _frames(folder: Path, split: str, source: str, problems: list[Finding]) -> dict[str, Frame]:
     path = folder / "labels" / "ins_seg" / source / f"ins_seg_{split}.json"
     _require(path.is_file(), "Label file", path)
     try:
@@ -91,7 +91,7 @@ def _frames(folder: Path, split: str, source: str, problems: list[Problem]) -> d
         for frame in content["frames"] if isinstance(content, dict) else content:
             _check_labels(frame)
             if frames.setdefault(Path(frame["name"]).stem, frame) is not frame:
-                problems.append(Problem("labels left out: their image is listed once more", frame["name"]))
+                problems.append(Finding("labels left out: their image is listed once more", frame["name"]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DatasetError(
             f"Label file {path} is not in Scalabel's format ({type(error).__name__}: {error}); it needs frames with a "

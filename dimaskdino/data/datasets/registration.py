@@ -1,12 +1,24 @@
-"""Registers COCO-format datasets with detectron2, keeping annotation ids so that errors can name them."""
+"""Registers COCO-format datasets with detectron2, and loads what is registered."""
 
+import contextlib
+import gc
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
+from detectron2.structures import BoxMode
+
+from dimaskdino.data.validation.coco import annotations_by_image, category_names, read_coco
+from dimaskdino.data.validation.rle import checked_rle
+from dimaskdino.errors import DatasetError
+
+Json = dict[str, Any]
+
+# Keys of an annotation that reach the mapper; "ignore" does so that it is refused there too.
+KEPT_KEYS = ("id", "iscrowd", "ignore", "bbox", "keypoints", "category_id", "segmentation", "box_supervised")
 
 
 def is_registered_at(name: str, json_file: Path) -> bool:
@@ -39,7 +51,7 @@ def register_coco_format(
         DatasetCatalog.remove(name)
     if name in MetadataCatalog.list():
         MetadataCatalog.remove(name)
-    DatasetCatalog.register(name, partial(_load, name, str(json_file), str(image_root), make))
+    DatasetCatalog.register(name, partial(_load_coco, name))
     MetadataCatalog.get(name).set(
         json_file=str(json_file),
         image_root=str(image_root),
@@ -50,7 +62,71 @@ def register_coco_format(
     )
 
 
-def _load(name: str, json_file: str, image_root: str, make: Callable[[], Any] | None) -> list[dict[str, Any]]:
-    if make is not None:
-        make()
-    return load_coco_json(json_file, image_root, name, extra_annotation_keys=["id"])
+def is_coco_file(name: str) -> bool:
+    """Whether a dataset is what a COCO file lists, as :func:`register_coco_format` or detectron2 registers one."""
+    loader = DatasetCatalog[name]
+    ours = isinstance(loader, partial) and loader.func is _load_coco
+    return ours or getattr(loader, "__module__", "") == "detectron2.data.datasets.coco"
+
+
+def load_dataset(name: str) -> list[Json]:
+    """Load a registered dataset in detectron2's format.
+
+    COCO files are read by this package: in any Unicode encoding, with the ids of annotations, from memory where the
+    check at the start has read them. Everything else is loaded by the function that it is registered with.
+
+    Raises:
+        DatasetError: if a COCO file cannot be read, or a function needs a package or files that are missing.
+    """
+    if is_coco_file(name):
+        return _load_coco(name)
+    try:
+        return DatasetCatalog.get(name)
+    except ModuleNotFoundError as error:
+        package = error.name or str(error)
+        raise DatasetError(f"Dataset {name} needs the Python package {package}: `pip install {package}`.") from error
+    except AssertionError as error:  # how detectron2's own functions say that files are missing
+        raise DatasetError(f"Dataset {name} cannot be loaded ({error!s:.200}); check its files and folders.") from error
+
+
+def _load_coco(name: str) -> list[Json]:
+    """What detectron2's ``load_coco_json`` returns, and adds to the metadata; annotations are as in the file."""
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("make") is not None:
+        metadata.make()
+    coco = read_coco(metadata.json_file)
+    names = category_names(coco)
+    metadata.thing_classes = list(names.values())
+    indices = {key: index for index, key in enumerate(names)}
+    metadata.thing_dataset_id_to_contiguous_id = indices
+    collecting = gc.isenabled()
+    gc.disable()  # as in read_json
+    try:
+        return [
+            {
+                "file_name": os.path.join(metadata.image_root, image["file_name"]),
+                "height": image["height"],
+                "width": image["width"],
+                "image_id": image["id"],
+                "annotations": [_entry(annotation, indices, image) for annotation in annotations],
+            }
+            for image, annotations in annotations_by_image(coco)
+        ]
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _entry(annotation: Json, indices: dict[Any, int], image: Json) -> Json:
+    entry = {key: annotation[key] for key in KEPT_KEYS if key in annotation}
+    if annotation["category_id"] not in indices:
+        where = f"Annotation {annotation['id']} of {image['file_name']}"
+        raise DatasetError(f"{where} has category_id {annotation['category_id']!r}, which the file does not define.")
+    entry["category_id"] = indices[annotation["category_id"]]
+    entry["bbox_mode"] = BoxMode.XYWH_ABS
+    segmentation = entry.get("segmentation")
+    if isinstance(segmentation, dict):
+        # A malformed one stays as it is: the mapper refuses it and names the annotation.
+        with contextlib.suppress(ValueError):
+            entry["segmentation"] = checked_rle(segmentation, (image["height"], image["width"]))
+    return entry

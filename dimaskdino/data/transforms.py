@@ -1,13 +1,37 @@
 """The augmentations behind each mapper name, read from the configuration."""
 
+import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 
-from dimaskdino.errors import check_choice
+from dimaskdino.errors import ConfigError, check_choice
 
 PAD_VALUE = 128.0  # gray of the canvas around a picture that large-scale jitter made small, as in the releases
 DETR_CROP_SHORT_EDGES = (400, 500, 600)
 DETR_CROP_PROBABILITY = 0.5
+
+
+class KeepAPixel(T.Augmentation):
+    """A resize that leaves at least one pixel of each side of very long images.
+
+    Args:
+        resize: an augmentation whose transform is detectron2's ResizeTransform.
+    """
+
+    def __init__(self, resize: T.Augmentation) -> None:
+        super().__init__()
+        self.resize = resize
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        """The transform of ``resize``, with no side shorter than a pixel."""
+        transform = self.resize.get_transform(image)
+        if isinstance(transform, T.ResizeTransform):
+            transform.new_h, transform.new_w = max(transform.new_h, 1), max(transform.new_w, 1)
+        return transform
+
+    def __repr__(self) -> str:
+        """As the resize itself."""
+        return repr(self.resize)
 
 
 def large_scale_jitter(cfg: CfgNode) -> list[T.Augmentation]:
@@ -20,7 +44,7 @@ def large_scale_jitter(cfg: CfgNode) -> list[T.Augmentation]:
     """
     side = cfg.INPUT.IMAGE_SIZE
     resize = T.ResizeScale(cfg.INPUT.MIN_SCALE, cfg.INPUT.MAX_SCALE, side, side)
-    return [*_color_and_flip(cfg), resize, T.FixedSizeCrop((side, side), pad_value=PAD_VALUE)]
+    return [*_color_and_flip(cfg), KeepAPixel(resize), T.FixedSizeCrop((side, side), pad_value=PAD_VALUE)]
 
 
 def shortest_edge(cfg: CfgNode) -> list[T.Augmentation]:
@@ -33,21 +57,26 @@ def shortest_edge(cfg: CfgNode) -> list[T.Augmentation]:
     """
     augmentations = _color_and_flip(cfg)
     if cfg.INPUT.CROP.ENABLED:
-        resize = T.ResizeShortestEdge(DETR_CROP_SHORT_EDGES, sample_style="choice")
+        resize = KeepAPixel(T.ResizeShortestEdge(DETR_CROP_SHORT_EDGES, sample_style="choice"))
         crop = T.AugmentationList([resize, T.RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE)])
         augmentations.append(T.RandomApply(crop, prob=DETR_CROP_PROBABILITY))
     sizes, style = cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING
-    return [*augmentations, T.ResizeShortestEdge(sizes, cfg.INPUT.MAX_SIZE_TRAIN, style)]
+    return [*augmentations, KeepAPixel(T.ResizeShortestEdge(sizes, cfg.INPUT.MAX_SIZE_TRAIN, style))]
 
 
 def test_resize(cfg: CfgNode) -> list[T.Augmentation]:
     """Resize the shortest edge to INPUT.MIN_SIZE_TEST, the longest staying within INPUT.MAX_SIZE_TEST."""
-    return [T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, "choice")]
+    return [KeepAPixel(T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, "choice"))]
 
 
 def _color_and_flip(cfg: CfgNode) -> list[T.Augmentation]:
     augmentations: list[T.Augmentation] = []
     if cfg.INPUT.COLOR_AUG_SSD:
+        if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
+            raise ConfigError(
+                f"INPUT.COLOR_AUG_SSD True distorts colors, which images of INPUT.FORMAT {cfg.INPUT.FORMAT} do not "
+                "have; set it to False, or INPUT.FORMAT to RGB or BGR."
+            )
         # Imported here because it needs OpenCV, which nothing else in this package does.
         from detectron2.projects.point_rend import ColorAugSSDTransform
 

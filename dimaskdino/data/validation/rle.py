@@ -1,4 +1,4 @@
-"""COCO's run-length encodings, checked before they are decoded."""
+"""COCO's run-length encodings, checked before pycocotools sees them."""
 
 from typing import Any
 
@@ -10,9 +10,9 @@ Size = tuple[int, int]  # (height, width) in pixels
 
 
 def checked_rle(segmentation: Rle, size: Size) -> Rle:
-    """The compressed form of an RLE that fits an image.
+    """Return the compressed form of an RLE that fits an image.
 
-    pycocotools fills what broken run lengths leave open with whatever lay in memory, so nothing else would notice them.
+    pycocotools fills whatever the run lengths leave open with uninitialized memory, so broken ones must not reach it.
 
     Args:
         segmentation: ``size`` (height, width) and ``counts``: compressed text or bytes, or a list of run lengths.
@@ -28,7 +28,7 @@ def checked_rle(segmentation: Rle, size: Size) -> Rle:
         given, counts = tuple(segmentation["size"]), segmentation["counts"]
     except (KeyError, TypeError):
         raise ValueError("an RLE without size or counts") from None
-    if given != tuple(size):
+    if given != tuple(size) or not all(isinstance(side, int | np.integer) for side in given):
         raise ValueError("an RLE of another size than the image")
     if isinstance(counts, str):
         counts = counts.encode("utf-8")
@@ -43,19 +43,23 @@ def checked_rle(segmentation: Rle, size: Size) -> Rle:
 
 
 def run_lengths(counts: bytes) -> np.ndarray:
-    """Run lengths (N,) int64 of a compressed RLE; bytes that are none give runs of any sum.
+    """Decode the run lengths (N,) int64 of a compressed RLE; invalid bytes give no runs, or runs of any sum.
 
     A number is written in characters from "0" on, five bits in each, the lowest first; the sixth bit says that more
-    follow, the last character's fifth bit is the sign. From the fourth on, numbers are differences to the last but one.
+    follow, and the last character's fifth bit is the sign. From the fourth number on, each is the difference to the
+    last but one.
     """
     characters = np.frombuffer(counts, dtype=np.uint8).astype(np.int64) - ord("0")
     ends = np.flatnonzero((characters & 0x20) == 0)
-    if not len(ends) or ends[-1] != len(characters) - 1:
+    if not len(ends) or ends[-1] != len(characters) - 1 or characters.min() < 0 or characters.max() > 0x3F:
         return np.zeros(0, dtype=np.int64)
     starts = np.concatenate(([0], ends[:-1] + 1))
-    digits = np.arange(len(characters)) - np.repeat(starts, ends - starts + 1)
+    lengths = ends - starts + 1
+    if lengths.max() > 12:  # more than 60 bits
+        return np.zeros(0, dtype=np.int64)
+    digits = np.arange(len(characters)) - np.repeat(starts, lengths)
     numbers = np.add.reduceat((characters & 0x1F) << (5 * digits), starts)
-    numbers -= np.where(characters[ends] & 0x10, np.int64(1) << (5 * (ends - starts + 1)), 0)
+    numbers -= np.where(characters[ends] & 0x10, np.int64(1) << (5 * lengths), 0)
     for first in (1, 2):
         numbers[first::2] = np.cumsum(numbers[first::2])
     return numbers

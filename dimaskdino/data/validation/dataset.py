@@ -1,0 +1,203 @@
+"""A registered dataset as the rules see it, and everything that is wrong with it."""
+
+import difflib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.catalog import Metadata
+
+from dimaskdino.data.datasets import data_root
+from dimaskdino.data.datasets.registration import is_coco_file, load_dataset
+from dimaskdino.data.validation.coco import Found, annotations_by_image, category_names, listing_problems, read_coco
+from dimaskdino.data.validation.report import Counts
+from dimaskdino.data.validation.rle import Size
+from dimaskdino.data.validation.rules import Json, Level, Problem, Rules, has_mask
+from dimaskdino.errors import DatasetError
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image of a dataset: its path, its size where the dataset says it, and its annotations."""
+
+    path: str
+    size: Size | None
+    annotations: list[Json]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset to check.
+
+    Attributes:
+        name: in detectron2's catalog.
+        source: its annotation file, or "" for a function.
+        classes: category id -> class name, in the order of the class indices.
+        pictures: its images in the order that they are loaded in.
+        annotated: whether it has annotations at all.
+        listing: what is wrong with its lists, apart from the objects.
+    """
+
+    name: str
+    source: str
+    classes: dict[Any, str]
+    pictures: list[Picture]
+    annotated: bool
+    listing: list[Found]
+
+    def rules(self, *, with_masks: bool, scored: bool) -> Rules:
+        """The rules for its annotations."""
+        return Rules(categories=self.classes, with_masks=with_masks, scored=scored, in_file=bool(self.source))
+
+    def has_masks(self) -> bool:
+        """Whether any of its objects has a mask."""
+        return any(has_mask(annotation) for picture in self.pictures for annotation in picture.annotations)
+
+    def counts(self) -> Counts:
+        """Its objects, without a look at what is wrong with them."""
+        counts = Counts(self.classes)
+        for picture in self.pictures:
+            for annotation in picture.annotations:
+                counts.add(annotation, (), picture)
+        return counts
+
+    def problems(self, rules: Rules, counts: Counts | None = None) -> Iterator[Found]:
+        """Everything that is wrong with its lists and objects, and where.
+
+        Args:
+            rules: from :meth:`rules`.
+            counts: to which every object is added.
+        """
+        yield from self.listing
+        for picture in self.pictures:
+            seen: dict[Any, Json] = {}
+            for index, annotation in enumerate(picture.annotations):
+                found = rules.problems(annotation, picture.size)
+                if _is_repeated(annotation, seen):
+                    found.append(Problem("object: annotated more than once", Level.NOTE))
+                if found:
+                    name = os.path.basename(picture.path)
+                    which = annotation.get("id", f"number {index}, counted from 0,")
+                    yield from ((f"annotation {which} of {name}", problem) for problem in found)
+                if counts is not None:
+                    counts.add(annotation, found, picture)
+
+
+def _is_repeated(annotation: Json, seen: dict[Any, Json]) -> bool:
+    """Whether an earlier object of the image has the same class, box and mask; adds this one to ``seen``."""
+    try:
+        earlier = seen.setdefault((annotation.get("category_id"), tuple(annotation.get("bbox") or ())), annotation)
+    except (TypeError, ValueError):  # malformed, or an array
+        return False
+    return earlier is not annotation and repr(earlier.get("segmentation")) == repr(annotation.get("segmentation"))
+
+
+def open_dataset(name: str, *, tested: bool) -> Dataset:
+    """Read a registered dataset, after making it where it is made on first use.
+
+    Args:
+        name: in detectron2's catalog.
+        tested: whether its images are predicted, which needs an id for each.
+
+    Raises:
+        DatasetError: if it is not registered, or its files are missing or cannot be read.
+    """
+    metadata = find_dataset(name)
+    if is_coco_file(name):
+        return open_file(name, metadata.json_file, metadata.image_root, metadata.get("thing_classes"))
+    entries = load_dataset(name)
+    if not entries:
+        raise DatasetError(f"Dataset {name} is empty; check the function that it is registered with.")
+    names = metadata.get("thing_classes")
+    if names is None:
+        raise DatasetError(f"Dataset {name} has no class names; set thing_classes in its metadata.")
+    for position, entry in enumerate(entries):
+        _check_entry(entry, f"Image number {position}, counted from 0, of dataset {name}")
+    pictures = [Picture(entry["file_name"], _size_of(entry), entry.get("annotations", [])) for entry in entries]
+    annotated = any("annotations" in entry for entry in entries)
+    listing = list(_id_problems(entries)) if tested else []
+    return Dataset(name, "", dict(enumerate(names)), pictures, annotated, listing)
+
+
+def open_file(name: str, json_file: str, image_root: str, registered: list[str] | None = None) -> Dataset:
+    """Read a dataset in COCO's format; ``registered`` are the class names that it should have."""
+    coco = read_coco(json_file)
+    pictures = [
+        Picture(os.path.join(image_root, image["file_name"]), (image["height"], image["width"]), annotations)
+        for image, annotations in annotations_by_image(coco)
+    ]
+    listing = list(listing_problems(coco, json_file, None if registered is None else list(registered)))
+    return Dataset(name, json_file, category_names(coco), pictures, "annotations" in coco, listing)
+
+
+def find_dataset(name: str) -> Metadata:
+    """The metadata of a registered dataset whose files exist; makes what is made on first use.
+
+    Raises:
+        DatasetError: if it is not registered, or its annotation file or image folder is missing.
+    """
+    registered = DatasetCatalog.list()
+    if name not in registered:
+        closest = difflib.get_close_matches(name, registered, n=1, cutoff=0)[0]
+        raise DatasetError(f"Dataset {name} is not registered; did you mean {closest}?")
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("make") is not None:
+        metadata.make()
+    if is_coco_file(name):
+        json_file, image_root = Path(metadata.json_file), Path(metadata.image_root)
+        for kind, path, exists in (
+            ("annotation file", json_file, json_file.is_file()),
+            ("image folder", image_root, image_root.is_dir()),
+        ):
+            if not exists:
+                hint = _layout_hint(json_file, image_root)
+                raise DatasetError(f"Dataset {name}: {kind} {path} does not exist; {hint}")
+    return metadata
+
+
+def _layout_hint(json_file: Path, image_root: Path) -> str:
+    root = data_root()
+    if not (json_file.is_relative_to(root) and image_root.is_relative_to(root)):
+        return "correct the paths that the dataset is registered with."
+    return (
+        f"set DETECTRON2_DATASETS (now {root}) to the folder that holds {json_file.relative_to(root)} and "
+        f"{image_root.relative_to(root)}/ (layouts: datasets/README.md)."
+    )
+
+
+def _check_entry(entry: Json, where: str) -> None:
+    """Refuse an image of a function that no other check could read."""
+    if not isinstance(entry.get("file_name"), str):
+        raise DatasetError(f"{where} has the file_name {entry.get('file_name')!r:.40}; give its path as text.")
+    where = f"{where} ({entry['file_name']})"
+    for key in ("height", "width"):
+        value = entry.get(key, 1)
+        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
+            raise DatasetError(f"{where} has the {key} {value!r:.40}; give it in whole pixels.")
+    annotations = entry.get("annotations", [])
+    if not (isinstance(annotations, list) and all(isinstance(annotation, dict) for annotation in annotations)):
+        raise DatasetError(f"{where} has annotations that are not a list of dictionaries; leave the key out for none.")
+
+
+def _size_of(entry: Json) -> Size | None:
+    return (int(entry["height"]), int(entry["width"])) if "height" in entry and "width" in entry else None
+
+
+def _id_problems(entries: list[Json]) -> Iterator[Found]:
+    """Images of a function that evaluation could not tell apart or scale; training needs neither ids nor sizes."""
+    first: dict[Any, str] = {}
+    for entry in entries:
+        value = entry.get("image_id")
+        if not isinstance(value, int | str):
+            problem = Problem("image_id: not a number or text", Level.REFUSED, f"{value!r:.40}", "give each image one")
+            yield entry["file_name"], problem
+        elif first.setdefault(value, entry["file_name"]) != entry["file_name"]:
+            problem = Problem("image_id: used more than once", Level.REFUSED, f"{value!r:.40}", "give each its own")
+            yield f"{first[value]} and {entry['file_name']}", problem
+        if _size_of(entry) is None:
+            problem = Problem("size: missing", Level.REFUSED, "", "give height and width, which evaluation needs")
+            yield entry["file_name"], problem

@@ -1,0 +1,81 @@
+"""The rules for the image files of a dataset: whether they exist, their size, and what EXIF does to them."""
+
+import os
+from collections.abc import Collection, Sequence
+
+from dimaskdino.data.images import Header, backslash_hint
+from dimaskdino.data.validation.dataset import Picture
+from dimaskdino.data.validation.rules import TOLERANCE_PX, Extent, Rules
+from dimaskdino.errors import DatasetError
+
+
+def exif_note(turned: Sequence[tuple[Picture, Header]], rules: Rules) -> str:
+    """What EXIF does to photos, and which way of reading them fits their labels.
+
+    Args:
+        turned: photos with an EXIF orientation.
+        rules: of their dataset.
+    """
+    if not turned:
+        return ""
+    fits = [_fitting_frame(*each, rules) for each in turned]
+    advice = {
+        "stored": "fit only the pixels as stored (INPUT.APPLY_EXIF False)",
+        "upright": "fit only the upright photo (INPUT.APPLY_EXIF True)",
+        "both": "fit both, so look at tools/check_dataset.py --draw 20, with --no-exif for the pixels as stored",
+        "neither": "fit neither the pixels as stored nor the upright photo",
+    }
+    parts = [f"the labels of {fits.count(kind)} {text}" for kind, text in advice.items() if kind in fits]
+    return (
+        f"{len(turned)} images have an EXIF orientation that turns or mirrors the photo (first {turned[0][0].path}); "
+        f"INPUT.APPLY_EXIF must fit the labels: {'; '.join(parts)}."
+    )
+
+
+def _fitting_frame(picture: Picture, header: Header, rules: Rules) -> str:
+    """Which frame the labels of a photo lie in: stored, upright, both or neither."""
+    extents = [extent for each in picture.annotations if (extent := rules.extent(each, header.stored))]
+    stored, upright = (_holds(header.size(apply_exif=turned), extents) for turned in (False, True))
+    if stored == upright:
+        return "both" if stored else "neither"
+    return "stored" if stored else "upright"
+
+
+def _holds(size: tuple[int, int], extents: list[Extent]) -> bool:
+    """Whether every label lies in an image of ``size``."""
+    return all(right <= size[1] + TOLERANCE_PX and bottom <= size[0] + TOLERANCE_PX for _, _, right, bottom in extents)
+
+
+def check_images_exist(dataset: str, paths: Collection[str]) -> None:
+    """Find missing images before a job that takes hours meets them.
+
+    Folders are listed, which on network file systems takes a small part of the time of a request for every file.
+
+    Args:
+        dataset: its name, for the error.
+        paths: of images; those of other storage (``s3://...``) are not looked for.
+
+    Raises:
+        DatasetError: with the number of images that are missing, and the first.
+    """
+    local = [path for path in paths if "://" not in path]
+    listed = {folder: _names_in(folder) for folder in {os.path.dirname(path) for path in local}}
+    unlisted = [path for path in local if os.path.basename(path) not in listed[os.path.dirname(path)]]
+    # A file system may accept other spellings of a listed name, for example with letters of the other case.
+    missing = [path for path in unlisted if not os.path.isfile(path)]
+    if missing:
+        raise DatasetError(
+            f"{len(missing)} of {len(paths)} images of dataset {dataset} do not exist, the first of them {missing[0]}; "
+            f"{backslash_hint(missing[0])}check the image folder, whether it was unpacked completely, and the file "
+            "names in the annotations."
+        )
+
+
+def _names_in(folder: str) -> frozenset[str]:
+    """Names of the files and links of a folder, without a look at each of them."""
+    try:
+        with os.scandir(folder or os.curdir) as entries:
+            files = (entry for entry in entries if entry.is_symlink() or entry.is_file(follow_symlinks=False))
+            return frozenset(entry.name for entry in files)
+    except OSError:
+        return frozenset()

@@ -1,0 +1,77 @@
+"""The inspection behind tools/check_dataset.py: every image and every object of a dataset."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+from dimaskdino.data.images import Header, read_header, read_image, size_problem
+from dimaskdino.data.parallel import Progress, no_progress, parallel_map
+from dimaskdino.data.validation.dataset import Dataset, open_dataset
+from dimaskdino.data.validation.files import exif_note
+from dimaskdino.data.validation.report import Counts, Finding
+from dimaskdino.data.validation.rle import Size
+from dimaskdino.errors import DatasetError
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A dataset and what is wrong with it.
+
+    Attributes:
+        dataset: what was inspected.
+        counts: its objects.
+        findings: everything that is wrong.
+        exif: what EXIF does to its photos, and which way of reading them fits the labels; "" if no photo has it.
+    """
+
+    dataset: Dataset
+    counts: Counts
+    findings: list[Finding]
+    exif: str
+
+
+def inspect_dataset(
+    name: str, *, apply_exif: bool = True, num_workers: int = 0, progress: Progress = no_progress
+) -> Inspection:
+    """Inspect a registered dataset, as strictly as training and evaluation of a model with masks together need.
+
+    A dataset without any mask is inspected for a model without masks.
+
+    Args:
+        name: of the dataset in detectron2's catalog.
+        apply_exif: read photos as INPUT.APPLY_EXIF says.
+        num_workers: processes that read images; 0 reads in this one.
+        progress: passes the inspected images on and may draw a bar.
+
+    Raises:
+        DatasetError: if it is not registered, lacks its files, lists no image or is not in COCO's format at all.
+    """
+    dataset = open_dataset(name, tested=True)
+    check = partial(_inspect_file, apply_exif=apply_exif)
+    units = [(each.path, each.size) for each in dataset.pictures]
+    read = list(progress(parallel_map(check, units, num_workers=num_workers), total=len(units)))
+    findings = [finding for found, _ in read for finding in found]
+    headers = [header for _, header in read]
+    sized = [
+        each if each.size or not header else replace(each, size=header.size(apply_exif=apply_exif))
+        for each, header in zip(dataset.pictures, headers, strict=True)
+    ]
+    dataset = replace(dataset, pictures=sized)
+    counts = Counts(dataset.classes)
+    rules = dataset.rules(with_masks=dataset.has_masks(), scored=True)
+    for where, problem in dataset.problems(rules, counts):
+        details = "; ".join(filter(None, (problem.detail, problem.remedy)))
+        findings.append(Finding(problem.kind, where + (f": {details}" if details else "")))
+    turned = [(each, header) for each, header in zip(sized, headers, strict=True) if header and header.orientation != 1]
+    return Inspection(dataset, counts, findings, exif_note(turned, rules))
+
+
+def _inspect_file(unit: tuple[str, Size | None], apply_exif: bool) -> tuple[list[Finding], Header | None]:
+    """Decode one image and compare its size with the listed one."""
+    path, listed = unit
+    try:
+        read_image(path, "RGB", apply_exif=apply_exif)
+        header = read_header(path)
+    except DatasetError as error:
+        return [Finding("image cannot be used", str(error))], None
+    problem = size_problem(header, listed, apply_exif=apply_exif) if listed else ""
+    return [Finding("image has another size than listed", f"{path}: {problem}")] if problem else [], header

@@ -1,0 +1,199 @@
+"""The check at the start: the datasets of a job, before anything is built, each mistake in one line."""
+
+import logging
+from collections import Counter
+from collections.abc import Collection, Sequence
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+
+from dimaskdino.data.datasets import register_all
+from dimaskdino.data.images import Header, read_header, read_image, size_problem
+from dimaskdino.data.mapper import build_mapper
+from dimaskdino.data.validation.coco import UNLISTED, Found
+from dimaskdino.data.validation.dataset import Dataset, Picture, open_dataset, open_file
+from dimaskdino.data.validation.files import check_images_exist, exif_note
+from dimaskdino.data.validation.report import KEPT, Counts
+from dimaskdino.data.validation.rules import CORNERS, NORMALIZED, Level
+from dimaskdino.errors import ConfigError, DatasetError
+
+logger = logging.getLogger(__name__)
+
+# Image files whose headers the check reads, evenly spread over a dataset; tools/check_dataset.py reads all.
+MOST_HEADERS = 5000
+
+# What objects look like whose coordinates mean something else.
+_CAUSES = {
+    NORMALIZED: "have coordinates that look normalized (0 to 1): multiply them by the image's width and height",
+    CORNERS: "have boxes that read as x1, y1, x2, y2: write them as x, y, width, height",
+}
+
+
+def check_datasets(cfg: CfgNode, *, train: bool = True, test: bool = True, with_masks: bool = True) -> None:
+    """Check the datasets that a job will use, and log what they hold; draws the synthetic dataset if it is missing.
+
+    Args:
+        cfg: reads DATASETS, DATALOADER.FILTER_EMPTY_ANNOTATIONS, INPUT and MODEL.SEM_SEG_HEAD.NUM_CLASSES.
+        train: whether DATASETS.TRAIN will be used.
+        test: whether DATASETS.TEST will be used.
+        with_masks: whether the model needs masks.
+
+    Raises:
+        ConfigError: if there is no dataset to train on, or, without training, to evaluate on, or if keys of INPUT
+            contradict each other.
+        DatasetError: if a dataset is not registered, lacks a file, is malformed, loses its objects, or does not fit the
+            configuration or the other datasets.
+    """
+    register_all(cfg=cfg)
+    if train and not cfg.DATASETS.TRAIN:
+        raise ConfigError("DATASETS.TRAIN names no dataset; set it, for example to ('coco_2017_train',).")
+    if test and not train and not cfg.DATASETS.TEST:
+        raise ConfigError("DATASETS.TEST names no dataset to evaluate on; set it, for example to ('coco_2017_val',).")
+    if train:
+        build_mapper(cfg, is_train=True)
+    trained, tested = cfg.DATASETS.TRAIN if train else (), cfg.DATASETS.TEST if test else ()
+    classes: dict[str, tuple[str, ...]] = {}
+    left = cfg.DATASETS.MAX_IMAGES or None
+    for name in dict.fromkeys((*trained, *tested)):
+        dataset = _check_dataset(cfg, name, trained=name in trained, tested=name in tested, with_masks=with_masks)
+        used: list[Picture] = []
+        if name in trained:
+            used += _trained_on(dataset.pictures[:left], cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+            left = left and max(left - len(dataset.pictures), 0)
+        if name in tested:
+            used += dataset.pictures[: cfg.DATASETS.MAX_IMAGES or None]
+        _check_files(cfg, dataset, list({picture.path: picture for picture in used}.values()))
+        classes[name] = tuple(dataset.classes.values())
+    _check_same_classes(classes, trained)
+
+
+def _check_dataset(cfg: CfgNode, name: str, *, trained: bool, tested: bool, with_masks: bool) -> Dataset:
+    """Check the lists, classes and objects of one dataset."""
+    dataset = open_dataset(name, tested=tested)
+    truth = "" if dataset.source else MetadataCatalog.get(name).get("json_file", "")
+    _refuse_first(dataset, dataset.listing)
+    if trained and not dataset.annotated:
+        raise DatasetError(f"Dataset {name} has no annotations, so it can be predicted but not trained on.")
+    num_classes = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+    if len(dataset.classes) != num_classes:
+        raise DatasetError(
+            f"MODEL.SEM_SEG_HEAD.NUM_CLASSES is {num_classes}, but dataset {name} has {len(dataset.classes)} "
+            f"categories; set it to {len(dataset.classes)}."
+        )
+    if trained or not truth:
+        _check_objects(cfg, dataset, with_masks=with_masks, scored=tested and not truth)
+    if tested and truth:  # predictions are compared with a file in place of the annotations that the function lists
+        _check_objects(cfg, open_file(name, truth, ""), with_masks=with_masks, scored=True)
+    return dataset
+
+
+def _check_objects(cfg: CfgNode, dataset: Dataset, *, with_masks: bool, scored: bool) -> None:
+    if (
+        with_masks
+        and dataset.annotated
+        and not dataset.has_masks()
+        and any(each.annotations for each in dataset.pictures)
+    ):
+        raise DatasetError(
+            f"Dataset {dataset.name} has boxes but no masks (segmentation), and this model needs masks; add polygons "
+            "or RLEs, or choose a model without masks."
+        )
+    rules = dataset.rules(with_masks=with_masks, scored=scored)
+    counts = Counts(dataset.classes)
+    notes: Counter[str] = Counter()
+    first: dict[str, str] = {}
+    for where, problem in dataset.problems(rules, counts):
+        if problem.level is Level.REFUSED:
+            _refuse_first(dataset, [(where, problem)])
+        notes[problem.kind] += 1
+        first.setdefault(problem.kind, where)
+    logger.info("Objects of %s:\n%s", dataset.name, counts.table())
+    if notes:
+        listed = ", ".join(f"{kind} ({number}, first {first[kind]})" for kind, number in notes.most_common())
+        logger.warning("Dataset %s: %s. %s", dataset.name, listed, _list_all(dataset.name))
+    _check_losses(dataset, counts, notes, cfg.DATASETS.MAX_DROPPED_SHARE)
+
+
+def _refuse_first(dataset: Dataset, found: Sequence[Found]) -> None:
+    for where, problem in found:
+        if problem.level is Level.REFUSED:
+            source = f" ({dataset.source})" if dataset.source else ""
+            raise DatasetError(f"Dataset {dataset.name}{source}, {where}: {problem}. {_list_all(dataset.name)}")
+
+
+def _list_all(name: str) -> str:
+    return f"`python tools/check_dataset.py {name}` lists all (with --import as here)."
+
+
+def _check_losses(dataset: Dataset, counts: Counts, notes: Counter[str], most: float) -> None:
+    """Refuse a dataset that loses too many objects, with the likely cause."""
+    dropped, objects = counts.lost()
+    if not objects and notes[UNLISTED]:
+        raise DatasetError(
+            f"Dataset {dataset.name}: no annotation belongs to a listed image; correct image_id, or the list of images."
+        )
+    classes = counts.lost_classes()
+    causes = [f"{notes[kind]} {cause}" for kind, cause in _CAUSES.items() if notes[kind] > most * objects]
+    if most >= 1 or not (classes or causes or dropped > most * objects):
+        return
+    total = counts.total()
+    reasons = [f"{total[kind]} {kind}" for kind in sorted(total.keys() - {KEPT, "crowd", "ignored"})]
+    lost = [f"{dropped} of {objects} objects would be dropped ({', '.join(reasons)})"] if dropped else []
+    lost += [f"no object is left of class {', '.join(map(repr, classes[:3]))}"] if classes else []
+    raise DatasetError(
+        f"Dataset {dataset.name}: {'; '.join(lost + causes)}. Correct the annotations, or raise "
+        f"DATASETS.MAX_DROPPED_SHARE (now {most:g}; 1 accepts any loss). {_list_all(dataset.name)}"
+    )
+
+
+def _trained_on(pictures: Sequence[Picture], filter_empty: bool) -> list[Picture]:
+    """The images that training draws from, as :func:`dimaskdino.data.build_train_loader` chooses them."""
+    if not filter_empty:
+        return list(pictures)
+    return [each for each in pictures if any(not one.get("iscrowd", 0) for one in each.annotations)]
+
+
+def _check_files(cfg: CfgNode, dataset: Dataset, used: Sequence[Picture]) -> None:
+    """Look whether the images exist, read the headers of many, and decode one."""
+    check_images_exist(dataset.name, [each.path for each in used])
+    local = [each for each in used if "://" not in each.path]
+    turned: list[tuple[Picture, Header]] = []
+    for index in np.unique(np.linspace(0, len(local) - 1, min(len(local), MOST_HEADERS)).astype(int)).tolist():
+        picture = local[index]
+        header = read_header(picture.path)
+        problem = size_problem(header, picture.size, apply_exif=cfg.INPUT.APPLY_EXIF) if picture.size else ""
+        if problem:
+            raise DatasetError(
+                f"Image {picture.path} of dataset {dataset.name} is {problem}. {_list_all(dataset.name)}"
+            )
+        turned += [(picture, header)] * (header.orientation != 1)
+    if turned:
+        rules = dataset.rules(with_masks=False, scored=False)
+        logger.warning("Dataset %s: %s", dataset.name, exif_note(turned, rules))
+    if used:
+        read_image(used[0].path, cfg.INPUT.FORMAT, apply_exif=cfg.INPUT.APPLY_EXIF)
+
+
+def _check_same_classes(classes: dict[str, tuple[str, ...]], trained: Collection[str]) -> None:
+    """Class numbers must mean the same everywhere: against others even perfect predictions score AP 0.
+
+    Args:
+        classes: dataset -> class names by number, as many in each; the others are compared with the first.
+        trained: the datasets that are trained on.
+    """
+    first = next(iter(classes), "")
+    for name, names in classes.items():
+        expected = classes[first]
+        if names == expected:
+            continue
+        index = next(index for index in range(len(names)) if names[index] != expected[index])
+        where = f"class {index} is {expected[index]!r} in {first} and {names[index]!r} in {name}"
+        if set(names) == set(expected):
+            raise DatasetError(
+                f"Datasets {first} and {name} have the same classes in another order: {where}; give their categories "
+                "the same order."
+            )
+        if name in trained:
+            raise DatasetError(f"Datasets {first} and {name} cannot be trained on together: {where}.")
+        logger.warning("Datasets %s and %s have different class names, compared by number: %s.", first, name, where)
