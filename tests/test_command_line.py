@@ -12,9 +12,7 @@ from dimaskdino.errors import ConfigError
 
 
 @pytest.mark.parametrize(("text", "said"), [("-1", "-1 is too small; it must be at least 0"), ("1.5", "whole number")])
-def test_a_number_that_cannot_be_used_names_its_flag_and_the_least(
-    text: str, said: str, capsys: pytest.CaptureFixture
-) -> None:
+def test_an_unusable_number_names_its_flag_and_the_minimum(text: str, said: str, capsys: pytest.CaptureFixture) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--workers", type=at_least(0))
     assert parser.parse_args(["--workers", "0"]).workers == 0
@@ -36,7 +34,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         del sys.modules[name]
 
 
-def test_modules_of_the_current_folder_are_imported_in_their_order(here: Path) -> None:
+def test_modules_are_imported_in_order(here: Path) -> None:
     (here / "own_one.py").write_text("seen = []")
     (here / "own").mkdir()
     (here / "own" / "two.py").write_text("import own_one\nown_one.seen.append(__name__)")
@@ -48,7 +46,7 @@ def test_modules_of_the_current_folder_are_imported_in_their_order(here: Path) -
 
 
 @pytest.mark.parametrize("name", ["own_absent", "own_one.absent", "own.absent"])
-def test_a_module_that_does_not_exist_is_named_and_so_is_the_folder(name: str, here: Path) -> None:
+def test_a_missing_module_is_named_with_the_folder(name: str, here: Path) -> None:
     (here / "own_one.py").touch()
     (here / "own").mkdir()
     with pytest.raises(ConfigError) as error:
@@ -58,7 +56,7 @@ def test_a_module_that_does_not_exist_is_named_and_so_is_the_folder(name: str, h
 
 
 @pytest.mark.parametrize("name", ["own/one.py", ".one", "", "own-one"])
-def test_a_path_is_no_name(name: str, here: Path) -> None:
+def test_a_path_is_not_a_module(name: str, here: Path) -> None:
     with pytest.raises(ConfigError, match=r"no module's name; my/parts.py is my.parts"):
         import_modules([name])
 
@@ -72,7 +70,7 @@ def test_a_path_is_no_name(name: str, here: Path) -> None:
         ("1 / 0", ZeroDivisionError),
     ],
 )
-def test_what_goes_wrong_inside_a_module_is_not_hidden(text: str, error: type[Exception], here: Path) -> None:
+def test_errors_inside_a_module_are_not_hidden(text: str, error: type[Exception], here: Path) -> None:
     (here / "own_wrong.py").write_text(text)
     with pytest.raises(error) as raised:
         import_modules(["own_wrong"])

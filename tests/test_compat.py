@@ -23,13 +23,13 @@ def _report_ranks(rank: int, folder: Path) -> None:
     leave_process_group()
 
 
-def test_local_ranks_start_at_zero_on_each_machine_and_leaving_allows_another_job(tmp_path: Path) -> None:
+def test_local_ranks_start_at_zero_on_each_machine(tmp_path: Path) -> None:
     mp.spawn(_report_ranks, args=(tmp_path,), nprocs=2)
     expected = repr([(0, 0, 1), (1, 0, 1)])
     assert [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)] == [expected] * 2
 
 
-def test_gathering_of_results_does_not_warn_of_what_users_cannot_change() -> None:
+def test_gathering_results_does_not_warn() -> None:
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         silence_gathering()

@@ -68,7 +68,7 @@ def changes(file: Path, base: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("file", FILES, ids=name)
-def test_every_configuration_trains_one_iteration_and_evaluates(file):
+def test_configurations_train_and_evaluate(file):
     cfg = load(file, SMALL)
     torch.manual_seed(0)
     model = build_model(cfg).train()
@@ -100,7 +100,7 @@ def scheduled() -> list[tuple[Path, str, int]]:
 
 
 @pytest.mark.parametrize(("file", "dataset", "epochs"), scheduled(), ids=lambda value: getattr(value, "stem", value))
-def test_a_file_trains_the_epochs_that_it_claims(file, dataset, epochs):
+def test_schedules_match_the_file_names(file, dataset, epochs):
     solver = load(file).SOLVER
     backbone = "swinl" if "swinl" in file.stem else "r50"
     assert BATCH[dataset, backbone] == solver.IMS_PER_BATCH
@@ -110,14 +110,14 @@ def test_a_file_trains_the_epochs_that_it_claims(file, dataset, epochs):
     assert (solver.WEIGHT_DECAY, solver.CLIP_GRADIENTS.CLIP_VALUE, solver.AMP.ENABLED) == (0.05, 0.01, True)
 
 
-def test_the_iterations_are_those_of_the_releases_and_of_the_paper():
+def test_iterations_match_the_releases_and_the_paper():
     # 12 epochs of 118,000 images in batches of 16, and 68 epochs of 7,000 in batches of 8.
     assert load(FULL["coco"]).SOLVER.MAX_ITER == 12 * 7375 == 88500
     assert load(FULL["bdd100k"]).SOLVER.MAX_ITER == 68 * 875 == 59500
     assert load(CONFIGS / "coco" / "dimaskdino_swinl_50ep.yaml").SOLVER.MAX_ITER == 4 * 368750
 
 
-def test_the_small_models_train_like_the_demo_but_shorter():
+def test_small_ablations_train_like_a_shorter_demo():
     demo, short = load(CONFIGS / "demo" / "dimaskdino_shapes.yaml"), load(FULL["shapes"])
     assert short.SOLVER.MAX_ITER < demo.SOLVER.MAX_ITER / 2
     for config in (demo, short):
@@ -128,7 +128,7 @@ def test_the_small_models_train_like_the_demo_but_shorter():
 
 
 @pytest.mark.parametrize("dataset", ["coco", "bdd100k"])
-def test_schedules_and_backbones_of_a_dataset_change_nothing_but_themselves(dataset):
+def test_files_of_a_dataset_change_only_their_own_keys(dataset):
     for file in (file for file in FILES if file.parent == CONFIGS / dataset):
         changed = set(changes(file, FULL[dataset]))
         allowed = {"SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.IMS_PER_BATCH", "SOLVER.CHECKPOINT_PERIOD"}
@@ -145,7 +145,7 @@ def test_schedules_and_backbones_of_a_dataset_change_nothing_but_themselves(data
         assert changed <= allowed, file
 
 
-def test_bdd100k_is_coco_with_other_data_and_another_schedule():
+def test_bdd100k_changes_only_data_and_schedule():
     changed = changes(FULL["bdd100k"], FULL["coco"])
     assert changed.pop("MODEL.SEM_SEG_HEAD.NUM_CLASSES") == 8
     assert changed.pop("DATASETS.TRAIN") == ("bdd100k_ins_seg_train",)
@@ -154,7 +154,7 @@ def test_bdd100k_is_coco_with_other_data_and_another_schedule():
 
 
 @pytest.mark.parametrize("file", sorted(ABLATIONS["coco"].glob("*.yaml")), ids=lambda file: file.stem)
-def test_an_ablation_changes_the_same_keys_on_both_datasets_and_only_its_model(file):
+def test_ablations_change_the_same_model_keys_on_both_datasets(file):
     changed = changes(file, FULL["coco"])
     assert changed == changes(ABLATIONS["bdd100k"] / file.name, FULL["bdd100k"])
     assert 1 <= len(changed) <= 2
@@ -171,7 +171,7 @@ SCALED = {
 
 
 @pytest.mark.parametrize("file", sorted(ABLATIONS["bdd100k"].glob("*.yaml")), ids=lambda file: file.stem)
-def test_an_ablation_on_shapes_is_the_papers_with_fewer_tokens_and_layers(file):
+def test_shapes_ablations_scale_down_the_papers(file):
     expected = {}
     for key, value in changes(file, FULL["bdd100k"]).items():
         small, large = SCALED.get(key, (1, 1))
@@ -182,7 +182,7 @@ def test_an_ablation_on_shapes_is_the_papers_with_fewer_tokens_and_layers(file):
     assert changes(ABLATIONS["shapes"] / file.name, FULL["shapes"]) == expected
 
 
-def test_the_small_model_has_the_same_share_of_every_count():
+def test_the_small_model_keeps_the_shares_of_counts():
     small, large = load(FULL["shapes"]).MODEL.MaskDINO, load(FULL["bdd100k"]).MODEL.MaskDINO
     for key, (one, other) in SCALED.items():
         if key != "MODEL.MaskDINO.DI.NUM_SELECTED":
@@ -192,7 +192,7 @@ def test_the_small_model_has_the_same_share_of_every_count():
 
 @pytest.mark.parametrize("condition", ["", "_loss", "_position"])
 @pytest.mark.parametrize("model", ["maskdino", "di"])
-def test_the_tolerance_test_has_three_layers_no_bato_and_one_condition(model, condition):
+def test_tolerance_models_have_one_condition_each(model, condition):
     cfg = load(ABLATIONS["bdd100k"] / f"tolerance_{model}{condition}.yaml")
     node = cfg.MODEL.MaskDINO
     assert node.DEC_LAYERS == 3
@@ -206,7 +206,7 @@ def test_the_tolerance_test_has_three_layers_no_bato_and_one_condition(model, co
     assert node.DI.RANDOM_POSITION is (condition == "_position")
 
 
-def test_every_row_of_the_paper_has_a_configuration_and_no_file_is_of_none():
+def test_rows_of_the_paper_and_files_match():
     used = set()
     for table in paper_tables().values():
         for row in table.rows:
@@ -217,7 +217,7 @@ def test_every_row_of_the_paper_has_a_configuration_and_no_file_is_of_none():
     assert {file for file in FILES if file.parent.name != "demo"} - used == set()
 
 
-def test_a_row_is_told_in_a_few_lines():
+def test_configurations_are_short():
     for file in FILES:
         lines = [line for line in file.read_text().splitlines() if line and not line.startswith("#")]
         assert len(lines) <= 8 or file.parent.name == "demo", file
@@ -236,7 +236,7 @@ def test_swin_l_has_as_many_parameters_as_the_public_one(monkeypatch):
 
 
 @pytest.mark.parametrize("stem", ["dimaskdino_r50_12ep", "dimaskdino_r50_24ep", "maskdino_r50_50ep"])
-def test_full_size_models_on_coco_have_every_tensor_of_the_releases(stem):
+def test_full_models_have_every_tensor_of_the_releases(stem):
     with torch.device("meta"):
         model = build_model(load(CONFIGS / "coco" / f"{stem}.yaml", {"MODEL.DEVICE": "meta"}))
     theirs = {key: list(value.shape) for key, value in to_release(model.state_dict()).items()}

@@ -15,7 +15,7 @@ def raising(error: Exception):
     return main
 
 
-def test_a_file_that_cannot_be_written_is_one_line_and_status_two(capsys: pytest.CaptureFixture) -> None:
+def test_file_errors_are_one_line_and_status_2(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stopped:
         run_cli(raising(PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/root/x")))
     assert stopped.value.code == 2
@@ -23,6 +23,6 @@ def test_a_file_that_cannot_be_written_is_one_line_and_status_two(capsys: pytest
 
 
 @pytest.mark.parametrize("error", [ConnectionError("closed by peer"), BrokenPipeError(), KeyError("x")])
-def test_what_names_no_file_keeps_its_traceback(error: Exception) -> None:
+def test_other_errors_keep_their_traceback(error: Exception) -> None:
     with pytest.raises(type(error)):
         run_cli(raising(error))

@@ -1,7 +1,16 @@
-"""Weight files: reading them safely, the names that others use, fitting them to the model."""
+"""Weight files: reading them safely, the names that others use, and fitting them to the model."""
 
 from dimaskdino.checkpoint.checkpointer import Checkpointer
 from dimaskdino.checkpoint.names import from_release, is_release, to_release
-from dimaskdino.checkpoint.reading import read_weights
+from dimaskdino.checkpoint.reading import DESCRIPTIONS, class_names_of, read_weights, write_weights
 
-__all__ = ["Checkpointer", "from_release", "is_release", "read_weights", "to_release"]
+__all__ = [
+    "DESCRIPTIONS",
+    "Checkpointer",
+    "class_names_of",
+    "from_release",
+    "is_release",
+    "read_weights",
+    "to_release",
+    "write_weights",
+]

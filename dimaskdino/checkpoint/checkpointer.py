@@ -1,27 +1,41 @@
-"""Loading, saving and resuming: our own checkpoints, both releases' and others' backbones."""
+"""Loading, saving and resuming: our own checkpoints, both releases', and others' backbones."""
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
 from fvcore.common.checkpoint import Checkpointer as FvcoreCheckpointer
 from torch import Tensor, nn
 
-from dimaskdino.checkpoint.backbones import BACKBONE, match_backbone
-from dimaskdino.checkpoint.fitting import Misfit, compare, describe, num_classes
+from dimaskdino.checkpoint.backbones import match_backbone
+from dimaskdino.checkpoint.fitting import BACKBONE, Misfit, num_classes
 from dimaskdino.checkpoint.names import CLASS_KEYS, from_release, is_release
-from dimaskdino.checkpoint.reading import AUTHOR, read_weights
+from dimaskdino.checkpoint.reading import AUTHOR, CLASS_NAMES, class_names_of, read_weights, replacing, write_weights
 from dimaskdino.errors import CheckpointError
+
+_SHOWN_NAMES = 20
 
 
 class Checkpointer(DetectionCheckpointer):
-    """A DetectionCheckpointer that knows the releases' names, fits all weights or says why not, and runs no code.
+    """A DetectionCheckpointer that knows the releases' names, loads all weights or says why not, and runs no code.
 
-    It loads by itself: our own checkpoints, those of MaskDINO's and DI-MaskDINO's releases, and backbones or
-    classifiers from detectron2's model zoo, torchvision, timm and Swin's authors; local files, http(s):// and
-    detectron2:// addresses.
+    It loads our own checkpoints, those of the MaskDINO and DI-MaskDINO releases, and backbones or classifiers from
+    detectron2's model zoo, torchvision, timm and Swin's authors; from local files, http(s):// and detectron2://.
+
+    Args:
+        model: what to load into and save; a (Distributed)DataParallel wrapper is looked through.
+        save_dir: where :meth:`save` writes and :meth:`resume_or_load` looks for the last checkpoint.
+        save_to_disk: whether this process writes; by default, the main process does.
+        finetune: take weights as a starting point: a backbone alone is enough, and weights that depend on the classes
+            keep their initial values where the classes differ. Resuming ignores it. None means True for a trainer,
+            that is, with ``checkpointables``, and False for an evaluation.
+        trust: let weight files run code; logged as a warning.
+        class_names: the classes of the training or test data by index: saved with the weights, and compared with those
+            that a file holds.
+        checkpointables: further objects with ``state_dict`` and ``load_state_dict``, by name.
     """
 
     def __init__(
@@ -32,42 +46,53 @@ class Checkpointer(DetectionCheckpointer):
         save_to_disk: bool | None = None,
         finetune: bool | None = None,
         trust: bool = False,
+        class_names: Sequence[str] = (),
         **checkpointables: Any,
     ) -> None:
-        """Say what to load into, and how strictly.
-
-        Args:
-            model: what to load into and save; a (Distributed)DataParallel wrapper is looked through.
-            save_dir: where :meth:`save` writes and :meth:`resume_or_load` looks for the last checkpoint.
-            save_to_disk: whether this process writes; the main process by default.
-            finetune: weights are a starting point: a backbone alone is enough, and weights that depend on the number
-                of classes keep their initial values where that number differs. Not when resuming. None: where there are
-                `checkpointables`, that is, where a trainer loads and not an evaluation.
-            trust: let weight files run code; with a warning.
-            checkpointables: further objects with `state_dict` and `load_state_dict`, by name.
-        """
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self.logger = logging.getLogger(__name__)
         self.finetune = bool(checkpointables) if finetune is None else finetune
         self.trust = trust
-        # The loaded file's weights, in the order in which the model had them that saved the file.
+        self.class_names = list(class_names)
+        # Names of the loaded weights, in the order of the model that saved them.
         self.loaded_names: list[str] = []
         self._path = ""
         self._is_resuming = False
 
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Write the weights, the class names, the state of all checkpointables and ``kwargs`` to ``name``.pth.
+
+        Raises:
+            CheckpointError: the file cannot be written; an earlier one of that name, or another, is still whole.
+        """
+        if not (self.save_dir and self.save_to_disk):
+            return
+        content = {"model": self.model.state_dict()}
+        content |= {key: each.state_dict() for key, each in self.checkpointables.items()}
+        content |= {CLASS_NAMES: self.class_names} if self.class_names else {}
+        path = Path(self.save_dir, f"{name}.pth")
+        self.logger.info("Saving checkpoint to %s", path)
+        write_weights(path, content | kwargs)
+        self.tag_last_checkpoint(path.name)
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Write the name of the last checkpoint to ``last_checkpoint``."""
+        with replacing(Path(self.save_dir, "last_checkpoint")) as partial:
+            partial.write_text(last_filename_basename, encoding="utf-8")
+
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
-        """Load weights, and with them the state of `checkpointables` (None: of all).
+        """Load weights, and the state of ``checkpointables`` (None: of all).
 
         Args:
-            path: a file or an address; nothing is loaded where it is empty.
-            checkpointables: names of what was given to the constructor.
+            path: a file or an address; "" loads nothing.
+            checkpointables: names that were given to the constructor.
 
         Returns:
             What else the file holds, such as "iteration".
 
         Raises:
-            CheckpointError: if the file is absent, unreadable, would run code, does not fit the model, or does not hold
-                the state of all `checkpointables`.
+            CheckpointError: the file is missing, unreadable, would run code, does not fit the model or its classes, or
+                does not hold the state of all ``checkpointables``.
         """
         self._is_resuming = checkpointables is None and bool(self.checkpointables)
         self._path = path
@@ -79,50 +104,66 @@ class Checkpointer(DetectionCheckpointer):
         return content
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
-        """Load all that the last checkpoint of the folder holds if `resume` and there is one, else weights alone.
+        """Load all of the folder's last checkpoint if ``resume`` and there is one, else only the weights of ``path``.
 
         Args:
-            path: of the weights where there is no last checkpoint, or another start is asked for.
-            resume: whether to go on from the last checkpoint.
+            path: weights to start from where there is no last checkpoint, or ``resume`` is False.
+            resume: continue from the last checkpoint.
 
         Returns:
             As :meth:`load`.
 
         Raises:
-            CheckpointError: as :meth:`load`, or if the file that says which checkpoint is the last one names none.
+            CheckpointError: as :meth:`load`, or the file that names the last checkpoint names none.
         """
         if resume and self.has_checkpoint():
             return self.load(self._last_checkpoint())
         return self.load(path, checkpointables=[])
 
+    def get_checkpoint_file(self) -> str:
+        """Path of the last checkpoint, as ``last_checkpoint`` names it; "" if there is no such file.
+
+        Raises:
+            CheckpointError: ``last_checkpoint`` is not valid UTF-8.
+        """
+        try:
+            return super().get_checkpoint_file()
+        except UnicodeDecodeError as error:
+            raise self._bad_tag("is not valid UTF-8") from error
+
     def _last_checkpoint(self) -> str:
         path = self.get_checkpoint_file()
         if self.path_manager.isfile(path):
             return path
-        tag = os.path.join(self.save_dir, "last_checkpoint")
         name = os.path.basename(path)
-        what = f"names {name}, which does not exist" if name else "is empty"
-        there = ", ".join(sorted(map(os.path.basename, self.get_all_checkpoint_files()))[-3:]) or "there is none"
-        raise CheckpointError(
-            f"{tag} {what}; write the name of the folder's last checkpoint into it ({there}), or start anew without "
-            "--resume."
+        raise self._bad_tag(f"names {name}, which does not exist" if name else "is empty")
+
+    def _bad_tag(self, problem: str) -> CheckpointError:
+        names = sorted(map(os.path.basename, self.get_all_checkpoint_files()))
+        return CheckpointError(
+            f"{os.path.join(self.save_dir, 'last_checkpoint')} {problem}; write the name of the folder's last "
+            f"checkpoint into it ({', '.join(names[-3:]) or 'there is none'}), or start anew without --resume."
         )
 
     def _local_path(self, path: str) -> str:
         try:
             local = self.path_manager.get_local_path(path)
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"The weights {path} cannot be fetched: {' '.join(str(error).split())}") from error
+            reason = " ".join(str(error).split())
+            raise CheckpointError(
+                f"The weights {path} cannot be fetched ({reason}); set MODEL.WEIGHTS to a local file, or to "
+                '"" for random weights.'
+            ) from error
         if not os.path.isfile(local):
             what = "is a folder, not a weight file" if os.path.isdir(local) else "does not exist"
             raise CheckpointError(f"The weight file {path} {what}; MODEL.WEIGHTS names it.")
         return local
 
     def _load_state(self, name: str, content: dict[str, Any]) -> None:
-        """Give the checkpointable of this name its state, which `content` then no longer holds."""
+        """Give a checkpointable its state, and remove that from ``content``."""
         if name not in content:
             raise CheckpointError(
-                f"{self._path} holds no state of a training ({name}), so that none can go on from it; start a new run "
+                f"{self._path} holds no training state ({name}), so training cannot continue from it; start a new run "
                 "with MODEL.WEIGHTS set to that file."
             )
         self.logger.info("Loading the state of %s.", name)
@@ -135,39 +176,71 @@ class Checkpointer(DetectionCheckpointer):
         return read_weights(filename, trust=self.trust)
 
     def _load_model(self, checkpoint: dict[str, Any]) -> None:
-        state = checkpoint.pop("model")
         try:
-            weights = self._weights(state, checkpoint.get(AUTHOR))
+            weights = self._weights(checkpoint.pop("model"), checkpoint)
         except CheckpointError as error:
             raise CheckpointError(f"{self._path}: {error}") from error
         self.loaded_names = list(weights)
         self.model.load_state_dict(weights, strict=False)
 
-    def _weights(self, state: Mapping[str, Tensor], author: str | None) -> dict[str, Tensor]:
-        """The part of `state` to load, under our names; all that the model needs, or an error."""
+    def _weights(self, state: Mapping[str, Tensor], about: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The part of ``state`` to load, under our names; everything that the model needs, or an error."""
         model_state = self.model.state_dict()
         may_differ = self.finetune and not self._is_resuming
         if is_release(state):
-            self.logger.info("Names as in the public releases: renamed to ours.")
+            self.logger.info("The file has the names of the public releases; they are renamed to ours.")
             state = from_release(state)
         elif not any(key in model_state and not key.startswith(BACKBONE) for key in state):
             if not may_differ:
-                raise CheckpointError(
-                    "The file holds no weights of this model's heads; a trained model is needed here."
-                )
-            return match_backbone(state, model_state, author=author)
-        misfit = compare(state, model_state)
-        by_class = [key for key in misfit.reshaped if key in CLASS_KEYS]
-        if may_differ and by_class:
-            self.logger.warning(
-                "Fine-tuning from %s classes to %s: %s keep their initial values; everything else is loaded.",
-                num_classes(state),
-                num_classes(model_state),
-                ", ".join(by_class),
-            )
-            state = {key: value for key, value in state.items() if key not in by_class}
-            rest = [key for key in misfit.reshaped if key not in by_class]
-            misfit = Misfit(missing=misfit.missing, unexpected=misfit.unexpected, reshaped=rest)
-        if misfit:
-            raise CheckpointError(f"The weights do not fit the model: {describe(misfit, state, model_state)}")
+                raise CheckpointError("The file holds no weights of this model's heads; give a trained model.")
+            return match_backbone(state, model_state, author=about.get(AUTHOR))
+        if may_differ:
+            state, model_state = self._without_other_classes(state, model_state, class_names_of(about))
+        else:
+            self._check_classes(class_names_of(about))
+        if misfit := Misfit.between(state, model_state):
+            raise CheckpointError(f"The weights do not fit the model: {misfit.describe()}")
         return {key: value for key, value in state.items() if key in model_state}
+
+    def _without_other_classes(
+        self, state: Mapping[str, Tensor], model_state: Mapping[str, Tensor], names: list[str] | None
+    ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        """Leave out the weights that depend on the classes, if these differ."""
+        other_names = bool(names and self.class_names and names != self.class_names)
+        shared = [key for key in CLASS_KEYS if key in state and key in model_state]
+        fresh = [key for key in shared if other_names or state[key].shape != model_state[key].shape]
+        if not fresh:
+            return state, model_state
+        self.logger.warning(
+            "Fine-tuning from %s classes to %s%s: %s keep their initial values; everything else is loaded.",
+            num_classes(state),
+            num_classes(model_state),
+            f" ({_difference(names or [], self.class_names)})" if other_names else "",
+            ", ".join(fresh),
+        )
+        known, wanted = (
+            {key: value for key, value in each.items() if key not in fresh} for each in (state, model_state)
+        )
+        return known, wanted
+
+    def _check_classes(self, names: list[str] | None) -> None:
+        if names and self.class_names and names != self.class_names:
+            raise CheckpointError(
+                f"The weights were trained on other classes: {_difference(names, self.class_names)}. Evaluate "
+                "or resume on a dataset with the file's classes, in its order."
+            )
+
+
+def _difference(theirs: list[str], ours: list[str]) -> str:
+    kind = "the same in another order, " if sorted(theirs) == sorted(ours) else ""
+    return f"{kind}{_shown(theirs, ours)} in the file, {_shown(ours, theirs)} in the dataset"
+
+
+def _shown(names: list[str], others: list[str]) -> str:
+    """All names, or of many, those from the first difference on."""
+    first = next((i for i, pair in enumerate(zip(names, others, strict=False)) if pair[0] != pair[1]), len(others))
+    start = first if len(names) > _SHOWN_NAMES else 0
+    shown = [f"{index} {name!r}" for index, name in enumerate(names)][start : start + _SHOWN_NAMES]
+    return (
+        f"{len(names)} classes ({'... ' * (start > 0)}{', '.join(shown)}{' ...' * (start + _SHOWN_NAMES < len(names))})"
+    )

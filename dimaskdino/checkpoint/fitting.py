@@ -1,56 +1,69 @@
-"""Whether a file's weights fit a model, and if not, why."""
+"""Whether a file's weights fit a model, and if they do not, the likely cause."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from dimaskdino.checkpoint.backbones import BACKBONE, describe_backbone
-from dimaskdino.checkpoint.grouping import group
 from dimaskdino.checkpoint.names import CLASS_KEYS, DECODER, ENCODER
 
 State = Mapping[str, Tensor]
 
-# Buffers that follow from the architecture or that nothing reads; old files may lack them.
+BACKBONE = "backbone."
+# Buffers that follow from the architecture, or that nothing reads; old files may lack them.
 _DERIVED = re.compile(r"(?:num_batches_tracked|relative_position_index)$|^pixel_(?:mean|std)$")
 
 
 @dataclass(frozen=True)
 class Misfit:
-    """How the keys of a file differ from those of a model."""
+    """How a file's weights, under our names, differ from a model's.
 
+    Attributes:
+        state: the file's weights.
+        model_state: the model's weights.
+        missing: keys that only the model has.
+        unexpected: keys that only the file has.
+        reshaped: keys whose shapes differ.
+    """
+
+    state: State
+    model_state: State
     missing: list[str]
     unexpected: list[str]
     reshaped: list[str]
 
+    @classmethod
+    def between(cls, state: State, model_state: State) -> "Misfit":
+        """Compare the weights of a file with those of a model."""
+        return cls(
+            state,
+            model_state,
+            missing=[key for key in model_state if key not in state and not _DERIVED.search(key)],
+            unexpected=[key for key in state if key not in model_state and not _DERIVED.search(key)],
+            reshaped=[key for key in state if key in model_state and state[key].shape != model_state[key].shape],
+        )
+
     def __bool__(self) -> bool:
         return bool(self.missing or self.unexpected or self.reshaped)
 
-
-def compare(state: State, model_state: State) -> Misfit:
-    """Compare a file's weights, under our names, with a model's."""
-    return Misfit(
-        missing=[key for key in model_state if key not in state and not _DERIVED.search(key)],
-        unexpected=[key for key in state if key not in model_state and not _DERIVED.search(key)],
-        reshaped=[key for key in state if key in model_state and state[key].shape != model_state[key].shape],
-    )
-
-
-def describe(misfit: Misfit, state: State, model_state: State) -> str:
-    """One sentence per kind of difference, then what probably causes them."""
-    parts = []
-    if misfit.missing:
-        parts.append(f"{len(misfit.missing)} missing in the file: {group(misfit.missing, state)}")
-    if misfit.unexpected:
-        parts.append(f"{len(misfit.unexpected)} not in the model: {group(misfit.unexpected, model_state)}")
-    if misfit.reshaped:
-        shapes = [f"{key} {tuple(state[key].shape)} for {tuple(model_state[key].shape)}" for key in misfit.reshaped[:4]]
-        more = f" and {len(misfit.reshaped) - 4} more" if len(misfit.reshaped) > 4 else ""
-        parts.append(f"{len(misfit.reshaped)} of another shape: {', '.join(shapes)}{more}")
-    causes = [text for cause in _CAUSES if (text := cause(misfit, state, model_state))]
-    likely = "; ".join(causes) or "the file is of another architecture"
-    return f"{'; '.join(parts)}. Likely cause: {likely}."
+    def describe(self) -> str:
+        """One clause for each kind of difference, then the likely causes."""
+        parts = []
+        if self.missing:
+            parts.append(f"{len(self.missing)} missing in the file: {group(self.missing, self.state)}")
+        if self.unexpected:
+            parts.append(f"{len(self.unexpected)} not in the model: {group(self.unexpected, self.model_state)}")
+        if self.reshaped:
+            shapes = [
+                f"{key} {tuple(self.state[key].shape)} for {tuple(self.model_state[key].shape)}"
+                for key in self.reshaped[:4]
+            ]
+            more = f" and {len(self.reshaped) - 4} more" if len(self.reshaped) > 4 else ""
+            parts.append(f"{len(self.reshaped)} of another shape: {', '.join(shapes)}{more}")
+        causes = [text for cause in _CAUSES if (text := cause(self))]
+        return f"{'; '.join(parts)}. Likely cause: {'; '.join(causes) or 'the file is of another architecture'}."
 
 
 def num_classes(state: State) -> int | None:
@@ -59,26 +72,68 @@ def num_classes(state: State) -> int | None:
     return None if weight is None else len(weight)
 
 
-def _backbone(misfit: Misfit, state: State, model_state: State) -> str:
+def describe_backbone(state: State) -> str:
+    """A short name of the backbone in ``state``, under our names with or without ``backbone.``."""
+    keys = {key.removeprefix(BACKBONE): value for key, value in state.items() if key.startswith(BACKBONE)} or state
+    if depths := _depths(keys, r"res(\d)\.(\d+)\."):
+        per_block = 3 if any(".conv3." in key for key in keys) else 2
+        return f"ResNet-{per_block * sum(depths) + 2}"
+    if depths := _depths(keys, r"layers\.(\d)\.blocks\.(\d+)\."):
+        width = keys["patch_embed.proj.weight"].shape[0] if "patch_embed.proj.weight" in keys else "?"
+        return f"Swin of {width} channels with {', '.join(map(str, depths))} blocks"
+    return "timm's model" if any(key.startswith("body.") for key in keys) else "another backbone"
+
+
+def _depths(keys: Iterable[str], pattern: str) -> list[int]:
+    """Blocks of each stage, where ``pattern`` finds the numbers of stage and block in a key."""
+    blocks = {(int(match[1]), int(match[2])) for key in keys if (match := re.match(pattern, key))}
+    return [count for _, count in sorted(Counter(stage for stage, _ in blocks).items())]
+
+
+def group(keys: Iterable[str], others: Iterable[str], *, at_most: int = 8) -> str:
+    """Name many keys in few words: "a.b.* (12), c.weight".
+
+    Args:
+        keys: the keys to name, by the largest modules that hold none of ``others``.
+        others: keys on the other side of a comparison.
+        at_most: number of groups to name before "and N more groups".
+    """
+    present = {prefix for key in others for prefix in _prefixes(key)}
+    groups: Counter[str] = Counter()
+    for key in keys:
+        groups[next((prefix for prefix in _prefixes(key) if prefix not in present), key)] += 1
+    keys = set(keys)
+    names = [name if name in keys else f"{name}.* ({count})" for name, count in groups.items()]
+    more = f" and {len(names) - at_most} more groups" if len(names) > at_most else ""
+    return ", ".join(names[:at_most]) + more
+
+
+def _prefixes(key: str) -> list[str]:
+    """Every module that contains ``key``, outermost first, then ``key`` itself."""
+    parts = key.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def _backbone(misfit: Misfit) -> str:
     keys = (*misfit.missing, *misfit.unexpected, *misfit.reshaped)
     if not any(key.startswith(BACKBONE) for key in keys):
         return ""
     return (
-        f"another backbone, {describe_backbone(state)} in the file and {describe_backbone(model_state)} in the model "
-        "(MODEL.BACKBONE.NAME, MODEL.RESNETS.DEPTH, MODEL.SWIN, MODEL.TIMM)"
+        f"another backbone, {describe_backbone(misfit.state)} in the file and {describe_backbone(misfit.model_state)} "
+        "in the model (MODEL.BACKBONE.NAME, MODEL.RESNETS.DEPTH, MODEL.SWIN, MODEL.TIMM)"
     )
 
 
-def _classes(misfit: Misfit, state: State, model_state: State) -> str:
+def _classes(misfit: Misfit) -> str:
     if not any(key in misfit.reshaped for key in CLASS_KEYS):
         return ""
     return (
-        f"the file was trained for {num_classes(state)} classes, MODEL.SEM_SEG_HEAD.NUM_CLASSES asks for "
-        f"{num_classes(model_state)}"
+        f"the file was trained for {num_classes(misfit.state)} classes, MODEL.SEM_SEG_HEAD.NUM_CLASSES asks for "
+        f"{num_classes(misfit.model_state)}"
     )
 
 
-def _architecture(misfit: Misfit, state: State, model_state: State) -> str:
+def _architecture(misfit: Misfit) -> str:
     parts = {"De-Imbalance": DECODER + "de_imbalance.", "BATO": DECODER + "bato."}
     in_file = [name for name, prefix in parts.items() if any(key.startswith(prefix) for key in misfit.unexpected)]
     in_model = [name for name, prefix in parts.items() if any(key.startswith(prefix) for key in misfit.missing)]
@@ -91,43 +146,44 @@ def _architecture(misfit: Misfit, state: State, model_state: State) -> str:
     return f"{'; '.join(texts)} ({key})" if texts else ""
 
 
-def _depth(prefix: str, key: str) -> Callable[[Misfit, State, State], str]:
-    def cause(misfit: Misfit, state: State, model_state: State) -> str:
-        layers = [
-            {k.removeprefix(prefix).split(".")[0] for k in s if k.startswith(prefix)} for s in (state, model_state)
-        ]
-        in_file, in_model = map(len, layers)
+def _number_of_layers(prefix: str, key: str) -> Callable[[Misfit], str]:
+    def cause(misfit: Misfit) -> str:
+        in_file, in_model = (
+            len({k.removeprefix(prefix).split(".")[0] for k in state if k.startswith(prefix)})
+            for state in (misfit.state, misfit.model_state)
+        )
         return f"{in_file} layers in the file, {in_model} in the model ({key})" if in_file != in_model else ""
 
     return cause
 
 
-def _shape(pattern: str, key: str) -> Callable[[Misfit, State, State], str]:
-    def cause(misfit: Misfit, state: State, model_state: State) -> str:
+def _size(pattern: str, key: str) -> Callable[[Misfit], str]:
+    def cause(misfit: Misfit) -> str:
         found = next((k for k in misfit.reshaped if re.search(pattern, k)), None)
         if found is None:
             return ""
-        return f"{key} is {model_state[found].shape[0]} but {state[found].shape[0]} in the file"
+        return f"{key} is {misfit.model_state[found].shape[0]} but {misfit.state[found].shape[0]} in the file"
 
     return cause
 
 
-def _stages(misfit: Misfit, state: State, model_state: State) -> str:
-    one_stage = {DECODER + "query_feat.weight", DECODER + "query_embed.weight"}
-    keys = set(misfit.missing) | set(misfit.unexpected)
-    differs = keys & one_stage or any(key.startswith(DECODER + "selection.") for key in keys)
-    return "one-stage and two-stage queries (MODEL.MaskDINO.TWO_STAGE, LEARN_TGT)" if differs else ""
+def _two_stage(misfit: Misfit) -> str:
+    keys = {*misfit.missing, *misfit.unexpected}
+    differs = keys & {DECODER + "query_feat.weight", DECODER + "query_embed.weight"}
+    if not differs and not any(key.startswith(DECODER + "selection.") for key in keys):
+        return ""
+    return "one-stage and two-stage queries (MODEL.MaskDINO.TWO_STAGE, LEARN_TGT)"
 
 
-_CAUSES: tuple[Callable[[Misfit, State, State], str], ...] = (
+_CAUSES: tuple[Callable[[Misfit], str], ...] = (
     _backbone,
     _classes,
     _architecture,
-    _depth(DECODER + "layers.", "MODEL.MaskDINO.DEC_LAYERS"),
-    _depth(ENCODER + "layers.", "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS"),
-    _shape(re.escape(DECODER) + r"layers\.\d+\.linear1\.weight", "MODEL.MaskDINO.DIM_FEEDFORWARD"),
-    _shape(re.escape(ENCODER) + r"layers\.\d+\.linear1\.weight", "MODEL.SEM_SEG_HEAD.DIM_FEEDFORWARD"),
-    _shape(re.escape(ENCODER) + "level_embed", "MODEL.SEM_SEG_HEAD.TOTAL_NUM_FEATURE_LEVELS"),
-    _shape(re.escape(DECODER) + r"query_(?:feat|embed)", "MODEL.MaskDINO.NUM_OBJECT_QUERIES"),
-    _stages,
+    _number_of_layers(DECODER + "layers.", "MODEL.MaskDINO.DEC_LAYERS"),
+    _number_of_layers(ENCODER + "layers.", "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS"),
+    _size(re.escape(DECODER) + r"layers\.\d+\.linear1\.weight", "MODEL.MaskDINO.DIM_FEEDFORWARD"),
+    _size(re.escape(ENCODER) + r"layers\.\d+\.linear1\.weight", "MODEL.SEM_SEG_HEAD.DIM_FEEDFORWARD"),
+    _size(re.escape(ENCODER) + "level_embed", "MODEL.SEM_SEG_HEAD.TOTAL_NUM_FEATURE_LEVELS"),
+    _size(re.escape(DECODER) + r"query_(?:feat|embed)", "MODEL.MaskDINO.NUM_OBJECT_QUERIES"),
+    _two_stage,
 )

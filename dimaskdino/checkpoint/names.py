@@ -1,4 +1,4 @@
-"""The names of the two public releases and ours: one table, read in both directions."""
+"""Names of weights in the public releases and here: one table for each release, read in both directions."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -11,23 +11,25 @@ from dimaskdino.errors import CheckpointError
 ENCODER = "sem_seg_head.pixel_decoder."
 DECODER = "sem_seg_head.predictor."
 
-# (ours, theirs, further names of the same tensors there). Each stands for the key itself and for every key below it.
-# {i} is any number and {i+1} the next; {layer} and {di} run over the decoder layers and the token-interaction layers.
-# A name that starts with "DI:" exists in DI-MaskDINO's release alone.
-TABLE: tuple[tuple[str, ...], ...] = (
+CLASS_KEYS = (
+    DECODER + "heads.class_embed.weight",
+    DECODER + "heads.class_embed.bias",
+    DECODER + "denoising.label_embed.weight",
+)
+
+# Rows are (ours, theirs, further names of the same tensor there). A name stands for the key itself and for every key
+# below it. {i} is any number and {i+1} the next; {layer} and {di} run over decoder and token-interaction layers.
+Table = tuple[tuple[str, ...], ...]
+
+MASKDINO: Table = (
     (ENCODER + "level_embed", ENCODER + "transformer.level_embed"),
     (ENCODER + "layers.{i}", ENCODER + "transformer.encoder.layers.{i}"),
     (ENCODER + "lateral_convs.{i}", ENCODER + "adapter_{i+1}"),
     (ENCODER + "output_convs.{i}", ENCODER + "layer_{i+1}"),
     (DECODER + "selection.proj", DECODER + "enc_output"),
     (DECODER + "selection.norm", DECODER + "enc_output_norm"),
-    (
-        DECODER + "heads.class_embed",
-        DECODER + "class_embed",
-        "DI:" + DECODER + "decoder.class_embed",
-        "DI:" + DECODER + "oldm.class_embed",
-    ),
-    (DECODER + "heads.mask_embed", DECODER + "mask_embed", "DI:" + DECODER + "decoder.mask_embed"),
+    (DECODER + "heads.class_embed", DECODER + "class_embed"),
+    (DECODER + "heads.mask_embed", DECODER + "mask_embed"),
     (
         DECODER + "heads.box_embed",
         DECODER + "_bbox_embed",
@@ -36,6 +38,13 @@ TABLE: tuple[tuple[str, ...], ...] = (
     ),
     (DECODER + "heads.norm", DECODER + "decoder_norm", DECODER + "decoder.norm"),
     (DECODER + "denoising.label_embed", DECODER + "label_enc"),
+    (DECODER + "layers.{i}", DECODER + "decoder.layers.{i}"),
+    (DECODER + "query_pos", DECODER + "decoder.ref_point_head"),
+)
+DIMASKDINO: Table = (
+    *MASKDINO,
+    (DECODER + "heads.class_embed", DECODER + "decoder.class_embed", DECODER + "oldm.class_embed"),
+    (DECODER + "heads.mask_embed", DECODER + "decoder.mask_embed"),
     (DECODER + "de_imbalance.layers.{i}", DECODER + "oldm.layers.{i}"),
     (DECODER + "de_imbalance.query_pos", DECODER + "oldm.ref_point_head"),
     (DECODER + "de_imbalance.norm", DECODER + "oldm_norm", DECODER + "oldm.norm"),
@@ -51,32 +60,26 @@ TABLE: tuple[tuple[str, ...], ...] = (
         DECODER + "decoder.query_guide_feature_update",
     ),
     (DECODER + "bato.mask_conv", DECODER + "decoder.mask_output_conv"),
-    (DECODER + "layers.{i}", DECODER + "decoder.layers.{i}"),
-    (DECODER + "query_pos", DECODER + "decoder.ref_point_head"),
 )
+# The table of a release, by a prefix that only keys of its model have; the first that fits is taken.
+RELEASES: dict[str, Table] = {DECODER + "de_imbalance.": DIMASKDINO, DECODER: MASKDINO}
 
-# The release's criterion stores the weight of the no-object class, which its focal loss does not read.
+# The releases' criterion stores the weight of the no-object class, which their focal loss does not read.
 CRITERION_KEY = "criterion.empty_weight"
 NO_OBJECT_WEIGHT = 0.1
 
-CLASS_KEYS = (
-    DECODER + "heads.class_embed.weight",
-    DECODER + "heads.class_embed.bias",
-    DECODER + "denoising.label_embed.weight",
-)
-
 
 def _pattern(name: str) -> re.Pattern[str]:
-    pattern = re.escape(name.removeprefix("DI:"))
-    return re.compile(re.sub(r"\\\{[a-z]+(\\\+1)?\\\}", r"(\\d+)", pattern) + r"(?=\.|$)")
+    return re.compile(re.sub(r"\\\{[a-z]+(\\\+1)?\\\}", r"(\\d+)", re.escape(name)) + r"(?=\.|$)")
 
 
-_TO_OURS = tuple((_pattern(theirs), row[0], "{i+1}" in theirs) for row in TABLE for theirs in row[1:])
-_TO_THEIRS = tuple((_pattern(row[0]), row[1:]) for row in TABLE)
+# {theirs: ours} over all releases.
+_PAIRS = {theirs: row[0] for table in RELEASES.values() for row in table for theirs in row[1:]}
+_TO_OURS = [(_pattern(theirs), ours, "{i+1}" in theirs) for theirs, ours in _PAIRS.items()]
 
 
 def our_name(key: str) -> str:
-    """Our name of a release's `key`; a name that is already ours comes back as it is."""
+    """Our name of a release's ``key``; a name of ours is returned as it is."""
     for pattern, ours, counts_from_one in _TO_OURS:
         if match := pattern.match(key):
             number = int(match[1]) - counts_from_one if match.groups() else 0
@@ -85,15 +88,15 @@ def our_name(key: str) -> str:
 
 
 def is_release(keys: Iterable[str]) -> bool:
-    """Whether any of `keys` is named as in a release and not as here."""
+    """Whether any of ``keys`` has a name that only a release uses."""
     return any(key == CRITERION_KEY or our_name(key) != key for key in keys)
 
 
 def from_release(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A release's state dict under our names; one that is already under our names comes back unchanged.
+    """Rename a release's state dict to our names; names of ours stay.
 
     Raises:
-        CheckpointError: if two names of what is one tensor in the release hold different numbers.
+        CheckpointError: two names of what is one tensor in the releases hold different values.
     """
     ours: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
@@ -103,8 +106,8 @@ def from_release(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name = our_name(key)
         if name in ours and not torch.equal(ours[name], value):
             raise CheckpointError(
-                f"{origin[name]} and {key} are one tensor in the releases, but differ in this file: "
-                "it was trained with heads that are not shared, which this model cannot represent."
+                f"{origin[name]} and {key} are one tensor in the releases, but differ in this file: its heads are not "
+                "shared, and this model cannot represent that."
             )
         ours.setdefault(name, value)
         origin.setdefault(name, key)
@@ -112,19 +115,11 @@ def from_release(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_release(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our state dict under the names of the matching release, with every alias that the release stores.
-
-    The matching release is DI-MaskDINO's where the model has De-Imbalance, else MaskDINO's.
-    """
-    sizes = {
-        "{layer}": _count(state, DECODER + "layers."),
-        "{di}": _count(state, DECODER + "de_imbalance.layers."),
-    }
-    has_di = sizes["{di}"] > 0
-    theirs: dict[str, Tensor] = {}
-    for key, value in state.items():
-        for name in _release_names(key, sizes, has_di):
-            theirs[name] = value
+    """Rename our state dict to the names of its model's release, with every alias that the release stores."""
+    tables = (table for prefix, table in RELEASES.items() if any(key.startswith(prefix) for key in state))
+    rows = [(_pattern(row[0]), row[1:]) for row in next(tables, MASKDINO)]
+    sizes = {"{layer}": _count(state, DECODER + "layers."), "{di}": _count(state, DECODER + "de_imbalance.layers.")}
+    theirs = {name: value for key, value in state.items() for name in _release_names(key, rows, sizes)}
     labels = state.get(CLASS_KEYS[2], state.get(CLASS_KEYS[0]))
     if labels is not None:
         theirs[CRITERION_KEY] = torch.ones(len(labels) + 1)
@@ -132,19 +127,18 @@ def to_release(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return theirs
 
 
-def _release_names(key: str, sizes: Mapping[str, int], has_di: bool) -> list[str]:
-    """Every name under which a release stores our `key`, the principal one first."""
-    for pattern, templates in _TO_THEIRS:
+def _release_names(
+    key: str, rows: list[tuple[re.Pattern[str], tuple[str, ...]]], sizes: Mapping[str, int]
+) -> list[str]:
+    """Every name under which the release stores our ``key``, the main one first."""
+    names = []
+    for pattern, templates in rows:
         if match := pattern.match(key):
             number = int(match[1]) if match.groups() else 0
-            names = []
             for template in templates:
-                if template.startswith("DI:") and not has_di:
-                    continue
-                name = template.removeprefix("DI:").replace("{i}", str(number)).replace("{i+1}", str(number + 1))
+                name = template.replace("{i}", str(number)).replace("{i+1}", str(number + 1))
                 names += [each + key[match.end() :] for each in _expand(name, sizes)]
-            return names
-    return [key]
+    return names or [key]
 
 
 def _expand(name: str, sizes: Mapping[str, int]) -> list[str]:
@@ -155,5 +149,5 @@ def _expand(name: str, sizes: Mapping[str, int]) -> list[str]:
 
 
 def _count(state: Iterable[str], prefix: str) -> int:
-    """How many numbered modules `prefix` has in `state`."""
+    """Number of distinct modules right below ``prefix``."""
     return len({key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)})

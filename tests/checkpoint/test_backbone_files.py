@@ -110,7 +110,7 @@ def test_torchvisions_resnet_computes_the_same_in_detectron2s(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("make", [torchvision.models.resnet18, lambda: timm.create_model("resnet18")])
-def test_a_classifier_that_loads_as_a_whole_leaves_its_head_alone_unused(
+def test_only_the_head_of_a_classifier_is_unused(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, make: Callable[[], nn.Module]
 ) -> None:
     with caplog.at_level("INFO"):
@@ -139,7 +139,7 @@ def test_caffe2s_model_zoo_pickle_computes_the_same(tmp_path: Path, caplog: pyte
 
 
 @torch.no_grad()
-def test_a_detectors_backbone_is_taken_out_of_its_file(tmp_path: Path) -> None:
+def test_the_backbone_of_a_detector_loads(tmp_path: Path) -> None:
     theirs = classifier(torchvision.models.resnet18)
     named = detectron2_names(theirs.state_dict())
     state = {f"backbone.bottom_up.{key}": torch.from_numpy(value) for key, value in named.items()}
@@ -181,7 +181,7 @@ def original_swin_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("rename", [dict, original_swin_names])
 @torch.no_grad()
-def test_a_swin_classifier_loads_into_the_releases_swin_but_for_its_output_norms(
+def test_swin_classifiers_load_into_the_releases_swin(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, rename: Callable
 ) -> None:
     theirs = timm_swin()
@@ -195,7 +195,7 @@ def test_a_swin_classifier_loads_into_the_releases_swin_but_for_its_output_norms
 
 
 @pytest.mark.parametrize("rename", [dict, original_swin_names])
-def test_a_swin_classifier_loads_into_timms_swin(tmp_path: Path, rename: Callable) -> None:
+def test_swin_classifiers_load_into_timms_swin(tmp_path: Path, rename: Callable) -> None:
     theirs = timm_swin()
     # TimmBackbone holds timm's model under the same name, but builds none of such small sizes.
     backbone = nn.ModuleDict({"body": timm_swin(features_only=True)})
@@ -205,7 +205,7 @@ def test_a_swin_classifier_loads_into_timms_swin(tmp_path: Path, rename: Callabl
     )
 
 
-def test_the_stages_that_no_output_needs_are_left_out_of_the_file(tmp_path: Path) -> None:
+def test_stages_without_an_output_are_left_out(tmp_path: Path) -> None:
     theirs = classifier(lambda: timm.create_model("convnext_atto"))
     backbone = TimmBackbone(name="convnext_atto", out_features=["res2", "res3"])
     loaded(backbone, save(theirs.state_dict(), tmp_path / "a.pth"))
@@ -226,7 +226,7 @@ def test_the_stages_that_no_output_needs_are_left_out_of_the_file(tmp_path: Path
         (torchvision.models.resnet18, swin, r"\(Swin of 8 channels with 1, 1, 2, 1 blocks\); none of its"),
     ],
 )
-def test_another_backbone_is_refused_whole(tmp_path: Path, file: Callable, backbone: Callable, message: str) -> None:
+def test_another_backbone_is_refused(tmp_path: Path, file: Callable, backbone: Callable, message: str) -> None:
     target = backbone()
     before = {key: value.clone() for key, value in target.state_dict().items()}
     path = save(file().state_dict(), tmp_path / "other.pth")

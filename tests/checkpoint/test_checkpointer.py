@@ -1,5 +1,6 @@
-"""Whole models load completely or not at all, and the error says why; training goes on where it stopped."""
+"""Models load completely or not at all, and the error says why; training continues where it stopped."""
 
+import errno
 import logging
 import re
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from dimaskdino.checkpoint import Checkpointer, from_release, to_release
+from dimaskdino.checkpoint import Checkpointer, checkpointer, class_names_of, from_release, read_weights, to_release
 from dimaskdino.checkpoint.names import CLASS_KEYS
 from dimaskdino.errors import CheckpointError
 from tests.checkpoint.models import assert_loaded, randomised, save, small_model
@@ -20,7 +21,7 @@ OTHER_CLASSES = {"MODEL.SEM_SEG_HEAD.NUM_CLASSES": 7}
 
 
 class Counter:
-    """Something that a trainer would save with the weights."""
+    """A state that a trainer saves with the weights."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -34,7 +35,7 @@ class Counter:
 
 @pytest.mark.parametrize("options", [{}, MASKDINO, ONE_STAGE])
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_a_releases_file_fills_the_matching_model(tmp_path: Path, options: dict[str, Any], prefix: str) -> None:
+def test_release_files_fill_the_matching_model(tmp_path: Path, options: dict[str, Any], prefix: str) -> None:
     model = small_model(options)
     expected = randomised(model)
     theirs = {prefix + key: value for key, value in to_release(expected).items()}
@@ -43,7 +44,7 @@ def test_a_releases_file_fills_the_matching_model(tmp_path: Path, options: dict[
     assert_loaded(model, expected)
 
 
-def test_our_own_file_fills_the_model_and_returns_the_rest(tmp_path: Path) -> None:
+def test_our_files_fill_the_model_and_return_the_rest(tmp_path: Path) -> None:
     model = small_model()
     expected = randomised(model)
     rest = Checkpointer(model).load(save({"model": expected, "iteration": 41}, tmp_path / "ours.pth"))
@@ -51,7 +52,7 @@ def test_our_own_file_fills_the_model_and_returns_the_rest(tmp_path: Path) -> No
     assert_loaded(model, expected)
 
 
-def test_names_that_share_a_tensor_in_the_release_must_hold_equal_numbers(tmp_path: Path) -> None:
+def test_names_of_one_tensor_must_hold_equal_values(tmp_path: Path) -> None:
     theirs = to_release(randomised(small_model()))
     key = "sem_seg_head.predictor.bbox_embed.1.layers.0.bias"
     theirs[key] = theirs[key] + 1
@@ -62,7 +63,7 @@ def test_names_that_share_a_tensor_in_the_release_must_hold_equal_numbers(tmp_pa
         Checkpointer(small_model()).load(path)
 
 
-def test_a_file_under_both_names_at_once_must_agree() -> None:
+def test_a_file_may_have_both_names_at_once() -> None:
     ours = randomised(small_model())
     both = {**ours, **to_release(ours)}
     assert from_release(both).keys() == ours.keys()
@@ -105,7 +106,7 @@ def test_a_file_under_both_names_at_once_must_agree() -> None:
     ],
 )
 @pytest.mark.parametrize("finetune", [False, True])
-def test_a_file_that_does_not_fit_is_refused_with_the_likely_cause(
+def test_a_misfit_names_the_likely_cause(
     tmp_path: Path, file: dict[str, Any], model: dict[str, Any], message: str, finetune: bool
 ) -> None:
     target = small_model(model)
@@ -116,7 +117,7 @@ def test_a_file_that_does_not_fit_is_refused_with_the_likely_cause(
     assert_loaded(target, before)  # nothing was half loaded
 
 
-def test_another_number_of_classes_is_refused_where_weights_are_to_be_evaluated(tmp_path: Path) -> None:
+def test_evaluation_refuses_another_number_of_classes(tmp_path: Path) -> None:
     path = save({"model": randomised(small_model())}, tmp_path / "ours.pth")
     with pytest.raises(
         CheckpointError, match=r"class_embed\.weight \(5, 32\) for \(7, 32\).*trained for 5 classes, .*for 7"
@@ -124,9 +125,7 @@ def test_another_number_of_classes_is_refused_where_weights_are_to_be_evaluated(
         Checkpointer(small_model(OTHER_CLASSES)).load(path)
 
 
-def test_fine_tuning_keeps_fresh_class_weights_loads_the_rest_and_names_them_in_one_line(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_fine_tuning_reinitializes_class_weights_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = small_model(OTHER_CLASSES)
     fresh = {key: model.state_dict()[key].clone() for key in CLASS_KEYS}
     trained = randomised(small_model())
@@ -140,14 +139,14 @@ def test_fine_tuning_keeps_fresh_class_weights_loads_the_rest_and_names_them_in_
     assert all(key in line for key in CLASS_KEYS)
 
 
-def test_fine_tuning_with_the_same_classes_keeps_the_class_weights(tmp_path: Path) -> None:
+def test_fine_tuning_on_the_same_classes_loads_all_weights(tmp_path: Path) -> None:
     model = small_model()
     trained = randomised(model)
     Checkpointer(model, finetune=True).load(save({"model": trained}, tmp_path / "ours.pth"))
     assert_loaded(model, trained)
 
 
-def test_a_trainer_may_fine_tune_and_an_evaluation_may_not() -> None:
+def test_only_a_trainer_fine_tunes() -> None:
     assert Checkpointer(small_model(), trainer=Counter(0)).finetune
     assert not Checkpointer(small_model()).finetune
 
@@ -162,62 +161,61 @@ def test_evaluation_refuses_a_backbone_alone(tmp_path: Path) -> None:
     assert torch.equal(model.state_dict()["backbone.norm0.weight"], backbone["backbone.norm0.weight"])
 
 
-def test_saving_and_resuming_restores_weights_iteration_and_the_trainers_state(tmp_path: Path) -> None:
+def test_resuming_restores_weights_iteration_and_trainer(tmp_path: Path) -> None:
     model = small_model()
     expected = randomised(model)
     model.load_state_dict(expected)
     Checkpointer(model, str(tmp_path), trainer=Counter(7)).save("model_0000041", iteration=41)
     again, counter = small_model(), Counter(0)
-    checkpointer = Checkpointer(again, str(tmp_path), trainer=counter)
-    assert checkpointer.resume_or_load("", resume=True)["iteration"] == 41
+    assert Checkpointer(again, str(tmp_path), trainer=counter).resume_or_load("", resume=True)["iteration"] == 41
     assert counter.count == 7
     assert_loaded(again, expected)
 
 
-def test_loading_without_resuming_leaves_the_trainers_state_alone(tmp_path: Path) -> None:
+def test_loading_weights_leaves_the_trainer_alone(tmp_path: Path) -> None:
     path = save({"model": randomised(small_model()), "trainer": {"count": 7}}, tmp_path / "ours.pth")
     counter = Counter(0)
     Checkpointer(small_model(), str(tmp_path), trainer=counter).resume_or_load(path, resume=True)
     assert counter.count == 0
 
 
-def test_resuming_with_another_number_of_classes_is_an_error(tmp_path: Path) -> None:
+def test_resuming_refuses_another_number_of_classes(tmp_path: Path) -> None:
     Checkpointer(small_model(), str(tmp_path), trainer=Counter(1)).save("model_final")
-    checkpointer = Checkpointer(small_model(OTHER_CLASSES), str(tmp_path), finetune=True, trainer=Counter(0))
+    resumed = Checkpointer(small_model(OTHER_CLASSES), str(tmp_path), finetune=True, trainer=Counter(0))
     with pytest.raises(CheckpointError, match="trained for 5 classes"):
-        checkpointer.resume_or_load("", resume=True)
+        resumed.resume_or_load("", resume=True)
 
 
 @pytest.mark.parametrize("states", [{"trainer": Counter(0)}, {}], ids=["training", "evaluation"])
 @pytest.mark.parametrize(
     ("written", "message"),
     [
-        ("model_0000001.pth", "last_checkpoint names model_0000001.pth, which does not exist; write the name"),
-        ("", "last_checkpoint is empty; write the name"),
+        (b"model_0000001.pth", "last_checkpoint names model_0000001.pth, which does not exist; write the name"),
+        (b"", "last_checkpoint is empty; write the name"),
+        (b"caf\xe9.pth", "last_checkpoint is not valid UTF-8; write the name"),
     ],
 )
-def test_a_last_checkpoint_that_names_no_file_says_which_there_are(
-    tmp_path: Path, written: str, message: str, states: dict[str, Counter]
+def test_an_unusable_last_checkpoint_lists_the_checkpoints(
+    tmp_path: Path, written: bytes, message: str, states: dict[str, Counter]
 ) -> None:
     for name in ("model_0000003", "model_final"):
         Checkpointer(nn.Linear(3, 2), str(tmp_path)).save(name)
-    (tmp_path / "last_checkpoint").write_text(written)
-    checkpointer = Checkpointer(nn.Linear(3, 2), str(tmp_path), **states)
+    (tmp_path / "last_checkpoint").write_bytes(written)
     with pytest.raises(CheckpointError, match=rf"{message}.*model_0000003.pth, model_final.pth\), or .*--resume"):
-        checkpointer.resume_or_load("", resume=True)
+        Checkpointer(nn.Linear(3, 2), str(tmp_path), **states).resume_or_load("", resume=True)
 
 
-def test_no_training_goes_on_from_weights_alone_but_an_evaluation_takes_them(tmp_path: Path) -> None:
+def test_training_does_not_resume_from_weights_alone(tmp_path: Path) -> None:
     model = nn.Linear(3, 2)
     Checkpointer(model, str(tmp_path)).save("stripped")
-    with pytest.raises(CheckpointError, match=r"stripped.pth holds no state of a training \(trainer\).*MODEL.WEIGHTS"):
+    with pytest.raises(CheckpointError, match=r"stripped.pth holds no training state \(trainer\).*MODEL.WEIGHTS"):
         Checkpointer(nn.Linear(3, 2), str(tmp_path), trainer=Counter(0)).resume_or_load("")
     evaluated = nn.Linear(3, 2)
     Checkpointer(evaluated, str(tmp_path)).resume_or_load("")
     assert_loaded(evaluated, model.state_dict())
 
 
-def test_a_state_that_cannot_be_restored_names_its_file(tmp_path: Path) -> None:
+def test_an_unusable_training_state_names_its_file(tmp_path: Path) -> None:
     class Refuses(Counter):
         def load_state_dict(self, state: dict[str, int]) -> None:
             raise CheckpointError("too many")
@@ -227,7 +225,7 @@ def test_a_state_that_cannot_be_restored_names_its_file(tmp_path: Path) -> None:
         Checkpointer(nn.Linear(3, 2), str(tmp_path), trainer=Refuses(0)).resume_or_load("")
 
 
-def test_an_optimisers_state_survives_saving_and_resuming(tmp_path: Path) -> None:
+def test_resuming_restores_the_optimizer(tmp_path: Path) -> None:
     def stepped(model: nn.Module) -> torch.optim.Optimizer:
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
         model(torch.ones(2, 3)).sum().backward()
@@ -243,7 +241,7 @@ def test_an_optimisers_state_survives_saving_and_resuming(tmp_path: Path) -> Non
     assert torch.equal(fresh.state_dict()["state"][0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
 
 
-def test_a_wrapped_model_is_loaded_through_its_wrapper(tmp_path: Path) -> None:
+def test_a_wrapped_model_loads_through_its_wrapper(tmp_path: Path) -> None:
     model = nn.DataParallel(nn.Linear(3, 2))
     expected = {"weight": torch.ones(2, 3), "bias": torch.ones(2)}
     Checkpointer(model).load(save({"model": expected}, tmp_path / "a.pth"))
@@ -259,9 +257,7 @@ def test_a_wrapped_model_is_loaded_through_its_wrapper(tmp_path: Path) -> None:
         ("detectron2://ImageNetPretrained/nowhere/R-50.pkl", "R-50.pkl cannot be fetched"),
     ],
 )
-def test_weights_that_are_not_there_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, message: str
-) -> None:
+def test_missing_weights_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, message: str) -> None:
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
     with pytest.raises(CheckpointError, match=re.escape(message)):
         Checkpointer(small_model()).load(path)
@@ -272,3 +268,76 @@ def test_no_path_loads_nothing() -> None:
     before = {key: value.clone() for key, value in model.state_dict().items()}
     assert Checkpointer(model).load("") == {}
     assert_loaded(model, before)
+
+
+CLASSES = ["car", "bus", "bike", "dog", "cat"]
+
+
+def saved_with_classes(folder: Path, *, of_training: bool = False) -> str:
+    states = {"trainer": Counter(7)} if of_training else {}
+    Checkpointer(small_model(), str(folder), class_names=CLASSES, **states).save("model_final")
+    return str(folder / "model_final.pth")
+
+
+def test_class_names_are_saved_and_read(tmp_path: Path) -> None:
+    assert class_names_of(read_weights(saved_with_classes(tmp_path))) == CLASSES
+    assert class_names_of({}) is None
+    assert class_names_of({"class_names": {"car": 0}}) is None
+
+
+@pytest.mark.parametrize("names", [["bus", "car", "bike", "dog", "cat"], ["car", "bus", "bike", "dog", "cow"]])
+def test_evaluation_and_resuming_refuse_other_class_names(tmp_path: Path, names: list[str]) -> None:
+    path = saved_with_classes(tmp_path, of_training=True)
+    evaluation = Checkpointer(small_model(), class_names=names)
+    resumed = Checkpointer(small_model(), str(tmp_path), class_names=names, trainer=Counter(0))
+    for load in (lambda: evaluation.load(path), lambda: resumed.resume_or_load("")):
+        with pytest.raises(
+            CheckpointError, match=r"model_final\.pth: .*0 'car', 1 'bus'.* in the file.*dataset"
+        ) as error:
+            load()
+        assert all(f"{index} '{name}'" in str(error.value) for index, name in enumerate(names))
+
+
+def test_the_same_class_names_or_none_are_accepted(tmp_path: Path) -> None:
+    path = saved_with_classes(tmp_path)
+    for names in (CLASSES, tuple(CLASSES), ()):
+        Checkpointer(small_model(), class_names=names).load(path)
+    torch.save({"model": small_model().state_dict()}, tmp_path / "unnamed.pth")
+    Checkpointer(small_model(), class_names=CLASSES).load(str(tmp_path / "unnamed.pth"))
+
+
+def test_fine_tuning_on_other_class_names_reinitializes_class_weights(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = saved_with_classes(tmp_path)
+    saved = torch.load(path)["model"]
+    model = small_model()
+    Checkpointer(model, class_names=CLASSES[::-1], finetune=True).load(path)
+    assert {key for key, value in model.state_dict().items() if not torch.equal(value, saved[key])} <= set(CLASS_KEYS)
+    assert not torch.equal(model.state_dict()[CLASS_KEYS[0]], saved[CLASS_KEYS[0]])
+    assert all(key in caplog.text for key in CLASS_KEYS)
+    assert "0 'cat'" in caplog.text
+
+
+def test_many_class_names_are_shown_from_the_first_difference(tmp_path: Path) -> None:
+    many = [f"class {index}" for index in range(1000)]
+    other = [*many[:500], "new", *many[501:]]
+    message = checkpointer._difference(many, other)
+    assert "500 'class 500'" in message
+    assert "500 'new'" in message
+    assert len(message) < 1500
+
+
+def test_a_failed_save_leaves_the_earlier_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_disk(content: Any, path: Path) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    model = nn.Linear(3, 2)
+    Checkpointer(model, str(tmp_path)).save("model_0000001")
+    monkeypatch.setattr(torch, "save", full_disk)
+    for name in ("model_0000001", "model_0000002"):
+        with pytest.raises(CheckpointError, match=rf"{name}\.pth cannot be written .*No space left"):
+            Checkpointer(model, str(tmp_path)).save(name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last_checkpoint", "model_0000001.pth"]
+    Checkpointer(nn.Linear(3, 2), str(tmp_path)).resume_or_load("")

@@ -22,7 +22,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *args: str | Path) -> None:
     runpy.run_path(str(TOOL), run_name="__main__")
 
 
-def test_there_and_back_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_round_trip_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = randomised(small_model())
     save({"model": ours}, tmp_path / "ours.pth")
     run(monkeypatch, tmp_path / "ours.pth", tmp_path / "new" / "theirs.pth", "--to", "release")
@@ -42,7 +42,7 @@ def test_there_and_back_changes_nothing(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("to", "strip", "kept"), [("ours", [], True), ("ours", ["--strip"], False), ("release", [], False)]
 )
-def test_the_state_of_a_training_is_kept_only_where_the_names_stay(
+def test_training_state_is_kept_only_if_names_stay(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
@@ -54,7 +54,7 @@ def test_the_state_of_a_training_is_kept_only_where_the_names_stay(
     run(monkeypatch, save(content, tmp_path / "a.pth"), tmp_path / "b.pth", "--to", to, *strip)
     written = torch.load(tmp_path / "b.pth", weights_only=True)
     assert (written.keys() == content.keys()) == kept
-    assert ("Left out the state of a training" in capsys.readouterr().out) != kept
+    assert ("Left out the training state" in capsys.readouterr().out) != kept
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_the_state_of_a_training_is_kept_only_where_the_names_stay(
         ({"model": {"a": torch.zeros(1)}, "trainer": RunsCode()}, "could run code"),
     ],
 )
-def test_what_cannot_be_converted_ends_with_one_line_and_status_2(
+def test_unusable_input_ends_with_one_line_and_status_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, content: object, message: str
 ) -> None:
     if content is not None:
@@ -80,7 +80,7 @@ def test_what_cannot_be_converted_ends_with_one_line_and_status_2(
     assert not (tmp_path / "b.pth").exists()
 
 
-def test_a_file_without_our_heads_keeps_its_names_and_the_tool_says_so(
+def test_a_file_without_heads_keeps_its_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     path = save({"model": {"fc.weight": torch.zeros(1)}, "__author__": "Caffe2"}, tmp_path / "a.pth")
@@ -91,7 +91,7 @@ def test_a_file_without_our_heads_keeps_its_names_and_the_tool_says_so(
     assert written["__author__"] == "Caffe2"
 
 
-def test_safetensors_are_written_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_safetensors_make_a_round_trip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = randomised(small_model())
     ours["strided"] = torch.arange(6.0).reshape(2, 3).T
     path = save({"model": ours, "iteration": 3}, tmp_path / "ours.pth")
@@ -105,14 +105,16 @@ def test_safetensors_are_written_and_read_back(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize("strip", [[], ["--strip"]])
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_it_stays_known_whose_weights_they_are(
+def test_descriptions_stay_with_the_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, strip: list[str]
 ) -> None:
-    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"conv1_w": np.ones(2, np.float32)}))  # Caffe2, by its form
+    content = {"blobs": {"conv1_w": np.ones(2, np.float32)}, "class_names": ["car", "bus"]}
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(content))  # "blobs" are Caffe2's.
     for source, target in (("a.pkl", f"b{suffix}"), (f"b{suffix}", f"c{suffix}")):
         run(monkeypatch, tmp_path / source, tmp_path / target, "--to", "ours", *strip)
     content = read_weights(tmp_path / f"c{suffix}")
-    assert content.keys() == {"model", "__author__"}
+    assert content.keys() == {"model", "__author__", "class_names"}
+    assert content["class_names"] == ["car", "bus"]
     assert content["__author__"] == "Caffe2"
     assert content["model"]["conv1_w"].tolist() == [1, 1]
 
@@ -131,7 +133,7 @@ def broken_save(content: object, path: Path) -> None:
         ("new/b.pth", "cannot be written .*the disk is full"),
     ],
 )
-def test_what_cannot_be_written_ends_with_one_line_and_leaves_nothing_behind(
+def test_a_failed_write_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, output: str, message: str
 ) -> None:
     content = {"model": randomised(small_model()), "trainer": {"optimizer": {}}, "iteration": 3}

@@ -1,6 +1,8 @@
-"""Weight files of every kind are read, and none of them runs code."""
+"""Weight files of every kind are read, soon and without running code."""
 
 import pickle
+import time
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from dimaskdino.checkpoint import read_weights
+from dimaskdino.checkpoint import read_weights, reading
 from dimaskdino.errors import CheckpointError
 from tests.checkpoint.models import RunsCode
 
@@ -58,23 +60,21 @@ def test_safetensors_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "_orig_mod.module.module."]
 )
-def test_the_prefixes_of_wrappers_are_dropped(tmp_path: Path, prefix: str) -> None:
+def test_wrapper_prefixes_are_dropped(tmp_path: Path, prefix: str) -> None:
     wrapped = {prefix + key: value for key, value in WEIGHTS.items()}
     assert_weights(read_weights(save_torch({"model": wrapped}, tmp_path / "a.pth")))
 
 
 @pytest.mark.parametrize("entry", ["state_dict", "model_state", "ema_state"])
-def test_weights_are_found_under_the_entries_that_others_use(tmp_path: Path, entry: str) -> None:
+def test_weights_are_found_under_common_entries(tmp_path: Path, entry: str) -> None:
     assert_weights(read_weights(save_torch({entry: WEIGHTS, "epoch": 3}, tmp_path / "a.pth")))
 
 
-def test_plain_weights_win_over_their_moving_averages_and_the_log_says_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_plain_weights_are_preferred_to_averages(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     averages = {key: value * 0 for key, value in WEIGHTS.items()}
     with caplog.at_level("INFO"):
         assert_weights(read_weights(save_torch({"ema_state": averages, "model": WEIGHTS}, tmp_path / "a.pth")))
-    assert "moving averages of the weights (ema_state): they are not used" in caplog.text
+    assert "moving averages of the weights (ema_state); they are not used" in caplog.text
 
 
 def test_names_that_are_numbers_are_read(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_a_training_state_with_numpy_numbers_is_read(tmp_path: Path) -> None:
     assert read["trainer"] == state
 
 
-def test_caffe2_files_are_told_by_their_form(tmp_path: Path) -> None:
+def test_caffe2_files_are_recognized_by_their_form(tmp_path: Path) -> None:
     blobs = {"conv1_w": np.zeros((1, 1), np.float32), "conv1_w_momentum": np.zeros((1, 1), np.float32)}
     for content in (blobs, {"blobs": blobs, "cfg": "text"}):
         read = read_weights(save_pickle(content, tmp_path / "a.pkl"))
@@ -97,7 +97,7 @@ def test_caffe2_files_are_told_by_their_form(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.pkl", "a.pth", "legacy.pth", "zip.pkl"])
 @pytest.mark.parametrize("place", ["weight", "entry"])
-def test_a_file_that_would_run_code_is_refused_and_runs_none(tmp_path: Path, name: str, place: str) -> None:
+def test_files_that_would_run_code_are_refused(tmp_path: Path, name: str, place: str) -> None:
     trap = RunsCode(tmp_path / "made")
     content = {"model": {**WEIGHTS, "b": trap}} if place == "weight" else {"model": WEIGHTS, "trainer": trap}
     if name == "a.pkl":
@@ -109,7 +109,7 @@ def test_a_file_that_would_run_code_is_refused_and_runs_none(tmp_path: Path, nam
     assert not (tmp_path / "made").exists()
 
 
-def test_a_storage_inside_a_pickle_is_read_as_carefully(tmp_path: Path) -> None:
+def test_nested_storages_run_no_code(tmp_path: Path) -> None:
     nested = save_torch(RunsCode(tmp_path / "made"), tmp_path / "nested.pth", zipped=False).read_bytes()
 
     class Storage:
@@ -122,7 +122,7 @@ def test_a_storage_inside_a_pickle_is_read_as_carefully(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("module", ["builtins", "os", "numpy", "torch", "torch.storage", "functools"])
-def test_a_pickle_reaches_no_module_beyond_arrays_and_tensors(tmp_path: Path, module: str) -> None:
+def test_pickles_reach_only_arrays_and_tensors(tmp_path: Path, module: str) -> None:
     name = {"builtins": "eval", "os": "system", "numpy": "load", "torch": "load", "functools": "partial"}.get(
         module, "os"
     )
@@ -131,7 +131,7 @@ def test_a_pickle_reaches_no_module_beyond_arrays_and_tensors(tmp_path: Path, mo
         read_weights(tmp_path / "a.pkl")
 
 
-def test_functions_that_files_may_call_cannot_be_changed_by_a_file(tmp_path: Path) -> None:
+def test_files_cannot_change_the_functions_they_call(tmp_path: Path) -> None:
     defaults = torch._utils._rebuild_parameter.__defaults__
     path = tmp_path / "a.pkl"
     # Protocol 2: fetch the function, then "build" it with a state of attributes to set.
@@ -141,9 +141,7 @@ def test_functions_that_files_may_call_cannot_be_changed_by_a_file(tmp_path: Pat
     assert torch._utils._rebuild_parameter.__defaults__ == defaults
 
 
-def test_a_trusted_file_is_read_whatever_it_holds_and_the_log_warns(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_trusted_files_may_run_code_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("a.pkl", "a.pth"):
         content = {"model": WEIGHTS, "other": RunsCode(tmp_path / f"made by {name}")}
         path = (save_pickle if name.endswith("pkl") else save_torch)(content, tmp_path / name)
@@ -154,7 +152,7 @@ def test_a_trusted_file_is_read_whatever_it_holds_and_the_log_warns(
 
 @pytest.mark.parametrize("name", ["a.pth", "a.pkl", "a.safetensors"])
 @pytest.mark.parametrize("content", [b"", b"no weights at all", b"PK\x03\x04 cut short"])
-def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes) -> None:
+def test_damaged_files_are_named(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=f"{name} cannot be read as weights"):
         read_weights(tmp_path / name)
@@ -166,11 +164,74 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes) -> N
         ([1, 2], "holds a list, not weights by name"),
         ({"epoch": 3}, "holds no weights; its entries are epoch"),
         ({}, "its entries are none"),
-        ({"model": {}}, "holds no weights: the state dict in it is empty"),
-        ({"model": {"a": "text"}}, "a is a str, not an array"),
-        ({"model": {"a": {"b": torch.zeros(1)}}}, "a is a dict, not an array"),
+        ({"model": {}}, "holds no weights: its state dict is empty"),
+        ({"model": {"a": "text"}}, "holds a str as a, not an array"),
+        ({"model": {"a": {"b": torch.zeros(1)}}}, "holds a dict as a, not an array"),
+        ({"model": {"a": [[1.0]]}}, "holds a list as a, not an array"),
     ],
 )
 def test_a_file_without_weights_says_what_it_holds(tmp_path: Path, content: Any, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         read_weights(save_torch(content, tmp_path / "a.pth"))
+
+
+def doubling(levels: int) -> list[Any]:
+    """A list of 2 ** ``levels`` numbers in as many lines."""
+    nested: list[Any] = [1.0]
+    for _ in range(levels):
+        nested = [nested, nested]
+    return nested
+
+
+def doubling_key(levels: int) -> bytes:
+    """The pickle of a dictionary whose key is a tuple of 2 ** ``levels`` values; hashing it would take ages."""
+    pairs = b"".join(b"h" + bytes([i]) + b"\x86q" + bytes([i + 1]) for i in range(levels))
+    return b"\x80\x02}(K\x01K\x01\x86q\x00" + pairs + b"K\x01u."
+
+
+def as_torch_file(pickled: bytes, path: Path) -> Path:
+    """A zip of torch's that holds ``pickled``."""
+    save_torch({}, path)
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(name, pickled if name.endswith("data.pkl") else content)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["list.pkl", "list.pth", "key.pkl", "key.pth", "storages.pkl"])
+def test_nested_pickles_end_soon(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / kind
+    if kind.startswith("list"):
+        content = {"model": {"a": doubling(40)}}
+        save_pickle(content, path) if kind == "list.pkl" else save_torch(content, path)
+    elif kind == "key.pkl":
+        path.write_bytes(doubling_key(40))
+    elif kind == "key.pth":
+        as_torch_file(doubling_key(40), path)
+    else:
+        storage = save_torch(torch.zeros(3), tmp_path / "storage.pth", zipped=False).read_bytes()
+        loads = b"h\x00h\x01\x85R0" * 100_000
+        head = b"\x80\x02ctorch.storage\n_load_from_bytes\nq\x00T" + len(storage).to_bytes(4, "little") + storage
+        path.write_bytes(head + b"q\x01" + loads + b".")
+    started = time.monotonic()
+    with pytest.raises(CheckpointError, match=kind) as error:
+        read_weights(path)
+    assert time.monotonic() - started < 20
+    assert "\n" not in str(error.value)
+
+
+def test_too_many_tensors_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "_MAX_TENSORS", 1)
+    safetensors.torch.save_file(WEIGHTS, tmp_path / "a.safetensors")
+    for path in (tmp_path / "a.safetensors", save_torch({"model": WEIGHTS}, tmp_path / "a.pth")):
+        with pytest.raises(CheckpointError, match=f"{path.name} holds 2 tensors"):
+            read_weights(path)
+
+
+def test_long_pickles_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "_MAX_PICKLED", 50)
+    for name, zipped in (("zip.pth", True), ("legacy.pth", False)):
+        with pytest.raises(CheckpointError, match=f"{name} is a pickle too long"):
+            read_weights(save_torch({"model": WEIGHTS}, tmp_path / name, zipped))
