@@ -4,16 +4,15 @@ Importing the package registers every part of the model under the name that conf
 ``detectron2.modeling.build_model`` finds it.
 """
 
-import os
+import logging
 
-# Before torch starts its threads: on busy cores, OpenMP threads that spin while they wait for each other take the time
-# that the others need. Two of them on two shared cores made a training step ten times slower.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# oneDNN keeps the last 1,024 convolutions and products that it compiled, each for one size, with their buffers:
-# gigabytes on a CPU where images have many sizes. A training step with images of one size compiles fewer than 256.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+from dimaskdino.cpu import set_up_libraries
 
-from dimaskdino import modeling
+set_up_libraries()
+# On machines without a GPU, torch warns of a CUDA toolkit in every process.
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+
+from dimaskdino import modeling  # noqa: E402 (loads torch)
 
 __all__ = ["modeling"]
 __version__ = "0.1.0"

@@ -1,8 +1,13 @@
-"""Memory of models that run on the CPU."""
+"""Threads and memory of models that run on the CPU. Needs no torch, so that it can act before torch is loaded."""
 
 import ctypes
+import logging
 import os
 import sys
+import threading
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 # Parameters of mallopt, from glibc's malloc.h.
 TRIM_THRESHOLD, MMAP_MAX = -1, -4
@@ -31,3 +36,50 @@ def keep_freed_memory() -> bool:
     if not hasattr(library, "gnu_get_libc_version"):
         return False
     return bool(library.mallopt(MMAP_MAX, 0) and library.mallopt(TRIM_THRESHOLD, -1))
+
+
+def set_up_libraries() -> None:
+    """Set up OpenMP and oneDNN for this package; importing it calls this. What the user has set stays."""
+    # oneDNN keeps the last 1,024 convolutions and products that it compiled, each for one size, with their buffers:
+    # gigabytes if images have many sizes. A training step with images of one size compiles fewer than 256.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+    if "OMP_WAIT_POLICY" not in os.environ and "GOMP_SPINCOUNT" not in os.environ:
+        _wait_passively()
+
+
+def _wait_passively() -> None:
+    """Make threads of OpenMP sleep instead of spinning while they wait for each other.
+
+    On busy cores, threads that spin take the time that the others need: an image takes 20 to 60 times as long. OpenMP
+    reads OMP_WAIT_POLICY when torch loads it. If torch is loaded already, a team of idle threads has the same effect:
+    GNU's OpenMP hardly spins while it has more threads than there are cores.
+
+    Source: ``do_spin`` in libgomp's config/linux/wait.h. benchmarks/RESULTS.md has the measurements.
+    """
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    if "torch" in sys.modules and not _start_idle_teams():
+        logger.warning(
+            "torch was imported before dimaskdino, so its threads may spin while they wait, which is slow on busy "
+            "cores. Import dimaskdino first, or set the environment variable OMP_WAIT_POLICY to PASSIVE."
+        )
+
+
+def _start_idle_teams() -> bool:
+    """Start an idle team in each GNU OpenMP library of this process; returns whether there is one."""
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text().splitlines() if maps.is_file() else []
+    libraries = {line.split(maxsplit=5)[5] for line in lines if "libgomp" in line}
+    for path in libraries:
+        started = threading.Event()
+        threading.Thread(target=_hold_idle_team, args=(ctypes.CDLL(path), started), daemon=True).start()
+        started.wait()
+    return bool(libraries)
+
+
+def _hold_idle_team(library: ctypes.CDLL, started: threading.Event) -> None:
+    """Run a function that does nothing in more threads than there are cores; they sleep as long as this thread does."""
+    try:
+        library.GOMP_parallel(library.omp_get_thread_num, None, (os.cpu_count() or 1) + 1, 0)
+    finally:
+        started.set()
+    threading.Event().wait()

@@ -1,5 +1,6 @@
-"""Settings for the CPU: memory that a process frees is there for the next image."""
+"""Settings for the CPU: threads sleep while they wait, and freed memory is there for the next image."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -23,8 +24,22 @@ print(min(faults() for _ in range(5)))
 KEEP = f"import runpy; print(runpy.run_path({str(CPU)!r})['keep_freed_memory']())\n"
 
 
+# CPU time of 40 short parallel sections with pauses between them, in which threads wait.
+WAITING = """
+import ctypes, sys, time
+library = ctypes.CDLL({library!r})
+{before}
+for _ in range(40):
+    library.GOMP_parallel(library.omp_get_thread_num, None, 2, 0)
+    time.sleep(0.02)
+print(time.process_time())
+"""
+SET_UP = f"import runpy; runpy.run_path({str(CPU)!r})['set_up_libraries']()"
+
+
 def printed(code: str, **environment: str) -> list[str]:
-    clean = {name: value for name, value in os.environ.items() if "MALLOC" not in name and "TUNABLES" not in name}
+    ours = ("MALLOC", "TUNABLES", "OMP", "ONEDNN")
+    clean = {name: value for name, value in os.environ.items() if not any(part in name for part in ours)}
     command = [sys.executable, "-c", code]
     return subprocess.run(command, env=clean | environment, capture_output=True, text=True, check=True).stdout.split()
 
@@ -47,3 +62,29 @@ def test_freed_block_is_reused_without_page_faults() -> None:
 )
 def test_settings_of_the_user_win(choice: dict[str, str], kept: str) -> None:
     assert printed(KEEP, **choice) == [kept]
+
+
+def test_threads_sleep_although_openmp_was_loaded_before() -> None:
+    torch = Path(importlib.util.find_spec("torch").origin).parent
+    libraries = [*torch.glob("lib/libgomp*"), *torch.parent.glob("torch.libs/libgomp*")]
+    if not libraries or os.cpu_count() == 1:
+        pytest.skip("torch does not bring GNU's OpenMP, or there is one core")
+    spinning, sleeping = (
+        float(printed(WAITING.format(library=str(libraries[0]), before=before))[-1])
+        for before in ("", f"sys.modules['torch'] = None; {SET_UP}")
+    )
+    assert sleeping * 3 < spinning
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, ["PASSIVE", "256"]),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, ["ACTIVE", "256"]),
+        ({"GOMP_SPINCOUNT": "100", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "512"}, ["None", "512"]),
+    ],
+    ids=str,
+)
+def test_libraries_are_set_up_unless_the_user_did(environment: dict[str, str], expected: list[str]) -> None:
+    show = "import os; [print(os.environ.get(name)) for name in ('OMP_WAIT_POLICY', 'ONEDNN_PRIMITIVE_CACHE_CAPACITY')]"
+    assert printed(f"{SET_UP}; {show}", **environment) == expected
