@@ -16,6 +16,7 @@ from detectron2.engine import HookBase
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils import comm
+from PIL import Image
 from torch import Tensor, nn
 
 from dimaskdino.config import Config
@@ -24,7 +25,7 @@ from dimaskdino.engine import Trainer, argument_parser, evaluate, setup
 from dimaskdino.engine.hooks import average_running_statistics
 from dimaskdino.errors import UserError
 from dimaskdino.modeling.registry import BATO_REGISTRY
-from tests.documentation import REPOSITORY, example
+from tests.documentation import example
 from tests.engine.toy import ToyDetector
 
 Buffers = dict[str, Tensor]
@@ -148,9 +149,20 @@ def write_modules(folder: Path) -> None:
     (folder / "my_parts.py").write_text(example("README.md", "my_parts"))
     (folder / "my_data.py").write_text(example("datasets/README.md", "my_data"))
     (folder / "path/to/images").mkdir(parents=True)
-    (folder / "path/to/images/1.png").write_bytes((REPOSITORY / "docs/images/demo.png").read_bytes())
+    Image.new("RGB", (4, 4)).save(folder / "path/to/images/1.png")
     categories = [{"id": number, "name": f"class {number}"} for number in (1, 2, 3)]
     image = {"id": 1, "file_name": "1.png", "width": 4, "height": 4}
+    objects = [
+        {
+            "id": n,
+            "image_id": 1,
+            "category_id": n,
+            "bbox": [0, 0, 4, 4],
+            "segmentation": [[0, 0, 4, 0, 4, 4]],
+            "area": 8,
+        }
+        for n in (1, 2, 3)
+    ]
     for split in ("train", "val"):
-        coco = {"images": [image], "annotations": [], "categories": categories}
+        coco = {"images": [image], "annotations": objects, "categories": categories}
         (folder / f"path/to/{split}.json").write_text(json.dumps(coco))
