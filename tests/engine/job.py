@@ -146,7 +146,7 @@ def import_modules(cfg: Config, folder: Path) -> list[Any]:
 
 def write_modules(folder: Path) -> None:
     """Write the modules that the documentation shows and the data that they name."""
-    (folder / "my_parts.py").write_text(example("README.md", "my_parts"))
+    (folder / "my_parts.py").write_text(example("docs/extend.md", "my_parts"))
     (folder / "my_data.py").write_text(example("datasets/README.md", "my_data"))
     (folder / "path/to/images").mkdir(parents=True)
     Image.new("RGB", (4, 4)).save(folder / "path/to/images/1.png")
