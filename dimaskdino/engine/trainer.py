@@ -35,7 +35,15 @@ from dimaskdino.engine.run_folder import (
 )
 from dimaskdino.engine.train_step import TrainStep
 from dimaskdino.errors import CheckpointError, UserError, file_errors_told_in_one_line
-from dimaskdino.evaluation import ForwardTimer, SpeedEvaluator, build_evaluator, check_classes, timed, write_results
+from dimaskdino.evaluation import (
+    ForwardTimer,
+    SpeedEvaluator,
+    build_evaluator,
+    check_classes,
+    class_names,
+    timed,
+    write_results,
+)
 from dimaskdino.modeling.meta_arch import build_model
 from dimaskdino.solver import (
     NEW_RUN,
@@ -72,7 +80,8 @@ class Trainer(TrainerBase):
             amp=_uses_amp(cfg),
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        names = class_names(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else ()
+        self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, class_names=names, trainer=weakref.proxy(self))
         self._last_eval_results: dict[str, Any] | None = None
         self.register_hooks(self.build_hooks())
 
@@ -287,7 +296,8 @@ def evaluate(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
     """
     check_classes(cfg)
     model = Trainer.build_model(cfg)
-    checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
+    names = class_names(cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else ()
+    checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, class_names=names)
     check_same_checkpoint(checkpointer, resume=resume)
     if resume and not checkpointer.has_checkpoint():
         raise UserError(f"--eval-only --resume: no checkpoint in {cfg.OUTPUT_DIR}; train first, or set MODEL.WEIGHTS.")

@@ -1,6 +1,6 @@
 """Evaluation: COCO's AP of boxes and masks, of the final result and of every stage; inference speed."""
 
-from dimaskdino.evaluation.build import EVALUATOR_REGISTRY, build_evaluator, check_classes
+from dimaskdino.evaluation.build import EVALUATOR_REGISTRY, build_evaluator, check_classes, class_names
 from dimaskdino.evaluation.coco import CocoEvaluator
 from dimaskdino.evaluation.layerwise import LayerwiseEvaluator
 from dimaskdino.evaluation.report import class_table, coco_table, layer_table, write_results
@@ -14,6 +14,7 @@ __all__ = [
     "SpeedEvaluator",
     "build_evaluator",
     "check_classes",
+    "class_names",
     "class_table",
     "coco_table",
     "layer_table",

@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from dimaskdino.checkpoint import read_weights, reading
+from dimaskdino.checkpoint import pickles, read_weights, reading
 from dimaskdino.errors import CheckpointError
 from tests.checkpoint.models import RunsCode
 
@@ -231,7 +231,7 @@ def test_too_many_tensors_are_refused(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_long_pickles_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "_MAX_PICKLED", 50)
+    monkeypatch.setattr(pickles, "_MAX_WORK", 50)
     for name, zipped in (("zip.pth", True), ("legacy.pth", False)):
         with pytest.raises(CheckpointError, match=f"{name} is a pickle too long"):
             read_weights(save_torch({"model": WEIGHTS}, tmp_path / name, zipped))
