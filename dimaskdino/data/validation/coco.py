@@ -120,7 +120,7 @@ def listing_problems(coco: Json, path: str, registered: list[str] | None) -> Ite
             yield f"category {key} {value!r}, first of {first['name']!r}", problem
     names = [category["name"] for category in sorted(coco["categories"], key=lambda category: category["id"])]
     if registered is not None and names != registered:
-        yield path, _class_problem(names, registered)
+        yield os.path.basename(path), _class_problem(names, registered)
     for value, first, second in _repeated(coco["images"], "id"):
         remedy = "number the images anew, as after merging files, or labels land on other images"
         both = f"{first['file_name']} and {second['file_name']}"
