@@ -13,7 +13,7 @@ from detectron2.data.transforms import TransformList
 from detectron2.structures import BitMasks, Boxes, BoxMode, Instances
 from pycocotools import mask as mask_util
 
-from dimaskdino.data.validation.rle import Rle, Size
+from dimaskdino.data.rle import Rle, Size
 from dimaskdino.data.validation.rules import MISSING_MASK, Level, Rules, Shape, has_mask, read_mask
 from dimaskdino.errors import DatasetError
 

@@ -10,8 +10,9 @@ from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
-from dimaskdino.data.validation.rle import Size
 from dimaskdino.errors import DatasetError
+
+Size = tuple[int, int]  # (height, width) in pixels
 
 _ORIENTATION_TAG = 0x0112  # of EXIF
 _UPRIGHT = {

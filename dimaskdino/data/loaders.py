@@ -11,10 +11,10 @@ from detectron2.data.detection_utils import check_metadata_consistency
 from torch.utils.data import Sampler
 
 from dimaskdino.compat import training_samplers
+from dimaskdino.data.coco_file import forget_files
 from dimaskdino.data.datasets import register_all
 from dimaskdino.data.datasets.registration import load_dataset
 from dimaskdino.data.mapper import build_mapper
-from dimaskdino.data.validation.coco import forget_files
 from dimaskdino.errors import ConfigError, DatasetError, check_choice
 
 logger = logging.getLogger(__name__)

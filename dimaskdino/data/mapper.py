@@ -70,7 +70,8 @@ class InstanceMapper:
         transforms = self.augmentations(augmented)
         mapped = {key: value for key, value in entry.items() if key != "annotations"}
         mapped["height"], mapped["width"] = source_size
-        mapped["image"] = torch.from_numpy(np.ascontiguousarray(augmented.image.transpose(2, 0, 1)))
+        # A copy: the pixels may be PIL's, which cannot be written to.
+        mapped["image"] = torch.from_numpy(np.array(augmented.image.transpose(2, 0, 1), order="C"))
         if self.with_instances:
             mapped["instances"] = annotations_to_instances(
                 entry.get("annotations", []),

@@ -72,11 +72,7 @@ def test_resize(cfg: CfgNode) -> list[T.Augmentation]:
 def _color_and_flip(cfg: CfgNode) -> list[T.Augmentation]:
     augmentations: list[T.Augmentation] = []
     if cfg.INPUT.COLOR_AUG_SSD:
-        if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
-            raise ConfigError(
-                f"INPUT.COLOR_AUG_SSD True distorts colors, which images of INPUT.FORMAT {cfg.INPUT.FORMAT} do not "
-                "have; set it to False, or INPUT.FORMAT to RGB or BGR."
-            )
+        check_color_distortion(cfg)
         # Imported here because it needs OpenCV, which nothing else in this package does.
         from detectron2.projects.point_rend import ColorAugSSDTransform
 
@@ -86,3 +82,12 @@ def _color_and_flip(cfg: CfgNode) -> list[T.Augmentation]:
     if flip != "none":
         augmentations.append(T.RandomFlip(horizontal=flip == "horizontal", vertical=flip == "vertical"))
     return augmentations
+
+
+def check_color_distortion(cfg: CfgNode) -> None:
+    """Raise ConfigError if INPUT.COLOR_AUG_SSD would distort the colors of images without any."""
+    if cfg.INPUT.COLOR_AUG_SSD and cfg.INPUT.FORMAT not in ("RGB", "BGR"):
+        raise ConfigError(
+            f"INPUT.COLOR_AUG_SSD True distorts colors, which images of INPUT.FORMAT {cfg.INPUT.FORMAT} do not have; "
+            "set it to False, or INPUT.FORMAT to RGB or BGR."
+        )

@@ -12,7 +12,7 @@ from typing import Any
 import hotcoco
 from detectron2.structures import BoxMode
 
-from dimaskdino.data.validation.coco import read_json
+from dimaskdino.data.coco_file import read_json
 from dimaskdino.data.validation.rules import Level, Rules, has_mask, read_mask
 from dimaskdino.errors import DatasetError
 

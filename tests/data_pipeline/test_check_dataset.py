@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from check_dataset import draw_samples
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from dimaskdino.config import Config
 from dimaskdino.data import register_all
 from dimaskdino.data.datasets.registration import register_coco_format
-from dimaskdino.data.drawing import draw_samples
 from dimaskdino.data.validation.inspection import Inspection, inspect_dataset
 from dimaskdino.data.validation.report import Finding, problem_table
 from dimaskdino.errors import DatasetError

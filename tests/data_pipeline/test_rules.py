@@ -14,8 +14,8 @@ from pycocotools import mask as mask_util
 from dimaskdino.config import Config
 from dimaskdino.data import build_mapper
 from dimaskdino.data.datasets.registration import load_dataset
+from dimaskdino.data.rle import checked_rle, run_lengths
 from dimaskdino.data.validation.inspection import inspect_dataset
-from dimaskdino.data.validation.rle import checked_rle, run_lengths
 from dimaskdino.data.validation.rules import Level, Rules
 from dimaskdino.data.validation.start import check_datasets
 from dimaskdino.errors import DatasetError

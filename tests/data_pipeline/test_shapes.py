@@ -217,11 +217,17 @@ def test_another_seed_or_root_is_another_dataset(cfg: Config, tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("registrations")
-def test_the_root_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_shared_folder_is_used_only_if_it_holds_the_dataset(
+    cfg: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    register_all()
-    for name in ("shapes_train", "coco_2017_train"):
-        assert Path(MetadataCatalog.get(name).json_file).is_relative_to(tmp_path)
+    cfg.merge_from_list(["DATASETS.SHAPES.ROOT", "", "OUTPUT_DIR", str(tmp_path / "run")])
+    register_all(cfg=cfg)
+    assert Path(MetadataCatalog.get("coco_2017_train").json_file).is_relative_to(tmp_path)
+    assert Path(MetadataCatalog.get("shapes_train").json_file).is_relative_to(tmp_path / "run" / "shapes")
+    make_shapes(tmp_path / "shapes", ShapesSpec.from_config(cfg))
+    register_all(cfg=cfg)
+    assert Path(MetadataCatalog.get("shapes_train").json_file).is_relative_to(tmp_path / "shapes")
 
 
 @pytest.mark.usefixtures("registrations")

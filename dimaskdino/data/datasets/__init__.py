@@ -1,4 +1,4 @@
-"""The datasets that dimaskdino registers with detectron2 when it is imported: COCO, BDD100K, the synthetic shapes."""
+"""The datasets that dimaskdino registers with detectron2 on import: COCO, BDD100K, the synthetic shapes."""
 
 import os
 from pathlib import Path
@@ -24,12 +24,26 @@ def register_all(root: str | Path | None = None, *, cfg: CfgNode | None = None) 
 
     Args:
         root: folder of all datasets, remembered for later calls; None leaves it as :func:`data_root` says.
-        cfg: its DATASETS.SHAPES decides where the synthetic dataset lies and what it holds; None means the defaults.
+        cfg: its DATASETS.SHAPES and OUTPUT_DIR decide where the synthetic dataset lies and what it holds; None means
+            the defaults.
     """
     global _given_root
     if root is not None:
         _given_root = Path(root).expanduser()
     register_coco(data_root())
     register_bdd100k(data_root())
-    shapes_root = Path(cfg.DATASETS.SHAPES.ROOT).expanduser() if cfg is not None and cfg.DATASETS.SHAPES.ROOT else None
-    register_shapes(shapes_root or data_root() / "shapes", ShapesSpec.from_config(cfg) if cfg else ShapesSpec())
+    spec = ShapesSpec.from_config(cfg) if cfg else ShapesSpec()
+    register_shapes(_shapes_root(cfg, spec), spec)
+
+
+def _shapes_root(cfg: CfgNode | None, spec: ShapesSpec) -> Path:
+    """DATASETS.SHAPES.ROOT; else the folder of all datasets if it was given or holds the dataset; else OUTPUT_DIR.
+
+    The folder that $DETECTRON2_DATASETS names may be shared, so nothing is written there unless the user asks for it.
+    """
+    if cfg is not None and cfg.DATASETS.SHAPES.ROOT:
+        return Path(cfg.DATASETS.SHAPES.ROOT).expanduser()
+    shared = data_root() / "shapes"
+    if _given_root is not None or (shared / spec.folder_name).is_dir():
+        return shared
+    return Path("output" if cfg is None else cfg.OUTPUT_DIR).expanduser() / "shapes"

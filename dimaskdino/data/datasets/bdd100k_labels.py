@@ -13,7 +13,7 @@ from pycocotools import mask as mask_util
 
 from dimaskdino.data.datasets.bdd100k import CLASSES
 from dimaskdino.data.datasets.bdd100k_polygons import PolygonPainter, outline
-from dimaskdino.data.validation.rle import Rle, Size, checked_rle
+from dimaskdino.data.rle import Rle, Size, checked_rle
 
 Json = dict[str, Any]
 

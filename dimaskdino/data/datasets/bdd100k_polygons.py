@@ -7,7 +7,7 @@ from matplotlib.backends.backend_agg import RendererAgg
 from matplotlib.path import Path
 from matplotlib.transforms import Affine2D
 
-from dimaskdino.data.validation.rle import Size
+from dimaskdino.data.rle import Size
 
 PATH_CODES = {"L": Path.LINETO, "C": Path.CURVE4}
 DOTS_PER_INCH = 72  # any: widths of lines alone depend on it, and none are drawn

@@ -6,13 +6,19 @@ from typing import Any, NamedTuple
 from zlib import crc32
 
 from dimaskdino.data.datasets.bdd100k import image_folder
-from dimaskdino.data.validation.report import Finding
 from dimaskdino.errors import DatasetError
 
 SOURCES = ("bitmasks", "rles", "polygons")
 IMAGE_SUFFIXES = (".jpg", ".png")
 
 Frame = dict[str, Any]
+
+
+class Finding(NamedTuple):
+    """Something left out or strange: what kind of thing, and where."""
+
+    kind: str
+    where: str
 
 
 class Task(NamedTuple):

@@ -11,8 +11,8 @@ from typing import Any
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
-from dimaskdino.data.validation.coco import annotations_by_image, category_names, read_coco
-from dimaskdino.data.validation.rle import checked_rle
+from dimaskdino.data.coco_file import annotations_by_image, category_names, read_coco
+from dimaskdino.data.rle import checked_rle
 from dimaskdino.errors import DatasetError
 
 Json = dict[str, Any]
@@ -83,10 +83,11 @@ def load_dataset(name: str) -> list[Json]:
     try:
         return DatasetCatalog.get(name)
     except ModuleNotFoundError as error:
-        package = error.name or str(error)
-        raise DatasetError(f"Dataset {name} needs the Python package {package}: `pip install {package}`.") from error
+        message = f"needs the Python package {error.name}: `pip install {error.name}`"
     except AssertionError as error:  # how detectron2's own functions say that files are missing
-        raise DatasetError(f"Dataset {name} cannot be loaded ({error!s:.200}); check its files and folders.") from error
+        message = f"cannot be loaded ({error!s:.200}); check its files and folders"
+    # Raised here, since the first error keeps detectron2's worker processes alive until Python exits.
+    raise DatasetError(f"Dataset {name} {message}.")
 
 
 def _load_coco(name: str) -> list[Json]:

@@ -107,7 +107,7 @@ def make_shapes(root: Path, spec: ShapesSpec, *, num_workers: int = 0) -> Path:
     except OSError as error:
         raise DatasetError(
             f"Cannot write the synthetic dataset to {folder} ({error.strerror or error}); "
-            "set DATASETS.SHAPES.ROOT or DETECTRON2_DATASETS to a folder that can be written."
+            "set DATASETS.SHAPES.ROOT to a folder that can be written."
         ) from error
     return folder
 

@@ -5,10 +5,10 @@ from functools import partial
 
 from dimaskdino.data.images import Header, read_header, read_image, size_problem
 from dimaskdino.data.parallel import Progress, no_progress, parallel_map
+from dimaskdino.data.rle import Size
 from dimaskdino.data.validation.dataset import Dataset, open_dataset
 from dimaskdino.data.validation.files import exif_note
 from dimaskdino.data.validation.report import Counts, Finding
-from dimaskdino.data.validation.rle import Size
 from dimaskdino.errors import DatasetError
 
 

@@ -2,12 +2,13 @@
 
 import textwrap
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
-from dimaskdino.data.validation.rules import Json, Level, Problem
+from dimaskdino.data.coco_file import Json
+from dimaskdino.data.validation.rules import Level, Problem
 
 KEPT = "kept"
 _GROUPS = 3  # side by side, for datasets of many classes
@@ -100,10 +101,13 @@ def region_kind(annotation: Json) -> str:
     return "crowd" if annotation.get("iscrowd") else "objects"
 
 
-def problem_table(findings: Iterable[Finding]) -> str:
-    """How often each kind of problem occurs, the most frequent first, and where it occurs first."""
-    findings = list(findings)
-    counts = Counter(finding.kind for finding in findings)
-    first = {finding.kind: finding.where for finding in reversed(findings)}
+def problem_table(findings: Sequence[tuple[str, str]]) -> str:
+    """How often each kind of problem occurs, the most frequent first, and where it occurs first.
+
+    Args:
+        findings: kind and place of each.
+    """
+    counts = Counter(kind for kind, _ in findings)
+    first = dict(reversed(findings))
     rows = [[kind, count, textwrap.shorten(first[kind], _WIDEST_CELL)] for kind, count in counts.most_common()]
     return tabulate(rows, headers=["problem", "count", "first"], tablefmt="github")

@@ -12,14 +12,13 @@ import numpy as np
 from detectron2.structures import BoxMode
 from pycocotools import mask as mask_util
 
-from dimaskdino.data.validation.rle import Rle, Size, checked_rle
+from dimaskdino.data.coco_file import MOST_PIXELS, Json
+from dimaskdino.data.rle import Rle, Size, checked_rle
 
-Json = dict[str, Any]
 Extent = tuple[float, float, float, float]  # xyxy in pixels
 
 # Coordinates beyond this many image sides are refused: rasterizers allocate memory by them, or overflow.
 FARTHEST_SIDES = 10
-MOST_PIXELS = 2**16  # of a side
 # COCO's own boxes of crowd regions end at the last pixel's index, one less than those of its objects.
 TOLERANCE_PX = 1.01
 # An area is that of the polygons or of the pixels; for thin objects these differ by much.

@@ -10,7 +10,7 @@ from detectron2.data import MetadataCatalog
 
 from dimaskdino.data.datasets import register_all
 from dimaskdino.data.images import Header, read_header, read_image, size_problem
-from dimaskdino.data.mapper import build_mapper
+from dimaskdino.data.transforms import check_color_distortion
 from dimaskdino.data.validation.coco import UNLISTED, Found
 from dimaskdino.data.validation.dataset import Dataset, Picture, open_dataset, open_file
 from dimaskdino.data.validation.files import check_images_exist, exif_note
@@ -51,7 +51,7 @@ def check_datasets(cfg: CfgNode, *, train: bool = True, test: bool = True, with_
     if test and not train and not cfg.DATASETS.TEST:
         raise ConfigError("DATASETS.TEST names no dataset to evaluate on; set it, for example to ('coco_2017_val',).")
     if train:
-        build_mapper(cfg, is_train=True)
+        check_color_distortion(cfg)
     trained, tested = cfg.DATASETS.TRAIN if train else (), cfg.DATASETS.TEST if test else ()
     classes: dict[str, tuple[str, ...]] = {}
     left = cfg.DATASETS.MAX_IMAGES or None
