@@ -195,15 +195,14 @@ class _Canvas:
 
     def outline(self, picture: np.ndarray) -> None:
         """Draw the rims of masks and boxes into the picture, each over a wider dark line."""
-        line = max(1, round(min(self.size) / 350))
+        line = max(2, round(min(self.size) / 350))
         for index in self.largest_first:
             rims = () if self.masks is None else _rims(self.mask(index))
-            for color, halo in ((HALO, 2), (self.colors[index], 0)):
-                cv2.drawContours(picture, rims, -1, color, line + halo, cv2.LINE_AA)
+            for color, thickness in ((HALO, line + 2), (self.colors[index], line)):
+                cv2.drawContours(picture, rims, -1, color, thickness, cv2.LINE_AA)
                 if self.boxes is not None:
-                    # OpenCV's coordinates overflow far outside the picture. Beside masks, boxes are thin.
+                    # OpenCV's coordinates overflow far outside the picture.
                     x0, y0, x1, y1 = self.boxes[index].clip(-9999, 32767).round().astype(int).tolist()
-                    thickness = (line if self.masks is None else max(1, line // 2)) + halo
                     cv2.rectangle(picture, (x0, y0), (x1, y1), color, thickness)
 
     def add_labels(self, picture: np.ndarray, objects: Objects) -> np.ndarray:
