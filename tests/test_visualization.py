@@ -53,6 +53,13 @@ def test_a_box_without_a_mask_is_outlined() -> None:
     np.testing.assert_array_equal(picture[100, 100], 51)
 
 
+def test_an_object_without_a_box_is_drawn_by_its_mask() -> None:
+    objects = square()
+    without = Objects(classes=objects.classes, names=objects.names, boxes=np.full((1, 4), np.nan), masks=objects.masks)
+    expected = draw_objects(GRAY, square(boxes=False), width=300)
+    np.testing.assert_array_equal(draw_objects(GRAY, without, width=300), expected)
+
+
 def test_the_largest_object_is_drawn_first() -> None:
     small, large = np.zeros((2, 200, 300), dtype=bool)
     small[60:140, 60:140], large[20:180, 20:280] = True, True
