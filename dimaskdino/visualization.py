@@ -38,7 +38,7 @@ class Objects:
         classes: class index of each.
         names: class name of each.
         scores: in [0, 1]; None for ground truth.
-        boxes: (N, 4) xyxy px; None for segments, which have masks alone.
+        boxes: (N, 4) xyxy px, nan for an object without one; None for segments, which have masks alone.
         masks: (N, H, W) bool; None for objects with boxes alone.
     """
 
@@ -110,7 +110,7 @@ def draw_objects(
     canvas = _Canvas(
         size=size,
         colors=[class_color(index if by_instance else label) for index, label in enumerate(objects.classes)],
-        boxes=None if objects.boxes is None else np.nan_to_num(objects.boxes.reshape(-1, 4)) * scale,
+        boxes=None if objects.boxes is None else np.asarray(objects.boxes, dtype=float).reshape(-1, 4) * scale,
         masks=objects.masks,
     )
     picture = canvas.tint(picture)
@@ -170,6 +170,13 @@ class _Canvas:
         resized = cv2.resize(self.masks[index].astype(np.float32), self.size, interpolation=cv2.INTER_LINEAR)
         return (resized > 0.5).astype(np.uint8)
 
+    def box(self, index: int) -> Box | None:
+        """A box xyxy in px of the picture, if the object has one."""
+        if self.boxes is None or not np.isfinite(self.boxes[index]).all():
+            return None
+        x0, y0, x1, y1 = self.boxes[index].tolist()
+        return x0, y0, x1, y1
+
     @functools.cached_property
     def largest_first(self) -> list[int]:
         """The objects in the order in which they are drawn."""
@@ -195,15 +202,14 @@ class _Canvas:
 
     def outline(self, picture: np.ndarray) -> None:
         """Draw the rims of masks and boxes into the picture, each over a wider dark line."""
-        line = max(1, round(min(self.size) / 350))
+        line = max(2, round(min(self.size) / 350))
         for index in self.largest_first:
             rims = () if self.masks is None else _rims(self.mask(index))
-            for color, halo in ((HALO, 2), (self.colors[index], 0)):
-                cv2.drawContours(picture, rims, -1, color, line + halo, cv2.LINE_AA)
-                if self.boxes is not None:
-                    # OpenCV's coordinates overflow far outside the picture. Beside masks, boxes are thin.
-                    x0, y0, x1, y1 = self.boxes[index].clip(-9999, 32767).round().astype(int).tolist()
-                    thickness = (line if self.masks is None else max(1, line // 2)) + halo
+            for color, thickness in ((HALO, line + 2), (self.colors[index], line)):
+                cv2.drawContours(picture, rims, -1, color, thickness, cv2.LINE_AA)
+                if (box := self.box(index)) is not None:
+                    # OpenCV's coordinates overflow far outside the picture.
+                    x0, y0, x1, y1 = np.clip(box, -9999, 32767).round().astype(int).tolist()
                     cv2.rectangle(picture, (x0, y0), (x1, y1), color, thickness)
 
     def add_labels(self, picture: np.ndarray, objects: Objects) -> np.ndarray:
@@ -228,8 +234,8 @@ class _Canvas:
 
     def _places(self, index: int, size: tuple[float, float]) -> Iterable[tuple[float, float]]:
         """Places for the label of an object, the best first."""
-        if self.boxes is not None:
-            return _places_at_box(tuple(self.boxes[index].tolist()), size)
+        if (box := self.box(index)) is not None:
+            return _places_at_box(box, size)
         return () if self.masks is None else _places_in_mask(self.mask(index), size)
 
 

@@ -1,6 +1,5 @@
 """What a dataset is scored by, and whether its classes are those that the model was trained on."""
 
-import json
 import os
 
 from detectron2.config import CfgNode
@@ -8,6 +7,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils.registry import Registry
 
+from dimaskdino.data.validation.coco import category_names, read_json
 from dimaskdino.errors import DatasetError
 from dimaskdino.evaluation.coco import CocoEvaluator
 from dimaskdino.evaluation.layerwise import LayerwiseEvaluator
@@ -70,10 +70,8 @@ def class_names(dataset_name: str) -> list[str]:
     metadata = MetadataCatalog.get(dataset_name)
     names, file = metadata.get("thing_classes"), metadata.get("json_file")
     if names is None and file and os.path.isfile(file):
-        # register_coco_instances learns the classes, in the order of their ids, when the file is read.
-        with open(file, encoding="utf-8-sig") as opened:
-            categories = json.load(opened)["categories"]
-        names = [category["name"] for category in sorted(categories, key=lambda category: category["id"])]
+        # register_coco_instances learns the classes when it loads the file.
+        names = category_names(read_json(file)).values()
     return list(names or [])
 
 

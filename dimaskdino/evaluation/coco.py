@@ -84,7 +84,7 @@ class CocoEvaluator(DatasetEvaluator):
             "%s: AP counts %d detections of a class in an image, as COCO defines it; AP@%d counts %d.",
             *(name, COCO_LIMIT, self._limit, self._limit),
         )
-        hidden = sum(count - COCO_LIMIT for count in counts if count > COCO_LIMIT)
+        hidden = sum(max(count - COCO_LIMIT, 0) for count in counts)
         if hidden:
             logger.warning(
                 "%s has up to %d objects of a class in an image: AP cannot count %d of its %d objects; AP@%d does.",

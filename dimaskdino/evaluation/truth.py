@@ -186,7 +186,7 @@ def _fill_areas(coco: hotcoco.COCO, annotations: list[Json]) -> None:
         if "segmentation" in annotation:
             annotation["area"] = float(hotcoco.mask.area(coco.ann_to_rle(annotation)))
         else:
-            _, _, width, height = annotation["bbox"] or (0, 0, 0, 0)
+            width, height = annotation["bbox"][2:]
             annotation["area"] = float(width * height)
 
 

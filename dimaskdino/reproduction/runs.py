@@ -10,8 +10,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import yaml
-
 from dimaskdino.config import Config, get_cfg, read_yaml
 from dimaskdino.errors import ConfigError, UserError
 from dimaskdino.evaluation.speed import SPEED_FILE
@@ -287,8 +285,12 @@ def _records(path: Path, holding: str, *, last_bytes: int = 0) -> Iterator[dict[
 
 
 def _plain(cfg: Config) -> dict[str, Any]:
-    """Values by dotted key as YAML holds them: it has no tuples."""
-    return dict(_leaves(yaml.safe_load(cfg.dump())))
+    """Values by dotted key, with lists for tuples, which YAML does not have."""
+    return {key: _listed(value) for key, value in _leaves(cfg)}
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

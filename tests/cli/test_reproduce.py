@@ -100,8 +100,9 @@ def test_the_plan_of_everything_lists_every_run_once(run, tmp_path: Path) -> Non
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("table", paper_tables().values(), ids=lambda table: table.name)
-def test_every_table_is_planned_and_collected(table, run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["table1", "table5", "figure1"])
+def test_a_table_is_planned_and_collected_before_any_run(name, run, tmp_path: Path) -> None:
+    table = paper_tables()[name]
     datasets = [f"--dataset={dataset}" for dataset in table.datasets]
     planned = run(SCRIPT, table.name, *datasets, "--dry-run", "--output", tmp_path)
     assert planned.status == 0

@@ -14,6 +14,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
 from pycocotools import mask as mask_api
@@ -23,7 +24,13 @@ from pycocotools.cocoeval import COCOeval
 from dimaskdino.config import get_cfg
 from dimaskdino.data.validation.start import check_datasets
 from dimaskdino.errors import DatasetError, UserError
-from dimaskdino.evaluation import CocoEvaluator, LayerwiseEvaluator, build_evaluator, check_classes
+from dimaskdino.evaluation import (
+    EVALUATOR_REGISTRY,
+    CocoEvaluator,
+    LayerwiseEvaluator,
+    build_evaluator,
+    check_classes,
+)
 from dimaskdino.evaluation.coco import coco_precision
 from dimaskdino.evaluation.truth import make_truth
 
@@ -404,6 +411,26 @@ def test_cocos_limit_stands_alone_where_it_is_enough(dataset: str, tmp_path: Pat
     with caplog.at_level("INFO"):
         assert not [key for key in scores_of(evaluator, perfect())["bbox"] if "@" in key]
     assert "@" not in caplog.text
+
+
+class CountsImages(DatasetEvaluator):
+    """An evaluator of a user's own."""
+
+    def __init__(self, cfg: Any, dataset_name: str, output_folder: str) -> None:
+        self.built_from = (cfg, dataset_name, output_folder)
+
+
+def test_a_registered_evaluator_scores_datasets_of_its_type(register: Callable[..., str], monkeypatch: Any) -> None:
+    monkeypatch.setitem(EVALUATOR_REGISTRY._obj_map, "count_images", CountsImages)
+    cfg, name = get_cfg(), register("mine", list, thing_classes=["cat"], evaluator_type="count_images")
+    evaluator = build_evaluator(cfg, name, "out")
+    assert isinstance(evaluator, CountsImages)
+    assert evaluator.built_from == (cfg, name, "out")
+
+
+def test_a_dataset_of_an_unknown_type_is_scored_by_ap(dataset: str, tmp_path: Path) -> None:
+    MetadataCatalog.get(dataset).evaluator_type = "lvis"
+    assert isinstance(build_evaluator(get_cfg(), dataset, str(tmp_path)), CocoEvaluator)
 
 
 def order_case(register: Callable[..., str], **files: str) -> Any:
