@@ -1,4 +1,7 @@
-"""Names of weights in DINO's release and in detrex, and the classes that their rows stand for."""
+"""Names of weights in DINO's release and in detrex, and the classes that their rows stand for.
+
+In the tables, as in those of names.py, the first row that fits is taken.
+"""
 
 import math
 import re
@@ -9,25 +12,19 @@ import torch
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from torch import Tensor
 
-from dimaskdino.checkpoint.names import DECODER, ENCODER, _count, _expand, _pattern
+from dimaskdino.checkpoint.names import DECODER, ENCODER, Table, count_modules, expand_name, is_class_key, name_pattern
 from dimaskdino.errors import CheckpointError
 
 Source = Literal["dino", "detrex"]
-# Rows are (ours, theirs, further names of the same tensor there), as in names.py; the first one that fits is taken.
-_Table = tuple[tuple[str, ...], ...]
-
-_IN_DETREX = "neck."
-_ONLY_DINO = re.compile(r"(?:backbone\.0|transformer|input_proj|label_enc|neck)\.")
 _SELECTION = DECODER + "selection_heads."
 _LABELS = DECODER + "denoising.label_embed.weight"
-_CLASSES = re.compile(re.escape(DECODER) + r"(?:(?:selection_)?heads\.(?:\d+\.)?class_embed|denoising\.label_embed)\.")
 # DINO's release has an output for each number up to COCO's largest category id, 80 of which occur.
 COCO_OUTPUTS = 91
 COCO_IDS = [category["id"] for category in COCO_CATEGORIES if category["isthing"]]
 # The logit of classes that never occur.
 _NEVER = -math.log(99)
 
-_COMMON: _Table = (
+_COMMON: Table = (
     (DECODER + "selection.proj", "transformer.enc_output"),
     (DECODER + "selection.norm", "transformer.enc_output_norm"),
     (DECODER + "query_feat", "transformer.tgt_embed"),
@@ -35,14 +32,14 @@ _COMMON: _Table = (
     (DECODER + "query_pos", "transformer.decoder.ref_point_head"),
     (DECODER + "denoising.label_embed", "label_enc"),
 )
-_SEPARATE_HEADS: _Table = tuple(
+_SEPARATE_HEADS: Table = tuple(
     (f"{DECODER}heads.{{i}}.{ours}", f"transformer.decoder.{theirs}.{{i}}", f"{theirs}.{{i}}")
     for ours, theirs in (("class_embed", "class_embed"), ("box_embed", "bbox_embed"))
 )
-_SHARED_HEADS: _Table = tuple(
+_SHARED_HEADS: Table = tuple(
     tuple(name.replace("heads.{i}", "heads.0").replace("{i}", "{layer}") for name in row) for row in _SEPARATE_HEADS
 )
-_TORCHVISION: _Table = (
+_TORCHVISION: Table = (
     ("backbone.stem.conv1.norm", "backbone.0.body.bn1"),
     ("backbone.stem.conv1", "backbone.0.body.conv1"),
     *(
@@ -56,7 +53,7 @@ _TORCHVISION: _Table = (
         )
     ),
 )
-_DINO: _Table = (
+_DINO: Table = (
     *_COMMON,
     (ENCODER + "level_embed", "transformer.level_embed"),
     (ENCODER + "layers.{i}", "transformer.encoder.layers.{i}"),
@@ -77,7 +74,7 @@ _DECODER_PARTS = {
     "norm3": "norms.2",
 }
 _FEED_FORWARD = {"linear1": "ffns.0.layers.0.0", "linear2": "ffns.0.layers.1"}
-_DETREX: _Table = (
+_DETREX: Table = (
     *_COMMON,
     (ENCODER + "level_embed", "transformer.level_embeds"),
     *(
@@ -94,14 +91,9 @@ _DETREX: _Table = (
 def source_of(keys: Iterable[str]) -> Source | None:
     """Whose names the keys are: DINO's release's, detrex's, or neither's."""
     keys = list(keys)
-    if any(key.startswith(_IN_DETREX) for key in keys):
-        return "detrex"
-    return "dino" if any(_ONLY_DINO.match(key) for key in keys) else None
-
-
-def is_dino(keys: Iterable[str]) -> bool:
-    """Whether keys with our names are those of a DINO model."""
-    return any(key.startswith(DECODER + "heads.0.") for key in keys)
+    if not any(key.startswith("transformer.decoder.layers.") for key in keys):
+        return None
+    return "detrex" if any(key.startswith("neck.") for key in keys) else "dino"
 
 
 def from_dino(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -112,7 +104,7 @@ def from_dino(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         CheckpointError: two names of what is one tensor there hold different values.
     """
-    rows = [(_pattern(theirs), row[0]) for row in _table_of_file(state) for theirs in row[1:]]
+    rows = [(name_pattern(theirs), row[0]) for row in _table_of_file(state) for theirs in row[1:]]
     ours: dict[str, Tensor] = {}
     for key, value in state.items():
         name = _our_name(key, rows)
@@ -132,16 +124,18 @@ def to_dino(state: Mapping[str, Tensor], source: Source = "dino") -> dict[str, T
     Raises:
         CheckpointError: detrex has no shared heads.
     """
-    layers, heads = _count(state, DECODER + "layers."), _count(state, DECODER + "heads.")
+    layers, heads = count_modules(state, DECODER + "layers."), count_modules(state, DECODER + "heads.")
     if source == "detrex":
         if heads != layers:
-            raise CheckpointError("detrex has heads for each layer, but this model shares one set of heads.")
+            raise CheckpointError(
+                "detrex has heads for each layer, but this model shares one set (MODEL.DINO.SHARED_HEADS)."
+            )
         weights = {key: value for key, value in state.items() if re.match(r".*input_proj\.\d+\.0\.weight", key)}
         table = _detrex_table(layers, sum(value.shape[-1] == 1 for value in weights.values()), len(weights))
     else:
         table = (*(_SHARED_HEADS if heads == 1 else _SEPARATE_HEADS), *_DINO)
         state = _with_coco_rows(state)
-    rows = [(_pattern(row[0]), row[1:]) for row in table]
+    rows = [(name_pattern(row[0]), row[1:]) for row in table]
     theirs: dict[str, Tensor] = {}
     for key, value in state.items():
         theirs |= dict.fromkeys(_their_names(key, rows, layers), value)
@@ -150,14 +144,14 @@ def to_dino(state: Mapping[str, Tensor], source: Source = "dino") -> dict[str, T
 
 def pick_coco_rows(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Keep COCO's 80 classes, in their order, of outputs that are numbered by category id; names are ours."""
-    return {key: value[COCO_IDS] if _CLASSES.match(key) else value for key, value in state.items()}
+    return {key: value[COCO_IDS] if is_class_key(key) else value for key, value in state.items()}
 
 
 def _with_coco_rows(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The opposite of :func:`pick_coco_rows` for 80 classes, and one more row of labels for any number of them."""
     expanded = dict(state)
     for key, value in state.items():
-        if not _CLASSES.match(key):
+        if not is_class_key(key):
             continue
         if len(value) == len(COCO_IDS):
             expanded[key] = value.new_full((COCO_OUTPUTS, *value.shape[1:]), _NEVER if value.dim() == 1 else 0.0)
@@ -167,18 +161,18 @@ def _with_coco_rows(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return expanded
 
 
-def _table_of_file(state: Mapping[str, Tensor]) -> _Table:
+def _table_of_file(state: Mapping[str, Tensor]) -> Table:
     """The rows for the names of a file."""
     if source_of(state) == "detrex":
-        layers, convs = _count(state, "transformer.decoder.layers."), _count(state, "neck.convs.")
-        return _detrex_table(layers, convs, convs + _count(state, "neck.extra_convs."))
+        layers, convs = count_modules(state, "transformer.decoder.layers."), count_modules(state, "neck.convs.")
+        return _detrex_table(layers, convs, convs + count_modules(state, "neck.extra_convs."))
     heads = re.compile(r"transformer\.decoder\.(?:class|bbox)_embed\.\d+\.")
     firsts = ((value, state[re.sub(r"\d+", "0", key, count=1)]) for key, value in state.items() if heads.match(key))
     shared = all(value is first or torch.equal(value, first) for value, first in firsts)
     return (*(_SHARED_HEADS if shared else _SEPARATE_HEADS), *_DINO)
 
 
-def _detrex_table(layers: int, convs: int, levels: int) -> _Table:
+def _detrex_table(layers: int, convs: int, levels: int) -> Table:
     """Rows of detrex: it numbers the heads of the selection after those of the layers, and the extra levels from 0."""
     rows: list[tuple[str, ...]] = [
         (f"{_SELECTION}{ours}", f"transformer.decoder.{theirs}.{layers}", f"{theirs}.{layers}")
@@ -201,5 +195,5 @@ def _their_names(key: str, rows: list[tuple[re.Pattern[str], tuple[str, ...]]], 
     for pattern, templates in rows:
         if match := pattern.match(key):
             named = [template.replace("{i}", match[1] if match.groups() else "") for template in templates]
-            return [name + key[match.end() :] for each in named for name in _expand(each, {"{layer}": layers})]
+            return [name + key[match.end() :] for each in named for name in expand_name(each, {"{layer}": layers})]
     return [key]

@@ -12,7 +12,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
-from dimaskdino.checkpoint.dino import from_dino
+from dimaskdino.checkpoint import from_release
 from dimaskdino.config import Config, get_cfg
 from dimaskdino.modeling.registry import DENOISING_REGISTRY
 from dimaskdino.modeling.transformer_decoder import ContrastiveDenoising
@@ -115,7 +115,7 @@ def _detrex_options(name: str, values: dict[str, Any]) -> dict[str, Any]:
 @functools.cache
 def state(name: str) -> dict[str, Tensor]:
     """The made-up weights under our names."""
-    return from_dino(release(name).state_dict())
+    return from_release(release(name).state_dict())
 
 
 def model(name: str) -> nn.Module:
@@ -171,6 +171,13 @@ def our_stage(recorded_name: str) -> str:
     if recorded_name == "final":
         return "layer.2"
     return recorded_name.replace("aux", "layer.")
+
+
+def our_names(name: str) -> dict[str, str]:
+    """Our name of every tensor of a recorded model; a number in each finds it again."""
+    keys = [key for key in release(name).keys if key not in release(name).alias]
+    ours = from_release({key: torch.full((2,), index) for index, key in enumerate(keys)})
+    return {keys[int(value[0])]: key for key, value in ours.items()}
 
 
 def our_loss(recorded_name: str) -> str:

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from dimaskdino.checkpoint.dino import from_dino
 from dimaskdino.structures import DecoderOutput, StagePrediction
 from tests.parity.dino import (
     NAMES,
@@ -16,11 +15,11 @@ from tests.parity.dino import (
     images,
     model,
     our_loss,
+    our_names,
     our_stage,
     recorded,
     training_batch,
 )
-from tests.parity.releases import release
 
 EVALUATIONS = [(name, case) for name in NAMES for case in ("eval", "odd", "pad") if f"{case}/tokens" in recorded(name)]
 TRAININGS = [
@@ -122,8 +121,8 @@ def test_every_weighted_loss_is_the_same(steps, name, case):
 def test_every_gradient_has_the_same_norm(steps, name, case):
     data, ours = recorded(name), steps[name, case].gradients
     norms = zip(data[f"{case}/grad_names"], data[f"{case}/grad_norms"], strict=True)
-    named = {str(key): torch.tensor(norm) for key, norm in norms}
-    expected = _our_names(name, named)
+    names = our_names(name)
+    expected = {names[str(key)]: float(norm) for key, norm in norms}
     assert set(ours) == set(expected)
     different = {
         key: (ours[key].norm().item(), norm)
@@ -131,14 +130,6 @@ def test_every_gradient_has_the_same_norm(steps, name, case):
         if not math.isclose(ours[key].norm().item(), norm, rel_tol=1e-3)
     }
     assert not different
-
-
-def _our_names(name: str, values: dict[str, Tensor]) -> dict[str, float]:
-    """Values by a release's parameter names under ours: the tensors of its whole state carry them."""
-    carriers = {key: torch.full((2,), i) for i, key in enumerate(release(name).keys) if key not in release(name).alias}
-    index_of = {int(value[0]): key for key, value in from_dino(carriers).items()}
-    names = {their: index_of[i] for i, their in enumerate(release(name).keys) if i in index_of}
-    return {names[key]: value.item() for key, value in values.items()}
 
 
 @pytest.mark.parametrize(("name", "case"), [pair for pair in TRAININGS if f"{pair[1]}/dn/boxes" in recorded(pair[0])])
