@@ -1,12 +1,22 @@
 #!/usr/bin/env python
-"""Convert a checkpoint between the names of the public MaskDINO and DI-MaskDINO releases and ours."""
+"""Convert a checkpoint between the names of the MaskDINO, DI-MaskDINO and DINO releases, or of detrex, and ours."""
 
 import argparse
 import logging
 from pathlib import Path
 from typing import Any
 
-from dimaskdino.checkpoint import DESCRIPTIONS, from_release, is_release, read_weights, to_release, write_weights
+from dimaskdino.checkpoint import (
+    DESCRIPTIONS,
+    from_release,
+    is_release,
+    pick_coco_rows,
+    read_weights,
+    to_release,
+    write_weights,
+)
+from dimaskdino.checkpoint.dino import COCO_OUTPUTS
+from dimaskdino.checkpoint.fitting import num_classes
 from dimaskdino.errors import CheckpointError, run_cli
 
 HEADS = "sem_seg_head."
@@ -17,7 +27,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("input", type=Path, metavar="IN", help="a checkpoint with either's names")
     parser.add_argument("output", type=Path, metavar="OUT", help="the file to write; .safetensors for that format")
-    parser.add_argument("--to", choices=("release", "ours"), required=True, help="the names to write")
+    parser.add_argument("--to", choices=("release", "detrex", "ours"), required=True, help="the names to write")
     parser.add_argument("--strip", action="store_true", help="write only the weights, without the training state")
     parser.add_argument("--trust", action="store_true", help="read a file that runs code; only if you trust its author")
     return parser.parse_args()
@@ -28,7 +38,7 @@ def convert(content: dict[str, Any], *, to: str, strip: bool) -> tuple[dict[str,
 
     Args:
         content: what :func:`read_weights` returns.
-        to: "release" or "ours".
+        to: "release", "detrex" (a DINO model) or "ours".
         strip: keep only the weights and what describes them.
 
     Returns:
@@ -40,19 +50,23 @@ def convert(content: dict[str, Any], *, to: str, strip: bool) -> tuple[dict[str,
     state = content["model"]
     kept = {key: content[key] for key in DESCRIPTIONS if key in content}
     others = {key: value for key, value in content.items() if key not in ("model", *DESCRIPTIONS)}
-    if not any(key.startswith(HEADS) for key in state):
+    if not (is_release(state) or any(key.startswith(HEADS) for key in state)):
         written = {"model": state, **kept, **({} if strip else others)}
-        return written, "The file has no heads of MaskDINO or DI-MaskDINO; names are kept."
-    renamed = is_release(state) != (to == "release")
-    ours = from_release(state)
-    written = {"model": to_release(ours) if to == "release" else ours, **kept}
+        return written, "The file has no heads of MaskDINO, DI-MaskDINO or DINO; names are kept."
+    ours, remark = from_release(state), ""
+    if to == "ours" and num_classes(ours) == COCO_OUTPUTS:
+        ours = pick_coco_rows(ours)
+        remark = (
+            f"Of {COCO_OUTPUTS} outputs, numbered by category id, took those of COCO's {num_classes(ours)} categories."
+        )
+    written = {"model": ours if to == "ours" else to_release(ours, detrex=to == "detrex"), **kept}
     if not others:
-        return written, ""
-    if not (strip or renamed):
-        return {**written, **others}, ""
+        return written, remark
+    if not strip and written["model"].keys() == state.keys():
+        return {**written, **others}, remark
     # An optimizer's state is in the order of its model's parameters, and the two codes order them differently.
     reason = "as asked" if strip else "because it is in the order of the other code's parameters"
-    return written, f"Left out the training state {reason}: {', '.join(others)}."
+    return written, f"{remark} Left out the training state {reason}: {', '.join(others)}.".strip()
 
 
 def main() -> None:

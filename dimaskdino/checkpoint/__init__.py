@@ -1,8 +1,9 @@
 """Weight files: reading them safely, the names that others use, and fitting them to the model."""
 
 from dimaskdino.checkpoint.checkpointer import Checkpointer
-from dimaskdino.checkpoint.names import from_release, is_release, to_release
+from dimaskdino.checkpoint.dino import pick_coco_rows
 from dimaskdino.checkpoint.reading import DESCRIPTIONS, class_names_of, read_weights, write_weights
+from dimaskdino.checkpoint.releases import from_release, is_release, to_release
 
 __all__ = [
     "DESCRIPTIONS",
@@ -10,6 +11,7 @@ __all__ = [
     "class_names_of",
     "from_release",
     "is_release",
+    "pick_coco_rows",
     "read_weights",
     "to_release",
     "write_weights",

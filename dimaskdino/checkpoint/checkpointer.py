@@ -11,9 +11,11 @@ from fvcore.common.checkpoint import Checkpointer as FvcoreCheckpointer
 from torch import Tensor, nn
 
 from dimaskdino.checkpoint.backbones import match_backbone
+from dimaskdino.checkpoint.dino import COCO_IDS, COCO_OUTPUTS, pick_coco_rows
 from dimaskdino.checkpoint.fitting import BACKBONE, Misfit, num_classes
-from dimaskdino.checkpoint.names import CLASS_KEYS, from_release, is_release
+from dimaskdino.checkpoint.names import is_class_key
 from dimaskdino.checkpoint.reading import AUTHOR, CLASS_NAMES, class_names_of, read_weights, replacing, write_weights
+from dimaskdino.checkpoint.releases import from_release, is_release
 from dimaskdino.errors import CheckpointError
 
 _SHOWN_NAMES = 20
@@ -22,8 +24,9 @@ _SHOWN_NAMES = 20
 class Checkpointer(DetectionCheckpointer):
     """A DetectionCheckpointer that knows the releases' names, loads all weights or says why not, and runs no code.
 
-    It loads our own checkpoints, those of the MaskDINO and DI-MaskDINO releases, and backbones or classifiers from
-    detectron2's model zoo, torchvision, timm and Swin's authors; from local files, http(s):// and detectron2://.
+    It loads our own checkpoints, those of the MaskDINO, DI-MaskDINO and DINO releases and of detrex's DINO, and
+    backbones or classifiers from detectron2's model zoo, torchvision, timm and Swin's authors; from local files,
+    http(s):// and detectron2://.
 
     Args:
         model: what to load into and save; a (Distributed)DataParallel wrapper is looked through.
@@ -190,6 +193,9 @@ class Checkpointer(DetectionCheckpointer):
         if is_release(state):
             self.logger.info("The file has the names of the public releases; they are renamed to ours.")
             state = from_release(state)
+            if num_classes(state) == COCO_OUTPUTS and num_classes(model_state) == len(COCO_IDS):
+                self.logger.info("Its outputs are numbered by category id; those of COCO's 80 categories are taken.")
+                state = pick_coco_rows(state)
         elif not any(key in model_state and not key.startswith(BACKBONE) for key in state):
             if not may_differ:
                 raise CheckpointError("The file holds no weights of this model's heads; give a trained model.")
@@ -207,7 +213,7 @@ class Checkpointer(DetectionCheckpointer):
     ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         """Leave out the weights that depend on the classes, if these differ."""
         other_names = bool(names and self.class_names and names != self.class_names)
-        shared = [key for key in CLASS_KEYS if key in state and key in model_state]
+        shared = [key for key in state if is_class_key(key) and key in model_state]
         fresh = [key for key in shared if other_names or state[key].shape != model_state[key].shape]
         if not fresh:
             return state, model_state

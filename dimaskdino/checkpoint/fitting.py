@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dimaskdino.checkpoint.names import CLASS_KEYS, DECODER, ENCODER
+from dimaskdino.checkpoint.names import DECODER, ENCODER, is_class_key, is_dino
 
 State = Mapping[str, Tensor]
 
@@ -68,8 +68,7 @@ class Misfit:
 
 def num_classes(state: State) -> int | None:
     """Rows of the class head."""
-    weight = state.get(CLASS_KEYS[0])
-    return None if weight is None else len(weight)
+    return next((len(weight) for key, weight in state.items() if is_class_key(key)), None)
 
 
 def describe_backbone(state: State) -> str:
@@ -125,7 +124,7 @@ def _backbone(misfit: Misfit) -> str:
 
 
 def _classes(misfit: Misfit) -> str:
-    if not any(key in misfit.reshaped for key in CLASS_KEYS):
+    if not any(is_class_key(key) for key in misfit.reshaped):
         return ""
     return (
         f"the file was trained for {num_classes(misfit.state)} classes, MODEL.SEM_SEG_HEAD.NUM_CLASSES asks for "
@@ -134,6 +133,9 @@ def _classes(misfit: Misfit) -> str:
 
 
 def _architecture(misfit: Misfit) -> str:
+    if is_dino(misfit.state) != is_dino(misfit.model_state):
+        file, model = ("of DINO", "of another model") if is_dino(misfit.state) else ("of another model", "of DINO")
+        return f"the file is {file}, the configuration {model} (MODEL.META_ARCHITECTURE)"
     parts = {"De-Imbalance": DECODER + "de_imbalance.", "BATO": DECODER + "bato."}
     in_file = [name for name, prefix in parts.items() if any(key.startswith(prefix) for key in misfit.unexpected)]
     in_model = [name for name, prefix in parts.items() if any(key.startswith(prefix) for key in misfit.missing)]
@@ -146,23 +148,25 @@ def _architecture(misfit: Misfit) -> str:
     return f"{'; '.join(texts)} ({key})" if texts else ""
 
 
-def _number_of_layers(prefix: str, key: str) -> Callable[[Misfit], str]:
+def _number_of_layers(prefix: str, key: str, key_of_dino: str) -> Callable[[Misfit], str]:
     def cause(misfit: Misfit) -> str:
         in_file, in_model = (
             len({k.removeprefix(prefix).split(".")[0] for k in state if k.startswith(prefix)})
             for state in (misfit.state, misfit.model_state)
         )
-        return f"{in_file} layers in the file, {in_model} in the model ({key})" if in_file != in_model else ""
+        name = key_of_dino if is_dino(misfit.model_state) else key
+        return f"{in_file} layers in the file, {in_model} in the model ({name})" if in_file != in_model else ""
 
     return cause
 
 
-def _size(pattern: str, key: str) -> Callable[[Misfit], str]:
+def _size(pattern: str, key: str, key_of_dino: str) -> Callable[[Misfit], str]:
     def cause(misfit: Misfit) -> str:
         found = next((k for k in misfit.reshaped if re.search(pattern, k)), None)
         if found is None:
             return ""
-        return f"{key} is {misfit.model_state[found].shape[0]} but {misfit.state[found].shape[0]} in the file"
+        name = key_of_dino if is_dino(misfit.model_state) else key
+        return f"{name} is {misfit.model_state[found].shape[0]} but {misfit.state[found].shape[0]} in the file"
 
     return cause
 
@@ -172,18 +176,31 @@ def _two_stage(misfit: Misfit) -> str:
     differs = keys & {DECODER + "query_feat.weight", DECODER + "query_embed.weight"}
     if not differs and not any(key.startswith(DECODER + "selection.") for key in keys):
         return ""
+    if is_dino(misfit.model_state):
+        return "another selection of queries (MODEL.DINO.QUERY_SELECTION)"
     return "one-stage and two-stage queries (MODEL.MaskDINO.TWO_STAGE, LEARN_TGT)"
 
 
+def _shared_heads(misfit: Misfit) -> str:
+    separate = [
+        any(key.startswith(DECODER + "heads.1.") for key in state) for state in (misfit.state, misfit.model_state)
+    ]
+    if separate[0] == separate[1] or not is_dino(misfit.model_state):
+        return ""
+    return f"heads {'of each layer' if separate[0] else 'that layers share'} in the file (MODEL.DINO.SHARED_HEADS)"
+
+
+_WIDTH = "MODEL.DINO.DIM_FEEDFORWARD"
 _CAUSES: tuple[Callable[[Misfit], str], ...] = (
     _backbone,
     _classes,
     _architecture,
-    _number_of_layers(DECODER + "layers.", "MODEL.MaskDINO.DEC_LAYERS"),
-    _number_of_layers(ENCODER + "layers.", "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS"),
-    _size(re.escape(DECODER) + r"layers\.\d+\.linear1\.weight", "MODEL.MaskDINO.DIM_FEEDFORWARD"),
-    _size(re.escape(ENCODER) + r"layers\.\d+\.linear1\.weight", "MODEL.SEM_SEG_HEAD.DIM_FEEDFORWARD"),
-    _size(re.escape(ENCODER) + "level_embed", "MODEL.SEM_SEG_HEAD.TOTAL_NUM_FEATURE_LEVELS"),
-    _size(re.escape(DECODER) + r"query_(?:feat|embed)", "MODEL.MaskDINO.NUM_OBJECT_QUERIES"),
+    _number_of_layers(DECODER + "layers.", "MODEL.MaskDINO.DEC_LAYERS", "MODEL.DINO.DEC_LAYERS"),
+    _number_of_layers(ENCODER + "layers.", "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS", "MODEL.DINO.ENC_LAYERS"),
+    _size(re.escape(DECODER) + r"layers\.\d+\.linear1\.weight", "MODEL.MaskDINO.DIM_FEEDFORWARD", _WIDTH),
+    _size(re.escape(ENCODER) + r"layers\.\d+\.linear1\.weight", "MODEL.SEM_SEG_HEAD.DIM_FEEDFORWARD", _WIDTH),
+    _size(re.escape(ENCODER) + "level_embed", "MODEL.SEM_SEG_HEAD.TOTAL_NUM_FEATURE_LEVELS", "MODEL.DINO.NUM_LEVELS"),
+    _size(re.escape(DECODER) + r"query_(?:feat|embed)", "MODEL.MaskDINO.NUM_OBJECT_QUERIES", "MODEL.DINO.NUM_QUERIES"),
     _two_stage,
+    _shared_heads,
 )

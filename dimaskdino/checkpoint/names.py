@@ -16,6 +16,8 @@ CLASS_KEYS = (
     DECODER + "heads.class_embed.bias",
     DECODER + "denoising.label_embed.weight",
 )
+# These, and DINO's, which has several heads.
+_BY_CLASS = re.compile(re.escape(DECODER) + r"(?:(?:selection_)?heads\.(?:\d+\.)?class_embed|denoising\.label_embed)\.")
 
 # Rows are (ours, theirs, further names of the same tensor there). A name stands for the key itself and for every key
 # below it. {i} is any number and {i+1} the next; {layer} and {di} run over decoder and token-interaction layers.
@@ -69,13 +71,24 @@ CRITERION_KEY = "criterion.empty_weight"
 NO_OBJECT_WEIGHT = 0.1
 
 
-def _pattern(name: str) -> re.Pattern[str]:
+def name_pattern(name: str) -> re.Pattern[str]:
+    """What matches a name of a table and every key below it; numbers are its groups."""
     return re.compile(re.sub(r"\\\{[a-z]+(\\\+1)?\\\}", r"(\\d+)", re.escape(name)) + r"(?=\.|$)")
+
+
+def is_class_key(key: str) -> bool:
+    """Whether a weight, by our name, has a row for each class."""
+    return _BY_CLASS.match(key) is not None
+
+
+def is_dino(keys: Iterable[str]) -> bool:
+    """Whether keys with our names are those of a DINO model."""
+    return any(key.startswith(DECODER + "heads.0.") for key in keys)
 
 
 # {theirs: ours} over all releases.
 _PAIRS = {theirs: row[0] for table in RELEASES.values() for row in table for theirs in row[1:]}
-_TO_OURS = [(_pattern(theirs), ours, "{i+1}" in theirs) for theirs, ours in _PAIRS.items()]
+_TO_OURS = [(name_pattern(theirs), ours, "{i+1}" in theirs) for theirs, ours in _PAIRS.items()]
 
 
 def our_name(key: str) -> str:
@@ -117,8 +130,11 @@ def from_release(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def to_release(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename our state dict to the names of its model's release, with every alias that the release stores."""
     tables = (table for prefix, table in RELEASES.items() if any(key.startswith(prefix) for key in state))
-    rows = [(_pattern(row[0]), row[1:]) for row in next(tables, MASKDINO)]
-    sizes = {"{layer}": _count(state, DECODER + "layers."), "{di}": _count(state, DECODER + "de_imbalance.layers.")}
+    rows = [(name_pattern(row[0]), row[1:]) for row in next(tables, MASKDINO)]
+    sizes = {
+        "{layer}": count_modules(state, DECODER + "layers."),
+        "{di}": count_modules(state, DECODER + "de_imbalance.layers."),
+    }
     theirs = {name: value for key, value in state.items() for name in _release_names(key, rows, sizes)}
     labels = state.get(CLASS_KEYS[2], state.get(CLASS_KEYS[0]))
     if labels is not None:
@@ -137,17 +153,18 @@ def _release_names(
             number = int(match[1]) if match.groups() else 0
             for template in templates:
                 name = template.replace("{i}", str(number)).replace("{i+1}", str(number + 1))
-                names += [each + key[match.end() :] for each in _expand(name, sizes)]
+                names += [each + key[match.end() :] for each in expand_name(name, sizes)]
     return names or [key]
 
 
-def _expand(name: str, sizes: Mapping[str, int]) -> list[str]:
+def expand_name(name: str, sizes: Mapping[str, int]) -> list[str]:
+    """A name with each number of its placeholder, given how many there are; the name itself without one."""
     for placeholder, size in sizes.items():
         if placeholder in name:
             return [name.replace(placeholder, str(index)) for index in range(size)]
     return [name]
 
 
-def _count(state: Iterable[str], prefix: str) -> int:
+def count_modules(state: Iterable[str], prefix: str) -> int:
     """Number of distinct modules right below ``prefix``."""
     return len({key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)})

@@ -166,6 +166,56 @@ KEYS: dict[str, Any] = {
     # These two say which class head a release's semantic or panoptic model has.
     "MODEL.MaskDINO.TEST.SEMANTIC_ON": True,
     "MODEL.MaskDINO.TEST.PANOPTIC_ON": False,
+    # --- DINO (MODEL.META_ARCHITECTURE DINO), which reads MODEL.SEM_SEG_HEAD.NUM_CLASSES and these alone ---
+    # Encoder and decoder, by registered name.
+    "MODEL.DINO.ENCODER_NAME": "DINOEncoder",
+    "MODEL.DINO.DECODER_NAME": "DINODecoder",
+    # Backbone features that become tokens, and levels including those that stride-2 convolutions add.
+    "MODEL.DINO.IN_FEATURES": ["res3", "res4", "res5"],
+    "MODEL.DINO.NUM_LEVELS": 4,
+    # Width, attention heads, feed-forward width, and dropout of the encoder.
+    "MODEL.DINO.HIDDEN_DIM": 256,
+    "MODEL.DINO.NHEADS": 8,
+    "MODEL.DINO.DIM_FEEDFORWARD": 2048,
+    "MODEL.DINO.DROPOUT": 0.0,
+    # Layers of encoder and decoder.
+    "MODEL.DINO.ENC_LAYERS": 6,
+    "MODEL.DINO.DEC_LAYERS": 6,
+    # Sine positions of the tokens: ratio of the wavelengths, and what is added to a cell's number; detrex has 10000 and
+    # -0.5.
+    "MODEL.DINO.PE_TEMPERATURE": 20.0,
+    "MODEL.DINO.PE_OFFSET": 0.0,
+    # Pad images to a multiple of this many pixels, for backbones that need it (32 for detectron2's FPN).
+    "MODEL.DINO.SIZE_DIVISIBILITY": 1,
+    # Queries.
+    "MODEL.DINO.NUM_QUERIES": 900,
+    # Where queries come from: none (learned content and boxes), pure (selected tokens) or mixed (boxes of selected
+    # tokens, learned content).
+    "MODEL.DINO.QUERY_SELECTION": "mixed",
+    # Let the loss of a layer reach the boxes of the layer before.
+    "MODEL.DINO.LOOK_FORWARD_TWICE": True,
+    # One class head and one box head for all decoder layers; False gives each its own, as in detrex.
+    "MODEL.DINO.SHARED_HEADS": True,
+    # Denoising: contrastive, plain (no negatives) or no.
+    "MODEL.DINO.DN": "contrastive",
+    # Registered name of the part that makes denoising queries.
+    "MODEL.DINO.DN_NAME": "ContrastiveDenoising",
+    # Denoising queries of an image; contrastive denoising has as many positives and as many negatives.
+    "MODEL.DINO.DN_NUM": 100,
+    # A label is drawn anew with half this probability.
+    "MODEL.DINO.DN_LABEL_NOISE": 0.5,
+    # Scale of the box noise. The paper and the release's files say 0.4, but its trainings all ran with 1.0.
+    "MODEL.DINO.DN_BOX_NOISE": 1.0,
+    # Loss weights, and weights of the matching cost.
+    "MODEL.DINO.CLASS_WEIGHT": 1.0,
+    "MODEL.DINO.BOX_WEIGHT": 5.0,
+    "MODEL.DINO.GIOU_WEIGHT": 2.0,
+    "MODEL.DINO.COST_CLASS_WEIGHT": 2.0,
+    "MODEL.DINO.COST_BOX_WEIGHT": 5.0,
+    "MODEL.DINO.COST_GIOU_WEIGHT": 2.0,
+    # Focal loss of classes: weight of the target class, and exponent that plays down easy examples.
+    "MODEL.DINO.FOCAL_ALPHA": 0.25,
+    "MODEL.DINO.FOCAL_GAMMA": 2.0,
     # --- timm's backbones (MODEL.BACKBONE.NAME build_timm_backbone) ---
     # Any timm model that supports features_only.
     "MODEL.TIMM.NAME": "resnet50",

@@ -3,17 +3,17 @@
 import torch
 from torch import Tensor
 
-_EPS = 1e-5
+BOX_EPS = 1e-5
 _AREA_EPS = 1e-6
 
 
-def inverse_sigmoid(x: Tensor, eps: float = _EPS) -> Tensor:
+def inverse_sigmoid(x: Tensor, eps: float = BOX_EPS) -> Tensor:
     """Logit of values in [0, 1]; both x and 1 - x are kept at least ``eps``, so the result is finite."""
     x = x.clamp(min=0, max=1)
     return (x.clamp(min=eps) / (1 - x).clamp(min=eps)).log()
 
 
-def move_boxes(boxes: Tensor, delta: Tensor, eps: float = _EPS) -> Tensor:
+def move_boxes(boxes: Tensor, delta: Tensor, eps: float = BOX_EPS) -> Tensor:
     """Move boxes by offsets in logits.
 
     Args:

@@ -10,7 +10,9 @@ from dimaskdino.layers.ms_deform_attn_reference import (
     SpatialShapes,
     ms_deform_attn_fused_reference,
     ms_deform_attn_reference,
+    sampling_locations,
 )
+from dimaskdino.layers.padding import ValidCells
 from dimaskdino.layers.precision import to_autocast_dtype
 
 
@@ -176,22 +178,40 @@ class MSDeformAttn(nn.Module):
         with torch.no_grad():
             self.sampling_offsets.bias.copy_(offsets.expand(-1, self.num_levels, -1, -1).flatten())
 
-    def forward(self, query: Tensor, reference: Tensor, tokens: Tensor, spatial_shapes: SpatialShapes) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        reference: Tensor,
+        tokens: Tensor,
+        spatial_shapes: SpatialShapes,
+        valid: ValidCells | None = None,
+    ) -> Tensor:
         """Attend from each query to its samples around its reference.
 
         Args:
             query: (B, Q, C) content plus position.
-            reference: (B, Q, 2) points or (B, Q, 4) boxes cxcywh, normalised to the padded image. Offsets are in
-                pixels of each level for points, and in halves of the box size shared by the points for boxes.
+            reference: (B, Q, 2) points or (B, Q, 4) boxes cxcywh, normalised to the padded image, or, with ``valid``,
+                to the image itself. Offsets are in pixels of each level for points, and in halves of the box size
+                shared by the points for boxes.
             tokens: (B, S, C) the levels to sample from.
             spatial_shapes: (height, width) of each level.
+            valid: the cells on the images, where padding is to be ignored; its values count as zero.
 
         Returns:
             (B, Q, C).
         """
         batch, queries, _ = query.shape
-        value = self.value_proj(tokens).unflatten(-1, (self.num_heads, -1))
+        value = self.value_proj(tokens)
+        if valid is not None:
+            value = value.masked_fill(valid.is_padding[..., None], 0)
+        value = value.unflatten(-1, (self.num_heads, -1))
         shape = (batch, queries, self.num_heads, self.num_levels, self.num_points)
         offsets = self.sampling_offsets(query).view(*shape, 2)
         logits = self.attention_weights(query).view(shape)
-        return self.output_proj(ms_deform_attn_fused(value, spatial_shapes, reference, offsets, logits))
+        if valid is None:
+            return self.output_proj(ms_deform_attn_fused(value, spatial_shapes, reference, offsets, logits))
+        # The fused op takes one reference for all levels; padding covers another part of each.
+        ratios = valid.ratios[:, None].repeat(1, 1, 1, reference.shape[-1] // 2)
+        locations = sampling_locations(reference[:, :, None] * ratios, offsets.float(), spatial_shapes)
+        weights = logits.float().flatten(-2).softmax(-1).view(shape)
+        return self.output_proj(ms_deform_attn(value, spatial_shapes, locations, weights))

@@ -51,7 +51,7 @@ def sampling_locations(reference: Tensor, offsets: Tensor, spatial_shapes: Spati
     """Where offsets from references lie.
 
     Args:
-        reference: (B, Q, 2) points or (B, Q, 4) boxes cxcywh, normalised.
+        reference: (B, Q, 2) points or (B, Q, 4) boxes cxcywh, normalised; or one for each level, (B, Q, L, 2 or 4).
         offsets: (B, Q, H, L, P, 2); in pixels of each level for points, in halves of the box size shared by the P
             points for boxes.
         spatial_shapes: (height, width) of each level.
@@ -59,12 +59,16 @@ def sampling_locations(reference: Tensor, offsets: Tensor, spatial_shapes: Spati
     Returns:
         (B, Q, H, L, P, 2) as (x, y), normalised.
     """
-    center = reference[:, :, None, None, None, :2]
+    reference = reference[:, :, None] if reference.dim() == 3 else reference
+    center = reference[:, :, None, :, None, :2]
     if reference.shape[-1] == 4:
-        size = reference[:, :, None, None, None, 2:]
+        size = reference[:, :, None, :, None, 2:]
         return center + offsets / offsets.shape[-2] * size * 0.5
     # A level without tokens has no pixels to count in; nothing is sampled from it wherever the locations lie.
-    level_size = offsets.new_tensor([(max(width, 1), max(height, 1)) for height, width in spatial_shapes])
+    level_size = torch.tensor(
+        [(max(width, 1), max(height, 1)) for height, width in spatial_shapes], dtype=offsets.dtype
+    )
+    level_size = level_size.to(offsets.device, non_blocking=True)  # The device need not be waited for.
     return center + offsets / level_size.view(-1, 1, 2)
 
 

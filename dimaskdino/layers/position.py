@@ -8,10 +8,10 @@ from torch import Tensor
 _TEMPERATURE = 10000.0
 
 
-def _frequencies(num_channels: int, device: torch.device) -> Tensor:
+def _frequencies(num_channels: int, device: torch.device, temperature: float = _TEMPERATURE) -> Tensor:
     """(num_channels,) float32 wavelengths, each held by a sine and a cosine channel."""
     channel = torch.arange(num_channels, dtype=torch.float32, device=device)
-    return _TEMPERATURE ** (2 * torch.div(channel, 2, rounding_mode="floor") / num_channels)
+    return temperature ** (2 * torch.div(channel, 2, rounding_mode="floor") / num_channels)
 
 
 def _interleave_sin_cos(angles: Tensor) -> Tensor:
@@ -19,7 +19,17 @@ def _interleave_sin_cos(angles: Tensor) -> Tensor:
     return torch.stack((angles[..., 0::2].sin(), angles[..., 1::2].cos()), dim=-1).flatten(-2)
 
 
-def pixel_sine_embedding(height: int, width: int, dim: int, device: torch.device, eps: float = 1e-6) -> Tensor:
+def pixel_sine_embedding(
+    height: int,
+    width: int,
+    dim: int,
+    device: torch.device,
+    eps: float = 1e-6,
+    *,
+    temperature: float = _TEMPERATURE,
+    offset: float = 0.0,
+    counts: Tensor | None = None,
+) -> Tensor:
     """Sine embedding of the pixels of a feature map, positions normalised to (0, 2 pi].
 
     Args:
@@ -28,21 +38,26 @@ def pixel_sine_embedding(height: int, width: int, dim: int, device: torch.device
         dim: channels, an even number; the first half encodes y, the second half x.
         device: where the result lives.
         eps: added to the largest position before the division.
+        temperature: ratio of the longest wavelength to the shortest.
+        offset: added to positions, which count from 1; -0.5 gives the centres of pixels.
+        counts: (B, 2) columns and rows that lie on each image rather than on padding; positions end there at 2 pi.
 
     Returns:
-        (height * width, dim) float32, row by row.
+        (height * width, dim) float32, row by row; (B, height * width, dim) with ``counts``.
 
     Source: DETR (Carion et al., 2020), section 3.2.
     """
-    scale = 2 * math.pi
-    y = torch.arange(1, height + 1, dtype=torch.float32, device=device) / (height + eps) * scale
-    x = torch.arange(1, width + 1, dtype=torch.float32, device=device) / (width + eps) * scale
-    frequencies = _frequencies(dim // 2, device)
-    embed_y = _interleave_sin_cos(y[:, None] / frequencies)
-    embed_x = _interleave_sin_cos(x[:, None] / frequencies)
-    grid_y = embed_y[:, None].expand(height, width, -1)
-    grid_x = embed_x[None].expand(height, width, -1)
-    return torch.cat((grid_y, grid_x), dim=-1).flatten(0, 1)
+    frequencies = _frequencies(dim // 2, device, temperature)
+
+    def embed(length: int, last: Tensor | int) -> Tensor:
+        position = torch.arange(1, length + 1, dtype=torch.float32, device=device) + offset
+        angles = position / (last + eps) * (2 * math.pi)
+        return _interleave_sin_cos(angles[..., None] / frequencies)
+
+    last_x, last_y = (width, height) if counts is None else counts[..., None].unbind(-2)
+    grid_y = embed(height, last_y).unsqueeze(-2).expand(*([-1] * (counts is not None)), height, width, -1)
+    grid_x = embed(width, last_x).unsqueeze(-3).expand_as(grid_y)
+    return torch.cat((grid_y, grid_x), dim=-1).flatten(-3, -2)
 
 
 def box_sine_embedding(boxes: Tensor, dim: int) -> Tensor:

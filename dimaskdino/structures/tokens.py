@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dimaskdino.layers.ms_deform_attn import SpatialShapes
+from dimaskdino.layers.padding import ValidCells
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,12 @@ class EncoderOutput(NamedTuple):
         levels: feature maps (B, C, h_l, w_l), in the order that MODEL.SEM_SEG_HEAD.FEATURE_ORDER names.
         mask_features: (B, C_mask, h, w) at the common stride (4), with which predicted masks are dot products; None for
             a model without masks.
+        valid: the cells of the levels that lie on the images, where padding is to be ignored.
     """
 
     levels: list[Tensor]
     mask_features: Tensor | None
+    valid: ValidCells | None = None
 
 
 @dataclass(frozen=True)
@@ -58,13 +61,15 @@ class FeatureTokens:
 
     Attributes:
         tokens: (B, N, C).
-        position: (N, C) sine positions.
+        position: (N, C) sine positions; None for a decoder that uses none.
         spatial_shapes: (height, width) of each level.
+        valid: the tokens that lie on the images, where padding is to be ignored.
     """
 
     tokens: Tensor
-    position: Tensor
+    position: Tensor | None
     spatial_shapes: SpatialShapes
+    valid: ValidCells | None = None
 
     @property
     def finest_level(self) -> Tensor:

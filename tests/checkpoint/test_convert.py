@@ -39,6 +39,28 @@ def test_a_round_trip_changes_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     assert all(torch.equal(back[key], ours[key]) for key in ours)
 
 
+@pytest.mark.parametrize("to", ["release", "detrex"])
+def test_dino_makes_a_round_trip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, to: str) -> None:
+    dino = {
+        "MODEL.META_ARCHITECTURE": "DINO",
+        "MODEL.DINO.HIDDEN_DIM": 32,
+        "MODEL.DINO.DEC_LAYERS": 2,
+        "MODEL.DINO.SHARED_HEADS": to == "release",
+        "MODEL.SEM_SEG_HEAD.NUM_CLASSES": 80,
+    }
+    ours = randomised(small_model(dino))
+    save({"model": ours}, tmp_path / "ours.pth")
+    run(monkeypatch, tmp_path / "ours.pth", tmp_path / "theirs.pth", "--to", to)
+    theirs = torch.load(tmp_path / "theirs.pth", weights_only=True)["model"]
+    assert is_release(theirs)
+    assert len(theirs["class_embed.1.bias"]) == (91 if to == "release" else 80)
+    run(monkeypatch, tmp_path / "theirs.pth", tmp_path / "back.pth", "--to", "ours")
+    assert ("category id" in capsys.readouterr().out) == (to == "release")
+    back = torch.load(tmp_path / "back.pth", weights_only=True)["model"]
+    assert back.keys() == ours.keys()
+    assert all(torch.equal(back[key], ours[key]) for key in ours)
+
+
 @pytest.mark.parametrize(
     ("to", "strip", "kept"), [("ours", [], True), ("ours", ["--strip"], False), ("release", [], False)]
 )

@@ -1,4 +1,4 @@
-"""What the releases hold: keys, shapes and settings, recorded in tests/data/release_keys.json.gz."""
+"""What the releases hold: keys, shapes and settings, recorded in tests/data/*release_keys.json.gz."""
 
 import functools
 import gzip
@@ -12,7 +12,7 @@ from torch import Tensor
 from dimaskdino.config import Config, get_cfg
 from tests.parity.weights import reference_state_dict
 
-DATA = Path(__file__).parents[1] / "data" / "release_keys.json.gz"
+DATA = Path(__file__).parents[1] / "data"
 NAMES = (
     "dimaskdino_r50_12ep",
     "dimaskdino_r50_24ep",
@@ -31,6 +31,8 @@ class Release:
     keys: dict[str, list[int]]
     alias: dict[str, str]
     config_values: dict[str, Any]
+    frozen: list[str]
+    loss_weights: dict[str, float]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Its state dict with the made-up weights of :mod:`tests.parity.weights`."""
@@ -47,7 +49,8 @@ class Release:
 
 @functools.cache
 def _recorded() -> dict[str, dict[str, Any]]:
-    return json.loads(gzip.decompress(DATA.read_bytes()))
+    files = sorted(DATA.glob("*release_keys.json.gz"))
+    return {name: kept for file in files for name, kept in json.loads(gzip.decompress(file.read_bytes())).items()}
 
 
 @functools.cache
@@ -58,4 +61,5 @@ def _state_dict(name: str) -> dict[str, Tensor]:
 def release(name: str) -> Release:
     """The configuration of that name, one of NAMES."""
     recorded = _recorded()[name]
-    return Release(name, recorded["keys"], recorded["alias"], recorded["config_values"])
+    frozen, losses = recorded.get("frozen", []), recorded.get("loss_weights", {})
+    return Release(name, recorded["keys"], recorded["alias"], recorded["config_values"], frozen, losses)

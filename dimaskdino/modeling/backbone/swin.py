@@ -78,7 +78,7 @@ class D2SwinTransformer(Backbone):
             )
         self.pos_drop = nn.Dropout(drop_rate)
         last = max(self._stage_of[name] for name in out_features)
-        rates = torch.linspace(0, drop_path_rate, sum(depths)).split(list(depths))
+        rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").split(list(depths))
         self.layers = nn.ModuleList(
             SwinStage(
                 dim=channels[i],

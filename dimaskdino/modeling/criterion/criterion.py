@@ -32,15 +32,23 @@ class Criterion(nn.Module):
         matcher: pairs queries and objects.
         denoising: ``no``, ``standard`` (class and box) or ``seg`` (mask as well).
         deep_supervision: supervise every decoder layer; otherwise the last one, and selection, alone.
+        learned_queries_skip_first: leave out the first stage of denoising where queries are learned, as in Mask DINO.
     """
 
     @configurable
     def __init__(
-        self, *, terms: Sequence[LossTerm], matcher: HungarianMatcher, denoising: str, deep_supervision: bool
+        self,
+        *,
+        terms: Sequence[LossTerm],
+        matcher: HungarianMatcher,
+        denoising: str,
+        deep_supervision: bool,
+        learned_queries_skip_first: bool = True,
     ) -> None:
         super().__init__()
         self.terms, self.matcher = list(terms), matcher
         self.denoising, self.deep_supervision = denoising, deep_supervision
+        self.learned_queries_skip_first = learned_queries_skip_first
 
     @classmethod
     def from_config(cls, cfg: CfgNode, sampler: PointSampler | None = None) -> dict[str, Any]:
@@ -122,9 +130,10 @@ class Criterion(nn.Module):
         return self.deep_supervision or stage.place is None
 
     def _is_denoised(self, stage: Stage, output: DecoderOutput) -> bool:
-        """Whether denoising queries are supervised: as in the releases, learned queries leave out their first stage."""
+        """Whether denoising queries are supervised."""
         learned_queries = all(each.stage.is_refined for each in output.stages)
-        return self._is_supervised(stage) and not (learned_queries and stage.place == 0)
+        skips_first = learned_queries and self.learned_queries_skip_first
+        return self._is_supervised(stage) and not (skips_first and stage.place == 0)
 
     def _zero_denoising_losses(self, output: DecoderOutput, supervisions: list[Supervision]) -> dict[str, Tensor]:
         """The losses of denoising, all zero, where this batch denoises nothing."""

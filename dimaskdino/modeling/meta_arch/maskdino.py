@@ -11,6 +11,7 @@ from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
 from dimaskdino.errors import ConfigError
+from dimaskdino.layers.padding import PaddedBatch
 from dimaskdino.modeling.criterion import Criterion, PointSampler
 from dimaskdino.modeling.postprocessing import instances_of_image
 from dimaskdino.modeling.registry import get_registered
@@ -39,6 +40,9 @@ class DIMaskDINO(nn.Module):
 
     Source: DI-MaskDINO (NeurIPS 2024), on MaskDINO (Li et al., 2023).
     """
+
+    ignores_padding = False
+    """Whether boxes are parts of each image and padding is masked; otherwise the padded canvas counts as the image."""
 
     @configurable
     def __init__(
@@ -141,17 +145,22 @@ class DIMaskDINO(nn.Module):
         self._check_supported()
         images = self._preprocess(batched_inputs)
         features = self.backbone(images.tensor)
-        if not self.training:
-            output = self.sem_seg_head(features)
-            return [self._results(output, index, images, given) for index, given in enumerate(batched_inputs)]
         height, width = images.tensor.shape[-2:]
+        batch = PaddedBatch(images.image_sizes, (height, width)) if self.ignores_padding else None
+        frames = batch.image_sizes if batch else [(height, width)] * len(batched_inputs)
+        if not self.training:
+            output = self.sem_seg_head(features, batch=batch)
+            return [
+                self._results(output, index, frames[index], images.image_sizes[index], given)
+                for index, given in enumerate(batched_inputs)
+            ]
         targets = [
             Targets.from_instances(
                 given["instances"], height, width, self.num_classes, self.device, with_masks=self.predicts_masks
             )
-            for given in batched_inputs
+            for (height, width), given in zip(frames, batched_inputs, strict=True)
         ]
-        return self.criterion(self.sem_seg_head(features, targets), targets)
+        return self.criterion(self.sem_seg_head(features, targets, batch), targets)
 
     def _check_supported(self) -> None:
         if self.no_object_class or not (self.training or self.instance_results):
@@ -173,9 +182,23 @@ class DIMaskDINO(nn.Module):
         padded = ImageList.from_tensors(images, self.size_divisibility)
         return ImageList(padded.tensor.to(self.dtype), padded.image_sizes)
 
-    def _results(self, output: DecoderOutput, index: int, images: ImageList, given: dict[str, Any]) -> dict[str, Any]:
-        """Results of one image: of the last stage, and of the stages that evaluation asks for."""
-        image_size = images.image_sizes[index]
+    def _results(
+        self,
+        output: DecoderOutput,
+        index: int,
+        frame: tuple[int, int],
+        image_size: tuple[int, int],
+        given: dict[str, Any],
+    ) -> dict[str, Any]:
+        """Results of one image: of the last stage, and of the stages that evaluation asks for.
+
+        Args:
+            output: of the decoder.
+            index: of the image in the batch.
+            frame: (height, width) in px of what boxes are parts of.
+            image_size: (height, width) in px of the image without padding.
+            given: the element of the batch.
+        """
         stages = {stage.name: stage for stage in output.stages}
         final = output.stages[-1].name
 
@@ -183,8 +206,8 @@ class DIMaskDINO(nn.Module):
             return instances_of_image(
                 stages[name],
                 index,
-                padded_size=tuple(images.tensor.shape[-2:]),
-                image_size=tuple(image_size),
+                padded_size=frame,
+                image_size=image_size,
                 output_size=(given.get("height", image_size[0]), given.get("width", image_size[1])),
                 max_detections=self.max_detections,
                 score_by_mask=self.score_by_mask,

@@ -8,6 +8,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import Tensor, nn
 
+from dimaskdino.layers.padding import PaddedBatch
 from dimaskdino.modeling.registry import PIXEL_DECODER_REGISTRY, TRANSFORMER_DECODER_REGISTRY, get_registered
 from dimaskdino.structures import DecoderOutput, Targets
 
@@ -46,6 +47,18 @@ class MaskDINOHead(nn.Module):
         predictor = decoder(cfg)
         return {"pixel_decoder": encoder(cfg, input_shape), "predictor": predictor}
 
-    def forward(self, features: Mapping[str, Tensor], targets: Sequence[Targets] | None = None) -> DecoderOutput:
-        """Predict from backbone features by name, (B, C_f, h_f, w_f)."""
-        return self.predictor(self.pixel_decoder(features), targets)
+    def forward(
+        self,
+        features: Mapping[str, Tensor],
+        targets: Sequence[Targets] | None = None,
+        batch: PaddedBatch | None = None,
+    ) -> DecoderOutput:
+        """Predict.
+
+        Args:
+            features: of the backbone by name, (B, C_f, h_f, w_f).
+            targets: of each image, in training.
+            batch: the images on their canvas, for an encoder that ignores padding.
+        """
+        encoded = self.pixel_decoder(features) if batch is None else self.pixel_decoder(features, batch)
+        return self.predictor(encoded, targets)

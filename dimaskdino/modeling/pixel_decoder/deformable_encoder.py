@@ -12,7 +12,8 @@ from dimaskdino.errors import ConfigError, check_choice
 from dimaskdino.layers import FeedForward, MSDeformAttn
 from dimaskdino.layers.attention import xavier_init
 from dimaskdino.layers.ms_deform_attn import SpatialShapes
-from dimaskdino.layers.position import pixel_centers, pixel_sine_embedding
+from dimaskdino.layers.padding import PaddedBatch, ValidCells, level_centers
+from dimaskdino.layers.position import pixel_sine_embedding
 from dimaskdino.layers.precision import float32_block
 from dimaskdino.modeling.registry import PIXEL_DECODER_REGISTRY
 from dimaskdino.structures import EncoderOutput, flatten_levels
@@ -30,10 +31,17 @@ class EncoderLayer(FeedForward):
         self.add_feed_forward(dim, hidden_dim, dropout)
         self.norm2 = nn.LayerNorm(dim)
 
-    def forward(self, tokens: Tensor, position: Tensor, reference: Tensor, spatial_shapes: SpatialShapes) -> Tensor:
-        """Update ``tokens`` (B, N, C), given ``position`` (N, C) and ``reference`` points (1, N, 2)."""
+    def forward(
+        self,
+        tokens: Tensor,
+        position: Tensor,
+        reference: Tensor,
+        spatial_shapes: SpatialShapes,
+        valid: ValidCells | None = None,
+    ) -> Tensor:
+        """Update ``tokens`` (B, N, C), given ``position`` (N or B, N, C) and ``reference`` points (1 or B, N, 2)."""
         reference = reference.expand(tokens.shape[0], -1, -1)
-        attended = self.self_attn(tokens + position, reference, tokens, spatial_shapes)
+        attended = self.self_attn(tokens + position, reference, tokens, spatial_shapes, valid)
         tokens = self.norm1(tokens + self.drop(attended))
         return self.feed_forward(tokens, self.norm2)
 
@@ -52,6 +60,8 @@ class DeformableEncoder(nn.Module):
         num_heads: attention heads.
         hidden_dim: width of the feed-forward blocks.
         dropout: probability, in training.
+        temperature: of the tokens' sine positions.
+        offset: of the tokens' sine positions; see :func:`pixel_sine_embedding`.
 
     Source: Deformable DETR (Zhu et al., 2021).
     """
@@ -71,8 +81,11 @@ class DeformableEncoder(nn.Module):
         num_heads: int,
         hidden_dim: int,
         dropout: float,
+        temperature: float = 10000.0,
+        offset: float = 0.0,
     ) -> None:
         super().__init__()
+        self.temperature, self.offset = temperature, offset
         _check_features(input_shape, in_features, num_levels, feature_order)
         # The releases number the projections against the order of the levels: finest first in low2high.
         self.token_features = sorted(
@@ -135,12 +148,38 @@ class DeformableEncoder(nn.Module):
                 module.reset_parameters()
         nn.init.normal_(self.level_embed)
 
-    def forward(self, features: Mapping[str, Tensor]) -> EncoderOutput:
-        """Encode backbone features by name, (B, C_f, h_f, w_f), any floating dtype; see :class:`EncoderOutput`."""
-        with float32_block("encoder", self.level_embed.device):
+    def forward(self, features: Mapping[str, Tensor], batch: PaddedBatch | None = None) -> EncoderOutput:
+        """Encode backbone features; see :class:`EncoderOutput`.
+
+        Args:
+            features: (B, C_f, h_f, w_f) by name, any floating dtype.
+            batch: the images on their canvas, whose padding is then ignored; None to take it as a part of the images.
+        """
+        device = self.level_embed.device
+        with float32_block("encoder", device):
             features = {name: feature.to(self.level_embed.dtype) for name, feature in features.items()}
-            levels = self._attend(*self._project(features))
-            return EncoderOutput(levels, self.make_mask_features(features, levels))
+            levels, positioned = self.order_levels(*self._project(features))
+            tokens, spatial_shapes = flatten_levels(levels)
+            valid = None if batch is None else batch.valid_cells(spatial_shapes, device)
+            position = self._embed_positions([(level.shape[-2], level.shape[-1]) for level in positioned], valid).to(
+                tokens.dtype
+            )
+            levels = self._attend(tokens, position, spatial_shapes, valid)
+            return EncoderOutput(levels, self.make_mask_features(features, levels), valid)
+
+    def order_levels(self, maps: list[Tensor], extra: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """The levels in the order of ``feature_order``, and the levels whose positions they are given.
+
+        Args:
+            maps: projected features.
+            extra: levels beyond the coarsest feature, each coarser than the one before.
+
+        Deviation: with two or more extra levels the releases list those coarsest first in either order, and give them
+        each other's positions; their weights were trained so, and it is kept. With none or one there is no difference.
+        """
+        if self.feature_order == "low2high":
+            return maps + extra[::-1], maps + extra
+        return extra[::-1] + maps, extra + maps
 
     def make_mask_features(self, features: Mapping[str, Tensor], levels: list[Tensor]) -> Tensor | None:
         """Mask features from backbone features and encoded levels; a model without masks has none."""
@@ -156,28 +195,33 @@ class DeformableEncoder(nn.Module):
             extra.append(source)
         return maps, extra
 
-    def _attend(self, maps: list[Tensor], extra: list[Tensor]) -> list[Tensor]:
-        """Run the transformer over all levels.
-
-        Deviation: with two or more extra levels the releases list those coarsest first in either order, and give them
-        each other's positions; their weights were trained so, and it is kept. With none or one there is no difference.
-        """
-        low2high = self.feature_order == "low2high"
-        levels = maps + extra[::-1] if low2high else extra[::-1] + maps
-        positioned = maps + extra if low2high else extra + maps
-        tokens, spatial_shapes = flatten_levels(levels)
-        device = tokens.device
-        position = torch.cat(
+    def _embed_positions(self, spatial_shapes: SpatialShapes, valid: ValidCells | None) -> Tensor:
+        """(N, C), or (B, N, C) with padding: sine positions and level embeddings of all tokens."""
+        return torch.cat(
             [
-                pixel_sine_embedding(level.shape[-2], level.shape[-1], self.conv_dim, device) + self.level_embed[index]
-                for index, level in enumerate(positioned)
-            ]
-        ).to(tokens.dtype)
-        reference = torch.cat([pixel_centers(height, width, device) for height, width in spatial_shapes])[None]
+                pixel_sine_embedding(
+                    *shape,
+                    self.conv_dim,
+                    self.level_embed.device,
+                    temperature=self.temperature,
+                    offset=self.offset,
+                    counts=None if valid is None else valid.counts[:, index],
+                )
+                + self.level_embed[index]
+                for index, shape in enumerate(spatial_shapes)
+            ],
+            dim=-2,
+        )
+
+    def _attend(
+        self, tokens: Tensor, position: Tensor, spatial_shapes: SpatialShapes, valid: ValidCells | None
+    ) -> list[Tensor]:
+        """Run the transformer over all levels, which come back as maps."""
+        reference = torch.cat(level_centers(spatial_shapes, tokens.device, valid), dim=1)
         if not self.layers:  # a zero gradient for the level embedding, as data-parallel training needs
             tokens = tokens + 0.0 * self.level_embed.sum()
         for layer in self.layers:
-            tokens = layer(tokens, position, reference, spatial_shapes)
+            tokens = layer(tokens, position, reference, spatial_shapes, valid)
         chunks = tokens.split([height * width for height, width in spatial_shapes], dim=1)
         return [chunk.transpose(1, 2).unflatten(-1, shape) for chunk, shape in zip(chunks, spatial_shapes, strict=True)]
 

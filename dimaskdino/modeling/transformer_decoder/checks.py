@@ -102,8 +102,30 @@ def check_dimaskdino(cfg: CfgNode) -> None:
         )
 
 
-def _refuse(conflicts: Mapping[str, bool]) -> None:
+def check_dino(cfg: CfgNode) -> None:
+    """Refuse keys of DINO that cannot work together.
+
+    Raises:
+        ConfigError: names the keys and what to change.
+    """
+    node = cfg.MODEL.DINO
+    check_choice("MODEL.DINO.QUERY_SELECTION", node.QUERY_SELECTION, ("none", "pure", "mixed"))
+    check_choice("MODEL.DINO.DN", node.DN, ("no", "plain", "contrastive"))
+    _refuse(
+        {
+            "DEC_LAYERS must be at least 1.": node.DEC_LAYERS < 1,
+            "NUM_QUERIES must be at least 1.": node.NUM_QUERIES < 1,
+            "SIZE_DIVISIBILITY must be at least 1.": node.SIZE_DIVISIBILITY < 1,
+            "NHEADS must divide HIDDEN_DIM.": node.HIDDEN_DIM % node.NHEADS != 0,
+            "HIDDEN_DIM must be a multiple of 32: group normalization has 32 groups.": node.HIDDEN_DIM % 32 != 0,
+            "DN_NUM must be at least 1 (or set DN no).": node.DN != "no" and node.DN_NUM < 1,
+        },
+        "MODEL.DINO",
+    )
+
+
+def _refuse(conflicts: Mapping[str, bool], node: str = "MODEL.MaskDINO") -> None:
     """Raise a ConfigError with the first message whose condition holds."""
     for message, applies in conflicts.items():
         if applies:
-            raise ConfigError(f"MODEL.MaskDINO.{message}")
+            raise ConfigError(f"{node}.{message}")

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from dimaskdino.layers import FeedForward, MSDeformAttn, MultiheadAttention
 from dimaskdino.layers.attention import xavier_init
 from dimaskdino.layers.ms_deform_attn import SpatialShapes
+from dimaskdino.layers.padding import ValidCells
 
 
 class DecoderLayer(FeedForward):
@@ -29,6 +30,7 @@ class DecoderLayer(FeedForward):
         tokens: Tensor,
         spatial_shapes: SpatialShapes,
         attn_mask: Tensor | None,
+        valid: ValidCells | None = None,
     ) -> Tensor:
         """Update the queries' ``content`` (B, Q, C).
 
@@ -39,8 +41,9 @@ class DecoderLayer(FeedForward):
             tokens: (B, N, C) feature tokens.
             spatial_shapes: (height, width) of each level.
             attn_mask: (Q, Q) bool, True where a query must not see another; None when all see all.
+            valid: the tokens on the images, where padding is to be ignored; ``boxes`` are then parts of the image.
         """
         query = content + position
         content = self.norm2(content + self.self_attn(query, query, content, attn_mask))
-        content = self.norm1(content + self.cross_attn(content + position, boxes, tokens, spatial_shapes))
+        content = self.norm1(content + self.cross_attn(content + position, boxes, tokens, spatial_shapes, valid))
         return self.feed_forward(content, self.norm3)

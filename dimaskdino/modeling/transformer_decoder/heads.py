@@ -3,22 +3,27 @@
 from torch import Tensor, nn
 
 from dimaskdino.layers import MLP
-from dimaskdino.layers.boxes import move_boxes
+from dimaskdino.layers.boxes import BOX_EPS, move_boxes
 from dimaskdino.structures import MaskLogits, Stage, StagePrediction
 
 
 class PredictionHeads(nn.Module):
-    """Class, box and mask heads, shared by the first selection and by all decoder layers.
+    """Class, box and mask heads; in Mask DINO one set for the first selection and all decoder layers.
 
     Args:
         dim: channels C of the queries.
         num_logits: class logits K.
         mask_dim: channels of the mask features; None for a model without masks.
+        norm: normalize the content; False where that is done already.
+        eps: distance from 0 and 1 at which boxes are kept when they are moved.
     """
 
-    def __init__(self, *, dim: int, num_logits: int, mask_dim: int | None) -> None:
+    def __init__(
+        self, *, dim: int, num_logits: int, mask_dim: int | None, norm: bool = True, eps: float = BOX_EPS
+    ) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim)
+        self.eps = eps
+        self.norm = nn.LayerNorm(dim) if norm else nn.Identity()
         self.class_embed = nn.Linear(dim, num_logits)
         self.box_embed = MLP(dim, dim, 4, 3)
         self.mask_embed = None if mask_dim is None else MLP(dim, dim, mask_dim, 3)
@@ -27,7 +32,7 @@ class PredictionHeads(nn.Module):
 
     def refine_box(self, content: Tensor, boxes: Tensor) -> Tensor:
         """Move ``boxes`` (B, Q, 4) cxcywh in [0, 1] by the offsets predicted from ``content`` (B, Q, C), in logits."""
-        return move_boxes(boxes, self.box_embed(content))
+        return move_boxes(boxes, self.box_embed(content), self.eps)
 
     def forward(self, stage: Stage, content: Tensor, boxes: Tensor, mask_features: Tensor | None) -> StagePrediction:
         """Predict classes and masks from the normed content, and attach the boxes.

@@ -6,16 +6,16 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import Conv2d
 from fvcore.nn import weight_init
-from torch import Tensor, nn
+from torch import nn
 
 from dimaskdino.layers.position import pixel_sine_embedding
 from dimaskdino.modeling.registry import DENOISING_REGISTRY, TRANSFORMER_DECODER_REGISTRY, get_registered
 from dimaskdino.modeling.transformer_decoder.checks import check_maskdino, uses_no_object_class
 from dimaskdino.modeling.transformer_decoder.decoder_layer import DecoderLayer
 from dimaskdino.modeling.transformer_decoder.heads import PredictionHeads
-from dimaskdino.modeling.transformer_decoder.query_decoder import QueryDecoder, Selection
+from dimaskdino.modeling.transformer_decoder.query_decoder import QueryDecoder
 from dimaskdino.modeling.transformer_decoder.selection import FirstSelection
-from dimaskdino.structures import EncoderOutput, FeatureTokens, Stage, Tokens, flatten_levels
+from dimaskdino.structures import EncoderOutput, FeatureTokens, Tokens, flatten_levels
 
 
 @TRANSFORMER_DECODER_REGISTRY.register()
@@ -25,30 +25,15 @@ class MaskDINODecoder(QueryDecoder):
     Args:
         input_proj: projections of the encoder's levels to the queries' width, in their order; empty where none is
             needed.
-        selection: first selection; None for learned queries.
-        num_first_selected: tokens that it keeps.
-        query_feat: learned content of the queries, or None to take that of the selected tokens.
-        query_embed: learned boxes (logits), for learned queries alone.
         random_position: draw the boxes of the matching queries at random (Table 3 of DI-MaskDINO).
         parts: those of :class:`QueryDecoder`.
     """
 
     @configurable
-    def __init__(
-        self,
-        *,
-        input_proj: list[nn.Module],
-        selection: FirstSelection | None,
-        num_first_selected: int,
-        query_feat: nn.Embedding | None,
-        query_embed: nn.Embedding | None,
-        random_position: bool,
-        **parts: Any,
-    ) -> None:
+    def __init__(self, *, input_proj: list[nn.Module], random_position: bool, **parts: Any) -> None:
         super().__init__(**parts)
-        self.num_first_selected, self.random_position = num_first_selected, random_position
+        self.random_position = random_position
         self.input_proj = nn.ModuleList(input_proj)
-        self.selection, self.query_feat, self.query_embed = selection, query_feat, query_embed
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -85,11 +70,6 @@ class MaskDINODecoder(QueryDecoder):
             "random_position": node.DI.RANDOM_POSITION,
         }
 
-    @property
-    def selection_stages(self) -> tuple[Stage, ...]:
-        """The first selection, where there is one."""
-        return () if self.selection is None else (Stage("interm"),)
-
     def feature_tokens(self, encoded: EncoderOutput) -> FeatureTokens:
         """T_i: the levels in the opposite of the encoder's order, with positions that carry no level embedding."""
         levels = encoded.levels
@@ -99,24 +79,10 @@ class MaskDINODecoder(QueryDecoder):
         position = torch.cat([pixel_sine_embedding(*shape, self.dim, tokens.device) for shape in spatial_shapes])
         return FeatureTokens(tokens, position, spatial_shapes)
 
-    def select(self, t_i: FeatureTokens, mask_features: Tensor | None, *, training: bool) -> Selection:
-        """T_s1 and what it predicts, or the learned queries."""
-        if self.selection is None:
-            assert self.query_feat is not None
-            assert self.query_embed is not None
-            batch = t_i.tokens.shape[0]
-            content, boxes = self.query_feat.weight, self.query_embed.weight.float().sigmoid()
-            learned = Tokens(content.expand(batch, -1, -1), boxes.expand(batch, -1, -1))
-            return Selection(learned, learned, [])
-        t_s1, interm = self.selection(t_i, mask_features, self.heads, self.num_first_selected)
-        return Selection(t_s1, t_s1, [interm])
-
     def matching_queries(self, tokens: Tokens) -> Tokens:
         """The selected tokens, with learned content or random boxes where the configuration says so."""
-        content, boxes = tokens.content, tokens.boxes
-        if self.query_feat is not None:
-            content = self.query_feat.weight[: content.shape[1]].expand_as(content)
-        return Tokens(content, torch.rand_like(boxes) if self.random_position else boxes)
+        queries = super().matching_queries(tokens)
+        return Tokens(queries.content, torch.rand_like(queries.boxes)) if self.random_position else queries
 
 
 def _projection(in_channels: int, dim: int) -> nn.Module:

@@ -7,9 +7,11 @@ from torch import Tensor, nn
 
 from dimaskdino.layers import MLP
 from dimaskdino.layers.attention import xavier_init
+from dimaskdino.layers.padding import ValidCells
 from dimaskdino.layers.position import box_sine_embedding
 from dimaskdino.layers.precision import float32_block
 from dimaskdino.modeling.transformer_decoder.heads import PredictionHeads
+from dimaskdino.modeling.transformer_decoder.selection import FirstSelection
 from dimaskdino.structures import (
     DecoderOutput,
     EncoderOutput,
@@ -59,7 +61,11 @@ class QueryDecoder(nn.Module):
 
     Args:
         dim: width C of queries and tokens.
-        heads: class, box and mask heads.
+        heads: class, box and mask heads; a decoder with several sets of them says in :meth:`heads_of` which is whose.
+        selection: first selection; None for learned queries.
+        num_first_selected: tokens that it keeps.
+        query_feat: learned content of the queries, or None to take that of the selected tokens.
+        query_embed: learned boxes (logits), for learned queries alone.
         denoising: makes denoising queries from targets in training, or gives None for a batch without any.
         layers: decoder layers, layer 0 included.
         initial_prediction: predict before layer 0 as well.
@@ -69,14 +75,19 @@ class QueryDecoder(nn.Module):
         self,
         *,
         dim: int,
-        heads: PredictionHeads,
+        heads: nn.Module,
+        selection: FirstSelection | None,
+        num_first_selected: int,
+        query_feat: nn.Embedding | None,
+        query_embed: nn.Embedding | None,
         denoising: nn.Module,
         layers: Sequence[nn.Module],
         initial_prediction: bool,
     ) -> None:
         super().__init__()
         self.dim = dim
-        self.heads, self.denoising = heads, denoising
+        self.heads, self.denoising, self.num_first_selected = heads, denoising, num_first_selected
+        self.selection, self.query_feat, self.query_embed = selection, query_feat, query_embed
         self.query_pos = MLP(2 * dim, dim, dim, 2)
         xavier_init(self.query_pos)
         self.layers = nn.ModuleList(layers)
@@ -89,13 +100,17 @@ class QueryDecoder(nn.Module):
 
     @property
     def selection_stages(self) -> tuple[Stage, ...]:
-        """The stages before the decoder's queries that can be evaluated."""
-        return ()
+        """The stages before the decoder's queries that can be evaluated: the first selection, where there is one."""
+        return () if self.selection is None else (Stage("interm"),)
 
     @property
     def predicts_masks(self) -> bool:
         """Whether the stages have masks."""
-        return self.heads.mask_embed is not None
+        return self.heads_of(self.query_stages[-1]).mask_embed is not None
+
+    def heads_of(self, stage: Stage) -> PredictionHeads:
+        """The heads that predict a stage."""
+        return self.heads  # type: ignore[return-value]
 
     def forward(self, encoded: EncoderOutput, targets: Sequence[Targets] | None = None) -> DecoderOutput:
         """Predict from the encoder's output.
@@ -130,18 +145,31 @@ class QueryDecoder(nn.Module):
         raise NotImplementedError
 
     def select(self, t_i: FeatureTokens, mask_features: Tensor | None, *, training: bool) -> Selection:
-        """Choose the tokens from which the queries are made."""
-        raise NotImplementedError
+        """T_s1 and what it predicts, or the learned queries."""
+        if self.selection is None:
+            assert self.query_feat is not None
+            assert self.query_embed is not None
+            batch = t_i.tokens.shape[0]
+            content, boxes = self.query_feat.weight, self.query_embed.weight.float().sigmoid()
+            learned = Tokens(content.expand(batch, -1, -1), boxes.expand(batch, -1, -1))
+            return Selection(learned, learned, [])
+        heads = self.heads_of(Stage("interm"))
+        t_s1, interm = self.selection(t_i, mask_features, heads, self.num_first_selected)
+        return Selection(t_s1, t_s1, [interm])
 
     def matching_queries(self, tokens: Tokens) -> Tokens:
-        """What layer 0 starts from, given the tokens of the last selection."""
-        raise NotImplementedError
+        """What layer 0 starts from: the tokens of the last selection, with learned content where there is any."""
+        if self.query_feat is None:
+            return tokens
+        content = self.query_feat.weight[: tokens.content.shape[1]].expand_as(tokens.content)
+        return Tokens(content, tokens.boxes)
 
     def predict_initial(self, queries: Queries, mask_features: Tensor | None) -> list[StagePrediction]:
         """The prediction before layer 0, in a list; empty where there is none."""
-        if self.query_stages[0].kind != "initial":
+        stage = self.query_stages[0]
+        if stage.kind != "initial":
             return []
-        return [self.heads(self.query_stages[0], queries.content, queries.reference, mask_features)]
+        return [self.heads_of(stage)(stage, queries.content, queries.reference, mask_features)]
 
     def refine(
         self, queries: Queries, t_i: FeatureTokens, mask_features: Tensor | None, selection: Selection
@@ -157,7 +185,7 @@ class QueryDecoder(nn.Module):
         stages = self.query_stages[-len(self.layers) :]
         dtype = self.query_pos.dtype
         for stage, layer in zip(stages[layers], self.layers[layers], strict=True):
-            position = self.embed_boxes(queries.reference)
+            position = self.embed_boxes(queries.reference, tokens.valid)
             with float32_block("decoder layer", position.device):
                 content = layer(
                     queries.content.to(dtype),
@@ -166,6 +194,7 @@ class QueryDecoder(nn.Module):
                     tokens.tokens.to(dtype),
                     tokens.spatial_shapes,
                     queries.attn_mask,
+                    tokens.valid,
                 )
             prediction, boxes = self.predict(stage, content, queries, mask_features)
             predictions.append(prediction)
@@ -183,13 +212,17 @@ class QueryDecoder(nn.Module):
             queries: that it was given.
             mask_features: (B, C_mask, h, w), or None.
         """
-        normed = self.heads.norm(content)
-        supervised = self.heads.refine_box(normed, queries.previous)
-        prediction = self.heads(stage, normed, supervised, mask_features)
-        return prediction, self.heads.refine_box(content, queries.reference)
+        heads = self.heads_of(stage)
+        normed = heads.norm(content)
+        supervised = heads.refine_box(normed, queries.previous)
+        prediction = heads(stage, normed, supervised, mask_features)
+        return prediction, heads.refine_box(content, queries.reference)
 
-    def embed_boxes(self, boxes: Tensor) -> Tensor:
-        """Positional embedding (B, Q, C) of boxes (B, Q, 4)."""
+    def embed_boxes(self, boxes: Tensor, valid: ValidCells | None = None) -> Tensor:
+        """Positional embedding (B, Q, C) of boxes (B, Q, 4), which are parts of the image where ``valid`` is given."""
+        if valid is not None:
+            # Parts of the first level, as in DINO: levels are padded by slightly different shares.
+            boxes = boxes * valid.ratios[:, :1].repeat(1, 1, 2)
         return self.query_pos(box_sine_embedding(boxes, self.dim).to(self.query_pos.dtype))
 
     def _touch_denoising(self, prediction: StagePrediction) -> StagePrediction:

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from dimaskdino.layers.boxes import inverse_sigmoid, masks_to_boxes, normalize_boxes, xyxy_to_cxcywh
 from dimaskdino.layers.ms_deform_attn import SpatialShapes
-from dimaskdino.layers.position import pixel_centers
+from dimaskdino.layers.padding import ValidCells, level_centers
 from dimaskdino.modeling.transformer_decoder.heads import PredictionHeads
 from dimaskdino.structures import (
     FeatureTokens,
@@ -22,24 +22,31 @@ _BASE_SIZE = 0.05
 _MARGIN = 0.01
 
 
-def grid_proposals(spatial_shapes: SpatialShapes, device: torch.device) -> tuple[Tensor, Tensor]:
+def grid_proposals(
+    spatial_shapes: SpatialShapes, device: torch.device, valid: ValidCells | None = None
+) -> tuple[Tensor, Tensor]:
     """One box per token: centred on its pixel, larger level by level.
 
     Args:
         spatial_shapes: (height, width) of each level; boxes of level l have sides 0.05 * 2^l.
         device: where the result lives.
+        valid: the tokens on the images, where padding is to be ignored.
 
     Returns:
-        (N, 4) float32 cxcywh, and (N,) bool that is False where a coordinate is outside (0.01, 0.99).
+        (N, 4) float32 cxcywh, and (N,) bool that is False on padding and where a coordinate is outside (0.01, 0.99);
+        with ``valid`` both of each image, (B, N, .).
 
     Source: Deformable DETR, appendix A.4 (two-stage variant).
     """
-    boxes = []
-    for level, (height, width) in enumerate(spatial_shapes):
-        centers = pixel_centers(height, width, device)
-        boxes.append(torch.cat((centers, torch.full_like(centers, _BASE_SIZE * 2.0**level)), dim=-1))
-    proposals = torch.cat(boxes)
-    return proposals, ((proposals > _MARGIN) & (proposals < 1 - _MARGIN)).all(-1)
+    boxes = [
+        torch.cat((centers, torch.full_like(centers, _BASE_SIZE * 2.0**level)), dim=-1)
+        for level, centers in enumerate(level_centers(spatial_shapes, device, valid))
+    ]
+    proposals = torch.cat(boxes, dim=1)
+    usable = ((proposals > _MARGIN) & (proposals < 1 - _MARGIN)).all(-1)
+    if valid is None:
+        return proposals[0], usable[0]
+    return proposals, usable & ~valid.is_padding
 
 
 class FirstSelection(nn.Module):
@@ -75,13 +82,14 @@ class FirstSelection(nn.Module):
         Returns:
             T_s1, detached, and the prediction "interm" that supervises it.
         """
-        proposals, valid = grid_proposals(t_i.spatial_shapes, t_i.tokens.device)
-        tokens = self.norm(self.proj(t_i.tokens.masked_fill(~valid[None, :, None], 0)))
+        proposals, usable = grid_proposals(t_i.spatial_shapes, t_i.tokens.device, t_i.valid)
+        tokens = self.norm(self.proj(t_i.tokens.masked_fill(~usable[..., None], 0)))
         index = highest_scores(heads.class_embed(tokens), num_selected)
         content = take(tokens, index)
-        # A token without a valid proposal keeps the box (1, 1, 1, 1), as an infinite logit gives it.
-        logits = torch.logit(proposals).masked_fill(~valid[:, None], torch.inf)
-        boxes = (heads.box_embed(content).float() + logits[index]).sigmoid()
+        # A token without a usable proposal keeps the box (1, 1, 1, 1), as an infinite logit gives it.
+        logits = torch.logit(proposals).masked_fill(~usable[..., None], torch.inf)
+        logits = take(logits.expand(len(index), -1, -1), index)
+        boxes = (heads.box_embed(content).float() + logits).sigmoid()
         prediction = heads(Stage("interm"), content, boxes, mask_features)
         return Tokens(content.detach(), self._first_boxes(prediction)), prediction
 

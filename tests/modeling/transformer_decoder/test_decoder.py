@@ -123,7 +123,7 @@ class Stub(nn.Module):
         super().__init__()
         self.output = output
 
-    def forward(self, content, position, boxes, tokens, spatial_shapes, attn_mask):
+    def forward(self, content, position, boxes, tokens, spatial_shapes, attn_mask, valid):
         self.position, self.boxes, self.tokens = position, boxes, tokens
         return self.output
 

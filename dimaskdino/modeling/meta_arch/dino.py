@@ -1,0 +1,70 @@
+"""DINO: boxes alone, from images whose padding is masked."""
+
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_backbone
+
+from dimaskdino.modeling.criterion import Criterion, HungarianMatcher, PointSampler
+from dimaskdino.modeling.criterion.matcher import BoxCost, FocalClassCost
+from dimaskdino.modeling.criterion.terms import BoxLoss, FocalClassLoss
+from dimaskdino.modeling.meta_arch.maskdino import DIMaskDINO
+from dimaskdino.modeling.meta_arch.maskdino_head import MaskDINOHead
+from dimaskdino.modeling.registry import PIXEL_DECODER_REGISTRY, TRANSFORMER_DECODER_REGISTRY, get_registered
+
+
+@META_ARCH_REGISTRY.register()
+class DINO(DIMaskDINO):
+    """Object detection; masks of the data are not used.
+
+    Source: DINO (Zhang et al., 2023).
+    """
+
+    ignores_padding = True
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, point_sampler: PointSampler | None = None) -> dict[str, Any]:
+        """Build the parts that MODEL.DINO names; ``point_sampler`` is for models with masks.
+
+        Raises:
+            ConfigError: for a name that is not registered, or values that cannot work together.
+        """
+        node = cfg.MODEL.DINO
+        encoder = get_registered(PIXEL_DECODER_REGISTRY, node.ENCODER_NAME, "MODEL.DINO.ENCODER_NAME")
+        decoder = get_registered(TRANSFORMER_DECODER_REGISTRY, node.DECODER_NAME, "MODEL.DINO.DECODER_NAME")
+        predictor = decoder(cfg)
+        get_registered(BACKBONE_REGISTRY, cfg.MODEL.BACKBONE.NAME, "MODEL.BACKBONE.NAME")
+        backbone = build_backbone(cfg)
+        return {
+            "backbone": backbone,
+            "sem_seg_head": MaskDINOHead(pixel_decoder=encoder(cfg, backbone.output_shape()), predictor=predictor),
+            "criterion": _criterion(cfg),
+            "num_classes": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "size_divisibility": node.SIZE_DIVISIBILITY,
+            "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "score_by_mask": False,
+            "eval_layers": cfg.TEST.EVAL_LAYERS,
+            "predicts_masks": False,
+        }
+
+
+def _criterion(cfg: CfgNode) -> Criterion:
+    node = cfg.MODEL.DINO
+    focal = {"alpha": node.FOCAL_ALPHA, "gamma": node.FOCAL_GAMMA}
+    return Criterion(
+        terms=[
+            FocalClassLoss(weight=node.CLASS_WEIGHT, num_classes=cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, **focal),
+            BoxLoss(l1_weight=node.BOX_WEIGHT, giou_weight=node.GIOU_WEIGHT),
+        ],
+        matcher=HungarianMatcher(
+            [
+                FocalClassCost(weight=node.COST_CLASS_WEIGHT, **focal),
+                BoxCost(l1_weight=node.COST_BOX_WEIGHT, giou_weight=node.COST_GIOU_WEIGHT),
+            ]
+        ),
+        denoising="no" if node.DN == "no" else "standard",
+        deep_supervision=True,
+        learned_queries_skip_first=False,
+    )
