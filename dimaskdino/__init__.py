@@ -13,7 +13,21 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # gigabytes on a CPU where images have many sizes. A training step with images of one size compiles fewer than 256.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
+from typing import TYPE_CHECKING, Any
+
 from dimaskdino import modeling
 
-__all__ = ["modeling"]
+if TYPE_CHECKING:
+    from dimaskdino.predictor import Predictor
+
+__all__ = ["Predictor", "modeling"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import the predictor when it is first asked for, so that importing the package stays quick."""
+    if name != "Predictor":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from dimaskdino.predictor import Predictor
+
+    return Predictor

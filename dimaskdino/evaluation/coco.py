@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
-from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.utils import comm
 
 from dimaskdino.errors import DatasetError, UserError
 from dimaskdino.evaluation.report import class_table, coco_table
 from dimaskdino.evaluation.truth import Truth, read_truth, truth_of_entries
+from dimaskdino.structures import instances_to_coco
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ class CocoEvaluator(DatasetEvaluator):
                 )
             self._image_ids.append(image["image_id"])
             self._predicts_masks &= instances.has("pred_masks")
-            self._results += instances_to_coco_json(instances, image["image_id"])
+            self._results += instances_to_coco(instances, image["image_id"])
 
     def evaluate(self) -> dict[str, Scores]:
         """Score the predictions of all processes and log the table; returns the same as :meth:`score`."""

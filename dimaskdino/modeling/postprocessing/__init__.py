@@ -1,5 +1,6 @@
 """Predictions to results."""
 
-from dimaskdino.modeling.postprocessing.instances import instances_of_image
+from dimaskdino.modeling.postprocessing.instances import instances_of_image, mean_feature
+from dimaskdino.modeling.postprocessing.masks import TWO_STEP, MaskRendering
 
-__all__ = ["instances_of_image"]
+__all__ = ["TWO_STEP", "MaskRendering", "instances_of_image", "mean_feature"]
