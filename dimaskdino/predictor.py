@@ -67,7 +67,7 @@ class Predictor:
             raise ConfigError(f"channels is {channels!r}; it must be one of {', '.join(CHANNEL_ORDERS)}.")
         self.input_format, self.exif, self.batch_size = channels, exif, batch_size
         self.refine = Refinement(**refinement)
-        self.cfg, self.weights, classes = _read_run(Path(run), weights and Path(weights))
+        self.cfg, self.weights, classes = _read_run(Path(run), Path(weights) if weights else None)
         self.cfg.merge_from_list(list(options))
         _prepare(self.cfg, device, self.refine)
         self.model = build_model(self.cfg).eval()

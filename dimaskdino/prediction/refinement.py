@@ -110,7 +110,7 @@ def _suppress(found: Instances, threshold: float) -> Tensor:
     keep = np.ones(len(found), dtype=bool)
     for label in np.unique(classes):
         (members,) = np.nonzero(classes == label)
-        own = [shapes[member] for member in members]
+        own = [shapes[member] for member in members.tolist()]
         overlaps = mask_util.iou(own, own, [0] * len(own))
         for place in range(len(members)):
             if keep[members[place]]:

@@ -7,11 +7,11 @@ from typing import Any
 
 import cv2
 import numpy as np
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Instances
 from PIL import Image
 
 from dimaskdino.errors import UserError
-from dimaskdino.structures import RleMasks, instances_to_coco
+from dimaskdino.structures import instances_to_coco
 from dimaskdino.visualization import Objects, draw_objects
 
 LARGEST_PICTURE_PX = 2400  # longest side of a drawing whose size is not given
@@ -116,7 +116,7 @@ class Prediction(dict):
         return instances_to_coco(self.instances, image_id, self.classes.category_ids)
 
     def to_supervision(self) -> Any:
-        """supervision's Detections, class names in ``data["class_name"]``; needs ``pip install supervision``."""
+        """Detections of the package supervision, which must be installed; class names are in ``data["class_name"]``."""
         try:
             import supervision
         except ImportError as error:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dimaskdino.errors import ConfigError
 from dimaskdino.modeling.criterion import Criterion, PointSampler
-from dimaskdino.modeling.postprocessing import TWO_STEP, MaskRendering, instances_of_image, mean_feature
+from dimaskdino.modeling.postprocessing import DEFAULT_OPTIONS, InstanceOptions, instances_of_image, mean_feature
 from dimaskdino.modeling.registry import get_registered
 from dimaskdino.modeling.transformer_decoder.checks import uses_no_object_class
 from dimaskdino.structures import DecoderOutput, Stage, Targets
@@ -36,9 +36,7 @@ class DIMaskDINO(nn.Module):
         instance_results: False for a configuration that asks for semantic or panoptic results alone.
         no_object_class: whether the class head has a no-object logit (semantic models of the releases).
         predicts_masks: False for a model of boxes alone, which is trained without the masks of its objects.
-        min_score: detections with a lower class score are not reported.
-        rendering: how masks are made.
-        report_queries: add the queries' features to results.
+        instance_options: what else decides the reported objects.
 
     Source: DI-MaskDINO (NeurIPS 2024), on MaskDINO (Li et al., 2023).
     """
@@ -60,9 +58,7 @@ class DIMaskDINO(nn.Module):
         instance_results: bool = True,
         no_object_class: bool = False,
         predicts_masks: bool = True,
-        min_score: float = 0.0,
-        rendering: MaskRendering = TWO_STEP,
-        report_queries: bool = False,
+        instance_options: InstanceOptions = DEFAULT_OPTIONS,
     ) -> None:
         super().__init__()
         self.backbone, self.sem_seg_head, self.criterion = backbone, sem_seg_head, criterion
@@ -70,7 +66,7 @@ class DIMaskDINO(nn.Module):
         self.max_detections, self.score_by_mask = max_detections, score_by_mask
         self.instance_results, self.no_object_class = instance_results, no_object_class
         self.predicts_masks = predicts_masks
-        self.min_score, self.rendering, self.report_queries = min_score, rendering, report_queries
+        self.instance_options = instance_options
         self.eval_layers = self._resolve_eval_layers(eval_layers)
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
@@ -97,9 +93,7 @@ class DIMaskDINO(nn.Module):
             "instance_results": node.TEST.INSTANCE_ON,
             "no_object_class": uses_no_object_class(cfg),
             "predicts_masks": node.PREDICT_MASKS,
-            "min_score": node.TEST.MIN_SCORE,
-            "rendering": MaskRendering.from_config(cfg),
-            "report_queries": node.TEST.QUERY_FEATURES,
+            "instance_options": InstanceOptions.from_config(cfg),
         }
 
     @property
@@ -199,13 +193,11 @@ class DIMaskDINO(nn.Module):
                 output_size=(given.get("height", image_size[0]), given.get("width", image_size[1])),
                 max_detections=self.max_detections,
                 score_by_mask=self.score_by_mask,
-                min_score=self.min_score,
-                rendering=self.rendering,
-                with_queries=self.report_queries,
+                options=self.instance_options,
             )
 
         result: dict[str, Any] = {"instances": instances(final)}
-        if self.report_queries and output.t_i is not None:
+        if self.instance_options.with_queries and output.t_i is not None:
             result["image_feature"] = mean_feature(
                 output.t_i, index, tuple(images.tensor.shape[-2:]), tuple(image_size)
             )

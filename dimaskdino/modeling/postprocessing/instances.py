@@ -2,14 +2,42 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from dimaskdino.layers.boxes import cxcywh_to_xyxy
 from dimaskdino.modeling.postprocessing.masks import TWO_STEP, Frame, MaskRendering
 from dimaskdino.structures import FeatureTokens, StagePrediction
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstanceOptions:
+    """What decides the results of an image, beside their number and what they are scored by.
+
+    Attributes:
+        min_score: detections with a lower class score, which mask quality can only lower, are left out.
+        rendering: how masks are made.
+        with_queries: add the query behind each result: query_indices, query_features (N, C), which the class head
+            reads, and class_scores (N,), which it gives.
+    """
+
+    min_score: float = 0.0
+    rendering: MaskRendering = TWO_STEP
+    with_queries: bool = False
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> "InstanceOptions":
+        """Read MODEL.MaskDINO.TEST.{MIN_SCORE, QUERY_FEATURES, MASK_*}."""
+        node = cfg.MODEL.MaskDINO.TEST
+        rendering = MaskRendering.from_config(cfg)
+        return cls(min_score=node.MIN_SCORE, rendering=rendering, with_queries=node.QUERY_FEATURES)
+
+
+DEFAULT_OPTIONS = InstanceOptions()
 
 
 def instances_of_image(
@@ -21,9 +49,7 @@ def instances_of_image(
     output_size: tuple[int, int],
     max_detections: int,
     score_by_mask: bool,
-    min_score: float = 0.0,
-    rendering: MaskRendering = TWO_STEP,
-    with_queries: bool = False,
+    options: InstanceOptions = DEFAULT_OPTIONS,
 ) -> Instances:
     """Results of one image.
 
@@ -35,10 +61,7 @@ def instances_of_image(
         output_size: (height, width) of the result, px.
         max_detections: at most this many (query, class) pairs; all where there are fewer.
         score_by_mask: multiply class scores by the mean mask probability inside the mask, where there are masks.
-        min_score: detections with a lower class score, which mask quality can only lower, are left out.
-        rendering: how masks are made.
-        with_queries: add the query behind each result: query_indices, query_features (N, C), which the class head
-            reads, and class_scores (N,), which it gives.
+        options: what else decides the results.
 
     Returns:
         pred_boxes (xyxy px), scores in [0, 1], pred_classes, and, where the stage has masks, pred_masks (N, H, W) bool
@@ -46,19 +69,19 @@ def instances_of_image(
     """
     scores = prediction.logits[image].float().sigmoid().flatten()
     scores, index = scores.topk(min(max_detections, scores.numel()), sorted=False)
-    scores, index = scores[scores >= min_score], index[scores >= min_score]
+    scores, index = scores[scores >= options.min_score], index[scores >= options.min_score]
     num_classes = prediction.logits.shape[-1]
     query, classes = index.div(num_classes, rounding_mode="floor"), index % num_classes
     boxes = _scale_boxes(prediction.boxes[image, query].float(), padded_size, image_size, output_size)
     result = Instances(output_size, pred_boxes=Boxes(boxes), scores=scores, pred_classes=classes)
-    if with_queries and prediction.queries is not None:
+    if options.with_queries and prediction.queries is not None:
         result.query_indices, result.query_features = query, prediction.queries[image, query].float()
         result.class_scores = scores
     if prediction.masks is not None:
         # A query that is among the best with several classes has one mask.
         unique, mask_of = torch.unique(query, return_inverse=True)
         frame = Frame(padded_size, image_size, output_size)
-        masks, quality = rendering(prediction.masks, image, unique, frame)
+        masks, quality = options.rendering(prediction.masks, image, unique, frame)
         result.scores = scores * quality[mask_of] if score_by_mask else scores
     order = result.scores.argsort(descending=True)
     result = result[order]

@@ -10,7 +10,6 @@ from detectron2.config import CfgNode
 from torch import Tensor
 
 from dimaskdino.errors import check_choice
-
 from dimaskdino.structures import MaskLogits, RleMasks
 from dimaskdino.structures.rle_masks import Size, rle_from_edges, run_edges
 
