@@ -106,7 +106,8 @@ def rle_from_edges(edges: np.ndarray, size: Size) -> Rle:
     """The RLE of a canvas whose runs begin and end at ``edges`` (see :func:`run_edges`)."""
     joined = np.flatnonzero(edges[1:-1:2] == edges[2::2])
     edges = np.delete(edges, np.concatenate((2 * joined + 1, 2 * joined + 2)))
-    counts = np.diff(np.concatenate(([0], edges, [size[0] * size[1]])))
+    ends = [size[0] * size[1]] if not len(edges) or edges[-1] < size[0] * size[1] else []
+    counts = np.diff(np.concatenate(([0], edges, ends)).astype(np.int64))
     return mask_util.frPyObjects({"size": list(size), "counts": counts.tolist()}, *size)
 
 
