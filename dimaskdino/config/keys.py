@@ -161,6 +161,17 @@ KEYS: dict[str, Any] = {
     "MODEL.MaskDINO.SIZE_DIVISIBILITY": 32,
     # Score instances by class alone (True) or by class times mask quality (False). The spelling is the releases'.
     "MODEL.MaskDINO.TEST.TEST_FOUCUS_ON_BOX": False,
+    # Leave out detections whose class score is lower; their masks are never made.
+    "MODEL.MaskDINO.TEST.MIN_SCORE": 0.0,
+    # From mask logits to masks: two_step (to the padded size, crop, then to the asked size, as in the releases) or
+    # direct (once, only where a mask is: faster on large images, and the same in all but one pixel of a thousand).
+    "MODEL.MaskDINO.TEST.MASK_INTERPOLATION": "two_step",
+    # Masks in results: bitmask, or rle for images on which bitmaps of all objects do not fit in memory.
+    "MODEL.MaskDINO.TEST.MASK_FORMAT": "bitmask",
+    # Memory in MiB in which masks are made, chunk by chunk.
+    "MODEL.MaskDINO.TEST.MASK_MEMORY_MB": 256,
+    # Add to each detection the index and the features of its query, and to each image its mean feature.
+    "MODEL.MaskDINO.TEST.QUERY_FEATURES": False,
     # Compute instance results.
     "MODEL.MaskDINO.TEST.INSTANCE_ON": True,
     # These two say which class head a release's semantic or panoptic model has.

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
-from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.utils import comm
 
 from dimaskdino.data.datasets.registration import load_dataset
 from dimaskdino.errors import DatasetError, UserError
 from dimaskdino.evaluation.report import class_table, coco_table
 from dimaskdino.evaluation.truth import Truth, read_truth, truth_of_entries
+from dimaskdino.structures import instances_to_coco
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ class CocoEvaluator(DatasetEvaluator):
                 )
             self._image_ids.append(image["image_id"])
             self._predicts_masks &= instances.has("pred_masks")
-            self._results += instances_to_coco_json(instances, image["image_id"])
+            self._results += instances_to_coco(instances, image["image_id"])
 
     def evaluate(self) -> dict[str, Scores]:
         """Score the predictions of all processes and log the table; returns the same as :meth:`score`."""

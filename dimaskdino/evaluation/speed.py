@@ -98,7 +98,9 @@ class SpeedEvaluator(DatasetEvaluator):
         if not comm.is_main_process():
             return {}
         if not batches:
-            logger.info("Inference speed not measured: it needs over %d batches per process.", NUM_WARMUP_BATCHES)
+            logger.info(
+                "Inference speed is not measured: it needs more than %d batches per process.", NUM_WARMUP_BATCHES
+            )
             return {}
         images = sum(count for count, _ in batches)
         seconds = sum(seconds for _, seconds in batches)

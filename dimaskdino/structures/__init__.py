@@ -9,6 +9,7 @@ from dimaskdino.structures.predictions import (
     group_by_mask_features,
     mask_logits,
 )
+from dimaskdino.structures.rle_masks import RleMasks, instances_to_coco
 from dimaskdino.structures.stages import Stage, decoder_stages, is_final_loss
 from dimaskdino.structures.targets import JoinedTargets, Targets
 from dimaskdino.structures.tokens import EncoderOutput, FeatureTokens, Tokens, flatten_levels, highest_scores, take
@@ -21,6 +22,7 @@ __all__ = [
     "JoinedTargets",
     "MaskLogits",
     "Matches",
+    "RleMasks",
     "Stage",
     "StagePrediction",
     "Targets",
@@ -29,6 +31,7 @@ __all__ = [
     "flatten_levels",
     "group_by_mask_features",
     "highest_scores",
+    "instances_to_coco",
     "is_final_loss",
     "mask_logits",
     "take",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dimaskdino.structures.stages import Stage
-from dimaskdino.structures.tokens import Tokens
+from dimaskdino.structures.tokens import FeatureTokens, Tokens
 
 Matches = list[tuple[Tensor, Tensor]]
 """For each image, (query, target) indices that belong together, each (m,) int64."""
@@ -48,12 +48,14 @@ class StagePrediction:
         logits: (B, Q, K) class logits.
         boxes: (B, Q, 4) cxcywh in [0, 1].
         masks: mask logits, or None where the stage predicts no masks.
+        queries: (B, Q, C) that the class head reads, normed; None in training.
     """
 
     stage: Stage
     logits: Tensor
     boxes: Tensor
     masks: MaskLogits | None = None
+    queries: Tensor | None = None
 
     @property
     def name(self) -> str:
@@ -67,7 +69,8 @@ class StagePrediction:
 
     def _take(self, queries: slice) -> "StagePrediction":
         masks = self.masks and replace(self.masks, embed=self.masks.embed[:, queries])
-        return replace(self, logits=self.logits[:, queries], boxes=self.boxes[:, queries], masks=masks)
+        own = None if self.queries is None else self.queries[:, queries]
+        return replace(self, logits=self.logits[:, queries], boxes=self.boxes[:, queries], masks=masks, queries=own)
 
 
 def group_by_mask_features(predictions: Sequence[StagePrediction]) -> list[list[int]]:
@@ -126,8 +129,10 @@ class DecoderOutput:
         stages: predictions in the order in which they are made; the last one is the model's result.
         denoising_stages: of the denoising queries, one per stage of the matching queries; empty without denoising.
         denoising: the denoising queries that those belong to.
+        t_i: the encoder's tokens.
     """
 
     stages: list[StagePrediction]
     denoising_stages: list[StagePrediction]
     denoising: DenoisingQueries | None
+    t_i: FeatureTokens | None = None

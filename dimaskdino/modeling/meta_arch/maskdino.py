@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dimaskdino.errors import ConfigError
 from dimaskdino.layers.padding import PaddedBatch
 from dimaskdino.modeling.criterion import Criterion, PointSampler
-from dimaskdino.modeling.postprocessing import instances_of_image
+from dimaskdino.modeling.postprocessing import DEFAULT_OPTIONS, InstanceOptions, instances_of_image, mean_feature
 from dimaskdino.modeling.registry import get_registered
 from dimaskdino.modeling.transformer_decoder.checks import uses_no_object_class
 from dimaskdino.structures import DecoderOutput, Stage, Targets
@@ -37,6 +37,7 @@ class DIMaskDINO(nn.Module):
         instance_results: False for a configuration that asks for semantic or panoptic results alone.
         no_object_class: whether the class head has a no-object logit (semantic models of the releases).
         predicts_masks: False for a model of boxes alone, which is trained without the masks of its objects.
+        instance_options: what else decides the reported objects.
 
     Source: DI-MaskDINO (NeurIPS 2024), on MaskDINO (Li et al., 2023).
     """
@@ -61,6 +62,7 @@ class DIMaskDINO(nn.Module):
         instance_results: bool = True,
         no_object_class: bool = False,
         predicts_masks: bool = True,
+        instance_options: InstanceOptions = DEFAULT_OPTIONS,
     ) -> None:
         super().__init__()
         self.backbone, self.sem_seg_head, self.criterion = backbone, sem_seg_head, criterion
@@ -68,6 +70,7 @@ class DIMaskDINO(nn.Module):
         self.max_detections, self.score_by_mask = max_detections, score_by_mask
         self.instance_results, self.no_object_class = instance_results, no_object_class
         self.predicts_masks = predicts_masks
+        self.instance_options = instance_options
         self.eval_layers = self._resolve_eval_layers(eval_layers)
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
@@ -94,6 +97,7 @@ class DIMaskDINO(nn.Module):
             "instance_results": node.TEST.INSTANCE_ON,
             "no_object_class": uses_no_object_class(cfg),
             "predicts_masks": node.PREDICT_MASKS,
+            "instance_options": InstanceOptions.from_config(cfg),
         }
 
     @property
@@ -136,7 +140,8 @@ class DIMaskDINO(nn.Module):
 
         Returns:
             In training the weighted losses by name. In evaluation for each image {"instances": Instances}, and
-            "layers": {stage: Instances} where TEST.EVAL_LAYERS asks for it.
+            "layers": {stage: Instances} where TEST.EVAL_LAYERS asks for it, "image_feature" (C,) where
+            MODEL.MaskDINO.TEST.QUERY_FEATURES does.
 
         Raises:
             ConfigError: for a semantic or panoptic configuration.
@@ -211,9 +216,14 @@ class DIMaskDINO(nn.Module):
                 output_size=(given.get("height", image_size[0]), given.get("width", image_size[1])),
                 max_detections=self.max_detections,
                 score_by_mask=self.score_by_mask,
+                options=self.instance_options,
             )
 
-        result = {"instances": instances(final)}
+        result: dict[str, Any] = {"instances": instances(final)}
+        if self.instance_options.with_queries and output.t_i is not None:
+            result["image_feature"] = mean_feature(
+                output.t_i, index, tuple(images.tensor.shape[-2:]), tuple(image_size)
+            )
         if self.eval_layers:
             result["layers"] = {
                 name: result["instances"] if name == final else instances(name) for name in self.eval_layers

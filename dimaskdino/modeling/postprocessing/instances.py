@@ -1,16 +1,43 @@
 """Predictions to results: the best detections, their masks at the asked size, scores, boxes."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
+from detectron2.config import CfgNode
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from dimaskdino.layers.boxes import cxcywh_to_xyxy
-from dimaskdino.structures import MaskLogits, StagePrediction
+from dimaskdino.modeling.postprocessing.masks import TWO_STEP, Frame, MaskRendering
+from dimaskdino.structures import FeatureTokens, StagePrediction
 
-_MASKS_PER_CHUNK = 25
+
+@dataclass(frozen=True, kw_only=True)
+class InstanceOptions:
+    """What decides the results of an image, beside their number and what they are scored by.
+
+    Attributes:
+        min_score: detections with a lower class score, which mask quality can only lower, are left out.
+        rendering: how masks are made.
+        with_queries: add the query behind each result: query_indices, query_features (N, C), which the class head
+            reads, and class_scores (N,), which it gives.
+    """
+
+    min_score: float = 0.0
+    rendering: MaskRendering = TWO_STEP
+    with_queries: bool = False
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> "InstanceOptions":
+        """Read MODEL.MaskDINO.TEST.{MIN_SCORE, QUERY_FEATURES, MASK_*}."""
+        node = cfg.MODEL.MaskDINO.TEST
+        rendering = MaskRendering.from_config(cfg)
+        return cls(min_score=node.MIN_SCORE, rendering=rendering, with_queries=node.QUERY_FEATURES)
+
+
+DEFAULT_OPTIONS = InstanceOptions()
 
 
 def instances_of_image(
@@ -22,6 +49,7 @@ def instances_of_image(
     output_size: tuple[int, int],
     max_detections: int,
     score_by_mask: bool,
+    options: InstanceOptions = DEFAULT_OPTIONS,
 ) -> Instances:
     """Results of one image.
 
@@ -33,27 +61,44 @@ def instances_of_image(
         output_size: (height, width) of the result, px.
         max_detections: at most this many (query, class) pairs; all where there are fewer.
         score_by_mask: multiply class scores by the mean mask probability inside the mask, where there are masks.
+        options: what else decides the results.
 
     Returns:
-        pred_boxes (xyxy px), scores in [0, 1], pred_classes, and, where the stage has masks, pred_masks (N, H, W) bool,
-        by descending score.
+        pred_boxes (xyxy px), scores in [0, 1], pred_classes, and, where the stage has masks, pred_masks (N, H, W) bool
+        or as RLE, by descending score.
     """
     scores = prediction.logits[image].float().sigmoid().flatten()
     scores, index = scores.topk(min(max_detections, scores.numel()), sorted=False)
+    scores, index = scores[scores >= options.min_score], index[scores >= options.min_score]
     num_classes = prediction.logits.shape[-1]
     query, classes = index.div(num_classes, rounding_mode="floor"), index % num_classes
     boxes = _scale_boxes(prediction.boxes[image, query].float(), padded_size, image_size, output_size)
     result = Instances(output_size, pred_boxes=Boxes(boxes), scores=scores, pred_classes=classes)
+    if options.with_queries and prediction.queries is not None:
+        result.query_indices, result.query_features = query, prediction.queries[image, query].float()
+        result.class_scores = scores
     if prediction.masks is not None:
         # A query that is among the best with several classes has one mask.
         unique, mask_of = torch.unique(query, return_inverse=True)
-        masks, quality = _masks_at_output_size(prediction.masks, image, unique, padded_size, image_size, output_size)
+        frame = Frame(padded_size, image_size, output_size)
+        masks, quality = options.rendering(prediction.masks, image, unique, frame)
         result.scores = scores * quality[mask_of] if score_by_mask else scores
     order = result.scores.argsort(descending=True)
     result = result[order]
     if prediction.masks is not None:
         result.pred_masks = masks[mask_of[order]]
     return result
+
+
+def mean_feature(t_i: FeatureTokens, image: int, padded_size: tuple[int, int], image_size: tuple[int, int]) -> Tensor:
+    """Mean (C,) float32 of an image's tokens over all levels, without those of the padding."""
+    height, width = (inner / padded for inner, padded in zip(image_size, padded_size, strict=True))
+    levels = t_i.tokens[image].split([h * w for h, w in t_i.spatial_shapes])
+    inside = [
+        level.view(h, w, -1)[: math.ceil(h * height), : math.ceil(w * width)].flatten(0, 1)
+        for level, (h, w) in zip(levels, t_i.spatial_shapes, strict=True)
+    ]
+    return torch.cat(inside).float().mean(0)
 
 
 def _scale_boxes(
@@ -65,29 +110,3 @@ def _scale_boxes(
     )
     left, upper, right, lower = cxcywh_to_xyxy(boxes).unbind(-1)
     return torch.stack((left * scale_x, upper * scale_y, right * scale_x, lower * scale_y), dim=-1)
-
-
-def _masks_at_output_size(
-    predicted: MaskLogits,
-    image: int,
-    queries: Tensor,
-    padded_size: tuple[int, int],
-    image_size: tuple[int, int],
-    output_size: tuple[int, int],
-) -> tuple[Tensor, Tensor]:
-    """Masks (N, H, W) bool of ``queries`` (N,) and the mean probability inside each (N,).
-
-    Few masks are floating at a time, whatever the size of the result.
-    """
-    masks, qualities = [], []
-    for chunk in queries.split(_MASKS_PER_CHUNK):
-        logits = predicted.select(image, chunk).float()[:, None]
-        logits = F.interpolate(logits, size=padded_size, mode="bilinear", align_corners=False)
-        logits = logits[..., : image_size[0], : image_size[1]]
-        if image_size != output_size:
-            logits = F.interpolate(logits, size=output_size, mode="bilinear", align_corners=False)
-        mask = logits[:, 0] > 0
-        area = mask.sum((1, 2))
-        qualities.append((logits[:, 0].sigmoid() * mask).sum((1, 2)) / (area + 1e-6))
-        masks.append(mask)
-    return torch.cat(masks), torch.cat(qualities)

@@ -47,4 +47,5 @@ class PredictionHeads(nn.Module):
         masks = None
         if mask_features is not None and self.mask_embed is not None:
             masks = MaskLogits(self.mask_embed(normed), mask_features)
-        return StagePrediction(stage, self.class_embed(normed), boxes, masks)
+        queries = None if self.training else normed
+        return StagePrediction(stage, self.class_embed(normed), boxes, masks, queries)

@@ -129,7 +129,7 @@ def test_only_masks_that_are_reported_are_enlarged_and_each_once(monkeypatch):
         rows.append(len(logits))
         return interpolate(logits, **options)
 
-    monkeypatch.setattr("dimaskdino.modeling.postprocessing.instances.F.interpolate", count)
+    monkeypatch.setattr("dimaskdino.modeling.postprocessing.masks.F.interpolate", count)
     logits = torch.full((60, 3), LOW)
     logits[:2] = 5.0
     infer(prediction(logits.tolist(), flat_masks(60)), max_detections=6)

@@ -1,0 +1,1 @@
+"""What surrounds a model that predicts: inputs, refinement, results, files that are written."""

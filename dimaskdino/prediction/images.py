@@ -1,0 +1,103 @@
+"""What people call an image, as the (H, W, 3) uint8 RGB array that the predictor works on."""
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.data.detection_utils import convert_PIL_to_numpy
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from dimaskdino.errors import UserError
+
+CHANNEL_ORDERS = ("RGB", "BGR")
+
+
+def to_rgb(source: Any, *, channels: str = "RGB", exif: bool = True) -> np.ndarray:
+    """Read or convert an image.
+
+    Args:
+        source: a path; a PIL image; an array (H, W) or (H, W, 1, 3 or 4); or a tensor (H, W) or (1, 3 or 4, H, W).
+            Arrays and tensors are uint8, or floating point in [0, 1]. Gray is repeated, alpha dropped.
+        channels: order of an array's or tensor's color channels, ``RGB`` or ``BGR`` (OpenCV's).
+        exif: turn files and PIL images upright as their EXIF data says.
+
+    Returns:
+        (H, W, 3) uint8 RGB.
+
+    Raises:
+        UserError: the file is missing or not an image, or the values are not those of one.
+    """
+    if isinstance(source, str | os.PathLike):
+        return _read_file(Path(source), exif)
+    if isinstance(source, Image.Image):
+        return _from_pil(source, exif, "The PIL image")
+    if isinstance(source, Tensor):
+        array = source.detach().cpu().numpy()
+        return _from_array(array if array.ndim == 2 else np.moveaxis(array, 0, -1), channels)
+    if isinstance(source, np.ndarray):
+        return _from_array(source, channels)
+    raise UserError(f"An image is a path, a PIL image, an array or a tensor, not a {type(source).__name__}.")
+
+
+def _read_file(path: Path, exif: bool) -> np.ndarray:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return _from_pil(image, exif, str(path))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; check the path.") from error
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{path} has too many pixels to be predicted whole; predict it in tiles (--tile).") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} cannot be read as an image ({reason}); replace or remove the file.") from error
+
+
+def _from_pil(image: Image.Image, exif: bool, name: str) -> np.ndarray:
+    if image.mode.startswith(("I", "F")):
+        raise UserError(f"{name} has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits.")
+    upright = ImageOps.exif_transpose(image) if exif else image
+    return np.asarray(upright.convert("RGB"))
+
+
+def _from_array(array: np.ndarray, channels: str) -> np.ndarray:
+    if channels not in CHANNEL_ORDERS:
+        raise UserError(f"channels is {channels!r}; it must be one of {', '.join(CHANNEL_ORDERS)}.")
+    array = array[..., None] if array.ndim == 2 else array
+    if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape:
+        raise UserError(
+            f"An image of shape {array.shape} has no meaning; arrays are (H, W) or (H, W, 1, 3 or 4), tensors have "
+            "their channels first."
+        )
+    if array.dtype != np.uint8:
+        array = _from_floats(array)
+    colors = np.repeat(array, 3, axis=2) if array.shape[2] == 1 else array[..., :3]
+    return np.ascontiguousarray(colors if channels == "RGB" else colors[..., ::-1])
+
+
+def _from_floats(array: np.ndarray) -> np.ndarray:
+    if array.dtype.kind != "f" or not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
+        raise UserError(
+            f"An image of {array.dtype} must hold floating-point numbers from 0 to 1; convert it to uint8, 0 to 255."
+        )
+    return (array * 255).round().astype(np.uint8)
+
+
+def to_model_input(image: np.ndarray, resize: Any, image_format: str) -> dict[str, Any]:
+    """What the model takes for one image.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        resize: detectron2's augmentation for evaluation.
+        image_format: INPUT.FORMAT; "BGR", or a mode of PIL.
+    """
+    height, width = image.shape[:2]
+    converted = convert_PIL_to_numpy(Image.fromarray(image), image_format)
+    resized = resize.get_transform(converted).apply_image(np.ascontiguousarray(converted))
+    tensor = torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
+    return {"image": tensor, "height": height, "width": width}

@@ -1,0 +1,127 @@
+"""What is kept of a model's detections, and how their masks are cleaned."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from detectron2.structures import Boxes, Instances
+from pycocotools import mask as mask_util
+from torch import Tensor
+
+from dimaskdino.errors import ConfigError
+from dimaskdino.structures import RleMasks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refinement:
+    """Thresholds and clean-up, applied in this order; the defaults keep all that scores at least 0.35.
+
+    Attributes:
+        score: least score of a detection, in [0, 1].
+        class_scores: least score of some classes by name, in place of ``score``.
+        classes: names of the classes to keep; None keeps all.
+        keep_largest: keep the largest connected part of each mask.
+        min_area: remove connected parts of fewer pixels; holes are never filled.
+        boxes_from_masks: replace each box by the smallest one around its mask.
+        mask_nms: remove a detection whose mask (or box, without masks) has a larger IoU with a better one of its class.
+        max_detections: keep this many of the best; None keeps all that the model reports.
+    """
+
+    score: float = 0.35
+    class_scores: Mapping[str, float] = field(default_factory=dict)
+    classes: Sequence[str] | None = None
+    keep_largest: bool = False
+    min_area: int = 0
+    boxes_from_masks: bool = False
+    mask_nms: float | None = None
+    max_detections: int | None = None
+
+    def check(self, class_names: Sequence[str]) -> None:
+        """Check that every class is one of the model's.
+
+        Raises:
+            ConfigError: naming the classes that do not exist, and those that do.
+        """
+        unknown = sorted({*self.class_scores, *(self.classes or ())} - set(class_names))
+        if unknown:
+            raise ConfigError(f"The model has no class {', '.join(unknown)}; it has {', '.join(class_names)}.")
+
+    @property
+    def least_score(self) -> float:
+        """No detection below this score is kept."""
+        return min(self.score, *self.class_scores.values(), 1.0)
+
+    def __call__(self, found: Instances, class_names: Sequence[str]) -> Instances:
+        """Refine the detections of one image, which are in descending order of their scores."""
+        found = found[self._wanted(found, class_names)]
+        if found.has("pred_masks"):
+            found = self._cleaned(found)
+        if self.mask_nms is not None:
+            found = found[_suppress(found, self.mask_nms)]
+        return found if self.max_detections is None else found[: self.max_detections]
+
+    def _wanted(self, found: Instances, class_names: Sequence[str]) -> Tensor:
+        never = float("inf")
+        least = [
+            self.class_scores.get(name, self.score) if self.classes is None or name in self.classes else never
+            for name in class_names
+        ]
+        return found.scores >= found.scores.new_tensor(least)[found.pred_classes]
+
+    def _cleaned(self, found: Instances) -> Instances:
+        if self.keep_largest or self.min_area > 1:
+            masks = found.pred_masks
+            cleaned = [clean_mask(mask.cpu().numpy(), self.keep_largest, self.min_area) for mask in masks]
+            stays = torch.tensor([bool(mask.any()) for mask in cleaned], dtype=torch.bool)
+            found.pred_masks = _like(masks, cleaned)
+            found = found[stays.to(found.scores.device)]
+        if self.boxes_from_masks:
+            boxes = RleMasks.of(found.pred_masks).get_bounding_boxes()
+            found.pred_boxes = Boxes(boxes.tensor.to(found.scores.device))
+        return found
+
+
+def _like(masks: Any, cleaned: Sequence[np.ndarray]) -> Any:
+    """Clean masks in the form of those that they replace."""
+    if isinstance(masks, RleMasks):
+        rles = [mask_util.encode(np.asfortranarray(mask, dtype=np.uint8)) for mask in cleaned]
+        return RleMasks(rles, masks.size)
+    return torch.from_numpy(np.array(cleaned, dtype=bool).reshape(masks.shape)).to(masks.device)
+
+
+def clean_mask(mask: np.ndarray, keep_largest: bool, min_area: int) -> np.ndarray:
+    """The parts (connected also by corners) of a mask (H, W) bool that are large enough; empty if none is."""
+    count, parts, statistics, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
+    areas = statistics[:, cv2.CC_STAT_AREA].copy()
+    areas[0] = 0  # the background
+    keep = areas >= max(min_area, 1)
+    if keep_largest and count > 1:
+        keep &= np.arange(count) == areas.argmax()
+    return keep[parts]
+
+
+def _suppress(found: Instances, threshold: float) -> Tensor:
+    """(N,) bool: the detections that no better one of their class covers."""
+    shapes = _shapes(found)
+    classes = found.pred_classes.cpu().numpy()
+    keep = np.ones(len(found), dtype=bool)
+    for label in np.unique(classes):
+        (members,) = np.nonzero(classes == label)
+        own = [shapes[member] for member in members.tolist()]
+        overlaps = mask_util.iou(own, own, [0] * len(own))
+        for place in range(len(members)):
+            if keep[members[place]]:
+                keep[members[place + 1 :][overlaps[place, place + 1 :] > threshold]] = False
+    return torch.from_numpy(keep).to(found.scores.device)
+
+
+def _shapes(found: Instances) -> Sequence[Any]:
+    """Masks as RLE, or boxes (x, y, width, height), as pycocotools compares them."""
+    if found.has("pred_masks"):
+        return RleMasks.of(found.pred_masks).rles
+    boxes = found.pred_boxes.tensor.cpu().double().numpy().copy()
+    boxes[:, 2:] -= boxes[:, :2]
+    return boxes

@@ -1,0 +1,180 @@
+"""What was found in one image, and the forms that people want it in."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+from detectron2.structures import Instances
+from PIL import Image
+
+from dimaskdino.errors import UserError
+from dimaskdino.structures import instances_to_coco
+from dimaskdino.visualization import Objects, draw_objects
+
+LARGEST_PICTURE_PX = 2400  # longest side of a drawing whose size is not given
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of a model.
+
+    Attributes:
+        things: names of the classes of objects, by class index.
+        category_ids: their ids in the dataset, by class index.
+        stuff: names of all classes of semantic and panoptic maps; () for a model of objects.
+    """
+
+    things: Sequence[str]
+    category_ids: Sequence[int]
+    stuff: Sequence[str] = ()
+
+    @property
+    def segments(self) -> Sequence[str]:
+        """Names of the classes of segments."""
+        return self.stuff or self.things
+
+
+class Prediction(dict):
+    """detectron2's result of one image ("instances", "panoptic_seg", "sem_seg"), on the CPU, and what to do with it.
+
+    Args:
+        result: what the model gave.
+        image: (H, W, 3) uint8 RGB, which is drawn on.
+        classes: of the model.
+        source: where the image is from; "" where nobody said.
+    """
+
+    def __init__(self, result: dict[str, Any], *, image: np.ndarray, classes: Classes, source: str = "") -> None:
+        super().__init__(result)
+        self.image, self.classes, self.source = image, classes, source
+
+    @property
+    def instances(self) -> Instances:
+        """detectron2's Instances: pred_boxes (xyxy px), scores, pred_classes, pred_masks if the model has masks.
+
+        Raises:
+            UserError: the model reports no objects.
+        """
+        if "instances" not in self:
+            raise UserError(f"This model reports {', '.join(self)}, and no objects.")
+        return self["instances"]
+
+    @property
+    def class_names(self) -> list[str]:
+        """The class name of each detection."""
+        return [self.classes.things[index] for index in self.instances.pred_classes.tolist()]
+
+    def draw(self, *, width: int | None = None, by_instance: bool = False, labels: Sequence[str] = ()) -> Image.Image:
+        """Draw the result: segments of a panoptic map if there is one, else objects, else a semantic map.
+
+        Args:
+            width: of the picture in px; None enlarges small images, so that labels can be read, and reduces huge ones.
+            by_instance: a color of its own for each object instead of each class.
+            labels: put before each object's class name, such as the number of its track.
+        """
+        size = _drawn_size(self.image.shape[:2], width)
+        if "panoptic_seg" in self:
+            objects = self._panoptic_objects()
+        elif "instances" in self:
+            objects = self._detected_objects(size, labels)
+        else:
+            objects = self._semantic_objects()
+        reduced = self.image if size is None else cv2.resize(self.image, size, interpolation=cv2.INTER_AREA)
+        return Image.fromarray(draw_objects(reduced, objects, width=width, by_instance=by_instance))
+
+    def _detected_objects(self, size: tuple[int, int] | None, labels: Sequence[str]) -> Objects:
+        """The objects in the frame of the image as drawn: reduced to ``size`` (width, height), or as it is."""
+        found, names = self.instances, self.class_names
+        names = [f"{label} {name}" for label, name in zip(labels, names, strict=True)] if labels else names
+        masks = found.pred_masks if found.has("pred_masks") else None
+        boxes = found.pred_boxes.tensor.numpy()
+        if masks is not None:
+            drawn = [mask.numpy() if size is None else _reduced(mask.numpy(), size) for mask in masks]
+            masks = np.array(drawn, dtype=bool).reshape(len(found), *(size or self.image.shape[1::-1])[::-1])
+        return Objects(
+            classes=found.pred_classes.tolist(),
+            names=names,
+            scores=found.scores.tolist(),
+            boxes=boxes if size is None else boxes * (size[0] / self.image.shape[1]),
+            masks=masks,
+        )
+
+    def _panoptic_objects(self) -> Objects:
+        ids, segments = self["panoptic_seg"]
+        classes = {segment["id"]: segment["category_id"] for segment in segments}
+        return Objects.from_segments(ids.numpy(), classes, self.classes.segments)
+
+    def _semantic_objects(self) -> Objects:
+        ids = self["sem_seg"].argmax(0).numpy()
+        return Objects.from_segments(ids, {int(label): int(label) for label in np.unique(ids)}, self.classes.segments)
+
+    def to_coco(self, image_id: Any = 0) -> list[dict[str, Any]]:
+        """Detections in COCO's results format, with the category ids of the dataset that the model was trained on."""
+        return instances_to_coco(self.instances, image_id, self.classes.category_ids)
+
+    def to_supervision(self) -> Any:
+        """Detections of the package supervision, which must be installed; class names are in ``data["class_name"]``."""
+        try:
+            import supervision
+        except ImportError as error:
+            raise UserError("to_supervision() needs the package supervision: pip install supervision.") from error
+        found = supervision.Detections.from_detectron2(self)
+        found.data["class_name"] = np.array(self.class_names)
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as JSON holds it: file, height, width, and objects with their class, score, box and mask (RLE).
+
+        Boxes are xyxy px. "segments" are there for a panoptic model.
+        """
+        height, width = self.image.shape[:2]
+        content: dict[str, Any] = {"file": self.source, "height": height, "width": width}
+        if "instances" in self:
+            content["objects"] = [
+                {"class": name, "class_index": label, "score": result["score"], "box": box}
+                | ({"mask": result["segmentation"]} if "segmentation" in result else {})
+                for name, label, box, result in zip(
+                    self.class_names,
+                    self.instances.pred_classes.tolist(),
+                    self.instances.pred_boxes.tensor.tolist(),
+                    self.to_coco(),
+                    strict=True,
+                )
+            ]
+        if "panoptic_seg" in self:
+            names = self.classes.segments
+            content["segments"] = [
+                {"class": names[segment["category_id"]], **segment} for segment in self["panoptic_seg"][1]
+            ]
+        return content
+
+    def to_json(self) -> str:
+        """:meth:`to_dict` as text."""
+        return json.dumps(self.to_dict())
+
+
+def _drawn_size(size: tuple[int, ...], width: int | None) -> tuple[int, int] | None:
+    """(width, height) that an image is reduced to before it is drawn on; None for one that is small enough."""
+    height, full_width = size
+    longest = LARGEST_PICTURE_PX if width is None else max(1, round(width * max(1.0, height / full_width)))
+    scale = longest / max(height, full_width)
+    return None if scale >= 1 else (max(1, round(full_width * scale)), max(1, round(height * scale)))
+
+
+def _reduced(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    return cv2.resize(mask.astype(np.float32), size, interpolation=cv2.INTER_AREA) >= 0.5
+
+
+def on_cpu(result: dict[str, Any]) -> dict[str, Any]:
+    """A model's result with every tensor on the CPU."""
+    return {
+        name: (value[0].cpu(), value[1])
+        if name == "panoptic_seg"
+        else value.to("cpu")
+        if hasattr(value, "to")
+        else value
+        for name, value in result.items()
+    }

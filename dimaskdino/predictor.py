@@ -1,0 +1,219 @@
+"""The predictor: a trained model, an image in, what was found out."""
+
+import itertools
+import json
+import logging
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.data import MetadataCatalog
+
+from dimaskdino.checkpoint import Checkpointer, read_weights
+from dimaskdino.config import Config, get_cfg
+from dimaskdino.data.augmentations import test_resize
+from dimaskdino.data.datasets import register_all
+from dimaskdino.errors import CheckpointError, ConfigError, UserError
+from dimaskdino.modeling.meta_arch import build_model
+from dimaskdino.prediction.images import CHANNEL_ORDERS, to_model_input, to_rgb
+from dimaskdino.prediction.refinement import Refinement
+from dimaskdino.prediction.results import Classes, Prediction, on_cpu
+
+logger = logging.getLogger(__name__)
+
+# Entries of a self-contained weight file.
+CONFIG_ENTRY, CLASSES_ENTRY = "dimaskdino_config", "dimaskdino_classes"
+
+
+class Predictor:
+    """Finds objects in images with a trained model.
+
+    >>> predict = Predictor("output/demo/run")            # or a configuration and weights, or a self-contained file
+    >>> found = predict("image.jpg")                      # or a PIL image, an array, a tensor, or a list of any
+    >>> found.instances.pred_boxes, found.class_names
+    >>> found.draw().save("found.png")
+
+    A predictor may be called from several threads at once.
+
+    Args:
+        run: the folder of a run, a configuration file (then give ``weights``), or a file that :meth:`save` wrote.
+        weights: the weight file; None for the last one of the run.
+        options: KEY VALUE pairs that change the configuration.
+        device: where the model runs, such as "cuda:1"; None for the first GPU if there is one, else the CPU.
+        channels: channel order of arrays and tensors, RGB or BGR; a call may say otherwise.
+        exif: turn images upright as their EXIF data says.
+        batch_size: images of a list that go through the model together.
+        refinement: as :class:`Refinement` takes it: score, classes, mask_nms, and others.
+
+    Raises:
+        UserError: there is no run, configuration or weight file, they do not fit, or a class does not exist.
+    """
+
+    def __init__(
+        self,
+        run: str | Path,
+        weights: str | Path | None = None,
+        *,
+        options: Sequence[Any] = (),
+        device: str | None = None,
+        channels: str = "RGB",
+        exif: bool = True,
+        batch_size: int = 1,
+        **refinement: Any,
+    ) -> None:
+        if channels not in CHANNEL_ORDERS:
+            raise ConfigError(f"channels is {channels!r}; it must be one of {', '.join(CHANNEL_ORDERS)}.")
+        self.input_format, self.exif, self.batch_size = channels, exif, batch_size
+        self.refine = Refinement(**refinement)
+        self.cfg, self.weights, classes = _read_run(Path(run), Path(weights) if weights else None)
+        self.cfg.merge_from_list(list(options))
+        _prepare(self.cfg, device, self.refine)
+        self.model = build_model(self.cfg).eval()
+        Checkpointer(self.model).load(str(self.weights))
+        self.classes = classes or classes_of(self.cfg)
+        self.refine.check(self.classes.things)
+        self._resize = test_resize(self.cfg)[0]
+
+    def __call__(self, images: Any, *, channels: str | None = None) -> Any:
+        """Predict one image, or a list of images of any sizes.
+
+        Args:
+            images: a path, PIL image, array (H, W[, C]) or tensor ([C,] H, W), or a list or tuple of these.
+            channels: channel order of arrays and tensors; None for the predictor's.
+
+        Returns:
+            A :class:`Prediction`, or a list of them.
+
+        Raises:
+            UserError: something is not an image; the message names it.
+        """
+        if isinstance(images, list | tuple):
+            return list(self.stream(images, channels=channels))
+        return next(self.stream([images], channels=channels))
+
+    def stream(self, images: Iterable[Any], *, channels: str | None = None) -> Iterator[Prediction]:
+        """Predict any number of images one batch at a time, in their order."""
+        images = iter(images)
+        while batch := list(itertools.islice(images, self.batch_size)):
+            arrays = [to_rgb(image, channels=channels or self.input_format, exif=self.exif) for image in batch]
+            sources = [str(image) if isinstance(image, str | Path) else "" for image in batch]
+            yield from self.predict_arrays(arrays, sources)
+
+    def predict_arrays(self, arrays: Sequence[Any], sources: Sequence[str]) -> list[Prediction]:
+        """Predict one batch of (H, W, 3) uint8 RGB arrays; ``sources`` says where each is from."""
+        inputs = [to_model_input(array, self._resize, self.cfg.INPUT.FORMAT) for array in arrays]
+        with torch.inference_mode():
+            results = [on_cpu(result) for result in self.model(inputs)]
+        for result in results:
+            if "instances" in result:
+                result["instances"] = self.refine(result["instances"], self.classes.things)
+        return [
+            Prediction(result, image=array, classes=self.classes, source=source)
+            for result, array, source in zip(results, arrays, sources, strict=True)
+        ]
+
+    def save(self, path: str | Path) -> None:
+        """Write one file that :class:`Predictor` loads by itself: weights, configuration and class names.
+
+        Args:
+            path: of the file; safetensors if it ends so, else torch's format.
+        """
+        path = Path(path)
+        extra = {CONFIG_ENTRY: self.cfg.dump(), CLASSES_ENTRY: json.dumps(vars(self.classes))}
+        state = {key: value.cpu().clone().contiguous() for key, value in self.model.state_dict().items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".safetensors":
+            from safetensors.torch import save_file
+
+            save_file(state, path, extra)
+        else:
+            torch.save({"model": state, **extra}, path)
+
+
+def _read_run(run: Path, weights: Path | None) -> tuple[Config, Path, Classes | None]:
+    """The configuration and weight file of a run, and its classes where the file knows them."""
+    if run.is_dir():
+        config = run / "config.yaml"
+        if not config.is_file():
+            raise UserError(f"{run} is not the folder of a run: it has no config.yaml.")
+        return _read_config(config), weights or _last_weights(run), None
+    if not run.is_file():
+        raise UserError(f"{run} does not exist; give a run's folder, a configuration with weights, or a saved model.")
+    if run.suffix in (".yaml", ".yml"):
+        cfg = _read_config(run)
+        weights = weights or (Path(cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else None)
+        if weights is None:
+            raise UserError(f"{run} names no weights (MODEL.WEIGHTS); give the weight file as well.")
+        return cfg, weights, None
+    return _read_saved(run)
+
+
+def _read_config(path: Path) -> Config:
+    cfg = get_cfg()
+    cfg.merge_from_file(str(path))
+    return cfg
+
+
+def _last_weights(run: Path) -> Path:
+    tag = run / "last_checkpoint"
+    names = ["model_final.pth", "model_final.safetensors", *([tag.read_text().strip()] if tag.is_file() else [])]
+    for name in names:
+        if name and (run / name).is_file():
+            return run / name
+    raise CheckpointError(f"{run} has no weights (model_final.pth); train it to the end, or give the weight file.")
+
+
+def _read_saved(path: Path) -> tuple[Config, Path, Classes | None]:
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                content = file.metadata() or {}
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} cannot be read as weights ({error}).") from error
+    else:
+        content = read_weights(path)
+    if not (isinstance(content.get(CONFIG_ENTRY), str) and isinstance(content.get(CLASSES_ENTRY), str)):
+        raise UserError(
+            f"{path} holds weights without their configuration; give the configuration first and the weights second, "
+            "or a file that Predictor.save wrote."
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder) / "config.yaml"
+        config.write_text(content[CONFIG_ENTRY], encoding="utf-8")
+        cfg = _read_config(config)
+    return cfg, path, Classes(**json.loads(content[CLASSES_ENTRY]))
+
+
+def _prepare(cfg: Config, device: str | None, refinement: Refinement) -> None:
+    """Set the keys that prediction decides."""
+    node = cfg.MODEL.MaskDINO.TEST
+    cfg.MODEL.DEVICE = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    cfg.MODEL.WEIGHTS, cfg.MODEL.TIMM.PRETRAINED, cfg.TEST.EVAL_LAYERS = "", False, []
+    node.MIN_SCORE = max(node.MIN_SCORE, refinement.least_score)
+    cfg.TEST.DETECTIONS_PER_IMAGE = max(cfg.TEST.DETECTIONS_PER_IMAGE, refinement.max_detections or 0)
+
+
+def classes_of(cfg: Config) -> Classes:
+    """The classes of a configuration's datasets, or "class 0", "class 1", ... where none of them is registered."""
+    register_all(cfg=cfg)
+    count = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        metadata = MetadataCatalog.get(name) if name in MetadataCatalog.list() else None
+        things = metadata.get("thing_classes") if metadata else None
+        if metadata is not None and things and len(things) <= count:
+            to_index = metadata.get("thing_dataset_id_to_contiguous_id")
+            ids = sorted(to_index, key=to_index.__getitem__) if to_index else list(range(1, len(things) + 1))
+            more = range(len(things), count)  # a model may have more classes than its dataset
+            names = [*things, *(f"class {index}" for index in more)]
+            return Classes(
+                names, [*ids, *(max(ids) + 1 + index for index in more)], list(metadata.get("stuff_classes", []))
+            )
+    datasets = ", ".join((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)) or "none"
+    logger.warning(
+        "No registered dataset (%s) names the model's %d classes; they are called by number.", datasets, count
+    )
+    return Classes([f"class {index}" for index in range(count)], list(range(count)))

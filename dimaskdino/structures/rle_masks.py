@@ -1,0 +1,146 @@
+"""Masks of one image as COCO's run-length encoding: kilobytes where a bitmap of each object takes gigabytes."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.structures import Boxes, Instances
+from pycocotools import mask as mask_util
+from torch import Tensor
+
+Rle = dict[str, Any]
+Size = tuple[int, int]  # (height, width) in pixels
+
+
+class RleMasks:
+    """Masks as RLE, with the methods that detectron2's BitMasks has; ``pred_masks`` of a result may be either.
+
+    Where a tensor or an array is asked for (:attr:`tensor`, :meth:`numpy`, iteration), masks are decoded on the fly.
+
+    Args:
+        rles: compressed RLEs, each with ``size`` and ``counts`` in bytes.
+        size: (height, width) of every mask, px.
+    """
+
+    def __init__(self, rles: Sequence[Rle], size: Size) -> None:
+        self.rles, self.size = list(rles), size
+
+    @classmethod
+    def of(cls, masks: Any) -> "RleMasks":
+        """Encode (N, H, W) bool masks, a tensor or BitMasks; RLE masks are returned as they are."""
+        if isinstance(masks, cls):
+            return masks
+        dense = getattr(masks, "tensor", masks)
+        rles = [mask_util.encode(np.asfortranarray(mask.cpu().numpy(), dtype=np.uint8)) for mask in dense]
+        return cls(rles, (int(dense.shape[1]), int(dense.shape[2])))
+
+    @property
+    def tensor(self) -> Tensor:
+        """All masks, (N, H, W) bool on the CPU."""
+        return torch.stack(list(self)) if self.rles else torch.zeros((0, *self.size), dtype=torch.bool)
+
+    def numpy(self) -> np.ndarray:
+        """All masks, (N, H, W) bool."""
+        return self.tensor.numpy()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self.numpy() if dtype is None else self.numpy().astype(dtype)
+
+    def __len__(self) -> int:
+        return len(self.rles)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for rle in self.rles:
+            yield torch.from_numpy(mask_util.decode(rle)).bool()
+
+    def __getitem__(self, index: int | slice | Tensor) -> "RleMasks":
+        """Some of the masks, by number, slice, or a tensor of numbers or booleans."""
+        chosen = torch.arange(len(self))[index.cpu() if isinstance(index, Tensor) else index]
+        return RleMasks([self.rles[number] for number in chosen.reshape(-1).tolist()], self.size)
+
+    def to(self, *_: Any, **__: Any) -> "RleMasks":
+        """The same masks: they live on the host."""
+        return self
+
+    cpu = to
+
+    @staticmethod
+    def cat(several: Sequence["RleMasks"]) -> "RleMasks":
+        """The masks of several, which have one size, in one."""
+        return RleMasks([rle for masks in several for rle in masks.rles], several[0].size)
+
+    def area(self) -> Tensor:
+        """Pixels of each mask, (N,) float32."""
+        return torch.tensor([float(mask_util.area(rle)) for rle in self.rles])
+
+    def get_bounding_boxes(self) -> Boxes:
+        """Smallest boxes around the masks, xyxy px with exclusive right and lower edges; zeros for an empty mask."""
+        boxes = np.array([mask_util.toBbox(rle) for rle in self.rles], dtype=np.float32).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        return Boxes(torch.from_numpy(boxes))
+
+
+def run_edges(mask: np.ndarray, top: int, left: int, height: int) -> np.ndarray:
+    """Where the runs of a mask begin and end, in the column-major order of RLE.
+
+    Args:
+        mask: (h, w) bool, a crop of a canvas.
+        top: row of the canvas where the crop begins.
+        left: column of the canvas where the crop begins.
+        height: of the canvas.
+
+    Returns:
+        (2 R,) int64: begin and end (exclusive) of each run, in increasing order. A run that goes on in the next
+        column ends and begins there; :func:`rle_from_edges` joins it.
+    """
+    rows, columns = mask.shape
+    padded = np.zeros((columns, rows + 1), dtype=bool)  # a gap after each column ends its last run
+    padded[:, :-1] = mask.T
+    flat = np.concatenate(([False], padded.ravel()))
+    column, row = np.divmod(np.flatnonzero(flat[1:] != flat[:-1]), rows + 1)
+    return (left + column) * height + top + row
+
+
+def rle_from_edges(edges: np.ndarray, size: Size) -> Rle:
+    """The RLE of a canvas whose runs begin and end at ``edges`` (see :func:`run_edges`)."""
+    joined = np.flatnonzero(edges[1:-1:2] == edges[2::2])
+    edges = np.delete(edges, np.concatenate((2 * joined + 1, 2 * joined + 2)))
+    ends = [size[0] * size[1]] if not len(edges) or edges[-1] < size[0] * size[1] else []
+    counts = np.diff(np.concatenate(([0], edges, ends)).astype(np.int64))
+    return mask_util.frPyObjects({"size": list(size), "counts": counts.tolist()}, *size)
+
+
+def place_rle(rle: Rle, top: int, left: int, size: Size) -> Rle:
+    """Move a mask, such as that of a tile, to its place on a larger canvas of ``size``."""
+    x, y, width, height = (int(side) for side in mask_util.toBbox(rle))
+    crop = mask_util.decode(rle)[y : y + height, x : x + width].astype(bool)
+    return rle_from_edges(run_edges(crop, top + y, left + x, size[0]), size)
+
+
+def instances_to_coco(
+    instances: Instances, image_id: Any, category_ids: Sequence[int] | None = None
+) -> list[dict[str, Any]]:
+    """Detections as COCO's results hold them.
+
+    Args:
+        instances: scores, pred_classes, pred_boxes, and where there are masks pred_masks, on the CPU.
+        image_id: of the image.
+        category_ids: by class index; None gives the class index itself.
+
+    Returns:
+        For each detection image_id, category_id, bbox (x, y, width, height in px), score, and segmentation (RLE with
+        text counts) where there are masks.
+    """
+    boxes = instances.pred_boxes.tensor.clone()
+    boxes[:, 2:] -= boxes[:, :2]
+    classes = instances.pred_classes.tolist()
+    found = [
+        {"image_id": image_id, "category_id": label if category_ids is None else category_ids[label]}
+        | {"bbox": box, "score": score}
+        for label, box, score in zip(classes, boxes.tolist(), instances.scores.tolist(), strict=True)
+    ]
+    if instances.has("pred_masks"):
+        for result, rle in zip(found, RleMasks.of(instances.pred_masks).rles, strict=True):
+            result["segmentation"] = {"size": list(rle["size"]), "counts": rle["counts"].decode()}
+    return found

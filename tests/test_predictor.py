@@ -1,0 +1,255 @@
+"""The predictor gives what the model gives, for every form of image and of trained model."""
+
+import json
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import MetadataCatalog
+from PIL import Image
+from pycocotools import mask as mask_util
+
+from dimaskdino import Predictor
+from dimaskdino.errors import UserError
+from dimaskdino.prediction.results import Classes, Prediction
+from tests.documentation import example
+from tests.tiny_model import image, predict, tiny_cfg, tiny_model
+
+SIZES = {"INPUT.MIN_SIZE_TEST": 64, "INPUT.MAX_SIZE_TEST": 64, "INPUT.FORMAT": "BGR"}
+NAMES = ["cat", "dog", "cow", "hen", "pig"]
+BOXES_ALONE = {"MODEL.MaskDINO.PREDICT_MASKS": False, "MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME": "DeformableEncoder"}
+BOXES_ALONE |= {"MODEL.MaskDINO.INITIALIZE_BOX_TYPE": "no", "MODEL.MaskDINO.BATO.ENABLED": False}
+
+
+def make_run(folder: Path, options: dict | None = None) -> Path:
+    options = SIZES | (options or {}) | {"DATASETS.TRAIN": ("farm",)}
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(tiny_cfg(options).dump())
+    torch.save({"model": tiny_model(options).state_dict()}, folder / "model_final.pth")
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Path]:
+    MetadataCatalog.get("farm").set(thing_classes=NAMES)
+    yield make_run(tmp_path / "run")
+    MetadataCatalog.pop("farm", None)
+
+
+@pytest.fixture
+def pixels() -> np.ndarray:
+    """(64, 64, 3) uint8 RGB."""
+    return image(64, 64).permute(1, 2, 0).numpy().astype(np.uint8)
+
+
+def same(one: Prediction, other: Prediction) -> bool:
+    found, expected = one.instances, other.instances
+    return len(found) == len(expected) and all(
+        torch.equal(getattr(value, "tensor", value), getattr(expected.get(name), "tensor", expected.get(name)))
+        for name, value in found.get_fields().items()
+    )
+
+
+def test_results_are_those_of_the_model(run, pixels) -> None:
+    found = Predictor(run, device="cpu", score=0)(pixels).instances
+    (expected,) = predict(tiny_model(SIZES), torch.from_numpy(pixels[..., ::-1].copy()).permute(2, 0, 1))
+    assert torch.equal(found.scores, expected.scores)
+    assert torch.equal(found.pred_masks, expected.pred_masks)
+    assert torch.equal(found.pred_boxes.tensor, expected.pred_boxes.tensor)
+
+
+def test_every_form_of_an_image_gives_the_same(run, pixels, tmp_path) -> None:
+    predictor = Predictor(run, device="cpu", score=0)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    expected = predictor(pixels)
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1)
+    for form in (tmp_path / "a.png", Image.fromarray(pixels), tensor):
+        assert same(predictor(form), expected)
+    assert same(predictor(pixels[..., ::-1], channels="BGR"), expected)
+    assert same(Predictor(run, device="cpu", score=0, channels="BGR")(pixels[..., ::-1]), expected)
+    assert predictor(tmp_path / "a.png").source == str(tmp_path / "a.png")
+
+
+def test_a_list_of_mixed_sizes_gives_a_result_each(run, pixels) -> None:
+    images = [pixels, pixels[:40], pixels[:, :30], pixels[..., 0]]
+    one_by_one = Predictor(run, device="cpu", score=0)
+    found = one_by_one(images)
+    assert all(same(result, one_by_one(each)) for result, each in zip(found, images, strict=True))
+    batched = Predictor(run, device="cpu", score=0, batch_size=3)(images)
+    assert [result.instances.image_size for result in batched] == [(64, 64), (40, 64), (64, 30), (64, 64)]
+    assert all(len(result.instances) == 6 for result in batched)
+    assert one_by_one([]) == []
+
+
+def test_threads_share_a_predictor(run, pixels) -> None:
+    predictor = Predictor(run, device="cpu", score=0)
+    images = [np.roll(pixels, shift, axis=1) for shift in range(8)]
+    expected = predictor(images)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(map(same, pool.map(predictor, images * 2), expected * 2))
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_saved_model_needs_nothing_else(run, pixels, tmp_path, suffix) -> None:
+    predictor = Predictor(run, device="cpu", score=0)
+    predictor.save(tmp_path / "files" / f"model{suffix}")
+    MetadataCatalog.remove("farm")
+    loaded = Predictor(tmp_path / "files" / f"model{suffix}", device="cpu", score=0)
+    assert loaded.classes.things == NAMES
+    assert same(loaded(pixels), predictor(pixels))
+
+
+def test_a_configuration_and_weights_are_a_run(run, pixels) -> None:
+    config, weights = run / "config.yaml", run / "model_final.pth"
+    expected = Predictor(run, device="cpu", score=0)(pixels)
+    assert same(Predictor(config, weights, device="cpu", score=0)(pixels), expected)
+    weights.rename(run / "model_0000009.pth")
+    (run / "last_checkpoint").write_text("model_0000009.pth")
+    assert same(Predictor(run, device="cpu", score=0)(pixels), expected)
+
+
+def test_what_is_no_model_is_named(run, tmp_path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for path, named in ((empty, "config.yaml"), (tmp_path / "absent", "absent"), (run / "config.yaml", "WEIGHTS")):
+        with pytest.raises(UserError, match=named):
+            Predictor(path, device="cpu")
+    with pytest.raises(UserError, match="configuration"):
+        Predictor(run / "model_final.pth", device="cpu")
+    (run / "model_final.pth").unlink()
+    with pytest.raises(UserError, match="no weights"):
+        Predictor(run, device="cpu")
+
+
+def test_unknown_classes_and_channels_are_named(run) -> None:
+    with pytest.raises(UserError, match="yak.*cat, dog"):
+        Predictor(run, device="cpu", classes=["yak"])
+    with pytest.raises(UserError, match="channels.*RGB"):
+        Predictor(run, device="cpu", channels="rgb")
+
+
+def test_classes_that_no_dataset_names_have_numbers(run, pixels) -> None:
+    options = ["DATASETS.TRAIN", "()", "DATASETS.TEST", "()"]
+    predictor = Predictor(run, device="cpu", score=0, options=options)
+    assert predictor.classes.things == [f"class {index}" for index in range(5)]
+    assert set(predictor(pixels).class_names) <= set(predictor.classes.things)
+
+
+def test_masks_of_rejected_detections_are_not_made(run, pixels) -> None:
+    predictor = Predictor(run, device="cpu", score=0)
+    scores = predictor(pixels).instances.scores
+    middle = float(scores.median())
+    chosen = Predictor(run, device="cpu", score=middle)
+    assert middle == chosen.cfg.MODEL.MaskDINO.TEST.MIN_SCORE
+    assert torch.equal(chosen(pixels).instances.scores, scores[scores >= middle])
+
+
+def test_a_model_without_masks_predicts_boxes(tmp_path, pixels) -> None:
+    found = Predictor(make_run(tmp_path / "boxes", BOXES_ALONE), device="cpu", score=0, mask_nms=0.9)(pixels)
+    assert not found.instances.has("pred_masks")
+    assert "segmentation" not in found.to_coco()[0]
+    assert "mask" not in found.to_dict()["objects"][0]
+    assert found.draw().size == (600, 600)
+
+
+def test_rle_masks_give_the_same_forms(run, pixels) -> None:
+    expected = Predictor(run, device="cpu", score=0)(pixels)
+    found = Predictor(run, device="cpu", score=0, options=["MODEL.MaskDINO.TEST.MASK_FORMAT", "rle"])(pixels)
+    assert found.to_json() == expected.to_json()
+    assert np.array_equal(np.asarray(found.draw()), np.asarray(expected.draw()))
+
+
+def test_query_features_give_the_class_scores(run, pixels) -> None:
+    predictor = Predictor(run, device="cpu", score=0, options=["MODEL.MaskDINO.TEST.QUERY_FEATURES", "True"])
+    found = predictor(pixels)
+    instances = found.instances
+    head = predictor.model.sem_seg_head.predictor.heads.class_embed
+    scores = head(instances.query_features).sigmoid()[torch.arange(len(instances)), instances.pred_classes]
+    torch.testing.assert_close(scores, instances.class_scores, atol=1e-6, rtol=0)
+    assert (instances.scores <= instances.class_scores).all()
+    assert found["image_feature"].shape == (64,)
+
+
+def test_json_and_coco_hold_what_was_found(run, pixels) -> None:
+    found = Predictor(run, device="cpu", score=0)(pixels)
+    content = json.loads(found.to_json())
+    assert (content["height"], content["width"]) == (64, 64)
+    for number, (item, result) in enumerate(zip(content["objects"], found.to_coco(3), strict=True)):
+        assert item["class"] == NAMES[item["class_index"]] == found.class_names[number]
+        assert item["score"] == pytest.approx(float(found.instances.scores[number]))
+        x0, y0, x1, y1 = item["box"]
+        assert result["bbox"] == pytest.approx([x0, y0, x1 - x0, y1 - y0], abs=1e-3)
+        assert (result["image_id"], result["category_id"]) == (3, item["class_index"] + 1)
+        assert np.array_equal(mask_util.decode(item["mask"]), found.instances.pred_masks[number].numpy())
+
+
+def test_huge_images_are_reduced_for_drawing(run) -> None:
+    found = Predictor(run, device="cpu", score=0)(np.zeros((60, 4800, 3), dtype=np.uint8))
+    assert found.draw().size == (2400, 30)
+    assert found.draw(width=480).size == (480, 6)
+
+
+def test_panoptic_and_semantic_results_are_drawn() -> None:
+    ids = torch.zeros(40, 40, dtype=torch.int32)
+    ids[:25] = 1
+    ids[25:] = 2
+    segments = [{"id": 1, "category_id": 1, "isthing": False}, {"id": 2, "category_id": 0, "isthing": True}]
+    classes, blank = Classes(["cat"], [1], ["cat", "sky"]), np.full((40, 40, 3), 90, dtype=np.uint8)
+    panoptic = Prediction({"panoptic_seg": (ids, segments)}, image=blank, classes=classes)
+    assert [segment["class"] for segment in panoptic.to_dict()["segments"]] == ["sky", "cat"]
+    semantic = Prediction({"sem_seg": torch.stack((ids == 2, ids == 1)).float()}, image=blank, classes=classes)
+    assert np.array_equal(np.asarray(panoptic.draw()), np.asarray(semantic.draw()))
+    assert len(np.unique(np.asarray(panoptic.draw()).reshape(-1, 3), axis=0)) > 2
+    with pytest.raises(UserError, match="panoptic_seg"):
+        panoptic.to_coco()
+
+
+def test_the_package_supervision_is_optional(run, pixels, monkeypatch) -> None:
+    found = Predictor(run, device="cpu", score=0)(pixels)
+    monkeypatch.setitem(sys.modules, "supervision", None)
+    with pytest.raises(UserError, match="pip install supervision"):
+        found.to_supervision()
+
+
+def test_supervision_reads_the_result_unchanged(run, pixels) -> None:
+    pytest.importorskip("supervision")
+    for options in ([], ["MODEL.MaskDINO.TEST.MASK_FORMAT", "rle"]):
+        found = Predictor(run, device="cpu", score=0, options=options)(pixels)
+        detections = found.to_supervision()
+        assert np.array_equal(detections.mask, np.asarray(found.instances.pred_masks))
+        assert detections.data["class_name"].tolist() == found.class_names
+
+
+def test_sahi_slices_images_for_the_predictor(run, pixels) -> None:
+    sahi = pytest.importorskip("sahi.models.detectron2")
+    from sahi.predict import get_sliced_prediction
+
+    names = {str(index): name for index, name in enumerate(NAMES)}
+    model = sahi.Detectron2DetectionModel(load_at_init=False, category_mapping=names, confidence_threshold=0)
+    model.model = Predictor(run, device="cpu", score=0)
+    found = get_sliced_prediction(pixels, model, slice_height=40, slice_width=40, verbose=0)
+    assert {each.category.name for each in found.object_prediction_list} <= set(NAMES)
+    assert found.object_prediction_list
+
+
+def test_the_default_predictor_takes_the_same_run(run, pixels) -> None:
+    from detectron2.engine import DefaultPredictor
+
+    predictor = Predictor(run, device="cpu", score=0)
+    theirs = DefaultPredictor(predictor.cfg)
+    theirs.model.load_state_dict(predictor.model.state_dict())
+    found = theirs(pixels[..., ::-1])["instances"]
+    assert torch.equal(found.scores, predictor(pixels).instances.scores)
+
+
+def test_the_example_of_the_documentation_runs(tmp_path, monkeypatch, pixels) -> None:
+    MetadataCatalog.get("farm").set(thing_classes=NAMES)
+    monkeypatch.chdir(tmp_path)
+    make_run(Path("output/demo/run"))
+    Image.fromarray(pixels).save("image.jpg")
+    exec(example("docs/inference.md", "predict"), {})
+    assert Path("found.png").is_file()
