@@ -13,8 +13,8 @@ from detectron2.data import MetadataCatalog
 
 from dimaskdino.checkpoint import Checkpointer, read_weights
 from dimaskdino.config import Config, get_cfg
-from dimaskdino.data.augmentations import test_resize
 from dimaskdino.data.datasets import register_all
+from dimaskdino.data.transforms import test_resize
 from dimaskdino.errors import CheckpointError, ConfigError, UserError
 from dimaskdino.modeling.meta_arch import build_model
 from dimaskdino.prediction.images import CHANNEL_ORDERS, to_model_input, to_rgb

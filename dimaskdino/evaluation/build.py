@@ -7,7 +7,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils.registry import Registry
 
-from dimaskdino.data.validation.coco import category_names, read_json
+from dimaskdino.data.coco_file import category_names, read_json
 from dimaskdino.errors import DatasetError
 from dimaskdino.evaluation.coco import CocoEvaluator
 from dimaskdino.evaluation.layerwise import LayerwiseEvaluator

@@ -221,9 +221,7 @@ class DIMaskDINO(nn.Module):
 
         result: dict[str, Any] = {"instances": instances(final)}
         if self.instance_options.with_queries and output.t_i is not None:
-            result["image_feature"] = mean_feature(
-                output.t_i, index, tuple(images.tensor.shape[-2:]), tuple(image_size)
-            )
+            result["image_feature"] = mean_feature(output.t_i, index, frame, image_size)
         if self.eval_layers:
             result["layers"] = {
                 name: result["instances"] if name == final else instances(name) for name in self.eval_layers
