@@ -11,10 +11,11 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 
-from dimaskdino.data.coco_file import Found, annotations_by_image, category_names, listing_problems, read_coco
+from dimaskdino.data.coco_file import annotations_by_image, category_names, read_coco
 from dimaskdino.data.datasets import data_root
 from dimaskdino.data.datasets.registration import is_coco_file, load_dataset
 from dimaskdino.data.rle import Size
+from dimaskdino.data.validation.coco import Found, listing_problems
 from dimaskdino.data.validation.report import Counts
 from dimaskdino.data.validation.rules import Json, Level, Problem, Rules, has_mask
 from dimaskdino.errors import DatasetError

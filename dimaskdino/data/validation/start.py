@@ -8,10 +8,10 @@ import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
-from dimaskdino.data.coco_file import UNLISTED, Found
 from dimaskdino.data.datasets import register_all
 from dimaskdino.data.images import Header, read_header, read_image, size_problem
 from dimaskdino.data.transforms import check_color_distortion
+from dimaskdino.data.validation.coco import UNLISTED, Found
 from dimaskdino.data.validation.dataset import Dataset, Picture, open_dataset, open_file
 from dimaskdino.data.validation.files import check_images_exist, exif_note
 from dimaskdino.data.validation.report import KEPT, Counts
