@@ -153,8 +153,9 @@ class DIMaskDINO(nn.Module):
         height, width = images.tensor.shape[-2:]
         batch = PaddedBatch(images.image_sizes, (height, width)) if self.ignores_padding else None
         frames = batch.image_sizes if batch else [(height, width)] * len(batched_inputs)
+        where = {"batch": batch} if batch else {}
         if not self.training:
-            output = self.sem_seg_head(features, batch=batch)
+            output = self.sem_seg_head(features, **where)
             return [
                 self._results(output, index, frames[index], images.image_sizes[index], given)
                 for index, given in enumerate(batched_inputs)
@@ -165,7 +166,7 @@ class DIMaskDINO(nn.Module):
             )
             for (height, width), given in zip(frames, batched_inputs, strict=True)
         ]
-        return self.criterion(self.sem_seg_head(features, targets, batch), targets)
+        return self.criterion(self.sem_seg_head(features, targets, **where), targets)
 
     def _check_supported(self) -> None:
         if self.no_object_class or not (self.training or self.instance_results):
