@@ -29,8 +29,8 @@ def add_import_flag(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="MODULE",
-        help="your module that registers parts or datasets, such as my.parts for my/parts.py in the current folder; can "
-        "be repeated",
+        help="your module that registers parts or datasets, such as my.parts for my/parts.py in the current folder; "
+        "can be repeated",
     )
 
 
