@@ -1,4 +1,4 @@
-"""What differs between detectron2 0.5 and its current main, and what either needs on a new torch, in one place."""
+"""Differences between detectron2 0.5 and 0.6 (main), and what they need with a new torch."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -9,8 +9,8 @@ import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
-# Configuration keys that detectron2 has gained since 0.5, each with its default: what 0.5 does without the key. A run's
-# config.yaml that a newer detectron2 wrote holds all of them.
+# Configuration keys that detectron2 has gained since 0.5, with the values at which 0.5 behaves the same. A config.yaml
+# that a newer detectron2 wrote holds all of them.
 NEWER_KEYS: Mapping[str, Any] = MappingProxyType(
     {
         "DATALOADER.REPEAT_SQRT": True,
@@ -26,13 +26,13 @@ NEWER_KEYS: Mapping[str, Any] = MappingProxyType(
 
 
 def lr_schedules(cfg: CfgNode) -> Sequence[str]:
-    """The values of SOLVER.LR_SCHEDULER_NAME that the installed detectron2 knows; a newer one has keys for more."""
+    """The values of SOLVER.LR_SCHEDULER_NAME that the installed detectron2 supports."""
     newer = ["WarmupStepWithFixedGammaLR"] if "NUM_DECAYS" in cfg.SOLVER else []
     return ["WarmupMultiStepLR", "WarmupCosineLR", *newer]
 
 
 def training_samplers(cfg: CfgNode) -> Sequence[str]:
-    """The values of DATALOADER.SAMPLER_TRAIN that the installed detectron2 knows, and has keys for."""
+    """The values of DATALOADER.SAMPLER_TRAIN that the installed detectron2 supports and has keys for."""
     newer = ["RandomSubsetTrainingSampler"] if "RANDOM_SUBSET_RATIO" in cfg.DATALOADER else []
     return ["TrainingSampler", "RepeatFactorTrainingSampler", *newer]
 
@@ -40,7 +40,7 @@ def training_samplers(cfg: CfgNode) -> Sequence[str]:
 def create_local_process_group(num_processes_per_machine: int) -> None:
     """Tell detectron2 which processes share this machine; every process of the job calls this once.
 
-    detectron2 0.5 keeps the group in a private name that its own launcher sets; newer releases have a function.
+    detectron2 0.5 keeps the group in a private variable that its own launcher sets; newer releases have a function.
     """
     if hasattr(comm, "create_local_process_group"):
         comm.create_local_process_group(num_processes_per_machine)
@@ -53,15 +53,15 @@ def create_local_process_group(num_processes_per_machine: int) -> None:
 
 
 def silence_gathering() -> None:
-    """Keep torch from telling users at every evaluation that detectron2 0.5 gathers results by an old class of it."""
+    """Silence torch's warning, at every evaluation, that detectron2 0.5 gathers results by a deprecated class."""
     warnings.filterwarnings("ignore", "TypedStorage is deprecated", UserWarning, r"detectron2\.utils\.comm")
 
 
 def leave_process_group() -> None:
-    """End this process's part in the job; every process calls this once, after its last communication.
+    """Leave the job; every process calls this once, after its last communication.
 
-    Either detectron2 keeps two groups alive: the local one and, once results were gathered, the global one in a cache.
-    A Gloo group that something still holds when the interpreter exits aborts the process now and then.
+    Both versions of detectron2 keep two groups alive: the local one and, after results were gathered, a cached global
+    one. A Gloo group that is alive when the interpreter exits sometimes aborts the process.
     """
     comm._LOCAL_PROCESS_GROUP = None
     comm._get_global_gloo_group.cache_clear()

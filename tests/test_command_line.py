@@ -1,4 +1,4 @@
-"""Types and flags that the command lines share."""
+"""What the command lines share."""
 
 import argparse
 import sys
@@ -11,7 +11,7 @@ from dimaskdino.command_line import add_import_flag, at_least, import_modules
 from dimaskdino.errors import ConfigError
 
 
-@pytest.mark.parametrize(("text", "said"), [("-1", "-1 is too small; it must be at least 0"), ("1.5", "whole number")])
+@pytest.mark.parametrize(("text", "said"), [("-1", "-1 is too small; it must be at least 0"), ("1.5", "integer")])
 def test_an_unusable_number_names_its_flag_and_the_minimum(text: str, said: str, capsys: pytest.CaptureFixture) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--workers", type=at_least(0))
@@ -25,7 +25,7 @@ def test_an_unusable_number_names_its_flag_and_the_minimum(text: str, said: str,
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The current folder; what is imported from it is forgotten after the test."""
+    """The current folder; modules imported from it are removed after the test."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     before = set(sys.modules)
@@ -55,9 +55,13 @@ def test_a_missing_module_is_named_with_the_folder(name: str, here: Path) -> Non
     assert f"current folder {here}" in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["own/one.py", ".one", "", "own-one"])
-def test_a_path_is_not_a_module(name: str, here: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no module's name; my/parts.py is my.parts"):
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [("own/one.py", "own.one"), ("./one.py", "one"), ("one.py", "one"), (".one", "one"), ("", "my.parts")],
+)
+def test_a_path_is_not_a_module(name: str, instead: str, here: Path) -> None:
+    (here / "one.py").write_text("1 / 0")
+    with pytest.raises(ConfigError, match=rf"--import {name}: .* {instead}\.$"):
         import_modules([name])
 
 

@@ -1,4 +1,4 @@
-"""What either detectron2 needs: the process groups of a job, and no noise."""
+"""What detectron2 0.5 or 0.6 needs: the process groups of a job, and no noise."""
 
 import warnings
 from pathlib import Path
@@ -16,7 +16,7 @@ def _report_ranks(rank: int, folder: Path) -> None:
     ranks = comm.all_gather((comm.get_rank(), comm.get_local_rank(), comm.get_local_size()))
     (folder / f"{rank}.txt").write_text(repr(ranks))
     leave_process_group()
-    # Nothing of the job may be left behind: a second one in the same processes starts from scratch.
+    # Nothing of the job may remain: a second one in the same processes starts from scratch.
     assert not dist.is_initialized()
     dist.init_process_group("gloo", init_method=f"file://{folder}/second", rank=rank, world_size=2)
     assert comm.all_gather(rank) == [0, 1]
@@ -30,10 +30,10 @@ def test_local_ranks_start_at_zero_on_each_machine(tmp_path: Path) -> None:
 
 
 def test_gathering_results_does_not_warn() -> None:
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         silence_gathering()
         for module in ("detectron2.utils.comm", "mine"):
             warnings.warn_explicit("TypedStorage is deprecated. It will be", UserWarning, "file.py", 1, module=module)
         warnings.warn_explicit("something else", UserWarning, "file.py", 1, module="detectron2.utils.comm")
-    assert [str(warning.message)[:12] for warning in told] == ["TypedStorage", "something el"]
+    assert [str(warning.message)[:12] for warning in caught] == ["TypedStorage", "something el"]

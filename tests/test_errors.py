@@ -1,4 +1,4 @@
-"""What a command line says of errors that are the user's to fix, and what it leaves to a traceback."""
+"""Errors that the user can fix are one line; others keep their traceback."""
 
 import errno
 import os

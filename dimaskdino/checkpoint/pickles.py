@@ -18,8 +18,8 @@ from dimaskdino.errors import CheckpointError
 
 ZIP_MAGIC = b"PK\x03\x04"
 
-# Far beyond any checkpoint of these models, and read in seconds: opcodes and what their tuples expand to, and tensors
-# in a plain pickle.
+# Far beyond any checkpoint of these models, and read in seconds: opcodes and what their tuples expand to; tensors in a
+# plain pickle.
 _MAX_WORK = 1_000_000
 _MAX_STORAGES = 5_000
 

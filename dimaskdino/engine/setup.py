@@ -22,7 +22,7 @@ from dimaskdino.config import Config, get_cfg, report_unused_keys
 from dimaskdino.cpu import keep_freed_memory
 from dimaskdino.data.validation.start import check_datasets
 from dimaskdino.engine.run_folder import setup_loggers
-from dimaskdino.errors import ConfigError, UserError, check_choice, file_errors_told_in_one_line
+from dimaskdino.errors import ConfigError, UserError, check_choice, file_errors_in_one_line
 from dimaskdino.modeling.registry import get_registered
 from dimaskdino.solver import check_solver
 
@@ -102,7 +102,7 @@ def setup(args: Namespace) -> Config:
             batch that the processes cannot share, a file or folder that cannot be read or written.
     """
     import_modules(args.modules)
-    with file_errors_told_in_one_line():
+    with file_errors_in_one_line():
         with _held_log_records() as held:
             cfg = load_config(args)
             _set_device(cfg, args.num_gpus)

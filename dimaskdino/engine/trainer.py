@@ -34,7 +34,7 @@ from dimaskdino.engine.run_folder import (
     write_config,
 )
 from dimaskdino.engine.train_step import TrainStep
-from dimaskdino.errors import CheckpointError, UserError, file_errors_told_in_one_line
+from dimaskdino.errors import CheckpointError, UserError, file_errors_in_one_line
 from dimaskdino.evaluation import (
     ForwardTimer,
     SpeedEvaluator,
@@ -143,7 +143,7 @@ class Trainer(TrainerBase):
 
     def _claim_folder(self, folder: Path) -> None:
         """Make OUTPUT_DIR the folder of this run: from now on config.yaml describes the checkpoints there."""
-        with file_errors_told_in_one_line():
+        with file_errors_in_one_line():
             if not self.start_iter:
                 set_earlier_run_aside(folder)
             write_config(self._given_cfg, folder)
