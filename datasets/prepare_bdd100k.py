@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Convert BDD100K's instance segmentation labels to the COCO files of bdd100k_ins_seg_train and bdd100k_ins_seg_val.
 
-What a broken run did is kept: the same command goes on from there. The files do not depend on the number of workers.
+An interrupted run resumes with the same command. The files do not depend on the number of workers.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--splits", nargs="+", choices=SPLITS, default=SPLITS, help="what to convert")
     parser.add_argument("--source", choices=SOURCES, default=SOURCES[0], help="which of the official labels to read")
     parser.add_argument("--workers", type=at_least(0), default=0, help="processes that convert, beside this one")
-    parser.add_argument("--force", action="store_true", help="convert again what is there already")
+    parser.add_argument("--force", action="store_true", help="convert again what exists already")
     return parser.parse_args()
 
 
@@ -40,24 +40,24 @@ def made_from(output: Path) -> str:
     try:
         return json.loads(output.read_bytes())["info"]["source"]
     except (ValueError, KeyError, TypeError):
-        return "something else than this tool makes it from"
+        return "something else"
 
 
 def main() -> None:
-    """Convert what the command line asks for, and say what came of it."""
+    """Convert what the command line asks for, and report on it."""
     args = parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     folder = args.root.expanduser() / "bdd100k"
     for split in args.splits:
         output = annotation_file(folder, split)
         if output.is_file() and not args.force:
-            logger.info("%s is there already, made from %s; --force makes it again", output, made_from(output))
+            logger.info("%s exists already, made from %s; --force makes it again", output, made_from(output))
             continue
         progress = partial(tqdm, desc=f"bdd100k {split}", unit="image")
         _, problems = convert_split(folder, split, args.source, num_workers=args.workers, progress=progress)
         counts = open_file("bdd100k", str(output), str(image_folder(folder, split))).counts()
         logger.info("\n%s\n\n%s\n", output, counts.table())
-        logger.info("%s\n", problem_table(problems) if problems else "No problem was met.")
+        logger.info("%s\n", problem_table(problems) if problems else "No problem was found.")
 
 
 if __name__ == "__main__":

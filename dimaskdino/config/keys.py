@@ -29,7 +29,7 @@ KEYS: dict[str, Any] = {
     "DATASETS.MAX_DROPPED_SHARE": 0.1,
     # Train and evaluate on the first images of each list of datasets, to try things; 0 means all.
     "DATASETS.MAX_IMAGES": 0,
-    # Folder of the synthetic dataset; "" means OUTPUT_DIR/shapes, or $DETECTRON2_DATASETS/shapes if that exists.
+    # Folder of the synthetic dataset; "" means OUTPUT_DIR/shapes unless $DETECTRON2_DATASETS/shapes already holds it.
     "DATASETS.SHAPES.ROOT": "",
     # Synthetic images in shapes_train and in shapes_val.
     "DATASETS.SHAPES.NUM_TRAIN": 2000,

@@ -10,14 +10,14 @@ Result = TypeVar("Result")
 
 
 class Progress(Protocol):
-    """What draws a progress bar: passes the items of an iterable on and is told how many there will be."""
+    """What draws a progress bar: passes on the items of an iterable, whose number it gets."""
 
     def __call__(self, items: Iterable[Any], *, total: int) -> Iterable[Any]:
-        """Pass ``items`` on, one after the other."""
+        """Pass on ``items``, one after the other."""
 
 
 def no_progress(items: Iterable[Any], *, total: int) -> Iterable[Any]:
-    """Pass ``items`` on and draw nothing."""
+    """Pass on ``items`` and draw nothing."""
     return items
 
 
@@ -28,17 +28,17 @@ def parallel_map(
 
     Args:
         function: what the processes run; it, the items and the results must be picklable.
-        items: read at once where there are workers.
+        items: read at once if there are workers.
         num_workers: processes to start; 0 works in this one.
         chunk: items that a process takes at a time.
 
     Yields:
-        The results, in the order of the items. Leaving early drops what has not begun.
+        The results, in the order of the items. Closing the generator early cancels what has not begun.
     """
     if not num_workers:
         yield from map(function, items)
         return
-    # Forking would copy the threads' locks that numeric libraries hold.
+    # Forking would copy locks that threads of numeric libraries hold.
     pool = ProcessPoolExecutor(num_workers, mp_context=get_context("spawn"))
     try:
         yield from pool.map(function, items, chunksize=chunk)

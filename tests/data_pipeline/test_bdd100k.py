@@ -1,4 +1,4 @@
-"""BDD100K's bitmasks, RLE and polygons become one COCO file that training reads and nothing is lost on the way."""
+"""BDD100K's bitmasks, RLEs and polygons become one COCO file, without losing anything."""
 
 import json
 import logging
@@ -56,7 +56,7 @@ def kinds(problems: list[Any]) -> list[tuple[str, str]]:
 # ------------------------------------------------------------------------------------------------------- one image
 
 
-def test_a_bitmask_gives_its_instances_with_category_box_area_and_attributes() -> None:
+def test_bitmask_gives_its_instances() -> None:
     labels = labels_of_bitmask(
         bitmask(
             (np.s_[1:3, 1:4], (3, 4, 0, 7)),  # car 7, occluded
@@ -74,13 +74,13 @@ def test_a_bitmask_gives_its_instances_with_category_box_area_and_attributes() -
 
 
 @pytest.mark.parametrize(("bits", "crowd", "ignored"), [(2, 1, 0), (1, 0, 1), (3, 1, 1), (13, 0, 1), (12, 0, 0)])
-def test_crowd_and_ignored_instances_are_regions_that_evaluation_ignores(bits: int, crowd: int, ignored: int) -> None:
+def test_crowd_and_ignored_instances_become_crowd_regions(bits: int, crowd: int, ignored: int) -> None:
     (annotation,) = labels_of_bitmask(bitmask((np.s_[0:2, 0:2], (2, bits, 0, 1)))).annotations
     assert (annotation["crowd"], annotation["ignored"]) == (crowd, ignored)
     assert annotation["iscrowd"] == (crowd or ignored)
 
 
-def test_what_a_bitmask_says_of_no_class_or_no_instance_is_counted_not_kept() -> None:
+def test_bitmask_pixels_without_class_or_instance_are_counted() -> None:
     labels = labels_of_bitmask(
         bitmask(
             (np.s_[0, 0], (9, 0, 0, 1)),
@@ -92,7 +92,7 @@ def test_what_a_bitmask_says_of_no_class_or_no_instance_is_counted_not_kept() ->
     )
     assert [annotation["source_id"] for annotation in labels.annotations] == [4, 4]
     assert sorted(labels.problems) == [
-        "object kept apart: its instance id has another category or attributes too",
+        "object kept apart: its instance id also has another category or attributes",
         "object left out: category id 0 is not 1 to 8",
         "object left out: category id 9 is not 1 to 8",
         "object left out: instance id 0, which is the background's",
@@ -100,7 +100,7 @@ def test_what_a_bitmask_says_of_no_class_or_no_instance_is_counted_not_kept() ->
 
 
 @pytest.mark.parametrize("category", [*CATEGORY_IDS])
-def test_a_label_gets_the_class_that_the_toolkit_gives_it(category: str) -> None:
+def test_label_gets_the_class_of_the_toolkit(category: str) -> None:
     labels = labels_of_frame({"labels": [{"category": category, "rle": rle_of(0, 0, 2, 2)}]}, SIZE)
     (annotation,) = labels.annotations
     assert annotation["category_id"] == CATEGORY_IDS[category]
@@ -108,7 +108,7 @@ def test_a_label_gets_the_class_that_the_toolkit_gives_it(category: str) -> None
     assert (annotation["ignored"], annotation["iscrowd"]) == (is_ignored, is_ignored)
 
 
-def test_a_whole_pixel_polygon_covers_exactly_its_pixels_and_later_labels_cover_earlier_ones() -> None:
+def test_polygon_covers_its_pixels_and_earlier_labels() -> None:
     square = {"vertices": [[1, 1], [5, 1], [5, 4], [1, 4]], "types": "LLLL", "closed": True}
     above = {"vertices": [[3, 0], [8, 0], [8, 6], [3, 6]], "types": "LLLL", "closed": True}
     labels = [{"id": "a", "category": "car", "poly2d": [square]}, {"id": "b", "category": "bus", "poly2d": [above]}]
@@ -118,7 +118,7 @@ def test_a_whole_pixel_polygon_covers_exactly_its_pixels_and_later_labels_cover_
 
 
 @pytest.mark.parametrize("number", range(3))
-def test_polygons_and_curves_are_drawn_as_the_toolkit_draws_its_bitmasks(number: int) -> None:
+def test_polygons_and_curves_match_the_toolkits_bitmasks(number: int) -> None:
     labels = labels_of_frame(record()["polygons"][number], tuple(record()["size"]))
     assert labels.problems == []
     for found, drawn in zip(labels.annotations, record()["drawn"][number], strict=True):
@@ -158,7 +158,7 @@ def test_polygons_and_curves_are_drawn_as_the_toolkit_draws_its_bitmasks(number:
         ),
     ],
 )
-def test_a_label_that_cannot_be_used_is_counted_and_the_others_stay(label: dict, problems: list[str]) -> None:
+def test_unusable_label_is_counted_and_the_others_stay(label: dict, problems: list[str]) -> None:
     sound = {"id": "3", "category": "bus", "rle": rle_of(0, 0, 2, 2)}
     labels = labels_of_frame({"labels": [label, sound]}, SIZE)
     assert [annotation["source_id"] for annotation in labels.annotations] == ["3"]
@@ -166,7 +166,7 @@ def test_a_label_that_cannot_be_used_is_counted_and_the_others_stay(label: dict,
     assert all(found.startswith(expected) for found, expected in zip(labels.problems, problems, strict=True))
 
 
-def test_a_frame_without_labels_is_an_empty_image() -> None:
+def test_frame_without_labels_is_an_empty_image() -> None:
     for frame in ({}, {"labels": None}, {"labels": []}):
         assert labels_of_frame(frame, SIZE).annotations == []
 
@@ -201,7 +201,7 @@ def test_bitmasks_and_rles_give_the_same_annotations(folder: Path) -> None:
     assert [category["name"] for category in of_rles["categories"]] == list(CLASSES)
 
 
-def test_the_file_does_not_depend_on_the_workers_or_on_the_order_of_the_labels(folder: Path) -> None:
+def test_file_depends_on_neither_workers_nor_label_order(folder: Path) -> None:
     convert_split(folder, "val", "bitmasks")
     alone = output(folder)
     convert_split(folder, "val", "bitmasks", num_workers=2)
@@ -213,7 +213,7 @@ def test_the_file_does_not_depend_on_the_workers_or_on_the_order_of_the_labels(f
     assert output(folder) == in_order
 
 
-def test_a_broken_run_goes_on_where_it_stopped_and_ends_with_the_same_file(
+def test_interrupted_run_resumes_and_gives_the_same_file(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     convert_split(folder, "val", "rles")
@@ -239,7 +239,7 @@ def test_a_broken_run_goes_on_where_it_stopped_and_ends_with_the_same_file(
     monkeypatch.setattr(bdd100k_convert, "convert_image", lambda task: again.append(task.image) or convert(task))
     with caplog.at_level(logging.INFO):
         convert_split(folder, "val", "rles")
-    assert "going on after 9 of 24 images" in caplog.text
+    assert "resuming after 9 of 24 images" in caplog.text
     assert len(again) == 15
     assert set(again) & set(converted) == {converted[3]}
     assert output(folder) == expected
@@ -247,7 +247,7 @@ def test_a_broken_run_goes_on_where_it_stopped_and_ends_with_the_same_file(
 
 
 @pytest.mark.parametrize("damage", [b'{"key": "half", "si', b"\xff\xfe", b"5", b'{"key": "3"}', b""])
-def test_damaged_lines_of_a_broken_run_are_counted_and_their_images_converted_again(
+def test_damaged_lines_of_an_interrupted_run_are_redone(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, damage: bytes
 ) -> None:
     convert_split(folder, "val", "rles")
@@ -261,7 +261,7 @@ def test_damaged_lines_of_a_broken_run_are_counted_and_their_images_converted_ag
     convert = bdd100k_convert.convert_image
     monkeypatch.setattr(bdd100k_convert, "convert_image", lambda task: again.append(task.image) or convert(task))
     convert_split(folder, "val", "rles")
-    assert f"{part}: 1 damaged lines are left out; their images are converted again" in caplog.text
+    assert f"{part}: 1 lines are damaged; their images are converted again" in caplog.text
     assert len(again) == len(record()["frames"]) - 4
     assert output(folder) == expected
 
@@ -272,14 +272,14 @@ def break_off(items: Any, *, total: int) -> Any:
     raise KeyboardInterrupt
 
 
-def test_what_one_source_began_is_not_mixed_into_another(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sources_are_not_mixed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KeyboardInterrupt):
         convert_split(folder, "val", "rles", progress=break_off)
     coco, _ = convert_split(folder, "val", "bitmasks")
     assert all(isinstance(annotation["source_id"], int) for annotation in coco["annotations"])
 
 
-def test_every_image_that_is_left_out_is_named_with_the_reason(tmp_path: Path) -> None:
+def test_every_image_left_out_is_named_with_the_reason(tmp_path: Path) -> None:
     names = ["a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg", "f.jpg"]
     folder = write_images(tmp_path, "train", names, SIZE)
     sound = bitmask((np.s_[0:2, 0:2], (3, 0, 0, 1)))
@@ -302,15 +302,15 @@ def test_every_image_that_is_left_out_is_named_with_the_reason(tmp_path: Path) -
     ]
 
 
-def test_of_images_that_differ_in_the_suffix_alone_the_first_is_taken_and_the_other_named(tmp_path: Path) -> None:
+def test_first_of_images_with_one_stem_is_taken(tmp_path: Path) -> None:
     folder = write_images(tmp_path, "train", ["a.jpg", "a.png"], SIZE)
     write_bitmask(folder, "train", "a.jpg", bitmask((np.s_[0:2, 0:2], (3, 0, 0, 1))))
     coco, problems = convert_split(folder, "train", "bitmasks")
     assert [image["file_name"] for image in coco["images"]] == ["a.jpg"]
-    assert kinds(problems) == [("image left out: another one differs in the suffix alone", "a.png")]
+    assert kinds(problems) == [("image left out: another one differs only in the suffix", "a.png")]
 
 
-def test_a_split_of_which_nothing_is_left_is_an_error(tmp_path: Path) -> None:
+def test_split_of_which_nothing_is_left_is_an_error(tmp_path: Path) -> None:
     folder = write_images(tmp_path, "val", ["a.jpg"], SIZE)
     write_bitmask(folder, "val", "a.jpg", np.zeros((*SIZE, 3), dtype=np.uint8))
     with pytest.raises(DatasetError, match="No image of val .* its bitmask is not RGBA"):
@@ -343,7 +343,7 @@ def test_missing_labels_name_their_path_and_the_choice(tmp_path: Path, source: s
         ),
     ],
 )
-def test_a_label_file_in_another_format_is_named(tmp_path: Path, content: str) -> None:
+def test_label_file_in_another_format_is_named(tmp_path: Path, content: str) -> None:
     folder = write_images(tmp_path, "val", ["a.jpg"], SIZE)
     path = write_frames(folder, "val", "rles", [])
     path.write_text(content)
@@ -365,7 +365,7 @@ def bdd(folder: Path, cfg: Config, registrations: None) -> Config:
     return cfg
 
 
-def test_the_converted_split_is_registered_under_its_name(bdd: Config) -> None:
+def test_converted_split_is_registered(bdd: Config) -> None:
     check_datasets(bdd)
     assert MetadataCatalog.get("bdd100k_ins_seg_val").thing_classes == list(CLASSES)
     entries = DatasetCatalog.get("bdd100k_ins_seg_val")
@@ -373,7 +373,7 @@ def test_the_converted_split_is_registered_under_its_name(bdd: Config) -> None:
     assert sum(len(entry["annotations"]) for entry in entries) == 104
 
 
-def test_a_split_that_is_not_converted_names_the_command(bdd: Config, folder: Path) -> None:
+def test_unconverted_split_names_the_command(bdd: Config, folder: Path) -> None:
     bdd.DATASETS.TRAIN = ("bdd100k_ins_seg_train",)
     with pytest.raises(DatasetError, match=r"python datasets/prepare_bdd100k\.py --root ") as error:
         check_datasets(bdd)
@@ -389,7 +389,7 @@ def test_training_leaves_crowd_and_ignored_regions_out(bdd: Config) -> None:
         assert len(mapper(entry)["instances"]) == len(objects)
 
 
-def test_the_command_converts_counts_and_does_not_convert_twice(
+def test_command_converts_once_and_counts(
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture,
@@ -412,7 +412,7 @@ def test_the_command_converts_counts_and_does_not_convert_twice(
     assert "labels left out: there is no such image |       1 | lost" in log
     status, log, _ = prepare("--source", "rles")
     assert status == 0
-    assert "is there already, made from bitmasks; --force makes it again" in log
+    assert "exists already, made from bitmasks; --force makes it again" in log
     assert prepare("--source", "rles", "--force")[0] == 0
     assert json.loads(output(folder))["info"]["source"] == "rles"
     status, _, error = prepare("--source", "polygons", "--force")

@@ -34,7 +34,7 @@ def predictions_of(frame: dict[str, Any], size: tuple[int, int]) -> Instances:
     found.pred_masks = torch.from_numpy(np.array(masks).reshape(-1, *size))
     found.pred_boxes = Boxes(torch.zeros(len(labels), 4))
     found.pred_classes = torch.tensor([CLASSES.index(label["category"]) for label in labels], dtype=torch.int64)
-    # COCO's evaluation compares scores alone; float64 keeps the recorded ones.
+    # COCO's evaluation only compares scores; float64 keeps the recorded ones.
     found.scores = torch.tensor([label["score"] for label in labels], dtype=torch.float64)
     return found
 
@@ -81,12 +81,12 @@ def test_scores_with_crowd_and_ignored_regions_are_the_toolkits(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("evaluation", ["rle", "bitmask"])
-def test_scores_without_such_regions_are_those_of_both_of_its_evaluations(tmp_path: Path, evaluation: str) -> None:
+def test_scores_without_regions_match_both_evaluations(tmp_path: Path, evaluation: str) -> None:
     scores = evaluate(tmp_path, without_regions(), "rles")
     assert scores == pytest.approx(expected("objects", evaluation), abs=1e-9, nan_ok=True)
 
 
-def test_the_constructed_set_notices_regions_that_are_scored_or_left_out(tmp_path: Path) -> None:
+def test_constructed_set_is_sensitive_to_regions(tmp_path: Path) -> None:
     right = expected("all", "rle")["AP"]
     as_objects = [
         {**frame, "labels": [{**label, "attributes": {}} for label in frame["labels"]]} for frame in record()["frames"]

@@ -1,4 +1,4 @@
-"""Images of 8 bits a channel are read in every mode; those of more, whose values would be cut off, are refused."""
+"""Images of 8 bits a channel are read in every mode; those of more, whose values would be clipped, are refused."""
 
 import os
 import pickle

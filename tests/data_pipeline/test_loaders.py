@@ -1,4 +1,4 @@
-"""The loaders: which images they keep and in which order, and what is said when none is left."""
+"""The loaders: which images they keep, in which order, and the error when none is left."""
 
 import logging
 from collections.abc import Callable
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("registrations")
 
 @pytest.fixture
 def mine(cfg: Config, coco: Json, write_coco: Callable[[Json], tuple[Path, Path]]) -> Config:
-    """Image 1 holds an object, image 2 nothing, image 3 a crowd region alone."""
+    """Image 1 holds an object, image 2 nothing, image 3 only a crowd region."""
     coco["images"].append({**coco["images"][0], "id": 3, "file_name": "three.png"})
     coco["annotations"].append({**coco["annotations"][0], "id": 12, "image_id": 3, "iscrowd": 1})
     register_coco_instances("mine", {}, *(str(path) for path in write_coco(coco)))
@@ -34,13 +34,13 @@ def drawn_objects(cfg: Config) -> dict[int, int]:
     return {image["image_id"]: len(image["instances"]) for batch in loader for image in batch}
 
 
-def test_images_without_an_object_are_left_out_and_counted(mine: Config, caplog: pytest.LogCaptureFixture) -> None:
+def test_images_without_an_object_are_left_out(mine: Config, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         assert set(drawn_objects(mine)) == {1}
     assert "Removed 2 images with no usable annotations. 1 images left." in caplog.text
 
 
-def test_background_images_are_trained_on_where_asked(mine: Config) -> None:
+def test_background_images_are_trained_on_if_asked(mine: Config) -> None:
     mine.merge_from_list(["DATALOADER.FILTER_EMPTY_ANNOTATIONS", False, "INPUT.MIN_SCALE", 1.0, "INPUT.MAX_SCALE", 1.0])
     assert drawn_objects(mine) == {1: 1, 2: 0, 3: 0}
 
@@ -68,7 +68,7 @@ def test_training_repeats_without_end_by_default(mine: Config) -> None:
     assert [next(batches)[0]["image_id"] for _ in range(3)] == [1, 1, 1]
 
 
-def test_a_sampler_that_there_is_not_is_refused_with_those_there_are(mine: Config) -> None:
+def test_unknown_sampler_names_the_known_ones(mine: Config) -> None:
     mine.merge_from_list(["DATALOADER.SAMPLER_TRAIN", "Foo"])
     message = r"DATALOADER\.SAMPLER_TRAIN is 'Foo'; it must be one of TrainingSampler, RepeatFactorTrainingSampler"
     with pytest.raises(ConfigError, match=message):
@@ -81,13 +81,13 @@ def test_every_test_image_comes_once_and_in_order(mine: Config) -> None:
     assert all("instances" not in batch[0] for batch in batches)
 
 
-def test_the_first_images_alone_where_asked(mine: Config) -> None:
+def test_only_the_first_images_if_asked(mine: Config) -> None:
     mine.merge_from_list(["DATASETS.MAX_IMAGES", 2, "DATALOADER.FILTER_EMPTY_ANNOTATIONS", False])
     assert set(drawn_objects(mine)) == {1, 2}
     assert len(list(build_test_loader(mine, "mine"))) == 2
 
 
-def test_a_negative_number_of_images_is_refused(mine: Config) -> None:
+def test_negative_number_of_images_is_refused(mine: Config) -> None:
     mine.DATASETS.MAX_IMAGES = -1
     for build in (
         lambda: build_train_loader(mine),
@@ -97,7 +97,7 @@ def test_a_negative_number_of_images_is_refused(mine: Config) -> None:
             build()
 
 
-def test_training_without_an_object_names_the_dataset_and_the_key(
+def test_training_without_objects_names_dataset_and_key(
     mine: Config, coco: Json, write_coco: Callable[[Json], tuple[Path, Path]]
 ) -> None:
     coco["annotations"] = [annotation for annotation in coco["annotations"] if annotation["iscrowd"]]

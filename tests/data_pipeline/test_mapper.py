@@ -34,7 +34,7 @@ def entry(tmp_path: Path) -> Entry:
 
 
 def masked_colors(mapped: Entry) -> list[tuple[int, list[int]]]:
-    """Class and mean colour under the mask of every object whose mask is large enough to judge."""
+    """Class and mean color under the mask of every object whose mask is large enough to judge."""
     instances = mapped["instances"]
     return [
         (label, mapped["image"][:, mask].float().mean(dim=1).round().int().tolist())
@@ -44,7 +44,7 @@ def masked_colors(mapped: Entry) -> list[tuple[int, list[int]]]:
 
 
 @pytest.mark.parametrize("size", [64, 96, 160])
-def test_large_scale_jitter_fills_a_square_canvas_within_its_scales(cfg: Config, entry: Entry, size: int) -> None:
+def test_large_scale_jitter_fills_a_square_canvas(cfg: Config, entry: Entry, size: int) -> None:
     cfg.INPUT.IMAGE_SIZE = size
     mapper = build_mapper(cfg, is_train=True)
     np.random.seed(size)
@@ -67,7 +67,7 @@ def test_large_scale_jitter_fills_a_square_canvas_within_its_scales(cfg: Config,
     assert widths.count(size) > 15, "so do scales above one, about half of all"
 
 
-def test_the_scale_of_large_scale_jitter_reaches_its_configured_ends(cfg: Config, entry: Entry) -> None:
+def test_large_scale_jitter_reaches_its_configured_scale(cfg: Config, entry: Entry) -> None:
     cfg.merge_from_list(["INPUT.IMAGE_SIZE", 100, "INPUT.MIN_SCALE", 0.5, "INPUT.MAX_SCALE", 0.5])
     image = build_mapper(cfg, is_train=True)(entry)["image"]
     # Scale one fits the 100 x 50 picture into the canvas exactly, so that half of it leaves 50 x 25.
@@ -98,9 +98,7 @@ def test_masks_and_boxes_stay_on_their_objects(cfg: Config, entry: Entry, name: 
 
 
 @pytest.mark.parametrize("short_edges", [(32,), (40, 56)])
-def test_the_plain_mapper_resizes_the_shortest_edge_to_the_given_sizes(
-    cfg: Config, entry: Entry, short_edges: tuple[int, ...]
-) -> None:
+def test_detr_mapper_resizes_the_shortest_edge(cfg: Config, entry: Entry, short_edges: tuple[int, ...]) -> None:
     cfg.merge_from_list(["INPUT.DATASET_MAPPER_NAME", "coco_instance_detr", "INPUT.MIN_SIZE_TRAIN", short_edges])
     mapper = build_mapper(cfg, is_train=True)
     np.random.seed(0)
@@ -108,7 +106,7 @@ def test_the_plain_mapper_resizes_the_shortest_edge_to_the_given_sizes(
     assert sizes == {(edge, 2 * edge) for edge in short_edges}
 
 
-def test_the_plain_mapper_crops_about_every_other_image_where_asked(cfg: Config, entry: Entry) -> None:
+def test_detr_mapper_crops_about_half_of_the_images(cfg: Config, entry: Entry) -> None:
     cfg.merge_from_list(["INPUT.DATASET_MAPPER_NAME", "coco_instance_detr", "INPUT.MIN_SIZE_TRAIN", (32,)])
     cfg.merge_from_list(
         ["INPUT.CROP.ENABLED", True, "INPUT.CROP.TYPE", "absolute_range", "INPUT.CROP.SIZE", (384, 600)]
@@ -120,7 +118,7 @@ def test_the_plain_mapper_crops_about_every_other_image_where_asked(cfg: Config,
     assert len(set(shapes)) > 4
 
 
-def test_an_image_without_an_object_left_is_background(cfg: Config, entry: Entry) -> None:
+def test_image_without_an_object_left_is_background(cfg: Config, entry: Entry) -> None:
     corner = {"id": 0, "category_id": 0, "segmentation": [[98, 48, 100, 48, 100, 50, 98, 50]]}
     cfg.merge_from_list(["INPUT.MIN_SCALE", 2.0])
     mapper = build_mapper(cfg, is_train=True)
@@ -130,7 +128,7 @@ def test_an_image_without_an_object_left_is_background(cfg: Config, entry: Entry
     assert len(mapper({**entry, "annotations": []})["instances"]) == 0
 
 
-def test_mapping_leaves_the_entry_as_it_is_and_repeats_with_the_seed(cfg: Config, entry: Entry) -> None:
+def test_mapping_keeps_the_entry_and_repeats_with_the_seed(cfg: Config, entry: Entry) -> None:
     mapper = build_mapper(cfg, is_train=True)
     before = repr(entry)
     np.random.seed(3)
@@ -143,7 +141,7 @@ def test_mapping_leaves_the_entry_as_it_is_and_repeats_with_the_seed(cfg: Config
 
 
 @pytest.mark.parametrize("name", ["coco_instance_lsj", "coco_instance_detr"])
-def test_test_time_resizes_alone_and_leaves_annotations_out(cfg: Config, entry: Entry, name: str) -> None:
+def test_test_time_only_resizes(cfg: Config, entry: Entry, name: str) -> None:
     cfg.merge_from_list(["INPUT.DATASET_MAPPER_NAME", name, "INPUT.MIN_SIZE_TEST", 20, "INPUT.MAX_SIZE_TEST", 30])
     mapped = build_mapper(cfg, is_train=False)(entry)
     # The longest edge of 40 would pass 30, so that the picture shrinks to 30 x 15.
@@ -161,7 +159,7 @@ def test_channels_come_in_the_configured_order(cfg: Config, entry: Entry, image_
     assert build_mapper(cfg, is_train=False)(entry)["image"][:, 0, 0].tolist() == first
 
 
-def test_color_distortion_changes_colors_alone(cfg: Config, entry: Entry) -> None:
+def test_color_distortion_changes_only_colors(cfg: Config, entry: Entry) -> None:
     pytest.importorskip("cv2")
     cfg.merge_from_list(["INPUT.MIN_SCALE", 1.0, "INPUT.MAX_SCALE", 1.0, "INPUT.COLOR_AUG_SSD", True])
     np.random.seed(0)
@@ -181,7 +179,7 @@ def test_color_distortion_changes_colors_alone(cfg: Config, entry: Entry) -> Non
     ],
     ids=["missing", "no image", "cut short", "other size"],
 )
-def test_a_damaged_image_is_named(cfg: Config, entry: Entry, damage: Callable[[Path], Any], words: str) -> None:
+def test_damaged_image_is_named(cfg: Config, entry: Entry, damage: Callable[[Path], Any], words: str) -> None:
     damage(Path(entry["file_name"]))
     with pytest.raises(DatasetError, match=words) as error:
         build_mapper(cfg, is_train=True)(entry)
@@ -196,7 +194,7 @@ def test_a_damaged_image_is_named(cfg: Config, entry: Entry, damage: Callable[[P
         ("INPUT.RANDOM_FLIP", "diagonal", "one of none, horizontal, vertical"),
     ],
 )
-def test_an_unknown_name_is_answered_with_the_known_ones(cfg: Config, key: str, value: str, words: str) -> None:
+def test_unknown_name_is_answered_with_the_known_ones(cfg: Config, key: str, value: str, words: str) -> None:
     cfg.merge_from_list([key, value])
     with pytest.raises(ConfigError, match=words) as error:
         build_mapper(cfg, is_train=True)

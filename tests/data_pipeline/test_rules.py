@@ -60,7 +60,7 @@ def test_sound_annotation_has_no_problem(change: Json) -> None:
     assert found(change) == set()
 
 
-# A change, the kind of problem, and its level where predictions are scored and in training alone.
+# A change, the kind of problem, and its level if predictions are scored, and if not.
 DAMAGES: list[tuple[Json, str, Level, Level]] = [
     ({"category_id": 4}, "category: unknown", REFUSED, REFUSED),
     ({"category_id": "7"}, "category: the id is of another type", REFUSED, REFUSED),

@@ -39,7 +39,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_the_files_depend_on_the_seed_alone_not_on_the_processes(tmp_path: Path) -> None:
+def test_files_depend_only_on_the_seed(tmp_path: Path) -> None:
     spec = ShapesSpec(num_train=6, num_val=2, image_size=48, seed=5)
     alone = contents(make_shapes(tmp_path / "alone", spec))
     assert len(alone) == 6 + 2 + 2
@@ -48,7 +48,7 @@ def test_the_files_depend_on_the_seed_alone_not_on_the_processes(tmp_path: Path)
     assert all(other[name] != alone[name] for name in alone)
 
 
-def test_a_longer_dataset_begins_with_the_pictures_of_a_shorter_one(folder: Path, tmp_path: Path) -> None:
+def test_longer_dataset_begins_with_the_shorter_one(folder: Path, tmp_path: Path) -> None:
     shorter = make_shapes(tmp_path, ShapesSpec(num_train=3, num_val=1, image_size=96, seed=3))
     for picture in sorted((shorter / "train").iterdir()):
         assert picture.read_bytes() == (folder / "train" / picture.name).read_bytes()
@@ -83,7 +83,7 @@ def test_masks_of_one_picture_never_share_a_pixel(coco: COCO) -> None:
         assert not masks or np.sum(masks, axis=0).max() == 1
 
 
-def test_the_variety_that_the_dataset_promises_is_there(coco: COCO) -> None:
+def test_dataset_has_the_promised_variety(coco: COCO) -> None:
     annotations = list(coco.anns.values())
     counts = [len(coco.imgToAnns[image_id]) for image_id in coco.imgs]
     assert {category["name"] for category in coco.loadCats(coco.getCatIds())} == set(SHAPES)
@@ -150,7 +150,7 @@ def test_outlines_give_back_random_masks(seed: int) -> None:
             assert np.array_equal(mask_util.decode(mask_util.merge(rles)).astype(bool), mask)
 
 
-def test_processes_that_ask_at_once_make_it_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_concurrent_processes_make_it_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     spec = ShapesSpec(num_train=5, num_val=1, image_size=32)
     with caplog.at_level(logging.INFO, logger=shapes.__name__), ThreadPoolExecutor(4) as pool:
         folders = set(pool.map(lambda _: make_shapes(tmp_path, spec), range(4)))
@@ -158,7 +158,7 @@ def test_processes_that_ask_at_once_make_it_once(tmp_path: Path, caplog: pytest.
     assert sum("Making" in record.message for record in caplog.records) == 1
 
 
-def test_an_interrupted_making_leaves_nothing_that_looks_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interruption_leaves_no_folder_that_looks_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = ShapesSpec(num_train=3, num_val=1, image_size=32)
 
     def interrupt(*_: object) -> None:
@@ -172,7 +172,7 @@ def test_an_interrupted_making_leaves_nothing_that_looks_whole(tmp_path: Path, m
     assert annotation_file(make_shapes(tmp_path, spec), "val").is_file()
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_unwritable_folder_is_named(tmp_path: Path) -> None:
     blocker = tmp_path / "file"
     blocker.write_text("")
     with pytest.raises(DatasetError, match=r"Cannot write .*file.* DATASETS\.SHAPES\.ROOT"):
@@ -187,7 +187,7 @@ def test_numbers_out_of_range_are_named_by_their_key(cfg: Config, key: str, valu
 
 
 @pytest.mark.usefixtures("registrations")
-def test_it_is_registered_without_being_made_and_made_on_first_use(cfg: Config, tmp_path: Path) -> None:
+def test_dataset_is_made_on_first_use(cfg: Config, tmp_path: Path) -> None:
     register_all(cfg=cfg)
     metadata = MetadataCatalog.get("shapes_val")
     assert metadata.thing_classes == list(SHAPES)

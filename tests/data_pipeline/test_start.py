@@ -74,8 +74,8 @@ def test_sound_dataset_passes_with_a_table(mine: Config, caplog: pytest.LogCaptu
     with caplog.at_level(logging.INFO):
         check_datasets(mine)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in caplog.text.splitlines() if "|" in line]
-    assert rows[0] == ["class", "kept", "crowd", "ignored", "images"]
-    assert rows[2:] == [["ball", "0", "0", "0", "0"], ["box", "1", "0", "0", "1"], ["all", "1", "0", "0", "1"]]
+    assert rows[0] == ["class", "kept", "images"]
+    assert rows[2:] == [["ball", "0", "0"], ["box", "1", "1"], ["all", "1", "1"]]
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
@@ -322,8 +322,8 @@ def test_dropped_objects_are_counted_by_class_and_reason(mine: Config, caplog: p
     with caplog.at_level(logging.INFO):
         check_datasets(mine)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in caplog.text.splitlines() if "|" in line]
-    assert rows[0] == ["class", "kept", "crowd", "ignored", "no pixel", "images"]
-    assert rows[3] == ["box", "11", "1", "0", "1", "1"]
+    assert rows[0] == ["class", "kept", "crowd", "no pixel", "images"]
+    assert rows[3] == ["box", "11", "1", "1", "1"]
     mine.DATASETS.MAX_DROPPED_SHARE = 1 / 13
     assert "1 of 12 objects would be dropped (1 no pixel)" in message(mine)
 

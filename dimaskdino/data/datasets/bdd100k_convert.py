@@ -1,4 +1,4 @@
-"""Makes the COCO JSON of a BDD100K split: in parallel, going on where a broken run stopped, the same bytes always."""
+"""Makes the COCO JSON of a BDD100K split: in parallel, resumable, and always the same bytes."""
 
 import json
 import logging
@@ -18,7 +18,7 @@ from dimaskdino.errors import DatasetError
 
 logger = logging.getLogger(__name__)
 
-CONVERSION_VERSION = 1  # raise when the annotations of an image change: what an older version began is then left alone
+CONVERSION_VERSION = 1  # raise when the annotations of an image change: journals of older versions are then ignored
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 Json = dict[str, Any]
@@ -29,15 +29,15 @@ def convert_split(
 ) -> tuple[Json, list[Finding]]:
     """Convert a split and write its annotation file.
 
-    What is done is kept in a file beside the annotation file until that is written, so that a broken run goes on where
-    it stopped; an image whose files changed in between is converted again.
+    Converted images are kept in a journal beside the annotation file until that is written, so that an interrupted run
+    resumes; an image whose files have changed since is converted again.
 
     Args:
         folder: the folder ``bdd100k`` in the official layout.
         split: ``train`` or ``val``.
         source: ``bitmasks``, ``rles`` or ``polygons``.
         num_workers: processes that convert; 0 converts in this one. The file does not depend on it.
-        progress: passes the converted images on and may draw a bar.
+        progress: passes on the converted images and may draw a bar.
 
     Returns:
         What was written, and everything that was left out or strange.
@@ -51,7 +51,7 @@ def convert_split(
     journal = _Journal(output.with_name(f"{output.name}.part"), f"version {CONVERSION_VERSION} of {source}")
     to_do = [task for task in tasks if task.key not in journal.records]
     if len(to_do) < len(tasks):
-        logger.info("%s: going on after %d of %d images", output.name, len(tasks) - len(to_do), len(tasks))
+        logger.info("%s: resuming after %d of %d images", output.name, len(tasks) - len(to_do), len(tasks))
     with journal:
         for record in progress(parallel_map(convert_image, to_do, num_workers=num_workers), total=len(to_do)):
             journal.add(record)
@@ -111,7 +111,7 @@ def _read_bitmask(path: str, size: Size) -> np.ndarray:
 
 
 class _Journal:
-    """Converted images by key, kept in a file of one JSON a line that begins with what the lines depend on."""
+    """Converted images by key, in a file of one JSON a line, the first of which is what the others depend on."""
 
     def __init__(self, path: Path, depends_on: str) -> None:
         self.path = path
@@ -124,15 +124,15 @@ class _Journal:
         header, *lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
         if header != self._header:
             return []
-        # What follows the last end of a line is nothing, or what a broken run was writing.
+        # After the last end of a line comes nothing, or what an interrupted run was writing.
         records = [_record(line) for line in lines[:-1]]
         damaged = records.count(None)
         if damaged:
-            logger.warning("%s: %d damaged lines are left out; their images are converted again", self.path, damaged)
+            logger.warning("%s: %d lines are damaged; their images are converted again", self.path, damaged)
         return [record for record in records if record is not None]
 
     def __enter__(self) -> None:
-        """Write what is known to a new file, without a line that was broken off, and go on in it."""
+        """Write the intact lines to a new file, and continue in it."""
         lines = [self._header, *(json.dumps(record) for record in self.records.values())]
         _write_whole(self.path, "".join(f"{line}\n" for line in lines))
         self._file = self.path.open("a", encoding="utf-8")
@@ -141,7 +141,7 @@ class _Journal:
         self._file.close()
 
     def add(self, record: Json) -> None:
-        """Keep a converted image; one that could not be read is tried again by the next run."""
+        """Keep a converted image; the next run tries again one that could not be read."""
         self.records[record["key"]] = record
         if "annotations" in record:
             self._file.write(f"{json.dumps(record)}\n")
@@ -149,7 +149,7 @@ class _Journal:
 
 
 def _record(line: str) -> Json | None:
-    """The converted image that a journal's line holds, or None where it is damaged."""
+    """The converted image that a journal's line holds, or None if it is damaged."""
     try:
         record = json.loads(line)
     except ValueError:
@@ -159,7 +159,7 @@ def _record(line: str) -> Json | None:
 
 
 def _write_whole(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all."""
+    """Write a file completely or not at all."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
     part.write_text(text, encoding="utf-8")
     part.replace(path)

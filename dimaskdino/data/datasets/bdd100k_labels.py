@@ -26,7 +26,7 @@ IGNORED_NAMES = {"other person": "pedestrian", "other vehicle": "car", "trailer"
 
 @dataclass
 class ImageLabels:
-    """COCO annotations of one image, without ids, and the kinds of problems met, one for each time."""
+    """COCO annotations of one image, without ids, and the kind of each problem met."""
 
     annotations: list[Json] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -57,7 +57,7 @@ def labels_of_bitmask(bitmask: np.ndarray) -> ImageLabels:
             labels.problems.append("object left out: instance id 0, which is the background's")
         else:
             if instance_id in seen:
-                labels.problems.append("object kept apart: its instance id has another category or attributes too")
+                labels.problems.append("object kept apart: its instance id also has another category or attributes")
             seen.add(instance_id)
             attributes = {name: bool(bits & bit) for name, bit in ATTRIBUTE_BITS.items()}
             labels.annotations.append(_annotation(category_id, attributes, _encode(codes == code), instance_id))
@@ -116,7 +116,7 @@ def _class_and_attributes(label: Json) -> tuple[int | None, dict[str, bool]]:
 
 
 def _draw_polygons(labels: Any, size: Size, problems: list[str]) -> np.ndarray:
-    """Index (H, W) int64 of the label that has a pixel, -1 where none has."""
+    """Index (H, W) int64 of the label that each pixel belongs to, or -1."""
     owner = np.full(size, -1)
     painter: PolygonPainter | None = None
     for index, label in enumerate(labels):
@@ -139,7 +139,7 @@ def _encode(mask: np.ndarray) -> Rle:
 
 
 def _annotation(category_id: int, attributes: dict[str, bool], rle: Rle, source_id: Any) -> Json:
-    """A COCO annotation. COCO's evaluation knows one kind of region to ignore, ``iscrowd``, as does the toolkit's."""
+    """A COCO annotation. COCO's evaluation and the toolkit's ignore one kind of region, ``iscrowd``."""
     return {
         "category_id": category_id,
         "iscrowd": int(attributes["crowd"] or attributes["ignored"]),

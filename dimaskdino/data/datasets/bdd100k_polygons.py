@@ -10,11 +10,11 @@ from matplotlib.transforms import Affine2D
 from dimaskdino.data.rle import Size
 
 PATH_CODES = {"L": Path.LINETO, "C": Path.CURVE4}
-DOTS_PER_INCH = 72  # any: widths of lines alone depend on it, and none are drawn
+DOTS_PER_INCH = 72  # any: only widths of lines depend on it, and none are drawn
 
 
 class PolygonPainter:
-    """Paints one polygon after the other and knows which pixels each covers.
+    """Paints polygons one after the other and returns the pixels that each covers.
 
     As in the official bitmasks, corners are rounded to whole pixels and a pixel belongs to a polygon that touches it.
 

@@ -44,7 +44,7 @@ def find_tasks(folder: Path, split: str, source: str) -> tuple[list[Task], list[
         source: one of ``SOURCES``.
 
     Returns:
-        The images by name, and the images and labels that are without the other or there twice.
+        The images by name, and the images and labels that lack the other or occur twice.
 
     Raises:
         DatasetError: if a folder or label file is missing or malformed.
@@ -74,11 +74,11 @@ def _task(image: Path, labels: str | Frame) -> Task:
 
 
 def _images(folder: Path, problems: list[Finding]) -> dict[str, Path]:
-    """Images by stem, which labels name them by; of several with one stem the first by name."""
+    """Images by stem, as labels name them; of several with one stem, the first by name."""
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in IMAGE_SUFFIXES and found.setdefault(path.stem, path) is not path:
-            problems.append(Finding("image left out: another one differs in the suffix alone", path.name))
+            problems.append(Finding("image left out: another one differs only in the suffix", path.name))
     return found
 
 
@@ -97,7 +97,7 @@ def _frames(folder: Path, split: str, source: str, problems: list[Finding]) -> d
         for frame in content["frames"] if isinstance(content, dict) else content:
             _check_labels(frame)
             if frames.setdefault(Path(frame["name"]).stem, frame) is not frame:
-                problems.append(Finding("labels left out: their image is listed once more", frame["name"]))
+                problems.append(Finding("labels left out: their image is listed again", frame["name"]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DatasetError(
             f"Label file {path} is not in Scalabel's format ({type(error).__name__}: {error}); it needs frames with a "

@@ -44,7 +44,7 @@ def register_coco_format(
         json_file: annotations in COCO's instances format.
         image_root: folder that the JSON's file names are relative to.
         thing_classes: class names in the order of the JSON's category ids.
-        make: called before the files are first read; makes them where they are missing.
+        make: called before the files are first read; makes them if they are missing.
         metadata: anything else for detectron2's metadata.
     """
     if name in DatasetCatalog.list():

@@ -26,7 +26,7 @@ from dimaskdino.errors import ConfigError, DatasetError
 
 logger = logging.getLogger(__name__)
 
-DRAWING_VERSION = 3  # raise when the pictures of a seed change: a folder made by an older version is then left alone
+DRAWING_VERSION = 3  # raise when the pictures of a seed change: folders of older versions are then ignored
 SPLITS = ("train", "val")
 SMALLEST_SIDE = 32
 
@@ -113,7 +113,7 @@ def make_shapes(root: Path, spec: ShapesSpec, *, num_workers: int = 0) -> Path:
 
 
 def _make_then_rename(folder: Path, spec: ShapesSpec, num_workers: int) -> None:
-    """Write beside ``folder`` and rename, so that a folder of that name is always whole."""
+    """Write beside ``folder`` and rename, so that a folder of that name is always complete."""
     logger.info("Making the synthetic dataset in %s: %d + %d pictures", folder, spec.num_train, spec.num_val)
     started = time.perf_counter()
     part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
@@ -122,7 +122,7 @@ def _make_then_rename(folder: Path, spec: ShapesSpec, num_workers: int) -> None:
         try:
             part.rename(folder)
         except OSError:
-            # On a network folder without locks another machine may have been first with the very same files.
+            # On a network folder without locks, another machine may have been first with the same files.
             if not folder.is_dir():
                 raise
     finally:

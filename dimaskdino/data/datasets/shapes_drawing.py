@@ -2,7 +2,7 @@
 
 Shapes are drawn with 3x3 samples per pixel, so that edges are smooth; a pixel belongs to a shape when the shape covers
 more than half of it. Most shapes of a class are of about the same hue, as many real things are, the others of any
-colour. Every random choice comes from the picture's own generator.
+color. Every random choice comes from the picture's own generator.
 """
 
 from collections.abc import Callable

@@ -41,7 +41,7 @@ def trace_outlines(mask: np.ndarray) -> list[list[Corner]]:
 
     Returns:
         One closed polygon per border, as its turning corners: positive signed area around a piece of the mask, negative
-        around a hole. Pixels that touch in a corner alone count as apart, so that no outline crosses itself.
+        around a hole. Pixels that touch only in a corner count as apart, so that no outline crosses itself.
     """
     steps = _border_steps(mask)
     outlines = []

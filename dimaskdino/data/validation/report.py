@@ -71,7 +71,7 @@ class Counts:
     def table(self) -> str:
         """One row a class: objects by outcome, and images with any."""
         total = self.total()
-        kinds = [KEPT, "crowd", "ignored", *sorted(total.keys() - {KEPT, "crowd", "ignored"})]
+        kinds = [KEPT, *sorted(total.keys() - {KEPT})]
         headers = ["class", *kinds, "images"]
         rows = [
             [name, *(self.outcomes[key][kind] for kind in kinds), self.images[key]]
