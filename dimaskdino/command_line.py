@@ -1,4 +1,4 @@
-"""What the command lines of train_net.py and of the tools have in common."""
+"""What the command lines of train_net.py and of the tools share."""
 
 import argparse
 import importlib
@@ -10,7 +10,7 @@ from dimaskdino.errors import ConfigError
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """An argparse type: a whole number that is not smaller than ``least``."""
+    """An argparse type: a whole number of at least ``least``."""
 
     def whole_number(text: str) -> int:
         number = int(text)
@@ -18,43 +18,50 @@ def at_least(least: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"{number} is too small; it must be at least {least}")
         return number
 
-    # argparse calls what is no number at all by this name.
+    # argparse puts this name into its error for text that is not a number.
     whole_number.__name__ = "whole number"
     return whole_number
 
 
 def add_import_flag(parser: argparse.ArgumentParser) -> None:
-    """Add ``--import MODULE``, which may be repeated; the names come as ``modules``."""
+    """Add ``--import MODULE``, which may be repeated; the parsed names are ``modules``."""
     parser.add_argument(
         "--import",
         dest="modules",
         action="append",
         default=[],
         metavar="MODULE",
-        help="module of yours that registers parts or datasets, for example my.parts for my/parts.py in the current "
-        "folder; may be given several times",
+        help="your module that registers parts or datasets, such as my.parts for my/parts.py in the current folder; "
+        "may be given several times",
     )
 
 
 def import_modules(names: Sequence[str]) -> None:
-    """Import modules by name, from the current folder or as Python finds them; their own errors are not caught.
+    """Import modules by name, from the current folder or as Python finds them; errors inside them are not caught.
 
     Raises:
         ConfigError: there is no module of that name.
     """
     folder = os.getcwd()
     if names and folder not in sys.path:
-        sys.path.insert(0, folder)  # As `python -m` has it; a script has its own folder there.
+        sys.path.insert(0, folder)  # `python -m` does the same; a script has its own folder there.
     for name in names:
-        if not all(part.isidentifier() for part in name.split(".")):
-            raise ConfigError(f"--import {name}: this is no module's name; my/parts.py is my.parts.")
+        _check_name(name)
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
-            # Another module that is missing is one that this one imports.
+            # If another module is missing, this one imports it.
             if error.name is None or not f"{name}.".startswith(f"{error.name}."):
                 raise
             raise ConfigError(
-                f"--import {name}: there is no module {error.name}; it was looked for in the current folder {folder}, "
-                "in PYTHONPATH and among the installed packages."
+                f"--import {name}: there is no module {error.name} in the current folder {folder}, in PYTHONPATH, or "
+                "among the installed packages."
             ) from error
+
+
+def _check_name(name: str) -> None:
+    as_module = name.removesuffix(".py").removeprefix("./").replace("/", ".").replace("\\", ".")
+    if name == as_module and all(part.isidentifier() for part in name.split(".")):
+        return
+    suggestion = f"write --import {as_module}" if name.endswith(".py") else "write my.parts for my/parts.py"
+    raise ConfigError(f"--import {name} is not the name of a module; {suggestion}.")

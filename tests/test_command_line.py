@@ -12,7 +12,7 @@ from dimaskdino.errors import ConfigError
 
 
 @pytest.mark.parametrize(("text", "said"), [("-1", "-1 is too small; it must be at least 0"), ("1.5", "whole number")])
-def test_an_unusable_number_names_its_flag_and_the_minimum(text: str, said: str, capsys: pytest.CaptureFixture) -> None:
+def test_bad_number_names_its_flag(text: str, said: str, capsys: pytest.CaptureFixture) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--workers", type=at_least(0))
     assert parser.parse_args(["--workers", "0"]).workers == 0
@@ -46,7 +46,7 @@ def test_modules_are_imported_in_order(here: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["own_absent", "own_one.absent", "own.absent"])
-def test_a_missing_module_is_named_with_the_folder(name: str, here: Path) -> None:
+def test_absent_module_is_named_with_the_folder(name: str, here: Path) -> None:
     (here / "own_one.py").touch()
     (here / "own").mkdir()
     with pytest.raises(ConfigError) as error:
@@ -55,10 +55,23 @@ def test_a_missing_module_is_named_with_the_folder(name: str, here: Path) -> Non
     assert f"current folder {here}" in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["own/one.py", ".one", "", "own-one"])
-def test_a_path_is_not_a_module(name: str, here: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no module's name; my/parts.py is my.parts"):
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("own_one.py", "--import own_one."),
+        ("./own/one.py", "--import own.one."),
+        ("own/one", "my.parts"),
+        (".one", "my.parts"),
+        ("", "my.parts"),
+        ("own-one", "my.parts"),
+    ],
+)
+def test_path_is_refused_with_the_name(name: str, remedy: str, here: Path) -> None:
+    (here / "own_one.py").touch()
+    with pytest.raises(ConfigError) as error:
         import_modules([name])
+    assert f"--import {name} is not the name of a module" in str(error.value)
+    assert remedy in str(error.value)
 
 
 @pytest.mark.parametrize(
