@@ -1,4 +1,4 @@
-"""What the command lines of train_net.py and the tools share."""
+"""What the command lines of train_net.py and of the tools share."""
 
 import argparse
 import importlib
@@ -10,19 +10,21 @@ from dimaskdino.errors import ConfigError
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """An argparse type: an integer that is at least ``least``."""
+    """An argparse type: a whole number of at least ``least``."""
 
-    def integer(text: str) -> int:
+    def whole_number(text: str) -> int:
         number = int(text)
         if number < least:
             raise argparse.ArgumentTypeError(f"{number} is too small; it must be at least {least}")
         return number
 
-    return integer  # argparse shows this name if the text is not a number.
+    # argparse puts this name into its error for text that is not a number.
+    whole_number.__name__ = "whole number"
+    return whole_number
 
 
 def add_import_flag(parser: argparse.ArgumentParser) -> None:
-    """Add ``--import MODULE``, which may be repeated; the parsed names are in ``modules``."""
+    """Add ``--import MODULE``, which may be repeated; the parsed names are ``modules``."""
     parser.add_argument(
         "--import",
         dest="modules",
@@ -30,30 +32,36 @@ def add_import_flag(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="MODULE",
         help="your module that registers parts or datasets, such as my.parts for my/parts.py in the current folder; "
-        "can be repeated",
+        "may be given several times",
     )
 
 
 def import_modules(names: Sequence[str]) -> None:
-    """Import modules by name from the current folder, or from where Python finds them.
+    """Import modules by name, from the current folder or as Python finds them; errors inside them are not caught.
 
     Raises:
-        ConfigError: a name is not a module's. Errors inside a module are not caught.
+        ConfigError: there is no module of that name.
     """
     folder = os.getcwd()
     if names and folder not in sys.path:
-        sys.path.insert(0, folder)  # As with `python -m`; for a script, its own folder is first.
+        sys.path.insert(0, folder)  # `python -m` does the same; a script has its own folder there.
     for name in names:
-        if name.endswith(".py") or not all(part.isidentifier() for part in name.split(".")):
-            module = name.removesuffix(".py").strip("./").replace("/", ".")
-            raise ConfigError(f"--import {name}: give a module's name, not a path: {module or 'my.parts'}.")
+        _check_name(name)
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
-            # Any other missing module is one that this module imports.
+            # If another module is missing, this one imports it.
             if error.name is None or not f"{name}.".startswith(f"{error.name}."):
                 raise
             raise ConfigError(
                 f"--import {name}: there is no module {error.name} in the current folder {folder}, in PYTHONPATH, or "
                 "among the installed packages."
             ) from error
+
+
+def _check_name(name: str) -> None:
+    as_module = name.removesuffix(".py").removeprefix("./").replace("/", ".").replace("\\", ".")
+    if name == as_module and all(part.isidentifier() for part in name.split(".")):
+        return
+    suggestion = f"write --import {as_module}" if name.endswith(".py") else "write my.parts for my/parts.py"
+    raise ConfigError(f"--import {name} is not the name of a module; {suggestion}.")

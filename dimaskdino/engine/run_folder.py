@@ -27,7 +27,6 @@ LOGGERS = ("dimaskdino", "detectron2", "fvcore")
 # What these log below a warning is for people; what else detectron2 logs goes to log.txt only.
 ON_CONSOLE = (
     "dimaskdino",
-    "detectron2.data.build",
     "detectron2.engine",
     "detectron2.evaluation.evaluator",
 )

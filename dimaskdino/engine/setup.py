@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import logging
-import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 
 from dimaskdino.command_line import add_import_flag, import_modules
+from dimaskdino.compat import training_samplers
 from dimaskdino.config import Config, get_cfg, report_unused_keys
 from dimaskdino.cpu import keep_freed_memory
 from dimaskdino.data.validation.start import check_datasets
@@ -143,13 +143,32 @@ def _set_device(cfg: Config, num_gpus: int) -> None:
 
 
 def _check(cfg: Config, *, train: bool) -> None:
-    """Check what can be checked without data."""
+    """Check everything that needs no data."""
     if train:
         check_solver(cfg, comm.get_world_size())
-    meta_arch = get_registered(META_ARCH_REGISTRY, cfg.MODEL.META_ARCHITECTURE, "MODEL.META_ARCHITECTURE")
-    if hasattr(meta_arch, "check_config"):
-        meta_arch.check_config(cfg, train=train)
+        check_choice("DATALOADER.SAMPLER_TRAIN", cfg.DATALOADER.SAMPLER_TRAIN, training_samplers(cfg))
+        if cfg.MODEL.MaskDINO.TEST.PANOPTIC_ON:
+            raise ConfigError(
+                "MODEL.MaskDINO.TEST.PANOPTIC_ON is True, but training computes instance losses only; set it to False."
+            )
+    _check_model(cfg, train=train)
     report_unused_keys(cfg)
+
+
+def _check_model(cfg: Config, *, train: bool) -> None:
+    """Build the model without memory for its weights, so that mistakes in its keys come before data is read."""
+    meta_arch = get_registered(META_ARCH_REGISTRY, cfg.MODEL.META_ARCHITECTURE, "MODEL.META_ARCHITECTURE")
+    cfg = cfg.clone()
+    cfg.MODEL.TIMM.PRETRAINED = False  # No download yet.
+    try:
+        with torch.device("meta"):
+            model = meta_arch(cfg).train(train)
+            if hasattr(model, "check_supported"):
+                model.check_supported()
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001 (a user's part may need real weights; the trainer builds those)
+        logger.debug("The model was not checked before the data: %s", error)
 
 
 def _set_float32_precision(cfg: Config) -> None:
@@ -168,9 +187,12 @@ def _prepare_folder(folder: Path) -> None:
     detectron2's default_setup does the same, but it also prints the whole configuration, and writes config.yaml even if
     the run then fails to start. Here the trainer writes it when the run begins.
     """
-    setup_loggers(folder, comm.get_rank())
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"OUTPUT_DIR {folder} is not writable; change its permissions, or set another OUTPUT_DIR.")
+    try:
+        setup_loggers(folder, comm.get_rank())
+    except OSError as error:
+        raise UserError(
+            f"OUTPUT_DIR {folder} cannot be written to ({error.filename}: {error.strerror}); set it to another folder."
+        ) from error
     logger.debug("Process %d of %d; environment:\n%s", comm.get_rank(), comm.get_world_size(), collect_env_info())
     logger.debug("Command line: %s", " ".join(sys.argv))
 
@@ -179,7 +201,7 @@ def _check_datasets_once(cfg: Config, *, train: bool) -> None:
     """Check on the main process first: it may generate a dataset that the others then find."""
     if not comm.is_main_process():
         comm.synchronize()
-    check_datasets(cfg, train=train)
+    check_datasets(cfg, train=train, with_masks=cfg.MODEL.MaskDINO.PREDICT_MASKS)
     if comm.is_main_process():
         comm.synchronize()
 

@@ -1,5 +1,6 @@
 """The training loop: detectron2's loop and hooks around our own step."""
 
+import functools
 import logging
 import os
 import sys
@@ -143,7 +144,7 @@ class Trainer(TrainerBase):
 
     def _claim_folder(self, folder: Path) -> None:
         """Make OUTPUT_DIR the folder of this run: from now on config.yaml describes the checkpoints there."""
-        with file_errors_in_one_line():
+        with full_disk_in_one_line(folder), file_errors_in_one_line():
             if not self.start_iter:
                 set_earlier_run_aside(folder)
             write_config(self._given_cfg, folder)
@@ -233,9 +234,12 @@ class Trainer(TrainerBase):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode, start_iter: int = 0) -> Any:
         """Endless training batches, after those of the first ``start_iter`` iterations."""
-        if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
-            return build_train_loader(cfg)
-        return build_train_loader(cfg, make_sampler=lambda size: ResumableSampler.from_config(cfg, size, start_iter))
+        make_sampler = functools.partial(ResumableSampler.from_config, cfg, start_iter=start_iter)
+        return build_train_loader(
+            cfg,
+            make_sampler=make_sampler if cfg.DATALOADER.SAMPLER_TRAIN == "TrainingSampler" else None,
+            with_masks=cfg.MODEL.MaskDINO.PREDICT_MASKS,
+        )
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from detectron2.utils.logger import setup_logger
 
 REPO = Path(__file__).parents[2]
 # A model and pictures that train in milliseconds a step.
@@ -35,9 +34,8 @@ class Finished:
 
 @pytest.fixture
 def fresh_loggers() -> Iterator[None]:
-    """Take away the handlers that a command adds: they write to this test's streams and folders."""
+    """Remove the handlers that a command adds: they write to this test's streams and folders."""
     yield
-    setup_logger.cache_clear()
     for name in ("fvcore", "detectron2", "dimaskdino"):
         logger = logging.getLogger(name)
         logger.handlers.clear()

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import resource
 from itertools import islice
 from pathlib import Path
 
@@ -222,3 +223,42 @@ def test_progress_line_shows_the_final_stage() -> None:
     assert line.startswith("eta 0:02:00  10/70  total_loss 9  loss_ce 1.5  time 2")
     for other_stage in ("interm", "dn", "loss_ce_0"):
         assert other_stage not in line
+
+
+@pytest.mark.parametrize("full", ["config.yaml", "model_0000004.pth"])
+def test_full_disk_is_a_user_error(toy_cfg: Config, full: str, caplog: pytest.LogCaptureFixture) -> None:
+    train(toy_cfg)
+    size = (Path(toy_cfg.OUTPUT_DIR) / full).stat().st_size
+    trainer = Trainer(toy_cfg)
+    # Makes the checkpoint the larger file.
+    trainer.model.register_buffer("large", torch.zeros(10_000))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1 if full == "config.yaml" else size + 9_000, before[1]))
+    try:
+        with pytest.raises(UserError, match=rf"{toy_cfg.OUTPUT_DIR} \(OUTPUT_DIR\): the disk .* full.*--resume"):
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_run_that_fails_at_once_leaves_no_record(toy_cfg: Config) -> None:
+    trainer = Trainer(toy_cfg)
+    trainer.run_step = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert {path.name for path in Path(toy_cfg.OUTPUT_DIR).iterdir()} == {"config.yaml"}
+
+
+def test_optimizer_state_follows_names_when_resumed(toy_cfg: Config) -> None:
+    saved = train(toy_cfg)
+    toy_cfg.MODEL.META_ARCHITECTURE = "ReorderedToyDetector"
+    resumed = Trainer(toy_cfg)
+    resumed.resume_or_load(resume=True)
+    parameters = dict(resumed.model.named_parameters())
+    assert list(parameters) != list(dict(saved.model.named_parameters()))
+    for name, parameter in saved.model.named_parameters():
+        moments = [
+            trainer.optimizer.state[p]["exp_avg"] for trainer, p in ((saved, parameter), (resumed, parameters[name]))
+        ]
+        torch.testing.assert_close(*moments, rtol=0, atol=0)
+    assert resumed.scheduler.base_lrs == [group["initial_lr"] for group in resumed.optimizer.param_groups]

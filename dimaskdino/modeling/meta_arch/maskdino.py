@@ -147,7 +147,7 @@ class DIMaskDINO(nn.Module):
             ConfigError: for a semantic or panoptic configuration.
             DatasetError: for training data that does not fit the model.
         """
-        self._check_supported()
+        self.check_supported()
         images = self._preprocess(batched_inputs)
         features = self.backbone(images.tensor)
         height, width = images.tensor.shape[-2:]
@@ -168,7 +168,13 @@ class DIMaskDINO(nn.Module):
         ]
         return self.criterion(self.sem_seg_head(features, targets, **where), targets)
 
-    def _check_supported(self) -> None:
+    def check_supported(self) -> None:
+        """Refuse what the model cannot compute.
+
+        Raises:
+            ConfigError: for a semantic or panoptic configuration.
+            TypeError: for weights of another type.
+        """
         if self.no_object_class or not (self.training or self.instance_results):
             raise ConfigError(
                 "This configuration is a semantic or panoptic one; the model loads its weights, but computes instance "
