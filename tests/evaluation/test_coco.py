@@ -457,6 +457,18 @@ def test_other_classes_are_an_error_that_shows_both(register: Callable[..., str]
         check_classes(cfg)
 
 
+@pytest.mark.parametrize(("differing", "more"), [(5, False), (7, True)])
+def test_only_the_first_differing_classes_are_listed(register: Callable[..., str], differing: int, more: bool) -> None:
+    cfg = get_cfg()
+    cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = differing + 1
+    for split in ("TRAIN", "TEST"):
+        names = ["same", *(f"{split} {index}" for index in range(differing))]
+        setattr(cfg.DATASETS, split, (register(f"set_{split}", list, thing_classes=names),))
+    with pytest.raises(DatasetError) as error:
+        check_classes(cfg)
+    assert (" more" in str(error.value)) is more
+
+
 def test_a_training_set_that_is_not_the_models_is_not_compared(register: Callable[..., str]) -> None:
     cfg = order_case(register, TRAIN="train", TEST="val")
     cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 4
