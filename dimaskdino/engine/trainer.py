@@ -44,7 +44,7 @@ from dimaskdino.evaluation import (
     timed,
     write_results,
 )
-from dimaskdino.modeling.meta_arch import build_model
+from dimaskdino.modeling.meta_arch import build_model, needs_masks
 from dimaskdino.solver import (
     NEW_RUN,
     GradientClipper,
@@ -234,8 +234,12 @@ class Trainer(TrainerBase):
     def build_train_loader(cls, cfg: CfgNode, start_iter: int = 0) -> Any:
         """Endless training batches, after those of the first ``start_iter`` iterations."""
         if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
-            return build_train_loader(cfg)
-        return build_train_loader(cfg, make_sampler=lambda size: ResumableSampler.from_config(cfg, size, start_iter))
+            return build_train_loader(cfg, with_masks=needs_masks(cfg))
+        return build_train_loader(
+            cfg,
+            make_sampler=lambda size: ResumableSampler.from_config(cfg, size, start_iter),
+            with_masks=needs_masks(cfg),
+        )
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
