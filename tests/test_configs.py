@@ -13,6 +13,7 @@ from detectron2.modeling import build_backbone, build_model
 from dimaskdino.checkpoint.names import to_release
 from dimaskdino.config import Config, flatten, get_cfg
 from dimaskdino.reproduction.tables import EPOCH_IMAGES, find_experiment, paper_tables
+from tests.parity.dino import cfg as release_cfg
 from tests.parity.releases import release
 from tests.tiny_model import image, sample
 
@@ -47,6 +48,12 @@ SMALL = {
     "MODEL.MaskDINO.DIM_FEEDFORWARD": 32,
     "MODEL.MaskDINO.TRAIN_NUM_POINTS": 32,
     "MODEL.MaskDINO.DN_NUM": 6,
+    "MODEL.TIMM.PRETRAINED": False,
+    "MODEL.DINO.HIDDEN_DIM": 64,
+    "MODEL.DINO.DIM_FEEDFORWARD": 32,
+    "MODEL.DINO.ENC_LAYERS": 1,
+    "MODEL.DINO.NUM_QUERIES": 50,
+    "MODEL.DINO.DN_NUM": 6,
 }
 
 
@@ -81,10 +88,15 @@ def test_configurations_train_and_evaluate(file):
     with torch.no_grad():
         (result,) = model.eval()([{"image": image(64, 80), "height": 32, "width": 40}])
     found = result["instances"]
-    assert found.pred_masks.shape[1:] == (32, 40)
+    is_dino = cfg.MODEL.META_ARCHITECTURE == "DINO"
+    assert found.has("pred_masks") != is_dino
+    assert is_dino or found.pred_masks.shape[1:] == (32, 40)
     assert 0 < len(found) <= cfg.TEST.DETECTIONS_PER_IMAGE
     assert found.pred_classes.max() < cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
-    assert int(re.findall(r"layer\.(\d+)", model.eval_layer_names()[-1])[0]) == cfg.MODEL.MaskDINO.DEC_LAYERS - 1
+    assert (
+        int(re.findall(r"layer\.(\d+)", model.eval_layer_names()[-1])[0])
+        == cfg.MODEL["DINO" if is_dino else "MaskDINO"].DEC_LAYERS - 1
+    )
 
 
 def scheduled() -> list[tuple[Path, str, int]]:
@@ -115,6 +127,45 @@ def test_iterations_match_the_releases_and_the_paper():
     assert load(FULL["coco"]).SOLVER.MAX_ITER == 12 * 7375 == 88500
     assert load(FULL["bdd100k"]).SOLVER.MAX_ITER == 68 * 875 == 59500
     assert load(CONFIGS / "coco" / "dimaskdino_swinl_50ep.yaml").SOLVER.MAX_ITER == 4 * 368750
+
+
+# Where DINO's learning rate drops, by epochs.
+DINO_DROPS = {12: 11, 24: 20, 36: 30}
+
+
+@pytest.mark.parametrize(
+    "file", [file for file in FILES if file.parent.name == "dino" and "detrex" not in file.stem], ids=name
+)
+def test_dino_schedules_and_levels_match_the_file_names(file):
+    cfg = load(file)
+    epochs = int(re.findall(r"_(\d+)ep$", file.stem)[0])
+    assert 7375 * epochs == cfg.SOLVER.MAX_ITER
+    assert list(cfg.SOLVER.STEPS) == [7375 * DINO_DROPS[epochs]]
+    levels = int(re.findall(r"_(\d)scale", file.stem)[0])
+    features = ["res2", "res3", "res4", "res5"][5 - levels :]
+    assert (levels, features) == (cfg.MODEL.DINO.NUM_LEVELS, cfg.MODEL.DINO.IN_FEATURES)
+    assert (cfg.SOLVER.WEIGHT_DECAY_NORM, cfg.SOLVER.WEIGHT_DECAY_EMBED, cfg.SOLVER.WEIGHT_DECAY) == (1e-4,) * 3
+    assert (cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE, cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.WARMUP_ITERS) == (0.1, False, 0)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "file"),
+    [
+        ("dino_4scale_r50", "dino_r50_4scale_12ep"),
+        ("dino_5scale_r50", "dino_r50_5scale_36ep"),
+        ("dino_4scale_swinl", "dino_swinl_4scale_36ep"),
+        ("dino_5scale_swinl", "dino_swinl_5scale_36ep"),
+        ("detrex_dino_r50_4scale", "dino_detrex_r50_4scale_12ep"),
+    ],
+)
+def test_dino_files_are_the_recorded_releases(recorded, file):
+    ours, theirs = load(CONFIGS / "dino" / f"{file}.yaml"), release_cfg(recorded)
+    # The release's files hold the box noise of the paper; all of its trainings passed 1.0.
+    expected = dict(flatten(theirs.MODEL.DINO)) | {"DN_BOX_NOISE": 1.0}
+    assert dict(flatten(ours.MODEL.DINO)) == expected
+    assert ours.MODEL.BACKBONE.NAME == theirs.MODEL.BACKBONE.NAME
+    assert ours.MODEL.SWIN.EMBED_DIM == theirs.MODEL.SWIN.EMBED_DIM
+    assert ours.TEST.DETECTIONS_PER_IMAGE == 300
 
 
 def test_small_ablations_train_like_a_shorter_demo():

@@ -80,6 +80,22 @@ TINY_OPTIONS: dict[str, Any] = {
 }
 
 
+TINY_DINO: dict[str, Any] = {
+    "MODEL.META_ARCHITECTURE": "DINO",
+    "MODEL.DINO.HIDDEN_DIM": DIM,
+    "MODEL.DINO.DIM_FEEDFORWARD": 48,
+    "MODEL.DINO.ENC_LAYERS": 1,
+    "MODEL.DINO.DEC_LAYERS": 3,
+    "MODEL.DINO.NUM_QUERIES": 8,
+    "MODEL.DINO.DN_NUM": 10,
+}
+
+
+def tiny_dino(seed: int = 0, /, **node: Any) -> nn.Module:
+    """The tiny DINO in evaluation mode; ``node`` are keys below MODEL.DINO."""
+    return tiny_model(TINY_DINO | {f"MODEL.DINO.{key}": value for key, value in node.items()}, seed=seed)
+
+
 def tiny_cfg(options: dict[str, Any] | None = None, /, **node: Any) -> Config:
     """The configuration of the tiny model.
 

@@ -13,7 +13,8 @@ from dimaskdino.errors import ConfigError
 
 KEYS: dict[str, Any] = {
     # --- Data ---
-    # Training mapper, by registered name: coco_instance_lsj or coco_instance_detr.
+    # Training mapper, by registered name: coco_instance_lsj, coco_instance_detr, or, with boxes alone,
+    # coco_detection_detr.
     "INPUT.DATASET_MAPPER_NAME": "coco_instance_lsj",
     # SSD's photometric distortion before the geometric augmentations.
     "INPUT.COLOR_AUG_SSD": False,

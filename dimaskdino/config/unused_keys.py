@@ -73,6 +73,11 @@ def _unused(cfg: CfgNode) -> Iterator[tuple[str, object]]:
     unread = {*UNREAD, "MODEL.MaskDINO.TEST.PANOPTIC_ON"}  # Of a panoptic model, only instance results are computed.
     if cfg.MODEL.BACKBONE.NAME in _READ_BY_BACKBONE:
         unread |= _OF_BACKBONES - {*_READ_BY_BACKBONE[cfg.MODEL.BACKBONE.NAME]}
+    if cfg.MODEL.META_ARCHITECTURE == "DINO":
+        own = [name for name in cfg.MODEL.SEM_SEG_HEAD if name != "NUM_CLASSES"]
+        unread |= {"MODEL.MaskDINO", *(f"MODEL.SEM_SEG_HEAD.{name}" for name in own)}
+    elif cfg.MODEL.META_ARCHITECTURE in ("MaskDINO", "DIMaskDINO"):
+        unread |= {"MODEL.DINO"}
     if cfg.SOLVER.OPTIMIZER == "ADAMW":
         unread |= {"SOLVER.MOMENTUM", "SOLVER.NESTEROV"}
     for key, value in flatten(cfg):

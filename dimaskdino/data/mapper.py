@@ -105,6 +105,14 @@ def coco_instance_detr(
     return _instance_mapper(cfg, shortest_edge(cfg) if is_train else test_resize(cfg), with_instances, with_masks)
 
 
+@MAPPER_REGISTRY.register()
+def coco_detection_detr(
+    cfg: CfgNode, *, is_train: bool, with_instances: bool, with_masks: bool = False
+) -> InstanceMapper:
+    """As coco_instance_detr, with boxes alone."""
+    return coco_instance_detr(cfg, is_train=is_train, with_instances=with_instances, with_masks=with_masks)
+
+
 def _instance_mapper(
     cfg: CfgNode, augmentations: list[T.Augmentation], with_instances: bool, with_masks: bool
 ) -> InstanceMapper:

@@ -23,6 +23,7 @@ from dimaskdino.cpu import keep_freed_memory
 from dimaskdino.data.validation.start import check_datasets
 from dimaskdino.engine.run_folder import setup_loggers
 from dimaskdino.errors import ConfigError, UserError, check_choice, file_errors_in_one_line
+from dimaskdino.modeling.meta_arch import needs_masks
 from dimaskdino.modeling.registry import get_registered
 from dimaskdino.solver import check_solver
 
@@ -201,7 +202,7 @@ def _check_datasets_once(cfg: Config, *, train: bool) -> None:
     """Check on the main process first: it may generate a dataset that the others then find."""
     if not comm.is_main_process():
         comm.synchronize()
-    check_datasets(cfg, train=train, with_masks=cfg.MODEL.MaskDINO.PREDICT_MASKS)
+    check_datasets(cfg, train=train, with_masks=needs_masks(cfg))
     if comm.is_main_process():
         comm.synchronize()
 

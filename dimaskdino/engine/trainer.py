@@ -45,7 +45,7 @@ from dimaskdino.evaluation import (
     timed,
     write_results,
 )
-from dimaskdino.modeling.meta_arch import build_model
+from dimaskdino.modeling.meta_arch import build_model, needs_masks
 from dimaskdino.solver import (
     NEW_RUN,
     GradientClipper,
@@ -238,7 +238,7 @@ class Trainer(TrainerBase):
         return build_train_loader(
             cfg,
             make_sampler=make_sampler if cfg.DATALOADER.SAMPLER_TRAIN == "TrainingSampler" else None,
-            with_masks=cfg.MODEL.MaskDINO.PREDICT_MASKS,
+            with_masks=needs_masks(cfg),
         )
 
     @classmethod

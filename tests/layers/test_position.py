@@ -40,3 +40,13 @@ def test_box_embedding_is_float32_whatever_the_boxes_are():
 def test_embeddings_have_256_channels_per_pixel_and_512_per_box_in_the_released_width():
     assert pixel_sine_embedding(3, 5, 256, CPU).shape == (15, 256)
     assert box_sine_embedding(torch.rand(7, 4), 256).shape == (7, 512)
+
+
+def test_temperature_and_offset_by_hand():
+    embedding = pixel_sine_embedding(1, 2, 8, CPU, temperature=25.0, offset=-0.5).view(2, 8)
+    # Cell centers at .5 and 1.5 of 2; the second pair of channels has the wavelength 25^(2/4) = 5.
+    x = [2 * math.pi * (cell + 0.5) / (2 + 1e-6) for cell in (0, 1)]
+    for row, position in zip(embedding, x, strict=True):
+        assert row[4:].tolist() == pytest.approx(
+            [f(position / w) for w in (1, 5) for f in (math.sin, math.cos)], abs=1e-5
+        )

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -139,6 +140,10 @@ def test_denoising_queries_are_the_recorded_ones(steps, name, case):
     assert denoising.num_queries == int(data[f"{case}/dn/pad_size"])
     # Sizes below 0.001 are lifted to it by the inverse sigmoid.
     assert_close(denoising.tokens.boxes, data[f"{case}/dn/boxes"].clip(1e-3, 1 - 1e-3), 1e-5)
+    if f"{case}/dn/attn_mask_packed" in data:
+        size = int(data[f"{case}/dn/attn_mask_size"])
+        unseen = np.unpackbits(data[f"{case}/dn/attn_mask_packed"], axis=-1)[:, :size].astype(bool)
+        assert torch.equal(denoising.attention_mask(size - denoising.num_queries), torch.from_numpy(unseen))
     noised = steps[name, case].decoded.denoising_stages[-1]
     assert_close(noised.logits, data[f"{case}/dn/final/pred_logits"])
     assert_close(noised.boxes, data[f"{case}/dn/final/pred_boxes"])

@@ -23,6 +23,11 @@ class DINO(DIMaskDINO):
     ignores_padding = True
 
     @classmethod
+    def needs_masks(cls, cfg: CfgNode) -> bool:
+        """No: boxes are enough."""
+        return False
+
+    @classmethod
     def from_config(cls, cfg: CfgNode, point_sampler: PointSampler | None = None) -> dict[str, Any]:
         """Build the parts that MODEL.DINO names; ``point_sampler`` is for models with masks.
 

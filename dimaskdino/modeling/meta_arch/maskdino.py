@@ -100,6 +100,11 @@ class DIMaskDINO(nn.Module):
             "instance_options": InstanceOptions.from_config(cfg),
         }
 
+    @classmethod
+    def needs_masks(cls, cfg: CfgNode) -> bool:
+        """Whether the configured model is trained on masks."""
+        return cfg.MODEL.MaskDINO.PREDICT_MASKS
+
     @property
     def device(self) -> torch.device:
         """Where the model lives; images are moved there."""
@@ -153,9 +158,9 @@ class DIMaskDINO(nn.Module):
         height, width = images.tensor.shape[-2:]
         batch = PaddedBatch(images.image_sizes, (height, width)) if self.ignores_padding else None
         frames = batch.image_sizes if batch else [(height, width)] * len(batched_inputs)
-        where = {"batch": batch} if batch else {}
+        padding = {} if batch is None else {"batch": batch}
         if not self.training:
-            output = self.sem_seg_head(features, **where)
+            output = self.sem_seg_head(features, **padding)
             return [
                 self._results(output, index, frames[index], images.image_sizes[index], given)
                 for index, given in enumerate(batched_inputs)
@@ -166,7 +171,7 @@ class DIMaskDINO(nn.Module):
             )
             for (height, width), given in zip(frames, batched_inputs, strict=True)
         ]
-        return self.criterion(self.sem_seg_head(features, targets, **where), targets)
+        return self.criterion(self.sem_seg_head(features, targets, **padding), targets)
 
     def check_supported(self) -> None:
         """Refuse what the model cannot compute.
@@ -244,6 +249,16 @@ def build_model(cfg: CfgNode) -> nn.Module:
     """
     get_registered(META_ARCH_REGISTRY, cfg.MODEL.META_ARCHITECTURE, "MODEL.META_ARCHITECTURE")
     return build_detectron2_model(cfg)
+
+
+def needs_masks(cfg: CfgNode) -> bool:
+    """Whether the model that MODEL.META_ARCHITECTURE names is trained on masks; one that does not say so is.
+
+    Raises:
+        ConfigError: no model is registered under that name.
+    """
+    model = get_registered(META_ARCH_REGISTRY, cfg.MODEL.META_ARCHITECTURE, "MODEL.META_ARCHITECTURE")
+    return getattr(model, "needs_masks", lambda _: True)(cfg)
 
 
 @META_ARCH_REGISTRY.register()
