@@ -1,7 +1,7 @@
 """The files that are written for each image: a picture, masks, query features."""
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from dimaskdino.prediction.inputs import Source
 from dimaskdino.prediction.results import Prediction
 from dimaskdino.structures import RleMasks
+from dimaskdino.structures.rle_masks import crop_of
 
 JPEG_QUALITY = 90
 
@@ -59,12 +60,11 @@ def mask_map(found: Prediction) -> Image.Image:
     if "panoptic_seg" in found:
         ids = found["panoptic_seg"][0].numpy()
     elif "instances" in found:
-        ids = np.zeros(found.image.shape[:2], dtype=np.uint16)
-        masks: Sequence[torch.Tensor] | RleMasks = (
-            found.instances.pred_masks if found.instances.has("pred_masks") else ()
-        )
-        for number, mask in reversed(list(enumerate(masks, start=1))):
-            ids[mask.numpy()] = number
+        ids = np.zeros(found.size, dtype=np.uint16)
+        rles = RleMasks.of(found.instances.pred_masks).rles if found.instances.has("pred_masks") else []
+        for number, rle in reversed(list(enumerate(rles, start=1))):
+            crop, top, left = crop_of(rle)
+            ids[top : top + crop.shape[0], left : left + crop.shape[1]][crop] = number
     else:
         ids = found["sem_seg"].argmax(0).numpy() + 1
     return Image.fromarray(ids.astype(np.uint16))
