@@ -28,22 +28,8 @@ from dimaskdino.prediction.records import Records, Share, write_coco, write_csv
 
 DEMO_RUN = Path("output/demo/run")
 BAD_INPUT_STATUS = 3
-# What decides the results: a folder takes those of one choice alone.
-SETTINGS = (
-    *("weights", "config_file", "score", "score_class", "classes", "max_detections", "boxes_from_masks"),
-    *(
-        "keep_largest",
-        "min_area",
-        "mask_nms",
-        "save",
-        "query_features",
-        "track",
-        "no_exif",
-        "annotations",
-        "max_frames",
-    ),
-    *("by_instance", "opts"),
-)
+# These do not decide the results; a folder takes those of one choice of all others.
+NO_SETTINGS = ("inputs", "output", "batch_size", "device", "overwrite")
 
 
 def fraction(text: str) -> float:
@@ -90,6 +76,8 @@ def parse_args() -> argparse.Namespace:
     add("--track", action="store_true", help="number the objects of videos (needs the package trackers)")
     add("--by-instance", action="store_true", help="draw each object in a color of its own")
     add("--annotations", type=Path, help="COCO file whose image ids the results take, by file name")
+    add("--tile", type=at_least(16), metavar="PX", help="predict images in tiles of this side, for huge ones")
+    add("--overlap", type=float, default=0.2, help="share of a tile that the next one repeats (default: 0.2)")
     add("--batch-size", type=at_least(1), default=1, help="images that go through the model together (default: 1)")
     add("--max-frames", type=at_least(1), help="of each video and of the camera")
     add("--no-exif", action="store_true", help="leave images as stored, whatever their EXIF data says")
@@ -142,6 +130,10 @@ def build_predictor(args: argparse.Namespace) -> Predictor:
         weights,
         options=[*keys, *args.opts],
         device=device(args.device),
+        exif=False if args.no_exif else None,
+        batch_size=args.batch_size,
+        tile=args.tile,
+        overlap=args.overlap,
         score=args.score,
         class_scores=dict(args.score_class),
         classes=args.classes,
@@ -166,19 +158,19 @@ def device(asked: str | None) -> str | None:
 def settings(args: argparse.Namespace, sources: list[Source]) -> dict[str, Any]:
     """What a folder of results was made from."""
     listed = hashlib.sha256("\n".join(source.path for source in sources).encode()).hexdigest()
-    chosen = {name: getattr(args, name) for name in SETTINGS}
-    return {"inputs": len(sources), "sha256": listed} | json.loads(json.dumps(chosen, default=str))
+    chosen = {name: value for name, value in vars(args).items() if name not in NO_SETTINGS}
+    return {"number": len(sources), "sha256": listed} | json.loads(json.dumps(chosen, default=str))
 
 
 def build_job(args: argparse.Namespace, predictor: Predictor, records: Records) -> Job:
     """The job that the command line describes."""
     kinds = {*args.save, *(["features"] if args.query_features else [])}
     return Job(
-        predict=predictor.predict_arrays,
+        read=predictor.read,
+        predict=predictor.predict_batch,
         outputs=Outputs(args.output, kinds, by_instance=args.by_instance),
         records=records,
         batch_size=args.batch_size,
-        exif=not args.no_exif,
         pictures="pictures" in kinds,
         by_instance=args.by_instance,
         track_score=args.score if args.track else None,

@@ -8,11 +8,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import numpy as np
 from tqdm import tqdm
 
 from dimaskdino.errors import UserError, file_errors_told_in_one_line
-from dimaskdino.prediction.images import to_rgb
 from dimaskdino.prediction.inputs import Source
 from dimaskdino.prediction.outputs import Outputs
 from dimaskdino.prediction.records import Records
@@ -21,7 +19,8 @@ from dimaskdino.prediction.video import Frames, Tracker, VideoWriter
 
 logger = logging.getLogger(__name__)
 
-Predict = Callable[[Sequence[np.ndarray], Sequence[str]], list[Prediction]]
+Read = Callable[[str], Any]
+Predict = Callable[[Sequence[Any], Sequence[str]], list[Prediction]]
 In = TypeVar("In")
 Out = TypeVar("Out")
 
@@ -34,11 +33,11 @@ class Job:
     """Predicts inputs and writes what is found.
 
     Attributes:
-        predict: (H, W, 3) RGB images and their sources to predictions, in a batch.
+        read: the path of an image to what ``predict`` takes.
+        predict: images that were read, or frames (H, W, 3) RGB, and their sources to predictions.
         outputs: writes the files of an image.
         records: what is done.
         batch_size: images that go through the model together.
-        exif: turn images upright as their EXIF data says.
         pictures: draw videos.
         by_instance: a color for each object in videos.
         track_score: track the objects of videos that score at least this; None does not track.
@@ -47,11 +46,11 @@ class Job:
         failed: what could not be predicted, with the reason.
     """
 
+    read: Read
     predict: Predict
     outputs: Outputs
     records: Records
     batch_size: int = 1
-    exif: bool = True
     pictures: bool = True
     by_instance: bool = False
     track_score: float | None = None
@@ -79,22 +78,20 @@ class Job:
                 self._note(record)
                 progress.update()
 
-    def _read(self, source: Source) -> tuple[Source, np.ndarray | UserError]:
+    def _read(self, source: Source) -> tuple[Source, Any]:
         try:
-            return source, to_rgb(source.path, exif=self.exif)
+            return source, self.read(source.path)
         except UserError as error:
             return source, error
 
-    def _predicted(
-        self, read: Iterator[tuple[Source, np.ndarray | UserError]]
-    ) -> Iterator[tuple[Source, Prediction | UserError]]:
+    def _predicted(self, read: Iterator[tuple[Source, Any]]) -> Iterator[tuple[Source, Prediction | UserError]]:
         while batch := list(itertools.islice(read, self.batch_size)):
-            good = [(source, image) for source, image in batch if isinstance(image, np.ndarray)]
+            good = [(source, image) for source, image in batch if not isinstance(image, UserError)]
             found = iter(
                 self.predict([image for _, image in good], [source.path for source, _ in good]) if good else ()
             )
             for source, image in batch:
-                yield source, next(found) if isinstance(image, np.ndarray) else image
+                yield source, image if isinstance(image, UserError) else next(found)
 
     def _write(self, item: tuple[Source, Prediction | UserError]) -> dict[str, Any]:
         source, found = item

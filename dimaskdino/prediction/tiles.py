@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -38,8 +37,8 @@ class Tiling:
         """Check the range of both."""
         if self.side < 16 or not 0 <= self.overlap <= 0.9:
             raise ConfigError(
-                f"Tiles of {self.side} px with an overlap of {self.overlap} do not work: the side must be at least 16 px, "
-                "the overlap between 0 and 0.9."
+                f"Tiles of {self.side} px with an overlap of {self.overlap} do not work: the side must be at least 16 "
+                "px, the overlap between 0 and 0.9."
             )
 
     def tiles(self, size: tuple[int, int]) -> list["Tile"]:
@@ -133,8 +132,8 @@ def merge_tiles(found: Instances, tile_of: np.ndarray, tiles: Sequence[Tile]) ->
 
     A part that lies wholly inside another tile goes: that tile sees the object and its surroundings. Detections of
     neighbors are one object if they are of one class and agree where both tiles see them. Of such a group the best
-    detection that no seam cuts is kept; if there is none, the union of its masks or boxes, with the score of the largest
-    part.
+    detection that no seam cuts is kept; if there is none, the union of its masks or boxes, with the score of the
+    largest part.
 
     Args:
         found: detections of all tiles, in px of the picture.
@@ -172,7 +171,7 @@ def _extents(found: Instances) -> np.ndarray:
 
 def _inside(boxes: np.ndarray, tile: Tile) -> np.ndarray:
     low, high = np.array((tile.left, tile.top)), np.array((tile.right, tile.bottom))
-    return ((boxes[:, :2] >= low) & (boxes[:, 2:] <= high)).all(1)
+    return np.all((boxes[:, :2] >= low) & (boxes[:, 2:] <= high), axis=1)
 
 
 def _pairs(
@@ -264,7 +263,7 @@ class _Groups:
 def _joined(found: Instances, groups: list[list[int]], cut: np.ndarray, shapes: _Shapes) -> Instances:
     """One detection for each group, by descending score."""
     scores = found.scores.numpy()
-    chosen, boxes, rles = [], found.pred_boxes.tensor.clone(), list[Any](shapes.rles or [None] * len(found))
+    chosen, boxes, rles = [], found.pred_boxes.tensor.clone(), list(shapes.rles or ())
     for group in groups:
         whole = [index for index in group if not cut[index]]
         best = max(whole, key=scores.__getitem__) if whole else max(group, key=shapes.area)

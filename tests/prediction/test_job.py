@@ -11,6 +11,7 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 
 from dimaskdino.errors import UserError
+from dimaskdino.prediction.images import to_rgb
 from dimaskdino.prediction.inputs import Source, find_sources
 from dimaskdino.prediction.job import Job
 from dimaskdino.prediction.outputs import Outputs, mask_map
@@ -62,7 +63,9 @@ def video(path: Path, frames: int = 9, rate: float = 12.5) -> Path:
 
 
 def job(output: Path, predict=find_bright, share: Share = Share(), kinds=("pictures",), **options) -> Job:  # noqa: B008
-    return Job(predict=predict, outputs=Outputs(output, kinds), records=Records(output, {}, share), **options)
+    return Job(
+        read=to_rgb, predict=predict, outputs=Outputs(output, kinds), records=Records(output, {}, share), **options
+    )
 
 
 def sources(*given: Path) -> list[Source]:
