@@ -30,7 +30,12 @@ setup(
     ext_modules=[build_op.extension()] if OP else [],
     cmdclass={"build_ext": build_op.build_command(COMPILER)} if OP else {},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if OP and build_op.STABLE_ABI else {},
-    extras_require={"slurm": ["submitit>=1.5"]},  # tools/reproduce.py --submit slurm
+    extras_require={
+        "slurm": ["submitit>=1.5"],  # tools/reproduce.py --submit slurm
+        "track": ["trackers>=2.6"],  # tools/predict.py --track
+        "geo": ["rasterio>=1.3"],  # GeoTIFF and GeoJSON in tools/predict.py --tile
+        "supervision": ["supervision>=0.27"],  # Prediction.to_supervision
+    },
     install_requires=[
         "fvcore>=0.1.5",
         "hotcoco>=1.3,<2",

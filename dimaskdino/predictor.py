@@ -8,8 +8,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.data import MetadataCatalog
+from detectron2.structures import Instances
 
 from dimaskdino.checkpoint import Checkpointer, read_weights
 from dimaskdino.config import Config, get_cfg
@@ -17,9 +19,11 @@ from dimaskdino.data.datasets import register_all
 from dimaskdino.data.transforms import test_resize
 from dimaskdino.errors import CheckpointError, ConfigError, UserError
 from dimaskdino.modeling.meta_arch import build_model
+from dimaskdino.prediction.canvases import Canvas, open_canvas
 from dimaskdino.prediction.images import CHANNEL_ORDERS, to_model_input, to_rgb
 from dimaskdino.prediction.refinement import Refinement
 from dimaskdino.prediction.results import Classes, Prediction, on_cpu
+from dimaskdino.prediction.tiles import Tiling, predict_tiles
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +47,11 @@ class Predictor:
         options: KEY VALUE pairs that change the configuration.
         device: where the model runs, such as "cuda:1"; None for the first GPU if there is one, else the CPU.
         channels: channel order of arrays and tensors, RGB or BGR; a call may say otherwise.
-        exif: turn images upright as their EXIF data says.
-        batch_size: images of a list that go through the model together.
+        exif: turn images upright as their EXIF data says; None does as in training (INPUT.APPLY_EXIF).
+        batch_size: images of a list, or tiles of an image, that go through the model together.
+        tile: side in px of the tiles in which images are predicted; None predicts them whole. The model resizes a tile
+            as it does an image (INPUT.MIN_SIZE_TEST).
+        overlap: share of a tile that the next one repeats.
         refinement: as :class:`Refinement` takes it: score, classes, mask_nms, and others.
 
     Raises:
@@ -59,17 +66,23 @@ class Predictor:
         options: Sequence[Any] = (),
         device: str | None = None,
         channels: str = "RGB",
-        exif: bool = True,
+        exif: bool | None = None,
         batch_size: int = 1,
+        tile: int | None = None,
+        overlap: float = 0.2,
         **refinement: Any,
     ) -> None:
         if channels not in CHANNEL_ORDERS:
             raise ConfigError(f"channels is {channels!r}; it must be one of {', '.join(CHANNEL_ORDERS)}.")
-        self.input_format, self.exif, self.batch_size = channels, exif, batch_size
+        self.input_format, self.batch_size = channels, batch_size
         self.refine = Refinement(**refinement)
+        self.tiling = None if tile is None else Tiling(tile, overlap)
         self.cfg, self.weights, classes = _read_run(Path(run), Path(weights) if weights else None)
         self.cfg.merge_from_list(list(options))
         _prepare(self.cfg, device, self.refine)
+        self.exif = self.cfg.INPUT.APPLY_EXIF if exif is None else exif
+        if self.tiling and not self.cfg.MODEL.MaskDINO.TEST.INSTANCE_ON:
+            raise ConfigError("Pictures are predicted in tiles by models of objects (MODEL.MaskDINO.TEST.INSTANCE_ON).")
         self.model = build_model(self.cfg).eval()
         Checkpointer(self.model).load(str(self.weights))
         self.classes = classes or classes_of(self.cfg)
@@ -97,22 +110,44 @@ class Predictor:
         """Predict any number of images one batch at a time, in their order."""
         images = iter(images)
         while batch := list(itertools.islice(images, self.batch_size)):
-            arrays = [to_rgb(image, channels=channels or self.input_format, exif=self.exif) for image in batch]
+            pictures = [self.read(image, channels=channels) for image in batch]
             sources = [str(image) if isinstance(image, str | Path) else "" for image in batch]
-            yield from self.predict_arrays(arrays, sources)
+            yield from self.predict_batch(pictures, sources)
 
-    def predict_arrays(self, arrays: Sequence[Any], sources: Sequence[str]) -> list[Prediction]:
-        """Predict one batch of (H, W, 3) uint8 RGB arrays; ``sources`` says where each is from."""
-        inputs = [to_model_input(array, self._resize, self.cfg.INPUT.FORMAT) for array in arrays]
-        with torch.inference_mode():
-            results = [on_cpu(result) for result in self.model(inputs)]
+    def read(self, image: Any, *, channels: str | None = None) -> np.ndarray | Canvas:
+        """Read or convert an image: to (H, W, 3) uint8 RGB, or for tiles to what they are read from."""
+        read = to_rgb if self.tiling is None else open_canvas
+        return read(image, channels=channels or self.input_format, exif=self.exif)
+
+    def predict_batch(self, pictures: Sequence[Any], sources: Sequence[str]) -> list[Prediction]:
+        """Predict what :meth:`read` gave; ``sources`` says where each picture is from."""
+        if self.tiling is None:
+            results = self._results(pictures)
+            copies: list[tuple[np.ndarray, Canvas | None]] = [(picture, None) for picture in pictures]
+        else:
+            canvases = [open_canvas(picture) if isinstance(picture, np.ndarray) else picture for picture in pictures]
+            results = [{"instances": self._predict_tiles(canvas)} for canvas in canvases]
+            copies = [(canvas.copy(), canvas) for canvas in canvases]
         for result in results:
             if "instances" in result:
                 result["instances"] = self.refine(result["instances"], self.classes.things)
         return [
-            Prediction(result, image=array, classes=self.classes, source=source)
-            for result, array, source in zip(results, arrays, sources, strict=True)
+            Prediction(result, image=image, canvas=canvas, classes=self.classes, source=source)
+            for result, (image, canvas), source in zip(results, copies, sources, strict=True)
         ]
+
+    def _results(self, arrays: Sequence[np.ndarray]) -> list[dict[str, Any]]:
+        """The model's results of a batch of (H, W, 3) uint8 RGB arrays."""
+        inputs = [to_model_input(array, self._resize, self.cfg.INPUT.FORMAT) for array in arrays]
+        with torch.inference_mode():
+            return [on_cpu(result) for result in self.model(inputs)]
+
+    def _predict_tiles(self, canvas: Canvas) -> Instances:
+        def predict(tiles: Sequence[np.ndarray]) -> list[Instances]:
+            return [result["instances"] for result in self._results(tiles)]
+
+        assert self.tiling is not None
+        return predict_tiles(canvas, self.tiling, predict, self.batch_size)
 
     def save(self, path: str | Path) -> None:
         """Write one file that :class:`Predictor` loads by itself: weights, configuration and class names.

@@ -39,14 +39,14 @@ class Objects:
         names: class name of each.
         scores: in [0, 1]; None for ground truth.
         boxes: (N, 4) xyxy px, nan for an object without one; None for segments, which have masks alone.
-        masks: (N, H, W) bool; None for objects with boxes alone.
+        masks: N masks (H, W) bool; None for objects with boxes alone.
     """
 
     classes: Sequence[int]
     names: Sequence[str]
     scores: Sequence[float] | None = None
     boxes: np.ndarray | None = None
-    masks: np.ndarray | None = None
+    masks: Sequence[np.ndarray] | np.ndarray | None = None
 
     @classmethod
     def from_instances(cls, instances: Instances, class_names: Sequence[str]) -> "Objects":
@@ -162,7 +162,7 @@ class _Canvas:
     size: tuple[int, int]
     colors: Sequence[Color]
     boxes: np.ndarray | None
-    masks: np.ndarray | None
+    masks: Sequence[np.ndarray] | np.ndarray | None
 
     def mask(self, index: int) -> np.ndarray:
         """A mask (H, W) uint8 at the size of the picture, its rim smooth."""
@@ -181,7 +181,7 @@ class _Canvas:
     def largest_first(self) -> list[int]:
         """The objects in the order in which they are drawn."""
         if self.masks is not None:
-            areas = self.masks.sum(axis=(1, 2))
+            areas = np.array([mask.sum() for mask in self.masks], dtype=np.float64)
         elif self.boxes is not None:
             areas = (self.boxes[:, 2:] - self.boxes[:, :2]).prod(axis=1)
         else:

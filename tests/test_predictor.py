@@ -193,6 +193,24 @@ def test_huge_images_are_reduced_for_drawing(run) -> None:
     assert found.draw(width=480).size == (480, 6)
 
 
+def test_tiles_of_one_picture_are_the_picture(run, pixels) -> None:
+    whole = Predictor(run, device="cpu", score=0)(pixels)
+    tiled = Predictor(run, device="cpu", score=0, tile=64)(pixels)
+    assert torch.equal(tiled.instances.scores, whole.instances.scores)
+    assert torch.equal(tiled.instances.pred_masks.tensor, whole.instances.pred_masks)
+    assert np.array_equal(np.asarray(tiled.draw()), np.asarray(whole.draw()))
+
+
+def test_a_large_picture_is_predicted_in_tiles(run) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (100, 2500, 3), dtype=np.uint8)
+    found = Predictor(run, device="cpu", score=0, tile=400, overlap=0.1, batch_size=4, min_area=9)(picture)
+    assert found.instances.image_size == (100, 2500)
+    assert found.image.shape == (96, 2400, 3)
+    assert found.draw().size == (2400, 96)
+    assert found.to_dict()["width"] == 2500
+    assert float(found.instances.pred_boxes.tensor[:, 2].max()) > 1000
+
+
 def test_panoptic_and_semantic_results_are_drawn() -> None:
     ids = torch.zeros(40, 40, dtype=torch.int32)
     ids[:25] = 1

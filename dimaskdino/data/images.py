@@ -57,8 +57,7 @@ def read_image(file_name: str, image_format: str, *, apply_exif: bool = True) ->
         DatasetError: if the file is missing, is not a readable image, or has more than 8 bits a channel.
     """
     with _opened(file_name) as image:
-        method = _UPRIGHT.get(_orientation(image)) if apply_exif else None
-        pixels = convert_PIL_to_numpy(image if method is None else image.transpose(method), image_format)
+        pixels = convert_PIL_to_numpy(upright(image) if apply_exif else image, image_format)
         return np.array(pixels)  # a copy: those of PIL cannot be written to, which torch warns of
 
 
@@ -92,6 +91,12 @@ def _opened(file_name: str) -> Iterator[Image.Image]:
         raise DatasetError(
             f"Cannot read image {file_name} ({error}); replace the file or take its image out of the annotations."
         ) from error
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """An image turned as its EXIF orientation says; itself where it says nothing."""
+    method = _UPRIGHT.get(_orientation(image))
+    return image if method is None else image.transpose(method)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -5,6 +5,8 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as mask_util
 
+from dimaskdino.structures.rle_masks import run_lengths
+
 Rle = dict[str, Any]
 Size = tuple[int, int]  # (height, width) in pixels
 
@@ -40,26 +42,3 @@ def checked_rle(segmentation: Rle, size: Size) -> Rle:
     if isinstance(counts, list):
         return mask_util.frPyObjects({"size": list(size), "counts": counts}, *size)
     return {"size": list(size), "counts": counts}
-
-
-def run_lengths(counts: bytes) -> np.ndarray:
-    """Decode the run lengths (N,) int64 of a compressed RLE; invalid bytes give no runs, or runs of any sum.
-
-    A number is written in characters from "0" on, five bits in each, the lowest first; the sixth bit says that more
-    follow, and the last character's fifth bit is the sign. From the fourth number on, each is the difference to the
-    last but one.
-    """
-    characters = np.frombuffer(counts, dtype=np.uint8).astype(np.int64) - ord("0")
-    ends = np.flatnonzero((characters & 0x20) == 0)
-    if not len(ends) or ends[-1] != len(characters) - 1 or characters.min() < 0 or characters.max() > 0x3F:
-        return np.zeros(0, dtype=np.int64)
-    starts = np.concatenate(([0], ends[:-1] + 1))
-    lengths = ends - starts + 1
-    if lengths.max() > 12:  # more than 60 bits
-        return np.zeros(0, dtype=np.int64)
-    digits = np.arange(len(characters)) - np.repeat(starts, lengths)
-    numbers = np.add.reduceat((characters & 0x1F) << (5 * digits), starts)
-    numbers -= np.where(characters[ends] & 0x10, np.int64(1) << (5 * lengths), 0)
-    for first in (1, 2):
-        numbers[first::2] = np.cumsum(numbers[first::2])
-    return numbers

@@ -1,16 +1,18 @@
 """What people call an image, as the (H, W, 3) uint8 RGB array that the predictor works on."""
 
 import os
-import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from detectron2.data.detection_utils import convert_PIL_to_numpy
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
+from dimaskdino.data.images import upright
 from dimaskdino.errors import UserError
 
 CHANNEL_ORDERS = ("RGB", "BGR")
@@ -44,11 +46,15 @@ def to_rgb(source: Any, *, channels: str = "RGB", exif: bool = True) -> np.ndarr
 
 
 def _read_file(path: Path, exif: bool) -> np.ndarray:
+    with errors_of_file(path), Image.open(path) as image:
+        return _from_pil(image, exif, str(path))
+
+
+@contextmanager
+def errors_of_file(path: Path) -> Iterator[None]:
+    """Turn what PIL raises for a file that it cannot read into a :class:`UserError`."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                return _from_pil(image, exif, str(path))
+        yield
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; check the path.") from error
     except Image.DecompressionBombError as error:
@@ -59,10 +65,18 @@ def _read_file(path: Path, exif: bool) -> np.ndarray:
 
 
 def _from_pil(image: Image.Image, exif: bool, name: str) -> np.ndarray:
+    check_depth(image, name)
+    return np.asarray((upright(image) if exif else image).convert("RGB"))
+
+
+def check_depth(image: Image.Image, name: str) -> None:
+    """Check that an image has 8 bits a channel, as PIL cuts off what is above.
+
+    Raises:
+        UserError: it has more.
+    """
     if image.mode.startswith(("I", "F")):
         raise UserError(f"{name} has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits.")
-    upright = ImageOps.exif_transpose(image) if exif else image
-    return np.asarray(upright.convert("RGB"))
 
 
 def _from_array(array: np.ndarray, channels: str) -> np.ndarray:

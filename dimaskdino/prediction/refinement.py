@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dimaskdino.errors import ConfigError
 from dimaskdino.structures import RleMasks
+from dimaskdino.structures.rle_masks import Rle, crop_of, place_crop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,27 +74,25 @@ class Refinement:
 
     def _cleaned(self, found: Instances) -> Instances:
         if self.keep_largest or self.min_area > 1:
-            masks = found.pred_masks
-            cleaned = [clean_mask(mask.cpu().numpy(), self.keep_largest, self.min_area) for mask in masks]
-            stays = torch.tensor([bool(mask.any()) for mask in cleaned], dtype=torch.bool)
-            found.pred_masks = _like(masks, cleaned)
-            found = found[stays.to(found.scores.device)]
+            masks = RleMasks.of(found.pred_masks)
+            cleaned = RleMasks([self._clean(rle) for rle in masks.rles], masks.size)
+            as_given = isinstance(found.pred_masks, RleMasks)
+            found.pred_masks = cleaned if as_given else cleaned.tensor.to(found.scores.device)
+            found = found[(cleaned.area() > 0).to(found.scores.device)]
         if self.boxes_from_masks:
             boxes = RleMasks.of(found.pred_masks).get_bounding_boxes()
             found.pred_boxes = Boxes(boxes.tensor.to(found.scores.device))
         return found
 
-
-def _like(masks: Any, cleaned: Sequence[np.ndarray]) -> Any:
-    """Clean masks in the form of those that they replace."""
-    if isinstance(masks, RleMasks):
-        rles = [mask_util.encode(np.asfortranarray(mask, dtype=np.uint8)) for mask in cleaned]
-        return RleMasks(rles, masks.size)
-    return torch.from_numpy(np.array(cleaned, dtype=bool).reshape(masks.shape)).to(masks.device)
+    def _clean(self, rle: Rle) -> Rle:
+        crop, top, left = crop_of(rle)
+        return place_crop(clean_mask(crop, self.keep_largest, self.min_area), top, left, rle["size"])
 
 
 def clean_mask(mask: np.ndarray, keep_largest: bool, min_area: int) -> np.ndarray:
     """The parts (connected also by corners) of a mask (H, W) bool that are large enough; empty if none is."""
+    if not mask.any():
+        return mask
     count, parts, statistics, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
     areas = statistics[:, cv2.CC_STAT_AREA].copy()
     areas[0] = 0  # the background

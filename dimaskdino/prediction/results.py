@@ -11,10 +11,10 @@ from detectron2.structures import Instances
 from PIL import Image
 
 from dimaskdino.errors import UserError
-from dimaskdino.structures import instances_to_coco
+from dimaskdino.prediction.canvases import LARGEST_COPY_PX, Canvas
+from dimaskdino.structures import RleMasks, instances_to_coco
+from dimaskdino.structures.rle_masks import crop_of
 from dimaskdino.visualization import Objects, draw_objects
-
-LARGEST_PICTURE_PX = 2400  # longest side of a drawing whose size is not given
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,22 @@ class Prediction(dict):
         image: (H, W, 3) uint8 RGB, which is drawn on.
         classes: of the model.
         source: where the image is from; "" where nobody said.
+        canvas: the picture that ``image`` is a reduced copy of; None if it is the picture itself.
     """
 
-    def __init__(self, result: dict[str, Any], *, image: np.ndarray, classes: Classes, source: str = "") -> None:
+    def __init__(
+        self,
+        result: dict[str, Any],
+        *,
+        image: np.ndarray,
+        classes: Classes,
+        source: str = "",
+        canvas: Canvas | None = None,
+    ) -> None:
         super().__init__(result)
         self.image, self.classes, self.source = image, classes, source
+        self.size: tuple[int, int] = image.shape[:2] if canvas is None else canvas.size
+        self.to_map = canvas and canvas.to_map
 
     @property
     def instances(self) -> Instances:
@@ -75,30 +86,30 @@ class Prediction(dict):
             by_instance: a color of its own for each object instead of each class.
             labels: put before each object's class name, such as the number of its track.
         """
-        size = _drawn_size(self.image.shape[:2], width)
+        size = _drawn_size(self.size, width)
         if "panoptic_seg" in self:
             objects = self._panoptic_objects()
         elif "instances" in self:
             objects = self._detected_objects(size, labels)
         else:
             objects = self._semantic_objects()
-        reduced = self.image if size is None else cv2.resize(self.image, size, interpolation=cv2.INTER_AREA)
+        same = size is None or size == self.image.shape[1::-1]
+        reduced = self.image if same else cv2.resize(self.image, size, interpolation=cv2.INTER_AREA)
         return Image.fromarray(draw_objects(reduced, objects, width=width, by_instance=by_instance))
 
     def _detected_objects(self, size: tuple[int, int] | None, labels: Sequence[str]) -> Objects:
         """The objects in the frame of the image as drawn: reduced to ``size`` (width, height), or as it is."""
         found, names = self.instances, self.class_names
         names = [f"{label} {name}" for label, name in zip(labels, names, strict=True)] if labels else names
-        masks = found.pred_masks if found.has("pred_masks") else None
         boxes = found.pred_boxes.tensor.numpy()
-        if masks is not None:
-            drawn = [mask.numpy() if size is None else _reduced(mask.numpy(), size) for mask in masks]
-            masks = np.array(drawn, dtype=bool).reshape(len(found), *(size or self.image.shape[1::-1])[::-1])
+        masks: Any = None
+        if found.has("pred_masks"):
+            masks = found.pred_masks.numpy() if size is None else _Reduced(RleMasks.of(found.pred_masks), size)
         return Objects(
             classes=found.pred_classes.tolist(),
             names=names,
             scores=found.scores.tolist(),
-            boxes=boxes if size is None else boxes * (size[0] / self.image.shape[1]),
+            boxes=boxes if size is None else boxes * (size[0] / self.size[1]),
             masks=masks,
         )
 
@@ -130,7 +141,7 @@ class Prediction(dict):
 
         Boxes are xyxy px. "segments" are there for a panoptic model.
         """
-        height, width = self.image.shape[:2]
+        height, width = self.size
         content: dict[str, Any] = {"file": self.source, "height": height, "width": width}
         if "instances" in self:
             content["objects"] = [
@@ -159,13 +170,31 @@ class Prediction(dict):
 def _drawn_size(size: tuple[int, ...], width: int | None) -> tuple[int, int] | None:
     """(width, height) that an image is reduced to before it is drawn on; None for one that is small enough."""
     height, full_width = size
-    longest = LARGEST_PICTURE_PX if width is None else max(1, round(width * max(1.0, height / full_width)))
+    longest = LARGEST_COPY_PX if width is None else max(1, round(width * max(1.0, height / full_width)))
     scale = longest / max(height, full_width)
     return None if scale >= 1 else (max(1, round(full_width * scale)), max(1, round(height * scale)))
 
 
-def _reduced(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    return cv2.resize(mask.astype(np.float32), size, interpolation=cv2.INTER_AREA) >= 0.5
+class _Reduced(Sequence[np.ndarray]):
+    """Masks at the size (width, height) of a small picture, each made when it is asked for."""
+
+    def __init__(self, masks: RleMasks, size: tuple[int, int]) -> None:
+        self._masks, self._size = masks, size
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    def __getitem__(self, index: Any) -> Any:
+        """A mask (H, W) bool; a thin object keeps a pixel."""
+        crop, top, left = crop_of(self._masks.rles[index])
+        scale = self._size[0] / self._masks.size[1]
+        x, y = int(left * scale), int(top * scale)
+        mask = np.zeros(self._size[::-1], dtype=bool)
+        room = mask[y : y + max(1, round(crop.shape[0] * scale)), x : x + max(1, round(crop.shape[1] * scale))]
+        if crop.size and room.size:
+            area = cv2.resize(crop.astype(np.float32), room.shape[::-1], interpolation=cv2.INTER_AREA)
+            room[:] = area >= min(0.5, float(area.max()))
+        return mask
 
 
 def on_cpu(result: dict[str, Any]) -> dict[str, Any]:

@@ -111,11 +111,47 @@ def rle_from_edges(edges: np.ndarray, size: Size) -> Rle:
     return mask_util.frPyObjects({"size": list(size), "counts": counts.tolist()}, *size)
 
 
-def place_rle(rle: Rle, top: int, left: int, size: Size) -> Rle:
-    """Move a mask, such as that of a tile, to its place on a larger canvas of ``size``."""
+def run_lengths(counts: bytes) -> np.ndarray:
+    """Decode the run lengths (N,) int64 of a compressed RLE; invalid bytes give no runs, or runs of any sum.
+
+    A number is written in characters from "0" on, five bits in each, the lowest first; the sixth bit says that more
+    follow, and the last character's fifth bit is the sign. From the fourth number on, each is the difference to the
+    last but one.
+    """
+    characters = np.frombuffer(counts, dtype=np.uint8).astype(np.int64) - ord("0")
+    ends = np.flatnonzero((characters & 0x20) == 0)
+    if not len(ends) or ends[-1] != len(characters) - 1 or characters.min() < 0 or characters.max() > 0x3F:
+        return np.zeros(0, dtype=np.int64)
+    starts = np.concatenate(([0], ends[:-1] + 1))
+    lengths = ends - starts + 1
+    if lengths.max() > 12:  # more than 60 bits
+        return np.zeros(0, dtype=np.int64)
+    digits = np.arange(len(characters)) - np.repeat(starts, lengths)
+    numbers = np.add.reduceat((characters & 0x1F) << (5 * digits), starts)
+    numbers -= np.where(characters[ends] & 0x10, np.int64(1) << (5 * lengths), 0)
+    for first in (1, 2):
+        numbers[first::2] = np.cumsum(numbers[first::2])
+    return numbers
+
+
+def crop_of(rle: Rle) -> tuple[np.ndarray, int, int]:
+    """A mask cut to its bounding box, without decoding the rest of its canvas.
+
+    Returns:
+        (h, w) bool, and the row and the column of the canvas where it begins.
+    """
     x, y, width, height = (int(side) for side in mask_util.toBbox(rle))
-    crop = mask_util.decode(rle)[y : y + height, x : x + width].astype(bool)
-    return rle_from_edges(run_edges(crop, top + y, left + x, size[0]), size)
+    canvas_height = rle["size"][0]
+    begin, end = x * canvas_height, (x + width) * canvas_height
+    ends = np.cumsum(run_lengths(rle["counts"])).clip(begin, end)
+    inside = np.arange(len(ends)) % 2 == 1
+    columns = np.repeat(inside, np.diff(ends, prepend=begin)).reshape(width, canvas_height)
+    return columns[:, y : y + height].T, y, x
+
+
+def place_crop(crop: np.ndarray, top: int, left: int, size: Size) -> Rle:
+    """The RLE of a canvas of ``size`` that holds a crop (h, w) bool."""
+    return rle_from_edges(run_edges(crop, top, left, size[0]), size)
 
 
 def instances_to_coco(

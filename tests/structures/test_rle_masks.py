@@ -8,7 +8,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from pycocotools import mask as mask_util
 
 from dimaskdino.structures import RleMasks, instances_to_coco
-from dimaskdino.structures.rle_masks import place_rle, rle_from_edges, run_edges
+from dimaskdino.structures.rle_masks import crop_of, place_crop, rle_from_edges, run_edges
 
 BITMAPS = arrays(bool, array_shapes(min_dims=2, max_dims=2, max_side=9))
 
@@ -22,7 +22,10 @@ def encode(mask: np.ndarray) -> dict:
 def test_a_crop_at_its_place_has_the_rle_of_the_canvas(crop, top, left, below, right) -> None:
     canvas = np.pad(crop, ((top, below), (left, right)))
     assert rle_from_edges(run_edges(crop, top, left, canvas.shape[0]), canvas.shape) == encode(canvas)
-    assert place_rle(encode(crop), top, left, canvas.shape) == encode(canvas)
+    assert place_crop(crop, top, left, canvas.shape) == encode(canvas)
+    cut, y, x = crop_of(encode(canvas))
+    assert np.array_equal(cut, canvas[y : y + cut.shape[0], x : x + cut.shape[1]])
+    assert cut.sum() == canvas.sum()
 
 
 def test_pieces_from_left_to_right_make_one_rle() -> None:

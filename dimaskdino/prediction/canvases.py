@@ -1,0 +1,125 @@
+"""Pictures that are predicted in tiles: each is read piece by piece, and only a reduced copy is kept."""
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from dimaskdino.data.images import upright
+from dimaskdino.errors import UserError
+from dimaskdino.prediction.images import check_depth, errors_of_file, to_rgb
+
+LARGEST_COPY_PX = 2400  # longest side of the copy that is drawn on
+GEO_SUFFIXES = frozenset((".tif", ".tiff"))
+_LIMIT_LOCK = threading.Lock()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Canvas:
+    """A picture of any size.
+
+    Attributes:
+        size: (height, width) in px.
+        read: (top, left, height, width) to that piece, (height, width, 3) uint8 RGB.
+        reduce: (width, height) to the whole picture at this size, (height, width, 3) uint8 RGB.
+        to_map: a mapping with "transform" and "crs" of a picture with a place on the map, as rasterio has them.
+    """
+
+    size: tuple[int, int]
+    read: Callable[[int, int, int, int], np.ndarray]
+    reduce: Callable[[tuple[int, int]], np.ndarray]
+    to_map: Mapping[str, Any] | None = None
+
+    def copy(self) -> np.ndarray:
+        """The picture, reduced to :data:`LARGEST_COPY_PX` if it is larger."""
+        scale = min(1.0, LARGEST_COPY_PX / max(self.size))
+        height, width = (max(1, round(side * scale)) for side in self.size)
+        return self.reduce((width, height))
+
+
+def open_canvas(source: Any, *, channels: str = "RGB", exif: bool = True) -> Canvas:
+    """Open a picture for reading in pieces.
+
+    Args:
+        source: as :func:`to_rgb` takes it. GeoTIFF is read by rasterio where that is installed, window by window;
+            other files are decoded as a whole, into four bytes a pixel.
+        channels: order of an array's color channels.
+        exif: turn files and PIL images upright.
+
+    Raises:
+        UserError: as :func:`to_rgb`.
+    """
+    if isinstance(source, str | Path):
+        with errors_of_file(Path(source)):
+            if Path(source).suffix.lower() in GEO_SUFFIXES and (canvas := _open_raster(Path(source))):
+                return canvas
+            return _of_pil(_decode(Path(source)), exif, str(source))
+    if isinstance(source, Image.Image):
+        return _of_pil(source, exif, "The PIL image")
+    array = to_rgb(source, channels=channels)
+    return Canvas(
+        size=array.shape[:2],
+        read=lambda top, left, height, width: array[top : top + height, left : left + width],
+        reduce=lambda size: (
+            array if size == array.shape[1::-1] else cv2.resize(array, size, interpolation=cv2.INTER_AREA)
+        ),
+    )
+
+
+def _decode(path: Path) -> Image.Image:
+    """Decode a file of any number of pixels; PIL's limit is one of the whole process."""
+    with _LIMIT_LOCK:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            image = Image.open(path)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+    image.load()
+    return image
+
+
+def _of_pil(image: Image.Image, exif: bool, name: str) -> Canvas:
+    check_depth(image, name)
+    image = upright(image) if exif else image
+    image.load()
+
+    def read(top: int, left: int, height: int, width: int) -> np.ndarray:
+        return np.asarray(image.crop((left, top, left + width, top + height)).convert("RGB"))
+
+    def reduce(size: tuple[int, int]) -> np.ndarray:
+        factor = max(1, image.width // (2 * size[0]))  # first by a whole factor, which is quick
+        return np.asarray(image.reduce(factor).convert("RGB").resize(size, Image.Resampling.BOX))
+
+    return Canvas(size=(image.height, image.width), read=read, reduce=reduce)
+
+
+def _open_raster(path: Path) -> Canvas | None:
+    """A GeoTIFF by rasterio; None where that is not installed or does not know the file."""
+    try:
+        import rasterio
+    except ImportError:
+        return None
+    try:
+        file = rasterio.open(path)
+    except rasterio.errors.RasterioIOError:
+        return None
+    if any(kind != "uint8" for kind in file.dtypes):
+        raise UserError(f"{path} has bands of {', '.join(sorted(set(file.dtypes)))}; convert them to 8 bits.")
+    bands = [1, 2, 3] if file.count >= 3 else [1, 1, 1]
+    lock = threading.Lock()
+
+    def read(top: int, left: int, height: int, width: int) -> np.ndarray:
+        with lock:
+            return np.moveaxis(file.read(bands, window=((top, top + height), (left, left + width))), 0, -1)
+
+    def reduce(size: tuple[int, int]) -> np.ndarray:
+        with lock:
+            return np.moveaxis(file.read(bands, out_shape=(3, size[1], size[0])), 0, -1)
+
+    to_map = {"transform": file.transform, "crs": file.crs} if file.crs else None
+    return Canvas(size=(file.height, file.width), read=read, reduce=reduce, to_map=to_map)

@@ -1,0 +1,102 @@
+"""From what a command line names to the images and videos to predict."""
+
+import glob
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TextIO
+
+from PIL import Image
+
+from dimaskdino.errors import UserError
+
+VIDEO_SUFFIXES = frozenset((".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv"))
+GEO_SUFFIXES = frozenset((".tif", ".tiff"))
+
+
+@dataclass(frozen=True)
+class Source:
+    """One image, video, or camera.
+
+    Attributes:
+        path: of the file, or the number of a camera.
+        kind: what it is.
+        name: of its outputs, without suffix: the file's path below the folder that all inputs share.
+        number: place among all inputs, from 0.
+    """
+
+    path: str
+    kind: Literal["image", "video", "camera"]
+    name: str
+    number: int
+
+
+def find_sources(given: Sequence[str], stdin: TextIO, *, camera: int | None = None) -> list[Source]:
+    """List what is to be predicted, in an order that every process of a job finds.
+
+    Args:
+        given: files, folders (searched with their subfolders), globs, ``-`` for a list of these on stdin, one a line,
+            and ``@FILE`` for a list in a file.
+        stdin: for ``-``.
+        camera: number of a camera to add.
+
+    Raises:
+        UserError: a folder or glob that holds no image or video, a list that cannot be read, or nothing is given.
+    """
+    paths = list(dict.fromkeys(path for each in _expand_lists(given, stdin) for path in _find_files(each)))
+    names = _output_names(paths)
+    sources = [
+        Source(path, "video" if Path(path).suffix.lower() in VIDEO_SUFFIXES else "image", name, number)
+        for number, (path, name) in enumerate(zip(paths, names, strict=True))
+    ]
+    if camera is not None:
+        sources.append(Source(str(camera), "camera", f"camera_{camera}", len(sources)))
+    if not sources:
+        raise UserError("There is nothing to predict: name images, videos, folders, globs, or a camera.")
+    return sources
+
+
+def _expand_lists(given: Iterable[str], stdin: TextIO) -> Iterator[str]:
+    for each in given:
+        if each == "-":
+            yield from filter(None, (line.rstrip("\r\n") for line in stdin))
+        elif each.startswith("@") and not os.path.exists(each):
+            try:
+                yield from filter(None, Path(each[1:]).read_text(encoding="utf-8").splitlines())
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"The list {each[1:]} cannot be read ({error}); it holds one path a line.") from error
+        else:
+            yield each
+
+
+def _find_files(given: str) -> list[str]:
+    """The files of a folder or glob; anything else is a file, which may turn out not to be there."""
+    if os.path.isdir(given):
+        found = [path for path in glob.glob(os.path.join(glob.escape(given), "**"), recursive=True) if _is_known(path)]
+    elif not os.path.exists(given) and glob.has_magic(given):
+        found = [path for path in glob.glob(given, recursive=True) if os.path.isfile(path)]
+    else:
+        return [given]
+    if not found:
+        raise UserError(f"{given} holds no image or video; check the path.")
+    return sorted(found)
+
+
+def _is_known(path: str) -> bool:
+    suffix = os.path.splitext(path)[1].lower()
+    return (suffix in VIDEO_SUFFIXES or suffix in Image.registered_extensions()) and os.path.isfile(path)
+
+
+def _output_names(paths: Sequence[str]) -> list[str]:
+    """A name for the outputs of each file: its path below the shared folder; with its suffix if two differ in it."""
+    full = [os.path.abspath(path) for path in paths]
+    try:
+        root = os.path.commonpath([os.path.dirname(path) for path in full]) if full else ""
+    except ValueError:  # several drives
+        root = ""
+    below = [os.path.relpath(path, root) if root else path.replace(":", "") for path in full]
+    stems = [os.path.splitext(path)[0] for path in below]
+    count = Counter(stems)
+    return [stem if count[stem] == 1 else path for stem, path in zip(stems, below, strict=True)]

@@ -1,0 +1,94 @@
+"""The files that are written for each image: a picture, masks, query features."""
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from dimaskdino.prediction.inputs import Source
+from dimaskdino.prediction.results import Prediction
+from dimaskdino.structures import RleMasks
+from dimaskdino.structures.rle_masks import crop_of
+
+JPEG_QUALITY = 90
+
+
+class Outputs:
+    """Writes the files of one image at a time; several threads may do so at once.
+
+    Args:
+        folder: of the results.
+        kinds: of "pictures" (JPEG), "masks" (PNG) and "features" (safetensors); each kind has a subfolder.
+        by_instance: a color for each object in pictures.
+    """
+
+    def __init__(self, folder: Path, kinds: Collection[str], *, by_instance: bool = False) -> None:
+        self.folder, self._kinds, self._by_instance = folder, kinds, by_instance
+
+    def path(self, kind: str, name: str, suffix: str) -> Path:
+        """Where an output goes; its folder is made."""
+        path = self.folder / kind / f"{name}{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def write(self, source: Source, found: Prediction, image_id: Any) -> dict[str, Any]:
+        """Write the files of an image and return its record."""
+        if "pictures" in self._kinds:
+            path = self.path("pictures", source.name, ".jpg")
+            found.draw(by_instance=self._by_instance).save(path, quality=JPEG_QUALITY)
+        if "masks" in self._kinds:
+            mask_map(found).save(self.path("masks", source.name, ".png"))
+        if "features" in self._kinds:
+            save_file(query_features(found), self.path("features", source.name, ".safetensors"))
+        height, width = found.image.shape[:2]
+        record = {"number": source.number, "id": image_id, "file": source.path, "height": height, "width": width}
+        if "panoptic_seg" in found:
+            record["segments"] = found.to_dict()["segments"]
+        return record | {"results": found.to_coco(image_id) if "instances" in found else []}
+
+
+def mask_map(found: Prediction) -> Image.Image:
+    """The masks of an image as one 16-bit PNG: 0 is background, n the n-th best object, which covers worse ones.
+
+    For a panoptic model the segments' ids; for a semantic model the class index plus one.
+    """
+    if "panoptic_seg" in found:
+        ids = found["panoptic_seg"][0].numpy()
+    elif "instances" in found:
+        ids = np.zeros(found.size, dtype=np.uint16)
+        rles = RleMasks.of(found.instances.pred_masks).rles if found.instances.has("pred_masks") else []
+        for number, rle in reversed(list(enumerate(rles, start=1))):
+            crop, top, left = crop_of(rle)
+            ids[top : top + crop.shape[0], left : left + crop.shape[1]][crop] = number
+    else:
+        ids = found["sem_seg"].argmax(0).numpy() + 1
+    return Image.fromarray(ids.astype(np.uint16))
+
+
+def query_features(found: Prediction) -> dict[str, torch.Tensor]:
+    """The query behind each detection (index, features, class score), and the mean feature of the image."""
+    instances = found.instances
+    return {
+        "query_indices": instances.query_indices.contiguous(),
+        "query_features": instances.query_features.contiguous(),
+        "class_scores": instances.class_scores.contiguous(),
+        "classes": instances.pred_classes.contiguous(),
+        "image_feature": found["image_feature"].contiguous(),
+    }
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder and try to write in it, before anything is computed.
+
+    Raises:
+        OSError: naming the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".writable.{os.getpid()}"
+    probe.touch()
+    probe.unlink()

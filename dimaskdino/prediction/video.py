@@ -1,0 +1,151 @@
+"""Videos and cameras, frame by frame: read, predict, track, draw, write."""
+
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import cv2
+import numpy as np
+
+from dimaskdino.errors import UserError
+from dimaskdino.prediction.inputs import Source
+from dimaskdino.prediction.outputs import Outputs
+from dimaskdino.prediction.results import Prediction
+
+FALLBACK_RATE = 25.0  # frames per second, where a file or camera does not say
+
+
+class Frames:
+    """The frames of a video or camera, (H, W, 3) uint8 RGB, of which one is in memory at a time.
+
+    Raises:
+        UserError: it cannot be opened, or has no frames.
+    """
+
+    def __init__(self, source: Source, limit: int | None = None) -> None:
+        self._name, self._limit = source.path, limit
+        if source.kind == "video" and not Path(source.path).is_file():
+            raise UserError(f"{source.path} does not exist; check the path.")
+        self._capture = cv2.VideoCapture(int(source.path) if source.kind == "camera" else source.path)
+        # A file that cannot be opened gives no first frame.
+        opened, first = self._capture.read()
+        if not opened:
+            what = "camera" if source.kind == "camera" else "video"
+            raise UserError(f"The {what} {source.path} has no frames that can be read.")
+        self._first: np.ndarray = first
+        rate = self._capture.get(cv2.CAP_PROP_FPS)
+        self.rate = rate if 0 < rate < 1000 else FALLBACK_RATE
+        self.count = max(0, int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT)))
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        frame = self._first
+        for _ in itertools.count() if self._limit is None else range(self._limit):
+            yield np.ascontiguousarray(frame[..., ::-1])
+            read, frame = self._capture.read()
+            if not read:
+                break
+        self._capture.release()
+
+
+class Tracker:
+    """Gives the objects of a video numbers that stay theirs from frame to frame, by ByteTrack of the package trackers.
+
+    Args:
+        rate: frames per second.
+        score: least score with which a track begins.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+
+    def __init__(self, rate: float, score: float) -> None:
+        try:
+            from trackers import ByteTrackTracker
+        except ImportError as error:
+            raise UserError('--track needs the package trackers: pip install "dimaskdino[track]".') from error
+        self._tracker = ByteTrackTracker(
+            frame_rate=rate,
+            track_activation_threshold=score,
+            high_conf_det_threshold=score,
+            minimum_consecutive_frames=1,
+        )
+
+    def update(self, found: Prediction) -> list[int]:
+        """The track of each detection of the next frame; -1 for one that has none."""
+        import supervision
+
+        instances = found.instances
+        detections = supervision.Detections(
+            xyxy=instances.pred_boxes.tensor.numpy(),
+            confidence=instances.scores.numpy(),
+            class_id=instances.pred_classes.numpy(),
+            data={"row": np.arange(len(instances))},
+        )
+        tracked = self._tracker.update(detections)
+        tracks = np.full(len(instances), -1)
+        if len(tracked):
+            tracks[tracked.data["row"].astype(int)] = tracked.tracker_id
+        return tracks.tolist()
+
+
+class VideoWriter:
+    """Writes an MP4 file and, beside it, a line of JSON for each frame; both have their names once they are whole.
+
+    Args:
+        outputs: where they go.
+        source: of the video.
+        rate: frames per second.
+        pictures: whether to write the drawn video.
+    """
+
+    def __init__(self, outputs: Outputs, source: Source, rate: float, *, pictures: bool) -> None:
+        self._rate, self._pictures = rate, pictures
+        self.video = outputs.path("pictures", source.name, ".mp4") if pictures else None
+        self.frames = outputs.path("videos", source.name, ".jsonl")
+        self._part = self.frames.with_name(f".{self.frames.name}.{os.getpid()}")
+        self._file = self._part.open("w", encoding="utf-8")
+        self._writer: cv2.VideoWriter | None = None
+
+    def __enter__(self) -> "VideoWriter":
+        return self
+
+    def add(self, frame: int, found: Prediction, tracks: list[int] | None, by_instance: bool) -> None:
+        """Add the next frame."""
+        results = found.to_coco(frame)
+        for result, track in zip(results, tracks or (), strict=tracks is not None):
+            result["track_id"] = track
+        self._file.write(json.dumps({"frame": frame, "results": results}) + "\n")
+        if self._pictures:
+            labels = [f"#{track}" if track >= 0 else "" for track in tracks or ()]
+            self._draw(np.asarray(found.draw(by_instance=by_instance, labels=labels)))
+
+    def _draw(self, picture: np.ndarray) -> None:
+        height, width = (side - side % 2 for side in picture.shape[:2])  # codecs take even sides
+        if self._writer is None:
+            codec = cv2.VideoWriter.fourcc(*"mp4v")
+            self._writer = cv2.VideoWriter(str(self._video_part), codec, self._rate, (width, height))
+            if not self._writer.isOpened():
+                raise UserError(f"{self.video} cannot be written; check the path and its permissions.")
+        self._writer.write(np.ascontiguousarray(picture[:height, :width, ::-1]))
+
+    @property
+    def _video_part(self) -> Path:
+        assert self.video is not None
+        return self.video.with_name(f".{os.getpid()}.{self.video.name}")
+
+    def __exit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
+        """Give the files their names; after an error, or half-way, remove them."""
+        self._file.close()
+        if self._writer is not None:
+            self._writer.release()
+        if kind is None:
+            os.replace(self._part, self.frames)
+            if self._writer is not None and self.video is not None:
+                os.replace(self._video_part, self.video)
+        else:
+            self._part.unlink()
+            if self._writer is not None:
+                self._video_part.unlink(missing_ok=True)

@@ -1,0 +1,107 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from tests.tiny_model import tiny_cfg, tiny_model
+
+SIZES = {
+    "INPUT.MIN_SIZE_TEST": 64,
+    "INPUT.MAX_SIZE_TEST": 64,
+    "INPUT.FORMAT": "RGB",
+    "DATASETS.TRAIN": ("shapes_train",),
+    "MODEL.SEM_SEG_HEAD.NUM_CLASSES": 6,
+}
+ALL = ["--score", "0", "--device", "cpu"]
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> list[str]:
+    """Arguments of a job on four pictures, one of which cannot be read."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(tiny_cfg(SIZES).dump())
+    torch.save({"model": tiny_model(SIZES).state_dict()}, tmp_path / "run" / "model_final.pth")
+    (tmp_path / "in").mkdir()
+    for number in range(4):
+        pixels = np.random.default_rng(number).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "in" / f"{number}.png")
+    (tmp_path / "in" / "2.png").write_bytes(b"")
+    return [str(tmp_path / "in"), "--weights", str(tmp_path / "run"), "--output", str(tmp_path / "out"), *ALL]
+
+
+def read(tmp_path: Path) -> list[dict]:
+    return json.loads((tmp_path / "out" / "coco_results.json").read_text())
+
+
+def test_a_folder_is_predicted_and_the_bad_file_named(run, job, tmp_path) -> None:
+    done = run("tools/predict.py", *job, "--save", "pictures", "coco", "masks", "csv", "--query-features")
+    assert done.status == 3
+    assert "2.png" in done.err
+    assert {result["image_id"] for result in read(tmp_path)} == {1, 2, 4}
+    for kind, suffix in (("pictures", "jpg"), ("masks", "png"), ("features", "safetensors")):
+        assert sorted(path.name for path in (tmp_path / "out" / kind).iterdir()) == [f"{i}.{suffix}" for i in (0, 1, 3)]
+    assert load_file(tmp_path / "out" / "features" / "0.safetensors")["query_features"].shape == (6, 64)
+    assert len((tmp_path / "out" / "detections.csv").read_text().splitlines()) == 1 + len(read(tmp_path))
+
+
+def test_processes_share_the_inputs_and_the_last_merges(run, job, tmp_path, monkeypatch) -> None:
+    run("tools/predict.py", *job)
+    whole = read(tmp_path)
+    job[job.index("--output") + 1] = str(tmp_path / "shared")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        assert not (tmp_path / "shared" / "coco_results.json").exists()
+        run("tools/predict.py", *job)
+    assert json.loads((tmp_path / "shared" / "coco_results.json").read_text()) == whole
+    assert len(list((tmp_path / "shared" / "parts").iterdir())) == 2
+
+
+def test_a_second_run_does_what_is_left(run, job, tmp_path) -> None:
+    run("tools/predict.py", *job)
+    Image.fromarray(np.zeros((64, 64, 3), dtype=np.uint8)).save(tmp_path / "in" / "2.png")
+    done = run("tools/predict.py", *job)
+    assert done.status == 0
+    assert "3 of 4" in done.out
+    assert {result["image_id"] for result in read(tmp_path)} == {1, 2, 3, 4}
+
+
+def test_options_choose_what_is_reported(run, job, tmp_path) -> None:
+    run("tools/predict.py", *job, "--classes", "star", "ring", "--max-detections", "2", "--boxes-from-masks")
+    found = read(tmp_path)
+    assert {result["category_id"] for result in found} <= {4, 5}
+    assert max(sum(result["image_id"] == image for result in found) for image in range(5)) <= 2
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (["--classes", "yak"], "yak"),
+        (["--score-class", "yak=0.5"], "yak"),
+        (["--weights", "absent"], "absent"),
+        (["--output", "{file}"], "file"),
+        (["--opts", "INPUT.MIN_SIZE_TST", "3"], "INPUT.MIN_SIZE_TEST"),
+        (["--annotations", "{file}"], "file"),
+    ],
+)
+def test_what_the_user_can_fix_is_one_line(run, job, tmp_path, change, named) -> None:
+    (tmp_path / "file").touch()
+    done = run("tools/predict.py", *job, *(each.format(file=tmp_path / "file") for each in change))
+    assert done.status == 2
+    assert named in done.err
+    assert done.err.count("\n") == 1
+
+
+def test_the_demo_model_is_used_unless_another_is_named(run, job, tmp_path, monkeypatch) -> None:
+    del job[1:3]
+    monkeypatch.chdir(tmp_path)
+    done = run("tools/predict.py", *job)
+    assert done.status == 2
+    assert "make demo" in done.err
+    (tmp_path / "output" / "demo").mkdir(parents=True)
+    (tmp_path / "run").rename(tmp_path / "output" / "demo" / "run")
+    assert run("tools/predict.py", *job).status == 3

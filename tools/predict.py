@@ -1,0 +1,205 @@
+#!/usr/bin/env python
+"""Predict images, folders, videos or a camera with a trained model: pictures, COCO results, masks, CSV.
+
+A job that was stopped goes on where it was when the same command runs again. Under torchrun or in a Slurm array its
+processes share the inputs, and whichever is last merges the results.
+"""
+
+import argparse
+import hashlib
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dimaskdino import Predictor
+from dimaskdino.command_line import add_import_flag, at_least, import_modules
+from dimaskdino.cpu import keep_freed_memory
+from dimaskdino.errors import UserError, run_cli
+from dimaskdino.prediction.inputs import Source, find_sources
+from dimaskdino.prediction.job import Job
+from dimaskdino.prediction.outputs import Outputs, check_writable
+from dimaskdino.prediction.records import Records, Share, write_coco, write_csv
+
+DEMO_RUN = Path("output/demo/run")
+BAD_INPUT_STATUS = 3
+# These do not decide the results; a folder takes those of one choice of all others.
+NO_SETTINGS = ("inputs", "output", "batch_size", "device", "overwrite")
+
+
+def fraction(text: str) -> float:
+    """An argparse type: a number from 0 to 1."""
+    number = float(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to 1")
+    return number
+
+
+def class_score(text: str) -> tuple[str, float]:
+    """An argparse type: CLASS=SCORE."""
+    name, separator, score = text.rpartition("=")
+    if not separator:
+        raise argparse.ArgumentTypeError(f"{text} is not CLASS=SCORE, such as car=0.7")
+    return name, fraction(score)
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("inputs", nargs="*", metavar="INPUT", help="file, folder, glob, - for a list on stdin, @FILE for one in a file")
+    add("--camera", type=at_least(0), metavar="N", help="also the camera of this number, until Ctrl-C")
+    add("--weights", type=Path, help=f"run folder, saved model, or weight file (default: the demo's, {DEMO_RUN})")
+    add("--config-file", type=Path, help="configuration of a weight file")
+    add("--output", type=Path, default=Path("output/predictions"), help="folder (default: output/predictions)")
+    add(
+        "--save",
+        nargs="+",
+        choices=("pictures", "coco", "masks", "csv"),
+        default=["pictures", "coco"],
+        help="what to write (default: pictures coco)",
+    )
+    add("--score", type=fraction, default=0.35, help="least score of a detection (default: 0.35)")
+    add("--score-class", type=class_score, action="append", default=[], metavar="CLASS=SCORE", help="of one class")
+    add("--classes", nargs="+", help="classes to keep (default: all)")
+    add("--max-detections", type=at_least(1), help="per image (default: as the configuration says)")
+    add("--boxes-from-masks", action="store_true", help="boxes around the masks instead of the predicted ones")
+    add("--keep-largest", action="store_true", help="keep the largest connected part of each mask")
+    add("--min-area", type=at_least(0), default=0, metavar="PX", help="remove smaller connected parts of masks")
+    add("--mask-nms", type=fraction, metavar="IOU", help="remove objects that overlap a better one of their class more")
+    add("--query-features", action="store_true", help="write the query behind each detection, as safetensors")
+    add("--track", action="store_true", help="number the objects of videos (needs the package trackers)")
+    add("--by-instance", action="store_true", help="draw each object in a color of its own")
+    add("--annotations", type=Path, help="COCO file whose image ids the results take, by file name")
+    add("--tile", type=at_least(16), metavar="PX", help="predict images in tiles of this side, for huge ones")
+    add("--overlap", type=float, default=0.2, help="share of a tile that the next one repeats (default: 0.2)")
+    add("--batch-size", type=at_least(1), default=1, help="images that go through the model together (default: 1)")
+    add("--max-frames", type=at_least(1), help="of each video and of the camera")
+    add("--no-exif", action="store_true", help="leave images as stored, whatever their EXIF data says")
+    add("--device", help='such as "cpu" or "cuda:1" (default: a GPU if there is one)')
+    add("--overwrite", action="store_true", help="begin anew in a folder that holds results")
+    add_import_flag(parser)
+    add("--opts", nargs="+", default=[], metavar=("KEY", "VALUE"), help="keys of the configuration, after all else")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Predict what the command line names; the exit status is 3 if some of it could not be predicted."""
+    args = parse_args()
+    logging.getLogger("dimaskdino").addHandler(logging.StreamHandler())  # warnings, and the names of bad files
+    import_modules(args.modules)
+    share = Share.from_environment(os.environ)
+    if share.count > 1 and "-" in args.inputs:
+        raise UserError("Several processes cannot share a list on stdin; write it to a file and give @FILE.")
+    sources = find_sources(args.inputs, sys.stdin, camera=args.camera)
+    check_writable(args.output)
+    predictor = build_predictor(args)
+    records = Records(args.output, settings(args, sources), share, overwrite=args.overwrite)
+    done = {number for number, succeeded in records.state().items() if succeeded}
+    own = [source for source in sources[share.index :: share.count] if source.number not in done]
+    if done:
+        print(f"{len(done)} of {len(sources)} inputs were done before; {len(own)} are left for this process")
+    job = build_job(args, predictor, records)
+    started = time.perf_counter()
+    job.run(own)
+    seconds = time.perf_counter() - started
+    merge(args, predictor, records, len(sources))
+    print(
+        f"{len(own) - len(job.failed)} inputs in {seconds:.1f} s ({len(own) / seconds:.2f} per second): {args.output}"
+    )
+    if job.failed:
+        print(f"{len(job.failed)} could not be predicted; they are named above", file=sys.stderr)
+        sys.exit(BAD_INPUT_STATUS)
+
+
+def build_predictor(args: argparse.Namespace) -> Predictor:
+    """The predictor that the command line describes."""
+    run, weights = args.weights or DEMO_RUN, None
+    if args.weights is None and not DEMO_RUN.is_dir():
+        raise UserError(f"There is no demo model in {DEMO_RUN}; run make demo, or give --weights.")
+    if args.config_file:
+        run, weights = args.config_file, args.weights
+    keys = ["MODEL.MaskDINO.TEST.MASK_FORMAT", "rle", "MODEL.MaskDINO.TEST.QUERY_FEATURES", args.query_features]
+    predictor = Predictor(
+        run,
+        weights,
+        options=[*keys, *args.opts],
+        device=device(args.device),
+        exif=False if args.no_exif else None,
+        batch_size=args.batch_size,
+        tile=args.tile,
+        overlap=args.overlap,
+        score=args.score,
+        class_scores=dict(args.score_class),
+        classes=args.classes,
+        max_detections=args.max_detections,
+        boxes_from_masks=args.boxes_from_masks,
+        keep_largest=args.keep_largest,
+        min_area=args.min_area,
+        mask_nms=args.mask_nms,
+    )
+    if predictor.model.device.type == "cpu":
+        keep_freed_memory()
+    return predictor
+
+
+def device(asked: str | None) -> str | None:
+    """The device of this process: under torchrun each has a GPU of its own."""
+    if asked or not torch.cuda.is_available():
+        return asked
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+
+
+def settings(args: argparse.Namespace, sources: list[Source]) -> dict[str, Any]:
+    """What a folder of results was made from."""
+    listed = hashlib.sha256("\n".join(source.path for source in sources).encode()).hexdigest()
+    chosen = {name: value for name, value in vars(args).items() if name not in NO_SETTINGS}
+    return {"number": len(sources), "sha256": listed} | json.loads(json.dumps(chosen, default=str))
+
+
+def build_job(args: argparse.Namespace, predictor: Predictor, records: Records) -> Job:
+    """The job that the command line describes."""
+    kinds = {*args.save, *(["features"] if args.query_features else [])}
+    return Job(
+        read=predictor.read,
+        predict=predictor.predict_batch,
+        outputs=Outputs(args.output, kinds, by_instance=args.by_instance),
+        records=records,
+        batch_size=args.batch_size,
+        pictures="pictures" in kinds,
+        by_instance=args.by_instance,
+        track_score=args.score if args.track else None,
+        image_ids=image_ids(args.annotations),
+        max_frames=args.max_frames,
+    )
+
+
+def image_ids(path: Path | None) -> dict[str, Any]:
+    """Image ids of a COCO file by file name."""
+    if path is None:
+        return {}
+    try:
+        images = json.loads(path.read_text(encoding="utf-8-sig"))["images"]
+        return {Path(image["file_name"]).name: image["id"] for image in images}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a COCO file with images ({type(error).__name__}: {error}).") from error
+
+
+def merge(args: argparse.Namespace, predictor: Predictor, records: Records, count: int) -> None:
+    """Write the results of all processes, if this one is the last."""
+    if len(records.state()) < count:
+        print("Other inputs are not done yet; the process that does the last one merges the results")
+        return
+    if "coco" in args.save:
+        write_coco(records, predictor.classes)
+    if "csv" in args.save:
+        write_csv(records, predictor.classes)
+
+
+if __name__ == "__main__":
+    run_cli(main)
