@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from dimaskdino.errors import UserError, file_errors_told_in_one_line
+from dimaskdino.errors import UserError, file_errors_in_one_line
 from dimaskdino.prediction.inputs import Source
 from dimaskdino.prediction.outputs import Outputs
 from dimaskdino.prediction.records import Records
@@ -98,7 +98,7 @@ class Job:
         if isinstance(found, UserError):
             return {"number": source.number, "error": str(found), "file": source.path}
         image_id = self.image_ids.get(source.path.replace("\\", "/").rsplit("/", 1)[-1], source.number + 1)
-        with file_errors_told_in_one_line():
+        with file_errors_in_one_line():
             return self.outputs.write(source, found, image_id)
 
     def _note(self, record: dict[str, Any]) -> None:
@@ -116,7 +116,7 @@ class Job:
         tracker = None if self.track_score is None else Tracker(frames.rate, self.track_score)
         progress = tqdm(total=frames.count or None, unit="frame", desc=source.name, leave=False, disable=None)
         count = 0
-        with file_errors_told_in_one_line(), progress:
+        with file_errors_in_one_line(), progress:
             with VideoWriter(self.outputs, source, frames.rate, pictures=self.pictures) as writer:
                 for found in self._frames(frames, source):
                     writer.add(count, found, tracker.update(found) if tracker else None, self.by_instance)
