@@ -1,6 +1,7 @@
 """Configuration files: safe YAML and ``_BASE_`` files, read in bounded time and without running code."""
 
 import copy
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,6 +11,8 @@ from iopath.common.file_io import g_pathmgr
 
 from dimaskdino.config.releases import scaled_sizes
 from dimaskdino.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 _BASE_KEY = "_BASE_"
 _EVAL_TAG = "tag:yaml.org,2002:python/object/apply:eval"
@@ -63,7 +66,7 @@ def _read(path: str) -> dict[str, Any]:
             content = file.read(_MAX_BYTES + 1)
         if len(content) > _MAX_BYTES:
             raise ValueError(f"a configuration has at most {_MAX_BYTES:,} bytes")
-        own = _parse(content)
+        own = _parse(content, path)
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         # PyYAML raises ValueError for a date that does not exist.
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
@@ -75,13 +78,14 @@ def _read(path: str) -> dict[str, Any]:
     return own
 
 
-def _parse(content: bytes) -> Any:
+def _parse(content: bytes, path: str) -> Any:
     loader = _Loader(content)
     try:
         node = loader.get_single_node()
         if node is None:
             return None
         _check_size(node)
+        _warn_of_repeated_keys(node, path)
         return loader.construct_document(node)
     finally:
         loader.dispose()
@@ -103,6 +107,19 @@ def _check_size(root: yaml.Node) -> None:
             pending += [(child, depth + 1) for child in node.value]
         elif node.tag.endswith((":int", ":float")) and len(node.value) > _MAX_DIGITS:
             raise ValueError(f"a number has more than {_MAX_DIGITS} characters")
+
+
+def _warn_of_repeated_keys(node: yaml.Node, path: str) -> None:
+    if not isinstance(node, yaml.MappingNode):
+        return
+    seen = set()
+    for key, value in node.value:
+        if isinstance(key, yaml.ScalarNode):
+            if key.value in seen:
+                line = key.start_mark.line + 1
+                logger.warning("%s, line %d: %s is repeated; its last value counts.", path, line, key.value)
+            seen.add(key.value)
+        _warn_of_repeated_keys(value, path)
 
 
 def _check_keys(node: dict[Any, Any], path: str, prefix: str) -> None:

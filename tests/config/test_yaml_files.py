@@ -153,6 +153,16 @@ def test_a_file_may_start_with_a_byte_order_mark(tmp_path: Path) -> None:
         assert read_yaml(str(tmp_path / "a.yaml")) == {"SEED": 3}
 
 
+def test_a_repeated_key_is_reported_with_its_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(tmp_path / "a.yaml", "MODEL: {A: 1}\nSEED: 3\nMODEL:\n  B: 2\n")
+    assert read_yaml(path) == {"MODEL": {"B": 2}, "SEED": 3}
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert f"{path}, line 3: MODEL is repeated" in warning
+    caplog.clear()
+    read_yaml(write(tmp_path / "b.yaml", "A: {X: 1}\nB: {X: 1}\n"))
+    assert caplog.records == []
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     assert "missing.yaml" in error_of(str(tmp_path / "missing.yaml"))
 
