@@ -6,8 +6,6 @@ With --quick, evaluate and draw the trained model that comes with the repository
 
 import argparse
 import json
-import logging
-import sys
 import time
 from pathlib import Path
 
@@ -104,12 +102,8 @@ def run_arguments(demo: argparse.Namespace, run: Path) -> argparse.Namespace:
 
 
 def work(args: argparse.Namespace) -> None:
-    """Do what every process does; detectron2's own messages go to the log file alone."""
+    """Do what every process does."""
     cfg = setup(args)
-    for name in ("fvcore", "detectron2"):
-        for handler in logging.getLogger(name).handlers:
-            if getattr(handler, "stream", None) is sys.stdout:
-                handler.setLevel(logging.WARNING)
     if args.eval_only:
         evaluate(cfg)
     else:

@@ -82,7 +82,9 @@ def write_weights(path: Path, content: Mapping[str, Any]) -> None:
         if path.suffix == SAFETENSORS:
             _write_safetensors(partial, content)
         else:
-            torch.save(dict(content), partial)
+            # torch's own files do not say why they cannot be written.
+            with partial.open("wb") as file:
+                torch.save(dict(content), file)
 
 
 @contextlib.contextmanager

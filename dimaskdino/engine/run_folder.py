@@ -178,7 +178,7 @@ def full_disk_in_one_line(folder: Path) -> Iterator[None]:
     """Turn an error for want of disk space into a :class:`UserError`."""
     try:
         yield
-    except (OSError, RuntimeError) as error:
+    except Exception as error:
         if not _is_no_space(error):
             raise
         raise UserError(

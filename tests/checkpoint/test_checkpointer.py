@@ -4,7 +4,7 @@ import errno
 import logging
 import re
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import torch
@@ -329,8 +329,8 @@ def test_many_class_names_are_shown_from_the_first_difference(tmp_path: Path) ->
 
 
 def test_a_failed_save_leaves_the_earlier_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full_disk(content: Any, path: Path) -> None:
-        Path(path).write_bytes(b"half")
+    def full_disk(content: Any, file: IO[bytes]) -> None:
+        file.write(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     model = nn.Linear(3, 2)

@@ -111,7 +111,9 @@ def test_two_processes_train_like_one(tmp_path: Path) -> None:
     assert set(one) == set(two)
     for name in [*terms, "total_loss", "grad_norm"]:
         assert len(one[name]) == NUM_ITERATIONS
-        assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
+        # Rounding grows more in gradients than in losses.
+        tolerance = 1e-3 if name == "grad_norm" else 1e-4
+        assert two[name] == pytest.approx(one[name], rel=tolerance, abs=1e-6), name
     # Later losses come from updated weights.
     assert one["total_loss"][2] != pytest.approx(one["total_loss"][0], rel=1e-3)
 
