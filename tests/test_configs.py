@@ -168,6 +168,28 @@ def test_dino_files_are_the_recorded_releases(recorded, file):
     assert ours.TEST.DETECTIONS_PER_IMAGE == 300
 
 
+DINO_ABLATIONS = CONFIGS / "ablation" / "dino"
+
+
+@pytest.mark.parametrize("dataset", ["coco", "shapes"])
+def test_ablations_of_dino_change_the_model_alone(dataset):
+    base = DINO_ABLATIONS / dataset / "dino.yaml"
+    files = sorted(file for file in (DINO_ABLATIONS / dataset).glob("*.yaml") if file != base)
+    keys = {"QUERY_SELECTION", "LOOK_FORWARD_TWICE", "DN", "DN_NUM"}
+    changed = {file.stem: changes(file, base) for file in files}
+    assert len(files) == 9
+    for name_of_file, values in changed.items():
+        assert values, name_of_file
+        assert set(values) <= {f"MODEL.DINO.{key}" for key in keys}
+    assert changed["dino_pure"] == {
+        "MODEL.DINO.QUERY_SELECTION": "pure",
+        "MODEL.DINO.LOOK_FORWARD_TWICE": False,
+        "MODEL.DINO.DN": "plain",
+    }
+    assert changed["dino_no_dn"] == {"MODEL.DINO.DN": "no"}
+    assert load(base).MODEL.DINO.DN_BOX_NOISE == 0.4
+
+
 def test_small_ablations_train_like_a_shorter_demo():
     demo, short = load(CONFIGS / "demo" / "dimaskdino_shapes.yaml"), load(FULL["shapes"])
     assert short.SOLVER.MAX_ITER < demo.SOLVER.MAX_ITER / 2

@@ -19,7 +19,7 @@ SPEED = "speed/images_per_second"
 
 _PAPERS = Path(__file__).with_name("papers")
 _TASKS = {"bbox": "box AP", "segm": "mask AP"}
-_SIZES = {"AP": "", "APs": " S", "APm": " M", "APl": " L"}
+_SIZES = {"AP": "", "AP50": " 50", "AP75": " 75", "APs": " S", "APm": " M", "APl": " L"}
 _STAGE_METRICS = {"box_AP": "box AP", "mask_AP": "mask AP", "gap": "box - mask"}
 # The models that the ablations start from. On shapes, MaskDINO has the decoder layers of DI-MaskDINO, so it is the run
 # without either module.
@@ -149,7 +149,9 @@ def find_experiment(configs: Path, dataset: str, row: str) -> Experiment | None:
         row: :attr:`Row.experiment`.
     """
     name = _MAIN.get((dataset, row), row)
-    for folder in (configs / dataset, configs / "ablation" / dataset):
+    ablations = configs / "ablation"
+    main = [configs / "dino"] if dataset == "coco" else []
+    for folder in (configs / dataset, *main, ablations / dataset, ablations / "dino" / dataset):
         file = folder / f"{name}.yaml"
         if file.is_file():
             return Experiment(dataset=dataset, name=name, config_file=file)
