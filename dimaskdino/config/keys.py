@@ -88,7 +88,11 @@ KEYS: dict[str, Any] = {
     # Focal loss of classes: weight of the target class, and exponent that plays down easy examples.
     "MODEL.MaskDINO.FOCAL_ALPHA": 0.25,
     "MODEL.MaskDINO.FOCAL_GAMMA": 2.0,
-    # Class head with a no-object logit, as in the releases' semantic models; they load, but do not train here.
+    # Supervise the boxes of thing classes alone. By default stuff has boxes like any other class: what a class covers
+    # in an image is one object, and its box encloses all of it. In the matching, stuff boxes always count.
+    "MODEL.MaskDINO.PANO_BOX_LOSS": False,
+    # Softmax class loss and a class head with a no-object logit, as in the releases' semantic models; with SEMANTIC_ON
+    # as the only kind of result.
     "MODEL.MaskDINO.SEMANTIC_CE_LOSS": False,
     # Weight of queries without an object in the softmax class loss.
     "MODEL.MaskDINO.NO_OBJECT_WEIGHT": 0.1,
@@ -173,11 +177,23 @@ KEYS: dict[str, Any] = {
     "MODEL.MaskDINO.TEST.MASK_MEMORY_MB": 256,
     # Add to each detection the index and the features of its query, and to each image its mean feature.
     "MODEL.MaskDINO.TEST.QUERY_FEATURES": False,
-    # Compute instance results.
+    # Which results to give: instances, semantic (of models with masks), panoptic; several at once are possible.
     "MODEL.MaskDINO.TEST.INSTANCE_ON": True,
-    # These two say which class head a release's semantic or panoptic model has.
     "MODEL.MaskDINO.TEST.SEMANTIC_ON": True,
     "MODEL.MaskDINO.TEST.PANOPTIC_ON": False,
+    # The thing classes by index; [] means what the dataset's metadata says.
+    "MODEL.MaskDINO.THING_CLASSES": [],
+    # Panoptic results: queries whose best sigmoid score is above this take part.
+    "MODEL.MaskDINO.TEST.OBJECT_MASK_THRESHOLD": 0.0,
+    # Panoptic results: least share of its own mask that a query must win to become a segment.
+    "MODEL.MaskDINO.TEST.OVERLAP_THRESHOLD": 0.0,
+    # Semantic and panoptic results of models with sigmoid scores: let the classes compete in a softmax over the scores,
+    # divided by the temperature.
+    "MODEL.MaskDINO.TEST.PANO_TRANSFORM_EVAL": True,
+    "MODEL.MaskDINO.TEST.PANO_TEMPERATURE": 0.06,
+    # Semantic results of models that give no others: enlarge the masks to the image's size before they are summed up,
+    # rather than the sum.
+    "MODEL.MaskDINO.TEST.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE": False,
     # --- DINO (MODEL.META_ARCHITECTURE DINO), which reads MODEL.SEM_SEG_HEAD.NUM_CLASSES and these alone ---
     # Encoder and decoder, by registered name.
     "MODEL.DINO.ENCODER_NAME": "DINOEncoder",

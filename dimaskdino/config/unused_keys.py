@@ -70,7 +70,7 @@ def report_unused_keys(cfg: CfgNode) -> None:
 
 
 def _unused(cfg: CfgNode) -> Iterator[tuple[str, object]]:
-    unread = {*UNREAD, "MODEL.MaskDINO.TEST.PANOPTIC_ON"}  # Of a panoptic model, only instance results are computed.
+    unread = {*UNREAD}
     if cfg.MODEL.BACKBONE.NAME in _READ_BY_BACKBONE:
         unread |= _OF_BACKBONES - {*_READ_BY_BACKBONE[cfg.MODEL.BACKBONE.NAME]}
     if cfg.MODEL.META_ARCHITECTURE == "DINO":
