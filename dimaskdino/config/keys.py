@@ -14,7 +14,7 @@ from dimaskdino.errors import ConfigError
 KEYS: dict[str, Any] = {
     # --- Data ---
     # Training mapper, by registered name: coco_instance_lsj, coco_instance_detr, or, with boxes alone,
-    # coco_detection_detr.
+    # coco_detection_detr; coco_panoptic_lsj for panoptic datasets, mask_former_semantic for semantic ones.
     "INPUT.DATASET_MAPPER_NAME": "coco_instance_lsj",
     # SSD's photometric distortion before the geometric augmentations.
     "INPUT.COLOR_AUG_SSD": False,
@@ -28,6 +28,26 @@ KEYS: dict[str, Any] = {
     # Refuse a dataset of which training would drop more than this share of the objects, or all objects of a class,
     # because nothing of them is in their image; 1 accepts any loss. Crowd regions do not count.
     "DATASETS.MAX_DROPPED_SHARE": 0.1,
+    # mask_former_semantic: largest share of a crop that one class may cover (1 switches that off), and the side in
+    # pixels of the square that crops are padded to (-1 for none). MODEL.SEM_SEG_HEAD.IGNORE_VALUE (255) is the label of
+    # pixels without a class.
+    "INPUT.CROP.SINGLE_CATEGORY_MAX_AREA": 1.0,
+    "INPUT.SIZE_DIVISIBILITY": -1,
+    # A panoptic dataset of one's own in COCO's form: the JSON file, the folder of PNGs, and the folder of images of
+    # panoptic_train and panoptic_val.
+    "DATASETS.PANOPTIC.TRAIN_JSON": "",
+    "DATASETS.PANOPTIC.TRAIN_LABELS": "",
+    "DATASETS.PANOPTIC.TRAIN_IMAGES": "",
+    "DATASETS.PANOPTIC.VAL_JSON": "",
+    "DATASETS.PANOPTIC.VAL_LABELS": "",
+    "DATASETS.PANOPTIC.VAL_IMAGES": "",
+    # A semantic dataset of one's own: the class names by label, from 0 on, and the folders of images and of label maps
+    # (PNGs of the same names, with the class number of each pixel) of semantic_train and semantic_val.
+    "DATASETS.SEMANTIC.CLASSES": [],
+    "DATASETS.SEMANTIC.TRAIN_IMAGES": "",
+    "DATASETS.SEMANTIC.TRAIN_LABELS": "",
+    "DATASETS.SEMANTIC.VAL_IMAGES": "",
+    "DATASETS.SEMANTIC.VAL_LABELS": "",
     # Train and evaluate on the first images of each list of datasets, to try things; 0 means all.
     "DATASETS.MAX_IMAGES": 0,
     # Folder of the synthetic dataset; "" means OUTPUT_DIR/shapes unless $DETECTRON2_DATASETS/shapes already holds it.

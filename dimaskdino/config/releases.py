@@ -7,8 +7,6 @@ IGNORED_KEYS = frozenset(
     {
         "Default_loading",
         "DATASETS.TEST_PANOPTIC",
-        "INPUT.CROP.SINGLE_CATEGORY_MAX_AREA",
-        "INPUT.SIZE_DIVISIBILITY",
         "MODEL.RESNETS.RES4_DILATION",
         "MODEL.RESNETS.RES5_MULTI_GRID",
         "MODEL.RESNETS.STEM_TYPE",

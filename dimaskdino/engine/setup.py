@@ -20,6 +20,7 @@ from dimaskdino.command_line import add_import_flag, import_modules
 from dimaskdino.compat import training_samplers
 from dimaskdino.config import Config, get_cfg, report_unused_keys
 from dimaskdino.cpu import keep_freed_memory
+from dimaskdino.data import register_all
 from dimaskdino.data.validation.start import check_datasets
 from dimaskdino.engine.run_folder import setup_loggers
 from dimaskdino.errors import ConfigError, UserError, check_choice, file_errors_in_one_line
@@ -152,6 +153,7 @@ def _check(cfg: Config, *, train: bool) -> None:
             raise ConfigError(
                 "MODEL.MaskDINO.TEST.PANOPTIC_ON is True, but training computes instance losses only; set it to False."
             )
+    register_all(cfg=cfg)  # A panoptic model asks its datasets which classes are things.
     _check_model(cfg, train=train)
     report_unused_keys(cfg)
 
