@@ -83,6 +83,7 @@ class Predictor:
         self.exif = self.cfg.INPUT.APPLY_EXIF if exif is None else exif
         if self.tiling and not self.cfg.MODEL.MaskDINO.TEST.INSTANCE_ON:
             raise ConfigError("Pictures are predicted in tiles by models of objects (MODEL.MaskDINO.TEST.INSTANCE_ON).")
+        register_all(cfg=self.cfg)  # A panoptic model asks its datasets which classes are things.
         self.model = build_model(self.cfg).eval()
         Checkpointer(self.model).load(str(self.weights))
         self.classes = classes or classes_of(self.cfg)

@@ -135,8 +135,8 @@ def test_inference_stays_on_the_device(node):
         with accelerator():
             for got, wanted in zip(send(remote)(batch()), results, strict=True):
                 assert got["layers"].keys() == wanted["layers"].keys()
-                for stage, instances in got["layers"].items():
-                    assert_instances_match(instances, wanted["layers"][stage])
+                for stage, results in got["layers"].items():
+                    assert_instances_match(results["instances"], wanted["layers"][stage]["instances"])
 
 
 def assert_instances_match(got, wanted):

@@ -15,17 +15,22 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from pycocotools import mask as mask_util
+from tabulate import tabulate
 from tqdm import tqdm
 
 from dimaskdino.command_line import add_import_flag, at_least, import_modules
+from dimaskdino.config import get_cfg
 from dimaskdino.data import register_all
 from dimaskdino.data.coco_file import Json
 from dimaskdino.data.images import read_image
+from dimaskdino.data.label_maps import read_label_map, read_segment_ids
+from dimaskdino.data.parallel import Progress
 from dimaskdino.data.rle import Size
-from dimaskdino.data.validation.dataset import Dataset
-from dimaskdino.data.validation.inspection import Inspection, inspect_dataset
-from dimaskdino.data.validation.report import problem_table, region_kind
+from dimaskdino.data.validation.dataset import Dataset, find_dataset
+from dimaskdino.data.validation.inspection import inspect_dataset
+from dimaskdino.data.validation.report import Finding, problem_table, region_kind
 from dimaskdino.data.validation.rules import read_mask
+from dimaskdino.data.validation.segmentation import inspect_segmentation, label_file, truth_of
 from dimaskdino.errors import DatasetError, run_cli
 from dimaskdino.visualization import Objects, draw_objects
 
@@ -45,6 +50,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--no-exif", action="store_true", help="read photos as stored, as INPUT.APPLY_EXIF False does in training"
     )
+    parser.add_argument("--config-file", default="", metavar="FILE", help="configuration that names datasets of yours")
+    parser.add_argument("--keys", nargs="+", default=[], metavar="KEY VALUE", help="keys that name datasets of yours")
     add_import_flag(parser)
     return parser.parse_args()
 
@@ -53,10 +60,18 @@ def main() -> None:
     """Check, report, draw."""
     args = parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    register_all(args.root)
+    cfg = get_cfg()
+    if args.config_file:
+        cfg.merge_from_file(args.config_file)
+    cfg.merge_from_list(args.keys)
+    register_all(args.root, cfg=cfg)
     import_modules(args.modules)
     progress = partial(tqdm, desc=args.name, unit="image")
     exif = not args.no_exif
+    find_dataset(args.name)
+    if truth_of(args.name) != "instance":
+        check_label_maps(args, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE, progress)
+        return
     inspection = inspect_dataset(args.name, apply_exif=exif, num_workers=args.workers, progress=progress)
     dataset, folder = inspection.dataset, args.output / args.name
     empty = sum(not picture.annotations for picture in dataset.pictures)
@@ -66,22 +81,39 @@ def main() -> None:
     if args.draw > 0:
         paths = draw_samples(dataset, args.draw, folder, apply_exif=exif)
         print(f"Drew {len(paths)} images in {folder}")
-    if inspection.findings:
-        print(
-            f"{problem_table(inspection.findings)}\n\nAll {len(inspection.findings)} are in {write(inspection, folder)}"
-        )
+    report(inspection.findings, folder)
+
+
+def check_label_maps(args: argparse.Namespace, ignore: int, progress: Progress) -> None:
+    """Check, report and draw a panoptic or semantic dataset."""
+    folder, exif = args.output / args.name, not args.no_exif
+    options = {"apply_exif": exif, "num_workers": args.workers, "progress": progress}
+    entries, counts, findings = inspect_segmentation(args.name, ignore=ignore, **options)
+    rows = [[label, *numbers] for label, numbers in counts.items()]
+    table = tabulate(rows, ["class", "pixels", "segments", "images"], tablefmt="github")
+    print(f"\n{table}\n\n{len(entries)} images\n")
+    if args.draw > 0:
+        paths = draw_label_maps(entries, list(counts), args.draw, folder, apply_exif=exif)
+        print(f"Drew {len(paths)} images in {folder}")
+    report(findings, folder)
+
+
+def report(findings: list[Finding], folder: Path) -> None:
+    """Print what is wrong, or that nothing is; exits where something is."""
+    if findings:
+        print(f"{problem_table(findings)}\n\nAll {len(findings)} are in {write(findings, folder)}")
         sys.exit(PROBLEMS_STATUS)
     print("No problem was found.")
 
 
-def write(inspection: Inspection, folder: Path) -> Path:
+def write(findings: list[Finding], folder: Path) -> Path:
     """Write every problem with its place as CSV; returns the path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "problems.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["problem", "where"])
-        writer.writerows(inspection.findings)
+        writer.writerows(findings)
     return path
 
 
@@ -109,6 +141,28 @@ def draw_samples(dataset: Dataset, count: int, folder: Path, *, apply_exif: bool
         paths.append(_free_path(folder, Path(picture.path).stem, paths))
         objects = _objects(dataset, picture.annotations, pixels.shape[:2])
         Image.fromarray(draw_objects(pixels, objects, by_instance=True)).save(paths[-1])
+    return paths
+
+
+def draw_label_maps(
+    entries: list[Json], names: list[str], count: int, folder: Path, *, apply_exif: bool = True
+) -> list[Path]:
+    """Draw images of a panoptic or semantic dataset with their segments or classes; see :func:`draw_samples`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen = np.unique(np.linspace(0, len(entries) - 1, min(count, len(entries))).astype(int))
+    paths: list[Path] = []
+    for entry in (entries[index] for index in chosen.tolist()):
+        segments = entry.get("segments_info")
+        try:
+            pixels = read_image(entry["file_name"], "RGB", apply_exif=apply_exif)
+            read = read_label_map if segments is None else read_segment_ids
+            labels = read(label_file(entry), pixels.shape[:2])
+        except DatasetError:
+            continue
+        classes = {each["id"]: each["category_id"] for each in segments or ()} or dict(enumerate(range(len(names))))
+        paths.append(_free_path(folder, Path(entry["file_name"]).stem, paths))
+        objects = Objects.from_segments(labels, classes, names)
+        Image.fromarray(draw_objects(pixels, objects, by_instance=segments is not None)).save(paths[-1])
     return paths
 
 

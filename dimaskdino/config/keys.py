@@ -14,7 +14,7 @@ from dimaskdino.errors import ConfigError
 KEYS: dict[str, Any] = {
     # --- Data ---
     # Training mapper, by registered name: coco_instance_lsj, coco_instance_detr, or, with boxes alone,
-    # coco_detection_detr.
+    # coco_detection_detr; coco_panoptic_lsj for panoptic datasets, mask_former_semantic for semantic ones.
     "INPUT.DATASET_MAPPER_NAME": "coco_instance_lsj",
     # SSD's photometric distortion before the geometric augmentations.
     "INPUT.COLOR_AUG_SSD": False,
@@ -28,6 +28,26 @@ KEYS: dict[str, Any] = {
     # Refuse a dataset of which training would drop more than this share of the objects, or all objects of a class,
     # because nothing of them is in their image; 1 accepts any loss. Crowd regions do not count.
     "DATASETS.MAX_DROPPED_SHARE": 0.1,
+    # mask_former_semantic: largest share of a crop that one class may cover (1 switches that off), and the side in
+    # pixels of the square that crops are padded to (-1 for none). MODEL.SEM_SEG_HEAD.IGNORE_VALUE (255) is the label of
+    # pixels without a class.
+    "INPUT.CROP.SINGLE_CATEGORY_MAX_AREA": 1.0,
+    "INPUT.SIZE_DIVISIBILITY": -1,
+    # A panoptic dataset of one's own in COCO's form: the JSON file, the folder of PNGs, and the folder of images of
+    # panoptic_train and panoptic_val.
+    "DATASETS.PANOPTIC.TRAIN_JSON": "",
+    "DATASETS.PANOPTIC.TRAIN_LABELS": "",
+    "DATASETS.PANOPTIC.TRAIN_IMAGES": "",
+    "DATASETS.PANOPTIC.VAL_JSON": "",
+    "DATASETS.PANOPTIC.VAL_LABELS": "",
+    "DATASETS.PANOPTIC.VAL_IMAGES": "",
+    # A semantic dataset of one's own: the class names by label, from 0 on, and the folders of images and of label maps
+    # (PNGs of the same names, with the class number of each pixel) of semantic_train and semantic_val.
+    "DATASETS.SEMANTIC.CLASSES": [],
+    "DATASETS.SEMANTIC.TRAIN_IMAGES": "",
+    "DATASETS.SEMANTIC.TRAIN_LABELS": "",
+    "DATASETS.SEMANTIC.VAL_IMAGES": "",
+    "DATASETS.SEMANTIC.VAL_LABELS": "",
     # Train and evaluate on the first images of each list of datasets, to try things; 0 means all.
     "DATASETS.MAX_IMAGES": 0,
     # Folder of the synthetic dataset; "" means OUTPUT_DIR/shapes unless $DETECTRON2_DATASETS/shapes already holds it.
@@ -88,7 +108,11 @@ KEYS: dict[str, Any] = {
     # Focal loss of classes: weight of the target class, and exponent that plays down easy examples.
     "MODEL.MaskDINO.FOCAL_ALPHA": 0.25,
     "MODEL.MaskDINO.FOCAL_GAMMA": 2.0,
-    # Class head with a no-object logit, as in the releases' semantic models; they load, but do not train here.
+    # Supervise the boxes of thing classes alone. By default stuff has boxes like any other class: what a class covers
+    # in an image is one object, and its box encloses all of it. In the matching, stuff boxes always count.
+    "MODEL.MaskDINO.PANO_BOX_LOSS": False,
+    # Softmax class loss and a class head with a no-object logit, as in the releases' semantic models; with SEMANTIC_ON
+    # as the only kind of result.
     "MODEL.MaskDINO.SEMANTIC_CE_LOSS": False,
     # Weight of queries without an object in the softmax class loss.
     "MODEL.MaskDINO.NO_OBJECT_WEIGHT": 0.1,
@@ -173,11 +197,23 @@ KEYS: dict[str, Any] = {
     "MODEL.MaskDINO.TEST.MASK_MEMORY_MB": 256,
     # Add to each detection the index and the features of its query, and to each image its mean feature.
     "MODEL.MaskDINO.TEST.QUERY_FEATURES": False,
-    # Compute instance results.
+    # Which results to give: instances, semantic (of models with masks), panoptic; several at once are possible.
     "MODEL.MaskDINO.TEST.INSTANCE_ON": True,
-    # These two say which class head a release's semantic or panoptic model has.
     "MODEL.MaskDINO.TEST.SEMANTIC_ON": True,
     "MODEL.MaskDINO.TEST.PANOPTIC_ON": False,
+    # The thing classes by index; [] means what the dataset's metadata says.
+    "MODEL.MaskDINO.THING_CLASSES": [],
+    # Panoptic results: queries whose best sigmoid score is above this take part.
+    "MODEL.MaskDINO.TEST.OBJECT_MASK_THRESHOLD": 0.0,
+    # Panoptic results: least share of its own mask that a query must win to become a segment.
+    "MODEL.MaskDINO.TEST.OVERLAP_THRESHOLD": 0.0,
+    # Semantic and panoptic results of models with sigmoid scores: let the classes compete in a softmax over the scores,
+    # divided by the temperature.
+    "MODEL.MaskDINO.TEST.PANO_TRANSFORM_EVAL": True,
+    "MODEL.MaskDINO.TEST.PANO_TEMPERATURE": 0.06,
+    # Semantic results of models that give no others: enlarge the masks to the image's size before they are summed up,
+    # rather than the sum.
+    "MODEL.MaskDINO.TEST.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE": False,
     # --- DINO (MODEL.META_ARCHITECTURE DINO), which reads MODEL.SEM_SEG_HEAD.NUM_CLASSES and these alone ---
     # Encoder and decoder, by registered name.
     "MODEL.DINO.ENCODER_NAME": "DINOEncoder",

@@ -61,7 +61,7 @@ class Config(CfgNode):
         newer = sorted(key for key in pairs if key in NEWER_KEYS and key not in known)
         for key in newer:
             _check_newer(key, self._decode_cfg_value(pairs[key]))
-        _report_ignored(tuple(ignored), "they have no effect on instance segmentation, nor had they in the releases")
+        _report_ignored(tuple(ignored), "nothing reads them, nor did the releases")
         _report_ignored(tuple(newer), "the installed detectron2 lacks them but behaves as they ask")
         for key, value in pairs.items():
             if key in ignored or key in newer:

@@ -2,27 +2,18 @@
 
 import re
 
-# Keys that nothing in the releases read (the decoder used its own default, or never built the part), and keys that
-# affect only semantic and panoptic results, which this package does not compute.
+# Keys that nothing in the releases read: the decoder used its own default, or never built the part.
 IGNORED_KEYS = frozenset(
     {
         "Default_loading",
         "DATASETS.TEST_PANOPTIC",
-        "INPUT.CROP.SINGLE_CATEGORY_MAX_AREA",
-        "INPUT.SIZE_DIVISIBILITY",
         "MODEL.RESNETS.RES4_DILATION",
         "MODEL.RESNETS.RES5_MULTI_GRID",
         "MODEL.RESNETS.STEM_TYPE",
         "MODEL.MaskDINO.ENC_LAYERS",
         "MODEL.MaskDINO.EVAL_FLAG",
-        "MODEL.MaskDINO.PANO_BOX_LOSS",
         "MODEL.MaskDINO.PRED_CONV",
         "MODEL.MaskDINO.PRE_NORM",
-        "MODEL.MaskDINO.TEST.OBJECT_MASK_THRESHOLD",
-        "MODEL.MaskDINO.TEST.OVERLAP_THRESHOLD",
-        "MODEL.MaskDINO.TEST.PANO_TEMPERATURE",
-        "MODEL.MaskDINO.TEST.PANO_TRANSFORM_EVAL",
-        "MODEL.MaskDINO.TEST.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE",
         "MODEL.SEM_SEG_HEAD.ASPP_CHANNELS",
         "MODEL.SEM_SEG_HEAD.ASPP_DILATIONS",
         "MODEL.SEM_SEG_HEAD.ASPP_DROPOUT",

@@ -31,7 +31,6 @@ UNREAD = (
     "MODEL.ROI_KEYPOINT_HEAD",
     "MODEL.ROI_MASK_HEAD",
     "MODEL.RPN",
-    "MODEL.SEM_SEG_HEAD.IGNORE_VALUE",
     "MODEL.SEM_SEG_HEAD.LOSS_WEIGHT",
     "SOLVER.BIAS_LR_FACTOR",
     "SOLVER.WEIGHT_DECAY_BIAS",
@@ -70,7 +69,7 @@ def report_unused_keys(cfg: CfgNode) -> None:
 
 
 def _unused(cfg: CfgNode) -> Iterator[tuple[str, object]]:
-    unread = {*UNREAD, "MODEL.MaskDINO.TEST.PANOPTIC_ON"}  # Of a panoptic model, only instance results are computed.
+    unread = {*UNREAD}
     if cfg.MODEL.BACKBONE.NAME in _READ_BY_BACKBONE:
         unread |= _OF_BACKBONES - {*_READ_BY_BACKBONE[cfg.MODEL.BACKBONE.NAME]}
     if cfg.MODEL.META_ARCHITECTURE == "DINO":

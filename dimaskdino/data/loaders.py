@@ -13,6 +13,7 @@ from torch.utils.data import Sampler
 from dimaskdino.compat import training_samplers
 from dimaskdino.data.coco_file import forget_files
 from dimaskdino.data.datasets import register_all
+from dimaskdino.data.datasets.panoptic import forget_panoptic_files
 from dimaskdino.data.datasets.registration import load_dataset
 from dimaskdino.data.mapper import build_mapper
 from dimaskdino.errors import ConfigError, DatasetError, check_choice
@@ -42,7 +43,7 @@ def build_train_loader(
     check_choice("DATALOADER.SAMPLER_TRAIN", cfg.DATALOADER.SAMPLER_TRAIN, training_samplers(cfg))
     register_all(cfg=cfg)
     entries = _entries(cfg, cfg.DATASETS.TRAIN)
-    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and "annotations" in entries[0]:
         entries = filter_images_with_only_crowd_annotations(entries)
     if not entries:
         raise DatasetError(
@@ -54,6 +55,7 @@ def build_train_loader(
     sampler = make_sampler(len(entries)) if make_sampler else None
     loader = build_detection_train_loader(cfg, mapper=mapper, dataset=entries, sampler=sampler)
     forget_files()
+    forget_panoptic_files()
     return loader
 
 
@@ -66,6 +68,7 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> Batches:
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )
     forget_files()
+    forget_panoptic_files()
     return loader
 
 
@@ -89,7 +92,8 @@ def _entries(cfg: CfgNode, names: Sequence[str]) -> list[dict[str, Any]]:
     """
     number = max_images(cfg)
     loaded = [entry for name in names for entry in load_dataset(name)]
-    entries = [entry if "annotations" in entry else {**entry, "annotations": []} for entry in loaded]
+    labeled = ("annotations", "segments_info", "sem_seg_file_name")
+    entries = [entry if any(key in entry for key in labeled) else {**entry, "annotations": []} for entry in loaded]
     if MetadataCatalog.get(names[0]).get("thing_classes") is not None:
         check_metadata_consistency("thing_classes", names)
     return entries[:number] if number else entries

@@ -9,8 +9,9 @@ from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from detectron2.utils.registry import Registry
 
-from dimaskdino.data.annotations import annotations_to_instances
+from dimaskdino.data.annotations import Annotation, annotations_to_instances
 from dimaskdino.data.images import read_header, read_image, size_problem
+from dimaskdino.data.rle import Size
 from dimaskdino.data.transforms import large_scale_jitter, shortest_edge, test_resize
 from dimaskdino.errors import ConfigError, DatasetError
 
@@ -66,7 +67,8 @@ class InstanceMapper:
         image = read_image(entry["file_name"], self.image_format, apply_exif=self.apply_exif)
         source_size = image.shape[:2]
         self._check_size(entry, source_size)
-        augmented = T.AugInput(image)
+        annotations, label_map = self.read_labels(entry, source_size) if self.with_instances else ([], None)
+        augmented = T.AugInput(image, sem_seg=label_map)
         transforms = self.augmentations(augmented)
         mapped = {key: value for key, value in entry.items() if key != "annotations"}
         mapped["height"], mapped["width"] = source_size
@@ -74,7 +76,7 @@ class InstanceMapper:
         mapped["image"] = torch.from_numpy(np.array(augmented.image.transpose(2, 0, 1), order="C"))
         if self.with_instances:
             mapped["instances"] = annotations_to_instances(
-                entry.get("annotations", []),
+                annotations,
                 transforms=transforms,
                 source_size=source_size,
                 target_size=augmented.image.shape[:2],
@@ -83,6 +85,10 @@ class InstanceMapper:
                 with_masks=self.with_masks,
             )
         return mapped
+
+    def read_labels(self, entry: dict[str, Any], size: Size) -> tuple[list[Annotation], np.ndarray | None]:
+        """The objects of an image of ``size``, and a map of their classes for augmentations that look at it."""
+        return entry.get("annotations", []), None
 
     def _check_size(self, entry: dict[str, Any], size: tuple[int, ...]) -> None:
         listed = entry.get("height", size[0]), entry.get("width", size[1])

@@ -44,7 +44,7 @@ def large_scale_jitter(cfg: CfgNode) -> list[T.Augmentation]:
     """
     side = cfg.INPUT.IMAGE_SIZE
     resize = T.ResizeScale(cfg.INPUT.MIN_SCALE, cfg.INPUT.MAX_SCALE, side, side)
-    return [*_color_and_flip(cfg), KeepAPixel(resize), T.FixedSizeCrop((side, side), pad_value=PAD_VALUE)]
+    return [*color_and_flip(cfg), KeepAPixel(resize), T.FixedSizeCrop((side, side), pad_value=PAD_VALUE)]
 
 
 def shortest_edge(cfg: CfgNode) -> list[T.Augmentation]:
@@ -55,7 +55,7 @@ def shortest_edge(cfg: CfgNode) -> list[T.Augmentation]:
 
     Source: Carion et al., "End-to-End Object Detection with Transformers".
     """
-    augmentations = _color_and_flip(cfg)
+    augmentations = color_and_flip(cfg)
     if cfg.INPUT.CROP.ENABLED:
         resize = KeepAPixel(T.ResizeShortestEdge(DETR_CROP_SHORT_EDGES, sample_style="choice"))
         crop = T.AugmentationList([resize, T.RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE)])
@@ -69,7 +69,8 @@ def test_resize(cfg: CfgNode) -> list[T.Augmentation]:
     return [KeepAPixel(T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, "choice"))]
 
 
-def _color_and_flip(cfg: CfgNode) -> list[T.Augmentation]:
+def color_and_flip(cfg: CfgNode) -> list[T.Augmentation]:
+    """SSD's color distortion where INPUT.COLOR_AUG_SSD asks for it, and the flip of INPUT.RANDOM_FLIP."""
     augmentations: list[T.Augmentation] = []
     if cfg.INPUT.COLOR_AUG_SSD:
         check_color_distortion(cfg)

@@ -20,6 +20,7 @@ from dimaskdino.command_line import add_import_flag, import_modules
 from dimaskdino.compat import training_samplers
 from dimaskdino.config import Config, get_cfg, report_unused_keys
 from dimaskdino.cpu import keep_freed_memory
+from dimaskdino.data import register_all
 from dimaskdino.data.mapper import MAPPER_REGISTRY
 from dimaskdino.data.validation.start import check_datasets
 from dimaskdino.engine.run_folder import setup_loggers
@@ -149,11 +150,8 @@ def _check(cfg: Config, *, train: bool) -> None:
     if train:
         check_solver(cfg, comm.get_world_size())
         check_choice("DATALOADER.SAMPLER_TRAIN", cfg.DATALOADER.SAMPLER_TRAIN, training_samplers(cfg))
-        if cfg.MODEL.MaskDINO.TEST.PANOPTIC_ON:
-            raise ConfigError(
-                "MODEL.MaskDINO.TEST.PANOPTIC_ON is True, but training computes instance losses only; set it to False."
-            )
     get_registered(MAPPER_REGISTRY, cfg.INPUT.DATASET_MAPPER_NAME, "INPUT.DATASET_MAPPER_NAME")
+    register_all(cfg=cfg)  # A panoptic model asks its datasets which classes are things.
     _check_model(cfg, train=train)
     report_unused_keys(cfg)
 

@@ -36,11 +36,11 @@ class LayerwiseEvaluator(DatasetEvaluator):
         self._stages: dict[str, CocoEvaluator] = {}
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
-        """Add a batch: ``instances`` and ``layers`` (stage name to instances) of every image."""
+        """Add a batch: the results of every image, and those of its ``layers`` (stage name to results)."""
         self._final.process(inputs, outputs)
         for image, output in zip(inputs, outputs, strict=True):
-            for name, instances in output["layers"].items():
-                self._stage(name).process([image], [{"instances": instances}])
+            for name, results in output["layers"].items():
+                self._stage(name).process([image], [results])
 
     def evaluate(self) -> dict[str, dict[str, float]]:
         """Score every stage.

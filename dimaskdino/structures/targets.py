@@ -1,7 +1,7 @@
 """Ground truth in the coordinates that the model predicts in."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +76,10 @@ class Targets:
             masks=_padded_masks(instances, height, width, device) if with_masks else None,
             box_supervised=torch.ones_like(labels, dtype=torch.bool) if supervised is None else supervised,
         )
+
+    def supervise_boxes_of(self, classes: Tensor) -> "Targets":
+        """The same objects, with the boxes of some classes alone supervised; ``classes`` is (K,) bool."""
+        return replace(self, box_supervised=self.box_supervised & classes[self.labels])
 
 
 class JoinedTargets:

@@ -36,7 +36,6 @@ def configured(*options: object) -> Config:
         ["MODEL.BACKBONE.NAME", "D2SwinTransformer", "MODEL.TIMM.NAME", "resnet18"],
         ["MODEL.BACKBONE.NAME", "build_resnet_backbone", "MODEL.SWIN.EMBED_DIM", 8, "MODEL.FPN.NORM", "BN"],
         ["SOLVER.MOMENTUM", 0.5],
-        ["MODEL.MaskDINO.TEST.PANOPTIC_ON", True],
     ],
     ids=str,
 )

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from dimaskdino.data.images import read_header, read_image
-from dimaskdino.data.validation.files import check_images_exist
+from dimaskdino.data.validation.files import check_files_exist
 from dimaskdino.errors import DatasetError
 
 # Every value of 8 bits once.
@@ -50,19 +50,19 @@ def test_missing_images_are_found_in_every_folder(tmp_path: Path, monkeypatch: p
     for path in (there, elsewhere):
         path.touch()
     monkeypatch.chdir(tmp_path)
-    check_images_exist("mine", [str(there), str(elsewhere), "there.png", "below/../there.png", "s3://bucket/1.png"])
+    check_files_exist("mine", [str(there), str(elsewhere), "there.png", "below/../there.png", "s3://bucket/1.png"])
     gone = [str(tmp_path / "below" / "other.png"), str(tmp_path / "nowhere" / "there.png")]
     with pytest.raises(
         DatasetError, match=rf"2 of 3 images of dataset mine do not exist, the first of them {gone[0]};"
     ):
-        check_images_exist("mine", [str(there), *gone])
+        check_files_exist("mine", [str(there), *gone])
 
 
 def test_image_known_by_another_spelling_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "IMAGE.PNG").touch()
     is_file = os.path.isfile
     monkeypatch.setattr("os.path.isfile", lambda path: is_file(str(path).replace("image.png", "IMAGE.PNG")))
-    check_images_exist("mine", [str(tmp_path / "image.png")])
+    check_files_exist("mine", [str(tmp_path / "image.png")])
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -84,7 +84,7 @@ def test_what_is_not_a_file_is_refused(tmp_path: Path, make: Callable[[Path], No
     make(tmp_path / "one.png")
     for attempt in (
         lambda path: read_image(path, "RGB"),
-        lambda path: check_images_exist("mine", [path]),
+        lambda path: check_files_exist("mine", [path]),
     ):
         with pytest.raises(DatasetError, match=r"one\.png"):
             attempt(str(tmp_path / "one.png"))

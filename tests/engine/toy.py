@@ -52,7 +52,7 @@ class ToyDetector(nn.Module):
         masks = torch.zeros(NUM_DETECTIONS, height, width, dtype=torch.bool)
         masks[:, : height // 2, : width // 2] = True
         found.pred_masks = masks
-        return {"instances": found, "layers": dict.fromkeys(self.eval_layer_names(), found)}
+        return {"instances": found, "layers": dict.fromkeys(self.eval_layer_names(), {"instances": found})}
 
 
 class ReorderedToyDetector(ToyDetector):

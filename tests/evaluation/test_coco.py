@@ -583,7 +583,7 @@ def layerwise(dataset: str, folder: Path, form: Callable[[Instances], Instances]
         found = form(perfect_instances)
         wrong_boxes = Instances(found.image_size, **found.get_fields())
         wrong_boxes.pred_boxes = Boxes(torch.zeros(len(found), 4))
-        layers = {"layer.0": wrong_boxes, "layer.1": found}
+        layers = {"layer.0": {"instances": wrong_boxes}, "layer.1": {"instances": found}}
         evaluator.process([{"image_id": image_id}], [{"instances": found, "layers": layers}])
     return evaluator.evaluate()
 

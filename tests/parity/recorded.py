@@ -18,7 +18,7 @@ from dimaskdino.modeling.meta_arch import DIMaskDINO
 from tests.parity.releases import release
 
 DATA = Path(__file__).parents[1] / "data"
-NAMES = ("maskdino_tiny", "dimaskdino_tiny")
+NAMES = ("maskdino_tiny", "dimaskdino_tiny", "maskdino_panoptic_tiny", "maskdino_semantic_tiny")
 IMAGE_SIZE = (128, 160)
 OUTPUT_SIZE = (240, 300)
 MASK_LOGITS_SIZE = (32, 40)
@@ -45,9 +45,17 @@ def recorded(name: str) -> Mapping[str, np.ndarray]:
         return dict(file)
 
 
-def model(name: str) -> DIMaskDINO:
-    """Our model with the release's settings and weights, looking at the dense grid of points."""
-    built = DIMaskDINO(release(name).cfg(), point_sampler=DenseGrid(*MASK_LOGITS_SIZE))
+def model(name: str, **node: Any) -> DIMaskDINO:
+    """Our model with the release's settings and weights, looking at the dense grid of points.
+
+    Args:
+        name: one of NAMES.
+        node: other keys below MODEL.MaskDINO; a double underscore stands for the dot.
+    """
+    cfg = release(name).cfg()
+    for key, value in node.items():
+        cfg.merge_from_list([f"MODEL.MaskDINO.{key.replace('__', '.')}", value])
+    built = DIMaskDINO(cfg, point_sampler=DenseGrid(*MASK_LOGITS_SIZE))
     built.load_state_dict(from_release(release(name).state_dict()))
     return built
 

@@ -20,6 +20,8 @@ NAMES = (
     "maskdino_r50_50ep",
     "dimaskdino_tiny",
     "maskdino_tiny",
+    "maskdino_panoptic_tiny",
+    "maskdino_semantic_tiny",
 )
 
 

@@ -11,7 +11,7 @@ import dimaskdino.modeling.meta_arch  # noqa: F401  (registers the model)
 from dimaskdino.checkpoint import Checkpointer, from_release, is_release, to_release
 from tests.parity.releases import NAMES, release
 
-TINY = ("dimaskdino_tiny", "maskdino_tiny")
+TINY = tuple(name for name in NAMES if name.endswith("_tiny"))
 
 
 def shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -73,6 +73,7 @@ MODEL:
     PANO_BOX_LOSS: False
     TEST: {SEMANTIC_ON: True, INSTANCE_ON: True, PANOPTIC_ON: True, OVERLAP_THRESHOLD: 0.8, OBJECT_MASK_THRESHOLD: 0.25}
 INPUT: {DATASET_MAPPER_NAME: "coco_panoptic_lsj"}
+DATASETS: {TRAIN: [coco_2017_train_panoptic], TEST: [coco_2017_val_panoptic_with_sem_seg]}
 """
 SEMANTIC = """
 MODEL:

@@ -10,12 +10,19 @@ from torch import Tensor
 from dimaskdino.checkpoint.names import our_name
 from tests.parity.recorded import NAMES, model, recorded, training_batch
 
+# What was recorded, under which prefix, and the keys that differ from the release's.
+CASES = {
+    **{name: (name, "train", {}) for name in NAMES},
+    "stuff without boxes": ("maskdino_panoptic_tiny", "train_box", {"PANO_BOX_LOSS": True}),
+}
+
 
 class Run:
     """One training step without the update."""
 
-    def __init__(self, name: str) -> None:
-        net = model(name).train()
+    def __init__(self, case: str) -> None:
+        name, _, keys = CASES[case]
+        net = model(name, **keys).train()
         net.sem_seg_head.predictor.register_forward_hook(lambda _m, _i, output: setattr(self, "decoded", output))
         losses = net(training_batch(name))
         total = sum(losses.values())
@@ -29,7 +36,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def runs() -> dict[str, Run]:
-    return {name: Run(name) for name in NAMES}
+    return {case: Run(case) for case in CASES}
 
 
 def our_loss(name: str) -> str:
@@ -40,44 +47,48 @@ def our_loss(name: str) -> str:
     return f"{term}_di_{index}"
 
 
-def recorded_losses(name: str) -> dict[str, float]:
-    data = recorded(name)
+def of(case: str, array: str) -> np.ndarray:
+    """A recorded array of a case."""
+    name, prefix, _ = CASES[case]
+    return recorded(name)[f"{prefix}/{array}"]
+
+
+def recorded_losses(case: str) -> dict[str, float]:
     return {
         our_loss(str(key)): float(value)
-        for key, value in zip(data["train/loss_names"], data["train/loss_values"], strict=True)
+        for key, value in zip(of(case, "loss_names"), of(case, "loss_values"), strict=True)
     }
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_loss_terms_are_the_recorded_ones(runs, name):
-    assert set(runs[name].losses) == set(recorded_losses(name))
+@pytest.mark.parametrize("case", CASES)
+def test_the_loss_terms_are_the_recorded_ones(runs, case):
+    assert set(runs[case].losses) == set(recorded_losses(case))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_weighted_term_is_the_same(runs, name):
+@pytest.mark.parametrize("case", CASES)
+def test_every_weighted_term_is_the_same(runs, case):
     # Without noise, loss_bbox_dn_0 and loss_giou_dn_0 compare boxes with themselves and hold nothing but rounding,
     # which differs between CPUs: hence the absolute floor.
     different = {
-        key: (runs[name].losses[key], value)
-        for key, value in recorded_losses(name).items()
-        if not math.isclose(runs[name].losses[key], value, rel_tol=1e-4, abs_tol=1e-6)
+        key: (runs[case].losses[key], value)
+        for key, value in recorded_losses(case).items()
+        if not math.isclose(runs[case].losses[key], value, rel_tol=1e-4, abs_tol=1e-6)
     }
     assert not different
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_total_is_the_same(runs, name):
-    assert runs[name].total == pytest.approx(float(recorded(name)["train/total"]), rel=1e-5)
+@pytest.mark.parametrize("case", CASES)
+def test_the_total_is_the_same(runs, case):
+    assert runs[case].total == pytest.approx(float(of(case, "total")), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_same_parameters_get_gradients_of_the_same_norm(runs, name):
-    data = recorded(name)
+@pytest.mark.parametrize("case", CASES)
+def test_the_same_parameters_get_gradients_of_the_same_norm(runs, case):
     expected = {
         our_name(str(key)): float(value)
-        for key, value in zip(data["train/grad_names"], data["train/grad_norms"], strict=True)
+        for key, value in zip(of(case, "grad_names"), of(case, "grad_norms"), strict=True)
     }
-    norms = {key: gradient.norm().item() for key, gradient in runs[name].gradients.items()}
+    norms = {key: gradient.norm().item() for key, gradient in runs[case].gradients.items()}
     assert set(norms) == set(expected)
     different = {
         key: (norms[key], value) for key, value in expected.items() if not math.isclose(norms[key], value, rel_tol=1e-3)
@@ -85,9 +96,9 @@ def test_the_same_parameters_get_gradients_of_the_same_norm(runs, name):
     assert not different
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_last_layer_predicts_the_same_in_training(runs, name):
-    final = runs[name].decoded.stages[-1]
+@pytest.mark.parametrize("case", CASES)
+def test_the_last_layer_predicts_the_same_in_training(runs, case):
+    final = runs[case].decoded.stages[-1]
     for ours, key in ((final.logits, "pred_logits"), (final.boxes, "pred_boxes")):
-        theirs: np.ndarray = recorded(name)[f"train/final/{key}"]
+        theirs: np.ndarray = of(case, f"final/{key}")
         torch.testing.assert_close(ours.detach(), torch.from_numpy(theirs), rtol=0, atol=1e-4)

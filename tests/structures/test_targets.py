@@ -85,6 +85,13 @@ def test_boxes_are_supervised_unless_instances_say_otherwise():
     assert Targets.from_instances(given, 16, 16, num_classes=5).box_supervised.tolist() == [False, True]
 
 
+def test_the_boxes_of_some_classes_can_be_left_out():
+    given = instances(16, 16, [[2, 4, 10, 12], [0, 0, 4, 4], [1, 1, 3, 3]], [0, 2, 0])
+    given.gt_box_supervised = torch.tensor([True, True, False])
+    target = Targets.from_instances(given, 16, 16, num_classes=3)
+    assert target.supervise_boxes_of(torch.tensor([True, True, False])).box_supervised.tolist() == [True, False, False]
+
+
 def test_joined_targets_number_objects_and_masks_of_a_batch():
     def target(*boxes: list[int], with_masks: bool = True) -> Targets:
         return Targets.from_instances(instances(8, 8, list(boxes)), 8, 8, 5, with_masks=with_masks)

@@ -1,4 +1,4 @@
-"""The datasets that dimaskdino registers with detectron2 on import: COCO, BDD100K, the synthetic shapes."""
+"""The datasets that dimaskdino registers with detectron2 when it is imported, and those that keys name."""
 
 import os
 from pathlib import Path
@@ -7,6 +7,8 @@ from detectron2.config import CfgNode
 
 from dimaskdino.data.datasets.bdd100k import register_bdd100k
 from dimaskdino.data.datasets.coco import register_coco
+from dimaskdino.data.datasets.panoptic import register_coco_panoptic, register_own_panoptic
+from dimaskdino.data.datasets.semantic import register_ade20k, register_cityscapes, register_own_semantic
 from dimaskdino.data.datasets.shapes import ShapesSpec, register_shapes
 
 __all__ = ["data_root", "register_all"]
@@ -26,12 +28,19 @@ def register_all(root: str | Path | None = None, *, cfg: CfgNode | None = None) 
         root: folder of all datasets, remembered for later calls; None leaves it as :func:`data_root` says.
         cfg: its DATASETS.SHAPES and OUTPUT_DIR decide where the synthetic dataset lies and what it holds; None means
             the defaults.
+            DATASETS.PANOPTIC and DATASETS.SEMANTIC name datasets of one's own.
     """
     global _given_root
     if root is not None:
         _given_root = Path(root).expanduser()
     register_coco(data_root())
     register_bdd100k(data_root())
+    register_coco_panoptic(data_root())
+    register_ade20k(data_root())
+    register_cityscapes(data_root())
+    if cfg is not None:
+        register_own_panoptic(cfg)
+        register_own_semantic(cfg)
     spec = ShapesSpec.from_config(cfg) if cfg else ShapesSpec()
     register_shapes(_shapes_root(cfg, spec), spec)
 

@@ -46,17 +46,18 @@ def _holds(size: tuple[int, int], extents: list[Extent]) -> bool:
     return all(right <= size[1] + TOLERANCE_PX and bottom <= size[0] + TOLERANCE_PX for _, _, right, bottom in extents)
 
 
-def check_images_exist(dataset: str, paths: Collection[str]) -> None:
-    """Find missing images before a job that takes hours meets them.
+def check_files_exist(dataset: str, paths: Collection[str], kind: str = "images") -> None:
+    """Find missing files before a job that takes hours meets them.
 
     Folders are listed, which on network file systems takes a small part of the time of a request for every file.
 
     Args:
         dataset: its name, for the error.
-        paths: of images; those of other storage (``s3://...``) are not looked for.
+        kind: what the files are, for the error.
+        paths: of files; those of other storage (``s3://...``) are not looked for.
 
     Raises:
-        DatasetError: with the number of images that are missing, and the first.
+        DatasetError: with the number of files that are missing, and the first.
     """
     local = [path for path in paths if "://" not in path]
     listed = {folder: _names_in(folder) for folder in {os.path.dirname(path) for path in local}}
@@ -65,8 +66,8 @@ def check_images_exist(dataset: str, paths: Collection[str]) -> None:
     missing = [path for path in unlisted if not os.path.isfile(path)]
     if missing:
         raise DatasetError(
-            f"{len(missing)} of {len(paths)} images of dataset {dataset} do not exist, the first of them {missing[0]}; "
-            f"{backslash_hint(missing[0])}check the image folder, whether it was unpacked completely, and the file "
+            f"{len(missing)} of {len(paths)} {kind} of dataset {dataset} do not exist, the first of them {missing[0]}; "
+            f"{backslash_hint(missing[0])}check the folder, whether it was unpacked completely, and the file "
             "names in the annotations."
         )
 

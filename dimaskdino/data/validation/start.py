@@ -12,10 +12,11 @@ from dimaskdino.data.datasets import register_all
 from dimaskdino.data.images import Header, read_header, read_image, size_problem
 from dimaskdino.data.transforms import check_color_distortion
 from dimaskdino.data.validation.coco import UNLISTED, Found
-from dimaskdino.data.validation.dataset import Dataset, Picture, open_dataset, open_file
-from dimaskdino.data.validation.files import check_images_exist, exif_note
+from dimaskdino.data.validation.dataset import Dataset, Picture, find_dataset, open_dataset, open_file
+from dimaskdino.data.validation.files import check_files_exist, exif_note
 from dimaskdino.data.validation.report import KEPT, Counts
 from dimaskdino.data.validation.rules import CORNERS, NORMALIZED, Level
+from dimaskdino.data.validation.segmentation import check_segmentation, check_truth, truth_of
 from dimaskdino.errors import ConfigError, DatasetError
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,13 @@ def check_datasets(cfg: CfgNode, *, train: bool = True, test: bool = True, with_
     classes: dict[str, tuple[str, ...]] = {}
     left = cfg.DATASETS.MAX_IMAGES or None
     for name in dict.fromkeys((*trained, *tested)):
+        find_dataset(name)
+        check_truth(cfg, name, trained=name in trained, tested=name in tested)
+        if truth_of(name) != "instance":
+            entries, names = check_segmentation(cfg, name)
+            read_image(entries[0]["file_name"], cfg.INPUT.FORMAT, apply_exif=cfg.INPUT.APPLY_EXIF)
+            classes[name] = tuple(names)
+            continue
         dataset = _check_dataset(cfg, name, trained=name in trained, tested=name in tested, with_masks=with_masks)
         used: list[Picture] = []
         if name in trained:
@@ -156,7 +164,7 @@ def _trained_on(pictures: Sequence[Picture], filter_empty: bool) -> list[Picture
 
 def _check_files(cfg: CfgNode, dataset: Dataset, used: Sequence[Picture]) -> None:
     """Look whether the images exist, read the headers of many, and decode one."""
-    check_images_exist(dataset.name, [each.path for each in used])
+    check_files_exist(dataset.name, [each.path for each in used])
     local = [each for each in used if "://" not in each.path]
     turned: list[tuple[Picture, Header]] = []
     for index in np.unique(np.linspace(0, len(local) - 1, min(len(local), MOST_HEADERS)).astype(int)).tolist():

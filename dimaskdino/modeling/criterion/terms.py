@@ -156,7 +156,9 @@ class SoftmaxClassLoss:
         logits, labels = stages.logits(), stages.labels(self.num_classes)
         losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
         weights = torch.ones_like(losses).masked_fill(labels == self.num_classes, self.no_object_weight)
-        return {"loss_ce": self.weight * stages.sum_queries(weights * losses) / stages.sum_queries(weights)}
+        # A batch without objects has no weight at all where no_object_weight is 0.
+        total = stages.sum_queries(weights).clamp(min=1e-6)
+        return {"loss_ce": self.weight * stages.sum_queries(weights * losses) / total}
 
 
 class BoxLoss:

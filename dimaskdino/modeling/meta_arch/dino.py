@@ -10,6 +10,7 @@ from dimaskdino.modeling.criterion.matcher import BoxCost, FocalClassCost
 from dimaskdino.modeling.criterion.terms import BoxLoss, FocalClassLoss
 from dimaskdino.modeling.meta_arch.maskdino import DIMaskDINO
 from dimaskdino.modeling.meta_arch.maskdino_head import MaskDINOHead
+from dimaskdino.modeling.postprocessing import PostProcessor
 from dimaskdino.modeling.registry import PIXEL_DECODER_REGISTRY, TRANSFORMER_DECODER_REGISTRY, get_registered
 
 
@@ -34,7 +35,7 @@ class DINO(DIMaskDINO):
         Raises:
             ConfigError: for a name that is not registered, or values that cannot work together.
         """
-        node = cfg.MODEL.DINO
+        node, num_classes = cfg.MODEL.DINO, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
         encoder = get_registered(PIXEL_DECODER_REGISTRY, node.ENCODER_NAME, "MODEL.DINO.ENCODER_NAME")
         decoder = get_registered(TRANSFORMER_DECODER_REGISTRY, node.DECODER_NAME, "MODEL.DINO.DECODER_NAME")
         predictor = decoder(cfg)
@@ -44,12 +45,11 @@ class DINO(DIMaskDINO):
             "backbone": backbone,
             "sem_seg_head": MaskDINOHead(pixel_decoder=encoder(cfg, backbone.output_shape()), predictor=predictor),
             "criterion": _criterion(cfg),
-            "num_classes": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
+            "post_processor": PostProcessor(num_classes=num_classes, max_detections=cfg.TEST.DETECTIONS_PER_IMAGE),
+            "num_classes": num_classes,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "size_divisibility": node.SIZE_DIVISIBILITY,
-            "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
-            "score_by_mask": False,
             "eval_layers": cfg.TEST.EVAL_LAYERS,
             "predicts_masks": False,
         }

@@ -7,41 +7,38 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, SEM_SEG_HEADS_REGISTRY, build_backbone
 from detectron2.modeling import build_model as build_detectron2_model
-from detectron2.structures import ImageList, Instances
+from detectron2.structures import ImageList
 from torch import Tensor, nn
 
 from dimaskdino.errors import ConfigError
 from dimaskdino.layers.padding import PaddedBatch
 from dimaskdino.modeling.criterion import Criterion, PointSampler
-from dimaskdino.modeling.postprocessing import DEFAULT_OPTIONS, InstanceOptions, instances_of_image, mean_feature
+from dimaskdino.modeling.postprocessing import Frame, PostProcessor, class_mask, mean_feature, thing_classes
 from dimaskdino.modeling.registry import get_registered
-from dimaskdino.modeling.transformer_decoder.checks import uses_no_object_class
 from dimaskdino.structures import DecoderOutput, Stage, Targets
 
 
 @META_ARCH_REGISTRY.register()
 class DIMaskDINO(nn.Module):
-    """Joint object detection and instance segmentation.
+    """Object detection with instance, semantic, and panoptic segmentation.
 
     Args:
         backbone: images to features by name.
         sem_seg_head: features, and targets for denoising, to predictions.
         criterion: predictions and targets to losses.
+        post_processor: predictions of a stage to results.
         num_classes: classes K.
         pixel_mean: of each channel, on the 0-255 scale.
         pixel_std: of each channel.
         size_divisibility: images are padded with zeros to a multiple of this.
-        max_detections: results per image.
-        score_by_mask: multiply class scores by mask quality.
         eval_layers: stages to report besides the final one: none, ("all",) or names of :attr:`stages`.
-        instance_results: False for a configuration that asks for semantic or panoptic results alone.
-        no_object_class: whether the class head has a no-object logit (semantic models of the releases).
+        box_classes: classes whose boxes are supervised; None for all.
         predicts_masks: False for a model of boxes alone, which is trained without the masks of its objects.
-        instance_options: what else decides the reported objects.
 
     Source: DI-MaskDINO (NeurIPS 2024), on MaskDINO (Li et al., 2023).
     """
 
+    has_box_loss: Tensor
     ignores_padding = False
     """Whether boxes are parts of each image and padding is masked; otherwise the padded canvas counts as the image."""
 
@@ -52,26 +49,23 @@ class DIMaskDINO(nn.Module):
         backbone: nn.Module,
         sem_seg_head: nn.Module,
         criterion: Criterion,
+        post_processor: PostProcessor,
         num_classes: int,
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
         size_divisibility: int,
-        max_detections: int,
-        score_by_mask: bool,
         eval_layers: Sequence[str],
-        instance_results: bool = True,
-        no_object_class: bool = False,
+        box_classes: Sequence[int] | None = None,
         predicts_masks: bool = True,
-        instance_options: InstanceOptions = DEFAULT_OPTIONS,
     ) -> None:
         super().__init__()
         self.backbone, self.sem_seg_head, self.criterion = backbone, sem_seg_head, criterion
         self.num_classes, self.size_divisibility = num_classes, size_divisibility
-        self.max_detections, self.score_by_mask = max_detections, score_by_mask
-        self.instance_results, self.no_object_class = instance_results, no_object_class
+        self.post_processor = post_processor
         self.predicts_masks = predicts_masks
-        self.instance_options = instance_options
         self.eval_layers = self._resolve_eval_layers(eval_layers)
+        box_classes = range(num_classes) if box_classes is None else box_classes
+        self.register_buffer("has_box_loss", class_mask(box_classes, num_classes), persistent=False)
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
 
@@ -87,17 +81,14 @@ class DIMaskDINO(nn.Module):
             "backbone": backbone,
             "sem_seg_head": head,
             "criterion": Criterion(cfg, sampler=point_sampler),
+            "post_processor": PostProcessor(cfg),
             "num_classes": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "size_divisibility": max(node.SIZE_DIVISIBILITY, backbone.size_divisibility, 1),
-            "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
-            "score_by_mask": not node.TEST.TEST_FOUCUS_ON_BOX,
             "eval_layers": cfg.TEST.EVAL_LAYERS,
-            "instance_results": node.TEST.INSTANCE_ON,
-            "no_object_class": uses_no_object_class(cfg),
+            "box_classes": thing_classes(cfg, "MODEL.MaskDINO.PANO_BOX_LOSS") if node.PANO_BOX_LOSS else None,
             "predicts_masks": node.PREDICT_MASKS,
-            "instance_options": InstanceOptions.from_config(cfg),
         }
 
     @classmethod
@@ -144,12 +135,12 @@ class DIMaskDINO(nn.Module):
                 "instances" in the frame of "image" (:meth:`dimaskdino.structures.Targets.from_instances`).
 
         Returns:
-            In training the weighted losses by name. In evaluation for each image {"instances": Instances}, and
-            "layers": {stage: Instances} where TEST.EVAL_LAYERS asks for it, "image_feature" (C,) where
-            MODEL.MaskDINO.TEST.QUERY_FEATURES does.
+            In training the weighted losses by name. In evaluation for each image what the configuration asks for of
+            "instances", "panoptic_seg" and "sem_seg", in detectron2's format; where TEST.EVAL_LAYERS names stages,
+            "layers": {stage: the same for that stage}; and "image_feature" (C,) where
+            MODEL.MaskDINO.TEST.QUERY_FEATURES is set.
 
         Raises:
-            ConfigError: for a semantic or panoptic configuration.
             DatasetError: for training data that does not fit the model.
         """
         self.check_supported()
@@ -168,7 +159,7 @@ class DIMaskDINO(nn.Module):
         targets = [
             Targets.from_instances(
                 given["instances"], height, width, self.num_classes, self.device, with_masks=self.predicts_masks
-            )
+            ).supervise_boxes_of(self.has_box_loss)
             for (height, width), given in zip(frames, batched_inputs, strict=True)
         ]
         return self.criterion(self.sem_seg_head(features, targets, **padding), targets)
@@ -177,14 +168,8 @@ class DIMaskDINO(nn.Module):
         """Refuse what the model cannot compute.
 
         Raises:
-            ConfigError: for a semantic or panoptic configuration.
             TypeError: for weights of another type.
         """
-        if self.no_object_class or not (self.training or self.instance_results):
-            raise ConfigError(
-                "This configuration is a semantic or panoptic one; the model loads its weights, but computes instance "
-                "losses and results alone: set MODEL.MaskDINO.TEST.INSTANCE_ON True and SEMANTIC_CE_LOSS False."
-            )
         allowed = (torch.float32,) if self.training else (torch.float32, torch.bfloat16)
         if self.dtype not in allowed:
             raise TypeError(
@@ -216,29 +201,18 @@ class DIMaskDINO(nn.Module):
             image_size: (height, width) in px of the image without padding.
             given: the element of the batch.
         """
+        sizes = Frame(frame, image_size, (given.get("height", image_size[0]), given.get("width", image_size[1])))
         stages = {stage.name: stage for stage in output.stages}
         final = output.stages[-1].name
-
-        def instances(name: str) -> Instances:
-            return instances_of_image(
-                stages[name],
-                index,
-                padded_size=frame,
-                image_size=image_size,
-                output_size=(given.get("height", image_size[0]), given.get("width", image_size[1])),
-                max_detections=self.max_detections,
-                score_by_mask=self.score_by_mask,
-                options=self.instance_options,
-            )
-
-        result: dict[str, Any] = {"instances": instances(final)}
-        if self.instance_options.with_queries and output.t_i is not None:
-            result["image_feature"] = mean_feature(output.t_i, index, frame, image_size)
-        if self.eval_layers:
-            result["layers"] = {
-                name: result["instances"] if name == final else instances(name) for name in self.eval_layers
-            }
-        return result
+        result = self.post_processor(stages[final], index, sizes)
+        layers = {
+            name: result if name == final else self.post_processor(stages[name], index, sizes)
+            for name in self.eval_layers
+        }
+        extra: dict[str, Any] = {"layers": layers} if layers else {}
+        if self.post_processor.instance_options.with_queries and output.t_i is not None:
+            extra["image_feature"] = mean_feature(output.t_i, index, frame, image_size)
+        return {**result, **extra}
 
 
 def build_model(cfg: CfgNode) -> nn.Module:

@@ -50,6 +50,7 @@ def instances_of_image(
     max_detections: int,
     score_by_mask: bool,
     options: InstanceOptions = DEFAULT_OPTIONS,
+    is_thing: Tensor | None = None,
 ) -> Instances:
     """Results of one image.
 
@@ -62,6 +63,7 @@ def instances_of_image(
         max_detections: at most this many (query, class) pairs; all where there are fewer.
         score_by_mask: multiply class scores by the mean mask probability inside the mask, where there are masks.
         options: what else decides the results.
+        is_thing: (K,) bool; of the best pairs those of other classes are left out, as in the releases. None keeps all.
 
     Returns:
         pred_boxes (xyxy px), scores in [0, 1], pred_classes, and, where the stage has masks, pred_masks (N, H, W) bool
@@ -71,6 +73,9 @@ def instances_of_image(
     scores, index = scores.topk(min(max_detections, scores.numel()), sorted=False)
     scores, index = scores[scores >= options.min_score], index[scores >= options.min_score]
     num_classes = prediction.logits.shape[-1]
+    if is_thing is not None:
+        kept = is_thing[index % num_classes]
+        scores, index = scores[kept], index[kept]
     query, classes = index.div(num_classes, rounding_mode="floor"), index % num_classes
     boxes = _scale_boxes(prediction.boxes[image, query].float(), padded_size, image_size, output_size)
     result = Instances(output_size, pred_boxes=Boxes(boxes), scores=scores, pred_classes=classes)

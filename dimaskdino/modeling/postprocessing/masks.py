@@ -1,6 +1,7 @@
 """Mask logits to masks at the asked size, in bounded memory, as bitmaps or straight to RLE."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +32,39 @@ class Frame:
     padded: Size
     image: Size
     output: Size
+
+    def on_canvas(self, maps: Tensor) -> Tensor:
+        """Maps (N, h, w) at the padded size."""
+        return _resize(maps, self.padded)
+
+    def crop_and_resize(self, maps: Tensor) -> Tensor:
+        """Maps (N, H, W) of the padded size, cut to the image, at the size of the result."""
+        maps = maps[..., : self.image[0], : self.image[1]]
+        return maps if self.image == self.output else _resize(maps, self.output)
+
+    def logits(
+        self, predicted: MaskLogits, image: int, queries: Tensor, *, memory_mb: int, crop: bool = True
+    ) -> Iterator[Tensor]:
+        """Resized mask logits of some queries of one image, a few at a time.
+
+        Args:
+            predicted: of the batch.
+            image: index in the batch.
+            queries: (N,) int64.
+            memory_mb: about what a chunk needs, in MiB.
+            crop: at the size of the result; otherwise at the padded size.
+
+        Yields:
+            (n, H, W) float32 logits of the next n queries.
+        """
+        largest = max(math.prod(self.padded), math.prod(self.output))
+        for chunk in queries.split(max(1, memory_mb * 2**20 // _BYTES_PER_PIXEL // largest)):
+            maps = self.on_canvas(predicted.select(image, chunk).float())
+            yield self.crop_and_resize(maps) if crop else maps
+
+
+def _resize(maps: Tensor, size: Size) -> Tensor:
+    return F.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,11 +127,7 @@ TWO_STEP = MaskRendering()
 
 def _two_step(logits: Tensor, frame: Frame, canvas: "_Canvas", first: int, _: int) -> Tensor:
     """Resize (N, h, w) logits to the padded size, crop, and resize to the asked size; returns the qualities (N,)."""
-    logits = F.interpolate(logits[:, None], size=frame.padded, mode="bilinear", align_corners=False)
-    logits = logits[..., : frame.image[0], : frame.image[1]]
-    if frame.image != frame.output:
-        logits = F.interpolate(logits, size=frame.output, mode="bilinear", align_corners=False)
-    logits = logits[:, 0]
+    logits = frame.crop_and_resize(frame.on_canvas(logits))
     masks = logits > 0
     for number, mask in enumerate(masks, start=first):
         canvas.add(number, mask, 0, 0)

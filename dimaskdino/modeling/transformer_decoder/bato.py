@@ -88,7 +88,7 @@ class BalanceAwareTokensOptimization(nn.Module):
 
     def _guiding_tokens(self, content: Tensor, position: Tensor, heads: PredictionHeads) -> tuple[Tensor, Tensor]:
         """Keys and values T_g (B, G, C) (Eqs. 5 to 7)."""
-        index = highest_scores(heads.class_embed(content), self.num_guiding_tokens)
+        index = highest_scores(heads.class_scores(content), self.num_guiding_tokens)
         guide = take(content, index)
         if not self.generate_guiding_tokens:
             return guide, guide

@@ -26,6 +26,7 @@ def check_maskdino(cfg: CfgNode) -> None:
         ConfigError: names the keys and what to change.
     """
     node, head = cfg.MODEL.MaskDINO, cfg.MODEL.SEM_SEG_HEAD
+    _check_results(cfg)
     check_choice("MODEL.MaskDINO.INITIALIZE_BOX_TYPE", node.INITIALIZE_BOX_TYPE, ("no", "mask2box", "bitmask"))
     check_choice("MODEL.MaskDINO.DN", node.DN, ("no", "standard", "seg"))
     box_of_mask = node.INITIALIZE_BOX_TYPE != "no"
@@ -49,6 +50,27 @@ def check_maskdino(cfg: CfgNode) -> None:
                 node.HIDDEN_DIM % 32 != 0 or head.CONVS_DIM % 32 != 0
             ),
             "DN_NUM must be at least 1 (or set DN no).": node.DN != "no" and node.DN_NUM < 1,
+        }
+    )
+
+
+def _check_results(cfg: CfgNode) -> None:
+    """Refuse kinds of results that the model cannot give, or cannot give together."""
+    node, test = cfg.MODEL.MaskDINO, cfg.MODEL.MaskDINO.TEST
+    softmax = test.SEMANTIC_ON and node.SEMANTIC_CE_LOSS
+    _refuse(
+        {
+            "TEST.INSTANCE_ON, SEMANTIC_ON and PANOPTIC_ON are all False; set one of them.": not (
+                test.INSTANCE_ON or test.SEMANTIC_ON or test.PANOPTIC_ON
+            ),
+            "TEST.PANOPTIC_ON needs PREDICT_MASKS.": test.PANOPTIC_ON and not node.PREDICT_MASKS,
+            "TEST.SEMANTIC_ON needs PREDICT_MASKS; for boxes set TEST.INSTANCE_ON.": (
+                not test.INSTANCE_ON and not node.PREDICT_MASKS
+            ),
+            "SEMANTIC_CE_LOSS does not go with TEST.PANOPTIC_ON: panoptic results come from sigmoid scores, not from "
+            "a softmax with a no-object class; set SEMANTIC_CE_LOSS False.": softmax and test.PANOPTIC_ON,
+            "SEMANTIC_CE_LOSS does not go with TEST.INSTANCE_ON: instances come from sigmoid scores, not from a "
+            "softmax with a no-object class; set one of them False.": softmax and test.INSTANCE_ON,
         }
     )
 

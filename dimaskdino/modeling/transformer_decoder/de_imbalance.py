@@ -112,7 +112,7 @@ class DeImbalance(nn.Module):
                 for index in range(first, first + self.layers_per_selection):
                     tokens, prediction = self._interact(index, tokens, heads)
                     predictions.append(prediction)
-                tokens = tokens.gather(highest_scores(heads.class_embed(self.norm(tokens.content)), count))
+                tokens = tokens.gather(highest_scores(heads.class_scores(self.norm(tokens.content)), count))
                 if predict is not None:
                     predictions.append(predict(stage, tokens))
             return tokens, predictions

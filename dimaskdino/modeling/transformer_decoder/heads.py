@@ -12,17 +12,25 @@ class PredictionHeads(nn.Module):
 
     Args:
         dim: channels C of the queries.
-        num_logits: class logits K.
+        num_logits: class logits: K, or K + 1 with a no-object class.
         mask_dim: channels of the mask features; None for a model without masks.
         norm: normalize the content; False where that is done already.
         eps: distance from 0 and 1 at which boxes are kept when they are moved.
+        no_object_class: whether the last logit is that of no object, in a softmax.
     """
 
     def __init__(
-        self, *, dim: int, num_logits: int, mask_dim: int | None, norm: bool = True, eps: float = BOX_EPS
+        self,
+        *,
+        dim: int,
+        num_logits: int,
+        mask_dim: int | None,
+        norm: bool = True,
+        eps: float = BOX_EPS,
+        no_object_class: bool = False,
     ) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.no_object_class = eps, no_object_class
         self.norm = nn.LayerNorm(dim) if norm else nn.Identity()
         self.class_embed = nn.Linear(dim, num_logits)
         self.box_embed = MLP(dim, dim, 4, 3)
@@ -33,6 +41,15 @@ class PredictionHeads(nn.Module):
     def refine_box(self, content: Tensor, boxes: Tensor) -> Tensor:
         """Move ``boxes`` (B, Q, 4) cxcywh in [0, 1] by the offsets predicted from ``content`` (B, Q, C), in logits."""
         return move_boxes(boxes, self.box_embed(content), self.eps)
+
+    def class_scores(self, content: Tensor) -> Tensor:
+        """Scores (B, N, K) of the classes of normed content (B, N, C), by which selections rank tokens.
+
+        Deviation: where there is a no-object class, the releases rank by its logit as well; here by the probability of
+        the best other class. No released configuration selects with such a class.
+        """
+        logits = self.class_embed(content)
+        return logits.log_softmax(-1)[..., :-1] if self.no_object_class else logits
 
     def forward(self, stage: Stage, content: Tensor, boxes: Tensor, mask_features: Tensor | None) -> StagePrediction:
         """Predict classes and masks from the normed content, and attach the boxes.

@@ -54,6 +54,7 @@ class MaskDINODecoder(QueryDecoder):
                 dim=dim,
                 num_logits=head.NUM_CLASSES + uses_no_object_class(cfg),
                 mask_dim=head.MASK_DIM if node.PREDICT_MASKS else None,
+                no_object_class=uses_no_object_class(cfg),
             ),
             "selection": FirstSelection(dim=dim, initialize_box_type=node.INITIALIZE_BOX_TYPE)
             if node.TWO_STAGE

@@ -84,7 +84,7 @@ class FirstSelection(nn.Module):
         """
         proposals, usable = grid_proposals(t_i.spatial_shapes, t_i.tokens.device, t_i.valid)
         tokens = self.norm(self.proj(t_i.tokens.masked_fill(~usable[..., None], 0)))
-        index = highest_scores(heads.class_embed(tokens), num_selected)
+        index = highest_scores(heads.class_scores(tokens), num_selected)
         content = take(tokens, index)
         # A token without a usable proposal keeps the box (1, 1, 1, 1), as an infinite logit gives it.
         logits = torch.logit(proposals).masked_fill(~usable[..., None], torch.inf)

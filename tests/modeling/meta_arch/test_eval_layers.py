@@ -48,7 +48,7 @@ def test_every_selection_is_evaluated_once(node, before_layer_0):
     with torch.no_grad():
         (result,) = model([{"image": image(64, 64)}])
     assert list(result["layers"]) == [*before_layer_0, *ALL_LAYERS[2:]]
-    assert all(each.pred_masks.shape == (6, 64, 64) for each in result["layers"].values())
+    assert all(each["instances"].pred_masks.shape == (6, 64, 64) for each in result["layers"].values())
 
 
 @TRANSFORMER_DECODER_REGISTRY.register()
@@ -109,7 +109,7 @@ def test_eval_layers_gives_results_of_the_stages_asked_for(asked, given):
     with torch.no_grad():
         (result,) = model([{"image": image(64, 64), "height": 32, "width": 48}])
     assert list(result["layers"]) == given
-    assert all(each.image_size == (32, 48) and len(each) == 6 for each in result["layers"].values())
+    assert all(each["instances"].image_size == (32, 48) for each in result["layers"].values())
 
 
 @pytest.mark.parametrize(("asked", "number"), [([], 1), (["layer.2"], 1), (["layer.0"], 2), (["all"], 5)], ids=str)
@@ -131,11 +131,24 @@ def test_the_last_layer_is_the_final_result_and_earlier_ones_differ():
     model = tiny_model({"TEST.EVAL_LAYERS": ["all"]})
     with torch.no_grad():
         (result,) = model([{"image": image(64, 64)}])
-    assert result["layers"]["layer.2"] is result["instances"]
-    assert not torch.allclose(result["layers"]["layer.0"].scores, result["instances"].scores)
+    assert result["layers"]["layer.2"]["instances"] is result["instances"]
+    assert not torch.allclose(result["layers"]["layer.0"]["instances"].scores, result["instances"].scores)
 
 
 @pytest.mark.parametrize("asked", [["layer.3"], ["all", "layer.0"], ["di.0"]], ids=str)
 def test_unknown_eval_layers_are_an_error_that_names_the_known_ones(asked):
     with pytest.raises(ConfigError, match=r"TEST\.EVAL_LAYERS names .*interm, initial, layer\.0, layer\.1, layer\.2"):
         tiny_model({"TEST.EVAL_LAYERS": asked})
+
+
+def test_stages_give_every_kind_of_result():
+    kinds = {"TEST__SEMANTIC_ON": True, "TEST__PANOPTIC_ON": True, "THING_CLASSES": [0, 1]}
+    model = tiny_model({"TEST.EVAL_LAYERS": ["all"]}, **kinds)
+    with torch.no_grad():
+        (result,) = model([{"image": image(64, 64), "height": 32, "width": 48}])
+    assert list(result["layers"]) == ALL_LAYERS
+    for each in result["layers"].values():
+        assert list(each) == ["instances", "panoptic_seg", "sem_seg"]
+        assert each["panoptic_seg"][0].shape == (32, 48)
+        assert each["sem_seg"].shape == (5, 32, 48)
+    assert not torch.allclose(result["layers"]["layer.0"]["sem_seg"], result["sem_seg"])

@@ -251,6 +251,63 @@ def test_bfloat16_weights_predict_almost_the_same_as_float32():
     torch.testing.assert_close(result.logits.float(), expected.logits, rtol=0.1, atol=0.2)
 
 
+SEMANTIC = {"TEST__INSTANCE_ON": False, "TEST__SEMANTIC_ON": True}
+PANOPTIC = {"TEST__SEMANTIC_ON": True, "TEST__PANOPTIC_ON": True, "THING_CLASSES": [0, 1]}
+SOFTMAX = SEMANTIC | {"SEMANTIC_CE_LOSS": True}
+TASKS = [
+    SEMANTIC,
+    PANOPTIC,
+    PANOPTIC | {"PANO_BOX_LOSS": True},
+    SOFTMAX,
+    SOFTMAX | ONE_STAGE,
+    SOFTMAX | {"TRANSFORMER_DECODER_NAME": "MaskDINODecoder", "PANO_BOX_LOSS": True, "THING_CLASSES": [0]},
+    SOFTMAX | {"DI__NUM_SELECTED": [12, 10, 8], "NO_OBJECT_WEIGHT": 0.0},
+]
+
+
+@pytest.mark.parametrize("boxes", [(BOXES, BOXES[:1]), ([], [])], ids=["objects", "no objects"])
+@pytest.mark.parametrize("node", TASKS, ids=str)
+def test_every_task_trains_every_parameter(node, boxes):
+    model = tiny_model(**node).train()
+    losses = model(train_batch(*boxes))
+    assert all(value.isfinite() for value in losses.values())
+    sum(losses.values()).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+
+
+def test_pano_box_loss_supervises_the_boxes_of_things_alone():
+    batch = train_batch(BOXES)
+    batch[0]["instances"].gt_classes[:] = torch.tensor([0, 3, 4])
+    stuff_alone = train_batch(BOXES)
+    stuff_alone[0]["instances"].gt_classes[:] = 3
+    model = tiny_model(**PANOPTIC, PANO_BOX_LOSS=True).train()
+    assert model(batch)["loss_bbox"] > 0
+    losses = model(stuff_alone)
+    assert all(losses[name] == 0 for name in losses if "bbox" in name or "giou" in name)
+    assert all(losses[name] > 0 for name in losses if "mask" in name)
+    assert tiny_model(**PANOPTIC).train()(stuff_alone)["loss_bbox"] > 0
+
+
+def test_panoptic_models_ask_the_datasets_which_classes_are_things():
+    tiny = {"MODEL.SEM_SEG_HEAD.NUM_CLASSES": 133, "DATASETS.TEST": ["coco_2017_val_panoptic"]}
+    model = build_model(tiny_cfg(tiny, TEST__PANOPTIC_ON=True))
+    assert model.post_processor.is_thing.nonzero().flatten().tolist() == list(range(80))
+    for dataset in ("coco_2017_val_panoptic_separated", "ade20k_sem_seg_val", "not_registered"):
+        with pytest.raises(ConfigError, match=f"PANOPTIC_ON .* metadata of {dataset} .*THING_CLASSES"):
+            build_model(tiny_cfg({"DATASETS.TEST": [dataset]}, TEST__PANOPTIC_ON=True))
+
+
+def test_semantic_scores_of_a_softmax_model_leave_no_object_out():
+    model = tiny_model(**SOFTMAX)
+    with torch.no_grad():
+        # Every query is sure of no object.
+        model.sem_seg_head.predictor.heads.class_embed.bias[-1] = 1e4
+        (result,) = model([{"image": image(50, 60), "height": 20, "width": 30}])
+    assert list(result) == ["sem_seg"]
+    assert result["sem_seg"].shape == (NUM_CLASSES, 20, 30)
+    assert not result["sem_seg"].any()
+
+
 NO_MASKS = {"MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME": "DeformableEncoder"}
 BOXES_ALONE = {"PREDICT_MASKS": False, "TRANSFORMER_DECODER_NAME": "MaskDINODecoder", "INITIALIZE_BOX_TYPE": "no"}
 WITH_DI = BOXES_ALONE | {"TRANSFORMER_DECODER_NAME": "DIMaskDINODecoder", "BATO__ENABLED": False}
@@ -277,7 +334,7 @@ def test_stages_without_masks_are_evaluated_by_their_boxes():
     with torch.no_grad():
         (result,) = model([{"image": image(64, 64)}])
     assert list(result["layers"]) == ["interm", "selection.2", "initial", "layer.0", "layer.1", "layer.2"]
-    assert not any(instances.has("pred_masks") for instances in result["layers"].values())
+    assert not any(each["instances"].has("pred_masks") for each in result["layers"].values())
 
 
 @pytest.mark.parametrize("images", [1, 2])

@@ -50,6 +50,16 @@ def test_classes_beyond_80_are_reported_like_any_other():
     assert infer(prediction(logits, flat_masks(2)), max_detections=2).pred_classes.tolist() == [95, 90]
 
 
+def test_stuff_is_left_out_after_the_best_are_chosen():
+    logits = [[1.0, 3.0], [2.0, LOW]]
+    is_thing = torch.tensor([True, False])
+    result = infer(prediction(logits, flat_masks(2)), max_detections=2, is_thing=is_thing)
+    assert result.pred_classes.tolist() == [0]
+    torch.testing.assert_close(result.scores, torch.tensor([2.0]).sigmoid())
+    nothing = infer(prediction(logits, flat_masks(2)), max_detections=1, is_thing=is_thing, score_by_mask=True)
+    assert nothing.pred_masks.shape == (0, 8, 8)
+
+
 def test_scores_are_class_times_mean_mask_probability_inside_the_mask():
     masks = torch.full((1, 4, 4), -1.0)
     masks[0, :, :2] = 2.0

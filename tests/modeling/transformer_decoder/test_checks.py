@@ -10,6 +10,10 @@ from dimaskdino.modeling.transformer_decoder.checks import uses_no_object_class
 from tests.tiny_model import DIM, NUM_CLASSES, tiny_cfg
 
 NO_INITIAL_BOX = {"INITIALIZE_BOX_TYPE": "no"}
+BOXES_ALONE = {"PREDICT_MASKS": False, "BATO__ENABLED": False}
+SEMANTIC_ONLY = {"TEST__INSTANCE_ON": False, "TEST__SEMANTIC_ON": True}
+PANOPTIC_ONLY = {"TEST__INSTANCE_ON": False, "TEST__PANOPTIC_ON": True}
+SOFTMAX = {"SEMANTIC_CE_LOSS": True, "TEST__SEMANTIC_ON": True}
 ONE_STAGE = {"TWO_STAGE": False, "DI__ENABLED": False, **NO_INITIAL_BOX}
 
 
@@ -78,12 +82,10 @@ def test_levels_of_another_width_are_projected():
 
 
 @pytest.mark.parametrize(
-    ("semantic", "cross_entropy", "panoptic", "expected"),
-    [(True, True, False, True), (True, True, True, False), (True, False, False, False), (False, True, False, False)],
+    ("semantic", "cross_entropy", "expected"), [(True, True, True), (True, False, False), (False, True, False)]
 )
-def test_the_no_object_class_belongs_to_semantic_cross_entropy_alone(semantic, cross_entropy, panoptic, expected):
-    # ~PANOPTIC_ON, as the releases write it, is true of True as well.
-    cfg = tiny_cfg(TEST__SEMANTIC_ON=semantic, SEMANTIC_CE_LOSS=cross_entropy, TEST__PANOPTIC_ON=panoptic)
+def test_the_no_object_class_belongs_to_semantic_cross_entropy_alone(semantic, cross_entropy, expected):
+    cfg = tiny_cfg(TEST__SEMANTIC_ON=semantic, SEMANTIC_CE_LOSS=cross_entropy, TEST__INSTANCE_ON=not semantic)
     assert uses_no_object_class(cfg) is expected
     assert MaskDINODecoder(cfg).heads.class_embed.out_features == NUM_CLASSES + expected
 
@@ -107,6 +109,11 @@ def test_the_no_object_class_belongs_to_semantic_cross_entropy_alone(semantic, c
         ({"DEC_LAYERS": 0, "BATO__ENABLED": False}, "DEC_LAYERS must be at least 1"),
         ({"NUM_GUIDING_TOKENS": 0}, "NUM_GUIDING_TOKENS must be at least 1"),
         ({"DN_NUM": 0}, "DN_NUM must be at least 1"),
+        ({"TEST__INSTANCE_ON": False}, "INSTANCE_ON, SEMANTIC_ON and PANOPTIC_ON are all False"),
+        (SOFTMAX, "SEMANTIC_CE_LOSS does not go with TEST.INSTANCE_ON: .* sigmoid scores"),
+        (SOFTMAX | PANOPTIC_ONLY, "SEMANTIC_CE_LOSS does not go with TEST.PANOPTIC_ON: .* sigmoid scores"),
+        (PANOPTIC_ONLY | BOXES_ALONE, "TEST.PANOPTIC_ON needs PREDICT_MASKS"),
+        (SEMANTIC_ONLY | BOXES_ALONE, "TEST.SEMANTIC_ON needs PREDICT_MASKS"),
     ],
     ids=str,
 )

@@ -2,7 +2,7 @@ import torch
 
 from dimaskdino.modeling.transformer_decoder import PredictionHeads
 from dimaskdino.structures import MaskLogits, Stage, StagePrediction
-from tests.tiny_model import scramble
+from tests.tiny_model import DIM, scramble
 
 
 def masks(batch: int = 2, queries: int = 5, channels: int = 4) -> MaskLogits:
@@ -69,3 +69,16 @@ def test_heads_without_masks_predict_classes_and_boxes_alone():
     prediction = heads(Stage("layer"), torch.randn(2, 5, 8), torch.rand(2, 5, 4), torch.randn(2, 4, 6, 7))
     assert prediction.masks is None
     assert not any("mask" in name for name in heads.state_dict())
+
+
+def test_no_object_does_not_rank_tokens():
+    content = torch.randn(1, 3, DIM, generator=torch.Generator().manual_seed(0))
+    heads = PredictionHeads(dim=DIM, num_logits=3, mask_dim=None, no_object_class=True)
+    with torch.no_grad():
+        heads.class_embed.weight.zero_()
+        # Odds of 3 to 1 between the classes, whatever no object has.
+        heads.class_embed.bias.copy_(torch.tensor([3.0, 1.0, 12.0]).log())
+    scores = heads.class_scores(content).exp()
+    torch.testing.assert_close(scores[0, 0], torch.tensor([3 / 16, 1 / 16]))
+    plain = PredictionHeads(dim=DIM, num_logits=3, mask_dim=None)
+    torch.testing.assert_close(plain.class_scores(content), plain.class_embed(content))

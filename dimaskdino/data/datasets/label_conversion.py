@@ -1,0 +1,94 @@
+"""Making label maps from others: in several processes, resumable, and checked."""
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from dimaskdino.command_line import at_least
+from dimaskdino.data.parallel import Progress, no_progress, parallel_map
+from dimaskdino.errors import DatasetError
+
+
+class Conversion(NamedTuple):
+    """One label map to make: what it is made of, where it goes, and how: ``source`` to (H, W) labels."""
+
+    source: Path
+    target: Path
+    convert: Callable[[Path], np.ndarray]
+
+
+def convert_all(
+    conversions: Sequence[Conversion],
+    *,
+    num_workers: int = 0,
+    force: bool = False,
+    progress: Progress = no_progress,
+) -> int:
+    """Make what is missing; files appear once they are whole, so that a second run goes on where the first one ended.
+
+    Args:
+        conversions: what to make.
+        num_workers: processes that convert; 0 converts in this one. The files do not depend on it.
+        force: make again what is there.
+        progress: passes the made files on and may draw a bar.
+
+    Returns:
+        How many were made.
+
+    Raises:
+        DatasetError: there is nothing to convert, or a source cannot be used.
+    """
+    wanted = [each for each in conversions if force or not each.target.is_file()]
+    for folder in {each.target.parent for each in wanted}:
+        folder.mkdir(parents=True, exist_ok=True)
+    for _ in progress(parallel_map(_convert, wanted, num_workers=num_workers), total=len(wanted)):
+        pass
+    for each in conversions:
+        _check(each)
+    return len(wanted)
+
+
+def _convert(conversion: Conversion) -> None:
+    labels = conversion.convert(conversion.source)
+    part = conversion.target.with_name(f".{conversion.target.name}.{os.getpid()}.part")
+    try:
+        Image.fromarray(labels.astype(np.uint8 if labels.max() < 256 else np.uint16)).save(part, format="PNG")
+        part.replace(conversion.target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _check(conversion: Conversion) -> None:
+    source, target = (Image.open(path) for path in (conversion.source, conversion.target))
+    with source, target:
+        if source.size != target.size:
+            raise DatasetError(
+                f"{conversion.target} has another size than {conversion.source}; make it again with --force."
+            )
+
+
+def parse_args(description: str | None, root: Path, splits: Sequence[str]) -> argparse.Namespace:
+    """The command line that the datasets/prepare_*.py for label maps share."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--root", type=Path, default=root, help="the folder of all datasets")
+    parser.add_argument("--splits", nargs="+", choices=splits, default=list(splits), help="what to convert")
+    parser.add_argument("--workers", type=at_least(0), default=0, help="processes that convert, beside this one")
+    parser.add_argument("--force", action="store_true", help="convert again what is there already")
+    return parser.parse_args()
+
+
+def label_files(folder: Path, ending: str) -> list[Path]:
+    """The files of a folder and its subfolders with an ending, in order.
+
+    Raises:
+        DatasetError: there are none.
+    """
+    files = sorted(folder.rglob(f"*{ending}"))
+    if not files:
+        raise DatasetError(f"{folder} holds no file *{ending}; check --root (layouts: datasets/README.md).")
+    return files

@@ -1,0 +1,155 @@
+"""Semantic datasets, folders of images and of label maps: ADE20K, Cityscapes, and one's own by DATASETS.SEMANTIC."""
+
+import logging
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets.builtin_meta import ADE20K_SEM_SEG_CATEGORIES, _get_builtin_metadata
+
+from dimaskdino.errors import ConfigError, DatasetError
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "val")
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+CITYSCAPES_ENDINGS: dict[str, tuple[str, ...]] = {
+    "images": ("_leftImg8bit.png",),
+    "labels": ("_gtFine_labelTrainIds.png",),
+}
+ADE20K_FOLDER = "ADEChallengeData2016"
+ADE20K_SPLITS = {"train": "training", "val": "validation"}
+
+
+def register_ade20k(root: Path) -> None:
+    """Register ade20k_sem_seg_train and ade20k_sem_seg_val, 150 classes, under ``root``."""
+    folder = root / ADE20K_FOLDER
+    for split, name in ADE20K_SPLITS.items():
+        register_semantic(
+            f"ade20k_sem_seg_{split}",
+            image_root=folder / "images" / name,
+            label_root=folder / "annotations_detectron2" / name,
+            classes=list(ADE20K_SEM_SEG_CATEGORIES),
+            hint=f"make the label maps with `python datasets/prepare_ade20k_sem_seg.py --root {root}`",
+        )
+
+
+def register_cityscapes(root: Path) -> None:
+    """Register cityscapes_fine_sem_seg_{train,val,test}, 19 classes, under ``root``."""
+    for split in (*SPLITS, "test"):
+        register_semantic(
+            f"cityscapes_fine_sem_seg_{split}",
+            image_root=root / "cityscapes/leftImg8bit" / split,
+            label_root=root / "cityscapes/gtFine" / split,
+            classes=list(_get_builtin_metadata("cityscapes")["stuff_classes"]),
+            hint=f"make the label maps with `python datasets/prepare_cityscapes_sem_seg.py --root {root}`",
+            endings=CITYSCAPES_ENDINGS,
+        )
+
+
+def register_own_semantic(cfg: CfgNode) -> None:
+    """Register semantic_train and semantic_val where DATASETS.SEMANTIC names their folders.
+
+    Raises:
+        ConfigError: a folder is named without the other, or there are no class names.
+    """
+    node = cfg.DATASETS.SEMANTIC
+    folders = {"train": (node.TRAIN_IMAGES, node.TRAIN_LABELS), "val": (node.VAL_IMAGES, node.VAL_LABELS)}
+    for split, (image_root, label_root) in folders.items():
+        if not image_root and not label_root:
+            continue
+        if not image_root or not label_root:
+            kind = "LABELS" if image_root else "IMAGES"
+            raise ConfigError(f"DATASETS.SEMANTIC.{split.upper()}_{kind} is empty; name the folders of both.")
+        if not node.CLASSES:
+            raise ConfigError("DATASETS.SEMANTIC.CLASSES is empty; list the class names, first that of label 0.")
+        register_semantic(
+            f"semantic_{split}",
+            image_root=Path(image_root).expanduser(),
+            label_root=Path(label_root).expanduser(),
+            classes=[str(name) for name in node.CLASSES],
+            hint=f"correct DATASETS.SEMANTIC.{split.upper()}_IMAGES and {split.upper()}_LABELS",
+        )
+
+
+def register_semantic(
+    name: str,
+    *,
+    image_root: Path,
+    label_root: Path,
+    classes: list[str],
+    hint: str,
+    endings: dict[str, tuple[str, ...]] | None = None,
+) -> None:
+    """Register a folder of images with a folder of label maps, in place of a dataset of the same name.
+
+    Args:
+        name: for DATASETS.TRAIN and DATASETS.TEST.
+        image_root: folder of the images, subfolders included.
+        label_root: folder of the label maps, which have the names of their images but for the endings.
+        classes: names by label, from 0 on.
+        hint: what to do where files are missing.
+        endings: of "images" and of "labels" that are left out of a name; by default those of image files and .png.
+    """
+    found = MetadataCatalog.get(name)
+    source = (str(image_root), str(label_root), tuple(classes))
+    if found.get("source") == source:
+        return
+    MetadataCatalog.remove(name)
+    if name in DatasetCatalog.list():
+        DatasetCatalog.remove(name)
+    DatasetCatalog.register(name, partial(load_semantic, name, endings or {}))
+    MetadataCatalog.get(name).set(
+        truth="semantic",
+        source=source,
+        evaluator_type="sem_seg",
+        image_root=str(image_root),
+        sem_seg_root=str(label_root),
+        stuff_classes=classes,
+        ignore_label=255,
+        hint=hint,
+    )
+
+
+def load_semantic(name: str, endings: dict[str, tuple[str, ...]]) -> list[dict[str, Any]]:
+    """List the images of a dataset of :func:`register_semantic` in detectron2's format, by name.
+
+    Raises:
+        DatasetError: a folder is missing or empty, or images have no label map.
+    """
+    metadata = MetadataCatalog.get(name)
+    images = _files(metadata.image_root, endings.get("images", IMAGE_ENDINGS))
+    labels = _files(metadata.sem_seg_root, endings.get("labels", (".png",)))
+    layout = "check its path, or DETECTRON2_DATASETS (layouts: datasets/README.md)"
+    for folder, files, hint in (
+        (metadata.image_root, images, layout),
+        (metadata.sem_seg_root, labels, metadata.hint),
+    ):
+        if not files:
+            state = "holds no such files" if os.path.isdir(folder) else "does not exist"
+            raise DatasetError(f"Dataset {name}: folder {folder} {state}; {hint}.")
+    missing = sorted(images.keys() - labels.keys())
+    if missing:
+        raise DatasetError(
+            f"Dataset {name}: {len(missing)} of {len(images)} images have no label map in {metadata.sem_seg_root}, the "
+            f"first of them {images[missing[0]]}; {metadata.hint}."
+        )
+    if len(labels) > len(images):
+        logger.warning("Dataset %s: %d label maps have no image; they are not used.", name, len(labels) - len(images))
+    return [{"file_name": images[stem], "sem_seg_file_name": labels[stem], "image_id": stem} for stem in sorted(images)]
+
+
+def _files(root: str, endings: Sequence[str]) -> dict[str, str]:
+    """Path by name relative to ``root`` and without ending, of the files with one of the endings."""
+    found: dict[str, str] = {}
+    for folder, _, names in os.walk(root, followlinks=True):
+        for name in names:
+            ending = next((each for each in endings if name.lower().endswith(each.lower())), None)
+            if ending is not None:
+                path = os.path.join(folder, name)
+                found[os.path.relpath(path, root)[: -len(ending)].replace(os.sep, "/")] = path
+    return found

@@ -1,0 +1,104 @@
+"""The mappers of panoptic and semantic segmentation: label maps become objects with masks."""
+
+from typing import Any
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import transforms as T
+
+from dimaskdino.data.annotations import Annotation
+from dimaskdino.data.label_maps import panoptic_annotations, read_segments, read_semantic, semantic_annotations
+from dimaskdino.data.mapper import MAPPER_REGISTRY, InstanceMapper
+from dimaskdino.data.transforms import PAD_VALUE, KeepAPixel, color_and_flip, large_scale_jitter, test_resize
+from dimaskdino.errors import DatasetError
+
+
+class PanopticMapper(InstanceMapper):
+    """Reads an image and its panoptic PNG; every segment that is no crowd region is an object.
+
+    The box of an object encloses its mask, for stuff as for things.
+    """
+
+    def read_labels(self, entry: dict[str, Any], size: tuple[int, int]) -> tuple[list[Annotation], None]:
+        """The segments of an image."""
+        if "segments_info" not in entry:
+            raise DatasetError(f"Image {entry['file_name']} has no panoptic labels (pan_seg_file_name, segments_info).")
+        return panoptic_annotations(read_segments(entry, size), entry["segments_info"]), None
+
+
+class SemanticMapper(InstanceMapper):
+    """Reads an image and its label map; what a class covers in the image is one object.
+
+    Args:
+        ignore: the label of pixels without a class.
+        arguments: those of :class:`InstanceMapper`.
+    """
+
+    def __init__(self, *, ignore: int, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.ignore = ignore
+
+    def read_labels(self, entry: dict[str, Any], size: tuple[int, int]) -> tuple[list[Annotation], np.ndarray]:
+        """The classes of an image."""
+        if "sem_seg_file_name" not in entry and "segments_info" not in entry:
+            raise DatasetError(f"Image {entry['file_name']} has no semantic labels (sem_seg_file_name).")
+        labels = read_semantic(entry, num_classes=self.num_classes, ignore=self.ignore, size=size)
+        # Resized by detectron2 in floating point, as labels may be larger than 255; only the choice of a crop sees it.
+        return semantic_annotations(labels, self.ignore), labels.astype(np.float32)
+
+
+@MAPPER_REGISTRY.register()
+def coco_panoptic_lsj(cfg: CfgNode, *, is_train: bool, with_instances: bool, with_masks: bool = True) -> PanopticMapper:
+    """Panoptic labels, large-scale jitter on a square canvas in training."""
+    augmentations = large_scale_jitter(cfg) if is_train else test_resize(cfg)
+    return PanopticMapper(**_arguments(cfg, augmentations, with_instances, with_masks))
+
+
+@MAPPER_REGISTRY.register()
+def mask_former_semantic(
+    cfg: CfgNode, *, is_train: bool, with_instances: bool, with_masks: bool = True
+) -> SemanticMapper:
+    """Semantic labels, MaskFormer's resize, crop and padding in training."""
+    augmentations = semantic_crop(cfg) if is_train else test_resize(cfg)
+    ignore = cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
+    return SemanticMapper(ignore=ignore, **_arguments(cfg, augmentations, with_instances, with_masks))
+
+
+def semantic_crop(cfg: CfgNode) -> list[T.Augmentation]:
+    """Resize the shortest edge, crop if wanted, distort colors if wanted, flip, and pad to INPUT.SIZE_DIVISIBILITY.
+
+    Args:
+        cfg: reads INPUT.{MIN_SIZE_TRAIN, MAX_SIZE_TRAIN, MIN_SIZE_TRAIN_SAMPLING, CROP, COLOR_AUG_SSD, RANDOM_FLIP,
+            SIZE_DIVISIBILITY}.
+
+    Source: MaskFormer (Cheng et al., 2021), section 4.1.
+    """
+    sizes, style = cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING
+    augmentations: list[T.Augmentation] = [KeepAPixel(T.ResizeShortestEdge(sizes, cfg.INPUT.MAX_SIZE_TRAIN, style))]
+    crop = cfg.INPUT.CROP
+    if crop.ENABLED and crop.SINGLE_CATEGORY_MAX_AREA < 1:
+        augmentations.append(
+            T.RandomCrop_CategoryAreaConstraint(
+                crop.TYPE, crop.SIZE, crop.SINGLE_CATEGORY_MAX_AREA, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
+            )
+        )
+    elif crop.ENABLED:
+        augmentations.append(T.RandomCrop(crop.TYPE, crop.SIZE))
+    augmentations += color_and_flip(cfg)
+    side = cfg.INPUT.SIZE_DIVISIBILITY
+    if side > 0:
+        augmentations.append(T.FixedSizeCrop((side, side), pad_value=PAD_VALUE))
+    return augmentations
+
+
+def _arguments(
+    cfg: CfgNode, augmentations: list[T.Augmentation], with_instances: bool, with_masks: bool
+) -> dict[str, Any]:
+    return {
+        "augmentations": augmentations,
+        "image_format": cfg.INPUT.FORMAT,
+        "num_classes": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
+        "with_instances": with_instances,
+        "with_masks": with_masks,
+        "apply_exif": cfg.INPUT.APPLY_EXIF,
+    }

@@ -1,0 +1,189 @@
+"""The rules for panoptic and semantic datasets: which truth a job needs, and whether the label maps can be used."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+
+from dimaskdino.data.datasets.registration import is_coco_file, load_dataset
+from dimaskdino.data.images import read_header
+from dimaskdino.data.label_maps import VOID, labels_present, read_segments, read_semantic
+from dimaskdino.data.parallel import Progress, no_progress, parallel_map
+from dimaskdino.data.validation.files import check_files_exist
+from dimaskdino.data.validation.report import Finding
+from dimaskdino.errors import ConfigError, DatasetError
+
+logger = logging.getLogger(__name__)
+
+Json = dict[str, Any]
+
+# Label maps that the check at the start reads, evenly spread over a dataset; tools/check_dataset.py reads all.
+MOST_LABEL_MAPS = 100
+# What the mappers of this package make objects from.
+_TRUTH_OF_MAPPERS = {
+    "coco_instance_lsj": ("instance",),
+    "coco_instance_detr": ("instance",),
+    "coco_detection_detr": ("instance",),
+    "coco_panoptic_lsj": ("panoptic",),
+    "mask_former_semantic": ("semantic", "panoptic"),
+}
+
+
+def truth_of(name: str) -> str:
+    """What a registered dataset holds: "instance", "semantic", or "panoptic"."""
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("truth") is not None or is_coco_file(name):
+        return metadata.get("truth", "instance")
+    first = next(iter(load_dataset(name)), {})
+    if "segments_info" in first:
+        return "panoptic"
+    return "semantic" if "sem_seg_file_name" in first else "instance"
+
+
+def class_names(name: str) -> list[str]:
+    """The classes of a panoptic or semantic dataset by label."""
+    names = MetadataCatalog.get(name).get("stuff_classes")
+    if names is None:
+        raise DatasetError(f"Dataset {name} has no class names; set stuff_classes in its metadata.")
+    return list(names)
+
+
+def check_truth(cfg: CfgNode, name: str, *, trained: bool, tested: bool) -> None:
+    """Refuse a dataset without the labels that the mapper trains on, or that any of the results could be scored by.
+
+    Raises:
+        ConfigError: naming the dataset, what it holds, and the keys.
+    """
+    truth, mapper, test = truth_of(name), cfg.INPUT.DATASET_MAPPER_NAME, cfg.MODEL.MaskDINO.TEST
+    needed = _TRUTH_OF_MAPPERS.get(mapper, (truth,))
+    if trained and truth not in needed:
+        fitting = next(known for known, kinds in _TRUTH_OF_MAPPERS.items() if truth in kinds)
+        raise ConfigError(
+            f"INPUT.DATASET_MAPPER_NAME {mapper} trains on {' or '.join(needed)} labels, but dataset {name} has "
+            f"{truth} labels; set it to {fitting}, or choose another DATASETS.TRAIN."
+        )
+    kinds = {
+        "INSTANCE_ON": ("instance", "panoptic"),
+        "SEMANTIC_ON": ("semantic", "panoptic"),
+        "PANOPTIC_ON": ("panoptic",),
+    }
+    if tested and not any(test[key] and truth in scored for key, scored in kinds.items()):
+        on = [key for key in kinds if test[key]]
+        others = [key for key, scored in kinds.items() if truth in scored]
+        raise ConfigError(
+            f"The results of MODEL.MaskDINO.TEST.{' and '.join(on)} cannot be scored on dataset {name}, which has "
+            f"{truth} labels; set {' or '.join(others)}, or choose another DATASETS.TEST."
+        )
+
+
+def check_segmentation(cfg: CfgNode, name: str) -> tuple[list[Json], list[str]]:
+    """Check the classes and the label maps of a panoptic or semantic dataset, as far as it takes seconds.
+
+    Args:
+        cfg: reads MODEL.SEM_SEG_HEAD.{NUM_CLASSES, IGNORE_VALUE} and INPUT.APPLY_EXIF.
+        name: of the dataset.
+
+    Returns:
+        Its images in detectron2's format, and its class names.
+
+    Raises:
+        DatasetError: another number of classes than the model's, files that are missing, or a label map of another size
+            than its image or with labels that are not listed.
+    """
+    entries, names = load_dataset(name), class_names(name)
+    num_classes, ignore = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
+    if len(names) != num_classes:
+        raise DatasetError(
+            f"MODEL.SEM_SEG_HEAD.NUM_CLASSES is {num_classes}, but dataset {name} has {len(names)} classes; set it to "
+            f"{len(names)}."
+        )
+    check_files_exist(name, [entry["file_name"] for entry in entries])
+    check_files_exist(name, [label_file(entry) for entry in entries], kind="label maps")
+    chosen = np.unique(np.linspace(0, len(entries) - 1, min(len(entries), MOST_LABEL_MAPS)).astype(int)).tolist()
+    for index in chosen:
+        check_labels_of(entries[index], num_classes=num_classes, ignore=ignore, apply_exif=cfg.INPUT.APPLY_EXIF)
+    ignored = f"pixels of label {ignore} (MODEL.SEM_SEG_HEAD.IGNORE_VALUE)"
+    if "segments_info" in entries[0]:
+        ignored = f"pixels of no segment (id {VOID}) and crowd regions"
+    logger.info("Dataset %s: %d images, %d classes; %s are ignored.", name, len(entries), len(names), ignored)
+    return entries, names
+
+
+def label_file(entry: Json) -> str:
+    """Path of the label map of an image."""
+    return entry["pan_seg_file_name"] if "segments_info" in entry else entry["sem_seg_file_name"]
+
+
+def check_labels_of(entry: Json, *, num_classes: int, ignore: int, apply_exif: bool) -> np.ndarray:
+    """Read the label map of an image; returns its segment ids, or its labels.
+
+    Raises:
+        DatasetError: if it cannot be used, or the image cannot be read.
+    """
+    size = read_header(entry["file_name"]).size(apply_exif=apply_exif)
+    if "segments_info" in entry:
+        return read_segments(entry, size)
+    return read_semantic(entry, num_classes=num_classes, ignore=ignore, size=size)
+
+
+def inspect_segmentation(
+    name: str, *, ignore: int, apply_exif: bool, num_workers: int = 0, progress: Progress = no_progress
+) -> tuple[list[Json], "dict[str, list[int]]", list[Finding]]:
+    """Read every image and label map of a panoptic or semantic dataset.
+
+    Args:
+        name: of the dataset.
+        ignore: the label of pixels without a class.
+        apply_exif: read photos as INPUT.APPLY_EXIF says.
+        num_workers: processes that read; 0 reads in this one.
+        progress: passes the inspected images on and may draw a bar.
+
+    Returns:
+        The images; for each class its pixels, its segments (or images with it, in a semantic dataset), and its images;
+        and what is wrong.
+    """
+    entries, names = load_dataset(name), class_names(name)
+    check = partial(_inspect, num_classes=len(names), ignore=ignore, apply_exif=apply_exif)
+    counts = {label: [0, 0, 0] for label in names}
+    findings: list[Finding] = []
+    results = progress(parallel_map(check, entries, num_workers=num_workers), total=len(entries))
+    for found, present in results:
+        findings += found
+        for index, (pixels, segments) in present.items():
+            row = counts[names[index]]
+            row[0], row[1], row[2] = row[0] + pixels, row[1] + segments, row[2] + 1
+    return entries, counts, findings
+
+
+def _inspect(
+    entry: Json, *, num_classes: int, ignore: int, apply_exif: bool
+) -> tuple[list[Finding], dict[int, tuple[int, int]]]:
+    """What is wrong with one label map, and the pixels and segments of each of its classes."""
+    try:
+        labels = check_labels_of(entry, num_classes=num_classes, ignore=ignore, apply_exif=apply_exif)
+    except DatasetError as error:
+        return [Finding("label map cannot be used", str(error))], {}
+    if "segments_info" not in entry:
+        return [], {k: (int((labels == k).sum()), 1) for k in labels_present(labels) if k != ignore}
+    pixels = dict(zip(*(each.tolist() for each in np.unique(labels, return_counts=True)), strict=True))
+    present: dict[int, tuple[int, int]] = {}
+    for segment in entry["segments_info"]:
+        area, number = present.get(segment["category_id"], (0, 0))
+        present[segment["category_id"]] = (area + pixels.get(segment["id"], 0), number + 1)
+    return list(_segment_findings(entry, entry["segments_info"], pixels)), present
+
+
+def _segment_findings(entry: Json, segments: Sequence[Json], pixels: dict[int, int]) -> Iterator[Finding]:
+    path = entry["pan_seg_file_name"]
+    for segment in segments:
+        if segment["id"] not in pixels:
+            yield Finding("segment without a pixel", f"segment {segment['id']} of {path}")
+        elif "area" in segment and segment["area"] != pixels[segment["id"]]:
+            area = f"{segment['area']} listed, {pixels[segment['id']]} in the PNG"
+            yield Finding("segment of another area than listed", f"segment {segment['id']} of {path}: {area}")
+    if not segments:
+        yield Finding("image without a segment", path)
