@@ -176,7 +176,6 @@ def test_unusable_output_folder_is_named(run, tiny: list[str], tmp_path: Path) -
         ("SOLVER.IMS_PER_BATCH", "0", "at least 1"),
         ("MODEL.MaskDINO.DEC_LAYERS", "two", "int"),
         ("MODEL.MaskDINO.BATO.GUIDANCE", "t_i", "DI.ENABLED False"),
-        ("MODEL.MaskDINO.TEST.PANOPTIC_ON", "True", "False"),
         ("TEST.EVAL_LAYERS", "['layer.9']", "layer.1"),
     ],
 )
