@@ -86,7 +86,7 @@ def test_every_key_is_read_somewhere() -> None:
 def test_configurations_survive_a_round_trip(file: Path, tmp_path: Path) -> None:
     cfg = get_cfg()
     cfg.merge_from_file(str(file))
-    assert cfg.MODEL.META_ARCHITECTURE == "DINO" or cfg.MODEL.SEM_SEG_HEAD.NAME == "MaskDINOHead"
+    assert cfg != get_cfg()
     assert plain(load(tmp_path, cfg.dump())) == plain(cfg)
 
 
