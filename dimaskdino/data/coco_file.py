@@ -96,12 +96,13 @@ def _check_entries(kind: str, entries: Any, types: dict[str, tuple[type, ...]]) 
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         hint = "; remove the key for a test set" if kind == "annotations" else ""
         raise ValueError(f'"{kind}" is {entries!r:.40}, not a list of dictionaries{hint}')
-    for position, entry in enumerate(entries):
-        for key, wanted in types.items():
-            if not isinstance(entry.get(key), wanted) or isinstance(entry[key], bool):
-                which = f"number {position} (counted from 0) of {kind}, with id {entry.get('id')!r:.40},"
-                names = " or ".join(_TYPE_NAMES[each] for each in wanted)
-                raise ValueError(f"{which} has the {key} {entry.get(key)!r:.40}, not {names}")
+    for key, wanted in types.items():
+        if {type(entry.get(key)) for entry in entries} <= set(wanted):
+            continue
+        position = next(index for index, entry in enumerate(entries) if type(entry.get(key)) not in wanted)
+        entry, names = entries[position], " or ".join(_TYPE_NAMES[each] for each in wanted)
+        which = f"number {position} (counted from 0) of {kind}, with id {entry.get('id')!r:.40},"
+        raise ValueError(f"{which} has the {key} {entry.get(key)!r:.40}, not {names}")
 
 
 def annotations_by_image(coco: Json) -> list[tuple[Json, list[Json]]]:

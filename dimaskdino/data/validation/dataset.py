@@ -62,8 +62,7 @@ class Dataset:
         """Its objects, without a look at what is wrong with them."""
         counts = Counts(self.classes)
         for picture in self.pictures:
-            for annotation in picture.annotations:
-                counts.add(annotation, (), picture)
+            counts.add_image((annotation, ()) for annotation in picture.annotations)
         return counts
 
     def problems(self, rules: Rules, counts: Counts | None = None) -> Iterator[Found]:
@@ -76,16 +75,18 @@ class Dataset:
         yield from self.listing
         for picture in self.pictures:
             seen: dict[Any, Json] = {}
+            judged = []
             for index, annotation in enumerate(picture.annotations):
                 found = rules.problems(annotation, picture.size)
+                judged.append((annotation, found))
                 if _is_repeated(annotation, seen):
                     found.append(Problem("object: annotated more than once", Level.NOTE))
                 if found:
-                    name = os.path.basename(picture.path)
                     which = annotation.get("id", f"number {index}, counted from 0,")
-                    yield from ((f"annotation {which} of {name}", problem) for problem in found)
-                if counts is not None:
-                    counts.add(annotation, found, picture)
+                    where = f"annotation {which} of {os.path.basename(picture.path)}"
+                    yield from ((where, problem) for problem in found)
+            if counts is not None:
+                counts.add_image(judged)
 
 
 def _is_repeated(annotation: Json, seen: dict[Any, Json]) -> bool:

@@ -1,8 +1,8 @@
 """What a dataset holds and what is wrong with it, as tables."""
 
 import textwrap
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tabulate import tabulate
@@ -32,27 +32,28 @@ class Counts:
 
     def __init__(self, classes: Mapping[Any, str]) -> None:
         self.classes = classes
-        self.outcomes: dict[Any, Counter[str]] = defaultdict(Counter)
-        self.images: Counter[Any] = Counter()
+        self.objects: Counter[tuple[Any, str]] = Counter()  # by category id and outcome
+        self.images: Counter[Any] = Counter()  # by category id
         self.images_with_any = 0
-        self._last_image: dict[Any, object] = {}
 
-    def add(self, annotation: Json, problems: Iterable[Problem], image: object) -> None:
-        """Count an object; those of an image come one after the other."""
-        label = annotation.get("category_id")
-        if isinstance(label, list | dict):
-            return
-        self.outcomes[label][_outcome(annotation, problems)] += 1
-        if self._last_image.get(label) is not image:
-            self._last_image[label] = image
-            self.images[label] += 1
-        if self._last_image.get(self) is not image:
-            self._last_image[self] = image
-            self.images_with_any += 1
+    def add_image(self, annotations: Iterable[tuple[Json, Sequence[Problem]]]) -> None:
+        """Count the objects of an image, each with its problems."""
+        labels = set()
+        for annotation, problems in annotations:
+            label = annotation.get("category_id")
+            if not isinstance(label, Hashable):
+                continue
+            labels.add(label)
+            self.objects[label, _outcome(annotation, problems)] += 1
+        self.images.update(labels)
+        self.images_with_any += bool(labels)
 
     def total(self) -> "Counter[str]":
         """Objects of all classes by outcome."""
-        return sum(self.outcomes.values(), Counter())
+        total: Counter[str] = Counter()
+        for (_, outcome), number in self.objects.items():
+            total[outcome] += number
+        return total
 
     def lost(self) -> tuple[int, int]:
         """How many objects, crowd and ignored regions aside, training drops, and how many there are."""
@@ -62,10 +63,11 @@ class Counts:
 
     def lost_classes(self) -> list[str]:
         """Classes that have objects and lose all of them, crowd and ignored regions aside."""
+        lost = self.total().keys() - {KEPT, "crowd", "ignored"}
         return [
             name
             for key, name in self.classes.items()
-            if not self.outcomes[key][KEPT] and self.outcomes[key].keys() - {KEPT, "crowd", "ignored"}
+            if not self.objects[key, KEPT] and any(label == key and outcome in lost for label, outcome in self.objects)
         ]
 
     def table(self) -> str:
@@ -74,8 +76,7 @@ class Counts:
         kinds = [KEPT, *sorted(total.keys() - {KEPT})]
         headers = ["class", *kinds, "images"]
         rows = [
-            [name, *(self.outcomes[key][kind] for kind in kinds), self.images[key]]
-            for key, name in self.classes.items()
+            [name, *(self.objects[key, kind] for kind in kinds), self.images[key]] for key, name in self.classes.items()
         ]
         rows.append(["all", *(total[kind] for kind in kinds), self.images_with_any])
         if len(rows) > _MOST_ROWS:
@@ -87,6 +88,8 @@ class Counts:
 
 
 def _outcome(annotation: Json, problems: Iterable[Problem]) -> str:
+    if not (problems or annotation.get("iscrowd") or annotation.get("ignored")):
+        return KEPT
     kind = region_kind(annotation)
     if kind != "objects":
         return kind

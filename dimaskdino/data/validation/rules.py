@@ -26,6 +26,10 @@ AREA_TOLERANCE, AREA_TOLERANCE_PX = 0.5, 10
 # A polygon of at least this area is taken to have a pixel; a smaller one is drawn to find out.
 AREA_WITH_PIXEL = 4.0
 
+# Looked up once, since the rules run over millions of annotations.
+_IDS, _NUMBERS, _LISTS = (int, str, float, np.integer), (int, float), (list, tuple, np.ndarray)
+_XYWH, _XYXY = BoxMode.XYWH_ABS, BoxMode.XYXY_ABS
+
 MISSING_MASK = "mask: missing"
 NORMALIZED = "coordinates: 0 to 1, as if normalized"
 CORNERS = "box: reads as x1, y1, x2, y2"
@@ -140,7 +144,9 @@ class Rules:
     def class_name(self, annotation: Json, found: list[Problem]) -> str:
         """The class of an annotation, or "" if its category is unknown; problems are added to ``found``."""
         label = annotation.get("category_id")
-        is_id = isinstance(label, int | str | float | np.integer) and not isinstance(label, bool)
+        if type(label) is int and label in self.categories:
+            return self.categories[label] or str(label)
+        is_id = isinstance(label, _IDS) and not isinstance(label, bool)
         if is_id and label in self.categories:
             return self.categories[label] or str(label)
         twin = next((key for key in self.categories if str(key) == str(label)), None)
@@ -161,21 +167,21 @@ class Rules:
                 why = "evaluation needs it" if self.scored else "an object needs a box or a mask"
                 found.append(Problem("box: missing", Level.REFUSED, "", f"add bbox, since {why}"))
             return None
-        if not (isinstance(box, list | tuple | np.ndarray) and len(box) == 4 and _is_finite(box)):
+        if not (isinstance(box, _LISTS) and len(box) == 4 and _is_finite(box)):
             found.append(Problem("box: not four finite numbers", Level.REFUSED, f"{box!r:.60}"))
             return None
-        if max(map(abs, box)) > _farthest(size):
+        if max(*box, -min(box)) > _farthest(size):
             found.append(Problem("box: far outside the image", Level.REFUSED, f"{[*box]!r:.80} in {_text(size)}"))
             return None
         needed = needed or not self.with_masks
-        mode = BoxMode.XYWH_ABS if self.in_file else annotation.get("bbox_mode")
-        if mode not in (BoxMode.XYWH_ABS, BoxMode.XYXY_ABS):
+        mode = _XYWH if self.in_file else annotation.get("bbox_mode")
+        if mode not in (_XYWH, _XYXY):
             remedy = "give BoxMode.XYXY_ABS or BoxMode.XYWH_ABS"
             level = Level.REFUSED if needed else Level.NOTE
             found.append(Problem("box: unknown bbox_mode", level, f"{mode!r:.40}", remedy))
             return None
         left, top, right, bottom = box
-        if mode == BoxMode.XYWH_ABS:
+        if mode == _XYWH:
             right, bottom = left + right, top + bottom
         if right <= left or bottom <= top:
             level = Level.REFUSED if needed and (right < left or bottom < top) else Level.NOTE
@@ -238,25 +244,38 @@ def read_mask(segmentation: Any, size: Size | None) -> Shape | None:
     if isinstance(segmentation, np.ndarray):
         remedy = "give pycocotools.mask.encode(np.asfortranarray(mask, dtype=np.uint8))"
         raise MaskError("an array", f"of shape {segmentation.shape}", remedy)
-    if not (
-        isinstance(segmentation, list) and all(isinstance(each, list | tuple | np.ndarray) for each in segmentation)
-    ):
+    if not (isinstance(segmentation, list) and all(map(_is_list, segmentation))):
         raise MaskError("neither a list of polygons, each a list of numbers, nor an RLE", f"{segmentation!r:.60}", "")
-    area, left, top, right, bottom = 0.0, math.inf, math.inf, -math.inf, -math.inf
-    usable = []
-    for polygon in segmentation:
-        if not _is_finite(polygon):
-            raise MaskError("a polygon is not a flat list of finite numbers x, y, x, y, ...", f"{polygon!r:.60}", "")
-        if len(polygon) < 6 or len(polygon) % 2:
-            continue
-        usable.append(polygon)
-        x, y = polygon[::2], polygon[1::2]
-        left, top, right, bottom = min(left, *x), min(top, *y), max(right, *x), max(bottom, *y)
-        area += abs(sum(map(mul, x, y[1:])) + x[-1] * y[0] - sum(map(mul, x[1:], y)) - x[0] * y[-1]) / 2
+    shapes = [_read_polygon(polygon) for polygon in segmentation if _has_three_points(polygon)]
+    if len(shapes) == 1:
+        (mask,) = shapes
+    elif shapes:
+        lefts, tops, rights, bottoms = zip(*(shape.extent for shape in shapes), strict=True)
+        extent = (min(lefts), min(tops), max(rights), max(bottoms))
+        mask = Shape(extent, sum(shape.area for shape in shapes), [shape.polygons[0] for shape in shapes])
+    else:
+        return Shape((0, 0, 0, 0), 0, [])
+    left, top, right, bottom = mask.extent
     farthest = max(-left, -top, right, bottom)
-    if usable and farthest > _farthest(size):
+    if farthest > _farthest(size):
         raise MaskError("far outside the image", f"a coordinate of {farthest:g} in {_text(size)}", "")
-    return Shape((left, top, right, bottom), area, usable)
+    return mask
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, _LISTS)
+
+
+def _has_three_points(polygon: Any) -> bool:
+    if not _is_finite(polygon):
+        raise MaskError("a polygon is not a flat list of finite numbers x, y, x, y, ...", f"{polygon!r:.60}", "")
+    return len(polygon) >= 6 and len(polygon) % 2 == 0
+
+
+def _read_polygon(polygon: Any) -> Shape:
+    x, y = polygon[::2], polygon[1::2]
+    area = abs(sum(map(mul, x, y[1:])) + x[-1] * y[0] - sum(map(mul, x[1:], y)) - x[0] * y[-1]) / 2  # shoelace formula
+    return Shape((min(x), min(y), max(x), max(y)), area, [polygon])
 
 
 def _read_rle(segmentation: Rle, size: Size) -> Shape:
@@ -319,7 +338,7 @@ def _check_place(box: Extent, mask: Shape | None, size: Size, found: list[Proble
 
 def _check_area(annotation: Json, mask: Shape | None, size: Size | None, found: list[Problem]) -> None:
     area = annotation.get("area")
-    if not (isinstance(area, int | float) and 0 < area <= sys.float_info.max):
+    if not (isinstance(area, _NUMBERS) and 0 < area <= sys.float_info.max):
         found.append(Problem("area: missing or not positive", Level.NOTE, f"{area!r:.40}"))
     elif mask is not None and size is not None and not _is_area(area, mask.area):
         # Polygons that overlap or leave the image cover less than the sum of their areas.
