@@ -1,5 +1,6 @@
 """Start the processes of a job: one, one per GPU as detectron2's launcher does, or those that torchrun started."""
 
+import ctypes
 import logging
 import multiprocessing
 import os
@@ -22,6 +23,7 @@ from dimaskdino.errors import USER_ERROR_STATUS, UserError
 Main = Callable[[Namespace], object]
 
 TIMEOUT = timedelta(minutes=30)
+PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
 
 
 def launch(main: Main, args: Namespace, *, cpu_processes: int = 1) -> None:
@@ -111,6 +113,9 @@ def _spawn(main: Main, args: Namespace, num_local: int) -> None:
 
 
 def _worker(local_rank: int, main: Main, args: Namespace, num_local: int, job: dict[str, Any]) -> None:
+    if sys.platform == "linux":
+        # If the launcher is killed, Linux ends this process. torch asks for SIGINT, which background jobs ignore.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     rank = num_local * args.machine_rank + local_rank
     _run_in_job(main, args, num_local=num_local, local_rank=local_rank, rank=rank, **job)
 

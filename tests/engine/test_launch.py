@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -141,7 +142,45 @@ def test_failure_of_a_process_ends_the_job(
     lines = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("[")]  # Gloo's own
     assert first is None or lines[0].startswith(first)
     assert (len(lines) == 1) if last is None else re.match(last, lines[-1])
-    assert multiprocessing.active_children() == before
+    assert not [process for process in multiprocessing.active_children() if process not in before]
+
+
+def run_until_killed(args: argparse.Namespace) -> None:
+    (args.folder / f"{os.getpid()}.pid").touch()
+    while True:
+        comm.synchronize()
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rpartition(") ")[2][0] != "Z"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a process of its parent's end")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_launcher_leaves_no_processes(number: int, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(mp, "spawn", functools.partial(mp.start_processes, start_method="fork"))
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell has it for jobs in the background
+    try:
+        launcher = multiprocessing.get_context("fork").Process(
+            target=launch, args=(run_until_killed, arguments(num_gpus=0, folder=tmp_path)), kwargs={"cpu_processes": 2}
+        )
+        launcher.start()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    wait_until(lambda: len(list(tmp_path.glob("*.pid"))) == 2)
+    os.kill(launcher.pid, number)
+    launcher.join()
+    pids = [int(path.stem) for path in tmp_path.glob("*.pid")]
+    wait_until(lambda: not any(map(is_running, pids)))
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 @pytest.fixture
