@@ -36,7 +36,7 @@ TINY_MODELS: dict[str, dict[str, Any]] = {
     "triple_selection": {"DI__NUM_SELECTED": [12, 10, 8], "LEARN_TGT": True},
 }
 # Configurations at full size whose keys are recorded without their shapes.
-FULL_MODELS = ("coco/dimaskdino_r50_12ep", "coco/maskdino_r50_50ep")
+FULL_MODELS = ("coco/dimaskdino_r50_12ep", "coco/maskdino_r50_50ep", "dino/dino_r50_4scale_12ep")
 
 
 def keys() -> dict[str, Any]:

@@ -17,7 +17,7 @@ from dimaskdino import Predictor
 from dimaskdino.errors import UserError
 from dimaskdino.prediction.results import Classes, Prediction
 from tests.documentation import example
-from tests.tiny_model import image, predict, tiny_cfg, tiny_model
+from tests.tiny_model import TINY_DINO, image, predict, tiny_cfg, tiny_model
 
 SIZES = {"INPUT.MIN_SIZE_TEST": 64, "INPUT.MAX_SIZE_TEST": 64, "INPUT.FORMAT": "BGR"}
 NAMES = ["cat", "dog", "cow", "hen", "pig"]
@@ -148,8 +148,9 @@ def test_masks_of_rejected_detections_are_not_made(run, pixels) -> None:
     assert torch.equal(chosen(pixels).instances.scores, scores[scores >= middle])
 
 
-def test_a_model_without_masks_predicts_boxes(tmp_path, pixels) -> None:
-    found = Predictor(make_run(tmp_path / "boxes", BOXES_ALONE), device="cpu", score=0, mask_nms=0.9)(pixels)
+@pytest.mark.parametrize("options", [BOXES_ALONE, TINY_DINO], ids=["Mask DINO", "DINO"])
+def test_a_model_without_masks_predicts_boxes(tmp_path, pixels, options) -> None:
+    found = Predictor(make_run(tmp_path / "boxes", options), device="cpu", score=0, mask_nms=0.9)(pixels)
     assert not found.instances.has("pred_masks")
     assert "segmentation" not in found.to_coco()[0]
     assert "mask" not in found.to_dict()["objects"][0]

@@ -251,3 +251,16 @@ def test_unmatched_denoising_queries_are_background():
     # Gradient descent lowers every logit of a background query.
     assert (class_gradient[1, negatives] >= 0).all()
     assert re.match("dn.layer", output.denoising_stages[-1].name)
+
+
+def test_half_precision_of_weights_in_evaluation_and_of_autocast_in_training():
+    batch = [{"image": image(32, 40)}, {"image": image(64, 80)}]
+    with torch.no_grad():
+        for result in tiny_dino().bfloat16()(batch):
+            assert result["instances"].pred_boxes.tensor.isfinite().all()
+    model = tiny_dino().train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = model(train_batch(BOXES, BOXES[:1]))
+    sum(losses.values()).backward()
+    assert all(loss.isfinite() for loss in losses.values())
+    assert all(each.grad.isfinite().all() for each in model.parameters())
