@@ -8,9 +8,17 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils.registry import Registry
 
 from dimaskdino.data.coco_file import category_names, read_json
+from dimaskdino.data.validation.segmentation import truth_of
 from dimaskdino.errors import DatasetError
 from dimaskdino.evaluation.coco import CocoEvaluator
 from dimaskdino.evaluation.layerwise import LayerwiseEvaluator
+from dimaskdino.evaluation.segmentation import (
+    EvaluatorGroup,
+    PanopticEvaluator,
+    SemanticEvaluator,
+    ThingsEvaluator,
+    register_things,
+)
 
 EVALUATOR_REGISTRY = Registry("EVALUATOR")
 EVALUATOR_REGISTRY.__doc__ = """
@@ -41,6 +49,46 @@ def coco(cfg: CfgNode, dataset_name: str, output_folder: str) -> DatasetEvaluato
         seen_only=cfg.DATASETS.MAX_IMAGES > 0,
         max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
     )
+    return _by_stage(cfg, final, output_folder)
+
+
+@EVALUATOR_REGISTRY.register()
+def coco_panoptic_seg(cfg: CfgNode, dataset_name: str, output_folder: str) -> DatasetEvaluator:
+    """What the model gives of AP of the things, PQ, and mIoU; several stages where TEST.EVAL_LAYERS names them."""
+    if truth_of(dataset_name) != "panoptic":  # detectron2's "separated" datasets
+        return coco(cfg, dataset_name, output_folder)
+    test = cfg.MODEL.MaskDINO.TEST
+    parts: list[DatasetEvaluator] = []
+    instances, things = register_things(dataset_name)
+    if test.INSTANCE_ON and things:
+        seen_only, limit = cfg.DATASETS.MAX_IMAGES > 0, cfg.TEST.DETECTIONS_PER_IMAGE
+        options = {"output_dir": output_folder, "seen_only": seen_only, "max_detections": limit}
+        parts.append(ThingsEvaluator(CocoEvaluator(dataset_name=instances, **options), things))
+    if test.PANOPTIC_ON:
+        parts.append(PanopticEvaluator(dataset_name=dataset_name, output_dir=output_folder))
+    if test.SEMANTIC_ON:
+        parts.append(_semantic(cfg, dataset_name, output_folder))
+    return _by_stage(cfg, EvaluatorGroup(parts), output_folder)
+
+
+@EVALUATOR_REGISTRY.register()
+def sem_seg(cfg: CfgNode, dataset_name: str, output_folder: str) -> DatasetEvaluator:
+    """MIoU and accuracy, of several stages where TEST.EVAL_LAYERS names them."""
+    return _by_stage(cfg, _semantic(cfg, dataset_name, output_folder), output_folder)
+
+
+@EVALUATOR_REGISTRY.register()
+def cityscapes_sem_seg(cfg: CfgNode, dataset_name: str, output_folder: str) -> DatasetEvaluator:
+    """As :func:`sem_seg`, at the size of the images."""
+    return sem_seg(cfg, dataset_name, output_folder)
+
+
+def _semantic(cfg: CfgNode, dataset_name: str, output_folder: str) -> SemanticEvaluator:
+    ignore = cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
+    return SemanticEvaluator(dataset_name=dataset_name, output_dir=output_folder, ignore=ignore)
+
+
+def _by_stage(cfg: CfgNode, final: DatasetEvaluator, output_folder: str) -> DatasetEvaluator:
     if not cfg.TEST.EVAL_LAYERS:
         return final
     return LayerwiseEvaluator(final=final, output_dir=output_folder)
@@ -68,7 +116,7 @@ def class_names(dataset_name: str) -> list[str]:
     if dataset_name not in DatasetCatalog.list():
         return []
     metadata = MetadataCatalog.get(dataset_name)
-    names, file = metadata.get("thing_classes"), metadata.get("json_file")
+    names, file = metadata.get("thing_classes") or metadata.get("stuff_classes"), metadata.get("json_file")
     if names is None and file and os.path.isfile(file):
         # register_coco_instances learns the classes when it loads the file.
         names = category_names(read_json(file)).values()

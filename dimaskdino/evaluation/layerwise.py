@@ -1,4 +1,4 @@
-"""AP after every stage of the decoder: the detection-segmentation imbalance and how it closes."""
+"""Scores after every stage of the decoder: the detection-segmentation imbalance and how it closes."""
 
 import csv
 import itertools
@@ -9,23 +9,22 @@ from typing import Any
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
-from dimaskdino.evaluation.coco import CocoEvaluator
 from dimaskdino.evaluation.report import layer_table, stage_columns, stage_row, write_results
 
 logger = logging.getLogger(__name__)
 
 
 class LayerwiseEvaluator(DatasetEvaluator):
-    """Evaluates the final instances and those of every stage in the model's ``layers`` in one pass over the images.
+    """Evaluates the final results and those of every stage in the model's ``layers`` in one pass over the images.
 
     Writes ``layers.json`` and ``layers.csv`` next to the final stage's results.
 
     Args:
-        final: evaluator of the final instances; each stage gets one like it.
+        final: evaluator of the final results; each stage gets one like it from ``for_stage``, read by ``score``.
         output_dir: where the tables go.
     """
 
-    def __init__(self, *, final: CocoEvaluator, output_dir: str) -> None:
+    def __init__(self, *, final: Any, output_dir: str) -> None:
         self._final = final
         self._output_dir = output_dir
         self.reset()
@@ -33,7 +32,7 @@ class LayerwiseEvaluator(DatasetEvaluator):
     def reset(self) -> None:
         """Forget all predictions."""
         self._final.reset()
-        self._stages: dict[str, CocoEvaluator] = {}
+        self._stages: dict[str, Any] = {}
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
         """Add a batch: the results of every image, and those of its ``layers`` (stage name to results)."""
@@ -47,8 +46,8 @@ class LayerwiseEvaluator(DatasetEvaluator):
 
         Returns:
             On the main process the final stage's scores by task, and ``layers``: ``<stage>/box_AP``,
-            ``<stage>/mask_AP``, and ``<stage>/gap`` (box minus mask) in percent, the last two where masks are scored.
-            On other processes an empty dict.
+            ``<stage>/mask_AP``, and ``<stage>/gap`` (box minus mask) in percent, the last two where masks are scored;
+            ``<stage>/PQ`` and ``<stage>/mIoU`` where they are scored. On other processes an empty dict.
         """
         results = self._final.evaluate()
         rows = []
@@ -59,11 +58,11 @@ class LayerwiseEvaluator(DatasetEvaluator):
         if not comm.is_main_process():
             return {}
         self._write(rows)
-        logger.info("AP by stage:\n%s", layer_table(rows))
+        logger.info("Scores by stage:\n%s", layer_table(rows))
         results["layers"] = {f"{row['stage']}/{key}": row[key] for row in rows for key in stage_columns([row])}
         return results
 
-    def _stage(self, name: str) -> CocoEvaluator:
+    def _stage(self, name: str) -> Any:
         if name not in self._stages:
             self._stages[name] = self._final.for_stage(name)
         return self._stages[name]

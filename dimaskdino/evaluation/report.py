@@ -14,6 +14,8 @@ Results = Mapping[str, Mapping[str, float]]
 
 # What results hold by task, and what the task is called in tables.
 TASK_NAMES = {"bbox": "box", "segm": "mask"}
+# The metric of the table by stage for the other tasks.
+_SEGMENTATION = {"panoptic_seg": "PQ", "sem_seg": "mIoU"}
 _GAP = "gap"
 _GAP_HEAD = "box - mask"
 
@@ -35,22 +37,47 @@ def class_table(results: Results) -> str:
     return _table(rows, heads)
 
 
+def panoptic_table(scores: Mapping[str, float]) -> str:
+    """PQ, SQ and RQ (percent) of all classes, of things, and of stuff, then of each class."""
+    metrics = ("PQ", "SQ", "RQ")
+    rows = [
+        [group, *(scores[f"{metric}{ending}"] for metric in metrics)]
+        for group, ending in (("all", ""), ("things", "_th"), ("stuff", "_st"))
+    ]
+    names = [key.removeprefix("PQ-") for key in scores if key.startswith("PQ-")]
+    of_classes = [[name, *(scores[f"{metric}-{name}"] for metric in metrics)] for name in names]
+    return f"{_table(rows, ['', *metrics])}\n\n{_table(of_classes, ['class', *metrics])}"
+
+
+def semantic_table(scores: Mapping[str, float]) -> str:
+    """Mean and frequency-weighted IoU, mean and pixel accuracy (percent), then IoU and accuracy of each class."""
+    metrics = [key for key in scores if "-" not in key]
+    names = [key.removeprefix("IoU-") for key in scores if key.startswith("IoU-")]
+    of_classes = [[name, scores[f"IoU-{name}"], scores[f"ACC-{name}"]] for name in names]
+    means = _table([[scores[metric] for metric in metrics]], metrics)
+    return f"{means}\n\n{_table(of_classes, ['class', 'IoU', 'accuracy'])}"
+
+
 def stage_row(stage: str, results: Results) -> dict[str, Any]:
-    """One stage's line of the table: its box AP, mask AP, and their difference, as far as scored, and all scores."""
+    """One stage's line of the table, as far as scored, and all scores.
+
+    Those are box AP, mask AP, and their difference, PQ, and mIoU.
+    """
     row = {f"{TASK_NAMES[task]}_AP": results[task]["AP"] for task in _tasks(results)}
     if len(row) == len(TASK_NAMES):
         row[_GAP] = row["box_AP"] - row["mask_AP"]
+    row |= {metric: results[task][metric] for task, metric in _SEGMENTATION.items() if task in results}
     return {"stage": stage, **row, **results}
 
 
 def stage_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The columns of the table by stage that ``rows`` have: ``box_AP``, ``mask_AP``, and ``gap``."""
-    known = [*(f"{name}_AP" for name in TASK_NAMES.values()), _GAP]
+    """The columns of the table by stage that ``rows`` have: ``box_AP``, ``mask_AP``, ``gap``, ``PQ``, and ``mIoU``."""
+    known = [*(f"{name}_AP" for name in TASK_NAMES.values()), _GAP, *_SEGMENTATION.values()]
     return [column for column in known if any(column in row for row in rows)]
 
 
 def layer_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """AP (percent) of boxes and masks by stage, and box minus mask where both were scored.
+    """AP (percent) of boxes and masks by stage, and box minus mask where both were scored; PQ and mIoU likewise.
 
     Args:
         rows: as :func:`stage_row` makes them.

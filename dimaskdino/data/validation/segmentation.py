@@ -41,7 +41,7 @@ def truth_of(name: str) -> str:
     first = next(iter(load_dataset(name)), {})
     if "segments_info" in first:
         return "panoptic"
-    return "semantic" if "sem_seg_file_name" in first else "instance"
+    return "semantic" if "sem_seg_file_name" in first and "annotations" not in first else "instance"
 
 
 def class_names(name: str) -> list[str]:
