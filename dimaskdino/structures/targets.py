@@ -22,12 +22,14 @@ class Targets:
         boxes: (n, 4) float32 cxcywh, normalized to the padded canvas.
         masks: (n, H, W) bool on the padded canvas; None for an image whose objects have boxes alone.
         box_supervised: (n,) bool, whether the box loss counts the object.
+        mask_supervised: (n,) bool, whether the object has a mask; None where all have, or none.
     """
 
     labels: Tensor
     boxes: Tensor
     masks: Tensor | None
     box_supervised: Tensor
+    mask_supervised: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -47,7 +49,7 @@ class Targets:
 
         Args:
             instances: gt_classes, gt_boxes (xyxy px), and optionally gt_masks (BitMasks, PolygonMasks or a (n, h, w)
-                tensor) and gt_box_supervised ((n,) bool), in the frame of the unpadded image.
+                tensor), gt_box_supervised and gt_mask_supervised ((n,) bool), in the frame of the unpadded image.
             height: of the padded canvas, px.
             width: of the padded canvas, px.
             num_classes: K.
@@ -69,12 +71,16 @@ class Targets:
             )
         device = device or labels.device
         labels = labels.to(device)
-        supervised = instances.gt_box_supervised.to(device) if instances.has("gt_box_supervised") else None
+        supervised, has_mask = (
+            instances.get(field).to(device) if instances.has(field) else None
+            for field in ("gt_box_supervised", "gt_mask_supervised")
+        )
         return cls(
             labels=labels,
             boxes=normalize_boxes(xyxy_to_cxcywh(instances.gt_boxes.tensor.float()), width, height).to(device),
             masks=_padded_masks(instances, height, width, device) if with_masks else None,
             box_supervised=torch.ones_like(labels, dtype=torch.bool) if supervised is None else supervised,
+            mask_supervised=has_mask,
         )
 
     def supervise_boxes_of(self, classes: Tensor) -> "Targets":
@@ -93,6 +99,7 @@ class JoinedTargets:
         boxes: (n, 4) float32 cxcywh.
         box_supervised: (n,) bool.
         masks: (m, H, W) bool, of the images that have masks.
+        mask_supervised: (m,) bool, which of these are the masks of objects.
     """
 
     def __init__(self, targets: Sequence[Targets]) -> None:
@@ -101,6 +108,12 @@ class JoinedTargets:
         self.box_supervised = torch.cat([target.box_supervised for target in targets])
         masks = [target.masks for target in targets if target.masks is not None]
         self.masks = torch.cat(masks) if masks else self.labels.new_zeros((0, 1, 1), dtype=torch.bool)
+        have_masks = [
+            torch.ones_like(target.box_supervised) if target.mask_supervised is None else target.mask_supervised
+            for target in targets
+            if target.masks is not None
+        ]
+        self.mask_supervised = torch.cat(have_masks) if have_masks else self.box_supervised[:0]
         self._starts: list[int] = []
         self._mask_starts: list[int | None] = []
         num_objects = num_masks = 0

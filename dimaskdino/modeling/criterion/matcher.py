@@ -70,7 +70,7 @@ class BoxCost:
 class MaskCost:
     """Cross entropy and dice loss of masks at points that all masks of an image share.
 
-    Stages without masks, and images without them, cost nothing.
+    Stages without masks, and objects without them, cost nothing.
 
     Args:
         ce_weight: of the cross entropy.
@@ -97,6 +97,7 @@ class MaskCost:
             features = sample_points(masks[0].features[image][None].float(), points[None])[0]
             embeds = torch.cat([each.embed[image] for each in masks]).float()
             cost = torch.cat([self._cost(embed @ features, labels) for embed in embeds.split(_QUERIES_PER_CHUNK)])
+            cost = cost if target.mask_supervised is None else cost * target.mask_supervised
             for index, of_stage in zip(group, cost.split([each.embed.shape[1] for each in masks]), strict=True):
                 costs[index] = of_stage
         return torch.cat(costs)

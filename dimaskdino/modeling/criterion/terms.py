@@ -229,12 +229,13 @@ class MaskLoss:
             embeds.append(masks.embed[image, query])
             places.append(place)
         chunks = zip(torch.cat(embeds).split(_MASKS_PER_CHUNK), torch.cat(places).split(_MASKS_PER_CHUNK), strict=True)
-        losses = [self._of_masks(mask_logits(embed, features), stages.targets.masks, place) for embed, place in chunks]
+        losses = [self._of_masks(mask_logits(embed, features), stages.targets, place) for embed, place in chunks]
         return torch.cat(losses, dim=1), [len(place) for place in places]
 
-    def _of_masks(self, logits: Tensor, masks: Tensor, place: Tensor) -> Tensor:
-        """Losses (2, m) of logits (m, h, w) against the rows ``place`` (m,) of ``masks``."""
+    def _of_masks(self, logits: Tensor, targets: JoinedTargets, place: Tensor) -> Tensor:
+        """Losses (2, m) of logits (m, h, w) against the masks at ``place`` (m,); zero for an object without a mask."""
         logits = logits.float()
         points = self.sampler.per_mask(logits.detach())
-        labels = sample_binary_masks(masks, place, points)
-        return torch.stack(mask_losses(sample_points(logits[:, None], points)[:, 0], labels))
+        labels = sample_binary_masks(targets.masks, place, points)
+        losses = torch.stack(mask_losses(sample_points(logits[:, None], points)[:, 0], labels))
+        return losses * targets.mask_supervised[place]

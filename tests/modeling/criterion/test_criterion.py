@@ -312,3 +312,13 @@ def test_softmax_class_loss_is_the_weighted_mean_over_queries(weight):
     loss = criterion(DN="no", NO_OBJECT_WEIGHT=weight, **SEMANTIC)(output, [make_targets([0], [LEFT])])["loss_ce"]
     total = math.log(NUM_CLASSES + 2) + 2 * weight * math.log((NUM_CLASSES + 2) / 2)
     assert loss.item() == pytest.approx(4 * total / (1 + 2 * weight), rel=1e-5)
+
+
+def test_objects_without_a_mask_cost_no_mask_loss_beside_those_with_one():
+    undecided = make_stage([[0.0] * NUM_CLASSES] * 2, [LEFT, RIGHT], torch.zeros(2, 8, 8))
+    target = make_targets([0, 1], [LEFT, RIGHT])
+    some = replace(target, mask_supervised=torch.tensor([True, False]))
+    both, one = (criterion(DN="no")(DecoderOutput([undecided], [], None), [each]) for each in (target, some))
+    for term in ("loss_mask", "loss_dice"):
+        assert one[term].item() == pytest.approx(both[term].item() / 2, rel=1e-5)
+    assert one["loss_bbox"] == both["loss_bbox"]

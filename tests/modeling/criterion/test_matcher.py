@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -187,3 +188,13 @@ def test_matching_keeps_no_graph():
     stage = StagePrediction(Stage("layer"), torch.zeros(1, 1, 1, requires_grad=True), torch.tensor([[LEFT]]))
     ((query, _),) = matcher(**RELEASE)([stage], [make_targets([0], [LEFT])])[0]
     assert not query.requires_grad
+
+
+def test_objects_without_a_mask_are_matched_by_class_and_box_alone(costs):
+    stage = make_stage([[0.0], [1.0]], [LEFT, RIGHT], torch.randn(2, 8, 8))
+    target = make_targets([0, 0], [LEFT, RIGHT])
+    matcher(**RELEASE)([stage], [replace(target, mask_supervised=torch.tensor([True, False]))])
+    matcher(**RELEASE)([stage], [target])
+    matcher(**(RELEASE | {"mask": 0.0, "dice": 0.0}))([stage], [target])
+    torch.testing.assert_close(costs[0][:, 0], costs[1][:, 0])
+    torch.testing.assert_close(costs[0][:, 1], costs[2][:, 1])
