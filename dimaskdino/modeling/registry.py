@@ -10,16 +10,18 @@ from dimaskdino.errors import ConfigError
 
 PIXEL_DECODER_REGISTRY = Registry("PIXEL_DECODER")
 PIXEL_DECODER_REGISTRY.__doc__ = """
-Encoders, named by MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME; called as ``cls(cfg, input_shape)``.
+Encoders, named by MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME or MODEL.DINO.ENCODER_NAME; called as
+``cls(cfg, input_shape)``, then with the backbone's features by name, in DINO also with the
+:class:`dimaskdino.layers.padding.PaddedBatch`.
 """
 TRANSFORMER_DECODER_REGISTRY = Registry("TRANSFORMER_DECODER")
 TRANSFORMER_DECODER_REGISTRY.__doc__ = """
-Decoders, named by MODEL.MaskDINO.TRANSFORMER_DECODER_NAME; called as ``cls(cfg)``.
+Decoders, named by MODEL.MaskDINO.TRANSFORMER_DECODER_NAME or MODEL.DINO.DECODER_NAME; called as ``cls(cfg)``.
 """
 DENOISING_REGISTRY = Registry("DENOISING")
 DENOISING_REGISTRY.__doc__ = """
-Denoising, named by MODEL.MaskDINO.DN_NAME; called as ``cls(cfg)``, then with the targets of each image to give
-:class:`dimaskdino.structures.DenoisingQueries`, or None for a batch without any.
+Denoising, named by MODEL.MaskDINO.DN_NAME or MODEL.DINO.DN_NAME; called as ``cls(cfg)``, then with the
+targets of each image to give :class:`dimaskdino.structures.DenoisingQueries`, or None for a batch without any.
 """
 DE_IMBALANCE_REGISTRY = Registry("DE_IMBALANCE")
 DE_IMBALANCE_REGISTRY.__doc__ = """
