@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from dimaskdino import Predictor
 from dimaskdino.command_line import add_import_flag, at_least, import_modules
 from dimaskdino.cpu import keep_freed_memory
 from dimaskdino.errors import UserError, run_cli
+from dimaskdino.prediction.canvases import Canvas
 from dimaskdino.prediction.inputs import Source, find_sources
 from dimaskdino.prediction.job import Job
 from dimaskdino.prediction.outputs import Outputs, check_writable
@@ -60,7 +62,7 @@ def parse_args() -> argparse.Namespace:
     add(
         "--save",
         nargs="+",
-        choices=("pictures", "coco", "masks", "csv"),
+        choices=("pictures", "coco", "masks", "csv", "geojson"),
         default=["pictures", "coco"],
         help="what to write (default: pictures coco)",
     )
@@ -166,7 +168,7 @@ def build_job(args: argparse.Namespace, predictor: Predictor, records: Records) 
     """The job that the command line describes."""
     kinds = {*args.save, *(["features"] if args.query_features else [])}
     return Job(
-        read=predictor.read,
+        read=partial(read_map, predictor) if "geojson" in kinds else predictor.read,
         predict=predictor.predict_batch,
         outputs=Outputs(args.output, kinds, by_instance=args.by_instance),
         records=records,
@@ -177,6 +179,14 @@ def build_job(args: argparse.Namespace, predictor: Predictor, records: Records) 
         image_ids=image_ids(args.annotations),
         max_frames=args.max_frames,
     )
+
+
+def read_map(predictor: Predictor, path: str) -> Canvas:
+    """Read a picture that has a place on the map."""
+    canvas = predictor.read(path)
+    if not isinstance(canvas, Canvas) or canvas.to_map is None:
+        raise UserError(f"{path} has no place on the map; --save geojson takes GeoTIFF, with --tile and rasterio.")
+    return canvas
 
 
 def image_ids(path: Path | None) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The files that are written for each image: a picture, masks, query features."""
 
+import json
 import os
 from collections.abc import Collection
 from pathlib import Path
@@ -23,7 +24,7 @@ class Outputs:
 
     Args:
         folder: of the results.
-        kinds: of "pictures" (JPEG), "masks" (PNG) and "features" (safetensors); each kind has a subfolder.
+        kinds: of "pictures" (JPEG), "masks" (PNG), "features" (safetensors) and "geojson"; each has a subfolder.
         by_instance: a color for each object in pictures.
     """
 
@@ -45,6 +46,9 @@ class Outputs:
             mask_map(found).save(self.path("masks", source.name, ".png"))
         if "features" in self._kinds:
             save_file(query_features(found), self.path("features", source.name, ".safetensors"))
+        if "geojson" in self._kinds:
+            path = self.path("geojson", source.name, ".geojson")
+            path.write_text(json.dumps(geojson(found)), encoding="utf-8")
         height, width = found.image.shape[:2]
         record = {"number": source.number, "id": image_id, "file": source.path, "height": height, "width": width}
         if "panoptic_seg" in found:
@@ -80,6 +84,30 @@ def query_features(found: Prediction) -> dict[str, torch.Tensor]:
         "classes": instances.pred_classes.contiguous(),
         "image_feature": found["image_feature"].contiguous(),
     }
+
+
+def geojson(found: Prediction) -> dict[str, Any]:
+    """The objects of a picture with a place on the map, as polygons in longitude and latitude; needs rasterio.
+
+    Args:
+        found: objects with masks, in a picture whose ``to_map`` is known.
+    """
+    from rasterio.features import shapes
+    from rasterio.warp import transform_geom
+
+    assert found.to_map is not None
+    transform, crs = found.to_map["transform"], found.to_map["crs"]
+    features = []
+    for name, score, rle in zip(
+        found.class_names, found.instances.scores.tolist(), RleMasks.of(found.instances.pred_masks).rles, strict=True
+    ):
+        crop, top, left = crop_of(rle)
+        place = transform @ type(transform).translation(left, top)
+        parts = [part for part, _ in shapes(crop.astype(np.uint8), mask=crop, connectivity=8, transform=place)]
+        outline = {"type": "MultiPolygon", "coordinates": [part["coordinates"] for part in parts]}
+        geometry = transform_geom(crs, "OGC:CRS84", outline)
+        features.append({"type": "Feature", "properties": {"class": name, "score": score}, "geometry": geometry})
+    return {"type": "FeatureCollection", "features": features}
 
 
 def check_writable(folder: Path) -> None:

@@ -60,7 +60,7 @@ class Prediction(dict):
         super().__init__(result)
         self.image, self.classes, self.source = image, classes, source
         self.size: tuple[int, int] = image.shape[:2] if canvas is None else canvas.size
-        self.to_map = canvas and canvas.to_map
+        self.to_map = None if canvas is None else canvas.to_map
 
     @property
     def instances(self) -> Instances:

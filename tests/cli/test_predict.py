@@ -86,6 +86,7 @@ def test_options_choose_what_is_reported(run, job, tmp_path) -> None:
         (["--output", "{file}"], "file"),
         (["--opts", "INPUT.MIN_SIZE_TST", "3"], "INPUT.MIN_SIZE_TEST"),
         (["--annotations", "{file}"], "file"),
+        (["--tile", "64", "--overlap", "2"], "overlap"),
     ],
 )
 def test_what_the_user_can_fix_is_one_line(run, job, tmp_path, change, named) -> None:

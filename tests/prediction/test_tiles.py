@@ -9,6 +9,8 @@ from PIL import Image
 
 from dimaskdino.errors import ConfigError, UserError
 from dimaskdino.prediction.canvases import Canvas, open_canvas
+from dimaskdino.prediction.outputs import geojson
+from dimaskdino.prediction.results import Classes, Prediction
 from dimaskdino.prediction.tiles import Tiling, predict_tiles
 from dimaskdino.structures import RleMasks
 
@@ -151,6 +153,7 @@ def test_a_picture_beyond_the_limit_of_pil_can_be_read(tmp_path, monkeypatch) ->
 
 def test_geotiff_is_read_with_its_place(tmp_path: Path) -> None:
     rasterio = pytest.importorskip("rasterio")
+    pytest.importorskip("rasterio.warp")
     image = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
     options = {"driver": "GTiff", "height": 30, "width": 40, "dtype": "uint8", "crs": "EPSG:32633"}
     options["transform"] = rasterio.transform.from_origin(400000, 5000000, 2, 2)
@@ -163,6 +166,15 @@ def test_geotiff_is_read_with_its_place(tmp_path: Path) -> None:
         assert canvas.to_map is not None
         assert canvas.to_map["transform"] == options["transform"]
         assert canvas.copy().shape == (30, 40, 3)
+    found = Instances((30, 40), scores=torch.ones(1), pred_classes=torch.zeros(1, dtype=torch.int64))
+    found.pred_masks = torch.zeros(1, 30, 40, dtype=torch.bool)
+    found.pred_masks[0, 10:20, 5:25] = True
+    prediction = Prediction({"instances": found}, image=image, canvas=canvas, classes=Classes(["roof"], [1]))
+    (feature,) = geojson(prediction)["features"]
+    ((ring,),) = feature["geometry"]["coordinates"]
+    corner = rasterio.warp.transform("EPSG:32633", "OGC:CRS84", [400010], [4999980])
+    assert min(abs(x - corner[0][0]) + abs(y - corner[1][0]) for x, y in ring) < 1e-7
+    assert feature["properties"] == {"class": "roof", "score": 1.0}
     with rasterio.open(tmp_path / "a.tif", "w", count=1, **(options | {"dtype": "uint16"})) as file:
         file.write(bands[:1].astype(np.uint16))
     with pytest.raises(UserError, match="uint16"):
