@@ -2,7 +2,7 @@
 
 from dimaskdino.checkpoint.checkpointer import Checkpointer
 from dimaskdino.checkpoint.dino import pick_coco_rows
-from dimaskdino.checkpoint.reading import DESCRIPTIONS, class_names_of, read_weights, write_weights
+from dimaskdino.checkpoint.reading import DESCRIPTIONS, class_names_of, read_weights, replacing, write_weights
 from dimaskdino.checkpoint.releases import from_release, is_release, to_release
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "is_release",
     "pick_coco_rows",
     "read_weights",
+    "replacing",
     "to_release",
     "write_weights",
 ]

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.utils import comm
-from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter, get_event_storage
+from detectron2.utils.events import EventWriter, TensorboardXWriter, get_event_storage
 
 from dimaskdino.checkpoint import Checkpointer
+from dimaskdino.engine.run_state import MetricsFile
 from dimaskdino.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -110,11 +111,16 @@ class OnFirstRecord(EventWriter):
             self._writer.close()
 
 
-def build_writers(folder: Path) -> list[EventWriter]:
-    """Writers of metrics.json and of TensorBoard events."""
+def build_writers(folder: Path, start_iter: Callable[[], int] = lambda: 0) -> list[EventWriter]:
+    """Writers of metrics.json and of TensorBoard events.
+
+    Args:
+        folder: where they write.
+        start_iter: gives the iteration that a resumed run starts at; TensorBoard hides earlier events from there on.
+    """
     return [
-        OnFirstRecord(lambda: JSONWriter(str(folder / METRICS_FILE))),
-        OnFirstRecord(lambda: TensorboardXWriter(str(folder))),
+        OnFirstRecord(lambda: MetricsFile(folder / METRICS_FILE)),
+        OnFirstRecord(lambda: TensorboardXWriter(str(folder), purge_step=start_iter() or None)),
     ]
 
 
@@ -188,8 +194,11 @@ def full_disk_in_one_line(folder: Path) -> Iterator[None]:
 
 
 def _is_no_space(error: BaseException | None) -> bool:
-    """Whether a full disk caused ``error``; torch raises an error of its own while it handles the system's."""
+    """Whether a full disk caused ``error``; torch raises an error of its own, not always from the system's."""
     while error is not None:
+        # torch's message where the system took only the first part of what was to be written.
+        if isinstance(error, RuntimeError) and "unexpected pos" in str(error):
+            return True
         if isinstance(error, OSError) and error.errno in NO_SPACE:
             return True
         error = error.__cause__ or error.__context__
