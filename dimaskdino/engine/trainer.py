@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import uuid
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -21,7 +22,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from dimaskdino.checkpoint import Checkpointer
+from dimaskdino.checkpoint import FINAL, Checkpointer
 from dimaskdino.data import build_test_loader, build_train_loader, register_all
 from dimaskdino.data.loaders import images_per_process
 from dimaskdino.engine.hooks import (
@@ -35,8 +36,10 @@ from dimaskdino.engine.hooks import (
 from dimaskdino.engine.run_folder import (
     METRICS_FILE,
     build_writers,
+    check_free_space,
     check_same_checkpoint,
     full_disk_in_one_line,
+    read_run_id,
     set_earlier_run_aside,
     write_config,
 )
@@ -93,6 +96,7 @@ class Trainer(TrainerBase):
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         names = class_names(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else ()
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, class_names=names, trainer=weakref.proxy(self))
+        self.checkpointer.run_id = read_run_id(Path(cfg.OUTPUT_DIR))
         self._last_eval_results: dict[str, Any] | None = None
         self._first_batch = 0  # number of batches of this run that were drawn before start_iter
         self._group_size = images_per_process(cfg)
@@ -163,19 +167,29 @@ class Trainer(TrainerBase):
     def _claim_folder(self, folder: Path) -> None:
         """Make OUTPUT_DIR the folder of this run: from now on config.yaml describes the checkpoints there."""
         with full_disk_in_one_line(folder), file_errors_in_one_line():
+            folder.mkdir(parents=True, exist_ok=True)
+            check_free_space(folder, self.model)
             if self.start_iter:
                 cut_records(folder / METRICS_FILE, self.start_iter - 1)
             else:
                 set_earlier_run_aside(folder)
-            write_config(self._given_cfg, folder)
+                self.checkpointer.run_id = uuid.uuid4().hex
+            write_config(self._given_cfg, folder, self.checkpointer.run_id)
 
     def before_train(self) -> None:
         """Run the hooks before the first iteration; a resumed run first completes the iteration of its checkpoint."""
         super().before_train()
         if self.start_iter:
             restore_scalars(self.storage, self._saved_scalars)
+            if self.start_iter >= self.max_iter and Path(self.checkpointer.get_checkpoint_file()).name != FINAL:
+                self._save("model_final", self.start_iter - 1)  # The run was cut off before it, or it is damaged.
             if self._saved_scalars and comm.all_gather(self._lacks_record())[0]:
                 self._complete_step()
+
+    def _save(self, name: str, iteration: int) -> None:
+        """Save a checkpoint after ``iteration``."""
+        self.iter = iteration
+        self.checkpointer.save(name, iteration=iteration)
 
     def _lacks_record(self) -> bool:
         due = is_record_due(self.start_iter, self.max_iter, self.cfg.TEST.EVAL_PERIOD)
@@ -374,6 +388,7 @@ def evaluate(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
     model = Trainer.build_model(cfg)
     names = class_names(cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else ()
     checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, class_names=names)
+    checkpointer.run_id = read_run_id(Path(cfg.OUTPUT_DIR))
     check_same_checkpoint(checkpointer, resume=resume)
     if resume and not checkpointer.has_checkpoint():
         raise UserError(f"--eval-only --resume: no checkpoint in {cfg.OUTPUT_DIR}; train first, or set MODEL.WEIGHTS.")

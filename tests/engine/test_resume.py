@@ -2,6 +2,7 @@
 
 import json
 import logging
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 
 from dimaskdino.config import Config
-from dimaskdino.engine import Trainer
+from dimaskdino.engine import Trainer, run_folder
 from dimaskdino.engine.run_state import changed_settings, cut_records, last_record
+from dimaskdino.errors import UserError
 from tests.engine import killing
 from tests.engine.killing import Killed
 
@@ -155,3 +157,22 @@ def test_changed_settings_give_both_values(cfg: Config) -> None:
     other = elsewhere(cfg, "other", "SOLVER.BASE_LR", 0.5, "INPUT.MIN_SIZE_TRAIN", (32,))
     changes = changed_settings(cfg.dump(), other.dump())
     assert changes == ["INPUT.MIN_SIZE_TRAIN: [32, 48, 64] -> [32]", "SOLVER.BASE_LR: 0.01 -> 0.5"]
+
+
+def test_damaged_last_checkpoint_costs_only_time(cfg: Config) -> None:
+    cfg.merge_from_list(["SOLVER.MAX_ITER", 8, "SOLVER.STEPS", ()])
+    whole = train(cfg)
+    damaged = elsewhere(cfg, "damaged")
+    train(damaged)
+    final = Path(damaged.OUTPUT_DIR) / "model_final.pth"
+    size = final.stat().st_size
+    for name in ("model_final.pth", "model_0000007.pth"):
+        (Path(damaged.OUTPUT_DIR) / name).write_bytes(b"")
+        assert_same_run(damaged, train(damaged, resume=True), cfg, whole)
+        assert final.stat().st_size == size
+
+
+def test_full_disk_is_noticed_at_the_start(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda folder: Namespace(free=100))
+    with pytest.raises(UserError, match=rf"OUTPUT_DIR {cfg.OUTPUT_DIR} has 0 MiB"):
+        train(cfg)
