@@ -37,6 +37,13 @@ def training_samplers(cfg: CfgNode) -> Sequence[str]:
     return ["TrainingSampler", "RepeatFactorTrainingSampler", *newer]
 
 
+def newer_training_sampler(cfg: CfgNode, size: int, seed: int) -> Any:
+    """The sampler of ``size`` images that DATALOADER.SAMPLER_TRAIN names and only newer releases of detectron2 have."""
+    from detectron2.data.samplers import RandomSubsetTrainingSampler
+
+    return RandomSubsetTrainingSampler(size, cfg.DATALOADER.RANDOM_SUBSET_RATIO, seed_shuffle=seed, seed_subset=seed)
+
+
 def create_local_process_group(num_processes_per_machine: int) -> None:
     """Tell detectron2 which processes share this machine; every process of the job calls this once.
 

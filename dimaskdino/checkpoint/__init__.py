@@ -2,17 +2,20 @@
 
 from dimaskdino.checkpoint.checkpointer import Checkpointer
 from dimaskdino.checkpoint.dino import pick_coco_rows
-from dimaskdino.checkpoint.reading import DESCRIPTIONS, class_names_of, read_weights, write_weights
+from dimaskdino.checkpoint.folder import FINAL
+from dimaskdino.checkpoint.reading import DESCRIPTIONS, class_names_of, read_weights, replacing, write_weights
 from dimaskdino.checkpoint.releases import from_release, is_release, to_release
 
 __all__ = [
     "DESCRIPTIONS",
+    "FINAL",
     "Checkpointer",
     "class_names_of",
     "from_release",
     "is_release",
     "pick_coco_rows",
     "read_weights",
+    "replacing",
     "to_release",
     "write_weights",
 ]

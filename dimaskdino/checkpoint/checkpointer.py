@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dimaskdino.checkpoint.backbones import match_backbone
 from dimaskdino.checkpoint.dino import COCO_IDS, COCO_OUTPUTS, pick_coco_rows
 from dimaskdino.checkpoint.fitting import BACKBONE, Misfit, num_classes
+from dimaskdino.checkpoint.folder import TAG_FILE, newest_good
 from dimaskdino.checkpoint.names import is_class_key
 from dimaskdino.checkpoint.reading import AUTHOR, CLASS_NAMES, class_names_of, read_weights, replacing, write_weights
 from dimaskdino.checkpoint.releases import from_release, is_release
@@ -57,31 +58,43 @@ class Checkpointer(DetectionCheckpointer):
         self.finetune = bool(checkpointables) if finetune is None else finetune
         self.trust = trust
         self.class_names = list(class_names)
+        # Saved with the weights: the run that they are of.
+        self.run_id = ""
         # Names of the loaded weights, in the order of the model that saved them.
         self.loaded_names: list[str] = []
         self._path = ""
         self._is_resuming = False
+        self._last: Path | None = None
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write the weights, the class names, the state of all checkpointables and ``kwargs`` to ``name``.pth.
 
         Raises:
-            CheckpointError: the file cannot be written; an earlier one of that name, or another, is still whole.
+            CheckpointError: a weight is not finite, or the file cannot be written; an earlier one of that name, or
+                another, is still whole.
         """
         if not (self.save_dir and self.save_to_disk):
             return
-        content = {"model": self.model.state_dict()}
+        self.write(name, **kwargs)
+        self.tag_last_checkpoint(f"{name}.pth")
+
+    def write(self, name: str, **kwargs: Any) -> None:
+        """As :meth:`save`, but a run does not go on from this file."""
+        path = Path(self.save_dir, f"{name}.pth")
+        weights = self.model.state_dict()
+        _check_finite(path, weights)
+        content = {"model": weights}
         content |= {key: each.state_dict() for key, each in self.checkpointables.items()}
         content |= {CLASS_NAMES: self.class_names} if self.class_names else {}
-        path = Path(self.save_dir, f"{name}.pth")
+        content |= {"run_id": self.run_id} if self.run_id else {}
         self.logger.info("Saving checkpoint to %s", path)
         write_weights(path, content | kwargs)
-        self.tag_last_checkpoint(path.name)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Write the name of the last checkpoint to ``last_checkpoint``."""
-        with replacing(Path(self.save_dir, "last_checkpoint")) as partial:
+        with replacing(Path(self.save_dir, TAG_FILE)) as partial:
             partial.write_text(last_filename_basename, encoding="utf-8")
+        self._last = Path(self.save_dir, last_filename_basename)
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Load weights, and the state of ``checkpointables`` (None: of all).
@@ -117,36 +130,35 @@ class Checkpointer(DetectionCheckpointer):
             As :meth:`load`.
 
         Raises:
-            CheckpointError: as :meth:`load`, or the file that names the last checkpoint names none.
+            CheckpointError: as :meth:`load`, or no checkpoint of the folder is whole.
         """
         if resume and self.has_checkpoint():
-            return self.load(self._last_checkpoint())
+            return self.load(self.get_checkpoint_file())
         return self.load(path, checkpointables=[])
 
+    def has_checkpoint(self) -> bool:
+        """Whether the folder has a checkpoint to go on from, whole or not."""
+        return bool(self.save_dir) and (Path(self.save_dir, TAG_FILE).exists() or bool(self._newest_good()))
+
     def get_checkpoint_file(self) -> str:
-        """Path of the last checkpoint, as ``last_checkpoint`` names it; "" if there is no such file.
+        """Path of the newest whole checkpoint (see :func:`dimaskdino.checkpoint.folder.newest_good`); "" without any.
 
         Raises:
-            CheckpointError: ``last_checkpoint`` is not valid UTF-8.
+            CheckpointError: the folder had checkpoints, but none of them is whole.
         """
-        try:
-            return super().get_checkpoint_file()
-        except UnicodeDecodeError as error:
-            raise self._bad_tag("is not valid UTF-8") from error
-
-    def _last_checkpoint(self) -> str:
-        path = self.get_checkpoint_file()
-        if self.path_manager.isfile(path):
-            return path
-        name = os.path.basename(path)
-        raise self._bad_tag(f"names {name}, which does not exist" if name else "is empty")
-
-    def _bad_tag(self, problem: str) -> CheckpointError:
-        names = sorted(map(os.path.basename, self.get_all_checkpoint_files()))
-        return CheckpointError(
-            f"{os.path.join(self.save_dir, 'last_checkpoint')} {problem}; write the name of the folder's last "
-            f"checkpoint into it ({', '.join(names[-3:]) or 'there is none'}), or start anew without --resume."
+        if path := self._newest_good():
+            return str(path)
+        if not self.has_checkpoint():
+            return ""
+        raise CheckpointError(
+            f"{self.save_dir}: {TAG_FILE} says that there is a checkpoint, but no whole one of this run is left; start "
+            "anew without --resume, or write the name of another checkpoint of this folder into that file."
         )
+
+    def _newest_good(self) -> Path | None:
+        if self._last is None and self.save_dir:
+            self._last = newest_good(Path(self.save_dir), self.run_id)
+        return self._last
 
     def _local_path(self, path: str) -> str:
         try:
@@ -235,6 +247,16 @@ class Checkpointer(DetectionCheckpointer):
                 f"The weights were trained on other classes: {_difference(names, self.class_names)}. Evaluate "
                 "or resume on a dataset with the file's classes, in its order."
             )
+
+
+def _check_finite(path: Path, weights: Mapping[str, Tensor]) -> None:
+    bad = [name for name, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]
+    if bad:
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise CheckpointError(
+            f"{path} is not written, because these weights are not finite: {', '.join(bad[:5])}{more}. Go on from the "
+            "checkpoint before with --resume; if that does not help, lower SOLVER.BASE_LR."
+        )
 
 
 def _difference(theirs: list[str], ours: list[str]) -> str:

@@ -100,12 +100,24 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
+        _sync(partial)
         os.replace(partial, path)
+        _sync(path.parent)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be written ({type(error).__name__}: {error}).") from error
     finally:
         if partial.is_file():
             partial.unlink()
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    with contextlib.suppress(PermissionError, IsADirectoryError):  # of systems that cannot open a folder
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _write_safetensors(path: Path, content: Mapping[str, Any]) -> None:

@@ -1,21 +1,24 @@
-"""Loaders from the configuration: detectron2's own, with our mapper."""
+"""Loaders from the configuration."""
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog, build_detection_test_loader, build_detection_train_loader
-from detectron2.data.build import filter_images_with_only_crowd_annotations
+from detectron2.data import MetadataCatalog, build_detection_test_loader
+from detectron2.data.build import filter_images_with_only_crowd_annotations, trivial_batch_collator
 from detectron2.data.detection_utils import check_metadata_consistency
-from torch.utils.data import Sampler
+from detectron2.utils import comm
+from torch.utils.data import DataLoader
 
 from dimaskdino.compat import training_samplers
 from dimaskdino.data.coco_file import forget_files
 from dimaskdino.data.datasets import register_all
 from dimaskdino.data.datasets.panoptic import forget_panoptic_files
 from dimaskdino.data.datasets.registration import load_dataset
+from dimaskdino.data.images import read_header
 from dimaskdino.data.mapper import build_mapper
+from dimaskdino.data.samplers import BatchSampler, Samples, endless_order
 from dimaskdino.errors import ConfigError, DatasetError, check_choice
 
 logger = logging.getLogger(__name__)
@@ -24,17 +27,27 @@ Batches = Iterable[list[dict[str, Any]]]
 
 
 def build_train_loader(
-    cfg: CfgNode, *, make_sampler: Callable[[int], Sampler] | None = None, with_masks: bool = True
+    cfg: CfgNode,
+    *,
+    make_sampler: Callable[[int], Iterable[int]] | None = None,
+    with_masks: bool = True,
+    first_batch: int = 0,
+    group_size: int = 0,
 ) -> Batches:
     """Endless batches of SOLVER.IMS_PER_BATCH / processes mapped images of DATASETS.TRAIN.
 
     Images without objects, or with only crowd regions, are left out if DATALOADER.FILTER_EMPTY_ANNOTATIONS says so;
     detectron2 logs how many. Crowd regions, and with them BDD100K's ignored regions, are never trained on.
 
+    Batches and augmentations follow from SEED (see :mod:`dimaskdino.data.samplers`); a negative one draws a seed.
+
     Args:
         cfg: the configuration.
-        make_sampler: number of images -> the order to draw them in; None means DATALOADER.SAMPLER_TRAIN.
+        make_sampler: number of images -> the order to draw them in, for all processes together; None means
+            DATALOADER.SAMPLER_TRAIN.
         with_masks: whether the model needs masks.
+        first_batch: number of batches to skip.
+        group_size: with DATALOADER.ASPECT_RATIO_GROUPING, images that come together; 0 means the share of a process.
 
     Raises:
         ConfigError: if DATALOADER.SAMPLER_TRAIN is not the name of a sampler.
@@ -52,11 +65,38 @@ def build_train_loader(
         )
     mapper = build_mapper(cfg, is_train=True, with_masks=with_masks)
     logger.info("Augmentations: %s", getattr(mapper, "augmentations", mapper))
-    sampler = make_sampler(len(entries)) if make_sampler else None
-    loader = build_detection_train_loader(cfg, mapper=mapper, dataset=entries, sampler=sampler)
+    seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+    grouping = cfg.DATALOADER.ASPECT_RATIO_GROUPING
+    batches = BatchSampler(
+        make_sampler(len(entries)) if make_sampler else endless_order(cfg, entries, seed),
+        batch_size=cfg.SOLVER.IMS_PER_BATCH,
+        group_of=[_is_wide(entry, cfg.INPUT.APPLY_EXIF) for entry in entries] if grouping else (),
+        group_size=group_size or images_per_process(cfg),
+        first=first_batch,
+        rank=comm.get_rank(),
+        num_processes=comm.get_world_size(),
+    )
+    loader = DataLoader(
+        Samples(entries, mapper, seed),
+        batch_sampler=batches,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        collate_fn=trivial_batch_collator,
+    )
     forget_files()
     forget_panoptic_files()
     return loader
+
+
+def images_per_process(cfg: CfgNode) -> int:
+    """Images of a batch of one process."""
+    return cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
+
+
+def _is_wide(entry: dict[str, Any], apply_exif: bool) -> bool:
+    if "width" not in entry or "height" not in entry:
+        height, width = read_header(entry["file_name"]).size(apply_exif=apply_exif)
+        return width > height
+    return entry["width"] > entry["height"]
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> Batches:

@@ -1,36 +1,118 @@
-"""The order in which a training draws its images."""
+"""The batches of a training: which images, in which order, and the random numbers of each.
+
+Everything is a function of the run's seed and of counters. So an interrupted run goes on with the batches that it would
+have had, whatever the number of loader workers, and an iteration has the same images on another number of processes.
+"""
 
 import itertools
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data.samplers import TrainingSampler
+from detectron2.data import DatasetFromList
+from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
+from detectron2.utils.serialize import PicklableWrapper
+from torch.utils.data import Dataset, Sampler
+
+from dimaskdino.compat import newer_training_sampler
+from dimaskdino.errors import DatasetError
+from dimaskdino.seeds import SAMPLE, seeded
+
+# The place of a sample in the endless order of the run, and the index of its image.
+Draw = tuple[int, int]
+
+_MAX_TRIES = 1000
 
 
-class ResumableSampler(TrainingSampler):
-    """detectron2's endless shuffled stream, without the images that were drawn before the run was resumed.
+def endless_order(cfg: CfgNode, entries: Sequence[dict[str, Any]], seed: int) -> Iterable[int]:
+    """Indices of ``entries`` as DATALOADER.SAMPLER_TRAIN draws them, for all processes together."""
+    sampler: Any
+    if cfg.DATALOADER.SAMPLER_TRAIN == "TrainingSampler":
+        sampler = TrainingSampler(len(entries), seed=seed)
+    elif cfg.DATALOADER.SAMPLER_TRAIN == "RepeatFactorTrainingSampler":
+        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+            entries, cfg.DATALOADER.REPEAT_THRESHOLD
+        )
+        sampler = RepeatFactorTrainingSampler(factors, seed=seed)
+    else:
+        sampler = newer_training_sampler(cfg, len(entries), seed)
+    # detectron2's samplers give each process its share; BatchSampler divides batches instead.
+    sampler._rank, sampler._world_size = 0, 1
+    return sampler
 
-    With the same seed, an interrupted and resumed training draws the images in the order of an uninterrupted one.
-    Without DATALOADER.ASPECT_RATIO_GROUPING it also sees the same batches. With grouping (detectron2's default), wide
-    and tall images wait until a batch of their kind is full. A resumed run begins with none waiting, so a few images
-    around the interruption come twice or are skipped, and later batches group images differently.
-    Without a seed, the resumed run shuffles anew.
+
+class BatchSampler(Sampler[list[Draw]]):
+    """The batches of one process: its share of the batches of all processes.
 
     Args:
-        size: number of images.
-        num_drawn: number of images that all processes together have drawn before.
-        seed: seed of the shuffles; None draws one that the processes share.
+        order: indices of images for all processes together.
+        batch_size: images of a batch of all processes, a multiple of ``num_processes``.
+        group_of: for each image, the group that it shares a batch with; empty for no groups.
+        group_size: images that come together from one group. Where it is the share of a process, as detectron2 groups
+            them, no process has images of two groups in a batch.
+        first: batches of all processes that were drawn before.
+        rank: of this process.
+        num_processes: processes of the job.
     """
 
-    def __init__(self, size: int, *, num_drawn: int = 0, seed: int | None = None) -> None:
-        super().__init__(size, seed=seed)
-        self._num_drawn = num_drawn
+    def __init__(
+        self,
+        order: Iterable[int],
+        *,
+        batch_size: int,
+        group_of: Sequence[Any] = (),
+        group_size: int = 1,
+        first: int = 0,
+        rank: int = 0,
+        num_processes: int = 1,
+    ) -> None:
+        self._order, self._group_of, self._group_size = order, group_of, group_size
+        self._batch_size, self._first = batch_size, first
+        share = batch_size // num_processes
+        self._share = slice(rank * share, (rank + 1) * share)
 
-    @classmethod
-    def from_config(cls, cfg: CfgNode, size: int, start_iter: int) -> "ResumableSampler":
-        """The stream after ``start_iter`` iterations of SOLVER.IMS_PER_BATCH images, seeded by SEED unless negative."""
-        num_drawn = start_iter * cfg.SOLVER.IMS_PER_BATCH
-        return cls(size, num_drawn=num_drawn, seed=cfg.SEED if cfg.SEED >= 0 else None)
+    def __iter__(self) -> Iterator[list[Draw]]:
+        draws: Iterator[Draw] = enumerate(self._order)
+        if self._group_of:
+            draws = self._grouped(draws)
+        draws = itertools.islice(draws, self._first * self._batch_size, None)
+        while len(batch := list(itertools.islice(draws, self._batch_size))) == self._batch_size:
+            yield batch[self._share]
 
-    def __iter__(self) -> Iterator[int]:
-        return itertools.islice(self._infinite_indices(), self._num_drawn + self._rank, None, self._world_size)
+    def _grouped(self, draws: Iterator[Draw]) -> Iterator[Draw]:
+        """The same draws, as soon as there are ``group_size`` of a group."""
+        waiting: dict[Any, list[Draw]] = {}
+        for draw in draws:
+            group = waiting.setdefault(self._group_of[draw[1]], [])
+            group.append(draw)
+            if len(group) == self._group_size:
+                yield from group
+                group.clear()
+
+
+class Samples(Dataset):
+    """Mapped images by :data:`Draw`; the place of a draw alone decides on the mapper's random numbers.
+
+    Args:
+        entries: the dataset.
+        mapper: maps an entry to the model's input; where it returns None, another image is drawn.
+        seed: of the run.
+    """
+
+    def __init__(self, entries: list[dict[str, Any]], mapper: Callable[[dict[str, Any]], Any], seed: int) -> None:
+        self._entries = DatasetFromList(entries, copy=False)
+        self._mapper = PicklableWrapper(mapper)
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, draw: Draw) -> Any:
+        place, index = draw
+        with seeded(self._seed, SAMPLE, place):
+            for _ in range(_MAX_TRIES):
+                if (mapped := self._mapper(self._entries[index])) is not None:
+                    return mapped
+                index = random.randrange(len(self))
+        raise DatasetError(f"The mapper returned None for {_MAX_TRIES} images; check INPUT.DATASET_MAPPER_NAME.")

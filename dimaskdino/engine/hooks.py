@@ -7,16 +7,15 @@ import time
 import torch
 import torch.distributed as dist
 from detectron2.engine import HookBase
-from detectron2.engine.hooks import EvalHook
+from detectron2.engine.hooks import EvalHook, PeriodicWriter, PreciseBN
 from detectron2.utils import comm
-from detectron2.utils.events import EventStorage
+from detectron2.utils.events import EventStorage, EventWriter
 from torch import Tensor, nn
 
+from dimaskdino.engine.run_state import WINDOW
 from dimaskdino.structures import is_final_loss
 
 logger = logging.getLogger(__name__)
-
-WINDOW = 20  # iterations whose median the console shows
 
 
 class ProgressLog(HookBase):
@@ -80,6 +79,41 @@ class EvaluateWhenTrained(EvalHook):
             super().after_train()
         else:
             del self._func  # It may hold the trainer, which holds this hook.
+
+
+class WriteRecords(PeriodicWriter):
+    """detectron2's PeriodicWriter, which also writes with each evaluation.
+
+    So a checkpoint whose iteration is due but has no record was followed by an evaluation that did not finish.
+
+    Args:
+        writers: what writes the records.
+        eval_period: iterations between evaluations; 0 means only after the last iteration.
+    """
+
+    def __init__(self, writers: list[EventWriter], *, eval_period: int) -> None:
+        super().__init__(writers, period=WINDOW)
+        self._eval_period = eval_period
+
+    def after_step(self) -> None:
+        """Write if a record is due."""
+        if is_record_due(self.trainer.iter + 1, self.trainer.max_iter, self._eval_period):
+            for writer in self._writers:
+                writer.write()
+
+
+def is_record_due(done: int, max_iter: int, eval_period: int) -> bool:
+    """Whether a record follows after ``done`` iterations."""
+    return done % WINDOW == 0 or done == max_iter or (eval_period > 0 and done % eval_period == 0)
+
+
+class RepeatablePreciseBN(PreciseBN):
+    """detectron2's PreciseBN on the same images each time, so that a resumed run has the same statistics."""
+
+    def update_stats(self) -> None:
+        """Start the images anew, then update."""
+        self._data_iter = None
+        super().update_stats()
 
 
 class AverageRunningStatistics(HookBase):

@@ -5,16 +5,19 @@ import errno
 import itertools
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.utils import comm
-from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter, get_event_storage
+from detectron2.utils.events import EventWriter, TensorboardXWriter, get_event_storage
+from torch import nn
 
 from dimaskdino.checkpoint import Checkpointer
-from dimaskdino.errors import UserError
+from dimaskdino.engine.run_state import MetricsFile
+from dimaskdino.errors import CheckpointError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +25,7 @@ CONFIG_FILE = "config.yaml"
 LOG_FILE = "log.txt"
 METRICS_FILE = "metrics.json"
 LAST_CHECKPOINT_FILE = "last_checkpoint"
+RUN_COMMENT = "# Run "
 
 LOGGERS = ("dimaskdino", "detectron2", "fvcore")
 # What these log below a warning is for people; what else detectron2 logs goes to log.txt only.
@@ -110,11 +114,16 @@ class OnFirstRecord(EventWriter):
             self._writer.close()
 
 
-def build_writers(folder: Path) -> list[EventWriter]:
-    """Writers of metrics.json and of TensorBoard events."""
+def build_writers(folder: Path, start_iter: Callable[[], int] = lambda: 0) -> list[EventWriter]:
+    """Writers of metrics.json and of TensorBoard events.
+
+    Args:
+        folder: where they write.
+        start_iter: gives the iteration that a resumed run starts at; TensorBoard hides earlier events from there on.
+    """
     return [
-        OnFirstRecord(lambda: JSONWriter(str(folder / METRICS_FILE))),
-        OnFirstRecord(lambda: TensorboardXWriter(str(folder))),
+        OnFirstRecord(lambda: MetricsFile(folder / METRICS_FILE)),
+        OnFirstRecord(lambda: TensorboardXWriter(str(folder), purge_step=start_iter() or None)),
     ]
 
 
@@ -130,7 +139,7 @@ def set_earlier_run_aside(folder: Path) -> None:
             "%s holds an earlier run, and without --resume this one starts anew: last_checkpoint, which named %s, is "
             "removed; other files stay until this run writes files of the same names.",
             folder,
-            last.read_text().strip(),
+            last.read_text(errors="replace").strip(),
         )
         last.unlink()
     if metrics.is_file() and metrics.stat().st_size:
@@ -139,12 +148,40 @@ def set_earlier_run_aside(folder: Path) -> None:
         logger.warning("The earlier records in %s are now in %s.", metrics, moved.name)
 
 
-def write_config(cfg: CfgNode, folder: Path) -> None:
-    """Write the complete configuration to ``folder``/config.yaml; the folder is made if it does not exist."""
+def write_config(cfg: CfgNode, folder: Path, run_id: str = "") -> None:
+    """Write the complete configuration to ``folder``/config.yaml; the folder is made if it does not exist.
+
+    Args:
+        cfg: the configuration.
+        folder: of the run, or of an evaluation.
+        run_id: goes into a comment; :func:`read_run_id` gives it back.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / CONFIG_FILE
-    path.write_text(cfg.dump(), encoding="utf-8")
+    path.write_text((f"{RUN_COMMENT}{run_id}\n" if run_id else "") + cfg.dump(), encoding="utf-8")
     logger.info("The complete configuration is in %s", path)
+
+
+def read_run_id(folder: Path) -> str:
+    """The run whose checkpoints are in ``folder``, as its config.yaml says; "" if nothing says so."""
+    path = folder / CONFIG_FILE
+    first = path.read_text(encoding="utf-8", errors="replace").partition("\n")[0] if path.is_file() else ""
+    return first.removeprefix(RUN_COMMENT) if first.startswith(RUN_COMMENT) else ""
+
+
+def check_free_space(folder: Path, model: nn.Module) -> None:
+    """Check that ``folder`` has room for a checkpoint, which is about three times the weights.
+
+    Raises:
+        UserError: gives both numbers.
+    """
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+    needed, free = 3 * weights, shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"OUTPUT_DIR {folder} has {free / 2**20:.0f} MiB of free space, but a checkpoint of this model takes about "
+            f"{needed / 2**20:.0f} MiB; free space, or set OUTPUT_DIR to a folder on another disk."
+        )
 
 
 def check_same_checkpoint(checkpointer: Checkpointer, *, resume: bool) -> None:
@@ -166,11 +203,11 @@ def check_same_checkpoint(checkpointer: Checkpointer, *, resume: bool) -> None:
 
 
 def _find_checkpoint(checkpointer: Checkpointer) -> str:
-    if not checkpointer.has_checkpoint():
-        return "finds none"
-    path = checkpointer.get_checkpoint_file()
-    missing = "" if checkpointer.path_manager.isfile(path) else ", which does not exist"
-    return f"finds {os.path.basename(path)}{missing}"
+    try:
+        path = checkpointer.get_checkpoint_file()
+    except CheckpointError as error:
+        return str(error)  # Loading raises it again, in every process.
+    return f"finds {os.path.basename(path)}" if path else "finds none"
 
 
 @contextlib.contextmanager
@@ -188,8 +225,11 @@ def full_disk_in_one_line(folder: Path) -> Iterator[None]:
 
 
 def _is_no_space(error: BaseException | None) -> bool:
-    """Whether a full disk caused ``error``; torch raises an error of its own while it handles the system's."""
+    """Whether a full disk caused ``error``; torch raises an error of its own, not always from the system's."""
     while error is not None:
+        # torch's message where the system took only the first part of what was to be written.
+        if isinstance(error, RuntimeError) and "unexpected pos" in str(error):
+            return True
         if isinstance(error, OSError) and error.errno in NO_SPACE:
             return True
         error = error.__cause__ or error.__context__

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from dimaskdino.engine.hooks import running_statistics
 from dimaskdino.errors import DatasetError
+from dimaskdino.seeds import STEP, seed_from
 from dimaskdino.solver import GradientClipper, check_optimizer_state, reorder_state
 
 Batch = list[dict[str, Any]]
@@ -30,6 +31,8 @@ class TrainStep:
         optimizer: optimizes the parameters of ``model``.
         clipper: clips the gradients after loss scaling is undone.
         amp: whether to autocast to fp16.
+        seed: of the random numbers that the model draws, which then depend on it, the iteration and the process alone;
+            None leaves the generators as they are.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class TrainStep:
         optimizer: Optimizer,
         clipper: GradientClipper,
         amp: bool,
+        seed: int | None = None,
     ) -> None:
         model.train()
         self.model = model
@@ -47,6 +51,7 @@ class TrainStep:
         self.optimizer = optimizer
         self.clipper = clipper
         self.amp = amp
+        self.seed = seed
         self.iter = 0
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._statistics = running_statistics(getattr(model, "module", model))
@@ -65,6 +70,8 @@ class TrainStep:
         start = time.perf_counter()
         batch = self._next_batch()
         data_time = time.perf_counter() - start
+        if self.seed is not None:
+            seed_from(self.seed, STEP, self.iter, comm.get_rank())
 
         with torch.autocast(self._device.type, enabled=self.amp):
             losses = self._losses(batch)

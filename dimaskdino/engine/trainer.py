@@ -1,9 +1,9 @@
 """The training loop: detectron2's loop and hooks around our own step."""
 
-import functools
 import logging
 import os
 import sys
+import uuid
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -12,28 +12,38 @@ from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase
-from detectron2.engine.hooks import IterationTimer, LRScheduler, PeriodicCheckpointer, PeriodicWriter, PreciseBN
+from detectron2.engine.hooks import IterationTimer, LRScheduler, PeriodicCheckpointer
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators, inference_on_dataset, verify_results
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
-from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventWriter
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from dimaskdino.checkpoint import Checkpointer
+from dimaskdino.checkpoint import FINAL, Checkpointer
 from dimaskdino.data import build_test_loader, build_train_loader, register_all
-from dimaskdino.data.samplers import ResumableSampler
-from dimaskdino.engine.hooks import AverageRunningStatistics, EvaluateWhenTrained, ProgressLog
+from dimaskdino.data.loaders import images_per_process
+from dimaskdino.engine.hooks import (
+    AverageRunningStatistics,
+    EvaluateWhenTrained,
+    ProgressLog,
+    RepeatablePreciseBN,
+    WriteRecords,
+    is_record_due,
+)
 from dimaskdino.engine.run_folder import (
+    METRICS_FILE,
     build_writers,
+    check_free_space,
     check_same_checkpoint,
     full_disk_in_one_line,
+    read_run_id,
     set_earlier_run_aside,
     write_config,
 )
+from dimaskdino.engine.run_state import changed_settings, cut_records, last_record, recent_scalars, restore_scalars
 from dimaskdino.engine.train_step import TrainStep
 from dimaskdino.errors import CheckpointError, UserError, file_errors_in_one_line
 from dimaskdino.evaluation import (
@@ -62,13 +72,16 @@ class Trainer(TrainerBase):
     """Trains the configured model and evaluates it; everything that a run writes is under OUTPUT_DIR.
 
     It has the methods of detectron2's DefaultTrainer to override, from ``build_model`` to ``test``. Beyond that
-    trainer, it also runs on the CPU in several processes, resumes in the order of the images, clips and records the
-    gradient norm, and evaluates and saves one set of running statistics of batch norm.
+    trainer, it also runs on the CPU in several processes, resumes as if it had not been interrupted, clips and records
+    the gradient norm, and evaluates and saves one set of running statistics of batch norm.
     """
+
+    iter: int
 
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__()
         self._given_cfg = cfg
+        self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         self.cfg = cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         self.max_iter = cfg.SOLVER.MAX_ITER
 
@@ -83,7 +96,11 @@ class Trainer(TrainerBase):
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         names = class_names(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else ()
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, class_names=names, trainer=weakref.proxy(self))
+        self.checkpointer.run_id = read_run_id(Path(cfg.OUTPUT_DIR))
         self._last_eval_results: dict[str, Any] | None = None
+        self._first_batch = 0  # number of batches of this run that were drawn before start_iter
+        self._group_size = images_per_process(cfg)
+        self._saved_scalars: dict[str, Any] = {}
         self.register_hooks(self.build_hooks())
 
     @property
@@ -116,9 +133,13 @@ class Trainer(TrainerBase):
         warn_of_kept_settings(configured, restored_settings(self.optimizer))
         # The checkpoint holds the iteration that it was saved after.
         self.start_iter = self.iter + 1
-        if self.cfg.SEED >= 0:
-            # The random numbers of iteration 0 were spent on other images; draw different ones from here.
-            seed_all_rng(self.cfg.SEED + comm.get_rank() + self.start_iter * comm.get_world_size())
+        if self.start_iter >= self.max_iter:
+            logger.warning(
+                "--resume: this run is finished: its last checkpoint follows iteration %d, and SOLVER.MAX_ITER is %d. "
+                "It is evaluated again; to train on, set a larger SOLVER.MAX_ITER.",
+                self.start_iter,
+                self.max_iter,
+            )
 
     def _has_checkpoint(self) -> bool:
         if self.checkpointer.has_checkpoint():
@@ -132,7 +153,8 @@ class Trainer(TrainerBase):
         Returns:
             On the main process, the results of the last evaluation if there is a test set.
         """
-        self.step.data_loader = self.build_train_loader(self.cfg, self.start_iter)
+        self.step.data_loader = self._build_seeded_loader(self._first_batch)
+        self.step.seed = self.seed
         # If any process cannot start, the folder stays as it is.
         comm.synchronize()
         if comm.is_main_process():
@@ -145,9 +167,41 @@ class Trainer(TrainerBase):
     def _claim_folder(self, folder: Path) -> None:
         """Make OUTPUT_DIR the folder of this run: from now on config.yaml describes the checkpoints there."""
         with full_disk_in_one_line(folder), file_errors_in_one_line():
-            if not self.start_iter:
+            folder.mkdir(parents=True, exist_ok=True)
+            check_free_space(folder, self.model)
+            if self.start_iter:
+                cut_records(folder / METRICS_FILE, self.start_iter - 1)
+            else:
                 set_earlier_run_aside(folder)
-            write_config(self._given_cfg, folder)
+                self.checkpointer.run_id = uuid.uuid4().hex
+            write_config(self._given_cfg, folder, self.checkpointer.run_id)
+
+    def before_train(self) -> None:
+        """Run the hooks before the first iteration; a resumed run first completes the iteration of its checkpoint."""
+        super().before_train()
+        if self.start_iter:
+            restore_scalars(self.storage, self._saved_scalars)
+            if self.start_iter >= self.max_iter and Path(self.checkpointer.get_checkpoint_file()).name != FINAL:
+                self._save("model_final", self.start_iter - 1)  # The run was cut off before it, or it is damaged.
+            if self._saved_scalars and comm.all_gather(self._lacks_record())[0]:
+                self._complete_step()
+
+    def _save(self, name: str, iteration: int) -> None:
+        """Save a checkpoint after ``iteration``."""
+        self.iter = iteration
+        self.checkpointer.save(name, iteration=iteration)
+
+    def _lacks_record(self) -> bool:
+        due = is_record_due(self.start_iter, self.max_iter, self.cfg.TEST.EVAL_PERIOD)
+        return due and last_record(Path(self.cfg.OUTPUT_DIR) / METRICS_FILE) < self.start_iter - 1
+
+    def _complete_step(self) -> None:
+        """Do what came after the checkpoint was saved: evaluate, and write the records."""
+        self.iter = self.storage.iter = self.start_iter - 1
+        for hook in self._hooks:
+            if isinstance(hook, EvaluateWhenTrained | WriteRecords):
+                hook.after_step()
+        self.iter = self.storage.iter = self.start_iter
 
     def run_step(self) -> None:
         """One iteration."""
@@ -161,6 +215,7 @@ class Trainer(TrainerBase):
 
     def after_train(self) -> None:
         """Run the hooks at the end of the training, or after an error ended it."""
+        self.iter = min(self.iter, self.max_iter)  # detectron2 counts one more where nothing was left to train.
         with full_disk_in_one_line(Path(self.cfg.OUTPUT_DIR)):
             super().after_train()
 
@@ -180,7 +235,7 @@ class Trainer(TrainerBase):
         # After the checkpointer, so that an evaluation that fails can be repeated.
         hooks.append(EvaluateWhenTrained(cfg.TEST.EVAL_PERIOD, self._evaluate))
         if comm.is_main_process():
-            hooks += [PeriodicWriter(self.build_writers(), period=20), ProgressLog()]
+            hooks += [WriteRecords(self.build_writers(), eval_period=cfg.TEST.EVAL_PERIOD), ProgressLog()]
         return hooks
 
     def _precise_batch_norm(self) -> HookBase | None:
@@ -189,8 +244,9 @@ class Trainer(TrainerBase):
         cfg = self.cfg.clone()
         cfg.defrost()
         cfg.DATALOADER.NUM_WORKERS = 0
+        cfg.SEED = self.seed
         loader = self.build_train_loader(cfg)
-        return PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, cfg.TEST.PRECISE_BN.NUM_ITER)
+        return RepeatablePreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, cfg.TEST.PRECISE_BN.NUM_ITER)
 
     def _evaluate(self) -> dict[str, Any]:
         self._last_eval_results = self.test(self.cfg, self.model)
@@ -198,11 +254,20 @@ class Trainer(TrainerBase):
 
     def build_writers(self) -> list[EventWriter]:
         """metrics.json and TensorBoard; :class:`ProgressLog` writes to the console."""
-        return build_writers(Path(self.cfg.OUTPUT_DIR))
+        this = weakref.proxy(self)
+        return build_writers(Path(self.cfg.OUTPUT_DIR), lambda: this.start_iter)
 
     def state_dict(self) -> dict[str, Any]:
-        """Iteration, hooks (with the schedule) and step (with the optimizer)."""
-        return {**super().state_dict(), "step": self.step.state_dict()}
+        """Iteration, hooks (with the schedule), step (with the optimizer), and what makes the run repeatable."""
+        batches = self._first_batch + self.iter + 1 - self.start_iter
+        run = {
+            "seed": self.seed,
+            "images_drawn": batches * self.cfg.SOLVER.IMS_PER_BATCH,
+            "group_size": self._group_size,
+            "config": self._given_cfg.dump(),
+            "scalars": recent_scalars(self.storage) if hasattr(self, "storage") else {},
+        }
+        return {**super().state_dict(), "step": self.step.state_dict(), "run": run}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a :meth:`state_dict`."""
@@ -212,6 +277,24 @@ class Trainer(TrainerBase):
         self.step.load_state_dict(state_dict["step"], self.checkpointer.loaded_names)
         # The schedule saved these in the order of the groups.
         self.scheduler.base_lrs = [group["initial_lr"] for group in self.optimizer.param_groups]
+        self._restore_run(state_dict.get("run"))
+
+    def _restore_run(self, run: dict[str, Any] | None) -> None:
+        if run is None:
+            self._first_batch = self.iter + 1
+            logger.warning(
+                "--resume: the checkpoint is of an earlier version, which did not save all of a run: the images around "
+                "the interruption and all further random numbers are others than those of an uninterrupted run."
+            )
+            return
+        if changes := changed_settings(run["config"], self._given_cfg.dump()):
+            logger.warning("--resume: settings changed since the checkpoint: %s.", "; ".join(changes))
+        if self.cfg.SEED not in (run["seed"], -1):
+            logger.warning("--resume keeps the seed of the run, %d. To train with another, %s.", run["seed"], NEW_RUN)
+        self.seed, self._group_size, self._saved_scalars = run["seed"], run["group_size"], run["scalars"]
+        self._first_batch = run["images_drawn"] // self.cfg.SOLVER.IMS_PER_BATCH
+        if self.cfg.SOLVER.IMS_PER_BATCH % self._group_size:
+            self._group_size = images_per_process(self.cfg)
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -231,15 +314,18 @@ class Trainer(TrainerBase):
         """See :func:`dimaskdino.solver.build_lr_scheduler`."""
         return build_lr_scheduler(cfg, optimizer)
 
+    def _build_seeded_loader(self, first_batch: int) -> Any:
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.SEED = self.seed
+        # A run that goes on with another number of processes keeps its batches.
+        options = {} if self._group_size == images_per_process(cfg) else {"group_size": self._group_size}
+        return self.build_train_loader(cfg, first_batch, **options)
+
     @classmethod
-    def build_train_loader(cls, cfg: CfgNode, start_iter: int = 0) -> Any:
-        """Endless training batches, after those of the first ``start_iter`` iterations."""
-        make_sampler = functools.partial(ResumableSampler.from_config, cfg, start_iter=start_iter)
-        return build_train_loader(
-            cfg,
-            make_sampler=make_sampler if cfg.DATALOADER.SAMPLER_TRAIN == "TrainingSampler" else None,
-            with_masks=needs_masks(cfg),
-        )
+    def build_train_loader(cls, cfg: CfgNode, start_iter: int = 0, group_size: int = 0) -> Any:
+        """Endless training batches after the first ``start_iter``; see :func:`dimaskdino.data.build_train_loader`."""
+        return build_train_loader(cfg, with_masks=needs_masks(cfg), first_batch=start_iter, group_size=group_size)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
@@ -302,6 +388,7 @@ def evaluate(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
     model = Trainer.build_model(cfg)
     names = class_names(cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else ()
     checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, class_names=names)
+    checkpointer.run_id = read_run_id(Path(cfg.OUTPUT_DIR))
     check_same_checkpoint(checkpointer, resume=resume)
     if resume and not checkpointer.has_checkpoint():
         raise UserError(f"--eval-only --resume: no checkpoint in {cfg.OUTPUT_DIR}; train first, or set MODEL.WEIGHTS.")

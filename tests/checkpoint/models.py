@@ -78,3 +78,16 @@ def assert_loaded(model: nn.Module, expected: dict[str, Tensor], but: tuple[str,
     for key, value in model.state_dict().items():
         same = key in expected and value.shape == expected[key].shape and torch.equal(value, expected[key])
         assert same != (key in but), key
+
+
+class Counter:
+    """A state that a trainer saves with the weights."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def state_dict(self) -> dict[str, int]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.count = state["count"]

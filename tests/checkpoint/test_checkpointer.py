@@ -13,24 +13,11 @@ from torch import nn
 from dimaskdino.checkpoint import Checkpointer, checkpointer, class_names_of, from_release, read_weights, to_release
 from dimaskdino.checkpoint.names import CLASS_KEYS
 from dimaskdino.errors import CheckpointError
-from tests.checkpoint.models import assert_loaded, randomised, save, small_model
+from tests.checkpoint.models import Counter, assert_loaded, randomised, save, small_model
 
 MASKDINO = {"MODEL.MaskDINO.TRANSFORMER_DECODER_NAME": "MaskDINODecoder"}
 ONE_STAGE = {**MASKDINO, "MODEL.MaskDINO.TWO_STAGE": False, "MODEL.MaskDINO.INITIALIZE_BOX_TYPE": "no"}
 OTHER_CLASSES = {"MODEL.SEM_SEG_HEAD.NUM_CLASSES": 7}
-
-
-class Counter:
-    """A state that a trainer saves with the weights."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def state_dict(self) -> dict[str, int]:
-        return {"count": self.count}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.count = state["count"]
 
 
 @pytest.mark.parametrize("options", [{}, MASKDINO, ONE_STAGE])
@@ -184,25 +171,6 @@ def test_resuming_refuses_another_number_of_classes(tmp_path: Path) -> None:
     resumed = Checkpointer(small_model(OTHER_CLASSES), str(tmp_path), finetune=True, trainer=Counter(0))
     with pytest.raises(CheckpointError, match="trained for 5 classes"):
         resumed.resume_or_load("", resume=True)
-
-
-@pytest.mark.parametrize("states", [{"trainer": Counter(0)}, {}], ids=["training", "evaluation"])
-@pytest.mark.parametrize(
-    ("written", "message"),
-    [
-        (b"model_0000001.pth", "last_checkpoint names model_0000001.pth, which does not exist; write the name"),
-        (b"", "last_checkpoint is empty; write the name"),
-        (b"caf\xe9.pth", "last_checkpoint is not valid UTF-8; write the name"),
-    ],
-)
-def test_an_unusable_last_checkpoint_lists_the_checkpoints(
-    tmp_path: Path, written: bytes, message: str, states: dict[str, Counter]
-) -> None:
-    for name in ("model_0000003", "model_final"):
-        Checkpointer(nn.Linear(3, 2), str(tmp_path)).save(name)
-    (tmp_path / "last_checkpoint").write_bytes(written)
-    with pytest.raises(CheckpointError, match=rf"{message}.*model_0000003.pth, model_final.pth\), or .*--resume"):
-        Checkpointer(nn.Linear(3, 2), str(tmp_path), **states).resume_or_load("", resume=True)
 
 
 def test_training_does_not_resume_from_weights_alone(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ Starting a process takes seconds, so the tests share the job and look at what it
 """
 
 import argparse
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -26,6 +27,7 @@ from dimaskdino.engine.hooks import average_running_statistics
 from dimaskdino.errors import UserError
 from dimaskdino.modeling.registry import BATO_REGISTRY
 from tests.documentation import example
+from tests.engine.killing import Killed, train
 from tests.engine.toy import ToyDetector
 
 Buffers = dict[str, Tensor]
@@ -35,7 +37,7 @@ MAX_ITER, CHECKPOINT_PERIOD, EVAL_PERIOD = 5, 2, 3
 def main(args: argparse.Namespace) -> None:
     """Run every function below and save its result as FOLDER/NAME.RANK.pth."""
     register_all(cfg=args.cfg)
-    for function in (ranks, average_by_hand, train_with_batch_norm, start_from_own_folders, import_modules):
+    for function in FUNCTIONS:
         result = function(args.cfg.clone(), args.folder)
         torch.save(result, args.folder / f"{function.__name__}.{comm.get_rank()}.pth")
 
@@ -142,6 +144,31 @@ def import_modules(cfg: Config, folder: Path) -> list[Any]:
     os.chdir(folder)
     found = setup(argument_parser().parse_args(command))
     return [BATO_REGISTRY.get("MyBato").__name__, "my_train" in DatasetCatalog.list(), found.MODEL.MaskDINO.BATO.NAME]
+
+
+def kill_and_resume(cfg: Config, folder: Path) -> list[dict[str, Tensor]]:
+    """The weights of a run, of the same run killed and resumed, and of one resumed with a loader worker."""
+    found = []
+    for name, kill_at, workers in (("whole", -1, 0), ("killed", 6, 0), ("resumed_by_workers", 5, 1)):
+        mine = resumable(cfg, folder / name)
+        if kill_at >= 0:
+            with contextlib.suppress(Killed):
+                train(mine, kill_at=kill_at)
+            mine.DATALOADER.NUM_WORKERS = workers
+        found.append(train(mine, resume=kill_at >= 0).step.model.state_dict())
+    return found
+
+
+def resumable(cfg: Config, output: Path) -> Config:
+    """Eight iterations of a model that draws random numbers, in a folder of their own."""
+    cfg = cfg.clone()
+    cfg.merge_from_list(["MODEL.META_ARCHITECTURE", "RandomToyDetector", "INPUT.RANDOM_FLIP", "horizontal"])
+    cfg.merge_from_list(["SOLVER.MAX_ITER", 8, "SOLVER.STEPS", (), "SOLVER.CHECKPOINT_PERIOD", 4])
+    cfg.merge_from_list(["DATASETS.TEST", (), "DATALOADER.ASPECT_RATIO_GROUPING", True, "OUTPUT_DIR", str(output)])
+    return cfg
+
+
+FUNCTIONS = (ranks, average_by_hand, train_with_batch_norm, start_from_own_folders, import_modules, kill_and_resume)
 
 
 def write_modules(folder: Path) -> None:

@@ -79,3 +79,9 @@ def test_one_process_keeps_its_statistics() -> None:
     before = buffers_of(norm)
     average_running_statistics(norm)
     torch.testing.assert_close(buffers_of(norm), before, rtol=0, atol=0)
+
+
+def test_killed_job_goes_on_exactly(of_two_processes) -> None:
+    for whole, *others in of_two_processes("kill_and_resume"):
+        for other in others:
+            torch.testing.assert_close(other, whole, rtol=0, atol=0)

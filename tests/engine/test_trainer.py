@@ -4,7 +4,6 @@ import json
 import logging
 import re
 import resource
-from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ import torch
 from detectron2.utils.events import EventStorage
 
 from dimaskdino.config import Config
-from dimaskdino.data.samplers import ResumableSampler
 from dimaskdino.engine import Trainer, evaluate
 from dimaskdino.engine.hooks import progress_line
 from dimaskdino.errors import UserError
@@ -45,20 +43,6 @@ def test_run_writes_checkpoints_metrics_events_and_results(toy_cfg: Config) -> N
     assert results["bbox"]["AP"] == trainer._last_eval_results["bbox"]["AP"]
     assert (run / "inference" / "coco_instances_results.json").is_file()
     assert (run / "inference" / "layers.csv").is_file()
-
-
-def test_resumed_run_ends_like_an_uninterrupted_one(toy_cfg: Config) -> None:
-    whole = weights(train(toy_cfg))
-    interrupted = toy_cfg.clone()
-    interrupted.OUTPUT_DIR += "_resumed"
-    torch.manual_seed(interrupted.SEED)
-    trainer = Trainer(interrupted)
-    trainer.max_iter = 5
-    trainer.train()
-    resumed = train(interrupted, resume=True)
-    assert resumed.start_iter == 5
-    for name, value in weights(resumed).items():
-        torch.testing.assert_close(value, whole[name], msg=name)
 
 
 def test_run_starts_anew_without_resume(toy_cfg: Config) -> None:
@@ -207,12 +191,6 @@ def test_amp_is_off_on_the_cpu(toy_cfg: Config, caplog: pytest.LogCaptureFixture
         trainer = Trainer(toy_cfg)
     assert not trainer.step.amp
     assert "SOLVER.AMP.ENABLED has no effect on the CPU" in caplog.text
-
-
-def test_resumed_stream_is_the_rest_of_the_whole() -> None:
-    whole = list(islice(ResumableSampler(7, seed=3), 30))
-    assert sorted(whole[:7]) == list(range(7))
-    assert list(islice(ResumableSampler(7, seed=3, num_drawn=12), 18)) == whole[12:]
 
 
 def test_progress_line_shows_the_final_stage() -> None:

@@ -64,6 +64,14 @@ class ReorderedToyDetector(ToyDetector):
         self.norm = self._modules.pop("norm")
 
 
-for detector in (ToyDetector, ReorderedToyDetector):
+class RandomToyDetector(ToyDetector):
+    """Draws random numbers in training."""
+
+    def __init__(self, cfg: CfgNode) -> None:
+        super().__init__(cfg)
+        self.backbone = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.3))
+
+
+for detector in (ToyDetector, ReorderedToyDetector, RandomToyDetector):
     if detector.__name__ not in META_ARCH_REGISTRY:
         META_ARCH_REGISTRY.register(detector)

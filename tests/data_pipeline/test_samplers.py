@@ -1,0 +1,100 @@
+"""The order of a training's images, its batches and each sample's random numbers."""
+
+import random
+from collections.abc import Iterable
+from itertools import cycle, islice
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from dimaskdino.config import get_cfg
+from dimaskdino.data.samplers import BatchSampler, Samples, endless_order
+from dimaskdino.seeds import STEP, seed_from, seeded
+
+
+def order(size: int = 7, sampler: str = "TrainingSampler") -> Iterable[int]:
+    cfg = get_cfg()
+    cfg.merge_from_list(["DATALOADER.SAMPLER_TRAIN", sampler, "DATALOADER.REPEAT_THRESHOLD", 1.0])
+    entries = [{"annotations": [{"category_id": int(index == 0)}]} for index in range(size)]
+    return endless_order(cfg, entries, seed=3)
+
+
+def test_order_shuffles_every_pass() -> None:
+    drawn = list(islice(order(), 14))
+    first, second = drawn[:7], drawn[7:]
+    assert sorted(first) == sorted(second) == list(range(7))
+    assert first != second
+    assert list(islice(order(), 14)) == drawn
+
+
+def test_rare_classes_are_repeated() -> None:
+    # One image of 7 holds class 0, so it comes sqrt(7) times for each sqrt(7 / 6) times of another.
+    drawn = list(islice(order(7, "RepeatFactorTrainingSampler"), 7000))
+    assert drawn.count(0) / drawn.count(1) == pytest.approx(6**0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("groups", [(), (0, 1, 1, 0, 1, 0, 0)], ids=["plain", "grouped"])
+@pytest.mark.parametrize("sampler", ["TrainingSampler", "RepeatFactorTrainingSampler"])
+def test_later_start_gives_the_rest(sampler: str, groups: tuple[int, ...]) -> None:
+    def batches(first: int, number: int) -> list[Any]:
+        options = {"batch_size": 4, "group_of": groups, "group_size": 2, "first": first}
+        return list(islice(BatchSampler(order(7, sampler), **options), number))
+
+    whole = batches(0, 30)
+    assert batches(11, 19) == whole[11:]
+
+
+@pytest.mark.parametrize("groups", [(), (0, 1, 1, 0, 1, 0, 0)], ids=["plain", "grouped"])
+def test_processes_share_the_batches_of_one(groups: tuple[int, ...]) -> None:
+    options = {"batch_size": 4, "group_of": groups, "group_size": 2}
+    whole = list(islice(BatchSampler(order(), **options), 20))
+    shares = [islice(BatchSampler(order(), rank=rank, num_processes=2, **options), 20) for rank in range(2)]
+    assert [one + two for one, two in zip(*shares, strict=True)] == whole
+
+
+def test_groups_wait_until_complete() -> None:
+    batches = BatchSampler(cycle([0, 1, 2]), batch_size=2, group_of="aba", group_size=2)
+    # Image 1 waits for itself: its places 1 and 4 come after places 0, 2 and 3.
+    assert list(islice(batches, 3)) == [[(0, 0), (2, 2)], [(1, 1), (4, 1)], [(3, 0), (5, 2)]]
+
+
+def test_incomplete_last_batch_is_dropped() -> None:
+    assert list(BatchSampler(range(5), batch_size=2)) == [[(0, 0), (1, 1)], [(2, 2), (3, 3)]]
+
+
+def draw_numbers(entry: int) -> tuple[Any, ...]:
+    return entry, random.random(), float(np.random.rand()), float(torch.rand(()))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_place_alone_decides_on_augmentation(num_workers: int) -> None:
+    samples = Samples([5, 6, 7], draw_numbers, seed=1)
+    sampler = BatchSampler(cycle(range(3)), batch_size=2)
+    loaded = list(islice(DataLoader(samples, batch_sampler=sampler, num_workers=num_workers, collate_fn=list), 4))
+    assert loaded == [[samples[place, place % 3] for place in (2 * n, 2 * n + 1)] for n in range(4)]
+    numbers = {number for batch in loaded for sample in batch for number in sample[1:]}
+    assert len(numbers) == 8 * 3
+
+
+def test_mapping_leaves_the_generators_of_the_process() -> None:
+    seed_from(2, STEP, 0)
+    expected = draw_numbers(0)
+    seed_from(2, STEP, 0)
+    Samples([5], draw_numbers, seed=1)[0, 0]
+    assert draw_numbers(0) == expected
+
+
+def test_image_that_the_mapper_skips_is_replaced() -> None:
+    samples = Samples([5, 6, 7], lambda entry: entry if entry == 6 else None, seed=1)
+    assert [samples[place, 0] for place in range(4)] == [6] * 4
+
+
+def test_counters_give_different_numbers() -> None:
+    drawn = set()
+    for seed, *counters in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (2**40, 0, 0)]:
+        with seeded(seed, *counters):
+            drawn.add(draw_numbers(0))
+    assert len(drawn) == 5
