@@ -71,7 +71,9 @@ def instances_of_image(
     """
     scores = prediction.logits[image].float().sigmoid().flatten()
     scores, index = scores.topk(min(max_detections, scores.numel()), sorted=False)
-    scores, index = scores[scores >= options.min_score], index[scores >= options.min_score]
+    if options.min_score > 0:
+        kept = scores >= options.min_score
+        scores, index = scores[kept], index[kept]
     num_classes = prediction.logits.shape[-1]
     if is_thing is not None:
         kept = is_thing[index % num_classes]
