@@ -10,6 +10,7 @@ import torch
 import yaml
 from detectron2.modeling import build_backbone, build_model
 
+import dimaskdino.data  # noqa: F401  (registers the datasets, which know their things)
 from dimaskdino.checkpoint.names import to_release
 from dimaskdino.config import Config, flatten, get_cfg
 from dimaskdino.reproduction.tables import EPOCH_IMAGES, find_experiment, paper_tables
@@ -87,12 +88,18 @@ def test_configurations_train_and_evaluate(file):
     assert missing == []
     with torch.no_grad():
         (result,) = model.eval()([{"image": image(64, 80), "height": 32, "width": 40}])
-    found = result["instances"]
-    is_dino = cfg.MODEL.META_ARCHITECTURE == "DINO"
-    assert found.has("pred_masks") != is_dino
-    assert is_dino or found.pred_masks.shape[1:] == (32, 40)
-    assert 0 < len(found) <= cfg.TEST.DETECTIONS_PER_IMAGE
-    assert found.pred_classes.max() < cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+    is_dino, wanted = cfg.MODEL.META_ARCHITECTURE == "DINO", cfg.MODEL.MaskDINO.TEST
+    if "instances" in result:
+        found = result["instances"]
+        assert found.has("pred_masks") != is_dino
+        assert is_dino or found.pred_masks.shape[1:] == (32, 40)
+        assert len(found) <= cfg.TEST.DETECTIONS_PER_IMAGE
+        assert (found.pred_classes < cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES).all()
+    assert is_dino or result.keys() - {"layers"} == {
+        *(["instances"] * wanted.INSTANCE_ON + ["panoptic_seg"] * wanted.PANOPTIC_ON + ["sem_seg"] * wanted.SEMANTIC_ON)
+    }
+    if "sem_seg" in result:
+        assert result["sem_seg"].shape == (cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, 32, 40)
     assert (
         int(re.findall(r"layer\.(\d+)", model.eval_layer_names()[-1])[0])
         == cfg.MODEL["DINO" if is_dino else "MaskDINO"].DEC_LAYERS - 1
@@ -127,6 +134,46 @@ def test_iterations_match_the_releases_and_the_paper():
     assert load(FULL["coco"]).SOLVER.MAX_ITER == 12 * 7375 == 88500
     assert load(FULL["bdd100k"]).SOLVER.MAX_ITER == 68 * 875 == 59500
     assert load(CONFIGS / "coco" / "dimaskdino_swinl_50ep.yaml").SOLVER.MAX_ITER == 4 * 368750
+
+
+@pytest.mark.parametrize(
+    ("file", "recorded"),
+    [
+        ("panoptic/maskdino_r50_50ep", "maskdino_panoptic_tiny"),
+        ("semantic/maskdino_r50_ade20k_160k", "maskdino_semantic_tiny"),
+    ],
+)
+def test_panoptic_and_semantic_files_are_the_releases(file, recorded):
+    ours, theirs = (dict(flatten(cfg)) for cfg in (load(CONFIGS / f"{file}.yaml"), release(recorded).cfg()))
+    # What made the recorded model small, what the release leaves at a default, and our own keys.
+    ignored = (
+        "MODEL.WEIGHTS",
+        "MODEL.DEVICE",
+        "MODEL.RESNETS.",
+        "OUTPUT_DIR",
+        "MODEL.META_ARCHITECTURE",
+        "DATALOADER.",
+    )
+    ignored += ("MODEL.MaskDINO.DN_N", *release(recorded).options[::2])
+    if not ours["MODEL.MaskDINO.TEST.PANOPTIC_ON"]:
+        ignored += ("MODEL.MaskDINO.TEST.OVERLAP", "MODEL.MaskDINO.TEST.OBJECT")
+    different = {
+        key: (value, theirs[key])
+        for key, value in ours.items()
+        if key.startswith(("MODEL.", "INPUT.", "DATASETS.T", "SOLVER."))
+        and not key.startswith(ignored)
+        and (list(value) if isinstance(value, tuple) else value)
+        != (list(theirs[key]) if isinstance(theirs[key], tuple) else theirs[key])
+    }
+    assert different == {}
+
+
+@pytest.mark.parametrize("kind", ["panoptic", "semantic"])
+def test_every_panoptic_and_semantic_model_has_both_decoders(kind):
+    stems = {file.stem.removeprefix("di") for file in FILES if file.parent.name == kind}
+    assert {f"{prefix}{stem}" for stem in stems for prefix in ("", "di")} == {
+        file.stem for file in FILES if file.parent.name == kind
+    }
 
 
 # Where DINO's learning rate drops, by epochs.

@@ -56,7 +56,7 @@ def build_train_loader(
     check_choice("DATALOADER.SAMPLER_TRAIN", cfg.DATALOADER.SAMPLER_TRAIN, training_samplers(cfg))
     register_all(cfg=cfg)
     entries = _entries(cfg, cfg.DATASETS.TRAIN)
-    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and "annotations" in entries[0]:
+    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and any("annotations" in entry for entry in entries[:1]):
         entries = filter_images_with_only_crowd_annotations(entries)
     if not entries:
         raise DatasetError(

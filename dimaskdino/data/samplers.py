@@ -16,7 +16,7 @@ from detectron2.utils.serialize import PicklableWrapper
 from torch.utils.data import Dataset, Sampler
 
 from dimaskdino.compat import newer_training_sampler
-from dimaskdino.errors import DatasetError
+from dimaskdino.errors import ConfigError, DatasetError
 from dimaskdino.seeds import SAMPLE, seeded
 
 # The place of a sample in the endless order of the run, and the index of its image.
@@ -32,7 +32,7 @@ def endless_order(cfg: CfgNode, entries: Sequence[dict[str, Any]], seed: int) ->
         sampler = TrainingSampler(len(entries), seed=seed)
     elif cfg.DATALOADER.SAMPLER_TRAIN == "RepeatFactorTrainingSampler":
         factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-            entries, cfg.DATALOADER.REPEAT_THRESHOLD
+            [{"annotations": _objects(entry)} for entry in entries], cfg.DATALOADER.REPEAT_THRESHOLD
         )
         sampler = RepeatFactorTrainingSampler(factors, seed=seed)
     else:
@@ -40,6 +40,16 @@ def endless_order(cfg: CfgNode, entries: Sequence[dict[str, Any]], seed: int) ->
     # detectron2's samplers give each process its share; BatchSampler divides batches instead.
     sampler._rank, sampler._world_size = 0, 1
     return sampler
+
+
+def _objects(entry: dict[str, Any]) -> list[dict[str, Any]]:
+    """What an image lists with classes: its annotations, or its panoptic segments."""
+    if "annotations" not in entry and "segments_info" not in entry:
+        raise ConfigError(
+            "DATALOADER.SAMPLER_TRAIN RepeatFactorTrainingSampler counts the images of each class, which semantic "
+            "datasets do not list; set it to TrainingSampler."
+        )
+    return entry["annotations"] if "annotations" in entry else entry["segments_info"]
 
 
 class BatchSampler(Sampler[list[Draw]]):

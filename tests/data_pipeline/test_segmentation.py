@@ -164,6 +164,14 @@ def test_sound_sets_pass_and_load(kind, request, caplog):
     assert ("segments_info" if kind == "panoptic" else "sem_seg_file_name") in tested[0]
 
 
+def test_rare_classes_can_be_repeated_in_panoptic_sets_alone(panoptic, tmp_path):
+    panoptic.merge_from_list(["DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"])
+    assert len(next(iter(build_train_loader(panoptic)))) == 2
+    keys = write_semantic(tmp_path / "semantic")
+    cfg = configured("semantic", keys, **{"DATALOADER.SAMPLER_TRAIN": "RepeatFactorTrainingSampler"})
+    assert_refused(lambda: next(iter(build_train_loader(cfg))), ["SAMPLER_TRAIN", "TrainingSampler"])
+
+
 def test_semantic_truth_of_a_panoptic_image(panoptic):
     first, second = load_dataset("panoptic_val")
     labels = read_semantic(first, num_classes=3, ignore=255)

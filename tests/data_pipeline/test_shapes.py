@@ -1,5 +1,6 @@
 """The synthetic dataset: the same bytes from the same seed, valid COCO, honest labels, made once."""
 
+import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,9 +15,13 @@ from pycocotools.coco import COCO
 from dimaskdino.config import Config
 from dimaskdino.data import build_mapper, register_all
 from dimaskdino.data.datasets import shapes
+from dimaskdino.data.datasets.registration import load_dataset
 from dimaskdino.data.datasets.shapes import ShapesSpec, annotation_file, make_shapes
 from dimaskdino.data.datasets.shapes_drawing import MIN_VISIBLE_PIXELS, SHAPES, draw_picture
 from dimaskdino.data.datasets.shapes_labels import trace_outlines, visible_object
+from dimaskdino.data.datasets.shapes_stuff import make_shapes_with_stuff
+from dimaskdino.data.label_maps import read_label_map, read_segment_ids, relabel
+from dimaskdino.data.validation.start import check_datasets
 from dimaskdino.errors import ConfigError, DatasetError
 
 SPEC = ShapesSpec(num_train=60, num_val=6, image_size=96, seed=3)
@@ -244,3 +249,61 @@ def test_mapped_targets_are_the_annotated_masks(cfg: Config) -> None:
         corners = [[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in expected)]
         assert instances.gt_boxes.tensor.tolist() == corners
     assert sum(len(labels[entry["image_id"]]) for entry in entries) > 0
+
+
+@pytest.fixture(scope="module")
+def stuff_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    spec = ShapesSpec(num_train=6, num_val=12, image_size=64, seed=3)
+    return make_shapes_with_stuff(tmp_path_factory.mktemp("stuff"), spec)
+
+
+def test_stuff_leaves_the_pictures_of_shapes_as_they_are(tmp_path: Path) -> None:
+    # Recorded before there was stuff; other versions of the libraries may round otherwise.
+    spec = ShapesSpec(num_train=3, num_val=1, image_size=64)
+    folder = make_shapes(tmp_path, spec)
+    sums = [int(np.array(Image.open(folder / "train" / f"{n:06d}.png")).sum()) for n in (1, 2, 3)]
+    assert sums == pytest.approx([1108007, 1642192, 2073736], rel=1e-4)
+    before = contents(folder)
+    assert make_shapes_with_stuff(tmp_path, spec) != folder
+    assert contents(folder) == before
+
+
+def test_pictures_with_stuff_depend_only_on_the_seed(stuff_folder: Path, tmp_path: Path) -> None:
+    spec = ShapesSpec(num_train=6, num_val=12, image_size=64, seed=3)
+    again = make_shapes_with_stuff(tmp_path, spec, num_workers=2)
+    files = sorted(path.relative_to(again) for path in again.rglob("*.*"))
+    assert len(files) == 3 * 18 + 2
+    assert all((again / file).read_bytes() == (stuff_folder / file).read_bytes() for file in files)
+
+
+def test_panoptic_and_semantic_truth_agree(stuff_folder: Path) -> None:
+    content = json.loads((stuff_folder / "annotations" / "panoptic_val.json").read_text())
+    classes: set[int] = set()
+    void = 0
+    for annotation in content["annotations"]:
+        ids = read_segment_ids(str(stuff_folder / "panoptic_val" / annotation["file_name"]))
+        labels = read_label_map(str(stuff_folder / "semantic_val" / annotation["file_name"]))
+        segments = annotation["segments_info"]
+        assert {segment["id"] for segment in segments} == set(np.unique(ids[ids > 0]).tolist())
+        assert np.array_equal(labels, relabel(ids, {each["id"]: each["category_id"] - 1 for each in segments}, 255))
+        assert all(segment["area"] == (ids == segment["id"]).sum() for segment in segments)
+        # What a class of stuff covers is one segment; shapes of a class are one each.
+        stuff = [each["category_id"] for each in segments if each["category_id"] > 6]
+        assert len(stuff) == len(set(stuff))
+        classes.update(each["category_id"] for each in segments)
+        void += (labels == 255).sum()
+    assert classes == set(range(1, 11))
+    assert 0 < void < 0.4 * 12 * 64 * 64
+
+
+def test_datasets_with_stuff_are_made_on_first_use(cfg: Config, tmp_path: Path) -> None:
+    options = ["DATASETS.SHAPES.NUM_TRAIN", 2, "DATASETS.SHAPES.NUM_VAL", 2, "DATASETS.SHAPES.IMAGE_SIZE", 64]
+    cfg.merge_from_list([*options, "DATASETS.SHAPES.ROOT", str(tmp_path), "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 10])
+    for kind, mapper in (("panoptic", "coco_panoptic_lsj"), ("semantic", "mask_former_semantic")):
+        keys = ["DATASETS.TRAIN", (f"shapes_{kind}_train",), "DATASETS.TEST", (f"shapes_{kind}_val",)]
+        cfg.merge_from_list([*keys, "INPUT.DATASET_MAPPER_NAME", mapper])
+        check_datasets(cfg)
+        (first, _) = load_dataset(f"shapes_{kind}_val")
+        instances = build_mapper(cfg, is_train=False, with_instances=True)(first)["instances"]
+        assert len(instances) > 1
+        assert not (instances.gt_masks.tensor.sum(0) > 1).any()

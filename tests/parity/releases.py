@@ -35,6 +35,7 @@ class Release:
     config_values: dict[str, Any]
     frozen: list[str]
     loss_weights: dict[str, float]
+    options: list[str]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Its state dict with the made-up weights of :mod:`tests.parity.weights`."""
@@ -63,5 +64,5 @@ def _state_dict(name: str) -> dict[str, Tensor]:
 def release(name: str) -> Release:
     """The configuration of that name, one of NAMES."""
     recorded = _recorded()[name]
-    frozen, losses = recorded.get("frozen", []), recorded.get("loss_weights", {})
-    return Release(name, recorded["keys"], recorded["alias"], recorded["config_values"], frozen, losses)
+    kept = (recorded.get(key, []) for key in ("frozen", "loss_weights", "options"))
+    return Release(name, recorded["keys"], recorded["alias"], recorded["config_values"], *kept)

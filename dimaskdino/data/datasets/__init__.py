@@ -11,6 +11,7 @@ from dimaskdino.data.datasets.objects365 import register_objects365
 from dimaskdino.data.datasets.panoptic import register_coco_panoptic, register_own_panoptic
 from dimaskdino.data.datasets.semantic import register_ade20k, register_cityscapes, register_own_semantic
 from dimaskdino.data.datasets.shapes import ShapesSpec, register_shapes
+from dimaskdino.data.datasets.shapes_stuff import register_shapes_with_stuff
 
 __all__ = ["data_root", "register_all"]
 
@@ -45,6 +46,7 @@ def register_all(root: str | Path | None = None, *, cfg: CfgNode | None = None) 
         register_own_semantic(cfg)
     spec = ShapesSpec.from_config(cfg) if cfg else ShapesSpec()
     register_shapes(_shapes_root(cfg, spec), spec)
+    register_shapes_with_stuff(_shapes_root(cfg, spec), spec)
 
 
 def _shapes_root(cfg: CfgNode | None, spec: ShapesSpec) -> Path:

@@ -79,7 +79,7 @@ def register_panoptic(
         json_file: images, annotations with segments_info, and categories with isthing.
         panoptic_root: folder of the PNGs.
         image_root: folder of the images.
-        metadata: what :func:`categories_metadata` gives.
+        metadata: what :func:`categories_metadata` gives; also ``make``, called before the files are first read.
         instances_json: instance annotations of the same images, by which instances are scored if the file exists.
     """
     found = MetadataCatalog.get(name)
@@ -197,6 +197,8 @@ def _check_annotations(content: Json) -> None:
 def load_panoptic(name: str) -> list[Json]:
     """List the annotated images of a dataset of :func:`register_panoptic` in detectron2's format, by image id."""
     metadata = MetadataCatalog.get(name)
+    if metadata.get("make") is not None:
+        metadata.make()
     if not os.path.isfile(metadata.panoptic_json):
         raise DatasetError(
             f"Dataset {name}: annotation file {metadata.panoptic_json} does not exist; check DETECTRON2_DATASETS "

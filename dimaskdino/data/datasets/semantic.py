@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,7 @@ def register_semantic(
     classes: list[str],
     hint: str,
     endings: dict[str, tuple[str, ...]] | None = None,
+    make: Callable[[], Any] | None = None,
 ) -> None:
     """Register a folder of images with a folder of label maps, in place of a dataset of the same name.
 
@@ -94,6 +95,7 @@ def register_semantic(
         classes: names by label, from 0 on.
         hint: what to do where files are missing.
         endings: of "images" and of "labels" that are left out of a name; by default those of image files and .png.
+        make: called before the files are first read; makes them where they are missing.
     """
     found = MetadataCatalog.get(name)
     source = (str(image_root), str(label_root), tuple(classes))
@@ -112,6 +114,7 @@ def register_semantic(
         stuff_classes=classes,
         ignore_label=255,
         hint=hint,
+        make=make,
     )
 
 
@@ -122,6 +125,8 @@ def load_semantic(name: str, endings: dict[str, tuple[str, ...]]) -> list[dict[s
         DatasetError: a folder is missing or empty, or images have no label map.
     """
     metadata = MetadataCatalog.get(name)
+    if metadata.get("make") is not None:
+        metadata.make()
     images = _files(metadata.image_root, endings.get("images", IMAGE_ENDINGS))
     labels = _files(metadata.sem_seg_root, endings.get("labels", (".png",)))
     layout = "check its path, or DETECTRON2_DATASETS (layouts: datasets/README.md)"

@@ -5,7 +5,7 @@ import logging
 import shutil
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -96,14 +96,27 @@ def make_shapes(root: Path, spec: ShapesSpec, *, num_workers: int = 0) -> Path:
     Raises:
         DatasetError: if the folder cannot be written.
     """
-    folder = root / spec.folder_name
+    return make_folder(root / spec.folder_name, spec, partial(_write_dataset, spec=spec, num_workers=num_workers))
+
+
+def make_folder(folder: Path, spec: ShapesSpec, write: Callable[[Path], None]) -> Path:
+    """Make a dataset's folder unless it is there.
+
+    Args:
+        folder: what to make; its parents are made if missing.
+        spec: what it holds, for the log.
+        write: writes the dataset into a folder that it makes.
+
+    Raises:
+        DatasetError: if the folder cannot be written.
+    """
     if folder.is_dir():
         return folder
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         with file_lock(str(folder)):
             if not folder.is_dir():
-                _make_then_rename(folder, spec, num_workers)
+                _make_then_rename(folder, spec, write)
     except OSError as error:
         raise DatasetError(
             f"Cannot write the synthetic dataset to {folder} ({error.strerror or error}); "
@@ -112,13 +125,13 @@ def make_shapes(root: Path, spec: ShapesSpec, *, num_workers: int = 0) -> Path:
     return folder
 
 
-def _make_then_rename(folder: Path, spec: ShapesSpec, num_workers: int) -> None:
+def _make_then_rename(folder: Path, spec: ShapesSpec, write: Callable[[Path], None]) -> None:
     """Write beside ``folder`` and rename, so that a folder of that name is always complete."""
     logger.info("Making the synthetic dataset in %s: %d + %d pictures", folder, spec.num_train, spec.num_val)
     started = time.perf_counter()
     part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
-        _write_dataset(part, spec, num_workers)
+        write(part)
         try:
             part.rename(folder)
         except OSError:
@@ -145,14 +158,15 @@ def _write_dataset(folder: Path, spec: ShapesSpec, num_workers: int) -> None:
 def _write_picture(folder: Path, seeds: tuple[int, int], size: int, index: int) -> list[dict[str, Any]]:
     """Draw picture ``index`` from a generator of its own, save it, and return its labels, back to front."""
     picture = draw_picture(np.random.default_rng([*seeds, index]), size)
-    Image.fromarray(picture.image).save(folder / _file_name(index), compress_level=1)
+    Image.fromarray(picture.image).save(folder / file_name(index), compress_level=1)
     return [
         {"category_id": label + 1, **visible_object(picture.owner == shape)}
         for shape, label in enumerate(picture.classes)
     ]
 
 
-def _file_name(index: int) -> str:
+def file_name(index: int) -> str:
+    """Of picture ``index``, counted from 0."""
     return f"{index + 1:06d}.png"
 
 
@@ -161,7 +175,7 @@ def _coco_json(spec: ShapesSpec, labels_per_picture: Iterable[list[dict[str, Any
     annotations: list[dict[str, Any]] = []
     for index, labels in enumerate(labels_per_picture):
         side = spec.image_size
-        images.append({"id": index + 1, "file_name": _file_name(index), "width": side, "height": side})
+        images.append({"id": index + 1, "file_name": file_name(index), "width": side, "height": side})
         for label in labels:
             annotations.append({"id": len(annotations) + 1, "image_id": index + 1, **label})
     return {

@@ -76,9 +76,9 @@ class Picture:
     owner: np.ndarray
 
 
-def draw_picture(rng: np.random.Generator, size: int) -> Picture:
-    """Draw one picture of ``size`` x ``size`` pixels."""
-    canvas = background(rng, size)
+def draw_picture(rng: np.random.Generator, size: int, canvas: np.ndarray | None = None) -> Picture:
+    """Draw one picture of ``size`` x ``size`` pixels, on ``canvas`` (S, S, 3) float32 in place of a background."""
+    canvas = background(rng, size) if canvas is None else canvas
     _draw_clutter(rng, canvas)
     owner = np.full((size, size), -1, dtype=np.int16)
     classes: list[int] = []

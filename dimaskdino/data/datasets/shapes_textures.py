@@ -81,3 +81,24 @@ def _clouds(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
         coarse = Image.fromarray(rng.random((cells, cells), dtype=np.float32))
         total += weight * np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
     return np.clip(total, 0, 1)
+
+
+# Class of stuff -> its texture and hue. In class order.
+STUFF = {"meadow": (_clouds, 0.3), "water": (_stripes, 0.55), "tiles": (_checks, 0.05), "sky": (_gradient, 0.7)}
+
+
+def colored_texture(rng: np.random.Generator, label: int, size: int) -> np.ndarray:
+    """The texture of a class of stuff in two muted colors around its hue: (S, S, 3) float32 in [0, 255]."""
+    make, hue = list(STUFF.values())[label]
+    saturation, value = rng.uniform(0.15, 0.45), rng.uniform(0.35, 0.9)
+    color = 255 * np.array(colorsys.hsv_to_rgb((hue + rng.normal(0, HUE_SPREAD)) % 1, saturation, value))
+    shade = (make(rng, size, size)[..., None] - 0.5) * rng.uniform(40, 90)
+    return (color + shade).astype(np.float32)
+
+
+def regions(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Cut a square into 2 to 5 regions with wavy borders: (S, S) int64, the region of each pixel, from 0 on."""
+    points = rng.uniform(0, size, (int(rng.integers(2, 6)), 2))
+    y, x = np.mgrid[:size, :size] + 0.5
+    wave = size * 0.06 * np.sin(2 * np.pi * (np.stack((y, x)) / size * rng.uniform(1, 3) + rng.random()))
+    return np.argmin([np.hypot(x + wave[0] - left, y + wave[1] - top) for left, top in points], axis=0)
