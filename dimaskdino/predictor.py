@@ -27,6 +27,8 @@ from dimaskdino.prediction.tiles import Tiling, predict_tiles
 
 logger = logging.getLogger(__name__)
 
+# What suits large pictures, unless the caller's options say otherwise.
+TILE_OPTIONS = ("MODEL.MaskDINO.TEST.MASK_FORMAT", "rle", "MODEL.MaskDINO.TEST.MASK_INTERPOLATION", "direct")
 # Entries of a self-contained weight file.
 CONFIG_ENTRY, CLASSES_ENTRY = "dimaskdino_config", "dimaskdino_classes"
 
@@ -78,6 +80,8 @@ class Predictor:
         self.refine = Refinement(**refinement)
         self.tiling = None if tile is None else Tiling(tile, overlap)
         self.cfg, self.weights, classes = _read_run(Path(run), Path(weights) if weights else None)
+        if self.tiling:
+            self.cfg.merge_from_list(list(TILE_OPTIONS))
         self.cfg.merge_from_list(list(options))
         _prepare(self.cfg, device, self.refine)
         self.exif = self.cfg.INPUT.APPLY_EXIF if exif is None else exif

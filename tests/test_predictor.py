@@ -265,10 +265,13 @@ def test_the_default_predictor_takes_the_same_run(run, pixels) -> None:
     assert torch.equal(found.scores, predictor(pixels).instances.scores)
 
 
-def test_the_example_of_the_documentation_runs(tmp_path, monkeypatch, pixels) -> None:
-    MetadataCatalog.get("farm").set(thing_classes=NAMES)
+def test_the_examples_of_the_documentation_run(tmp_path, monkeypatch, pixels) -> None:
     monkeypatch.chdir(tmp_path)
-    make_run(Path("output/demo/run"))
+    run = make_run(Path("output/demo/run"), {"MODEL.SEM_SEG_HEAD.NUM_CLASSES": 6})
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("farm", "shapes_train"))
     Image.fromarray(pixels).save("image.jpg")
-    exec(example("docs/inference.md", "predict"), {})
+    for name in ("predict", "save_model"):
+        exec(example("docs/inference.md", name), {})
     assert Path("found.png").is_file()
+    assert Path("shapes.safetensors").is_file()

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -192,10 +193,11 @@ def _pairs(
             first, second = members[number], members[other]
             low = np.maximum(extents[first, None, :2], extents[None, second, :2])
             high = np.minimum(extents[first, None, 2:], extents[None, second, 2:])
+            frame = shapes.frame(region)
             may_be_one = (low < high).all(2) & (classes[first, None] == classes[None, second])
             for row, column in zip(*np.nonzero(may_be_one), strict=True):
                 pair = int(first[row]), int(second[column])
-                agreement = shapes.iou_inside(*pair, region)
+                agreement = shapes.iou_inside(*pair, frame)
                 if agreement >= _SAME_OBJECT_IOU:
                     yield agreement, *pair
 
@@ -213,10 +215,18 @@ class _Shapes:
         self._extents = extents
         self.rles: list[Rle] | None = found.pred_masks.rles if found.has("pred_masks") else None
 
-    def iou_inside(self, first: int, second: int, region: tuple[int, int, int, int]) -> float:
-        """IoU of two detections, of their parts inside a region (left, top, right, bottom)."""
+    def frame(self, region: tuple[int, int, int, int]) -> Any:
+        """A region (left, top, right, bottom) as :meth:`iou_inside` takes it."""
         if self.rles is None:
-            low, high = np.array(region[:2]), np.array(region[2:])
+            return region
+        left, top, right, bottom = region
+        box = np.array([[left, top, right - left, bottom - top]], dtype=np.float64)
+        return mask_util.frPyObjects(box, *self._size)[0]
+
+    def iou_inside(self, first: int, second: int, frame: Any) -> float:
+        """IoU of two detections, of their parts inside a frame."""
+        if self.rles is None:
+            low, high = np.array(frame[:2]), np.array(frame[2:])
             one, other = (
                 np.concatenate((self._extents[each, :2].clip(low, high), self._extents[each, 2:].clip(low, high)))
                 for each in (first, second)
@@ -224,9 +234,6 @@ class _Shapes:
             both = np.concatenate((np.maximum(one[:2], other[:2]), np.minimum(one[2:], other[2:])))
             common = _area(both)
             return common / max(_area(one) + _area(other) - common, 1e-9)
-        left, top, right, bottom = region
-        box = np.array([[left, top, right - left, bottom - top]], dtype=np.float64)
-        (frame,) = mask_util.frPyObjects(box, *self._size)
         inside = [mask_util.merge([self.rles[each], frame], intersect=True) for each in (first, second)]
         return float(mask_util.iou([inside[0]], [inside[1]], [0])[0, 0]) if all(map(mask_util.area, inside)) else 0.0
 

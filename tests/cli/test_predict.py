@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from tests.cli.conftest import REPO
 from tests.tiny_model import tiny_cfg, tiny_model
 
 SIZES = {
@@ -106,3 +108,13 @@ def test_the_demo_model_is_used_unless_another_is_named(run, job, tmp_path, monk
     (tmp_path / "output" / "demo").mkdir(parents=True)
     (tmp_path / "run").rename(tmp_path / "output" / "demo" / "run")
     assert run("tools/predict.py", *job).status == 3
+
+
+def test_the_documentation_names_flags_that_exist(run) -> None:
+    known = set(re.findall(r"--[a-z-]+", run("tools/predict.py", "--help").out))
+    page = (REPO / "docs" / "inference.md").read_text()
+    commands = re.findall(r"tools/predict\.py.*", page)
+    assert commands
+    named = {flag for line in commands for flag in re.findall(r" (--[a-z-]+)", line)} - {"--array", "--wrap"}
+    assert named <= known
+    assert set(re.findall(r"`(--[a-z-]+)", page)) <= known
