@@ -197,7 +197,7 @@ def test_the_picture_has_a_known_format(run, tmp_path: Path) -> None:
     for output, words in (
         ("x.foo", "must end in .png, .pdf, .svg, not in .foo."),
         ("bdd100k", "is a folder"),
-        ("file/x.png", "a file lies where a folder is needed"),
+        ("file/x.png", "there is a file where a folder is needed"),
     ):
         refused = run(script, one, "--output", tmp_path / output)
         assert refused.status == 2
