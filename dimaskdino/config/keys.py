@@ -63,6 +63,9 @@ KEYS: dict[str, Any] = {
     # Precision of float32 matrix products: highest, high (TF32 on GPUs that have it), medium, or "" for torch's own.
     # Newer detectron2 has this key too.
     "FLOAT32_PRECISION": "",
+    # Keep the last checkpoints of SOLVER.CHECKPOINT_PERIOD only, this many; 0 keeps all. The final one and the best one
+    # are kept as well.
+    "SOLVER.CHECKPOINT_KEEP": 0,
     # Optimizer: ADAMW or SGD.
     "SOLVER.OPTIMIZER": "ADAMW",
     # Factor on the learning rate of every parameter whose module name contains "backbone".
@@ -180,6 +183,10 @@ KEYS: dict[str, Any] = {
     # Guiding token generation; without it the selected queries themselves guide (Table 6).
     "MODEL.MaskDINO.BATO.GTG": True,
     # --- Inference ---
+    # Save model_best.pth whenever this score of an evaluation is the highest so far, for example segm/AP; "" never.
+    "TEST.BEST_METRIC": "",
+    # Stop after this many evaluations in a row without a higher TEST.BEST_METRIC; 0 means never.
+    "TEST.EARLY_STOP_PATIENCE": 0,
     # Stages to evaluate besides the final one: [] for none, ["all"], or names such as "layer.0".
     "TEST.EVAL_LAYERS": [],
     # Pad images to a multiple of this many pixels.

@@ -1,5 +1,6 @@
 """Start the processes of a job: one, one per GPU as detectron2's launcher does, or those that torchrun started."""
 
+import contextlib
 import ctypes
 import logging
 import multiprocessing
@@ -9,8 +10,9 @@ import sys
 import tempfile
 import traceback
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from types import FrameType
 from typing import Any, NoReturn
 
 import torch
@@ -18,6 +20,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from dimaskdino.compat import create_local_process_group, leave_process_group, silence_gathering
+from dimaskdino.engine.signals import INTERRUPTED_STATUS, REQUEUE_STATUS
 from dimaskdino.errors import USER_ERROR_STATUS, UserError
 
 Main = Callable[[Namespace], object]
@@ -103,13 +106,37 @@ def _spawn(main: Main, args: Namespace, num_local: int) -> None:
         job = {"world_size": num_local * args.num_machines, "init_method": _dist_url(args, folder)}
         context = mp.spawn(_worker, args=(main, args, num_local, job), nprocs=num_local, join=False)
         try:
-            while not context.join():
-                pass
+            with _passing_on_signals(context.pids()):
+                while not context.join():
+                    pass
         except mp.ProcessExitedException as error:
             codes = [process.exitcode or 0 for process in context.processes]
-            if USER_ERROR_STATUS in codes:
-                sys.exit(USER_ERROR_STATUS)  # That process has printed its error.
+            # That process has printed its error, or the run was saved.
+            for status in (USER_ERROR_STATUS, REQUEUE_STATUS, INTERRUPTED_STATUS):
+                if status in codes:
+                    sys.exit(status)
             _exit_after_crash(codes, str(error))
+
+
+@contextlib.contextmanager
+def _passing_on_signals(pids: list[int]) -> Iterator[None]:
+    """Pass on to the processes what asks a run to end; a terminal sends Ctrl-C to them itself."""
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def only_once(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    handlers = {signal.SIGTERM: pass_on, signal.SIGUSR1: pass_on, signal.SIGINT: only_once}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _worker(local_rank: int, main: Main, args: Namespace, num_local: int, job: dict[str, Any]) -> None:

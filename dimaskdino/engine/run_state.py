@@ -50,6 +50,11 @@ def last_record(path: Path) -> int:
     return max((iteration for _, iteration in _records(path)), default=-1)
 
 
+def record_of(path: Path, iteration: int) -> dict[str, float]:
+    """What a metrics.json holds of one iteration."""
+    return {key: value for line, at in _records(path) if at == iteration for key, value in json.loads(line).items()}
+
+
 def cut_records(path: Path, last: int) -> None:
     """Remove the records after iteration ``last`` from a metrics.json, and lines that are not whole."""
     if not path.is_file():

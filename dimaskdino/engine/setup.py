@@ -23,7 +23,9 @@ from dimaskdino.cpu import keep_freed_memory
 from dimaskdino.data import register_all
 from dimaskdino.data.mapper import MAPPER_REGISTRY
 from dimaskdino.data.validation.start import check_datasets
+from dimaskdino.engine.best import check_best
 from dimaskdino.engine.run_folder import setup_loggers
+from dimaskdino.engine.signals import check_not_locked
 from dimaskdino.errors import ConfigError, UserError, check_choice, file_errors_in_one_line
 from dimaskdino.modeling.meta_arch import needs_masks
 from dimaskdino.modeling.registry import get_registered
@@ -112,6 +114,8 @@ def setup(args: Namespace) -> Config:
             _check(cfg, train=not args.eval_only)
             _set_float32_precision(cfg)
             cfg.freeze()
+        if not args.eval_only and comm.is_main_process():
+            check_not_locked(Path(cfg.OUTPUT_DIR))
         _prepare_folder(Path(cfg.OUTPUT_DIR))
         for record in held.buffer:
             logging.getLogger(record.name).handle(record)
@@ -149,6 +153,7 @@ def _check(cfg: Config, *, train: bool) -> None:
     """Check everything that needs no data."""
     if train:
         check_solver(cfg, comm.get_world_size())
+        check_best(cfg)
         check_choice("DATALOADER.SAMPLER_TRAIN", cfg.DATALOADER.SAMPLER_TRAIN, training_samplers(cfg))
     get_registered(MAPPER_REGISTRY, cfg.INPUT.DATASET_MAPPER_NAME, "INPUT.DATASET_MAPPER_NAME")
     register_all(cfg=cfg)  # A panoptic model asks its datasets which classes are things.

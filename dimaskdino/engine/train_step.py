@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +53,9 @@ class TrainStep:
         self.amp = amp
         self.seed = seed
         self.iter = 0
+        # Whether this process was asked to stop, and whether any process of the job was; all learn it in the same step.
+        self.wants_to_stop: Callable[[], bool] = lambda: False
+        self._job_stops = False
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._statistics = running_statistics(getattr(model, "module", model))
         self._device = self._parameters[0].device
@@ -86,6 +89,11 @@ class TrainStep:
         self._scaler.step(self.optimizer)
         self._scaler.update()
 
+    @property
+    def stops(self) -> bool:
+        """Whether the job was asked to stop, the same in all processes."""
+        return self.wants_to_stop() if comm.get_world_size() == 1 else self._job_stops
+
     def _losses(self, batch: Batch) -> dict[str, Tensor]:
         try:
             return self.model(batch)
@@ -112,8 +120,10 @@ class TrainStep:
         *local, statistics = torch.cat([values, self._sum_of_statistics()]).tolist()
         self._check_finite(batch, dict(zip(names, local, strict=True)), statistics)
         if comm.get_world_size() > 1:
+            values = torch.cat([values, values.new_tensor([self.wants_to_stop()])])
             dist.all_reduce(values)
-            local = (values / comm.get_world_size()).tolist()
+            *local, stops = (values / comm.get_world_size()).tolist()
+            self._job_stops = stops > 0
         if not comm.is_main_process():
             return
         storage = get_event_storage()

@@ -1,5 +1,6 @@
 """The training loop: detectron2's loop and hooks around our own step."""
 
+import contextlib
 import logging
 import os
 import sys
@@ -25,12 +26,14 @@ from torch.optim import Optimizer
 from dimaskdino.checkpoint import FINAL, Checkpointer
 from dimaskdino.data import build_test_loader, build_train_loader, register_all
 from dimaskdino.data.loaders import images_per_process
+from dimaskdino.engine.best import KeepBest
 from dimaskdino.engine.hooks import (
     AverageRunningStatistics,
     EvaluateWhenTrained,
     ProgressLog,
     RepeatablePreciseBN,
     WriteRecords,
+    average_running_statistics,
     is_record_due,
 )
 from dimaskdino.engine.run_folder import (
@@ -43,7 +46,15 @@ from dimaskdino.engine.run_folder import (
     set_earlier_run_aside,
     write_config,
 )
-from dimaskdino.engine.run_state import changed_settings, cut_records, last_record, recent_scalars, restore_scalars
+from dimaskdino.engine.run_state import (
+    changed_settings,
+    cut_records,
+    last_record,
+    recent_scalars,
+    record_of,
+    restore_scalars,
+)
+from dimaskdino.engine.signals import StopSignals, folder_lock
 from dimaskdino.engine.train_step import TrainStep
 from dimaskdino.errors import CheckpointError, UserError, file_errors_in_one_line
 from dimaskdino.evaluation import (
@@ -66,6 +77,10 @@ from dimaskdino.solver import (
 )
 
 logger = logging.getLogger(__name__)
+
+
+class _Stopped(BaseException):
+    """Ends the loop before the last iteration. No Exception: detectron2's loop logs those as failures."""
 
 
 class Trainer(TrainerBase):
@@ -101,6 +116,8 @@ class Trainer(TrainerBase):
         self._first_batch = 0  # number of batches of this run that were drawn before start_iter
         self._group_size = images_per_process(cfg)
         self._saved_scalars: dict[str, Any] = {}
+        self._periodic: PeriodicCheckpointer | None = None
+        self._best: KeepBest | None = None
         self.register_hooks(self.build_hooks())
 
     @property
@@ -157,24 +174,42 @@ class Trainer(TrainerBase):
         self.step.seed = self.seed
         # If any process cannot start, the folder stays as it is.
         comm.synchronize()
-        if comm.is_main_process():
-            self._claim_folder(Path(self.cfg.OUTPUT_DIR))
-        super().train(self.start_iter, self.max_iter)
+        folder = Path(self.cfg.OUTPUT_DIR)
+        with contextlib.ExitStack() as stack:
+            if comm.is_main_process():
+                self._claim_folder(folder, stack)
+            signals = stack.enter_context(StopSignals())
+            self.step.wants_to_stop = lambda: bool(signals.received)
+            try:
+                super().train(self.start_iter, self.max_iter)
+            except _Stopped as reason:
+                logger.warning("The run stops: %s.", reason)
+                comm.synchronize()  # No process leaves while another one still saves.
+                if self.step.stops:
+                    raise SystemExit(signals.exit_status) from None
         if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
             verify_results(self.cfg, self._last_eval_results or {})
         return self._last_eval_results
 
-    def _claim_folder(self, folder: Path) -> None:
+    def _claim_folder(self, folder: Path, stack: contextlib.ExitStack) -> None:
         """Make OUTPUT_DIR the folder of this run: from now on config.yaml describes the checkpoints there."""
         with full_disk_in_one_line(folder), file_errors_in_one_line():
             folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(folder_lock(folder))
             check_free_space(folder, self.model)
             if self.start_iter:
+                self._remove_old_checkpoints()
                 cut_records(folder / METRICS_FILE, self.start_iter - 1)
             else:
                 set_earlier_run_aside(folder)
                 self.checkpointer.run_id = uuid.uuid4().hex
             write_config(self._given_cfg, folder, self.checkpointer.run_id)
+
+    def _remove_old_checkpoints(self) -> None:
+        """Remove what the run was about to remove when it was interrupted; detectron2's hook removes one at a time."""
+        keep = self.cfg.SOLVER.CHECKPOINT_KEEP
+        while keep and self._periodic and len(self._periodic.recent_checkpoints) > keep:
+            Path(self._periodic.recent_checkpoints.pop(0)).unlink(missing_ok=True)
 
     def before_train(self) -> None:
         """Run the hooks before the first iteration; a resumed run first completes the iteration of its checkpoint."""
@@ -182,14 +217,21 @@ class Trainer(TrainerBase):
         if self.start_iter:
             restore_scalars(self.storage, self._saved_scalars)
             if self.start_iter >= self.max_iter and Path(self.checkpointer.get_checkpoint_file()).name != FINAL:
-                self._save("model_final", self.start_iter - 1)  # The run was cut off before it, or it is damaged.
+                self.save("model_final", self.start_iter - 1)  # The run was cut off before it, or it is damaged.
             if self._saved_scalars and comm.all_gather(self._lacks_record())[0]:
                 self._complete_step()
+            elif self._best:
+                # The checkpoint was saved before this evaluation.
+                metrics = Path(self.cfg.OUTPUT_DIR) / METRICS_FILE
+                self._best.count(comm.all_gather(record_of(metrics, self.start_iter - 1))[0], self.start_iter - 1)
+            if self._best and self._best.is_over:
+                self._stop(self._best.describe(), self.start_iter - 1)
 
-    def _save(self, name: str, iteration: int) -> None:
-        """Save a checkpoint after ``iteration``."""
-        self.iter = iteration
+    def save(self, name: str, iteration: int) -> None:
+        """Save a checkpoint, to go on after ``iteration``."""
+        now, self.iter = self.iter, iteration
         self.checkpointer.save(name, iteration=iteration)
+        self.iter = now
 
     def _lacks_record(self) -> bool:
         due = is_record_due(self.start_iter, self.max_iter, self.cfg.TEST.EVAL_PERIOD)
@@ -199,7 +241,7 @@ class Trainer(TrainerBase):
         """Do what came after the checkpoint was saved: evaluate, and write the records."""
         self.iter = self.storage.iter = self.start_iter - 1
         for hook in self._hooks:
-            if isinstance(hook, EvaluateWhenTrained | WriteRecords):
+            if isinstance(hook, EvaluateWhenTrained | KeepBest | WriteRecords):
                 hook.after_step()
         self.iter = self.storage.iter = self.start_iter
 
@@ -212,6 +254,27 @@ class Trainer(TrainerBase):
         """Run the hooks, which evaluate, save and log."""
         with full_disk_in_one_line(Path(self.cfg.OUTPUT_DIR)):
             super().after_step()
+            if self.iter + 1 < self.max_iter:
+                if self._best and self._best.is_over:
+                    self._stop(self._best.describe(), self.iter)
+                elif self.step.stops:
+                    self._save_and_stop()
+
+    def _stop(self, reason: str, last: int) -> None:
+        """End the run before its last iteration."""
+        self.save("model_final", last)
+        raise _Stopped(reason)
+
+    def _save_and_stop(self) -> None:
+        """Save, unless this iteration was saved, and end the run."""
+        average_running_statistics(self.model)
+        name = f"model_{self.iter:07d}"
+        if comm.is_main_process() and self.checkpointer.get_checkpoint_file() != self._path_of(name):
+            self.save(name, self.iter)
+        raise _Stopped(f"a signal asked for it; go on after iteration {self.iter + 1} with --resume")
+
+    def _path_of(self, name: str) -> str:
+        return os.path.join(self.cfg.OUTPUT_DIR, f"{name}.pth")
 
     def after_train(self) -> None:
         """Run the hooks at the end of the training, or after an error ended it."""
@@ -231,9 +294,15 @@ class Trainer(TrainerBase):
         ]
         if comm.is_main_process():
             # The hook divides by its period; it saves the last checkpoint in any case.
-            hooks.append(PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD or sys.maxsize))
+            period, keep = cfg.SOLVER.CHECKPOINT_PERIOD or sys.maxsize, cfg.SOLVER.CHECKPOINT_KEEP or None
+            self._periodic = PeriodicCheckpointer(self.checkpointer, period, max_to_keep=keep)
+            hooks.append(self._periodic)
         # After the checkpointer, so that an evaluation that fails can be repeated.
         hooks.append(EvaluateWhenTrained(cfg.TEST.EVAL_PERIOD, self._evaluate))
+        if cfg.TEST.BEST_METRIC:
+            options = {"patience": cfg.TEST.EARLY_STOP_PATIENCE, "eval_period": cfg.TEST.EVAL_PERIOD}
+            self._best = KeepBest(cfg.TEST.BEST_METRIC, checkpointer=self.checkpointer, **options)
+            hooks.append(self._best)
         if comm.is_main_process():
             hooks += [WriteRecords(self.build_writers(), eval_period=cfg.TEST.EVAL_PERIOD), ProgressLog()]
         return hooks
@@ -265,6 +334,9 @@ class Trainer(TrainerBase):
             "images_drawn": batches * self.cfg.SOLVER.IMS_PER_BATCH,
             "group_size": self._group_size,
             "config": self._given_cfg.dump(),
+            "periodic": [os.path.basename(path) for path in self._periodic.recent_checkpoints]
+            if self._periodic
+            else [],
             "scalars": recent_scalars(self.storage) if hasattr(self, "storage") else {},
         }
         return {**super().state_dict(), "step": self.step.state_dict(), "run": run}
@@ -292,6 +364,10 @@ class Trainer(TrainerBase):
         if self.cfg.SEED not in (run["seed"], -1):
             logger.warning("--resume keeps the seed of the run, %d. To train with another, %s.", run["seed"], NEW_RUN)
         self.seed, self._group_size, self._saved_scalars = run["seed"], run["group_size"], run["scalars"]
+        if self._periodic:
+            saved = os.path.basename(self.checkpointer.get_checkpoint_file())
+            names = [*run["periodic"], *([] if saved == FINAL else [saved])]
+            self._periodic.recent_checkpoints = [os.path.join(self.cfg.OUTPUT_DIR, name) for name in names]
         self._first_batch = run["images_drawn"] // self.cfg.SOLVER.IMS_PER_BATCH
         if self.cfg.SOLVER.IMS_PER_BATCH % self._group_size:
             self._group_size = images_per_process(self.cfg)

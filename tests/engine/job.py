@@ -147,13 +147,13 @@ def import_modules(cfg: Config, folder: Path) -> list[Any]:
 
 
 def kill_and_resume(cfg: Config, folder: Path) -> list[dict[str, Tensor]]:
-    """The weights of a run, of the same run killed and resumed, and of one resumed with a loader worker."""
+    """The weights of a run, and of the same run killed or stopped and resumed, once with a loader worker."""
     found = []
-    for name, kill_at, workers in (("whole", -1, 0), ("killed", 6, 0), ("resumed_by_workers", 5, 1)):
-        mine = resumable(cfg, folder / name)
+    for phase, kill_at, workers in (("whole", -1, 0), ("step", 6, 1), ("signal", 5, 0)):
+        mine = resumable(cfg, folder / phase)
         if kill_at >= 0:
-            with contextlib.suppress(Killed):
-                train(mine, kill_at=kill_at)
+            with contextlib.suppress(Killed, SystemExit):
+                train(mine, kill_at=kill_at, phase=phase)
             mine.DATALOADER.NUM_WORKERS = workers
         found.append(train(mine, resume=kill_at >= 0).step.model.state_dict())
     return found

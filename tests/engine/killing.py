@@ -1,8 +1,11 @@
 """A trainer that dies where a test wants it to."""
 
+import os
+import signal
 from typing import Any
 
 import torch
+from detectron2.utils import comm
 
 from dimaskdino.config import Config
 from dimaskdino.engine import Trainer
@@ -13,13 +16,18 @@ class Killed(BaseException):
 
 
 class KillableTrainer(Trainer):
-    """Dies in a given iteration: before the step, or before its evaluation or its records."""
+    """Dies in a given iteration: before the step, or before its evaluation or its records.
+
+    In the phase "signal", the last process of the job gets SIGTERM.
+    """
 
     kill_at, phase = -1, "step"
 
     def run_step(self) -> None:
         """Die, or train."""
         self._die_in("step")
+        if self.iter == self.kill_at and self.phase == "signal" and comm.get_rank() == comm.get_world_size() - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
         super().run_step()
 
     def _evaluate(self) -> dict[str, Any]:
@@ -36,7 +44,7 @@ class KillableTrainer(Trainer):
 
     def after_train(self) -> None:
         """Do nothing after death."""
-        if self.iter != self.kill_at:
+        if self.iter != self.kill_at or self.phase == "signal":
             super().after_train()
 
     def _die_in(self, phase: str) -> None:

@@ -81,7 +81,9 @@ def test_one_process_keeps_its_statistics() -> None:
     torch.testing.assert_close(buffers_of(norm), before, rtol=0, atol=0)
 
 
-def test_killed_job_goes_on_exactly(of_two_processes) -> None:
+def test_killed_job_goes_on_exactly(of_two_processes, job_folder: Path) -> None:
     for whole, *others in of_two_processes("kill_and_resume"):
         for other in others:
             torch.testing.assert_close(other, whole, rtol=0, atol=0)
+    # The signal to one process stopped both.
+    assert (job_folder / "signal" / "model_0000005.pth").is_file()

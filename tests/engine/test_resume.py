@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from dimaskdino.checkpoint.folder import damage
 from dimaskdino.config import Config
 from dimaskdino.engine import Trainer, run_folder
 from dimaskdino.engine.run_state import changed_settings, cut_records, last_record
@@ -165,11 +166,10 @@ def test_damaged_last_checkpoint_costs_only_time(cfg: Config) -> None:
     damaged = elsewhere(cfg, "damaged")
     train(damaged)
     final = Path(damaged.OUTPUT_DIR) / "model_final.pth"
-    size = final.stat().st_size
     for name in ("model_final.pth", "model_0000007.pth"):
         (Path(damaged.OUTPUT_DIR) / name).write_bytes(b"")
         assert_same_run(damaged, train(damaged, resume=True), cfg, whole)
-        assert final.stat().st_size == size
+        assert not damage(final)
 
 
 def test_full_disk_is_noticed_at_the_start(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:

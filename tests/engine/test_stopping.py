@@ -1,0 +1,166 @@
+"""Runs that end early: signals, a best score that is long ago, locked folders."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dimaskdino.config import Config
+from dimaskdino.engine import Trainer
+from dimaskdino.engine.best import check_best
+from dimaskdino.engine.signals import check_not_locked, folder_lock
+from dimaskdino.errors import ConfigError, UserError
+from tests.engine.killing import Killed
+
+
+class ScriptedTrainer(Trainer):
+    """Gets a signal in one iteration, and scores as it is told."""
+
+    scores: dict[int, float] = {}
+    signals: dict[int, int] = {}
+
+    def run_step(self) -> None:
+        """Send this process a signal, then train."""
+        if number := self.signals.get(self.iter):
+            if number == signal.SIGKILL:
+                raise Killed
+            os.kill(os.getpid(), number)
+        super().run_step()
+
+    def _evaluate(self) -> dict[str, Any]:
+        self._last_eval_results = {"bbox": {"AP": self.scores.get(self.iter, 0.0)}}
+        return self._last_eval_results
+
+
+def train(cfg: Config, *, resume: bool = False, **script: Any) -> Trainer:
+    torch.manual_seed(7)
+    trainer = ScriptedTrainer(cfg)
+    for name, value in script.items():
+        setattr(trainer, name, value)
+    trainer.resume_or_load(resume=resume)
+    trainer.train()
+    return trainer
+
+
+@pytest.fixture
+def cfg(toy_cfg: Config) -> Config:
+    """Twelve iterations, evaluated after each second one."""
+    toy_cfg.merge_from_list(["SOLVER.MAX_ITER", 12, "SOLVER.CHECKPOINT_PERIOD", 5, "TEST.EVAL_PERIOD", 2])
+    return toy_cfg
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_signal_saves_and_the_run_goes_on(cfg: Config, number: int, status: int) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as stopped:
+        train(cfg, signals={6: number})
+    assert stopped.value.code == status
+    assert signal.getsignal(number) is before
+    folder = Path(cfg.OUTPUT_DIR)
+    assert (folder / "last_checkpoint").read_text() == "model_0000006.pth"
+    resumed = train(cfg, resume=True)
+    assert resumed.start_iter == 7
+    whole = cfg.clone()
+    whole.OUTPUT_DIR += "_whole"
+    torch.testing.assert_close(resumed.model.state_dict(), train(whole).model.state_dict(), rtol=0, atol=0)
+
+
+def test_second_interrupt_ends_at_once(cfg: Config) -> None:
+    class TwiceTrainer(ScriptedTrainer):
+        def after_step(self) -> None:
+            if self.iter == 6:
+                os.kill(os.getpid(), signal.SIGINT)
+            super().after_step()
+
+    trainer = TwiceTrainer(cfg)
+    trainer.signals = {6: signal.SIGINT}
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert (Path(cfg.OUTPUT_DIR) / "last_checkpoint").read_text() == "model_0000004.pth"
+
+
+def test_signal_in_the_last_iteration_changes_nothing(cfg: Config) -> None:
+    train(cfg, signals={11: signal.SIGTERM})
+    assert (Path(cfg.OUTPUT_DIR) / "last_checkpoint").read_text() == "model_final.pth"
+
+
+def test_last_checkpoints_are_kept(cfg: Config) -> None:
+    cfg.merge_from_list(["SOLVER.CHECKPOINT_KEEP", 2, "SOLVER.CHECKPOINT_PERIOD", 2])
+    with pytest.raises(Killed):
+        train(cfg, signals={7: signal.SIGKILL})
+    train(cfg, resume=True)
+    names = {path.name for path in Path(cfg.OUTPUT_DIR).glob("*.pth")}
+    assert names == {"model_0000009.pth", "model_0000011.pth", "model_final.pth"}
+
+
+def best_of(cfg: Config) -> int:
+    return torch.load(Path(cfg.OUTPUT_DIR) / "model_best.pth")["iteration"]
+
+
+def test_best_checkpoint_survives_a_resume(cfg: Config) -> None:
+    cfg.TEST.BEST_METRIC = "bbox/AP"
+    scores = {1: 3.0, 3: 7.0, 5: 5.0, 7: 6.0, 9: float("nan"), 12: 6.5}
+    with pytest.raises(Killed):
+        train(cfg, scores=scores, signals={6: signal.SIGKILL})
+    assert best_of(cfg) == 3
+    train(cfg, scores=scores, resume=True)
+    assert best_of(cfg) == 3
+    cfg.SOLVER.MAX_ITER = 16
+    train(cfg, scores={13: 6.9, 16: 7.1}, resume=True)
+    assert best_of(cfg) == 15
+
+
+def test_run_without_gain_stops(cfg: Config, caplog: pytest.LogCaptureFixture) -> None:
+    cfg.merge_from_list(["TEST.BEST_METRIC", "bbox/AP", "TEST.EARLY_STOP_PATIENCE", 2])
+    scores = {1: 3.0, 3: 7.0, 5: 7.0, 7: 6.0, 9: 9.0}
+    with pytest.raises(Killed):
+        train(cfg, scores=scores, signals={6: signal.SIGKILL})
+    assert train(cfg, scores=scores, resume=True).iter == 7
+    assert (Path(cfg.OUTPUT_DIR) / "last_checkpoint").read_text() == "model_final.pth"
+    assert "TEST.EARLY_STOP_PATIENCE" in caplog.text
+    assert train(cfg, scores=scores, resume=True).iter == 8
+    cfg.TEST.EARLY_STOP_PATIENCE = 3
+    train(cfg, scores=scores, resume=True)
+    assert best_of(cfg) == 9
+
+
+def test_score_that_is_not_computed_names_the_others(cfg: Config) -> None:
+    cfg.TEST.BEST_METRIC = "segm/AP"
+    with pytest.raises(ConfigError, match=r"TEST\.BEST_METRIC is 'segm/AP'.*bbox/AP"):
+        train(cfg)
+
+
+@pytest.mark.parametrize(
+    ("options", "keys"),
+    [
+        (["TEST.EARLY_STOP_PATIENCE", 2], r"EARLY_STOP_PATIENCE.*BEST_METRIC.*EVAL_PERIOD"),
+        (["TEST.EARLY_STOP_PATIENCE", -1], "EARLY_STOP_PATIENCE is -1"),
+        (["SOLVER.CHECKPOINT_KEEP", -1], "CHECKPOINT_KEEP is -1"),
+        (["TEST.BEST_METRIC", "bbox/AP", "DATASETS.TEST", ()], r"BEST_METRIC.*DATASETS\.TEST"),
+    ],
+)
+def test_contradicting_keys_are_refused(cfg: Config, options: list[Any], keys: str) -> None:
+    check_best(cfg)
+    cfg.merge_from_list(options)
+    with pytest.raises(ConfigError, match=keys):
+        check_best(cfg)
+
+
+def test_locked_folder_names_the_process(tmp_path: Path) -> None:
+    hold = "import sys, time, pathlib; from dimaskdino.engine.signals import folder_lock\n"
+    hold += "with folder_lock(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", hold, tmp_path], stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        for take in (lambda: check_not_locked(tmp_path), lambda: folder_lock(tmp_path).__enter__()):
+            with pytest.raises(UserError, match=rf"process {other.pid} on .*OUTPUT_DIR"):
+                take()
+        other.kill()
+    check_not_locked(tmp_path)
+    with folder_lock(tmp_path):
+        assert str(os.getpid()) in (tmp_path / "run.lock").read_text()
+    assert not list(tmp_path.iterdir())
