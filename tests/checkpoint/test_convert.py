@@ -5,6 +5,7 @@ import re
 import runpy
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -141,8 +142,8 @@ def test_descriptions_stay_with_the_weights(
     assert content["model"]["conv1_w"].tolist() == [1, 1]
 
 
-def broken_save(content: object, path: Path) -> None:
-    path.write_bytes(b"half a file")
+def broken_save(content: object, file: BinaryIO) -> None:
+    file.write(b"half a file")
     raise RuntimeError("the disk is full")
 
 
