@@ -12,6 +12,9 @@ from dimaskdino.config import Config, get_cfg
 from dimaskdino.engine import argument_parser
 from dimaskdino.engine.setup import _set_device, load_config
 from dimaskdino.errors import ConfigError
+from dimaskdino.modeling.postprocessing import thing_classes
+from tests.data_pipeline.conftest import registrations  # noqa: F401  (a fixture)
+from tests.data_pipeline.label_maps import write_panoptic
 
 REPO = Path(__file__).parents[2]
 
@@ -114,3 +117,17 @@ def test_memory_is_kept_on_the_cpu_only(monkeypatch: pytest.MonkeyPatch) -> None
     assert kept == []
     set_up(monkeypatch)
     assert kept == ["kept"]
+
+
+@pytest.mark.usefixtures("registrations")
+def test_things_of_a_dataset_named_by_keys_are_known_before_the_model(monkeypatch, tmp_path) -> None:
+    keys = write_panoptic(tmp_path / "set") | {
+        "DATASETS.TRAIN": "('panoptic_train',)",
+        "DATASETS.TEST": "('panoptic_val',)",
+    }
+    keys |= {"MODEL.MaskDINO.TEST.PANOPTIC_ON": "True", "MODEL.SEM_SEG_HEAD.NUM_CLASSES": "3"}
+    file = str(REPO / "configs" / "demo" / "dimaskdino_shapes.yaml")
+    command = ["--config-file", file, "OUTPUT_DIR", str(tmp_path), *(item for pair in keys.items() for item in pair)]
+    assert thing_classes(set_up(monkeypatch, *command), "a test") == [0, 1]
+    with pytest.raises(ConfigError, match=r"PANOPTIC_ON .* shapes_none .*THING_CLASSES"):
+        set_up(monkeypatch, *command, "DATASETS.TRAIN", "('shapes_none',)", "DATASETS.TEST", "()")
