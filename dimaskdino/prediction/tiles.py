@@ -16,6 +16,7 @@ from dimaskdino.structures import RleMasks
 from dimaskdino.structures.rle_masks import Rle, crop_of, place_crop
 
 _TOUCH_PX = 2  # an object that comes this close to the seam may go on beyond it
+_COVERED = 0.7  # a part of an object goes if a better detection covers this share of it
 _SAME_OBJECT_IOU = 0.5  # of two detections where both of their tiles see them
 
 
@@ -134,7 +135,7 @@ def merge_tiles(found: Instances, tile_of: np.ndarray, tiles: Sequence[Tile]) ->
     A part that lies wholly inside another tile goes: that tile sees the object and its surroundings. Detections of
     neighbors are one object if they are of one class and agree where both tiles see them. Of such a group the best
     detection that no seam cuts is kept; if there is none, the union of its masks or boxes, with the score of the
-    largest part.
+    largest part. What is then still a part goes if a better detection of its class covers most of it.
 
     Args:
         found: detections of all tiles, in px of the picture.
@@ -270,7 +271,7 @@ class _Groups:
 def _joined(found: Instances, groups: list[list[int]], cut: np.ndarray, shapes: _Shapes) -> Instances:
     """One detection for each group, by descending score."""
     scores = found.scores.numpy()
-    chosen, boxes, rles = [], found.pred_boxes.tensor.clone(), list(shapes.rles or ())
+    chosen, parts, boxes, rles = [], [], found.pred_boxes.tensor.clone(), list(shapes.rles or ())
     for group in groups:
         whole = [index for index in group if not cut[index]]
         best = max(whole, key=scores.__getitem__) if whole else max(group, key=shapes.area)
@@ -280,8 +281,28 @@ def _joined(found: Instances, groups: list[list[int]], cut: np.ndarray, shapes: 
             if shapes.rles is not None:
                 rles[best] = mask_util.merge([shapes.rles[index] for index in group])
         chosen.append(best)
+        parts.append(not whole)
     found.pred_boxes = Boxes(boxes)
     if found.has("pred_masks"):
         found.pred_masks = RleMasks(rles, found.image_size)
-    order = sorted(chosen, key=lambda index: -scores[index])
-    return found[torch.tensor(order, dtype=torch.int64)]
+    order = sorted(range(len(chosen)), key=lambda place: -scores[chosen[place]])
+    found = found[torch.tensor([chosen[place] for place in order], dtype=torch.int64)]
+    return found[torch.from_numpy(~_covered(found, np.array([parts[place] for place in order], dtype=bool)))]
+
+
+def _covered(found: Instances, parts: np.ndarray) -> np.ndarray:
+    """(N,) bool: parts of objects, most of which a better detection of their class covers."""
+    extents, classes = _extents(found), found.pred_classes.numpy()
+    covered = np.zeros(len(found), dtype=bool)
+    for index in np.flatnonzero(parts).tolist():
+        low = np.maximum(extents[:index, :2], extents[index, :2])
+        high = np.minimum(extents[:index, 2:], extents[index, 2:])
+        near = np.flatnonzero((low < high).all(1) & (classes[:index] == classes[index]) & ~covered[:index])
+        if len(near) and found.has("pred_masks"):
+            rles = found.pred_masks.rles
+            shares = mask_util.iou([rles[index]], [rles[other] for other in near.tolist()], [1] * len(near))
+            covered[index] = mask_util.area(rles[index]) == 0 or shares.max() >= _COVERED
+        elif len(near):
+            common = (high - low)[near].prod(1)
+            covered[index] = common.max() >= _COVERED * max(_area(extents[index]), 1e-9)
+    return covered
