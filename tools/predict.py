@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Predict images, folders, videos or a camera with a trained model: pictures, COCO results, masks, CSV.
 
-A job that was stopped goes on where it was when the same command runs again. Under torchrun or in a Slurm array its
+Run the same command again to continue a job that was stopped. Under torchrun or in a Slurm array its
 processes share the inputs, and whichever is last merges the results.
 """
 

@@ -29,7 +29,7 @@ def convert_all(
     force: bool = False,
     progress: Progress = no_progress,
 ) -> int:
-    """Make what is missing; files appear once they are whole, so that a second run goes on where the first one ended.
+    """Make what is missing; files appear once they are whole, so that a second run continues where the first one ended.
 
     Args:
         conversions: what to make.
