@@ -2,16 +2,24 @@
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from dimaskdino.command_line import at_least
+from dimaskdino.data.label_maps import check_segments, read_label_map, read_segment_ids, relabel
 from dimaskdino.data.parallel import Progress, no_progress, parallel_map
 from dimaskdino.errors import DatasetError
+
+IGNORED = 255
+NUM_ADE20K = 150
+# The label ids of the 19 classes that Cityscapes evaluates, in the order of their train ids.
+CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 
 
 class Conversion(NamedTuple):
@@ -92,3 +100,44 @@ def label_files(folder: Path, ending: str) -> list[Path]:
     if not files:
         raise DatasetError(f"{folder} holds no file *{ending}; check --root (layouts: datasets/README.md).")
     return files
+
+
+def convert_and_report(conversions: Sequence[Conversion], args: argparse.Namespace) -> str:
+    """Make what is missing as the command line says; returns how many were made, in words."""
+    progress = partial(tqdm, unit="map")
+    made = convert_all(conversions, num_workers=args.workers, force=args.force, progress=progress)
+    return f"{made} label maps made, {len(conversions) - made} were there already"
+
+
+def shift_ade20k(path: Path) -> np.ndarray:
+    """Labels 0 to 149, and 255 for no class, from ADE20K's 1 to 150 and 0.
+
+    Raises:
+        DatasetError: the map has another label, or cannot be read.
+    """
+    labels = read_label_map(str(path))
+    if labels.max() > NUM_ADE20K:
+        raise DatasetError(f"Label map {path} has the label {labels.max()}; ADE20K's end at {NUM_ADE20K}.")
+    return np.where(labels == 0, IGNORED, labels - 1)
+
+
+def cityscapes_train_ids(path: Path) -> np.ndarray:
+    """Labels 0 to 18 of the classes that Cityscapes evaluates, and 255 for all others, from its label ids."""
+    return relabel(read_label_map(str(path)), {label: index for index, label in enumerate(CITYSCAPES_IDS)}, IGNORED)
+
+
+def classes_of_segments(path: Path, *, segments: Sequence[dict[str, Any]], classes: Mapping[int, int]) -> np.ndarray:
+    """Classes of a panoptic PNG's segments, and 255 for pixels of no segment and for crowd regions.
+
+    Args:
+        path: of the PNG.
+        segments: its ``segments_info``.
+        classes: by category id.
+
+    Raises:
+        DatasetError: the PNG has a segment that is not listed, or cannot be read.
+    """
+    ids = read_segment_ids(str(path))
+    check_segments(ids, segments, str(path))
+    kept = {each["id"]: classes[each["category_id"]] for each in segments if not each.get("iscrowd")}
+    return relabel(ids, kept, IGNORED)
