@@ -23,6 +23,7 @@ from torch import nn
 
 import dimaskdino.engine  # noqa: F401  (imports every part and its registry)
 from dimaskdino.config import get_cfg
+from dimaskdino.data import datasets
 from tests.tiny_model import ONE_STAGE, tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -74,7 +75,8 @@ class _ParserError(Exception):
 def command_lines() -> dict[str, dict[str, Any]]:
     """The arguments of every command: by name, the default and the choices."""
     environment = {name: value for name, value in os.environ.items() if name != "DETECTRON2_DATASETS"}
-    with mock.patch.dict(os.environ, environment, clear=True):
+    # Neither the environment nor another test decides where datasets lie.
+    with mock.patch.dict(os.environ, environment, clear=True), mock.patch.object(datasets, "_given_root", None):
         return {command: _arguments(command) for command in COMMANDS}
 
 
