@@ -111,7 +111,7 @@ def test_two_processes_train_like_one(tmp_path: Path) -> None:
     assert set(one) == set(two)
     for name in [*terms, "total_loss", "grad_norm"]:
         assert len(one[name]) == NUM_ITERATIONS
-        # The first step and the first update differ by rounding alone, which then grows, more in gradients than in losses.
+        # The first two differ by rounding alone, which then grows, more in gradients than in losses.
         assert two[name][:2] == pytest.approx(one[name][:2], rel=1e-5, abs=1e-6), name
         tolerance = 1e-3 if name == "grad_norm" else 1e-4
         assert two[name] == pytest.approx(one[name], rel=tolerance, abs=1e-6), name
