@@ -162,6 +162,12 @@ def write_config(cfg: CfgNode, folder: Path, run_id: str = "") -> None:
     logger.info("The complete configuration is in %s", path)
 
 
+def inference_folder(cfg: CfgNode, dataset_name: str) -> str:
+    """The folder of the results on a dataset: its own one if there are several datasets."""
+    folder = os.path.join(cfg.OUTPUT_DIR, "inference")
+    return os.path.join(folder, dataset_name) if len(cfg.DATASETS.TEST) > 1 else folder
+
+
 def read_run_id(folder: Path) -> str:
     """The run whose checkpoints are in ``folder``, as its config.yaml says; "" if nothing says so."""
     path = folder / CONFIG_FILE

@@ -1,0 +1,295 @@
+"""The part of the trainer that makes a run one run, however often it is interrupted."""
+
+import contextlib
+import logging
+import os
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer, TrainerBase
+from detectron2.engine.hooks import PeriodicCheckpointer
+from detectron2.evaluation import verify_results
+from detectron2.solver import LRMultiplier
+from detectron2.utils import comm
+from torch import nn
+from torch.optim import Optimizer
+
+from dimaskdino.checkpoint import FINAL, Checkpointer
+from dimaskdino.data.loaders import images_per_process
+from dimaskdino.engine.best import KeepBest
+from dimaskdino.engine.hooks import EvaluateWhenTrained, WriteRecords, average_running_statistics, is_record_due
+from dimaskdino.engine.run_folder import (
+    METRICS_FILE,
+    check_free_space,
+    check_same_checkpoint,
+    full_disk_in_one_line,
+    set_earlier_run_aside,
+    write_config,
+)
+from dimaskdino.engine.run_state import (
+    changed_settings,
+    cut_records,
+    last_record,
+    recent_scalars,
+    record_of,
+    restore_scalars,
+)
+from dimaskdino.engine.signals import StopSignals, folder_lock
+from dimaskdino.engine.train_step import TrainStep
+from dimaskdino.errors import CheckpointError, file_errors_in_one_line
+from dimaskdino.solver import NEW_RUN, restored_settings, warn_of_kept_settings
+
+logger = logging.getLogger(__name__)
+
+
+class _Stopped(BaseException):
+    """Ends the loop before the last iteration. No Exception: detectron2's loop logs those as failures."""
+
+
+class ResumableTrainer(TrainerBase):
+    """detectron2's loop in a run folder: it goes on after an interruption as if there had been none.
+
+    Subclasses set :attr:`step`, :attr:`scheduler` and :attr:`checkpointer`, and build the loader.
+    """
+
+    iter: int
+    step: TrainStep
+    scheduler: LRMultiplier
+    checkpointer: Checkpointer
+
+    def __init__(self, cfg: CfgNode) -> None:
+        super().__init__()
+        self._given_cfg = cfg
+        self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+        self.cfg = cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self._last_eval_results: dict[str, Any] | None = None
+        self._first_batch = 0  # number of batches of this run that were drawn before start_iter
+        self._group_size = images_per_process(cfg)
+        self._saved_scalars: dict[str, Any] = {}
+        self._periodic: PeriodicCheckpointer | None = None
+        self._best: KeepBest | None = None
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode, start_iter: int = 0, group_size: int = 0) -> Any:
+        """Endless training batches after the first ``start_iter``."""
+        raise NotImplementedError
+
+    @property
+    def model(self) -> nn.Module:
+        """The model in training, wrapped for distribution if the job has several processes."""
+        return self.step.model
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer of the model."""
+        return self.step.optimizer
+
+    @property
+    def data_loader(self) -> Iterable[Any] | None:
+        """The training batches; None before :meth:`train` builds the loader."""
+        return self.step.data_loader
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Go on from the last checkpoint in OUTPUT_DIR if ``resume``, else load MODEL.WEIGHTS and start at 0.
+
+        Raises:
+            UserError: the processes find different checkpoints, or the checkpoint has another model or optimizer.
+        """
+        check_same_checkpoint(self.checkpointer, resume=resume)
+        resume = resume and self._has_checkpoint()
+        configured = restored_settings(self.optimizer)
+        self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        if not resume:
+            return
+        warn_of_kept_settings(configured, restored_settings(self.optimizer))
+        # The checkpoint holds the iteration that it was saved after.
+        self.start_iter = self.iter + 1
+        if self.start_iter >= self.max_iter:
+            logger.warning(
+                "--resume: this run is finished: its last checkpoint follows iteration %d, and SOLVER.MAX_ITER is %d. "
+                "It is evaluated again; to train on, set a larger SOLVER.MAX_ITER.",
+                self.start_iter,
+                self.max_iter,
+            )
+
+    def _has_checkpoint(self) -> bool:
+        if self.checkpointer.has_checkpoint():
+            return True
+        logger.warning("--resume: no checkpoint in %s; starting from MODEL.WEIGHTS.", self.cfg.OUTPUT_DIR)
+        return False
+
+    def train(self) -> dict[str, Any] | None:
+        """Train from ``start_iter`` to SOLVER.MAX_ITER; a new run sets an earlier one in its folder aside.
+
+        Returns:
+            On the main process, the results of the last evaluation if there is a test set.
+        """
+        self.step.data_loader = self._build_seeded_loader(self._first_batch)
+        self.step.seed = self.seed
+        # If any process cannot start, the folder stays as it is.
+        comm.synchronize()
+        folder = Path(self.cfg.OUTPUT_DIR)
+        with contextlib.ExitStack() as stack:
+            if comm.is_main_process():
+                self._claim_folder(folder, stack)
+            signals = stack.enter_context(StopSignals())
+            self.step.wants_to_stop = lambda: bool(signals.received)
+            try:
+                super().train(self.start_iter, self.max_iter)
+            except _Stopped as reason:
+                logger.warning("The run stops: %s.", reason)
+                comm.synchronize()  # No process leaves while another one still saves.
+                if self.step.stops:
+                    raise SystemExit(signals.exit_status) from None
+        if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
+            verify_results(self.cfg, self._last_eval_results or {})
+        return self._last_eval_results
+
+    def _build_seeded_loader(self, first_batch: int) -> Any:
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.SEED = self.seed
+        # A run that goes on with another number of processes keeps its batches.
+        options = {} if self._group_size == images_per_process(cfg) else {"group_size": self._group_size}
+        return self.build_train_loader(cfg, first_batch, **options)
+
+    def _claim_folder(self, folder: Path, stack: contextlib.ExitStack) -> None:
+        """Make OUTPUT_DIR the folder of this run: from now on config.yaml describes the checkpoints there."""
+        with full_disk_in_one_line(folder), file_errors_in_one_line():
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(folder_lock(folder))
+            check_free_space(folder, self.model)
+            if self.start_iter:
+                self._remove_old_checkpoints()
+                cut_records(folder / METRICS_FILE, self.start_iter - 1)
+            else:
+                set_earlier_run_aside(folder)
+                self.checkpointer.run_id = uuid.uuid4().hex
+            write_config(self._given_cfg, folder, self.checkpointer.run_id)
+
+    def _remove_old_checkpoints(self) -> None:
+        """Remove what the run was about to remove when it was interrupted; detectron2's hook removes one at a time."""
+        keep = self.cfg.SOLVER.CHECKPOINT_KEEP
+        while keep and self._periodic and len(self._periodic.recent_checkpoints) > keep:
+            Path(self._periodic.recent_checkpoints.pop(0)).unlink(missing_ok=True)
+
+    def before_train(self) -> None:
+        """Run the hooks before the first iteration; a resumed run first completes the iteration of its checkpoint."""
+        super().before_train()
+        if self.start_iter:
+            restore_scalars(self.storage, self._saved_scalars)
+            if self.start_iter >= self.max_iter and Path(self.checkpointer.get_checkpoint_file()).name != FINAL:
+                self.save("model_final", self.start_iter - 1)  # The run was cut off before it, or it is damaged.
+            if self._saved_scalars and comm.all_gather(self._lacks_record())[0]:
+                self._complete_step()
+            elif self._best:
+                # The checkpoint was saved before this evaluation.
+                metrics = Path(self.cfg.OUTPUT_DIR) / METRICS_FILE
+                self._best.count(comm.all_gather(record_of(metrics, self.start_iter - 1))[0], self.start_iter - 1)
+            if self._best and self._best.is_over:
+                self._stop(self._best.describe(), self.start_iter - 1)
+
+    def save(self, name: str, iteration: int) -> None:
+        """Save a checkpoint, to go on after ``iteration``."""
+        now, self.iter = self.iter, iteration
+        self.checkpointer.save(name, iteration=iteration)
+        self.iter = now
+
+    def _lacks_record(self) -> bool:
+        due = is_record_due(self.start_iter, self.max_iter, self.cfg.TEST.EVAL_PERIOD)
+        return due and last_record(Path(self.cfg.OUTPUT_DIR) / METRICS_FILE) < self.start_iter - 1
+
+    def _complete_step(self) -> None:
+        """Do what came after the checkpoint was saved: evaluate, and write the records."""
+        self.iter = self.storage.iter = self.start_iter - 1
+        for hook in self._hooks:
+            if isinstance(hook, EvaluateWhenTrained | KeepBest | WriteRecords):
+                hook.after_step()
+        self.iter = self.storage.iter = self.start_iter
+
+    def run_step(self) -> None:
+        """One iteration."""
+        self.step.iter = self.iter
+        self.step.run_step()
+
+    def after_step(self) -> None:
+        """Run the hooks, which evaluate, save and log."""
+        with full_disk_in_one_line(Path(self.cfg.OUTPUT_DIR)):
+            super().after_step()
+            if self.iter + 1 < self.max_iter:
+                if self._best and self._best.is_over:
+                    self._stop(self._best.describe(), self.iter)
+                elif self.step.stops:
+                    self._save_and_stop()
+
+    def _stop(self, reason: str, last: int) -> None:
+        """End the run before its last iteration."""
+        self.save("model_final", last)
+        raise _Stopped(reason)
+
+    def _save_and_stop(self) -> None:
+        """Save, unless this iteration was saved, and end the run."""
+        average_running_statistics(self.model)
+        name = f"model_{self.iter:07d}"
+        if comm.is_main_process() and self.checkpointer.get_checkpoint_file() != self._path_of(name):
+            self.save(name, self.iter)
+        raise _Stopped(f"a signal asked for it; go on after iteration {self.iter + 1} with --resume")
+
+    def _path_of(self, name: str) -> str:
+        return os.path.join(self.cfg.OUTPUT_DIR, f"{name}.pth")
+
+    def after_train(self) -> None:
+        """Run the hooks at the end of the training, or after an error ended it."""
+        self.iter = min(self.iter, self.max_iter)  # detectron2 counts one more where nothing was left to train.
+        with full_disk_in_one_line(Path(self.cfg.OUTPUT_DIR)):
+            super().after_train()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Iteration, hooks (with the schedule), step (with the optimizer), and what makes the run repeatable."""
+        batches = self._first_batch + self.iter + 1 - self.start_iter
+        run = {
+            "seed": self.seed,
+            "images_drawn": batches * self.cfg.SOLVER.IMS_PER_BATCH,
+            "group_size": self._group_size,
+            "config": self._given_cfg.dump(),
+            "periodic": [os.path.basename(path) for path in self._periodic.recent_checkpoints]
+            if self._periodic
+            else [],
+            "scalars": recent_scalars(self.storage) if hasattr(self, "storage") else {},
+        }
+        return {**super().state_dict(), "step": self.step.state_dict(), "run": run}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a :meth:`state_dict`."""
+        if "step" not in state_dict:
+            raise CheckpointError(f"its training state ({', '.join(state_dict)}) is of another trainer; {NEW_RUN}.")
+        super().load_state_dict(state_dict)
+        self.step.load_state_dict(state_dict["step"], self.checkpointer.loaded_names)
+        # The schedule saved these in the order of the groups.
+        self.scheduler.base_lrs = [group["initial_lr"] for group in self.optimizer.param_groups]
+        self._restore_run(state_dict.get("run"))
+
+    def _restore_run(self, run: dict[str, Any] | None) -> None:
+        if run is None:
+            self._first_batch = self.iter + 1
+            logger.warning(
+                "--resume: the checkpoint is of an earlier version, which did not save all of a run: the images around "
+                "the interruption and all further random numbers are others than those of an uninterrupted run."
+            )
+            return
+        if changes := changed_settings(run["config"], self._given_cfg.dump()):
+            logger.warning("--resume: settings changed since the checkpoint: %s.", "; ".join(changes))
+        if self.cfg.SEED not in (run["seed"], -1):
+            logger.warning("--resume keeps the seed of the run, %d. To train with another, %s.", run["seed"], NEW_RUN)
+        self.seed, self._group_size, self._saved_scalars = run["seed"], run["group_size"], run["scalars"]
+        if self._periodic:
+            saved = os.path.basename(self.checkpointer.get_checkpoint_file())
+            names = [*run["periodic"], *([] if saved == FINAL else [saved])]
+            self._periodic.recent_checkpoints = [os.path.join(self.cfg.OUTPUT_DIR, name) for name in names]
+        self._first_batch = run["images_drawn"] // self.cfg.SOLVER.IMS_PER_BATCH
+        if self.cfg.SOLVER.IMS_PER_BATCH % self._group_size:
+            self._group_size = images_per_process(self.cfg)
