@@ -1,4 +1,4 @@
-# make install | demo | reproduce-demo | test | bench | lint | clean
+# make install | demo | reproduce-demo | test | cases | bench | lint | clean
 # make sanitize      the compiled op and its CPU tests under AddressSanitizer and UndefinedBehaviorSanitizer, and the CUDA
 #                    kernels, as run on the CPU, also under ThreadSanitizer (GCC)
 # make cuda-check    compiles the CUDA code, also where there is no GPU
@@ -13,7 +13,7 @@ CSRC := $(shell find dimaskdino/layers/csrc -type f)
 # What `make cuda-check` compiles for; a toolkit older than CUDA 13 also knows 7.0.
 CUDA_ARCHS ?= 7.5;8.0;9.0;10.0
 
-.PHONY: install demo reproduce-demo test bench sanitize cuda-check gpu-check lint clean
+.PHONY: install demo reproduce-demo test cases bench sanitize cuda-check gpu-check lint clean
 
 install: $(STAMP)
 
@@ -47,6 +47,10 @@ reproduce-demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# The users' reports of tests/data/cases, those that train a model included, in less than five minutes on a CPU.
+cases: $(STAMP)
+	$(BIN)/python -m pytest -m cases
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.ms_deform_attn

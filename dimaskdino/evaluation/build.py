@@ -1,5 +1,6 @@
 """What a dataset is scored by, and whether its classes are those that the model was trained on."""
 
+import logging
 import os
 
 from detectron2.config import CfgNode
@@ -20,6 +21,8 @@ from dimaskdino.evaluation.segmentation import (
     register_things,
 )
 
+logger = logging.getLogger(__name__)
+
 EVALUATOR_REGISTRY = Registry("EVALUATOR")
 EVALUATOR_REGISTRY.__doc__ = """
 Builders of evaluators by the ``evaluator_type`` of a dataset's metadata. Each is called as
@@ -36,8 +39,10 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Data
         output_folder: where predictions and tables go.
     """
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
-    build = EVALUATOR_REGISTRY.get(kind if kind in EVALUATOR_REGISTRY else "coco")
-    return build(cfg, dataset_name, output_folder)
+    if kind not in EVALUATOR_REGISTRY:
+        logger.warning("%s is scored by COCO's AP; its own metric (%s) is not available.", dataset_name, kind)
+        kind = "coco"
+    return EVALUATOR_REGISTRY.get(kind)(cfg, dataset_name, output_folder)
 
 
 @EVALUATOR_REGISTRY.register()

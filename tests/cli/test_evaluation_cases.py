@@ -15,6 +15,7 @@ for split in ("train", "val"):
 """
 
 
+@pytest.mark.cases
 def test_eval_only_refuses_classes_in_another_order(
     run, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

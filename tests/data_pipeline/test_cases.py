@@ -4,7 +4,8 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -20,9 +21,9 @@ from dimaskdino.data.datasets.registration import load_dataset
 from dimaskdino.data.validation.inspection import Inspection, inspect_dataset
 from dimaskdino.data.validation.start import check_datasets
 from dimaskdino.errors import ConfigError, DatasetError, UserError
-from dimaskdino.evaluation import CocoEvaluator
+from dimaskdino.evaluation import CocoEvaluator, build_evaluator
 
-pytestmark = pytest.mark.usefixtures("registrations")
+pytestmark = [pytest.mark.cases, pytest.mark.usefixtures("registrations")]
 
 CASES = Path(__file__).parents[1] / "data" / "cases"
 Register = Callable[..., Config]
@@ -97,6 +98,7 @@ def test_text_category_id_is_shown_as_text(case: Register) -> None:
 
 def test_byte_order_mark_is_read(case: Register) -> None:
     trains_and_tests(case("12"))
+    assert len(DatasetCatalog.get("mine")) == 1  # detectron2's own reader stops at the mark
     assert MetadataCatalog.get("mine").thing_classes[1] == "écrou"
     assert inspect_dataset("mine").findings == []
 
@@ -139,6 +141,12 @@ def test_deep_test_image_is_found_before_training(case: Register) -> None:
     assert "part_06.tif" in finding.where
 
 
+def test_names_and_paths_may_be_in_any_script(case: Register) -> None:
+    assert "相机 1" in trains_and_tests(case("26"))["file_name"]
+    assert inspect_dataset("mine").findings == []
+    assert "螺栓" in inspect_dataset("mine").counts.table()
+
+
 def test_normalized_polygons_are_refused(case: Register) -> None:
     cfg = case("27")
     for which in ({"train": False}, {"test": False}):
@@ -146,15 +154,49 @@ def test_normalized_polygons_are_refused(case: Register) -> None:
     assert "coordinates: 0 to 1, as if normalized" in kinds(inspect_dataset("mine"))
 
 
-def test_missing_cityscapes_package_is_named(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cityscapesscripts", None)  # as if it were not installed
+@pytest.fixture
+def cityscapes(cfg: Config) -> Config:
+    """A configuration that trains and tests on the case's Cityscapes, registered as detectron2 does."""
     folders = [str(next(CASES.glob("29-*")) / "cityscapes" / name / "val") for name in ("leftImg8bit", "gtFine")]
-    DatasetCatalog.register("mine", partial(load_cityscapes_instances, *folders))
-    MetadataCatalog.get("mine").set(evaluator_type="cityscapes_instance", thing_classes=["person"])
-    cfg.merge_from_list(["DATASETS.TEST", ("mine",)])
-    assert "pip install cityscapesscripts" in message(cfg, train=False)
+    load = partial(load_cityscapes_instances, *folders, from_json=False, to_polygons=False)
+    DatasetCatalog.register("mine", load)
+    MetadataCatalog.get("mine").set(evaluator_type="cityscapes_instance", thing_classes=["person", "car"])
+    cfg.merge_from_list(["DATASETS.TRAIN", ("mine",), "DATASETS.TEST", ("mine",), "SOLVER.IMS_PER_BATCH", 1])
+    cfg.merge_from_list(["INPUT.MIN_SCALE", 1.0, "INPUT.MAX_SCALE", 1.0, "INPUT.IMAGE_SIZE", 96])  # leaves the image
+    cfg.DATALOADER.ASPECT_RATIO_GROUPING = False
+    return cfg
+
+
+def test_missing_cityscapes_package_is_named(cityscapes: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cityscapesscripts", None)  # as if it were not installed
+    for which in ({"train": False}, {"test": False}):
+        assert "pip install cityscapesscripts" in message(cityscapes, **which)
     with pytest.raises(DatasetError, match="pip install cityscapesscripts"):
         inspect_dataset("mine")
+
+
+class Label(NamedTuple):
+    """What detectron2 reads of a label of cityscapesscripts."""
+
+    name: str
+    id: int
+    hasInstances: bool = True  # noqa: N815 (their names)
+    ignoreInEval: bool = False  # noqa: N815
+
+
+def test_cityscapes_trains_with_its_package(
+    cityscapes: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    helpers = ModuleType("cityscapesscripts.helpers.labels")
+    helpers.labels = [Label("road", 7, hasInstances=False), Label("person", 24), Label("car", 26)]
+    helpers.id2label = {label.id: label for label in helpers.labels}
+    helpers.name2label = {label.name: label for label in helpers.labels}
+    for name in ("cityscapesscripts", "cityscapesscripts.helpers", "cityscapesscripts.helpers.labels"):
+        monkeypatch.setitem(sys.modules, name, helpers)
+    assert trains_and_tests(cityscapes)["instances"].gt_classes.tolist() == [0, 1]
+    assert inspect_dataset("mine").findings == []
+    build_evaluator(cityscapes, "mine", str(tmp_path))
+    assert "mine is scored by COCO's AP" in caplog.text
 
 
 def test_text_ids_work_throughout(case: Register, tmp_path: Path) -> None:

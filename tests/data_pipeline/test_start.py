@@ -16,6 +16,7 @@ from PIL import Image
 
 from dimaskdino.config import Config
 from dimaskdino.data import build_test_loader, build_train_loader, register_all
+from dimaskdino.data.validation import start
 from dimaskdino.data.validation.start import check_datasets
 from dimaskdino.errors import ConfigError, DatasetError
 from tests.data_pipeline.conftest import HEIGHT, POLYGON, WIDTH, Json
@@ -402,8 +403,31 @@ def test_exif_that_only_mirrors_is_said(mine: Config, orientation: int, caplog: 
         turn(image_path(name), orientation)
     check_datasets(mine)
     assert "2 images have an EXIF orientation" in caplog.text
-    assert "INPUT.APPLY_EXIF" in caplog.text
+    assert "2 of them one that mirrors" in caplog.text
+    assert "INPUT.APPLY_EXIF True reads upright photos, False the pixels as stored" in caplog.text
     assert "one.png" in caplog.text
+
+
+@pytest.mark.parametrize(("seconds", "number"), [(0.0, 3), (3600.0, 9)], ids=["no time", "time enough"])
+def test_headers_are_read_evenly_and_then_in_time(
+    mine: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, seconds: float, number: int
+) -> None:
+    image = Path(image_path("two.png")).read_bytes()
+    for other in range(3, 10):
+        image_path(f"{other}.png").write_bytes(image)
+    sizes = {"width": WIDTH, "height": HEIGHT}
+    rewrite(lambda coco: coco["images"].extend({"id": i, "file_name": f"{i}.png", **sizes} for i in range(3, 10)))
+    read: list[str] = []
+    header = start.read_header
+    monkeypatch.setattr(start, "read_header", lambda path: read.append(Path(path).name) or header(path))
+    monkeypatch.setattr(start, "LEAST_HEADERS", 3)
+    monkeypatch.setattr(start, "MOST_SECONDS", seconds)
+    with caplog.at_level(logging.INFO):
+        check_datasets(mine, train=False)
+    assert read[:3] == ["one.png", "5.png", "9.png"]
+    assert len(read) == len({*read}) == number
+    assert f"the headers of {number} of 9 images" in caplog.text
+    assert ("tools/check_dataset.py mine" in caplog.text) == (number < 9)
 
 
 def test_gray_images_have_no_colors_to_distort(mine: Config) -> None:

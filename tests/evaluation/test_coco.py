@@ -384,6 +384,7 @@ def dense_case(register: Callable[..., str], found: int) -> tuple[str, Instances
     return name, result
 
 
+@pytest.mark.cases
 def test_more_than_100_objects_are_scored_under_their_own_name(
     register: Callable[..., str], tmp_path: Path, caplog: Any
 ) -> None:

@@ -69,6 +69,12 @@ def is_coco_file(name: str) -> bool:
     return ours or getattr(loader, "__module__", "") == "detectron2.data.datasets.coco"
 
 
+def take_over(name: str) -> None:
+    """Make ``DatasetCatalog.get`` read a COCO file that detectron2 has registered in any Unicode encoding."""
+    if is_coco_file(name):
+        DatasetCatalog[name] = partial(_load_coco, name)
+
+
 def load_dataset(name: str) -> list[Json]:
     """Load a registered dataset in detectron2's format.
 
@@ -78,8 +84,7 @@ def load_dataset(name: str) -> list[Json]:
     Raises:
         DatasetError: if a COCO file cannot be read, or a function needs a package or files that are missing.
     """
-    if is_coco_file(name):
-        return _load_coco(name)
+    take_over(name)
     try:
         return DatasetCatalog.get(name)
     except ModuleNotFoundError as error:

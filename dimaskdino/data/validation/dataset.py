@@ -13,7 +13,7 @@ from detectron2.data.catalog import Metadata
 
 from dimaskdino.data.coco_file import annotations_by_image, category_names, read_coco
 from dimaskdino.data.datasets import data_root
-from dimaskdino.data.datasets.registration import is_coco_file, load_dataset
+from dimaskdino.data.datasets.registration import is_coco_file, load_dataset, take_over
 from dimaskdino.data.rle import Size
 from dimaskdino.data.validation.coco import Found, listing_problems
 from dimaskdino.data.validation.report import Counts
@@ -146,6 +146,7 @@ def find_dataset(name: str) -> Metadata:
     if name not in registered:
         closest = difflib.get_close_matches(name, registered, n=1, cutoff=0)[0]
         raise DatasetError(f"Dataset {name} is not registered; did you mean {closest}?")
+    take_over(name)
     metadata = MetadataCatalog.get(name)
     if metadata.get("make") is not None:
         metadata.make()

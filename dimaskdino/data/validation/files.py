@@ -26,9 +26,11 @@ def exif_note(turned: Sequence[tuple[Picture, Header]], rules: Rules) -> str:
         "neither": "fit neither the pixels as stored nor the upright photo",
     }
     parts = [f"the labels of {fits.count(kind)} {text}" for kind, text in advice.items() if kind in fits]
+    same_size = sum(header.orientation < 5 for _, header in turned)
     return (
-        f"{len(turned)} images have an EXIF orientation that turns or mirrors the photo (first {turned[0][0].path}); "
-        f"INPUT.APPLY_EXIF must fit the labels: {'; '.join(parts)}."
+        f"{len(turned)} images have an EXIF orientation (first {turned[0][0].path}), {same_size} of them one that "
+        "mirrors the photo or turns it upside down, which its size does not show. INPUT.APPLY_EXIF True reads upright "
+        f"photos, False the pixels as stored; {'; '.join(parts)}."
     )
 
 

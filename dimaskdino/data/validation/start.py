@@ -1,8 +1,9 @@
 """The check at the start: the datasets of a job, before anything is built, each mistake in one line."""
 
 import logging
+import time
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -21,8 +22,10 @@ from dimaskdino.errors import ConfigError, DatasetError
 
 logger = logging.getLogger(__name__)
 
-# Image files whose headers the check reads, evenly spread over a dataset; tools/check_dataset.py reads all.
-MOST_HEADERS = 5000
+# Image files whose headers the check reads in any case, evenly spread over a dataset, and the seconds after which it
+# stops reading the others; tools/check_dataset.py reads all.
+LEAST_HEADERS = 5000
+MOST_SECONDS = 4.0
 
 # What objects look like whose coordinates mean something else.
 _CAUSES = {
@@ -167,8 +170,8 @@ def _check_files(cfg: CfgNode, dataset: Dataset, used: Sequence[Picture]) -> Non
     check_files_exist(dataset.name, [each.path for each in used])
     local = [each for each in used if "://" not in each.path]
     turned: list[tuple[Picture, Header]] = []
-    for index in np.unique(np.linspace(0, len(local) - 1, min(len(local), MOST_HEADERS)).astype(int)).tolist():
-        picture = local[index]
+    number = 0
+    for picture in _spread_first(local):
         header = read_header(picture.path)
         problem = size_problem(header, picture.size, apply_exif=cfg.INPUT.APPLY_EXIF) if picture.size else ""
         if problem:
@@ -176,11 +179,25 @@ def _check_files(cfg: CfgNode, dataset: Dataset, used: Sequence[Picture]) -> Non
                 f"Image {picture.path} of dataset {dataset.name} is {problem}. {_list_all(dataset.name)}"
             )
         turned += [(picture, header)] * (header.orientation != 1)
+        number += 1
+    rest = "" if number == len(local) else f"; {_list_all(dataset.name)}"
+    logger.info("Dataset %s: read the headers of %d of %d images%s", dataset.name, number, len(local), rest)
     if turned:
         rules = dataset.rules(with_masks=False, scored=False)
         logger.warning("Dataset %s: %s", dataset.name, exif_note(turned, rules))
     if used:
         read_image(used[0].path, cfg.INPUT.FORMAT, apply_exif=cfg.INPUT.APPLY_EXIF)
+
+
+def _spread_first(pictures: Sequence[Picture]) -> Iterator[Picture]:
+    """Pictures spread evenly over all, then the others until the time is up."""
+    start = time.monotonic()
+    spread = np.unique(np.linspace(0, len(pictures) - 1, min(len(pictures), LEAST_HEADERS)).astype(int)).tolist()
+    yield from (pictures[index] for index in spread)
+    for index in sorted({*range(len(pictures))} - {*spread}):
+        if time.monotonic() > start + MOST_SECONDS:
+            return
+        yield pictures[index]
 
 
 def _check_same_classes(classes: dict[str, tuple[str, ...]], trained: Collection[str]) -> None:
