@@ -314,6 +314,9 @@ KEYS: dict[str, Any] = {
     "MODEL.SWIN.USE_CHECKPOINT": False,
 }
 
+# Keys of which "no" is a value.
+MAY_BE_NO = ("MODEL.MaskDINO.INITIALIZE_BOX_TYPE", "MODEL.MaskDINO.DN", "MODEL.DINO.DN")
+
 
 def add_dimaskdino_config(cfg: CfgNode) -> None:
     """Add every key of this package to ``cfg`` in place."""

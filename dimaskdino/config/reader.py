@@ -11,7 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.config import get_cfg as get_detectron2_cfg
 
 from dimaskdino.compat import NEWER_KEYS
-from dimaskdino.config.keys import add_dimaskdino_config
+from dimaskdino.config.keys import MAY_BE_NO, add_dimaskdino_config
 from dimaskdino.config.releases import IGNORED_KEYS
 from dimaskdino.config.yaml_files import read_yaml
 from dimaskdino.errors import ConfigError
@@ -69,9 +69,16 @@ class Config(CfgNode):
             if key not in known:
                 raise ConfigError(_unknown_key_message(key, list(known)))
             try:
-                super().merge_from_list([key, value])
+                super().merge_from_list([key, self._as_meant(key, value, known[key])])
             except (ValueError, AssertionError, KeyError, RecursionError, MemoryError) as error:
                 raise ConfigError(f"Cannot set {key} to {value!r}: {_one_line(error)}") from error
+
+    def _as_meant(self, key: str, value: Any, default: Any) -> Any:
+        """The value, but a whole number as a float where the key is one, and YAML's False of an unquoted no as "no"."""
+        decoded = self._decode_cfg_value(value)
+        if isinstance(default, float) and type(decoded) is int:
+            return float(decoded)
+        return "no" if key in MAY_BE_NO and decoded is False else value
 
 
 def flatten(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -12,6 +12,7 @@ from detectron2.config import get_cfg as get_detectron2_cfg
 
 from dimaskdino.compat import NEWER_KEYS
 from dimaskdino.config import IGNORED_KEYS, KEYS, Config, add_dimaskdino_config, add_keys, flatten, get_cfg, reader
+from dimaskdino.config.keys import MAY_BE_NO
 from dimaskdino.errors import ConfigError, UserError
 from tests import contract
 from tests.parity.releases import NAMES, release
@@ -214,6 +215,26 @@ def test_errors_in_a_file_name_file_and_key(tmp_path: Path, text: str, key: str)
 def test_unsafe_yaml_cannot_be_asked_for(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"a\.yaml: unsafe YAML"):
         get_cfg().merge_from_file(str(tmp_path / "a.yaml"), allow_unsafe=True)
+
+
+@pytest.mark.parametrize("value", ["1", 1])
+def test_whole_numbers_fit_keys_of_floats(value: Any) -> None:
+    cfg = get_cfg()
+    cfg.merge_from_list(["SOLVER.BASE_LR", value])
+    assert cfg.SOLVER.BASE_LR == 1.0
+    assert isinstance(cfg.SOLVER.BASE_LR, float)
+    with pytest.raises(ConfigError, match=r"SOLVER\.BASE_LR"):
+        cfg.merge_from_list(["SOLVER.BASE_LR", "True"])
+
+
+@pytest.mark.parametrize("key", MAY_BE_NO)
+def test_unquoted_no_is_a_word_in_a_file(tmp_path: Path, key: str) -> None:
+    top, node, name = key.split(".")
+    cfg = load(tmp_path, f"{top}: {{{node}: {{{name}: no}}}}\nSOLVER: {{BASE_LR: 1, AMP: {{ENABLED: no}}}}")
+    assert cfg[top][node][name] == "no"
+    assert (cfg.SOLVER.BASE_LR, cfg.SOLVER.AMP.ENABLED) == (1.0, False)
+    with pytest.raises(ConfigError, match=re.escape(key)):
+        load(tmp_path, f"{top}: {{{node}: {{{name}: yes}}}}")
 
 
 def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
