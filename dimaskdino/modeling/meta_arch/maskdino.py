@@ -210,7 +210,7 @@ class DIMaskDINO(nn.Module):
             for name in self.eval_layers
         }
         extra: dict[str, Any] = {"layers": layers} if layers else {}
-        if self.post_processor.instance_options.with_queries and output.t_i is not None:
+        if self.post_processor.with_queries and output.t_i is not None:
             extra["image_feature"] = mean_feature(output.t_i, index, frame, image_size)
         return {**result, **extra}
 

@@ -1,19 +1,12 @@
 """Predictions to results."""
 
-from dimaskdino.modeling.postprocessing.instances import (
-    DEFAULT_OPTIONS,
-    InstanceOptions,
-    instances_of_image,
-    mean_feature,
-)
+from dimaskdino.modeling.postprocessing.instances import instances_of_image, mean_feature
 from dimaskdino.modeling.postprocessing.masks import Frame, MaskRendering
 from dimaskdino.modeling.postprocessing.results import PostProcessor, class_mask, thing_classes
 from dimaskdino.modeling.postprocessing.segments import class_probabilities, panoptic_of_image, semantic_of_image
 
 __all__ = [
-    "DEFAULT_OPTIONS",
     "Frame",
-    "InstanceOptions",
     "MaskRendering",
     "PostProcessor",
     "class_mask",

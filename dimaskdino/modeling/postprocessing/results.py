@@ -9,8 +9,8 @@ from detectron2.data import MetadataCatalog
 from torch import nn
 
 from dimaskdino.errors import ConfigError
-from dimaskdino.modeling.postprocessing.instances import DEFAULT_OPTIONS, InstanceOptions, instances_of_image
-from dimaskdino.modeling.postprocessing.masks import Frame
+from dimaskdino.modeling.postprocessing.instances import instances_of_image
+from dimaskdino.modeling.postprocessing.masks import TWO_STEP, Frame, MaskRendering
 from dimaskdino.modeling.postprocessing.segments import class_probabilities, panoptic_of_image, semantic_of_image
 from dimaskdino.modeling.transformer_decoder.checks import uses_no_object_class
 from dimaskdino.structures import StagePrediction
@@ -24,10 +24,11 @@ class PostProcessor(nn.Module):
         max_detections: instances per image.
         instances: give "instances".
         semantic: give "sem_seg".
-        panoptic: give "panoptic_seg"; instances are then those of thing classes.
-        things: the thing classes, for panoptic results.
+        things: give "panoptic_seg" with these thing classes; instances are then theirs. None for no panoptic results.
         score_by_mask: multiply the class scores of instances by mask quality.
-        instance_options: what else decides the reported instances.
+        min_score: see :func:`instances_of_image`.
+        rendering: how the masks of instances are made, and in how much memory those of semantic and panoptic results.
+        with_queries: see :func:`instances_of_image`.
         no_object_class: whether the class head has a no-object logit.
         temperature: of the softmax over scores in semantic and panoptic results; None for none.
         object_threshold: see :func:`panoptic_of_image`.
@@ -45,10 +46,11 @@ class PostProcessor(nn.Module):
         max_detections: int,
         instances: bool = True,
         semantic: bool = False,
-        panoptic: bool = False,
-        things: Sequence[int] = (),
+        things: Sequence[int] | None = None,
         score_by_mask: bool = False,
-        instance_options: InstanceOptions = DEFAULT_OPTIONS,
+        min_score: float = 0.0,
+        rendering: MaskRendering = TWO_STEP,
+        with_queries: bool = False,
         no_object_class: bool = False,
         temperature: float | None = None,
         object_threshold: float = 0.0,
@@ -56,10 +58,16 @@ class PostProcessor(nn.Module):
         crop_first: bool = True,
     ) -> None:
         super().__init__()
-        self.instances, self.semantic, self.panoptic = instances, semantic, panoptic
-        self.register_buffer("is_thing", class_mask(things, num_classes), persistent=False)
-        self.max_detections, self.score_by_mask = max_detections, score_by_mask
-        self.instance_options, self.memory_mb = instance_options, instance_options.rendering.memory_mb
+        self.instances, self.semantic, self.panoptic = instances, semantic, things is not None
+        self.register_buffer("is_thing", class_mask(things or (), num_classes), persistent=False)
+        self.with_queries, self.memory_mb = with_queries, rendering.memory_mb
+        self.instance_options: dict[str, Any] = {
+            "max_detections": max_detections,
+            "score_by_mask": score_by_mask,
+            "min_score": min_score,
+            "rendering": rendering,
+            "with_queries": with_queries,
+        }
         self.temperature, self.no_object_class, self.crop_first = temperature, no_object_class, crop_first
         self.panoptic_options = {"object_threshold": object_threshold, "overlap_threshold": overlap_threshold}
 
@@ -79,12 +87,13 @@ class PostProcessor(nn.Module):
         return {
             "instances": test.INSTANCE_ON,
             "semantic": test.SEMANTIC_ON and node.PREDICT_MASKS,
-            "panoptic": test.PANOPTIC_ON,
             "num_classes": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
-            "things": thing_classes(cfg, "MODEL.MaskDINO.TEST.PANOPTIC_ON") if test.PANOPTIC_ON else [],
+            "things": thing_classes(cfg, "MODEL.MaskDINO.TEST.PANOPTIC_ON") if test.PANOPTIC_ON else None,
             "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
             "score_by_mask": not test.TEST_FOUCUS_ON_BOX,
-            "instance_options": InstanceOptions.from_config(cfg),
+            "min_score": test.MIN_SCORE,
+            "rendering": MaskRendering.from_config(cfg),
+            "with_queries": test.QUERY_FEATURES,
             "no_object_class": uses_no_object_class(cfg),
             "temperature": test.PANO_TEMPERATURE if test.PANO_TRANSFORM_EVAL else None,
             "object_threshold": test.OBJECT_MASK_THRESHOLD,
@@ -105,16 +114,9 @@ class PostProcessor(nn.Module):
         """
         results: dict[str, Any] = {}
         if self.instances:
+            things = self.is_thing if self.panoptic else None
             results["instances"] = instances_of_image(
-                prediction,
-                image,
-                padded_size=frame.padded,
-                image_size=frame.image,
-                output_size=frame.output,
-                max_detections=self.max_detections,
-                score_by_mask=self.score_by_mask,
-                options=self.instance_options,
-                is_thing=self.is_thing if self.panoptic else None,
+                prediction, image, frame, **self.instance_options, is_thing=things
             )
         if self.panoptic:
             results["panoptic_seg"] = panoptic_of_image(

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from dimaskdino.modeling.postprocessing.instances import instances_of_image
+from dimaskdino.modeling.postprocessing import Frame, instances_of_image
 from dimaskdino.structures import MaskLogits, StagePrediction
 
 LOW = -20.0
@@ -17,15 +17,9 @@ def prediction(logits: list[list[float]], masks: torch.Tensor, boxes: list[list[
     return StagePrediction("layer.0", torch.tensor([logits]), torch.tensor([boxes]), features)
 
 
-def infer(stage: StagePrediction, size: tuple[int, int] = (8, 8), **options):
-    settings = {
-        "padded_size": size,
-        "image_size": size,
-        "output_size": size,
-        "max_detections": 10,
-        "score_by_mask": False,
-    }
-    return instances_of_image(stage, 0, **(settings | options))
+def infer(stage: StagePrediction, size: tuple[int, int] = (8, 8), frame: Frame | None = None, **options):
+    settings = {"max_detections": 10, "score_by_mask": False}
+    return instances_of_image(stage, 0, frame or Frame(size, size, size), **(settings | options))
 
 
 def flat_masks(count: int, value: float = 20.0, side: int = 4) -> torch.Tensor:
@@ -89,7 +83,7 @@ def test_an_empty_mask_scores_zero():
 def test_boxes_are_scaled_from_the_padded_canvas_to_the_asked_size():
     # A canvas of 64 x 96 holds an image of 48 x 80 that is asked for at 96 x 240: twice as high, three times as wide.
     stage = prediction([[0.0]], flat_masks(1), [[0.5, 0.25, 0.25, 0.5]])
-    result = infer(stage, padded_size=(64, 96), image_size=(48, 80), output_size=(96, 240))
+    result = infer(stage, frame=Frame((64, 96), (48, 80), (96, 240)))
     # On the canvas: x 36 to 60, y 0 to 32.
     torch.testing.assert_close(result.pred_boxes.tensor, torch.tensor([[36 * 3.0, 0.0, 60 * 3.0, 32 * 2.0]]))
     assert result.image_size == (96, 240)
@@ -104,7 +98,7 @@ def test_masks_are_cut_to_the_image_before_they_are_resized():
     # A canvas of 16 x 16 with an image of 16 x 8: the object fills the image, the padding is background.
     masks = torch.full((1, 4, 4), LOW)
     masks[0, :, :2] = -LOW
-    result = infer(prediction([[0.0]], masks), padded_size=(16, 16), image_size=(16, 8), output_size=(32, 16))
+    result = infer(prediction([[0.0]], masks), frame=Frame((16, 16), (16, 8), (32, 16)))
     assert result.pred_masks.shape == (1, 32, 16)
     assert result.pred_masks.dtype == torch.bool
     assert result.pred_masks.all()
