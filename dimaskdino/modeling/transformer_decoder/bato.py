@@ -12,6 +12,7 @@ from dimaskdino.layers import AttentionLayer
 from dimaskdino.layers.attention import xavier_init
 from dimaskdino.layers.precision import float32_block
 from dimaskdino.modeling.registry import BATO_REGISTRY
+from dimaskdino.modeling.transformer_decoder.checks import layer_sizes
 from dimaskdino.modeling.transformer_decoder.heads import PredictionHeads
 from dimaskdino.structures import highest_scores, take
 
@@ -57,9 +58,7 @@ class BalanceAwareTokensOptimization(nn.Module):
         """Read MODEL.MaskDINO."""
         node = cfg.MODEL.MaskDINO
         return {
-            "dim": node.HIDDEN_DIM,
-            "hidden_dim": node.DIM_FEEDFORWARD,
-            "num_heads": node.NHEADS,
+            **layer_sizes(node),
             "num_guiding_tokens": node.NUM_GUIDING_TOKENS,
             "generate_guiding_tokens": node.BATO.GTG,
         }

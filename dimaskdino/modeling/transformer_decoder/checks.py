@@ -19,6 +19,11 @@ def num_selected(cfg: CfgNode) -> list[int]:
     return list(node.DI.NUM_SELECTED or [node.FIRST_SELECTED_QUERIES, node.NUM_OBJECT_QUERIES])
 
 
+def layer_sizes(node: CfgNode) -> dict[str, int]:
+    """Width, feed-forward width and attention heads of the layers that MODEL.MaskDINO or MODEL.DINO describes."""
+    return {"dim": node.HIDDEN_DIM, "hidden_dim": node.DIM_FEEDFORWARD, "num_heads": node.NHEADS}
+
+
 def check_maskdino(cfg: CfgNode) -> None:
     """Refuse keys of Mask DINO's decoder that cannot work together.
 

@@ -13,7 +13,7 @@ from dimaskdino.layers.boxes import move_boxes
 from dimaskdino.layers.position import box_sine_embedding
 from dimaskdino.layers.precision import float32_block
 from dimaskdino.modeling.registry import DE_IMBALANCE_REGISTRY
-from dimaskdino.modeling.transformer_decoder.checks import num_selected
+from dimaskdino.modeling.transformer_decoder.checks import layer_sizes, num_selected
 from dimaskdino.modeling.transformer_decoder.heads import PredictionHeads
 from dimaskdino.structures import Stage, StagePrediction, Tokens, highest_scores
 
@@ -77,9 +77,7 @@ class DeImbalance(nn.Module):
         """Read MODEL.MaskDINO."""
         node = cfg.MODEL.MaskDINO
         return {
-            "dim": node.HIDDEN_DIM,
-            "hidden_dim": node.DIM_FEEDFORWARD,
-            "num_heads": node.NHEADS,
+            **layer_sizes(node),
             "num_layers": node.TI_LAYERS,
             "num_selected": num_selected(cfg),
             "single_delta_boxes": node.DI.SINGLE_DELTA_BOXES,

@@ -35,13 +35,7 @@ class Denoising(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """Read MODEL.MaskDINO.DN and the keys beside it."""
-        node = cfg.MODEL.MaskDINO
-        return {
-            "dim": node.HIDDEN_DIM,
-            "num_classes": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
-            "num_queries": node.DN_NUM if node.DN != "no" else 0,
-            "noise_scale": node.DN_NOISE_SCALE,
-        }
+        return {**_queries(cfg, cfg.MODEL.MaskDINO), "noise_scale": cfg.MODEL.MaskDINO.DN_NOISE_SCALE}
 
     def forward(self, targets: Sequence[Targets]) -> DenoisingQueries | None:
         """Queries for a batch; None where no image has an object, or denoising is off.
@@ -138,9 +132,7 @@ class ContrastiveDenoising(Denoising):
         """Read the keys MODEL.DINO.DN*."""
         node = cfg.MODEL.DINO
         return {
-            "dim": node.HIDDEN_DIM,
-            "num_classes": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
-            "num_queries": node.DN_NUM if node.DN != "no" else 0,
+            **_queries(cfg, node),
             "label_noise": node.DN_LABEL_NOISE,
             "box_noise": node.DN_BOX_NOISE,
             "negatives": node.DN == "contrastive",
@@ -160,6 +152,12 @@ class ContrastiveDenoising(Denoising):
     def draw_boxes(self, boxes: Tensor) -> tuple[Tensor, Tensor]:
         """Random signs and random numbers in [0, 1) of the shape of ``boxes``."""
         return torch.randint_like(boxes, 2) * 2 - 1, torch.rand_like(boxes)
+
+
+def _queries(cfg: CfgNode, node: CfgNode) -> dict[str, int]:
+    """What MODEL.MaskDINO and MODEL.DINO call by the same names."""
+    num_queries = node.DN_NUM if node.DN != "no" else 0
+    return {"dim": node.HIDDEN_DIM, "num_classes": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, "num_queries": num_queries}
 
 
 def _matches(chosen: Tensor, num_groups: int, group_size: int) -> tuple[Tensor, Tensor]:

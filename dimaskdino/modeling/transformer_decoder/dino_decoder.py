@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dimaskdino.layers.attention import xavier_init
 from dimaskdino.modeling.registry import DENOISING_REGISTRY, TRANSFORMER_DECODER_REGISTRY, get_registered
-from dimaskdino.modeling.transformer_decoder.checks import check_dino
+from dimaskdino.modeling.transformer_decoder.checks import check_dino, layer_sizes
 from dimaskdino.modeling.transformer_decoder.decoder_layer import DecoderLayer
 from dimaskdino.modeling.transformer_decoder.heads import PredictionHeads
 from dimaskdino.modeling.transformer_decoder.query_decoder import Queries, QueryDecoder
@@ -65,12 +65,7 @@ class DINODecoder(QueryDecoder):
             "query_feat": None if node.QUERY_SELECTION == "pure" else nn.Embedding(num_queries, dim),
             "query_embed": None if selects else nn.Embedding(num_queries, 4),
             "denoising": get_registered(DENOISING_REGISTRY, node.DN_NAME, "MODEL.DINO.DN_NAME")(cfg),
-            "layers": [
-                DecoderLayer(
-                    dim=dim, hidden_dim=node.DIM_FEEDFORWARD, num_levels=node.NUM_LEVELS, num_heads=node.NHEADS
-                )
-                for _ in range(node.DEC_LAYERS)
-            ],
+            "layers": [DecoderLayer(num_levels=node.NUM_LEVELS, **layer_sizes(node)) for _ in range(node.DEC_LAYERS)],
             "look_forward_twice": node.LOOK_FORWARD_TWICE,
         }
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from dimaskdino.layers.position import pixel_sine_embedding
 from dimaskdino.modeling.registry import DENOISING_REGISTRY, TRANSFORMER_DECODER_REGISTRY, get_registered
-from dimaskdino.modeling.transformer_decoder.checks import check_maskdino, uses_no_object_class
+from dimaskdino.modeling.transformer_decoder.checks import check_maskdino, layer_sizes, uses_no_object_class
 from dimaskdino.modeling.transformer_decoder.decoder_layer import DecoderLayer
 from dimaskdino.modeling.transformer_decoder.heads import PredictionHeads
 from dimaskdino.modeling.transformer_decoder.query_decoder import QueryDecoder
@@ -63,10 +63,7 @@ class MaskDINODecoder(QueryDecoder):
             "query_feat": nn.Embedding(node.NUM_OBJECT_QUERIES, dim) if learned_content else None,
             "query_embed": None if node.TWO_STAGE else nn.Embedding(node.NUM_OBJECT_QUERIES, 4),
             "denoising": get_registered(DENOISING_REGISTRY, node.DN_NAME, "MODEL.MaskDINO.DN_NAME")(cfg),
-            "layers": [
-                DecoderLayer(dim=dim, hidden_dim=node.DIM_FEEDFORWARD, num_levels=num_levels, num_heads=node.NHEADS)
-                for _ in range(node.DEC_LAYERS)
-            ],
+            "layers": [DecoderLayer(num_levels=num_levels, **layer_sizes(node)) for _ in range(node.DEC_LAYERS)],
             "initial_prediction": node.INITIAL_PRED,
             "random_position": node.DI.RANDOM_POSITION,
         }
