@@ -93,9 +93,13 @@ class BalanceAwareTokensOptimization(nn.Module):
             query = tokens + token_position.to(dtype)
             return self.attention(tokens, query, keys.to(dtype), values.to(dtype))
 
+    def choose_guides(self, class_scores: Tensor) -> Tensor:
+        """Which queries guide, given their scores (B, Q, K): indices (B, G) int64; G may be Q where there are fewer."""
+        return highest_scores(class_scores, self.num_guiding_tokens)
+
     def _guiding_tokens(self, content: Tensor, position: Tensor, heads: PredictionHeads) -> tuple[Tensor, Tensor]:
         """Keys and values T_g (B, G, C) (Eqs. 5 to 7)."""
-        index = highest_scores(heads.class_scores(content), self.num_guiding_tokens)
+        index = self.choose_guides(heads.class_scores(content))
         guide = take(content, index)
         if not self.generate_guiding_tokens:
             return guide, guide
