@@ -1,4 +1,4 @@
-# make install | demo | reproduce-demo | test | cases | bench | lint | clean
+# make install | demo | demo-all | reproduce-demo | test | cases | bench | lint | clean
 # make sanitize      the compiled op and its CPU tests under AddressSanitizer and UndefinedBehaviorSanitizer, and the CUDA
 #                    kernels, as run on the CPU, also under ThreadSanitizer (GCC)
 # make cuda-check    compiles the CUDA code, also where there is no GPU
@@ -13,7 +13,7 @@ CSRC := $(shell find dimaskdino/layers/csrc -type f)
 # What `make cuda-check` compiles for; a toolkit older than CUDA 13 also knows 7.0.
 CUDA_ARCHS ?= 7.5;8.0;9.0;10.0
 
-.PHONY: install demo reproduce-demo test cases bench sanitize cuda-check gpu-check lint clean
+.PHONY: install demo demo-all reproduce-demo test cases bench sanitize cuda-check gpu-check lint clean
 
 install: $(STAMP)
 
@@ -40,6 +40,10 @@ $(STAMP): $(REQUIREMENTS) setup.py tools/build_op.py $(CSRC)
 
 demo: $(STAMP)
 	$(BIN)/python tools/demo.py
+
+# A model of every task, one after the other: boxes, instances, panoptic, semantic. It goes on where it stopped.
+demo-all: $(STAMP)
+	$(BIN)/python tools/demo.py --all
 
 # The paper's Table 4 and Figure 1 on synthetic pictures: four trainings shorter than the demo's, on the CPU.
 reproduce-demo: $(STAMP)

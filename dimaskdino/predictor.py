@@ -243,7 +243,8 @@ def classes_of(cfg: Config) -> Classes:
     count = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         metadata = MetadataCatalog.get(name) if name in MetadataCatalog.list() else None
-        things = metadata.get("thing_classes") if metadata else None
+        # A semantic dataset has names of stuff alone.
+        things = (metadata.get("thing_classes") or metadata.get("stuff_classes")) if metadata else None
         if metadata is not None and things and len(things) <= count:
             to_index = metadata.get("thing_dataset_id_to_contiguous_id")
             ids = sorted(to_index, key=to_index.__getitem__) if to_index else list(range(1, len(things) + 1))

@@ -1,25 +1,31 @@
 #!/usr/bin/env python
 """Train a small DI-MaskDINO on synthetic pictures, on the CPU, in minutes; print its results and draw what it finds.
 
-With --quick, evaluate and draw the trained model that comes with the repository, in a minute.
+With --quick, evaluate and draw the trained model that comes with the repository, in a minute. With --all, train a model
+of every task, one after the other, and draw one picture that shows all tasks; the same command continues a stopped run.
 """
 
 import argparse
 import json
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import torch
+import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
 
-from dimaskdino.checkpoint import Checkpointer
+from dimaskdino import Predictor
 from dimaskdino.command_line import at_least
-from dimaskdino.config import get_cfg
-from dimaskdino.data import build_mapper, register_all
+from dimaskdino.config import Config
+from dimaskdino.data import build_mapper
+from dimaskdino.data.label_maps import labels_present, read_segments, read_semantic
 from dimaskdino.engine import Trainer, argument_parser, evaluate, launch, setup
 from dimaskdino.engine.launch import num_cores
 from dimaskdino.errors import UserError, run_cli
 from dimaskdino.evaluation import coco_table, layer_table
+from dimaskdino.evaluation.report import panoptic_table, semantic_table
 from dimaskdino.structures.stages import Stage
 from dimaskdino.visualization import Objects, draw_objects, save_grid
 
@@ -39,24 +45,46 @@ SMOKE = [
 ]
 
 
+class Task(NamedTuple):
+    """One of the trainings of --all: its configuration, and its column in the picture, if it has one."""
+
+    config: str
+    column: str = ""
+
+
+TASKS = (
+    Task("dino_shapes", "boxes (DINO)"),
+    Task("dimaskdino_shapes", "instances (DI-MaskDINO)"),
+    Task("dimaskdino_panoptic_shapes", "panoptic (DI-MaskDINO)"),
+    Task("maskdino_panoptic_shapes"),
+    Task("maskdino_semantic_shapes", "semantic (Mask DINO)"),
+)
+
+
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--quick", action="store_true", help=f"evaluate and draw {MODEL.name} instead of training")
     kind.add_argument("--smoke", action="store_true", help="train a few iterations: tests the code, learns nothing")
-    parser.add_argument(
-        "--output", type=Path, help=f"folder for all files (default: {OUTPUT}; {OUTPUT}_quick and {OUTPUT}_smoke)"
-    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--all", action="store_true", help="all tasks: boxes, instances, panoptic, semantic (an hour)")
     config = CONFIGS / "dimaskdino_shapes.yaml"
-    parser.add_argument("--config-file", default=str(config), help="model and schedule (default: the demo's)")
+    what.add_argument("--config-file", default=str(config), help="model and schedule (default: the demo's)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help=f"folder for all files (default: {OUTPUT}; {OUTPUT}_all, {OUTPUT}_quick, and {OUTPUT}_smoke)",
+    )
     parser.add_argument(
         "--seed", type=at_least(0), default=1, help="of the pictures, the weights, and the training (default: 1)"
     )
     parser.add_argument("--pictures", type=at_least(1), default=6, help="rows of the picture grid (default: 6)")
     demo = parser.parse_args()
-    kind_suffix = "_quick" if demo.quick else "_smoke" if demo.smoke else ""
-    demo.output = demo.output or OUTPUT.with_name(OUTPUT.name + kind_suffix)
+    if demo.all and demo.quick:
+        parser.error("--quick has a trained model of instances alone; --all trains, with --smoke for a few iterations.")
+    suffix = "_all" * demo.all + ("_quick" if demo.quick else "_smoke" if demo.smoke else "")
+    demo.output = demo.output or OUTPUT.with_name(OUTPUT.name + suffix)
     return demo
 
 
@@ -64,28 +92,58 @@ def main() -> None:
     """Train or load, evaluate, report, draw."""
     demo = parse_args()
     started = time.perf_counter()
+    if demo.all:
+        show_all(demo)
+    else:
+        show_one(demo)
+    print(f"time:     {(time.perf_counter() - started) / 60:.1f} min")
+
+
+def show_one(demo: argparse.Namespace) -> None:
+    """One configuration: its results, and its pictures beside the truth."""
     run = demo.output / "run"
-    args = run_arguments(demo, run)
+    args = run_arguments(demo, demo.config_file, run)
     what = f"Evaluating {MODEL.name}" if demo.quick else "Training and evaluating"
     print(f"1. {what} on the CPU; all details are in {run}/log.txt", flush=True)
     launch(work, args, cpu_processes=min(MAX_PROCESSES, num_cores()))
     print(f"\n{report(run)}\n")
     print("2. Drawing what the model finds", flush=True)
-    picture = draw(
-        args, MODEL if demo.quick else run / "model_final.pth", demo.output / "predictions.png", demo.pictures
-    )
+    shown = drawn(args, MODEL if demo.quick else run / "model_final.pth", demo.pictures)
+    picture = demo.output / "predictions.png"
+    save_grid(list(shown), COLUMNS, picture)
     print(f"pictures: {picture}")
-    print(f"results:  {run / 'inference' / 'results.json'}, {run / 'inference' / 'layers.csv'}")
-    print(f"time:     {(time.perf_counter() - started) / 60:.1f} min")
+    written = [path for name in ("results.json", "layers.csv") if (path := run / "inference" / name).is_file()]
+    print(f"results:  {', '.join(map(str, written))}")
 
 
-def run_arguments(demo: argparse.Namespace, run: Path) -> argparse.Namespace:
+def show_all(demo: argparse.Namespace) -> None:
+    """Every task: the results of each, and one picture."""
+    columns: dict[str, list[np.ndarray]] = {}
+    for number, task in enumerate(TASKS, start=1):
+        run = demo.output / task.config / "run"
+        args = run_arguments(demo, str(CONFIGS / f"{task.config}.yaml"), run, resume=True)
+        print(f"{number} of {len(TASKS)}. Training and evaluating {task.config}; details: {run}/log.txt", flush=True)
+        launch(work, args, cpu_processes=min(MAX_PROCESSES, num_cores()))
+        print(f"\n{report(run)}\n", flush=True)
+        if task.column:
+            images, _, found = zip(*drawn(args, run / "model_final.pth", demo.pictures), strict=True)
+            # Models of boxes and instances see pictures without stuff.
+            with_stuff = "panoptic" in task.config or "semantic" in task.config
+            columns.setdefault("input with stuff" if with_stuff else "input", list(images))
+            columns[task.column] = list(found)
+    picture = demo.output / "tasks.png"
+    save_grid(list(zip(*columns.values(), strict=True)), list(columns), picture)
+    print(f"pictures: {picture}")
+    print(f"results:  {demo.output}/*/run/inference/results.json")
+
+
+def run_arguments(demo: argparse.Namespace, config_file: str, run: Path, *, resume: bool = False) -> argparse.Namespace:
     """The command line of train_net.py that does the same.
 
     Raises:
         UserError: --quick, but the trained model is not there.
     """
-    arguments = ["--config-file", demo.config_file, "--num-gpus", "0"]
+    arguments = ["--config-file", config_file, "--num-gpus", "0", *(["--resume"] if resume else [])]
     options = [
         *("OUTPUT_DIR", str(run), "SEED", str(demo.seed)),
         *("DATASETS.SHAPES.ROOT", str(demo.output / "shapes"), "DATASETS.SHAPES.SEED", str(demo.seed)),
@@ -106,45 +164,58 @@ def work(args: argparse.Namespace) -> None:
     cfg = setup(args)
     if args.eval_only:
         evaluate(cfg)
-    else:
-        Trainer(cfg).train()
+        return
+    trainer = Trainer(cfg)
+    if args.resume:
+        trainer.resume_or_load(resume=True)
+    trainer.train()
 
 
 def report(run: Path) -> str:
-    """The COCO table and the table by stage, with the imbalance at the first and the last decoder layer."""
+    """The tables of what was scored and the table by stage, with the imbalance at the first and the last layer."""
     results = json.loads((run / "inference" / "results.json").read_text())
-    rows = json.loads((run / "inference" / "layers.json").read_text())
-    layers = [row for row in rows if Stage.from_name(row["stage"]).kind == "layer" and "gap" in row]
-    ends = {"first": layers[0], "last": layers[-1]} if layers else {}
-    gaps = [f"box minus mask AP at the {name} decoder layer: {row['gap']:+.1f}" for name, row in ends.items()]
-    tables = ["shapes_val, AP in percent", coco_table(results), "", "after every stage", layer_table(rows), ""]
-    return "\n".join([*tables, *gaps])
+    tables = {"bbox": lambda _: coco_table(results), "panoptic_seg": panoptic_table, "sem_seg": semantic_table}
+    parts = ["Percent:", *(table(results[task]) for task, table in tables.items() if task in results)]
+    by_stage = run / "inference" / "layers.json"
+    if by_stage.is_file():
+        rows = json.loads(by_stage.read_text())
+        layers = [row for row in rows if Stage.from_name(row["stage"]).kind == "layer" and "gap" in row]
+        ends = {"first": layers[0], "last": layers[-1]} if layers else {}
+        gaps = [f"box minus mask AP at the {name} decoder layer: {row['gap']:+.1f}" for name, row in ends.items()]
+        parts += [f"after every stage\n{layer_table(rows)}", *(["\n".join(gaps)] if gaps else [])]
+    return "\n\n".join(parts)
 
 
-@torch.no_grad()
-def draw(args: argparse.Namespace, weights: Path, path: Path, num_pictures: int) -> Path:
-    """Draw the first pictures of shapes_val that hold objects, beside their truth and what the model finds."""
-    cfg = get_cfg()
-    cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list([*args.opts, "MODEL.DEVICE", "cpu", "TEST.EVAL_LAYERS", "[]"])
-    register_all(cfg=cfg)
-    name = cfg.DATASETS.TEST[0]
-    class_names = MetadataCatalog.get(name).thing_classes
-    model = Trainer.build_model(cfg).eval()
-    Checkpointer(model).load(str(weights))
-    mapper = build_mapper(cfg, is_train=False, with_instances=True)
-    rows = []
-    for entry in [entry for entry in DatasetCatalog.get(name) if entry["annotations"]][:num_pictures]:
-        given = mapper(entry)
-        found = model([given])[0]["instances"]
-        image = given["image"].permute(1, 2, 0).numpy()
-        shown = (None, given["instances"], found[found.scores >= MIN_SCORE])
-        objects = [
-            Objects.from_instances(each, class_names) if each else Objects(classes=[], names=[]) for each in shown
-        ]
-        rows.append([draw_objects(image, each, width=PICTURE_WIDTH_PX) for each in objects])
-    save_grid(rows, COLUMNS, path)
-    return path
+def drawn(args: argparse.Namespace, weights: Path, count: int) -> Iterator[list[np.ndarray]]:
+    """The first pictures of the test set that hold objects: as they are, with their truth, and with what is found."""
+    options = [*args.opts, "TEST.EVAL_LAYERS", "[]"]
+    predict = Predictor(args.config_file, weights, options=options, device="cpu", score=MIN_SCORE)
+    nothing = Objects(classes=[], names=[])
+    for entry in entries_with_objects(predict.cfg.DATASETS.TEST[0], count):
+        image = np.asarray(Image.open(entry["file_name"]).convert("RGB"))
+        pictures = [draw_objects(image, each, width=PICTURE_WIDTH_PX) for each in (nothing, truth(predict.cfg, entry))]
+        yield [*pictures, np.asarray(predict(image).draw(width=PICTURE_WIDTH_PX))]
+
+
+def entries_with_objects(dataset: str, count: int) -> Iterable[dict[str, Any]]:
+    """The first images of a dataset that are not known to be empty."""
+    return [entry for entry in DatasetCatalog.get(dataset) if entry.get("annotations", True)][:count]
+
+
+def truth(cfg: Config, entry: dict[str, Any]) -> Objects:
+    """What an image of the test set holds."""
+    metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
+    if "segments_info" in entry:
+        classes = {segment["id"]: segment["category_id"] for segment in entry["segments_info"]}
+        return Objects.from_segments(read_segments(entry), classes, metadata.stuff_classes)
+    if "sem_seg_file_name" in entry:
+        names, ignore = metadata.stuff_classes, metadata.ignore_label
+        labels = read_semantic(entry, num_classes=len(names), ignore=ignore)
+        return Objects.from_segments(
+            labels, {label: label for label in labels_present(labels) if label != ignore}, names
+        )
+    given = build_mapper(cfg, is_train=False, with_instances=True)(entry)
+    return Objects.from_instances(given["instances"], metadata.thing_classes)
 
 
 if __name__ == "__main__":

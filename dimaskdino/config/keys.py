@@ -182,6 +182,9 @@ KEYS: dict[str, Any] = {
     "MODEL.MaskDINO.BATO.GUIDANCE": "q_bal",
     # Guiding token generation; without it the selected queries themselves guide (Table 6).
     "MODEL.MaskDINO.BATO.GTG": True,
+    # Eqs. 5 to 8 as the paper prints them: two MLPs of the guiding queries, whose sum is key and value. By default as
+    # in the release: the mask head and the positional embedding of the boxes.
+    "MODEL.MaskDINO.BATO.PAPER_FORM": False,
     # --- Inference ---
     # Save model_best.pth whenever this score of an evaluation is the highest so far, for example segm/AP; "" never.
     "TEST.BEST_METRIC": "",

@@ -1,6 +1,7 @@
 """tools/demo.py on a model and pictures that take seconds."""
 
 import os
+import re
 import runpy
 import shutil
 import sys
@@ -61,11 +62,42 @@ def test_the_demo_trains_reports_and_draws_and_quick_shows_its_model(
     assert not list(quick.rglob("*.pth"))
 
 
+def test_all_tasks_are_trained_reported_and_shown_in_one_picture(run, tmp_path: Path) -> None:
+    tool, configs = tmp_path / "repository" / "tools" / "demo.py", tmp_path / "repository" / "configs" / "demo"
+    tool.parent.mkdir(parents=True)
+    configs.mkdir(parents=True)
+    shutil.copy(REPO / SCRIPT, tool)
+    dino = [*("MODEL.DINO.ENC_LAYERS", "1", "MODEL.DINO.DEC_LAYERS", "1"), *("MODEL.DINO.DN_NUM", "4")]
+    for file in (REPO / "configs" / "demo").glob("*_shapes.yaml"):
+        cfg = get_cfg()
+        cfg.merge_from_file(str(file))
+        cfg.merge_from_list([*TINY, *dino, "SOLVER.MAX_ITER", "1", "SOLVER.STEPS", "()", "TEST.EVAL_LAYERS", "[]"])
+        cfg.merge_from_list(["INPUT.CROP.SIZE", "[64, 64]", "INPUT.SIZE_DIVISIBILITY", "64"])
+        (configs / file.name).write_text(cfg.dump())
+    finished = run(tool, "--all", "--output", tmp_path / "all", "--pictures", 1)
+    assert finished.status == 0, finished.err
+    tables = [part.rpartition("Percent:")[2] for part in re.split(r"\d of 5\. ", finished.out)[1:]]
+    for table, heads in zip(tables, ("box", "mask", "PQ SQ RQ", "PQ SQ RQ", "mIoU"), strict=True):
+        assert all(re.search(rf"\| +{head} +\|", table) for head in heads.split())
+    with Image.open(tmp_path / "all" / "tasks.png") as image:
+        assert image.width > 6 * 384
+        assert image.height > 384
+
+
+def test_quick_does_not_go_with_all(run) -> None:
+    refused = run(SCRIPT, "--quick", "--all")
+    assert refused.status == 2
+    assert "--quick" in refused.err.splitlines()[-1]
+    assert "--all" in refused.err.splitlines()[-1]
+
+
 def test_each_kind_of_demo_has_its_own_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     parse_args = runpy.run_path(str(REPO / SCRIPT))["parse_args"]
     for arguments, output in (
         ([], "output/demo"),
         (["--quick"], "output/demo_quick"),
+        (["--all"], "output/demo_all"),
+        (["--all", "--smoke"], "output/demo_all_smoke"),
         (["--smoke"], "output/demo_smoke"),
         (["--quick", "--output", "mine"], "mine"),
     ):

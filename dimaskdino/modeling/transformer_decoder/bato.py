@@ -8,13 +8,15 @@ from detectron2.layers import Conv2d, get_norm
 from fvcore.nn import weight_init
 from torch import Tensor, nn
 
-from dimaskdino.layers import AttentionLayer
+from dimaskdino.layers import MLP, AttentionLayer
 from dimaskdino.layers.attention import xavier_init
 from dimaskdino.layers.precision import float32_block
 from dimaskdino.modeling.registry import BATO_REGISTRY
 from dimaskdino.modeling.transformer_decoder.checks import layer_sizes
 from dimaskdino.modeling.transformer_decoder.heads import PredictionHeads
 from dimaskdino.structures import highest_scores, take
+
+_GUIDE_LAYERS = 3  # linear layers of each MLP of the paper's form, as in the box and mask heads
 
 
 @BATO_REGISTRY.register()
@@ -27,10 +29,11 @@ class BalanceAwareTokensOptimization(nn.Module):
         num_heads: attention heads.
         num_guiding_tokens: G, the queries with the highest class logit that guide.
         generate_guiding_tokens: make mask and box guiding tokens (Eqs. 5 to 7); otherwise the queries themselves guide.
+        paper_form: make them as the paper prints Eqs. 5 to 8.
 
-    Deviation: the paper makes both guiding tokens by an MLP of Q_bal and attends to their sum; the released code, and
-    this default, uses the mask-embedding head and the positional embedding of the box, and attends with the sum as key
-    and the mask part alone as value.
+    Deviation: the paper makes both guiding tokens by an MLP of Q_bal and attends to their sum, which is
+    ``paper_form``; the released code, and this default, uses the mask-embedding head and the positional embedding of
+    the box, and attends with the sum as key and the mask part alone as value.
     """
 
     @configurable
@@ -42,10 +45,13 @@ class BalanceAwareTokensOptimization(nn.Module):
         num_heads: int,
         num_guiding_tokens: int,
         generate_guiding_tokens: bool,
+        paper_form: bool = False,
     ) -> None:
         super().__init__()
         self.num_guiding_tokens = num_guiding_tokens
         self.generate_guiding_tokens = generate_guiding_tokens
+        self.mask_guide = MLP(dim, dim, dim, _GUIDE_LAYERS) if paper_form else None
+        self.box_guide = MLP(dim, dim, dim, _GUIDE_LAYERS) if paper_form else None
         self.attention = AttentionLayer(
             dim=dim, hidden_dim=hidden_dim, num_heads=num_heads, attention_name="multihead_attn"
         )
@@ -61,6 +67,7 @@ class BalanceAwareTokensOptimization(nn.Module):
             **layer_sizes(node),
             "num_guiding_tokens": node.NUM_GUIDING_TOKENS,
             "generate_guiding_tokens": node.BATO.GTG,
+            "paper_form": node.BATO.PAPER_FORM,
         }
 
     def forward(
@@ -85,12 +92,19 @@ class BalanceAwareTokensOptimization(nn.Module):
             query = tokens + token_position.to(dtype)
             return self.attention(tokens, query, keys.to(dtype), values.to(dtype))
 
+    def choose_guides(self, class_scores: Tensor) -> Tensor:
+        """Which queries guide, given their scores (B, Q, K): indices (B, G) int64; G may be Q where there are fewer."""
+        return highest_scores(class_scores, self.num_guiding_tokens)
+
     def _guiding_tokens(self, content: Tensor, position: Tensor, heads: PredictionHeads) -> tuple[Tensor, Tensor]:
         """Keys and values T_g (B, G, C) (Eqs. 5 to 7)."""
-        index = highest_scores(heads.class_scores(content), self.num_guiding_tokens)
+        index = self.choose_guides(heads.class_scores(content))
         guide = take(content, index)
         if not self.generate_guiding_tokens:
             return guide, guide
+        if self.mask_guide is not None and self.box_guide is not None:
+            t_g = self.mask_guide(guide) + self.box_guide(guide)
+            return t_g, t_g
         assert heads.mask_embed is not None
         t_g_mask = heads.mask_embed(guide)
         t_g_box = take(position, index)

@@ -124,6 +124,9 @@ def check_dimaskdino(cfg: CfgNode) -> None:
                 "BATO.ENABLED needs HIDDEN_DIM and SEM_SEG_HEAD.MASK_DIM to be equal.": (
                     node.HIDDEN_DIM != cfg.MODEL.SEM_SEG_HEAD.MASK_DIM
                 ),
+                "BATO.PAPER_FORM needs BATO.GTG: without guiding token generation there are no Eqs. 5 to 7.": (
+                    node.BATO.PAPER_FORM and not node.BATO.GTG
+                ),
                 "NUM_GUIDING_TOKENS must be at least 1.": node.NUM_GUIDING_TOKENS < 1,
             }
         )

@@ -116,3 +116,36 @@ def test_the_configuration_gives_the_number_of_guiding_tokens_and_gtg():
     bato = BalanceAwareTokensOptimization(tiny_cfg(NUM_GUIDING_TOKENS=7, BATO__GTG=False))
     assert bato.num_guiding_tokens == 7
     assert not bato.generate_guiding_tokens
+
+
+def test_in_the_papers_form_the_sum_of_two_mlps_is_key_and_value():
+    """Eqs. 5 to 8 by hand: weights that make the two MLPs twice and three times a positive query."""
+    bato = BalanceAwareTokensOptimization(tiny_cfg(NUM_GUIDING_TOKENS=2, BATO__PAPER_FORM=True))
+    for mlp, factor in ((bato.mask_guide, 2.0), (bato.box_guide, 3.0)):
+        for layer in mlp.layers:
+            layer.weight.data = torch.eye(DIM)
+            layer.bias.data.zero_()
+        mlp.layers[-1].weight.data *= factor
+    given = {}
+    bato.attention.forward = lambda content, query, key, value: given.update(key=key, value=value) or content
+    heads = PredictionHeads(dim=DIM, num_logits=1, mask_dim=DIM)
+    heads.class_embed.weight.data.fill_(1)
+    q_bal = torch.tensor([0.1, 0.3, 0.2]).view(1, 3, 1).expand(1, 3, DIM)  # the second and third score highest
+    t_i = torch.zeros(1, 4, DIM)
+    assert torch.equal(bato(t_i, t_i[0], q_bal, torch.full_like(q_bal, 9.0), heads), t_i)
+    assert given["value"] is given["key"]
+    assert given["key"].shape == (1, 2, DIM)
+    torch.testing.assert_close(given["key"][0, :, 0].sort().values, torch.tensor([1.0, 1.5]))
+
+
+def test_the_papers_form_learns_its_own_mlps_and_leaves_the_mask_head_alone(heads, inputs):
+    bato = BalanceAwareTokensOptimization(tiny_cfg(BATO__PAPER_FORM=True))
+    bato(*inputs, heads).square().sum().backward()
+    assert all(
+        parameter.grad.abs().sum() > 0 for parameter in (*bato.mask_guide.parameters(), *bato.box_guide.parameters())
+    )
+    assert all(parameter.grad is None for parameter in heads.mask_embed.parameters())
+
+
+def test_the_released_form_has_no_weights_of_the_papers():
+    assert not [name for name in BalanceAwareTokensOptimization(tiny_cfg()).state_dict() if "guide" in name]
