@@ -49,8 +49,10 @@ demo-all: $(STAMP)
 reproduce-demo: $(STAMP)
 	$(BIN)/python tools/reproduce.py table4 figure1 --dataset shapes --num-gpus 0 --run
 
+# A process per core, each of which runs whole files: their fixtures are made once.
+TEST_PROCESSES ?= auto
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --maxprocesses 4 --dist loadfile
 
 # The users' reports of tests/data/cases, those that train a model included, in less than five minutes on a CPU.
 cases: $(STAMP)

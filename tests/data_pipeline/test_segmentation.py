@@ -217,7 +217,7 @@ def segment(content: Any, **values: Any) -> None:
         (lambda content: content["images"][0].update(file_name="gone.png"), ["images", "gone.png"]),
         (lambda content: content["annotations"][0].update(file_name="gone.png"), ["label maps", "gone.png"]),
     ],
-    ids=str,
+    ids=lambda value: " in ".join(value[::-1]) if isinstance(value, list) else "",
 )
 def test_panoptic_json_that_cannot_be_used_is_named(change, words, tmp_path):
     keys = write_panoptic(tmp_path / "set")
