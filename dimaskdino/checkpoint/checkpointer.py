@@ -11,7 +11,7 @@ from fvcore.common.checkpoint import Checkpointer as FvcoreCheckpointer
 from torch import Tensor, nn
 
 from dimaskdino.checkpoint.backbones import match_backbone
-from dimaskdino.checkpoint.dino import COCO_IDS, COCO_OUTPUTS, pick_coco_rows
+from dimaskdino.checkpoint.dino import COCO_IDS, COCO_NAMES, COCO_OUTPUTS, pick_coco_rows
 from dimaskdino.checkpoint.fitting import BACKBONE, Misfit, num_classes
 from dimaskdino.checkpoint.folder import TAG_FILE, newest_good
 from dimaskdino.checkpoint.names import is_class_key
@@ -202,6 +202,7 @@ class Checkpointer(DetectionCheckpointer):
         """The part of ``state`` to load, under our names; everything that the model needs, or an error."""
         model_state = self.model.state_dict()
         may_differ = self.finetune and not self._is_resuming
+        names = class_names_of(about)
         if is_release(state):
             self.logger.info("The file has the names of the public releases; they are renamed to ours.")
             state = from_release(state)
@@ -213,9 +214,11 @@ class Checkpointer(DetectionCheckpointer):
                 raise CheckpointError("The file holds no weights of this model's heads; give a trained model.")
             return match_backbone(state, model_state, author=about.get(AUTHOR))
         if may_differ:
-            state, model_state = self._without_other_classes(state, model_state, class_names_of(about))
+            if names is None and num_classes(state) == len(COCO_NAMES):
+                names = COCO_NAMES  # The releases do not say so.
+            state, model_state = self._without_other_classes(state, model_state, names)
         else:
-            self._check_classes(class_names_of(about))
+            self._check_classes(names)
         if misfit := Misfit.between(state, model_state):
             raise CheckpointError(f"The weights do not fit the model: {misfit.describe()}")
         return {key: value for key, value in state.items() if key in model_state}

@@ -21,6 +21,7 @@ _LABELS = DECODER + "denoising.label_embed.weight"
 # DINO's release has an output for each number up to COCO's largest category id, 80 of which occur.
 COCO_OUTPUTS = 91
 COCO_IDS = [category["id"] for category in COCO_CATEGORIES if category["isthing"]]
+COCO_NAMES = [category["name"] for category in COCO_CATEGORIES if category["isthing"]]
 # The logit of classes that never occur.
 _NEVER = -math.log(99)
 

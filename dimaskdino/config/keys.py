@@ -33,6 +33,13 @@ KEYS: dict[str, Any] = {
     # pixels without a class.
     "INPUT.CROP.SINGLE_CATEGORY_MAX_AREA": 1.0,
     "INPUT.SIZE_DIVISIBILITY": -1,
+    # A dataset of one's own in COCO's format: the annotation files, and the folders that their file names are relative
+    # to, of own_train and own_val. TRAIN_JSON also sets DATASETS.TRAIN and TEST and the number of classes; without
+    # VAL_JSON, the training images are evaluated.
+    "DATASETS.TRAIN_JSON": "",
+    "DATASETS.TRAIN_IMAGES": "",
+    "DATASETS.VAL_JSON": "",
+    "DATASETS.VAL_IMAGES": "",
     # A panoptic dataset of one's own in COCO's form: the JSON file, the folder of PNGs, and the folder of images of
     # panoptic_train and panoptic_val.
     "DATASETS.PANOPTIC.TRAIN_JSON": "",
@@ -63,6 +70,11 @@ KEYS: dict[str, Any] = {
     # Precision of float32 matrix products: highest, high (TF32 on GPUs that have it), medium, or "" for torch's own.
     # Newer detectron2 has this key too.
     "FLOAT32_PRECISION": "",
+    # Length of a training on one's own data (DATASETS.TRAIN_JSON): this many passes over its images, and at least
+    # MIN_ITER iterations. SOLVER.STEPS keep their shares of the training; five evaluations and checkpoints follow. The
+    # keys that this sets are logged. With 0, or SOLVER.MAX_ITER on the command line, the schedule is as configured.
+    "SOLVER.AUTO_SCHEDULE.EPOCHS": 0,
+    "SOLVER.AUTO_SCHEDULE.MIN_ITER": 1000,
     # Keep the last checkpoints of SOLVER.CHECKPOINT_PERIOD only, this many; 0 keeps all. The final one and the best one
     # are kept as well.
     "SOLVER.CHECKPOINT_KEEP": 0,
@@ -76,6 +88,9 @@ KEYS: dict[str, Any] = {
     # and the fraction of the learning rate that it ends at.
     "SOLVER.POLY_LR_POWER": 0.9,
     "SOLVER.POLY_LR_CONSTANT_ENDING": 0.0,
+    # A YAML file beside the configuration that is merged over it where no GPU is used, such as one of a smaller model;
+    # not where the command line names MODEL.WEIGHTS, which are of the model as configured.
+    "MODEL.ON_CPU": "",
     # --- Pixel decoder: the paper's encoder ---
     # Pixel decoder, by registered name.
     "MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME": "MaskDINOEncoder",

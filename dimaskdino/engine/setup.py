@@ -24,6 +24,7 @@ from dimaskdino.data import register_all
 from dimaskdino.data.mapper import MAPPER_REGISTRY
 from dimaskdino.data.validation.start import check_datasets
 from dimaskdino.engine.best import check_best
+from dimaskdino.engine.own_data import merge_cpu_file, set_keys_of_own_data
 from dimaskdino.engine.run_folder import setup_loggers
 from dimaskdino.engine.signals import check_not_locked
 from dimaskdino.errors import ConfigError, UserError, check_choice, file_errors_in_one_line
@@ -129,11 +130,14 @@ def setup(args: Namespace) -> Config:
 
 
 def load_config(args: Namespace) -> Config:
-    """The keys of ``--config-file``, then of ``KEY VALUE``, then of the flags that set keys."""
+    """The keys of ``--config-file``, of ``KEY VALUE``, of the flags that set keys, and what follows from one's data."""
     cfg = get_cfg()
+    given = args.opts[::2]
     if args.config_file:
         cfg.merge_from_file(args.config_file)
+        merge_cpu_file(cfg, args.config_file, given, num_gpus=args.num_gpus)
     cfg.merge_from_list(args.opts)
+    set_keys_of_own_data(cfg, given)
     if args.eval_layers:
         cfg.TEST.EVAL_LAYERS = args.eval_layers.split(",")
     return cfg

@@ -8,6 +8,7 @@ from detectron2.config import CfgNode
 from dimaskdino.data.datasets.bdd100k import register_bdd100k
 from dimaskdino.data.datasets.coco import register_coco
 from dimaskdino.data.datasets.objects365 import register_objects365
+from dimaskdino.data.datasets.own import register_own
 from dimaskdino.data.datasets.panoptic import register_coco_panoptic, register_own_panoptic
 from dimaskdino.data.datasets.semantic import register_ade20k, register_cityscapes, register_own_semantic
 from dimaskdino.data.datasets.shapes import ShapesSpec, register_shapes
@@ -30,7 +31,7 @@ def register_all(root: str | Path | None = None, *, cfg: CfgNode | None = None) 
         root: folder of all datasets, remembered for later calls; None leaves it as :func:`data_root` says.
         cfg: its DATASETS.SHAPES and OUTPUT_DIR decide where the synthetic dataset lies and what it holds; None means
             the defaults.
-            DATASETS.PANOPTIC and DATASETS.SEMANTIC name datasets of one's own.
+            DATASETS.TRAIN_JSON, DATASETS.PANOPTIC and DATASETS.SEMANTIC name datasets of one's own.
     """
     global _given_root
     if root is not None:
@@ -42,6 +43,7 @@ def register_all(root: str | Path | None = None, *, cfg: CfgNode | None = None) 
     register_ade20k(data_root())
     register_cityscapes(data_root())
     if cfg is not None:
+        register_own(cfg)
         register_own_panoptic(cfg)
         register_own_semantic(cfg)
     spec = ShapesSpec.from_config(cfg) if cfg else ShapesSpec()

@@ -1,0 +1,77 @@
+#!/usr/bin/env python
+"""Train on photos of one's own: from a folder and a COCO file to a checkpoint, a table and drawings.
+
+  tools/own_data.py photos/ labels.json
+  tools/own_data.py photos/ labels.json --val-images more/ --val-json more.json --weights dimaskdino_r50_12ep.pth
+
+The same as train_net.py with configs/own_data.yaml and DATASETS.TRAIN_JSON, and pictures at the end.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+from demo import draw, work
+
+from dimaskdino.command_line import at_least
+from dimaskdino.engine import argument_parser, launch
+from dimaskdino.engine.launch import num_cores
+from dimaskdino.errors import run_cli
+from dimaskdino.evaluation import coco_table
+
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "own_data.yaml"
+# Two processes that average gradients use two cores better than two threads do.
+MAX_CPU_PROCESSES = 2
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("images", help="folder that the annotation file's names are relative to")
+    add("json", help="annotations in COCO's format, with masks")
+    add("--val-images", default="", help="the same of the images to evaluate on (default: those of the training)")
+    add("--val-json", default="", help="their annotations")
+    add("--weights", default="", metavar="FILE", help="start from these weights, for example of a release")
+    add("--config-file", default=str(CONFIG), help="model and schedule (default: configs/own_data.yaml)")
+    add("--output", type=Path, default=Path("output/own"), help="folder for all files (default: output/own)")
+    add("--num-gpus", type=int, metavar="N", help="number of GPUs (default: one if there is one)")
+    add("--pictures", type=at_least(1), default=6, help="rows of the picture grid (default: 6)")
+    add("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="keys of the configuration and their values")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Train, evaluate, report, draw."""
+    own = parse_args()
+    started = time.perf_counter()
+    args = run_arguments(own)
+    launch(work, args, cpu_processes=min(MAX_CPU_PROCESSES, num_cores()))
+    results = own.output / "inference" / "results.json"
+    print(f"\nAP in percent, on {own.val_json or own.json}\n\n{coco_table(json.loads(results.read_text()))}\n")
+    picture = draw(args, own.output / "model_final.pth", own.output / "predictions.png", own.pictures)
+    print(f"checkpoint: {own.output / 'model_final.pth'}")
+    print(f"results:    {results}")
+    print(f"pictures:   {picture}")
+    print(f"time:       {(time.perf_counter() - started) / 60:.1f} min")
+
+
+def run_arguments(own: argparse.Namespace) -> argparse.Namespace:
+    """The command line of train_net.py that does the same."""
+    keys = {
+        "DATASETS.TRAIN_JSON": own.json,
+        "DATASETS.TRAIN_IMAGES": own.images,
+        "DATASETS.VAL_JSON": own.val_json,
+        "DATASETS.VAL_IMAGES": own.val_images,
+        "OUTPUT_DIR": str(own.output),
+        **({"MODEL.WEIGHTS": own.weights} if own.weights else {}),
+    }
+    flags = ["--config-file", own.config_file, *(["--resume"] if own.resume else [])]
+    flags += [] if own.num_gpus is None else ["--num-gpus", str(own.num_gpus)]
+    return argument_parser().parse_args([*flags, *(item for pair in keys.items() for item in pair), *own.opts])
+
+
+if __name__ == "__main__":
+    run_cli(main)
