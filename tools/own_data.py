@@ -39,8 +39,8 @@ def parse_args() -> argparse.Namespace:
     add("--num-gpus", type=int, metavar="N", help="number of GPUs (default: one if there is one)")
     add("--pictures", type=at_least(1), default=6, help="rows of the picture grid (default: 6)")
     add("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
-    add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="keys of the configuration and their values")
-    return parser.parse_args()
+    add("opts", nargs="*", metavar="KEY VALUE", help="keys of the configuration and their values")
+    return parser.parse_intermixed_args()
 
 
 def main() -> None:
