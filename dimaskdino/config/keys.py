@@ -75,6 +75,10 @@ KEYS: dict[str, Any] = {
     # keys that this sets are logged. With 0, or SOLVER.MAX_ITER on the command line, the schedule is as configured.
     "SOLVER.AUTO_SCHEDULE.EPOCHS": 0,
     "SOLVER.AUTO_SCHEDULE.MIN_ITER": 1000,
+    # What a step whose costs, losses, gradients or running statistics are not finite does: stop the run, or skip, which
+    # goes on without its update and counts (skipped_steps); after 20 in a row, or where a weight is not finite, the run
+    # stops. Both write the step to OUTPUT_DIR/nonfinite, for tools/replay.py.
+    "SOLVER.NONFINITE": "stop",
     # Keep the last checkpoints of SOLVER.CHECKPOINT_PERIOD only, this many; 0 keeps all. The final one and the best one
     # are kept as well.
     "SOLVER.CHECKPOINT_KEEP": 0,

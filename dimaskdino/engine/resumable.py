@@ -21,6 +21,7 @@ from dimaskdino.checkpoint import FINAL, Checkpointer
 from dimaskdino.data.loaders import images_per_process
 from dimaskdino.engine.best import KeepBest
 from dimaskdino.engine.hooks import EvaluateWhenTrained, WriteRecords, average_running_statistics, is_record_due
+from dimaskdino.engine.nonfinite import NonFiniteError, NonFiniteSteps
 from dimaskdino.engine.run_folder import (
     METRICS_FILE,
     check_free_space,
@@ -72,6 +73,7 @@ class ResumableTrainer(TrainerBase):
         self._saved_scalars: dict[str, Any] = {}
         self._periodic: PeriodicCheckpointer | None = None
         self._best: KeepBest | None = None
+        self.nonfinite = NonFiniteSteps(cfg)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode, start_iter: int = 0, group_size: int = 0) -> Any:
@@ -129,7 +131,7 @@ class ResumableTrainer(TrainerBase):
             On the main process, the results of the last evaluation if there is a test set.
         """
         self.step.data_loader = self._build_seeded_loader(self._first_batch)
-        self.step.seed = self.seed
+        self.step.seed, self.step.agrees_on_failures = self.seed, self.nonfinite.skips
         # If any process cannot start, the folder stays as it is.
         comm.synchronize()
         folder = Path(self.cfg.OUTPUT_DIR)
@@ -214,7 +216,12 @@ class ResumableTrainer(TrainerBase):
     def run_step(self) -> None:
         """One iteration."""
         self.step.iter = self.iter
-        self.step.run_step()
+        try:
+            self.step.run_step()
+        except NonFiniteError as error:
+            self.nonfinite.handle(error, self.step)
+        if self.nonfinite.skipped:
+            self.storage.put_scalar("skipped_steps", self.nonfinite.skipped, smoothing_hint=False)
 
     def after_step(self) -> None:
         """Run the hooks, which evaluate, save and log."""
@@ -260,6 +267,7 @@ class ResumableTrainer(TrainerBase):
             if self._periodic
             else [],
             "scalars": recent_scalars(self.storage) if hasattr(self, "storage") else {},
+            "nonfinite": self.nonfinite.state_dict(),
         }
         return {**super().state_dict(), "step": self.step.state_dict(), "run": run}
 
@@ -290,6 +298,7 @@ class ResumableTrainer(TrainerBase):
             saved = os.path.basename(self.checkpointer.get_checkpoint_file())
             names = [*run["periodic"], *([] if saved == FINAL else [saved])]
             self._periodic.recent_checkpoints = [os.path.join(self.cfg.OUTPUT_DIR, name) for name in names]
+        self.nonfinite.load_state_dict(run.get("nonfinite", self.nonfinite.state_dict()))
         self._first_batch = run["images_drawn"] // self.cfg.SOLVER.IMS_PER_BATCH
         if self.cfg.SOLVER.IMS_PER_BATCH % self._group_size:
             self._group_size = images_per_process(self.cfg)

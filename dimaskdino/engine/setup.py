@@ -24,6 +24,7 @@ from dimaskdino.data import register_all
 from dimaskdino.data.mapper import MAPPER_REGISTRY
 from dimaskdino.data.validation.start import check_datasets
 from dimaskdino.engine.best import check_best
+from dimaskdino.engine.nonfinite import check_nonfinite
 from dimaskdino.engine.own_data import merge_cpu_file, set_keys_of_own_data
 from dimaskdino.engine.run_folder import setup_loggers
 from dimaskdino.engine.signals import check_not_locked
@@ -158,6 +159,7 @@ def _check(cfg: Config, *, train: bool) -> None:
     if train:
         check_solver(cfg, comm.get_world_size())
         check_best(cfg)
+        check_nonfinite(cfg)
         check_choice("DATALOADER.SAMPLER_TRAIN", cfg.DATALOADER.SAMPLER_TRAIN, training_samplers(cfg))
     get_registered(MAPPER_REGISTRY, cfg.INPUT.DATASET_MAPPER_NAME, "INPUT.DATASET_MAPPER_NAME")
     register_all(cfg=cfg)  # A panoptic model asks its datasets which classes are things.

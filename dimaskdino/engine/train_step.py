@@ -1,5 +1,6 @@
 """One optimization step: losses, gradients, clipping, update, and the record of what happened."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,11 +14,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dimaskdino.engine.hooks import running_statistics
+from dimaskdino.engine.nonfinite import Batch, NonFiniteError
 from dimaskdino.errors import DatasetError
 from dimaskdino.seeds import STEP, seed_from
 from dimaskdino.solver import GradientClipper, check_optimizer_state, reorder_state
-
-Batch = list[dict[str, Any]]
 
 
 class TrainStep:
@@ -53,11 +53,18 @@ class TrainStep:
         self.amp = amp
         self.seed = seed
         self.iter = 0
+        # Number of the process whose random numbers these are.
+        self.process = comm.get_rank()
+        # Of the step under way.
+        self.batch: Batch = []
+        # Whether all processes learn that a step of one of them is not finite, so that they can skip it together.
+        self.agrees_on_failures = False
         # Whether this process was asked to stop, and whether any process of the job was; all learn it in the same step.
         self.wants_to_stop: Callable[[], bool] = lambda: False
         self._job_stops = False
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._statistics = running_statistics(getattr(model, "module", model))
+        self._statistics_before: list[Tensor] = []
         self._device = self._parameters[0].device
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=amp)
         self._batches: Iterator[Batch] | None = None
@@ -66,15 +73,16 @@ class TrainStep:
         """Draw a batch and update the model.
 
         Raises:
-            FloatingPointError: a prediction, a loss, a running statistic or, without loss scaling, a gradient is not
-                finite.
+            NonFiniteError: a prediction, a loss, a running statistic or, without loss scaling, a gradient is not
+                finite; no weight has changed, and :meth:`undo` forgets the step.
             DatasetError: the batch does not fit the model. Both errors name iteration, process and images.
         """
         start = time.perf_counter()
-        batch = self._next_batch()
+        self.batch = batch = self._next_batch()
+        self._statistics_before = [buffer.clone() for buffer in self._statistics.values()]
         data_time = time.perf_counter() - start
         if self.seed is not None:
-            seed_from(self.seed, STEP, self.iter, comm.get_rank())
+            seed_from(self.seed, STEP, self.iter, self.process)
 
         with torch.autocast(self._device.type, enabled=self.amp):
             losses = self._losses(batch)
@@ -94,15 +102,39 @@ class TrainStep:
         """Whether the job was asked to stop, the same in all processes."""
         return self.wants_to_stop() if comm.get_world_size() == 1 else self._job_stops
 
+    def undo(self) -> None:
+        """Forget a step that failed: its gradients, and what its images did to the running statistics."""
+        self.optimizer.zero_grad()
+        with contextlib.suppress(AssertionError):  # The step failed before its gradients were unscaled.
+            self._scaler.update()
+        for buffer, before in zip(self._statistics.values(), self._statistics_before, strict=True):
+            buffer.copy_(before)
+
     def _losses(self, batch: Batch) -> dict[str, Tensor]:
+        losses: dict[str, Tensor] = {}
+        failure: Exception | None = None
         try:
-            return self.model(batch)
-        except (FloatingPointError, DatasetError) as error:
-            raise type(error)(f"{error} ({self._place_of(batch)})") from error
+            losses = self.model(batch)
+        except DatasetError as error:
+            raise DatasetError(f"{error} ({self._place_of(batch)})") from error
+        except FloatingPointError as error:
+            failure = error
+        if self._has_failed(failure is not None):
+            what = str(failure or "A prediction of another process is not finite.")
+            raise NonFiniteError(f"{what} ({self._place_of(batch)})", ["costs of the matching"]) from failure
+        return losses
+
+    def _has_failed(self, failed: bool) -> bool:
+        """Whether this process has failed or, where the processes agree, any of them; then all must call this."""
+        if not self.agrees_on_failures or comm.get_world_size() == 1:
+            return failed
+        flag = torch.tensor(float(failed), device=self._device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
 
     def _place_of(self, batch: Batch) -> str:
         images = ", ".join(str(image.get("file_name", image.get("image_id", "?"))) for image in batch)
-        return f"iteration {self.iter}, process {comm.get_rank()}, images {images}"
+        return f"iteration {self.iter}, process {self.process}, images {images}"
 
     def _next_batch(self) -> Batch:
         if self._batches is None:
@@ -118,7 +150,7 @@ class TrainStep:
         values = torch.stack([measured[name].detach().float() for name in names])
         # The one time that the host waits for the device.
         *local, statistics = torch.cat([values, self._sum_of_statistics()]).tolist()
-        self._check_finite(batch, dict(zip(names, local, strict=True)), statistics)
+        self._check_finite(batch, losses, dict(zip(names, local, strict=True)), statistics)
         if comm.get_world_size() > 1:
             values = torch.cat([values, values.new_tensor([self.wants_to_stop()])])
             dist.all_reduce(values)
@@ -141,20 +173,22 @@ class TrainStep:
         # A sum of finite values may overflow, a sum of zeros cannot.
         return (torch.cat(list(self._statistics.values())) * 0).sum()[None].float()
 
-    def _check_finite(self, batch: Batch, values: dict[str, float], statistics: float) -> None:
+    def _check_finite(
+        self, batch: Batch, losses: dict[str, Tensor], values: dict[str, float], statistics: float
+    ) -> None:
         """Check losses, running statistics, and the gradient norm unless the loss scaler deals with it."""
         terms = [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]
         # The norm follows from the losses; it is a cause of its own only if they are finite.
         bad = [term for term in terms if not term.startswith("grad_norm")] or ([] if self.amp else terms)
-        remedy = ""
         if not math.isfinite(statistics):
             bad += [name for name, buffer in self._statistics.items() if not buffer.isfinite().all()]
-            remedy = (
-                " The running statistics of batch norm cannot recover: go on from the last checkpoint with --resume, "
-                "and check these images, or lower SOLVER.BASE_LR."
-            )
-        if bad:
-            raise FloatingPointError(f"Not finite: {', '.join(bad)} ({self._place_of(batch)}).{remedy}")
+        remedy = (
+            " Go on from the last checkpoint with --resume, and check these images, or lower SOLVER.BASE_LR; "
+            "SOLVER.NONFINITE skip goes on without such steps."
+        )
+        if self._has_failed(bool(bad)):
+            bad = bad or ["something of another process"]
+            raise NonFiniteError(f"Not finite: {', '.join(bad)} ({self._place_of(batch)}).{remedy}", bad, losses)
 
     def state_dict(self) -> dict[str, Any]:
         """Optimizer and loss scale; the trainer saves the iteration."""

@@ -51,14 +51,8 @@ class Trainer(ResumableTrainer):
         super().__init__(cfg)
         cfg = self.cfg
         model = self.build_model(cfg)
-        optimizer = self.build_optimizer(cfg, model)
-        self.step = TrainStep(
-            model=_distribute(model),
-            optimizer=optimizer,
-            clipper=GradientClipper.from_config(cfg),
-            amp=_uses_amp(cfg),
-        )
-        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.step = self.build_step(cfg, model)
+        self.scheduler = self.build_lr_scheduler(cfg, self.optimizer)
         names = class_names(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else ()
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, class_names=names, trainer=weakref.proxy(self))
         self.checkpointer.run_id = read_run_id(Path(cfg.OUTPUT_DIR))
@@ -115,6 +109,16 @@ class Trainer(ResumableTrainer):
         for name, part in model.named_children():
             logger.info("%s: %.2f M parameters", name, sum(p.numel() for p in part.parameters()) / 1e6)
         return model
+
+    @classmethod
+    def build_step(cls, cfg: CfgNode, model: nn.Module) -> TrainStep:
+        """The step that trains ``model``, with its optimizer."""
+        return TrainStep(
+            model=_distribute(model),
+            optimizer=cls.build_optimizer(cfg, model),
+            clipper=GradientClipper.from_config(cfg),
+            amp=_uses_amp(cfg),
+        )
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:

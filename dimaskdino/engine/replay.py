@@ -1,0 +1,142 @@
+"""Compute a step again from the file that :mod:`dimaskdino.engine.nonfinite` wrote, and find where it fails."""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
+
+from dimaskdino.checkpoint.fitting import Misfit
+from dimaskdino.config import Config, get_cfg
+from dimaskdino.data import register_all
+from dimaskdino.engine.nonfinite import NonFiniteError, decode
+from dimaskdino.engine.trainer import Trainer
+from dimaskdino.errors import CheckpointError, UserError
+
+_NEEDED = ("config", "model", "batch", "seed", "iteration", "process", "processes", "terms", "losses")
+
+
+@dataclass
+class Replay:
+    """A step that was computed again.
+
+    Attributes:
+        terms: what is not finite now, the first first; empty if all is.
+        losses: by name, as far as the step came.
+        first_module: the first module whose output is not finite, by name; "" if all are.
+    """
+
+    terms: list[str] = field(default_factory=list)
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    first_module: str = ""
+
+    def differences(self, recorded: dict[str, Any]) -> list[str]:
+        """The losses whose bits are not those of the recorded step."""
+        then = recorded["losses"]
+        return [name for name in sorted({*then, *self.losses}) if not _same(then.get(name), self.losses.get(name))]
+
+
+def read_replay(path: Path) -> dict[str, Any]:
+    """Read a replay file as data; nothing in it is executed.
+
+    Raises:
+        UserError: it is missing, unreadable, or another kind of file.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"The replay file {path} cannot be read ({error.strerror}).") from error
+    except Exception as error:
+        raise UserError(f"{path} is not a whole replay file; a run writes one to OUTPUT_DIR/nonfinite.") from error
+    if not (isinstance(content, dict) and all(key in content for key in _NEEDED)):
+        raise UserError(f"{path} is not a replay file; a run writes one to OUTPUT_DIR/nonfinite.")
+    return content
+
+
+def replay(path: Path, options: Sequence[str] = ()) -> tuple[dict[str, Any], Replay]:
+    """Compute a step again, up to its gradients: on one process, with the random numbers that it had.
+
+    Args:
+        path: of the file.
+        options: KEY VALUE pairs over the file's configuration.
+
+    Returns:
+        What the file holds, and what was computed.
+
+    Raises:
+        UserError: the file cannot be used, or is of another model than these options make of it.
+    """
+    recorded = read_replay(path)
+    cfg = _config(recorded["config"], options)
+    register_all(cfg=cfg)
+    model = Trainer.build_model(cfg)
+    if misfit := Misfit.between(recorded["model"], model.state_dict()):
+        raise CheckpointError(f"The replay file {path} is of another model: {misfit.describe()}")
+    model.load_state_dict(recorded["model"], strict=False)
+    step = Trainer.build_step(cfg, model)
+    step.data_loader, step.seed, step.iter = [decode(recorded["batch"])], recorded["seed"], recorded["iteration"]
+    step.process = recorded["process"]
+    done = Replay()
+    with EventStorage() as storage, _watching(model, done):
+        try:
+            step.run_step()
+            done.losses = {
+                name: torch.tensor(value) for name, (value, _) in storage.latest().items() if name.startswith("loss_")
+            }
+        except NonFiniteError as error:
+            done.terms, done.losses = error.terms, error.losses
+    return recorded, done
+
+
+def _config(dump: str, options: Sequence[str]) -> Config:
+    cfg = get_cfg()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "config.yaml")
+        path.write_text(dump, encoding="utf-8")
+        cfg.merge_from_file(str(path))
+    cfg.MODEL.WEIGHTS = ""
+    if not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    cfg.merge_from_list(list(options))
+    return cfg
+
+
+@contextlib.contextmanager
+def _watching(model: nn.Module, done: Replay) -> Iterator[None]:
+    """Note the first module whose output is not finite."""
+
+    def watch(name: str) -> Any:
+        def look(module: nn.Module, given: Any, output: Any) -> None:
+            if not done.first_module and any(not each.isfinite().all() for each in _tensors(output)):
+                done.first_module = name
+
+        return look
+
+    hooks = [each.register_forward_hook(watch(name)) for name, each in model.named_modules() if name]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The floating-point tensors in lists, tuples and dictionaries."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, dict | list | tuple):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(each)
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two float32 numbers have the same bits; NaN equals NaN."""
+    if one is None or other is None:
+        return False
+    return torch.equal(one.float().reshape(1).view(torch.int32), other.float().reshape(1).view(torch.int32))

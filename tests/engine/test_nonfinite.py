@@ -1,0 +1,166 @@
+"""Steps that are not finite: they stop the run or are skipped, and are computed again to the last bit."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY
+from torch import Tensor, nn
+
+from dimaskdino.config import Config
+from dimaskdino.engine import Trainer
+from dimaskdino.engine.nonfinite import MOST_FILES, NonFiniteError, check_nonfinite, decode, encode
+from dimaskdino.engine.replay import replay
+from dimaskdino.errors import CheckpointError, ConfigError, UserError
+from dimaskdino.seeds import seed_from
+from tests.documentation import REPOSITORY
+from tests.engine.toy import RandomToyDetector
+from tests.tiny_model import tiny_model, train_batch
+
+BAD_IMAGE = 3
+
+
+@META_ARCH_REGISTRY.register()
+class PoisonedToyDetector(RandomToyDetector):
+    """A loss, and with it a gradient and a running mean, is NaN for one image; a weight, for the other models too."""
+
+    def __init__(self, cfg: CfgNode) -> None:
+        super().__init__(cfg)
+        self.batch_norm = nn.BatchNorm1d(8)
+
+    def _losses(self, images: list[dict[str, Any]], boxes: Tensor) -> dict[str, Tensor]:
+        bad = torch.tensor([[float("nan")] if each["image_id"] == BAD_IMAGE else [0.0] for each in images])
+        statistics = self.batch_norm(bad.expand(-1, 8))
+        return super()._losses(images, boxes + 0 * statistics.sum(1, keepdim=True))
+
+
+@pytest.fixture
+def cfg(toy_cfg: Config) -> Config:
+    """Twelve iterations: three passes over eight images, one of which is bad."""
+    toy_cfg.merge_from_list(["MODEL.META_ARCHITECTURE", "PoisonedToyDetector", "SOLVER.MAX_ITER", 12])
+    toy_cfg.merge_from_list(["DATASETS.TEST", (), "SOLVER.CHECKPOINT_PERIOD", 4])
+    return toy_cfg
+
+
+def train(cfg: Config, *, resume: bool = False) -> Trainer:
+    torch.manual_seed(7)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    trainer.train()
+    return trainer
+
+
+def files(cfg: Config) -> list[Path]:
+    return sorted(Path(cfg.OUTPUT_DIR).glob("nonfinite/*.pth"))
+
+
+def test_bad_step_stops_and_replays_to_the_last_bit(cfg: Config) -> None:
+    with pytest.raises(
+        NonFiniteError, match=r"loss_bbox = nan.*iteration \d, .*000003\.png.*tools/replay\.py"
+    ) as stopped:
+        train(cfg)
+    (file,) = files(cfg)
+    assert str(file) in str(stopped.value)
+    recorded, again = replay(file)
+    assert again.terms == recorded["terms"]
+    assert recorded["terms"][0] == "loss_bbox = nan"
+    assert "batch_norm.running_mean" in recorded["terms"]
+    assert recorded["model"]["batch_norm.running_mean"].isfinite().all()  # as before the step
+    assert again.differences(recorded) == []
+    assert again.first_module == "batch_norm"
+
+
+def test_finite_losses_replay_too_and_depend_on_the_draws(cfg: Config, tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteError):
+        train(cfg)
+    content = torch.load(files(cfg)[0])
+    content["batch"] = [each for each in content["batch"] if each["image_id"] != BAD_IMAGE]
+    content["losses"] = {}
+    good = tmp_path / "good.pth"
+    torch.save(content, good)
+    recorded, once = replay(good)
+    assert not once.terms
+    recorded["losses"] = once.losses
+    assert len(once.losses) == 2
+    assert replay(good)[1].differences(recorded) == []
+    torch.save({**content, "seed": content["seed"] + 1}, good)
+    assert replay(good)[1].differences(recorded) == ["loss_bbox", "loss_bbox_0"]  # dropout drew others
+
+
+def test_bad_steps_are_skipped_and_counted(cfg: Config) -> None:
+    cfg.SOLVER.NONFINITE = "skip"
+    trainer = train(cfg)
+    assert trainer.nonfinite.skipped == 3
+    assert len(files(cfg)) == min(3, MOST_FILES)
+    assert all(value.isfinite().all() for value in trainer.model.state_dict().values())
+    records = [json.loads(line) for line in (Path(cfg.OUTPUT_DIR) / "metrics.json").read_text().splitlines()]
+    assert records[-1]["skipped_steps"] == 3
+    cfg.SOLVER.MAX_ITER = 16
+    assert train(cfg, resume=True).nonfinite.skipped == 4
+
+
+def test_weight_that_is_not_finite_stops_in_any_case(cfg: Config) -> None:
+    cfg.SOLVER.NONFINITE = "skip"
+    trainer = Trainer(cfg)
+    with torch.no_grad():
+        trainer.model.box_head.bias[2] = float("inf")
+    with pytest.raises(NonFiniteError, match=r"box_head\.bias.*SOLVER\.BASE_LR") as stopped:
+        trainer.train()
+    assert stopped.value.terms[0] == "box_head.bias"
+
+
+def test_too_many_skipped_steps_in_a_row_stop(cfg: Config) -> None:
+    cfg.merge_from_list(["SOLVER.NONFINITE", "skip", "SOLVER.MAX_ITER", 40])
+    trainer = Trainer(cfg)
+    trainer.model.box_head.register_forward_hook(lambda module, given, output: output * float("nan"))
+    with pytest.raises(NonFiniteError, match="20 steps before it were skipped"):
+        trainer.train()
+    assert trainer.iter == 20
+
+
+def test_replay_file_of_another_model_is_one_line(cfg: Config, tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteError):
+        train(cfg)
+    with pytest.raises(CheckpointError, match=r"of another model: .*batch_norm"):
+        replay(files(cfg)[0], ["MODEL.META_ARCHITECTURE", "ToyDetector"])
+    (tmp_path / "torn.pth").write_bytes(files(cfg)[0].read_bytes()[:-200])
+    torch.save({"model": {}}, tmp_path / "weights.pth")
+    for name in ("torn.pth", "weights.pth", "absent.pth"):
+        with pytest.raises(UserError, match=name):
+            replay(tmp_path / name)
+
+
+def test_tool_prints_both_times(cfg: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(NonFiniteError):
+        train(cfg)
+    monkeypatch.setattr(sys, "argv", ["replay.py", str(files(cfg)[0])])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(REPOSITORY / "tools" / "replay.py"), run_name="__main__")
+    assert ended.value.code == 1
+    shown = capsys.readouterr().out
+    assert "losses that differ in any bit: 0 of 2" in shown
+    assert "first module whose output is not finite: batch_norm" in shown
+
+
+def test_batch_of_the_real_model_survives_the_file(tmp_path: Path) -> None:
+    batch = train_batch([[4, 4, 30, 30], [10, 8, 61, 40]], [[0, 0, 17, 63]])
+    torch.save(encode(batch), tmp_path / "batch.pth")
+    again = decode(torch.load(tmp_path / "batch.pth", weights_only=True))
+    model = tiny_model().train()
+    losses = []
+    for given in (batch, again):
+        seed_from(5)
+        losses.append(model(given))
+    assert len(losses[0]) > 20
+    torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=0)
+
+
+def test_unknown_policy_is_refused(cfg: Config) -> None:
+    cfg.SOLVER.NONFINITE = "ignore"
+    with pytest.raises(ConfigError, match=r"SOLVER\.NONFINITE is 'ignore'"):
+        check_nonfinite(cfg)
