@@ -34,6 +34,8 @@ setup(
         "slurm": ["submitit>=1.5"],  # tools/reproduce.py --submit slurm
         "track": ["trackers>=2.6"],  # tools/predict.py --track
         "geo": ["rasterio>=1.3"],  # GeoTIFF and GeoJSON in tools/predict.py --tile
+        "wandb": ["wandb>=0.16"],  # LOG.WRITERS wandb
+        "mlflow": ["mlflow>=2.9"],  # LOG.WRITERS mlflow
         "supervision": ["supervision>=0.27"],  # Prediction.to_supervision
     },
     install_requires=[

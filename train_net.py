@@ -18,4 +18,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    launch(main, argument_parser().parse_args())
+    arguments = argument_parser().parse_args()
+    launch(main, arguments, cpu_processes=arguments.cpu_processes)

@@ -59,6 +59,12 @@ def create_local_process_group(num_processes_per_machine: int) -> None:
             comm._LOCAL_PROCESS_GROUP = group
 
 
+def process_groups() -> list[Any]:
+    """Every group in which the processes of this job wait for each other; all of them must call this."""
+    groups = [dist.group.WORLD, comm._LOCAL_PROCESS_GROUP, comm._get_global_gloo_group()]
+    return list({id(group): group for group in groups if group is not None}.values())
+
+
 def silence_gathering() -> None:
     """Silence torch's warning, at every evaluation, that detectron2 0.5 gathers results by a deprecated class."""
     warnings.filterwarnings("ignore", "TypedStorage is deprecated", UserWarning, r"detectron2\.utils\.comm")

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 # What the numbers are for; the first counter, so that uses with equal further counters differ.
-SAMPLE, STEP = 0, 1
+SAMPLE, STEP, VALIDATION = 0, 1, 2
 
 
 def seed_from(seed: int, *counters: int) -> None:

@@ -79,6 +79,8 @@ KEYS: dict[str, Any] = {
     # goes on without its update and counts (skipped_steps); after 20 in a row, or where a weight is not finite, the run
     # stops. Both write the step to OUTPUT_DIR/nonfinite, for tools/replay.py.
     "SOLVER.NONFINITE": "stop",
+    # Seconds that a process of a job waits for another one, which is then named, and the job ends.
+    "SOLVER.PROCESS_TIMEOUT": 1800.0,
     # Keep the last checkpoints of SOLVER.CHECKPOINT_PERIOD only, this many; 0 keeps all. The final one and the best one
     # are kept as well.
     "SOLVER.CHECKPOINT_KEEP": 0,
@@ -95,6 +97,14 @@ KEYS: dict[str, Any] = {
     # A YAML file beside the configuration that is merged over it where no GPU is used, such as one of a smaller model;
     # not where the command line names MODEL.WEIGHTS, which are of the model as configured.
     "MODEL.ON_CPU": "",
+    # --- Logs ---
+    # Where records go, by registered name: metrics_json, which --resume needs, tensorboard, wandb, mlflow.
+    "LOG.WRITERS": ["metrics_json", "tensorboard"],
+    # Project of wandb, experiment of mlflow, and the run's name there; "" means that of OUTPUT_DIR's folder.
+    "LOG.PROJECT": "dimaskdino",
+    "LOG.NAME": "",
+    # Images of the first DATASETS.TEST that are drawn after each evaluation, predictions beside truth; 0 for none.
+    "LOG.PICTURES": 4,
     # --- Pixel decoder: the paper's encoder ---
     # Pixel decoder, by registered name.
     "MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME": "MaskDINOEncoder",
@@ -205,6 +215,8 @@ KEYS: dict[str, Any] = {
     # in the release: the mask head and the positional embedding of the boxes.
     "MODEL.MaskDINO.BATO.PAPER_FORM": False,
     # --- Inference ---
+    # Also compute the losses of each DATASETS.TEST, averaged over its images, with the same random draws each time.
+    "TEST.LOSS": False,
     # Save model_best.pth whenever this score of an evaluation is the highest so far, for example segm/AP; "" never.
     "TEST.BEST_METRIC": "",
     # Stop after this many evaluations in a row without a higher TEST.BEST_METRIC; 0 means never.

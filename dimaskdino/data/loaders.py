@@ -112,6 +112,12 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> Batches:
     return loader
 
 
+def test_entries(cfg: CfgNode, dataset_name: str) -> list[dict[str, Any]]:
+    """What :func:`build_test_loader` maps, in detectron2's format."""
+    register_all(cfg=cfg)
+    return _entries(cfg, [dataset_name])
+
+
 def max_images(cfg: CfgNode) -> int:
     """DATASETS.MAX_IMAGES: how many images of a list of datasets are used; 0 means all.
 

@@ -2,6 +2,8 @@
 
 import datetime
 import logging
+import resource
+import sys
 import time
 
 import torch
@@ -22,11 +24,17 @@ class ProgressLog(HookBase):
     """Logs one line every ``period`` iterations, and every ``seconds`` when iterations are slow.
 
     The line shows the total loss and the losses of the last stage; metrics.json and TensorBoard have every term.
+
+    Args:
+        period: iterations.
+        seconds: as above.
+        images: of an iteration, for the rate; 0 leaves it out.
     """
 
-    def __init__(self, *, period: int = 20, seconds: float = 10.0) -> None:
+    def __init__(self, *, period: int = 20, seconds: float = 10.0, images: int = 0) -> None:
         self._period = period
         self._seconds = seconds
+        self._images = images
         self._last = 0.0
 
     def before_train(self) -> None:
@@ -40,30 +48,41 @@ class ProgressLog(HookBase):
         if done % self._period and done != self.trainer.max_iter and now - self._last < self._seconds:
             return
         self._last = now
-        logger.info(progress_line(self.trainer.storage, done, self.trainer.max_iter))
+        logger.info(progress_line(self.trainer.storage, done, self.trainer.max_iter, images=self._images))
 
 
-def progress_line(storage: EventStorage, done: int, max_iter: int) -> str:
+def progress_line(storage: EventStorage, done: int, max_iter: int, *, images: int = 0) -> str:
     """Summarize the last iterations in one line.
 
     Args:
-        storage: holds total_loss and, once measured, time, data_time, lr and grad_norm.
+        storage: holds total_loss and, once measured, time, data_time, lr, grad_norm and skipped_steps.
         done: number of finished iterations.
         max_iter: number of iterations of the run.
+        images: of an iteration; 0 leaves out the rate.
     """
     histories = storage.histories()
-    parts = [f"{done}/{max_iter}"]
+    parts = [f"{done}/{max_iter} ({100 * done // max(max_iter, 1)}%)"]
     if "time" in histories:
         seconds = histories["time"].median(1000)
         parts.insert(0, f"eta {datetime.timedelta(seconds=int(seconds * (max_iter - done)))}")
     shown = ["total_loss", *sorted(name for name in histories if name.startswith("loss_") and is_final_loss(name))]
     shown += [name for name in ("grad_norm", "time", "data_time") if name in histories]
-    parts += [f"{name} {histories[name].median(WINDOW):.4g}" for name in shown]
+    parts += [f"{name} {histories[name].median(WINDOW):.4g}" for name in shown if name in histories]
     if "lr" in histories:
         parts.append(f"lr {histories['lr'].latest():.4g}")
-    if torch.cuda.is_available():
-        parts.append(f"max_mem {torch.cuda.max_memory_allocated() / 2**20:.0f}M")
+    if images and "time" in histories:
+        parts.append(f"rate {images / max(histories['time'].median(WINDOW), 1e-9):.3g} images/s")
+    parts += [f"{name} {histories[name].latest():.0f}" for name in ("skipped_steps",) if name in histories]
+    parts.append(f"max_mem {peak_memory() / 2**20:.0f}M")
     return "  ".join(parts)
+
+
+def peak_memory() -> int:
+    """The most memory in bytes that this process has used: of its GPU, or without one, of the machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 class EvaluateWhenTrained(EvalHook):
@@ -100,6 +119,7 @@ class WriteRecords(PeriodicWriter):
         if is_record_due(self.trainer.iter + 1, self.trainer.max_iter, self._eval_period):
             for writer in self._writers:
                 writer.write()
+            self.trainer.storage.clear_images()
 
 
 def is_record_due(done: int, max_iter: int, eval_period: int) -> bool:

@@ -5,9 +5,11 @@ import ctypes
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -18,14 +20,17 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from detectron2.utils import comm
 
-from dimaskdino.compat import create_local_process_group, leave_process_group, silence_gathering
+from dimaskdino.compat import create_local_process_group, leave_process_group, process_groups, silence_gathering
 from dimaskdino.engine.signals import INTERRUPTED_STATUS, REQUEUE_STATUS
 from dimaskdino.errors import USER_ERROR_STATUS, UserError
 
 Main = Callable[[Namespace], object]
 
-TIMEOUT = timedelta(minutes=30)
+TIMEOUT = timedelta(minutes=30)  # until the configuration is read (SOLVER.PROCESS_TIMEOUT)
+# A process that gave up waiting asks for this long who else did, to name those that did not.
+WAIT_FOR_OTHERS_S = 10.0
 PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
 
 
@@ -167,7 +172,7 @@ def _run_in_job(main: Main, args: Namespace, *, num_local: int, local_rank: int,
     except BaseException as error:  # noqa: BLE001 (the process ends)
         # The launcher ends all processes once one has failed; this one reports its error first.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        _report(error, num_local, local_rank)
+        _report(_with_silent_processes(error), num_local, local_rank)
         _end_process(_exit_status(error))
 
 
@@ -180,6 +185,37 @@ def _join(*, num_local: int, local_rank: int, on_gpu: bool, **job: Any) -> None:
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, **job)
     create_local_process_group(num_local)
     silence_gathering()
+
+
+def set_process_timeout(seconds: float) -> None:
+    """Set how long a process of a job waits for the others; all processes call this before they wait again."""
+    if comm.get_world_size() == 1:
+        return
+    for group in process_groups():
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def _with_silent_processes(error: BaseException) -> BaseException:
+    """Where a process gave up waiting, an error that names the processes that it waited for."""
+    if not (isinstance(error, RuntimeError) and re.search("tim(ed|e) ?out", str(error), re.IGNORECASE)):
+        return error
+    if not dist.is_initialized():
+        return error
+    others = set(range(dist.get_world_size())) - {dist.get_rank()}
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"gave up waiting {dist.get_rank()}", "")
+        deadline = time.monotonic() + WAIT_FOR_OTHERS_S
+        while time.monotonic() < deadline and others:
+            others = {rank for rank in others if not store.check([f"gave up waiting {rank}"])}
+            time.sleep(0.1)
+    except RuntimeError:  # The process that keeps the store has ended.
+        return error
+    who = f"process {', '.join(map(str, sorted(others)))}" if others else "each other, in different places"
+    return UserError(
+        f"Process {dist.get_rank()} waited for {who} and got no answer in time. Look at what that process does, and at "
+        f"its log (log.txt.rankN in OUTPUT_DIR); SOLVER.PROCESS_TIMEOUT sets the seconds. ({one_line(error):.200})"
+    )
 
 
 def _report(error: BaseException, num_local: int, local_rank: int) -> None:

@@ -1,17 +1,23 @@
 """Pictures of what a model finds in test images, beside their truth."""
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
+from detectron2.engine import HookBase
 from torch import nn
 
 from dimaskdino.data import build_mapper
 from dimaskdino.data.datasets.registration import load_dataset
+from dimaskdino.engine.nonfinite import unwrapped
 from dimaskdino.prediction.results import Classes, Prediction, on_cpu
 from dimaskdino.visualization import Objects, draw_objects
+
+logger = logging.getLogger(__name__)
 
 MIN_SCORE = 0.35
 WIDTH_PX = 384
@@ -20,17 +26,71 @@ COLUMNS = ("input", "ground truth", "prediction")
 _LABELS = ("annotations", "segments_info", "sem_seg_file_name")
 
 
-@torch.no_grad()
-def picture_rows(
-    cfg: CfgNode, model: nn.Module, dataset_name: str, number: int, *, min_score: float = MIN_SCORE
-) -> Iterator[list[np.ndarray]]:
-    """Draw the first images of a dataset that hold objects; one row of :data:`COLUMNS` an image.
+Input = dict[str, Any]
+
+
+class DrawPredictions(HookBase):
+    """Puts pictures of predictions beside truth among the records, after each evaluation.
+
+    Register it on the main process, after the hook that evaluates and before that of the writers.
 
     Args:
-        cfg: of the model; reads INPUT and MODEL.SEM_SEG_HEAD.
+        cfg: of the run; LOG.PICTURES images of the first DATASETS.TEST are drawn.
+        model: may be wrapped for distribution.
+    """
+
+    def __init__(self, cfg: CfgNode, model: nn.Module) -> None:
+        self._cfg, self._model = cfg, model
+        self._inputs: list[Input] | None = None
+
+    def after_step(self) -> None:
+        """Draw if there was an evaluation."""
+        done, period = self.trainer.iter + 1, self._cfg.TEST.EVAL_PERIOD
+        if period > 0 and done % period == 0 and done != self.trainer.max_iter:
+            self._draw()
+
+    def after_train(self) -> None:
+        """Draw after the last evaluation."""
+        if self.trainer.iter >= self.trainer.max_iter:
+            self._draw()
+        self._inputs = None
+
+    def _draw(self) -> None:
+        name = self._cfg.DATASETS.TEST[0]
+        try:
+            if self._inputs is None:
+                self._inputs = picture_inputs(self._cfg, name, self._cfg.LOG.PICTURES)
+            for index, row in enumerate(picture_rows(self._cfg, unwrapped(self._model), name, self._inputs)):
+                picture = np.concatenate(row[1:], axis=1)
+                self.trainer.storage.put_image(f"{name}/{index}", picture.transpose(2, 0, 1))
+        except Exception:  # A model of one's own may give results of another form; the run is worth more than pictures.
+            logger.warning("No pictures of %s are drawn; LOG.PICTURES 0 does not try.", name, exc_info=True)
+
+
+def picture_inputs(cfg: CfgNode, dataset_name: str, number: int) -> list[Input]:
+    """The first images of a dataset that hold objects, as :func:`picture_rows` draws them."""
+    mapper = build_mapper(cfg, is_train=False, with_instances=True)
+    entries = [entry for entry in load_dataset(dataset_name) if any(entry.get(key) for key in _LABELS)]
+    return [_in_one_frame(mapper(entry)) for entry in entries[:number]]
+
+
+def _in_one_frame(given: Input) -> Input:
+    """Ask for results in the frame of the truth, that of the resized image."""
+    height, width = given["image"].shape[1:]
+    return {**given, "height": height, "width": width}
+
+
+@torch.no_grad()
+def picture_rows(
+    cfg: CfgNode, model: nn.Module, dataset_name: str, inputs: Sequence[Input], *, min_score: float = MIN_SCORE
+) -> Iterator[list[np.ndarray]]:
+    """Draw images; one row of :data:`COLUMNS` an image.
+
+    Args:
+        cfg: of the model.
         model: not wrapped; in evaluation while its pictures are drawn.
-        dataset_name: registered, with labels.
-        number: of images.
+        dataset_name: registered; names the classes.
+        inputs: of :func:`picture_inputs`.
         min_score: detections with a lower score are not drawn.
 
     Yields:
@@ -39,15 +99,11 @@ def picture_rows(
     metadata = MetadataCatalog.get(dataset_name)
     names = metadata.get("thing_classes") or metadata.get("stuff_classes")
     classes = Classes(names, range(len(names)), metadata.get("stuff_classes", ()))
-    mapper = build_mapper(cfg, is_train=False, with_instances=True)
-    entries = [entry for entry in load_dataset(dataset_name) if any(entry.get(key) for key in _LABELS)][:number]
     was_training = model.training
     model.eval()
     try:
-        for given in map(mapper, entries):
-            height, width = given["image"].shape[1:]
-            # Results in the frame of the truth, that of the resized image.
-            result = on_cpu(model([{**given, "height": height, "width": width}])[0])
+        for given in inputs:
+            result = on_cpu(model([given])[0])
             if "instances" in result:
                 result["instances"] = result["instances"][result["instances"].scores >= min_score]
             image = given["image"].permute(1, 2, 0).numpy()[..., :: -1 if cfg.INPUT.FORMAT == "BGR" else 1]

@@ -22,8 +22,8 @@ from dimaskdino.data.loaders import images_per_process
 from dimaskdino.engine.best import KeepBest
 from dimaskdino.engine.hooks import EvaluateWhenTrained, WriteRecords, average_running_statistics, is_record_due
 from dimaskdino.engine.nonfinite import NonFiniteError, NonFiniteSteps
+from dimaskdino.engine.pictures import DrawPredictions
 from dimaskdino.engine.run_folder import (
-    METRICS_FILE,
     check_free_space,
     check_same_checkpoint,
     full_disk_in_one_line,
@@ -31,6 +31,7 @@ from dimaskdino.engine.run_folder import (
     write_config,
 )
 from dimaskdino.engine.run_state import (
+    METRICS_FILE,
     changed_settings,
     cut_records,
     last_record,
@@ -209,7 +210,7 @@ class ResumableTrainer(TrainerBase):
         """Do what came after the checkpoint was saved: evaluate, and write the records."""
         self.iter = self.storage.iter = self.start_iter - 1
         for hook in self._hooks:
-            if isinstance(hook, EvaluateWhenTrained | KeepBest | WriteRecords):
+            if isinstance(hook, EvaluateWhenTrained | KeepBest | DrawPredictions | WriteRecords):
                 hook.after_step()
         self.iter = self.storage.iter = self.start_iter
 

@@ -7,23 +7,21 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.utils import comm
-from detectron2.utils.events import EventWriter, TensorboardXWriter, get_event_storage
 from torch import nn
 
 from dimaskdino.checkpoint import Checkpointer
-from dimaskdino.engine.run_state import MetricsFile
+from dimaskdino.engine.run_state import METRICS_FILE
 from dimaskdino.errors import CheckpointError, UserError
 
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
 LOG_FILE = "log.txt"
-METRICS_FILE = "metrics.json"
 LAST_CHECKPOINT_FILE = "last_checkpoint"
 RUN_COMMENT = "# Run "
 
@@ -92,39 +90,6 @@ def setup_loggers(folder: Path, rank: int) -> None:
 
 def _is_no_user_error(record: logging.LogRecord) -> bool:
     return not (record.exc_info and isinstance(record.exc_info[1], UserError))
-
-
-class OnFirstRecord(EventWriter):
-    """A writer that opens its file with the first record, so that a run that fails before leaves no empty file."""
-
-    def __init__(self, open_writer: Callable[[], EventWriter]) -> None:
-        self._open = open_writer
-        self._writer: EventWriter | None = None
-
-    def write(self) -> None:
-        """Write the new records."""
-        if self._writer is None and get_event_storage().latest():
-            self._writer = self._open()
-        if self._writer is not None:
-            self._writer.write()
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._writer is not None:
-            self._writer.close()
-
-
-def build_writers(folder: Path, start_iter: Callable[[], int] = lambda: 0) -> list[EventWriter]:
-    """Writers of metrics.json and of TensorBoard events.
-
-    Args:
-        folder: where they write.
-        start_iter: gives the iteration that a resumed run starts at; TensorBoard hides earlier events from there on.
-    """
-    return [
-        OnFirstRecord(lambda: MetricsFile(folder / METRICS_FILE)),
-        OnFirstRecord(lambda: TensorboardXWriter(str(folder), purge_step=start_iter() or None)),
-    ]
 
 
 def set_earlier_run_aside(folder: Path) -> None:

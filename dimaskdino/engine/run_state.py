@@ -13,9 +13,10 @@ from dimaskdino.checkpoint import replacing
 
 logger = logging.getLogger(__name__)
 
+METRICS_FILE = "metrics.json"
 WINDOW = 20  # iterations whose median metrics.json and the console show
 # Keys that may differ between the parts of a run and change nothing of it.
-FREE_KEYS = ("OUTPUT_DIR", "VIS_PERIOD")
+FREE_KEYS = ("OUTPUT_DIR", "VIS_PERIOD", "LOG.WRITERS", "LOG.PROJECT", "LOG.NAME", "LOG.PICTURES")
 
 
 def recent_scalars(storage: EventStorage) -> dict[str, Any]:
@@ -47,26 +48,26 @@ class MetricsFile(JSONWriter):
 
 def last_record(path: Path) -> int:
     """The last iteration in a metrics.json; -1 if there is none."""
-    return max((iteration for _, iteration in _records(path)), default=-1)
+    return max((iteration for _, iteration in records(path)), default=-1)
 
 
 def record_of(path: Path, iteration: int) -> dict[str, float]:
     """What a metrics.json holds of one iteration."""
-    return {key: value for line, at in _records(path) if at == iteration for key, value in json.loads(line).items()}
+    return {key: value for line, at in records(path) if at == iteration for key, value in json.loads(line).items()}
 
 
-def cut_records(path: Path, last: int) -> None:
+def cutrecords(path: Path, last: int) -> None:
     """Remove the records after iteration ``last`` from a metrics.json, and lines that are not whole."""
     if not path.is_file():
         return
-    kept = [f"{line}\n" for line, iteration in _records(path) if iteration <= last]
+    kept = [f"{line}\n" for line, iteration in records(path) if iteration <= last]
     if (text := "".join(kept)) != path.read_text(encoding="utf-8", errors="replace"):
         with replacing(path) as partial:
             partial.write_text(text, encoding="utf-8")
         logger.info("Removed the records after iteration %d from %s.", last, path)
 
 
-def _records(path: Path) -> Iterator[tuple[str, int]]:
+def records(path: Path) -> Iterator[tuple[str, int]]:
     """The readable lines of a metrics.json with their iterations."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     for line in text.splitlines():
@@ -78,14 +79,15 @@ def _records(path: Path) -> Iterator[tuple[str, int]]:
 
 def changed_settings(before: str, now: str) -> list[str]:
     """The keys whose values differ between two dumps of a configuration, each as "KEY: old -> new"."""
-    old, new = (dict(_flat(yaml.safe_load(dump))) for dump in (before, now))
+    old, new = (dict(flat(yaml.safe_load(dump))) for dump in (before, now))
     keys = [key for key in sorted({*old, *new}) if key not in FREE_KEYS and old.get(key) != new.get(key)]
     return [f"{key}: {old.get(key, 'not set')} -> {new.get(key, 'not set')}" for key in keys]
 
 
-def _flat(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of each leaf of a configuration as YAML holds it."""
     for name, value in node.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value

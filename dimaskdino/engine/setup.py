@@ -16,7 +16,7 @@ from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 
-from dimaskdino.command_line import add_import_flag, import_modules
+from dimaskdino.command_line import add_import_flag, at_least, import_modules
 from dimaskdino.compat import training_samplers
 from dimaskdino.config import Config, get_cfg, report_unused_keys
 from dimaskdino.cpu import keep_freed_memory
@@ -24,10 +24,12 @@ from dimaskdino.data import register_all
 from dimaskdino.data.mapper import MAPPER_REGISTRY
 from dimaskdino.data.validation.start import check_datasets
 from dimaskdino.engine.best import check_best
+from dimaskdino.engine.launch import set_process_timeout
 from dimaskdino.engine.nonfinite import check_nonfinite
 from dimaskdino.engine.own_data import merge_cpu_file, set_keys_of_own_data
 from dimaskdino.engine.run_folder import setup_loggers
 from dimaskdino.engine.signals import check_not_locked
+from dimaskdino.engine.writers import check_writers
 from dimaskdino.errors import ConfigError, UserError, check_choice, file_errors_in_one_line
 from dimaskdino.modeling.meta_arch import needs_masks
 from dimaskdino.modeling.registry import get_registered
@@ -44,6 +46,7 @@ Without --num-gpus, one GPU is used if there is one, else the CPU; --num-gpus 0 
   change keys          train_net.py --config-file FILE SOLVER.BASE_LR 0.0002 OUTPUT_DIR output/run
   go on                train_net.py --config-file FILE --resume
   evaluate             train_net.py --config-file FILE --eval-only MODEL.WEIGHTS model.pth
+  two on the CPU       train_net.py --config-file FILE --num-gpus 0 --cpu-processes 2
   two machines         train_net.py --config-file FILE --num-gpus 8 --num-machines 2 --machine-rank 0|1 --dist-url URL
   under torchrun       torchrun --nproc_per_node 8 train_net.py --config-file FILE
   your parts and data  train_net.py --config-file FILE --import my_parts MODEL.MaskDINO.BATO.NAME MyBato
@@ -88,6 +91,7 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--eval-layers", default="", metavar="STAGES", help="evaluate after these stages too: all, or layer.0,layer.5")
     add_import_flag(parser)
     add("--num-gpus", type=int, metavar="N", help="number of GPUs of this machine")
+    add("--cpu-processes", type=at_least(1), default=1, metavar="N", help="processes of this machine without a GPU")
     add("--num-machines", type=int, default=1, metavar="N", help="number of machines")
     add("--machine-rank", type=int, default=0, metavar="N", help="number of this machine, from 0 on")
     add("--dist-url", default="auto", metavar="URL", help="where the processes meet; tcp://HOST:PORT of machine 0")
@@ -116,6 +120,7 @@ def setup(args: Namespace) -> Config:
             _check(cfg, train=not args.eval_only)
             _set_float32_precision(cfg)
             cfg.freeze()
+        set_process_timeout(cfg.SOLVER.PROCESS_TIMEOUT)
         if not args.eval_only and comm.is_main_process():
             check_not_locked(Path(cfg.OUTPUT_DIR))
         _prepare_folder(Path(cfg.OUTPUT_DIR))
@@ -156,10 +161,13 @@ def _set_device(cfg: Config, num_gpus: int) -> None:
 
 def _check(cfg: Config, *, train: bool) -> None:
     """Check everything that needs no data."""
+    if cfg.SOLVER.PROCESS_TIMEOUT <= 0:
+        raise ConfigError(f"SOLVER.PROCESS_TIMEOUT is {cfg.SOLVER.PROCESS_TIMEOUT}; it must be above 0 (seconds).")
     if train:
         check_solver(cfg, comm.get_world_size())
         check_best(cfg)
         check_nonfinite(cfg)
+        check_writers(cfg)
         check_choice("DATALOADER.SAMPLER_TRAIN", cfg.DATALOADER.SAMPLER_TRAIN, training_samplers(cfg))
     get_registered(MAPPER_REGISTRY, cfg.INPUT.DATASET_MAPPER_NAME, "INPUT.DATASET_MAPPER_NAME")
     register_all(cfg=cfg)  # A panoptic model asks its datasets which classes are things.

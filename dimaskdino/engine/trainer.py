@@ -29,9 +29,12 @@ from dimaskdino.engine.hooks import (
     RepeatablePreciseBN,
     WriteRecords,
 )
+from dimaskdino.engine.pictures import DrawPredictions
 from dimaskdino.engine.resumable import ResumableTrainer
-from dimaskdino.engine.run_folder import build_writers, inference_folder, read_run_id, write_config
+from dimaskdino.engine.run_folder import inference_folder, read_run_id, write_config
 from dimaskdino.engine.train_step import TrainStep
+from dimaskdino.engine.validation_loss import validation_losses
+from dimaskdino.engine.writers import build_writers
 from dimaskdino.evaluation import ForwardTimer, SpeedEvaluator, build_evaluator, class_names, timed, write_results
 from dimaskdino.modeling.meta_arch import build_model, needs_masks
 from dimaskdino.solver import GradientClipper, build_lr_scheduler, build_optimizer
@@ -80,7 +83,10 @@ class Trainer(ResumableTrainer):
             self._best = KeepBest(cfg.TEST.BEST_METRIC, checkpointer=self.checkpointer, **options)
             hooks.append(self._best)
         if comm.is_main_process():
-            hooks += [WriteRecords(self.build_writers(), eval_period=cfg.TEST.EVAL_PERIOD), ProgressLog()]
+            if cfg.LOG.PICTURES and cfg.DATASETS.TEST:
+                hooks.append(DrawPredictions(cfg, self.model))
+            writers = WriteRecords(self.build_writers(), eval_period=cfg.TEST.EVAL_PERIOD)
+            hooks += [writers, ProgressLog(images=cfg.SOLVER.IMS_PER_BATCH)]
         return hooks
 
     def _precise_batch_norm(self) -> HookBase | None:
@@ -98,9 +104,9 @@ class Trainer(ResumableTrainer):
         return self._last_eval_results
 
     def build_writers(self) -> list[EventWriter]:
-        """metrics.json and TensorBoard; :class:`ProgressLog` writes to the console."""
+        """Those of LOG.WRITERS; :class:`ProgressLog` writes to the console."""
         this = weakref.proxy(self)
-        return build_writers(Path(self.cfg.OUTPUT_DIR), lambda: this.start_iter)
+        return build_writers(self.cfg, lambda: this.start_iter)
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -169,6 +175,9 @@ class Trainer(ResumableTrainer):
                 loader = cls.build_test_loader(cfg, name)
                 evaluator = evaluators[index] if evaluators else cls._evaluator_with_speed(cfg, name, timer)
                 results[name] = inference_on_dataset(model, loader, evaluator)
+                if cfg.TEST.LOSS:
+                    losses = validation_losses(cfg, model, name)
+                    results[name] |= {"loss": losses} if comm.is_main_process() else {}
         if len(results) == 1:
             results = next(iter(results.values()))
         if comm.is_main_process():

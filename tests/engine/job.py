@@ -168,7 +168,22 @@ def resumable(cfg: Config, output: Path) -> Config:
     return cfg
 
 
-FUNCTIONS = (ranks, average_by_hand, train_with_batch_norm, start_from_own_folders, import_modules, kill_and_resume)
+def evaluate_together(cfg: Config, folder: Path) -> dict[str, Any]:
+    """The scores and losses of eight images."""
+    cfg.DATASETS.TEST, cfg.TEST.LOSS, cfg.OUTPUT_DIR = ("shapes_train",), True, str(folder / "evaluated")
+    torch.manual_seed(3)
+    return Trainer.test(cfg, Trainer.build_model(cfg))
+
+
+FUNCTIONS = (
+    evaluate_together,
+    ranks,
+    average_by_hand,
+    train_with_batch_norm,
+    start_from_own_folders,
+    import_modules,
+    kill_and_resume,
+)
 
 
 def write_modules(folder: Path) -> None:

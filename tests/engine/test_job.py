@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
 from dimaskdino.engine.hooks import average_running_statistics
-from tests.engine.job import EVAL_PERIOD, MAX_ITER, Buffers, buffers_of
+from tests.engine.conftest import make_toy_cfg
+from tests.engine.job import EVAL_PERIOD, MAX_ITER, Buffers, buffers_of, evaluate_together
 
 
 def test_processes_know_each_other(of_two_processes) -> None:
@@ -25,6 +27,17 @@ def test_processes_with_different_checkpoints_are_refused(of_two_processes, job_
             assert f"OUTPUT_DIR {job_folder / str(rank)}: process 0 finds model_0000004.pth, process 1 finds" in error
             assert "must be a folder that all machines share" in error
         assert "process 1 was not given --resume" in without_flag
+
+
+def test_two_processes_score_like_one_to_the_last_digit(of_two_processes, shapes_root: Path, tmp_path: Path) -> None:
+    two, none = of_two_processes("evaluate_together")
+    one = evaluate_together(make_toy_cfg(shapes_root, tmp_path / "run"), tmp_path)
+    assert none == {}
+    assert set(two) == {"bbox", "segm", "loss"}
+    for task in ("bbox", "segm"):
+        assert repr(two[task]) == repr(one[task])
+    assert 0 < one["bbox"]["AP"] < 100
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)  # sums in another order
 
 
 def test_variance_of_the_means_is_added(of_two_processes) -> None:

@@ -18,8 +18,9 @@ import torch.multiprocessing as mp
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
+import dimaskdino.engine.launch
 from dimaskdino.engine import argument_parser, launch
-from dimaskdino.engine.launch import _dist_url, one_line
+from dimaskdino.engine.launch import _dist_url, one_line, set_process_timeout
 from dimaskdino.errors import DatasetError, UserError
 
 
@@ -143,6 +144,23 @@ def test_failure_of_a_process_ends_the_job(
     assert first is None or lines[0].startswith(first)
     assert (len(lines) == 1) if last is None else re.match(last, lines[-1])
     assert not [process for process in multiprocessing.active_children() if process not in before]
+
+
+def wait_for_a_silent_process(args: argparse.Namespace) -> None:
+    set_process_timeout(1.5)
+    meet(args.folder)
+    if comm.get_rank() == 1:
+        time.sleep(100)
+    comm.synchronize()
+
+
+def test_silent_process_is_named_after_the_timeout(tmp_path: Path, monkeypatch, capfd) -> None:
+    monkeypatch.setattr(mp, "spawn", functools.partial(mp.start_processes, start_method="fork"))
+    monkeypatch.setattr(dimaskdino.engine.launch, "WAIT_FOR_OTHERS_S", 0.5)
+    with pytest.raises(SystemExit) as stopped:
+        launch(wait_for_a_silent_process, arguments(num_gpus=0, folder=tmp_path), cpu_processes=2)
+    assert stopped.value.code == 2
+    assert re.search(r"^error: Process 0 waited for process 1 .*PROCESS_TIMEOUT", capfd.readouterr().err, re.MULTILINE)
 
 
 def run_until_killed(args: argparse.Namespace) -> None:

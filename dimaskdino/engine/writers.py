@@ -1,0 +1,192 @@
+"""Where the records of a run go: metrics.json, TensorBoard, Weights & Biases, MLflow, or a writer of one's own."""
+
+import importlib.util
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.utils.events import EventWriter, TensorboardXWriter, get_event_storage
+from detectron2.utils.registry import Registry
+
+from dimaskdino.config import flatten
+from dimaskdino.engine.run_state import METRICS_FILE, WINDOW, MetricsFile
+from dimaskdino.errors import ConfigError
+
+WRITER_REGISTRY = Registry("WRITER")
+WRITER_REGISTRY.__doc__ = """
+Builders of writers by LOG.WRITERS. Each is called as ``builder(cfg, start_iter)`` at the first record, on the main
+process, and returns a :class:`detectron2.utils.events.EventWriter`; ``start_iter`` is 0 unless the run was resumed.
+"""
+
+NEEDED = "metrics_json"
+# Packages that are not installed with this one, by writer.
+PACKAGES = {"wandb": "wandb", "mlflow": "mlflow"}
+_LONGEST_PARAMETER = 500  # characters, of MLflow
+
+
+class OnFirstRecord(EventWriter):
+    """A writer that opens its file with the first record, so that a run that fails before leaves no empty file."""
+
+    def __init__(self, open_writer: Callable[[], EventWriter]) -> None:
+        self._open = open_writer
+        self._writer: EventWriter | None = None
+
+    def write(self) -> None:
+        """Write the new records."""
+        if self._writer is None and get_event_storage().latest():
+            self._writer = self._open()
+        if self._writer is not None:
+            self._writer.write()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+class Tracker(EventWriter):
+    """Passes on new scalars, medians as in metrics.json, and pictures.
+
+    Args:
+        log_scalars: takes values by name, and their iteration.
+        log_picture: takes a name, (H, W, 3) uint8 RGB, and an iteration.
+        close: ends the run.
+    """
+
+    def __init__(
+        self,
+        *,
+        log_scalars: Callable[[dict[str, float], int], object],
+        log_picture: Callable[[str, np.ndarray, int], object],
+        close: Callable[[], object],
+    ) -> None:
+        self._log_scalars, self._log_picture, self._close = log_scalars, log_picture, close
+        self._last = -1
+
+    def write(self) -> None:
+        """Pass on what came since the last call; the storage keeps the pictures."""
+        storage = get_event_storage()
+        new: dict[int, dict[str, float]] = {}
+        for name, (value, at) in storage.latest_with_smoothing_hint(WINDOW).items():
+            if at > self._last:
+                new.setdefault(int(at), {})[name] = float(value)
+        for at in sorted(new):
+            self._log_scalars(new[at], at)
+        self._last = max(new, default=self._last)
+        for name, picture, at in storage._vis_data:
+            self._log_picture(name, np.asarray(picture).transpose(1, 2, 0), int(at))
+
+    def close(self) -> None:
+        """End the run."""
+        self._close()
+
+
+@WRITER_REGISTRY.register()
+def metrics_json(cfg: CfgNode, start_iter: int) -> EventWriter:
+    """One line of JSON for each record, which a resumed run continues."""
+    return MetricsFile(Path(cfg.OUTPUT_DIR) / METRICS_FILE)
+
+
+@WRITER_REGISTRY.register()
+def tensorboard(cfg: CfgNode, start_iter: int) -> EventWriter:
+    """Events with scalars and pictures; TensorBoard hides earlier events from the start of a resumed run on."""
+    return TensorboardXWriter(str(cfg.OUTPUT_DIR), purge_step=start_iter or None)
+
+
+@WRITER_REGISTRY.register()
+def wandb(cfg: CfgNode, start_iter: int) -> EventWriter:
+    """Weights & Biases; its own variables choose account, server and mode (WANDB_MODE=offline needs no network)."""
+    import wandb as library
+
+    folder = Path(cfg.OUTPUT_DIR)
+    run = library.init(
+        project=cfg.LOG.PROJECT,
+        name=_run_name(cfg),
+        dir=str(folder),
+        config=dict(flatten(cfg)),
+        id=_earlier_id(folder, "wandb", start_iter),
+        resume="allow",
+    )
+    _id_file(folder, "wandb").write_text(run.id, encoding="utf-8")
+    return Tracker(
+        log_scalars=lambda values, at: run.log(values, step=at),
+        log_picture=lambda name, picture, at: run.log({name: library.Image(picture)}, step=at),
+        close=run.finish,
+    )
+
+
+@WRITER_REGISTRY.register()
+def mlflow(cfg: CfgNode, start_iter: int) -> EventWriter:
+    """MLflow, at MLFLOW_TRACKING_URI, else in a file of OUTPUT_DIR."""
+    import mlflow as library
+
+    folder = Path(cfg.OUTPUT_DIR)
+    if "MLFLOW_TRACKING_URI" not in os.environ:
+        library.set_tracking_uri(f"sqlite:///{(folder / 'mlflow.db').resolve()}")
+    library.set_experiment(cfg.LOG.PROJECT)
+    earlier = _earlier_id(folder, "mlflow", start_iter)
+    run = library.start_run(run_id=earlier, run_name=_run_name(cfg))
+    _id_file(folder, "mlflow").write_text(run.info.run_id, encoding="utf-8")
+    if earlier is None:  # MLflow refuses another value for a parameter.
+        library.log_params({key: str(value)[:_LONGEST_PARAMETER] for key, value in flatten(cfg)})
+    return Tracker(
+        log_scalars=lambda values, at: library.log_metrics({_plain(name): x for name, x in values.items()}, step=at),
+        log_picture=lambda name, picture, at: library.log_image(picture, artifact_file=f"{_plain(name)}/{at:07d}.png"),
+        close=library.end_run,
+    )
+
+
+def build_writers(cfg: CfgNode, start_iter: Callable[[], int] = lambda: 0) -> list[EventWriter]:
+    """The writers of LOG.WRITERS, each of which opens its files with the first record.
+
+    TensorBoard's is the last: it removes the pictures from the storage.
+
+    Args:
+        cfg: of the run.
+        start_iter: gives the iteration that a resumed run starts at.
+    """
+
+    def open_later(name: str) -> EventWriter:
+        return OnFirstRecord(lambda: WRITER_REGISTRY.get(name)(cfg, start_iter()))
+
+    return [open_later(name) for name in sorted(cfg.LOG.WRITERS, key=lambda name: name == "tensorboard")]
+
+
+def check_writers(cfg: CfgNode) -> None:
+    """Check LOG.WRITERS, before data is read.
+
+    Raises:
+        ConfigError: a writer is not registered, needs a package, or is missing.
+    """
+    names = list(cfg.LOG.WRITERS)
+    known = sorted(name for name, _ in WRITER_REGISTRY)
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"LOG.WRITERS names {name!r}; these are registered: {', '.join(known)}.")
+        package = PACKAGES.get(name)
+        if package and importlib.util.find_spec(package) is None:
+            raise ConfigError(f"LOG.WRITERS names {name!r}, which needs a package: pip install 'dimaskdino[{name}]'.")
+    if NEEDED not in names:
+        raise ConfigError(f"LOG.WRITERS is {names}; {NEEDED} must be among them, since --resume reads its records.")
+
+
+def _run_name(cfg: CfgNode) -> str:
+    return cfg.LOG.NAME or Path(cfg.OUTPUT_DIR).resolve().name
+
+
+def _id_file(folder: Path, writer: str) -> Path:
+    return folder / f"{writer}_run_id"
+
+
+def _earlier_id(folder: Path, writer: str, start_iter: int) -> str | None:
+    """The id of the run that is resumed; None for a new one."""
+    path = _id_file(folder, writer)
+    return path.read_text(encoding="utf-8").strip() if start_iter and path.is_file() else None
+
+
+def _plain(name: str) -> str:
+    """A name with the characters that MLflow takes."""
+    return re.sub(r"[^\w\-./ ]", "_", name)

@@ -1,0 +1,263 @@
+"""Where records go: writers by key, pictures of each evaluation, losses of the validation, curves."""
+
+import importlib.machinery
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from detectron2.utils.events import EventWriter
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from dimaskdino.config import Config
+from dimaskdino.data import build_mapper
+from dimaskdino.data.datasets.registration import load_dataset
+from dimaskdino.engine import Trainer
+from dimaskdino.engine.curves import default_metrics, draw_curves, read_groups
+from dimaskdino.engine.hooks import ProgressLog, peak_memory, progress_line
+from dimaskdino.engine.validation_loss import validation_losses
+from dimaskdino.engine.writers import WRITER_REGISTRY, check_writers
+from dimaskdino.errors import ConfigError, UserError
+from tests.engine.toy import ToyDetector
+
+
+@pytest.fixture
+def cfg(toy_cfg: Config) -> Config:
+    """Ten iterations, evaluated after four, eight and ten."""
+    toy_cfg.merge_from_list(["TEST.EVAL_PERIOD", 4, "LOG.PICTURES", 2])
+    return toy_cfg
+
+
+def train(cfg: Config, *, resume: bool = False) -> Trainer:
+    torch.manual_seed(7)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    trainer.train()
+    return trainer
+
+
+def test_tensorboard_has_pictures_of_each_evaluation(cfg: Config) -> None:
+    trainer = train(cfg)
+    events = EventAccumulator(cfg.OUTPUT_DIR, size_guidance={"images": 0}).Reload()
+    assert sorted(events.Tags()["images"]) == ["shapes_val/0", "shapes_val/1"]
+    pictures = events.Images("shapes_val/0")
+    assert [each.step for each in pictures] == [3, 7, 10]
+    assert (pictures[0].width, pictures[0].height) == (2 * 384, 384)  # truth and prediction side by side
+    assert not trainer.storage._vis_data
+    assert trainer.model.training
+
+
+def test_pictures_change_nothing_of_the_run(cfg: Config) -> None:
+    drawn = train(cfg).model.state_dict()
+    cfg.merge_from_list(["LOG.PICTURES", 0, "OUTPUT_DIR", f"{cfg.OUTPUT_DIR}_none"])
+    torch.testing.assert_close(train(cfg).model.state_dict(), drawn, rtol=0, atol=0)
+
+
+class Fake(types.ModuleType):
+    """Stands for a package of a tracker and notes what it is asked."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        self.inits: list[dict[str, Any]] = []
+        self.params: dict[str, str] = {}
+        self.scalars: dict[int, dict[str, float]] = {}
+        self.pictures: list[tuple[str, int, Any]] = []
+        self.ended = 0
+
+    def note(self, values: dict[str, Any], step: int) -> None:
+        """Scalars, and pictures as wandb takes them."""
+        for name, value in values.items():
+            if isinstance(value, np.ndarray):
+                self.pictures.append((name, step, value.shape))
+            else:
+                self.scalars.setdefault(step, {})[name] = value
+
+    def end(self) -> None:
+        """Of a run."""
+        self.ended += 1
+
+
+@pytest.fixture
+def fake_wandb(monkeypatch: pytest.MonkeyPatch) -> Fake:
+    fake = Fake("wandb")
+
+    def init(**options: Any) -> types.SimpleNamespace:
+        fake.inits.append(options)
+        return types.SimpleNamespace(id=options["id"] or "abc", log=fake.note, finish=fake.end)
+
+    fake.init, fake.Image = init, lambda picture: picture
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
+
+
+@pytest.fixture
+def fake_mlflow(monkeypatch: pytest.MonkeyPatch) -> Fake:
+    fake = Fake("mlflow")
+
+    def start_run(**options: Any) -> types.SimpleNamespace:
+        fake.inits.append(options)
+        return types.SimpleNamespace(info=types.SimpleNamespace(run_id=options["run_id"] or "def"))
+
+    fake.set_tracking_uri = lambda uri: fake.params.update(uri=uri)
+    fake.set_experiment = lambda name: fake.params.update(experiment=name)
+    fake.start_run, fake.end_run, fake.log_metrics = start_run, fake.end, fake.note
+    fake.log_params = fake.params.update
+    fake.log_image = lambda picture, artifact_file: fake.pictures.append((artifact_file, 0, picture.shape))
+    monkeypatch.setitem(sys.modules, "mlflow", fake)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return fake
+
+
+def assert_logged(fake: Fake, cfg: Config) -> None:
+    assert sorted(fake.scalars) == [3, 7, 9, 10]  # the evaluation after the last iteration stands at 10
+    recorded = [json.loads(line) for line in (Path(cfg.OUTPUT_DIR) / "metrics.json").read_text().splitlines()]
+    assert fake.scalars[3]["total_loss"] == recorded[0]["total_loss"]
+    assert fake.scalars[7]["bbox/AP"] == recorded[1]["bbox/AP"]
+    assert {shape for _, _, shape in fake.pictures} == {(384, 768, 3)}
+    assert len(fake.pictures) == 6
+    assert fake.ended == 1
+
+
+def test_wandb_gets_scalars_pictures_and_a_resumed_run(cfg: Config, fake_wandb: Fake) -> None:
+    cfg.merge_from_list(["LOG.WRITERS", ["metrics_json", "tensorboard", "wandb"], "LOG.PROJECT", "parts"])
+    check_writers(cfg)
+    train(cfg)
+    assert_logged(fake_wandb, cfg)
+    assert fake_wandb.inits[0]["project"] == "parts"
+    assert fake_wandb.inits[0]["name"] == "run"
+    assert fake_wandb.inits[0]["id"] is None
+    assert fake_wandb.inits[0]["config"]["SOLVER.MAX_ITER"] == 10
+    cfg.SOLVER.MAX_ITER = 12
+    train(cfg, resume=True)
+    assert fake_wandb.inits[1]["id"] == "abc"
+    train(cfg)
+    assert fake_wandb.inits[2]["id"] is None
+
+
+def test_mlflow_gets_scalars_pictures_and_parameters(cfg: Config, fake_mlflow: Fake) -> None:
+    cfg.LOG.WRITERS = ["metrics_json", "mlflow"]
+    check_writers(cfg)
+    train(cfg)
+    assert_logged(fake_mlflow, cfg)
+    assert fake_mlflow.params["SOLVER.MAX_ITER"] == "10"
+    assert fake_mlflow.params["uri"].startswith("sqlite:///")
+    assert fake_mlflow.pictures[0][0] == "shapes_val/0/0000003.png"
+    cfg.SOLVER.MAX_ITER = 12
+    train(cfg, resume=True)
+    assert fake_mlflow.inits[1]["run_id"] == "def"
+
+
+def test_writers_of_ones_own_take_part(cfg: Config) -> None:
+    class Mine(EventWriter):
+        written = 0
+
+        def write(self) -> None:
+            Mine.written += 1
+
+    WRITER_REGISTRY._do_register("mine", lambda cfg, start_iter: Mine())
+    try:
+        cfg.LOG.WRITERS = ["metrics_json", "mine"]
+        check_writers(cfg)
+        train(cfg)
+    finally:
+        del WRITER_REGISTRY._obj_map["mine"]
+    assert Mine.written == 4
+
+
+@pytest.mark.parametrize(
+    ("writers", "named"),
+    [
+        (["metrics_json", "tensorbord"], "'tensorbord'.*tensorboard"),
+        (["tensorboard"], "metrics_json must be among them"),
+        (["metrics_json", "wandb"], r"wandb.*pip install 'dimaskdino\[wandb\]'"),
+    ],
+)
+def test_writers_are_checked(cfg: Config, writers: list[str], named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    cfg.LOG.WRITERS = writers
+    with pytest.raises(ConfigError, match=rf"LOG\.WRITERS.*{named}"):
+        check_writers(cfg)
+
+
+def test_validation_losses_are_averages_that_training_does_not_disturb(cfg: Config) -> None:
+    class Noisy(ToyDetector):
+        def __init__(self, cfg: Config) -> None:
+            super().__init__(cfg)
+            self.backbone = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.9), nn.BatchNorm1d(8))
+
+    model = Noisy(cfg).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = validation_losses(cfg, model, "shapes_val")
+    assert found == validation_losses(cfg, model, "shapes_val")
+    assert found["total_loss"] == pytest.approx(found["loss_bbox"] + found["loss_bbox_0"])
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert not any(module.training for module in model.modules())
+    # By hand: the mean over the images of the toy's absolute error, without dropout.
+    labeled = [entry for entry in load_dataset("shapes_val") if entry["annotations"]]
+    errors = []
+    for given in map(build_mapper(cfg, is_train=False, with_instances=True), labeled):
+        color = given["image"].float().mean((1, 2)) / 255
+        box = model.box_head(model.norm(model.backbone(color[None])))[0].sigmoid()
+        truth = given["instances"].gt_boxes.tensor.mean(0) / 64
+        errors.append((box - truth).abs().mean().item())
+    assert found["loss_bbox"] == pytest.approx(sum(errors) / len(errors), rel=1e-5)
+
+
+def test_validation_losses_are_recorded(cfg: Config) -> None:
+    cfg.TEST.LOSS = True
+    trainer = train(cfg)
+    assert trainer._last_eval_results["loss"]["loss_bbox"] > 0
+    records = [json.loads(line) for line in (Path(cfg.OUTPUT_DIR) / "metrics.json").read_text().splitlines()]
+    assert records[0]["loss/total_loss"] > 0
+
+
+def test_console_shows_rate_memory_and_progress(cfg: Config) -> None:
+    trainer = train(cfg)
+    with_rate = progress_line(trainer.storage, 5, 10, images=2)
+    assert "5/10 (50%)" in with_rate
+    assert " images/s" in with_rate
+    assert f"max_mem {peak_memory() / 2**20:.0f}M" in with_rate
+    assert peak_memory() > 50 * 2**20
+    assert any(isinstance(hook, ProgressLog) for hook in trainer._hooks)
+
+
+def write_run(folder: Path, seed: int, losses: list[float], lr: float = 0.1) -> Path:
+    folder.mkdir()
+    (folder / "config.yaml").write_text(f"SEED: {seed}\nOUTPUT_DIR: {folder}\nSOLVER:\n  BASE_LR: {lr}\n")
+    lines = [
+        {"iteration": 20 * i + 19, "total_loss": x, "loss_ce": x / 2, "loss_ce_0": 1} for i, x in enumerate(losses)
+    ]
+    lines[-1]["bbox/AP"] = 10.0 + seed
+    (folder / "metrics.json").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return folder
+
+
+def test_runs_of_several_seeds_are_one_curve(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "a_seed1", 1, [4.0, 2.0]), write_run(tmp_path / "a_seed2", 2, [6.0, 3.0, 1.0])]
+    runs.append(write_run(tmp_path / "b", 1, [5.0, 4.0], lr=0.2))
+    first, second = read_groups(runs)
+    assert (first.name, second.name) == ("a_seed (2 runs)", "b")
+    # Iterations that both seeds have: mean, lowest, highest.
+    assert first.curve("total_loss").tolist() == [[19, 5, 4, 6], [39, 2.5, 2, 3]]
+    assert default_metrics([first, second]) == ["total_loss", "loss_ce", "bbox/AP"]
+    draw_curves([first, second], ["total_loss", "loss_ce", "bbox/AP"], tmp_path / "curves.png")
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert min(picture.size) > 300
+        colors = {color for _, color in picture.convert("RGB").getcolors(2**24)}
+    assert (0x00, 0x72, 0xB2) in colors
+    assert (0xE6, 0x9F, 0x00) in colors
+
+
+def test_missing_records_and_metrics_are_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", 1, [1.0])
+    with pytest.raises(UserError, match=r"segm/AP.*bbox/AP"):
+        draw_curves(read_groups([run]), ["segm/AP"], tmp_path / "x.png")
+    with pytest.raises(UserError, match="nothing"):
+        read_groups([tmp_path / "nothing"])
