@@ -4,8 +4,8 @@
   tools/plot_metrics.py output/run
   tools/plot_metrics.py output/a output/b_seed1 output/b_seed2 --metrics total_loss bbox/AP --output curves.png
 
-Runs whose settings differ by SEED alone become one curve: their mean, and a band from the lowest to the highest. A dashed
-line is the loss of the validation (TEST.LOSS).
+Runs whose settings differ by SEED alone become one curve: their mean, and a band from the lowest to the highest. A
+dashed line is the loss of the validation (TEST.LOSS).
 """
 
 import argparse

@@ -141,8 +141,8 @@ def _draw_panel(axes: Axes, groups: Sequence[Group], metric: str) -> None:
     for index, group in enumerate(groups):
         color = _COLORS[index % len(_COLORS)]
         at, mean, low, high = group.curve(metric).T
-        few = {"marker": "o", "markersize": 3} if len(at) < 30 else {}
-        axes.plot(at + 1, mean, color=color, label=group.name, linewidth=1.4, **few)
+        marker = "o" if len(at) < 30 else None
+        axes.plot(at + 1, mean, color=color, label=group.name, linewidth=1.4, marker=marker, markersize=3)
         if len(group.runs) > 1:
             axes.fill_between(at + 1, low, high, color=color, alpha=0.2, linewidth=0)
         validation = group.curve(f"{VALIDATION}{metric}")

@@ -56,7 +56,7 @@ def record_of(path: Path, iteration: int) -> dict[str, float]:
     return {key: value for line, at in records(path) if at == iteration for key, value in json.loads(line).items()}
 
 
-def cutrecords(path: Path, last: int) -> None:
+def cut_records(path: Path, last: int) -> None:
     """Remove the records after iteration ``last`` from a metrics.json, and lines that are not whole."""
     if not path.is_file():
         return

@@ -234,6 +234,7 @@ def write_run(folder: Path, seed: int, losses: list[float], lr: float = 0.1) -> 
     lines = [
         {"iteration": 20 * i + 19, "total_loss": x, "loss_ce": x / 2, "loss_ce_0": 1} for i, x in enumerate(losses)
     ]
+    lines[0]["loss_ce_0"] = 1.0
     lines[-1]["bbox/AP"] = 10.0 + seed
     (folder / "metrics.json").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     return folder
