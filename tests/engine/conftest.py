@@ -34,7 +34,7 @@ def make_toy_cfg(shapes_root: Path, output_dir: Path) -> Config:
             *("INPUT.MIN_SIZE_TEST", 64, "INPUT.RANDOM_FLIP", "none", "DATALOADER.NUM_WORKERS", 0),
             *("DATALOADER.ASPECT_RATIO_GROUPING", False, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 10),
             *("SOLVER.STEPS", (8,), "SOLVER.BASE_LR", 0.01, "SOLVER.WARMUP_ITERS", 0, "SOLVER.CHECKPOINT_PERIOD", 5),
-            *("SEED", 1, "OUTPUT_DIR", str(output_dir)),
+            *("SEED", 1, "LOG.PICTURES", 0, "OUTPUT_DIR", str(output_dir)),
         ]
     )
     register_all(cfg=cfg)
