@@ -55,6 +55,10 @@ KEYS: dict[str, Any] = {
     "DATASETS.SEMANTIC.TRAIN_LABELS": "",
     "DATASETS.SEMANTIC.VAL_IMAGES": "",
     "DATASETS.SEMANTIC.VAL_LABELS": "",
+    # With DATALOADER.ASPECT_RATIO_GROUPING: images of one kind that come together. 0 means the share of a process, so
+    # that runs of one and of two processes have other batches; a fixed number, which divides SOLVER.IMS_PER_BATCH,
+    # gives them the same ones.
+    "DATALOADER.ASPECT_RATIO_GROUP_SIZE": 0,
     # Train and evaluate on the first images of each list of datasets, to try things; 0 means all.
     "DATASETS.MAX_IMAGES": 0,
     # Folder of the synthetic dataset; "" means OUTPUT_DIR/shapes unless $DETECTRON2_DATASETS/shapes already holds it.

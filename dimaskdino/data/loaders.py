@@ -47,7 +47,7 @@ def build_train_loader(
             DATALOADER.SAMPLER_TRAIN.
         with_masks: whether the model needs masks.
         first_batch: number of batches to skip.
-        group_size: with DATALOADER.ASPECT_RATIO_GROUPING, images that come together; 0 means the share of a process.
+        group_size: with DATALOADER.ASPECT_RATIO_GROUPING, images that come together; 0 means as the configuration says.
 
     Raises:
         ConfigError: if DATALOADER.SAMPLER_TRAIN is not the name of a sampler.
@@ -71,7 +71,7 @@ def build_train_loader(
         make_sampler(len(entries)) if make_sampler else endless_order(cfg, entries, seed),
         batch_size=cfg.SOLVER.IMS_PER_BATCH,
         group_of=[_is_wide(entry, cfg.INPUT.APPLY_EXIF) for entry in entries] if grouping else (),
-        group_size=group_size or images_per_process(cfg),
+        group_size=group_size or images_in_a_group(cfg),
         first=first_batch,
         rank=comm.get_rank(),
         num_processes=comm.get_world_size(),
@@ -90,6 +90,21 @@ def build_train_loader(
 def images_per_process(cfg: CfgNode) -> int:
     """Images of a batch of one process."""
     return cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
+
+
+def images_in_a_group(cfg: CfgNode) -> int:
+    """Images that DATALOADER.ASPECT_RATIO_GROUPING brings together.
+
+    Raises:
+        ConfigError: DATALOADER.ASPECT_RATIO_GROUP_SIZE does not divide the batch.
+    """
+    size = cfg.DATALOADER.ASPECT_RATIO_GROUP_SIZE
+    if size < 0 or (size and cfg.SOLVER.IMS_PER_BATCH % size):
+        raise ConfigError(
+            f"DATALOADER.ASPECT_RATIO_GROUP_SIZE is {size}; it must divide SOLVER.IMS_PER_BATCH "
+            f"({cfg.SOLVER.IMS_PER_BATCH}), or be 0 for the share of a process."
+        )
+    return size or images_per_process(cfg)
 
 
 def _is_wide(entry: dict[str, Any], apply_exif: bool) -> bool:

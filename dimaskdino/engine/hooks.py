@@ -61,7 +61,7 @@ def progress_line(storage: EventStorage, done: int, max_iter: int, *, images: in
         images: of an iteration; 0 leaves out the rate.
     """
     histories = storage.histories()
-    parts = [f"{done}/{max_iter} ({100 * done // max(max_iter, 1)}%)"]
+    parts = [f"{done}/{max_iter}"]
     if "time" in histories:
         seconds = histories["time"].median(1000)
         parts.insert(0, f"eta {datetime.timedelta(seconds=int(seconds * (max_iter - done)))}")

@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dimaskdino.checkpoint import FINAL, Checkpointer
-from dimaskdino.data.loaders import images_per_process
+from dimaskdino.data.loaders import images_in_a_group
 from dimaskdino.engine.best import KeepBest
 from dimaskdino.engine.hooks import EvaluateWhenTrained, WriteRecords, average_running_statistics, is_record_due
 from dimaskdino.engine.nonfinite import NonFiniteError, NonFiniteSteps
@@ -70,7 +70,7 @@ class ResumableTrainer(TrainerBase):
         self.max_iter = cfg.SOLVER.MAX_ITER
         self._last_eval_results: dict[str, Any] | None = None
         self._first_batch = 0  # number of batches of this run that were drawn before start_iter
-        self._group_size = images_per_process(cfg)
+        self._group_size = images_in_a_group(cfg)
         self._saved_scalars: dict[str, Any] = {}
         self._periodic: PeriodicCheckpointer | None = None
         self._best: KeepBest | None = None
@@ -157,7 +157,7 @@ class ResumableTrainer(TrainerBase):
         cfg.defrost()
         cfg.SEED = self.seed
         # A run that goes on with another number of processes keeps its batches.
-        options = {} if self._group_size == images_per_process(cfg) else {"group_size": self._group_size}
+        options = {} if self._group_size == images_in_a_group(cfg) else {"group_size": self._group_size}
         return self.build_train_loader(cfg, first_batch, **options)
 
     def _claim_folder(self, folder: Path, stack: contextlib.ExitStack) -> None:
@@ -302,4 +302,4 @@ class ResumableTrainer(TrainerBase):
         self.nonfinite.load_state_dict(run.get("nonfinite", self.nonfinite.state_dict()))
         self._first_batch = run["images_drawn"] // self.cfg.SOLVER.IMS_PER_BATCH
         if self.cfg.SOLVER.IMS_PER_BATCH % self._group_size:
-            self._group_size = images_per_process(self.cfg)
+            self._group_size = images_in_a_group(self.cfg)

@@ -21,6 +21,7 @@ from dimaskdino.compat import training_samplers
 from dimaskdino.config import Config, get_cfg, report_unused_keys
 from dimaskdino.cpu import keep_freed_memory
 from dimaskdino.data import register_all
+from dimaskdino.data.loaders import images_in_a_group
 from dimaskdino.data.mapper import MAPPER_REGISTRY
 from dimaskdino.data.validation.start import check_datasets
 from dimaskdino.engine.best import check_best
@@ -168,6 +169,7 @@ def _check(cfg: Config, *, train: bool) -> None:
         check_best(cfg)
         check_nonfinite(cfg)
         check_writers(cfg)
+        images_in_a_group(cfg)
         check_choice("DATALOADER.SAMPLER_TRAIN", cfg.DATALOADER.SAMPLER_TRAIN, training_samplers(cfg))
     get_registered(MAPPER_REGISTRY, cfg.INPUT.DATASET_MAPPER_NAME, "INPUT.DATASET_MAPPER_NAME")
     register_all(cfg=cfg)  # A panoptic model asks its datasets which classes are things.

@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from detectron2.utils import comm
 from torch.utils.data import DataLoader
 
 from dimaskdino.config import get_cfg
+from dimaskdino.data.loaders import images_in_a_group
 from dimaskdino.data.samplers import BatchSampler, Samples, endless_order
+from dimaskdino.errors import ConfigError
 from dimaskdino.seeds import STEP, seed_from, seeded
 
 
@@ -53,6 +56,19 @@ def test_processes_share_the_batches_of_one(groups: tuple[int, ...]) -> None:
     whole = list(islice(BatchSampler(order(), **options), 20))
     shares = [islice(BatchSampler(order(), rank=rank, num_processes=2, **options), 20) for rank in range(2)]
     assert [one + two for one, two in zip(*shares, strict=True)] == whole
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_fixed_group_does_not_depend_on_the_processes(processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comm, "get_world_size", lambda: processes)
+    cfg = get_cfg()
+    cfg.SOLVER.IMS_PER_BATCH = 8
+    assert images_in_a_group(cfg) == 8 // processes
+    cfg.DATALOADER.ASPECT_RATIO_GROUP_SIZE = 4
+    assert images_in_a_group(cfg) == 4
+    cfg.DATALOADER.ASPECT_RATIO_GROUP_SIZE = 3
+    with pytest.raises(ConfigError, match=r"ASPECT_RATIO_GROUP_SIZE is 3.*IMS_PER_BATCH \(8\)"):
+        images_in_a_group(cfg)
 
 
 def test_groups_wait_until_complete() -> None:

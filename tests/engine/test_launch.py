@@ -18,7 +18,6 @@ import torch.multiprocessing as mp
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
-import dimaskdino.engine.launch
 from dimaskdino.engine import argument_parser, launch
 from dimaskdino.engine.launch import _dist_url, one_line, set_process_timeout
 from dimaskdino.errors import DatasetError, UserError
@@ -156,7 +155,7 @@ def wait_for_a_silent_process(args: argparse.Namespace) -> None:
 
 def test_silent_process_is_named_after_the_timeout(tmp_path: Path, monkeypatch, capfd) -> None:
     monkeypatch.setattr(mp, "spawn", functools.partial(mp.start_processes, start_method="fork"))
-    monkeypatch.setattr(dimaskdino.engine.launch, "WAIT_FOR_OTHERS_S", 0.5)
+    monkeypatch.setattr(sys.modules[launch.__module__], "WAIT_FOR_OTHERS_S", 0.5)
     with pytest.raises(SystemExit) as stopped:
         launch(wait_for_a_silent_process, arguments(num_gpus=0, folder=tmp_path), cpu_processes=2)
     assert stopped.value.code == 2

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from detectron2.utils.events import EventWriter
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -24,6 +23,7 @@ from dimaskdino.engine.hooks import ProgressLog, peak_memory, progress_line
 from dimaskdino.engine.validation_loss import validation_losses
 from dimaskdino.engine.writers import WRITER_REGISTRY, check_writers
 from dimaskdino.errors import ConfigError, UserError
+from tests.documentation import example
 from tests.engine.toy import ToyDetector
 
 
@@ -154,21 +154,17 @@ def test_mlflow_gets_scalars_pictures_and_parameters(cfg: Config, fake_mlflow: F
     assert fake_mlflow.inits[1]["run_id"] == "def"
 
 
-def test_writers_of_ones_own_take_part(cfg: Config) -> None:
-    class Mine(EventWriter):
-        written = 0
-
-        def write(self) -> None:
-            Mine.written += 1
-
-    WRITER_REGISTRY._do_register("mine", lambda cfg, start_iter: Mine())
+def test_writer_of_the_documentation_takes_part(cfg: Config, capsys: pytest.CaptureFixture) -> None:
+    exec(example("docs/training.md", "my_writer"), {})
     try:
-        cfg.LOG.WRITERS = ["metrics_json", "mine"]
+        cfg.LOG.WRITERS = ["metrics_json", "lines"]
         check_writers(cfg)
-        train(cfg)
+        trainer = train(cfg)
     finally:
-        del WRITER_REGISTRY._obj_map["mine"]
-    assert Mine.written == 4
+        del WRITER_REGISTRY._obj_map["lines"]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["3", "7", "9", "10"]
+    assert str(trainer.storage.latest()["total_loss"][0]) in lines[-1]
 
 
 @pytest.mark.parametrize(
@@ -218,10 +214,10 @@ def test_validation_losses_are_recorded(cfg: Config) -> None:
     assert records[0]["loss/total_loss"] > 0
 
 
-def test_console_shows_rate_memory_and_progress(cfg: Config) -> None:
+def test_console_shows_rate_and_memory(cfg: Config) -> None:
     trainer = train(cfg)
     with_rate = progress_line(trainer.storage, 5, 10, images=2)
-    assert "5/10 (50%)" in with_rate
+    assert "  5/10  " in with_rate
     assert " images/s" in with_rate
     assert f"max_mem {peak_memory() / 2**20:.0f}M" in with_rate
     assert peak_memory() > 50 * 2**20

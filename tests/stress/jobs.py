@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-import dimaskdino.engine.launch
 from dimaskdino.config import Config
 from dimaskdino.data.datasets import register_all
 from dimaskdino.data.validation.start import check_datasets
@@ -130,7 +129,7 @@ def _run(job: Job, log: Path) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (job.file_limit, resource.RLIM_INFINITY))
     mp.spawn = functools.partial(mp.start_processes, start_method="fork")  # which need not import torch anew
-    dimaskdino.engine.launch.WAIT_FOR_OTHERS_S = 2.0
+    sys.modules[launch.__module__].WAIT_FOR_OTHERS_S = 2.0  # type: ignore[attr-defined]
     args = argparse.Namespace(num_gpus=0, num_machines=1, machine_rank=0, dist_url="auto", job=job)
     launch(_train, args, cpu_processes=job.processes)
     sys.stderr.flush()
