@@ -12,11 +12,11 @@ import json
 import time
 from pathlib import Path
 
-from demo import draw, work
-
 from dimaskdino.command_line import at_least
-from dimaskdino.engine import argument_parser, launch
+from dimaskdino.engine import Trainer, argument_parser, launch, setup
 from dimaskdino.engine.launch import num_cores
+from dimaskdino.engine.pictures import save_pictures
+from dimaskdino.engine.setup import load_config
 from dimaskdino.errors import run_cli
 from dimaskdino.evaluation import coco_table
 
@@ -51,8 +51,9 @@ def main() -> None:
     launch(work, args, cpu_processes=min(MAX_CPU_PROCESSES, num_cores()))
     results = own.output / "inference" / "results.json"
     print(f"\nAP in percent, on {own.val_json or own.json}\n\n{coco_table(json.loads(results.read_text()))}\n")
-    picture = draw(args, own.output / "model_final.pth", own.output / "predictions.png", own.pictures)
-    print(f"checkpoint: {own.output / 'model_final.pth'}")
+    weights, picture = own.output / "model_final.pth", own.output / "predictions.png"
+    save_pictures(load_config(args), weights, picture, own.pictures)
+    print(f"checkpoint: {weights}")
     print(f"results:    {results}")
     print(f"pictures:   {picture}")
     print(f"time:       {(time.perf_counter() - started) / 60:.1f} min")
@@ -71,6 +72,13 @@ def run_arguments(own: argparse.Namespace) -> argparse.Namespace:
     flags = ["--config-file", own.config_file, *(["--resume"] if own.resume else [])]
     flags += [] if own.num_gpus is None else ["--num-gpus", str(own.num_gpus)]
     return argument_parser().parse_args([*flags, *(item for pair in keys.items() for item in pair), *own.opts])
+
+
+def work(args: argparse.Namespace) -> None:
+    """Do what every process does."""
+    trainer = Trainer(setup(args))
+    trainer.resume_or_load(resume=args.resume)
+    trainer.train()
 
 
 if __name__ == "__main__":

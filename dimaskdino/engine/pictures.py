@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,13 @@ from detectron2.data import MetadataCatalog
 from detectron2.engine import HookBase
 from torch import nn
 
-from dimaskdino.data import build_mapper
+from dimaskdino.checkpoint import Checkpointer
+from dimaskdino.data import build_mapper, register_all
 from dimaskdino.data.datasets.registration import load_dataset
 from dimaskdino.engine.nonfinite import unwrapped
+from dimaskdino.modeling.meta_arch import build_model
 from dimaskdino.prediction.results import Classes, Prediction, on_cpu
-from dimaskdino.visualization import Objects, draw_objects
+from dimaskdino.visualization import Objects, draw_objects, save_grid
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +68,23 @@ class DrawPredictions(HookBase):
                 self.trainer.storage.put_image(f"{name}/{index}", picture.transpose(2, 0, 1))
         except Exception:  # A model of one's own may give results of another form; the run is worth more than pictures.
             logger.warning("No pictures of %s are drawn; LOG.PICTURES 0 does not try.", name, exc_info=True)
+
+
+def save_pictures(cfg: CfgNode, weights: Path, path: Path, number: int) -> None:
+    """Draw the first images of the first DATASETS.TEST that hold objects, on the CPU, and write them as one picture.
+
+    Args:
+        cfg: of the model; the device, and stages to evaluate, are set.
+        weights: a checkpoint.
+        path: of the picture; its suffix decides the format.
+        number: of images.
+    """
+    cfg = cfg.clone()
+    cfg.merge_from_list(["MODEL.DEVICE", "cpu", "TEST.EVAL_LAYERS", []])
+    register_all(cfg=cfg)
+    model, name = build_model(cfg), cfg.DATASETS.TEST[0]
+    Checkpointer(model).load(str(weights))
+    save_grid(list(picture_rows(cfg, model, name, picture_inputs(cfg, name, number))), COLUMNS, path)
 
 
 def picture_inputs(cfg: CfgNode, dataset_name: str, number: int) -> list[Input]:
