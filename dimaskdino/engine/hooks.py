@@ -121,6 +121,14 @@ class WriteRecords(PeriodicWriter):
                 writer.write()
             self.trainer.storage.clear_images()
 
+    def after_train(self) -> None:
+        """Write the last record, unless the run will go on: one that was not interrupted has no record there."""
+        if self.trainer.iter < self.trainer.max_iter and self.trainer.step.stops:
+            for writer in self._writers:
+                writer.close()
+            return
+        super().after_train()
+
 
 def is_record_due(done: int, max_iter: int, eval_period: int) -> bool:
     """Whether a record follows after ``done`` iterations."""

@@ -1,5 +1,6 @@
 """Runs that end early: signals, a best score that is long ago, locked folders."""
 
+import json
 import os
 import signal
 import subprocess
@@ -47,6 +48,10 @@ def train(cfg: Config, *, resume: bool = False, **script: Any) -> Trainer:
     return trainer
 
 
+def recorded(cfg: Config) -> list[int]:
+    return [json.loads(line)["iteration"] for line in (Path(cfg.OUTPUT_DIR) / "metrics.json").read_text().splitlines()]
+
+
 @pytest.fixture
 def cfg(toy_cfg: Config) -> Config:
     """Twelve iterations, evaluated after each second one."""
@@ -68,6 +73,7 @@ def test_signal_saves_and_the_run_goes_on(cfg: Config, number: int, status: int)
     whole = cfg.clone()
     whole.OUTPUT_DIR += "_whole"
     torch.testing.assert_close(resumed.model.state_dict(), train(whole).model.state_dict(), rtol=0, atol=0)
+    assert recorded(cfg) == recorded(whole)
 
 
 def test_second_interrupt_ends_at_once(cfg: Config) -> None:

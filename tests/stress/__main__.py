@@ -78,8 +78,9 @@ class Stress:
         ended = _checked(Job(cfg, resume=True, processes=processes).start().end())
         if ended.status != 0:
             raise LostError(f"--resume ended with status {ended.status}: {ended.errors[-500:]}")
-        if not same(outcome(cfg), self.reference(processes)[0]):
-            raise LostError("after --resume, the run differs from one that was not interrupted")
+        left, expected = outcome(cfg), self.reference(processes)[0]
+        if differing := [part for part in expected if not same(left[part], expected[part])]:
+            raise LostError(f"after --resume, {', '.join(differing)} differ from those of a run that was left alone")
         shutil.rmtree(cfg.OUTPUT_DIR)
 
     def kill(self) -> None:
