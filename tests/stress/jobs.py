@@ -17,12 +17,14 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+from detectron2.utils import comm
 
 from dimaskdino.config import Config
 from dimaskdino.data.datasets import register_all
 from dimaskdino.data.validation.start import check_datasets
 from dimaskdino.engine import Trainer, launch
 from dimaskdino.engine.launch import set_process_timeout
+from dimaskdino.engine.run_folder import setup_loggers
 from tests.engine.conftest import make_toy_cfg
 from tests.engine.job import RecordingTrainer  # noqa: F401  (registers the detectors)
 
@@ -139,6 +141,7 @@ def _run(job: Job, log: Path) -> None:
 
 def _train(args: argparse.Namespace) -> None:
     cfg = args.job.cfg
+    setup_loggers(Path(cfg.OUTPUT_DIR), comm.get_rank())
     set_process_timeout(cfg.SOLVER.PROCESS_TIMEOUT)
     register_all(cfg=cfg)
     check_datasets(cfg)
