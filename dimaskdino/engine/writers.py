@@ -156,11 +156,13 @@ def build_writers(cfg: CfgNode, start_iter: Callable[[], int] = lambda: 0) -> li
 
 
 def check_writers(cfg: CfgNode) -> None:
-    """Check LOG.WRITERS, before data is read.
+    """Check the keys of LOG, before data is read.
 
     Raises:
-        ConfigError: a writer is not registered, needs a package, or is missing.
+        ConfigError: a writer is not registered, needs a package, or is missing; a number is out of range.
     """
+    if cfg.LOG.PICTURES < 0:
+        raise ConfigError(f"LOG.PICTURES is {cfg.LOG.PICTURES}; it must be at least 0.")
     names = list(cfg.LOG.WRITERS)
     known = sorted(name for name, _ in WRITER_REGISTRY)
     for name in names:
