@@ -147,7 +147,7 @@ def test_mlflow_gets_scalars_pictures_and_parameters(cfg: Config, fake_mlflow: F
     train(cfg)
     assert_logged(fake_mlflow, cfg)
     assert fake_mlflow.params["SOLVER.MAX_ITER"] == "10"
-    assert fake_mlflow.params["uri"] == (Path(cfg.OUTPUT_DIR) / "mlruns").as_uri()
+    assert fake_mlflow.params["uri"].startswith("sqlite:///")
     assert fake_mlflow.pictures[0][0] == "shapes_val/0/0000003.png"
     cfg.SOLVER.MAX_ITER = 12
     train(cfg, resume=True)
