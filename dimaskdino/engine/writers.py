@@ -120,12 +120,15 @@ def wandb(cfg: CfgNode, start_iter: int) -> EventWriter:
 
 @WRITER_REGISTRY.register()
 def mlflow(cfg: CfgNode, start_iter: int) -> EventWriter:
-    """MLflow, at MLFLOW_TRACKING_URI, else in a file of OUTPUT_DIR."""
+    """MLflow, at MLFLOW_TRACKING_URI, else in OUTPUT_DIR."""
     import mlflow as library
 
     folder = Path(cfg.OUTPUT_DIR)
     if "MLFLOW_TRACKING_URI" not in os.environ:
         library.set_tracking_uri(f"sqlite:///{(folder / 'mlflow.db').resolve()}")
+        if library.get_experiment_by_name(cfg.LOG.PROJECT) is None:
+            pictures = (folder / "mlartifacts").resolve().as_uri()
+            library.create_experiment(cfg.LOG.PROJECT, artifact_location=pictures)
     library.set_experiment(cfg.LOG.PROJECT)
     earlier = _earlier_id(folder, "mlflow", start_iter)
     run = library.start_run(run_id=earlier, run_name=_run_name(cfg))

@@ -106,6 +106,8 @@ def fake_mlflow(monkeypatch: pytest.MonkeyPatch) -> Fake:
         return types.SimpleNamespace(info=types.SimpleNamespace(run_id=options["run_id"] or "def"))
 
     fake.set_tracking_uri = lambda uri: fake.params.update(uri=uri)
+    fake.get_experiment_by_name = lambda name: fake.params.get("artifacts")
+    fake.create_experiment = lambda name, artifact_location: fake.params.update(artifacts=artifact_location)
     fake.set_experiment = lambda name: fake.params.update(experiment=name)
     fake.start_run, fake.end_run, fake.log_metrics = start_run, fake.end, fake.note
     fake.log_params = fake.params.update
@@ -147,7 +149,8 @@ def test_mlflow_gets_scalars_pictures_and_parameters(cfg: Config, fake_mlflow: F
     train(cfg)
     assert_logged(fake_mlflow, cfg)
     assert fake_mlflow.params["SOLVER.MAX_ITER"] == "10"
-    assert fake_mlflow.params["uri"].startswith("sqlite:///")
+    assert fake_mlflow.params["uri"] == f"sqlite:///{cfg.OUTPUT_DIR}/mlflow.db"
+    assert fake_mlflow.params["artifacts"] == (Path(cfg.OUTPUT_DIR) / "mlartifacts").as_uri()
     assert fake_mlflow.pictures[0][0] == "shapes_val/0/0000003.png"
     cfg.SOLVER.MAX_ITER = 12
     train(cfg, resume=True)
