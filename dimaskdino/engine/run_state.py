@@ -29,9 +29,14 @@ def recent_scalars(storage: EventStorage) -> dict[str, Any]:
 
 
 def restore_scalars(storage: EventStorage, scalars: dict[str, Any]) -> None:
-    """Put :func:`recent_scalars` into a new storage, whose iteration stays as it is."""
+    """Put :func:`recent_scalars` into a new storage, whose iteration stays as it is.
+
+    Not the time of an iteration, which is not measured in the first ones: a record would hold it as one of its own.
+    """
     now = storage.iter
     for name, recent in scalars.items():
+        if name == "time":
+            continue
         for value, at in recent["values"]:
             storage.iter = at
             storage.put_scalar(name, value, smoothing_hint=recent["smooth"])
