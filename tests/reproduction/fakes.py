@@ -20,8 +20,9 @@ def open_run(
 
 
 def scores(box: float, mask: float) -> dict[str, dict[str, float]]:
-    """Results of a run: AP as given, AP by size one point apart."""
-    return {
+    """Results of a run: AP as given, AP by size one point apart; box AP as PQ, and mask AP as mIoU."""
+    segmentation = {"panoptic_seg": {"PQ": box}, "sem_seg": {"mIoU": mask}}
+    return segmentation | {
         task: {"AP": ap, "APs": ap - 1, "APm": ap + 1, "APl": ap + 2, "AP-car": ap, "AP50": ap + 9, "AP75": ap}
         for task, ap in (("bbox", box), ("segm", mask))
     }
@@ -29,7 +30,7 @@ def scores(box: float, mask: float) -> dict[str, dict[str, float]]:
 
 def stage(name: str, box: float, mask: float) -> dict[str, Any]:
     """A row of layers.json."""
-    return {"stage": name, "box_AP": box, "mask_AP": mask, "gap": box - mask, **scores(box, mask)}
+    return {"stage": name, "box_AP": box, "mask_AP": mask, "gap": box - mask, "PQ": box, **scores(box, mask)}
 
 
 def write_run(
@@ -74,7 +75,7 @@ def write_run(
     (folder / "last_checkpoint").write_text(name)
     records: list[dict[str, Any]] = [{"iteration": i, "time": seconds, "total_loss": 1.0} for i in (19, 39)]
     if evaluated:
-        records.append({"iteration": iterations, "bbox/AP": box, "segm/AP": mask})
+        records.append({"iteration": iterations, "panoptic_seg/PQ": box, "bbox/AP": box, "segm/AP": mask})
         (folder / "inference" / "results.json").write_text(json.dumps(scores(box, mask)))
     if evaluated and speed:
         (folder / "inference" / "speed.json").write_text(
