@@ -29,9 +29,29 @@ _TABLE_COLORS = {
 }
 _STAGE_COLORS = {"box_AP": _BOX_COLOR, "mask_AP": _MASK_COLOR, "PQ": _PANOPTIC_COLOR, "mIoU": _SEMANTIC_COLOR}
 _PAPER_STYLE: dict[str, Any] = {"fill": True, "alpha": 0.25, "hatch": "////", "linewidth": 0.8}
-_RUN_STYLES = ("o-", "s--", "^:", "D-.")
+RUN_STYLES = ("o-", "s--", "^:", "D-.")
 _THICKNESS = 0.36
+PICTURE_SUFFIXES = (".png", ".pdf", ".svg")
 NOT_MEASURED = "n/a"  # in place of a bar
+
+
+def picture_path(path: Path, name: str) -> Path:
+    """The picture that --output asks for, a PNG if it names no format.
+
+    Args:
+        path: of the picture.
+        name: of a picture, for the message if ``path`` is a folder.
+
+    Raises:
+        UserError: it is a folder, or another format.
+    """
+    if not (path.suffix or path.is_dir()):
+        path = path.with_name(f"{path.name}.png")
+    if path.is_dir():
+        raise UserError(f"--output {path} is a folder; name the picture in it: {path / name}.")
+    if path.suffix.lower() not in PICTURE_SUFFIXES:
+        raise UserError(f"--output {path} must end in {', '.join(PICTURE_SUFFIXES)}, not in {path.suffix}.")
+    return path
 
 
 def draw_table(table: Table, dataset: str, rows: Sequence[ComparedRow], path: Path) -> None:
@@ -245,7 +265,7 @@ def _draw_lines(axes: Axes, runs: Sequence[StageResults], keys: Sequence[str]) -
     names = sorted({row["stage"] for run in runs for row in run.stages}, key=lambda name: Stage.from_name(name).order)
     handles = []
     for index, run in enumerate(runs):
-        style = _RUN_STYLES[index % len(_RUN_STYLES)]
+        style = RUN_STYLES[index % len(RUN_STYLES)]
         places = [names.index(row["stage"]) for row in run.stages]
         for key in keys:
             scores = [row.get(key) for row in run.stages]

@@ -115,7 +115,7 @@ class Run:
         path, tasks = self.folder / "metrics.json", list(self._scores())
         if not (path.is_file() and tasks):
             return False
-        evaluated = [record["iteration"] for record in _records(path, f'"{tasks[0]}/', last_bytes=_TAIL_BYTES)]
+        evaluated = [record["iteration"] for record in read_records(path, f'"{tasks[0]}/', last_bytes=_TAIL_BYTES)]
         return bool(evaluated) and evaluated[-1] >= self.max_iter
 
     @property
@@ -211,7 +211,7 @@ def differences(of_run: Mapping[str, Any], cfg: Config) -> list[str]:
 def seconds_per_iteration(folder: Path) -> float | None:
     """The median over the training in ``folder``; None if too few iterations were trained."""
     path = folder / "metrics.json"
-    times = [record["time"] for record in _records(path, '"time"')] if path.is_file() else []
+    times = [record["time"] for record in read_records(path, '"time"')] if path.is_file() else []
     return median(times) if times else None
 
 
@@ -286,7 +286,7 @@ def _read_json(path: Path, kind: type, advice: str) -> Any:
     return content
 
 
-def _records(path: Path, holding: str, *, last_bytes: int = 0) -> Iterator[dict[str, Any]]:
+def read_records(path: Path, holding: str, *, last_bytes: int = 0) -> Iterator[dict[str, Any]]:
     """The records of a metrics.json, or of its end, that hold a text; lines cut off by a crash are skipped."""
     with path.open("rb") as file:
         file.seek(max(path.stat().st_size - last_bytes, 0) if last_bytes else 0)
