@@ -11,7 +11,7 @@ from scipy import stats
 from tabulate import tabulate
 
 from dimaskdino.reproduction.runs import Run
-from dimaskdino.reproduction.tables import Table, metric_name
+from dimaskdino.reproduction.tables import DATASET_NAMES, Table, metric_name
 
 CONFIDENCE = 0.95
 NOT_THERE = "–"
@@ -26,7 +26,7 @@ class Effect:
         metric: of the table.
         ours: in points; None where a run is missing.
         margin: half of the 95% interval over seeds; None with one seed a row.
-        paper: of the paper's numbers, which have no interval.
+        paper: of the paper's numbers, which have no interval, on its smallest dataset if it has none on ours.
     """
 
     name: str
@@ -53,13 +53,18 @@ def effects(table: Table, dataset: str, runs: Mapping[str, Sequence[Run]]) -> li
         for row in table.rows:
             values = [run.results(table)[column] for run in runs[row.experiment]]
             cells.append([value for value in values if value is not None])
-        of_paper = [row.paper.get(dataset) for row in table.rows]
+        of_paper = [row.paper.get(_paper_dataset(table, dataset)) for row in table.rows]
         papers = [[values[column]] if values and values[column] is not None else [] for values in of_paper]
         for name, weights in _contrasts(table).items():
             ours, margin = contrast(cells, weights)
             paper, _ = contrast(papers, weights)  # type: ignore[arg-type]
             found.append(Effect(name=name, metric=metric, ours=ours, margin=margin, paper=paper))
     return found
+
+
+def _paper_dataset(table: Table, dataset: str) -> str:
+    """Where the paper's numbers beside ours come from."""
+    return dataset if table.has_paper_values(dataset) else table.reference_dataset
 
 
 def _contrasts(table: Table) -> dict[str, list[float]]:
@@ -101,7 +106,14 @@ def effects_markdown(table: Table, dataset: str, found: Sequence[Effect]) -> str
         [effect.name, metric_name(effect.metric), _signed(effect.ours), _interval(effect), _signed(effect.paper)]
         for effect in found
     ]
-    heads = ["effect", "on", "ours", "95% interval", "paper"]
+    source = _paper_dataset(table, dataset)
+    heads = [
+        "effect",
+        "on",
+        "ours",
+        "95% interval",
+        "paper" if source == dataset else f"paper, {DATASET_NAMES[source]}",
+    ]
     first, second = table.label_names
     meaning = (
         f"In points. A main effect is what a module adds on average over the other one being off and on; {first} x "
