@@ -30,7 +30,7 @@ def scores(box: float, mask: float) -> dict[str, dict[str, float]]:
 
 def stage(name: str, box: float, mask: float) -> dict[str, Any]:
     """A row of layers.json."""
-    return {"stage": name, "box_AP": box, "mask_AP": mask, "gap": box - mask, "PQ": box, **scores(box, mask)}
+    return {"stage": name, "box_AP": box, "mask_AP": mask, "gap": box - mask, **scores(box, mask)}
 
 
 def write_run(
@@ -47,6 +47,7 @@ def write_run(
     first_layer: tuple[float, float] | None = None,
     speed: tuple[float, str] | None = (7.5, "a GPU"),
     seed: int | None = None,
+    panoptic: bool = False,
 ) -> Path:
     """Write the folder of a run of ``row``.
 
@@ -63,6 +64,7 @@ def write_run(
         first_layer: box and mask AP of decoder layer 0; None if stages were not evaluated.
         speed: images per second and the device; None if not measured.
         seed: of one of several runs of the row.
+        panoptic: whether stages have PQ, which is the box AP.
     """
     empty = open_run(output, row, dataset, options, seed)
     folder, cfg = empty.folder, empty.cfg
@@ -84,5 +86,6 @@ def write_run(
     (folder / "metrics.json").write_text("".join(json.dumps(record) + "\n" for record in records))
     if first_layer:
         stages = [stage("interm", 1.0, 2.0), stage("layer.0", *first_layer), stage("layer.1", box, mask)]
+        stages = [{**row, "PQ": row["box_AP"]} for row in stages] if panoptic else stages
         (folder / "inference" / "layers.json").write_text(json.dumps(stages))
     return folder
