@@ -21,11 +21,11 @@ def open_run(
 
 def scores(box: float, mask: float) -> dict[str, dict[str, float]]:
     """Results of a run: AP as given, AP by size one point apart; box AP as PQ, and mask AP as mIoU."""
-    segmentation = {"panoptic_seg": {"PQ": box}, "sem_seg": {"mIoU": mask}}
-    return segmentation | {
+    by_size = {
         task: {"AP": ap, "APs": ap - 1, "APm": ap + 1, "APl": ap + 2, "AP-car": ap, "AP50": ap + 9, "AP75": ap}
         for task, ap in (("bbox", box), ("segm", mask))
     }
+    return by_size | {"panoptic_seg": {"PQ": box}, "sem_seg": {"mIoU": mask}}
 
 
 def stage(name: str, box: float, mask: float) -> dict[str, Any]:
