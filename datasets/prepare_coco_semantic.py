@@ -6,6 +6,8 @@ same command.
 """
 
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 from detectron2.data import MetadataCatalog
 
@@ -13,7 +15,7 @@ from dimaskdino.data.coco_file import read_json
 from dimaskdino.data.datasets import data_root, register_all
 from dimaskdino.data.datasets.label_conversion import Conversion, classes_of_segments, convert_and_report, parse_args
 from dimaskdino.data.datasets.panoptic import SPLITS
-from dimaskdino.errors import run_cli
+from dimaskdino.errors import DatasetError, run_cli
 
 
 def main() -> None:
@@ -31,9 +33,21 @@ def main() -> None:
                 target / image["file_name"],
                 partial(classes_of_segments, segments=image["segments_info"], classes=classes),
             )
-            for image in read_json(root / "annotations" / f"panoptic_{split}2017.json")["annotations"]
+            for image in annotations_of(root / "annotations" / f"panoptic_{split}2017.json")
         ]
         print(f"{target}: {convert_and_report(conversions, args)}")
+
+
+def annotations_of(path: Path) -> list[dict[str, Any]]:
+    """What a panoptic file says of each image.
+
+    Raises:
+        DatasetError: it is missing, or not in COCO's panoptic form.
+    """
+    annotations = read_json(path).get("annotations", [])
+    if not all("segments_info" in each for each in annotations):
+        raise DatasetError(f"{path} is not in COCO's panoptic form: annotations have no segments_info.")
+    return annotations
 
 
 if __name__ == "__main__":

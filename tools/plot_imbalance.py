@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Draw the paper's Figure 1 from evaluated runs: box and mask AP at the first and the last decoder layer.
+"""Draw the paper's Figure 1 from evaluated runs: box and mask AP, and PQ, at the first and the last decoder layer.
 
 A run is a folder (OUTPUT_DIR of train_net.py --eval-layers all) or its inference/layers.json.
 """
@@ -8,10 +8,8 @@ import argparse
 from pathlib import Path
 
 from dimaskdino.errors import UserError, run_cli
-from dimaskdino.reproduction.charts import StageResults, draw_imbalance
+from dimaskdino.reproduction.charts import StageResults, draw_imbalance, picture_path
 from dimaskdino.reproduction.runs import read_stages
-
-SUFFIXES = (".png", ".pdf", ".svg")
 
 
 def parse_args() -> argparse.Namespace:
@@ -34,25 +32,10 @@ def main() -> None:
     if len(labels) != len(args.runs):
         raise UserError(f"--labels names {len(labels)} runs, but there are {len(args.runs)}.")
     runs = [StageResults(label, read_stages(run)) for label, run in zip(labels, args.runs, strict=True)]
-    output = picture_path(args.output)
+    output = picture_path(args.output, "imbalance.png")
     output.parent.mkdir(parents=True, exist_ok=True)
     draw_imbalance(runs, output, with_paper=args.paper, lines=args.all_layers)
     print(output)
-
-
-def picture_path(path: Path) -> Path:
-    """The picture to write, a PNG if no format is named.
-
-    Raises:
-        UserError: it is a folder, or another format.
-    """
-    if not (path.suffix or path.is_dir()):
-        path = path.with_name(f"{path.name}.png")
-    if path.is_dir():
-        raise UserError(f"--output {path} is a folder; name the picture in it: {path / 'imbalance.png'}.")
-    if path.suffix.lower() not in SUFFIXES:
-        raise UserError(f"--output {path} must end in {', '.join(SUFFIXES)}, not in {path.suffix}.")
-    return path
 
 
 def folder_of(run: Path) -> Path:

@@ -14,6 +14,8 @@ from dimaskdino.command_line import at_least
 from dimaskdino.errors import UserError, run_cli
 from dimaskdino.reproduction.charts import StageResults, draw_imbalance, draw_table
 from dimaskdino.reproduction.costs import cost_table, measure_folder, speeds
+from dimaskdino.reproduction.effects import effects, effects_csv, effects_markdown
+from dimaskdino.reproduction.intervals import ap_interval
 from dimaskdino.reproduction.jobs import Job, Launcher, check_submission, measure_all, run_jobs, submit, unfinished
 from dimaskdino.reproduction.report import compare, markdown, to_csv
 from dimaskdino.reproduction.runs import Run
@@ -25,6 +27,7 @@ EXAMPLES = """
   what it would cost    tools/reproduce.py all --measure 20 --num-gpus 8
   on this machine       tools/reproduce.py table4 --dataset bdd100k --run --num-gpus 8
   mean of three runs    tools/reproduce.py table4 --dataset bdd100k --run --num-gpus 8 --seeds 3
+  effects of DI, BATO   tools/reproduce.py interaction --dataset bdd100k --run --num-gpus 8 --seeds 3
   on a cluster          tools/reproduce.py table4 --dataset bdd100k --submit slurm --num-gpus 8 --slurm timeout_min=2880
   what is there so far  tools/reproduce.py table4 --dataset bdd100k --collect
   on a laptop           tools/reproduce.py table4 --dataset shapes --run
@@ -169,19 +172,24 @@ def show_cost(runs: list[Run], output: Path, launcher: Launcher, iterations: int
 
 def collect(table: Table, dataset: str, runs: Runs, folder: Path) -> None:
     """Print a table, and write it as Markdown, CSV, and a picture."""
-    rows = compare(table, dataset, runs)
-    text = markdown(table, dataset, rows)
+    rows = compare(table, dataset, runs, *([] if table.shows_effects else [ap_interval]))
+    if table.shows_effects:
+        found = effects(table, dataset, runs)
+        text, lines = effects_markdown(table, dataset, found), effects_csv(table, dataset, found)
+    else:
+        text, lines = markdown(table, dataset, rows), to_csv(table, dataset, rows)
     print(f"\n{text}")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{table.name}.md").write_text(text, encoding="utf-8")
-    (folder / f"{table.name}.csv").write_text(to_csv(table, dataset, rows), encoding="utf-8")
-    if not any(cell.ours is not None for row in rows for cell in row.cells):
+    (folder / f"{table.name}.csv").write_text(lines, encoding="utf-8")
+    if table.shows_effects or not any(cell.ours is not None for row in rows for cell in row.cells):
         return
     picture = folder / f"{table.name}.png"
     if table.needs_layers:
         measured = {row.labels[0]: [run for run in runs[row.experiment] if run.layers()] for row in table.rows}
         stages = [StageResults.of_runs(label, of_row) for label, of_row in measured.items() if of_row]
-        draw_imbalance(stages, picture, with_paper=table.has_paper_values(dataset), lines=True)
+        with_paper = any(value is not None for row in table.rows for value in row.paper.get(dataset, ()))
+        draw_imbalance(stages, picture, with_paper=with_paper, lines=True)
     else:
         draw_table(table, dataset, rows, picture)
     print(f"chart: {picture}")

@@ -177,10 +177,32 @@ class CocoEvaluator(DatasetEvaluator):
             )
         return self._truth.image_numbers[image_id]
 
-    def _scores(self, results: list[Result], task: str, seen: list[int] | None) -> Scores:
+    def ap_difference(
+        self, one: list[Result], other: list[Result], task: str, *, samples: int = 1000
+    ) -> tuple[float, float]:
+        """The 95% interval of AP of ``other`` minus AP of ``one``, in percent, over images drawn with replacement.
+
+        Args:
+            one: detections as ``coco_instances_results.json`` holds them.
+            other: of another model on the same images.
+            task: ``"bbox"`` or ``"segm"``.
+            samples: how often images are drawn; always the same ones.
+        """
+        evaluations = []
+        for results in (one, other):
+            evaluation = hotcoco.COCOeval(
+                self._truth.coco, self._truth.coco.load_res(self._numbered(results, task)), task
+            )
+            evaluation.evaluate()
+            evaluations.append(evaluation)
+        interval = hotcoco.compare(*evaluations, n_bootstrap=samples, confidence=0.95)["ci"]["AP"]
+        return 100 * interval["lower"], 100 * interval["upper"]
+
+    def _numbered(self, results: Iterable[Result], task: str) -> list[Result]:
+        """Detections with the numbers of the truth, and a box or a mask alone."""
         # Classes that the annotation file does not list are not measured.
         categories = self._truth.category_numbers
-        numbered = [
+        return [
             {
                 "image_id": self._image_number(result["image_id"]),
                 "category_id": categories[result["category_id"]],
@@ -190,6 +212,9 @@ class CocoEvaluator(DatasetEvaluator):
             for result in results
             if result["category_id"] in categories
         ]
+
+    def _scores(self, results: list[Result], task: str, seen: list[int] | None) -> Scores:
+        categories, numbered = self._truth.category_numbers, self._numbered(results, task)
         limits = sorted({COCO_LIMIT, self._limit})
         precision = coco_precision(self._truth.coco, numbered, task, limits=limits, image_ids=seen)
         scores = {name: _mean(_select(precision, *which)) for name, which in _METRICS.items()}

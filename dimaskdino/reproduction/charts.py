@@ -1,4 +1,4 @@
-"""Charts: the bars of a table, ours beside the paper's, and Figure 1 with box and mask AP by decoder layer."""
+"""Charts: the bars of a table, ours beside the paper's, and Figure 1 with the scores by decoder layer."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -19,14 +19,39 @@ from dimaskdino.reproduction.runs import Run, StageRows, decoder_layers, read_st
 from dimaskdino.reproduction.tables import DATASET_NAMES, Table, metric_name, paper_tables
 from dimaskdino.structures.stages import Stage
 
-# Okabe and Ito's blue and orange, which most color-blind people tell apart.
-_BOX_COLOR, _MASK_COLOR = "#0072B2", "#E69F00"
-_TABLE_COLORS = {"bbox/AP": _BOX_COLOR, "segm/AP": _MASK_COLOR}
-_STAGE_COLORS = {"box_AP": _BOX_COLOR, "mask_AP": _MASK_COLOR}
+# Okabe and Ito's colors, which most color-blind people tell apart.
+_BOX_COLOR, _MASK_COLOR, _PANOPTIC_COLOR, _SEMANTIC_COLOR = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
+_TABLE_COLORS = {
+    "panoptic_seg/PQ": _PANOPTIC_COLOR,
+    "bbox/AP": _BOX_COLOR,
+    "segm/AP": _MASK_COLOR,
+    "sem_seg/mIoU": _SEMANTIC_COLOR,
+}
+_STAGE_COLORS = {"box_AP": _BOX_COLOR, "mask_AP": _MASK_COLOR, "PQ": _PANOPTIC_COLOR, "mIoU": _SEMANTIC_COLOR}
 _PAPER_STYLE: dict[str, Any] = {"fill": True, "alpha": 0.25, "hatch": "////", "linewidth": 0.8}
-_RUN_STYLES = ("o-", "s--", "^:", "D-.")
+RUN_STYLES = ("o-", "s--", "^:", "D-.")
 _THICKNESS = 0.36
+PICTURE_SUFFIXES = (".png", ".pdf", ".svg")
 NOT_MEASURED = "n/a"  # in place of a bar
+
+
+def picture_path(path: Path, name: str) -> Path:
+    """The picture that --output asks for, a PNG if it names no format.
+
+    Args:
+        path: of the picture.
+        name: of a picture, for the message if ``path`` is a folder.
+
+    Raises:
+        UserError: it is a folder, or another format.
+    """
+    if not (path.suffix or path.is_dir()):
+        path = path.with_name(f"{path.name}.png")
+    if path.is_dir():
+        raise UserError(f"--output {path} is a folder; name the picture in it: {path / name}.")
+    if path.suffix.lower() not in PICTURE_SUFFIXES:
+        raise UserError(f"--output {path} must end in {', '.join(PICTURE_SUFFIXES)}, not in {path.suffix}.")
+    return path
 
 
 def draw_table(table: Table, dataset: str, rows: Sequence[ComparedRow], path: Path) -> None:
@@ -107,8 +132,8 @@ class StageResults:
 
     Attributes:
         label: in the picture.
-        stages: rows of layers.json with ``stage``, ``box_AP``, ``mask_AP``, and ``gap`` in percent; None or nan if
-            not measured.
+        stages: rows of layers.json with ``stage`` and what was scored of ``box_AP``, ``mask_AP``, ``gap``, ``PQ``, and
+            ``mIoU`` in percent; None or nan if it could not be measured.
     """
 
     label: str
@@ -134,9 +159,9 @@ class StageResults:
 
 
 def _mean_row(rows: StageRows) -> dict[str, Any]:
-    means = {}
-    for key in (*_STAGE_COLORS, "gap"):
-        values = [row[key] for row in rows if _is_measured(row[key])]
+    means: dict[str, float | None] = {}
+    for key in (key for key in (*_STAGE_COLORS, "gap") if key in rows[0]):
+        values = [row[key] for row in rows if _is_measured(row.get(key))]
         means[key] = mean(values) if values else None
     return {"stage": rows[0]["stage"], **means}
 
@@ -151,7 +176,9 @@ def paper_ends(label: str) -> dict[str, float] | None:
 
 
 def draw_imbalance(runs: Sequence[StageResults], path: Path, *, with_paper: bool = False, lines: bool = False) -> None:
-    """Draw box and mask AP at the first and the last decoder layer, runs side by side, and write a picture.
+    """Draw the scores at the first and the last decoder layer, runs side by side, and write a picture.
+
+    Those are box and mask AP, PQ, and mIoU, as far as the runs have them.
 
     Args:
         runs: at least one.
@@ -170,41 +197,47 @@ def draw_imbalance(runs: Sequence[StageResults], path: Path, *, with_paper: bool
     figure = Figure(figsize=(max(width, 3.6) + (4.4 if lines else 0.0), 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2 if lines else 1, squeeze=False, width_ratios=[width, 4.4] if lines else [1])[0]
+    keys = [key for key in _STAGE_COLORS if any(key in row for run in runs for row in run.stages)]
     ticks: dict[float, str] = {}
     for index, run in enumerate(runs):
         start = index * (2 * step + 0.35)
-        ticks |= _draw_run(panels[0], run, (start, start + step), paper_ends(run.label) if with_paper else None)
-    _finish_bars(panels[0], ticks, with_paper)
+        ticks |= _draw_run(panels[0], run, keys, (start, start + step), paper_ends(run.label) if with_paper else None)
+    _finish_bars(panels[0], ticks, keys, with_paper)
     if lines:
-        _draw_lines(panels[1], runs)
+        _draw_lines(panels[1], runs, keys)
     figure.savefig(path, dpi=200)
 
 
 def _draw_run(
-    axes: Axes, run: StageResults, places: tuple[float, float], paper: Mapping[str, float] | None
+    axes: Axes,
+    run: StageResults,
+    keys: Sequence[str],
+    places: tuple[float, float],
+    paper: Mapping[str, float] | None,
 ) -> dict[float, str]:
     """Draw the bars of one run and return the text under each of its two groups by place."""
     ticks = {}
     for place, (name, layer) in zip(places, run.ends().items(), strict=True):
-        _draw_group(axes, place, name, layer, paper)
+        _draw_group(axes, place, name, {key: layer.get(key) for key in keys}, paper)
         of_paper = f" (paper {_signed(paper[f'{name}/gap'])})" if paper else ""
-        gap = _signed(layer["gap"]) if _is_measured(layer["gap"]) else NOT_MEASURED
-        ticks[place] = f"{name} layer\ngap {gap}{of_paper}"
+        gap = _signed(layer["gap"]) if _is_measured(layer.get("gap")) else NOT_MEASURED
+        ticks[place] = f"{name} layer" + (f"\ngap {gap}{of_paper}" if "gap" in layer else "")
     style: dict[str, Any] = {"ha": "center", "va": "top", "fontsize": 9, "fontweight": "bold"}
     axes.text(sum(places) / 2, -0.17, run.label, transform=axes.get_xaxis_transform(), **style)
     return ticks
 
 
 def _draw_group(
-    axes: Axes, position: float, name: str, layer: Mapping[str, Any], paper: Mapping[str, float] | None
+    axes: Axes, position: float, name: str, scores: Mapping[str, Any], paper: Mapping[str, float] | None
 ) -> None:
-    """Draw box and mask AP of one layer, each with the paper's at its right."""
+    """Draw the scores of one layer by their kind, each with the paper's at its right where it has one."""
     bars: list[tuple[float | None, dict[str, Any]]] = []
-    for key, color in _STAGE_COLORS.items():
-        bars.append((layer[key], {"color": color}))
-        if paper:
+    for key, score in scores.items():
+        color = _STAGE_COLORS[key]
+        bars.append((score, {"color": color}))
+        if paper and f"{name}/{key}" in paper:
             bars.append((paper[f"{name}/{key}"], {"color": color, "edgecolor": color, **_PAPER_STYLE}))
-    width = _THICKNESS * (0.85 if paper else 1.0)
+    width = min(_THICKNESS * (0.85 if paper else 1.0), 0.86 / len(scores))
     for index, (height, style) in enumerate(bars):
         place = position + (index - (len(bars) - 1) / 2) * width
         text = f"{height:.1f}" if _is_measured(height) else NOT_MEASURED
@@ -213,30 +246,35 @@ def _draw_group(
         axes.annotate(text, (place, top), (0, 2), textcoords="offset points", ha="center", fontsize=7.5)
 
 
-def _finish_bars(axes: Axes, ticks: Mapping[float, str], with_paper: bool) -> None:
+def _finish_bars(axes: Axes, ticks: Mapping[float, str], keys: Sequence[str], with_paper: bool) -> None:
     axes.set_xticks(list(ticks), list(ticks.values()), fontsize=8)
-    axes.set_ylabel("AP (%)")
+    axes.set_ylabel(_unit(keys))
     axes.margins(y=0.12)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(axis="x", length=0)
-    handles = [Patch(facecolor=color, label=key.replace("_", " ")) for key, color in _STAGE_COLORS.items()]
+    handles = [Patch(facecolor=_STAGE_COLORS[key], label=key.replace("_", " ")) for key in keys]
     handles += [_paper_key("paper (BDD100K)")] if with_paper else []
     axes.legend(handles=handles, frameon=False, fontsize=8, ncols=len(handles), loc="lower left", bbox_to_anchor=(0, 1))
 
 
-def _draw_lines(axes: Axes, runs: Sequence[StageResults]) -> None:
+def _unit(keys: Sequence[str]) -> str:
+    return "AP (%)" if all(key.endswith("AP") for key in keys) else "%"
+
+
+def _draw_lines(axes: Axes, runs: Sequence[StageResults], keys: Sequence[str]) -> None:
     names = sorted({row["stage"] for run in runs for row in run.stages}, key=lambda name: Stage.from_name(name).order)
     handles = []
     for index, run in enumerate(runs):
-        style = _RUN_STYLES[index % len(_RUN_STYLES)]
+        style = RUN_STYLES[index % len(RUN_STYLES)]
         places = [names.index(row["stage"]) for row in run.stages]
-        for key, color in _STAGE_COLORS.items():
-            heights = [row[key] if _is_measured(row[key]) else math.nan for row in run.stages]
-            axes.plot(places, heights, style, color=color, markersize=4, linewidth=1.2)
+        for key in keys:
+            scores = [row.get(key) for row in run.stages]
+            heights = [score if _is_measured(score) else math.nan for score in scores]
+            axes.plot(places, heights, style, color=_STAGE_COLORS[key], markersize=4, linewidth=1.2)
         look: dict[str, Any] = {"marker": style[0], "linestyle": style[1:], "markersize": 4}
         handles.append(Line2D([], [], color="0.35", label=run.label, **look))
     axes.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=8)
-    axes.set_ylabel("AP (%)")
+    axes.set_ylabel(_unit(keys))
     axes.grid(axis="y", color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(handles=handles, frameon=False, fontsize=8, loc="lower right")

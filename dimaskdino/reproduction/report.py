@@ -2,12 +2,13 @@
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import mean, stdev
 
 from tabulate import tabulate
 
+from dimaskdino.reproduction.intervals import Interval
 from dimaskdino.reproduction.runs import Run
 from dimaskdino.reproduction.tables import DATASET_NAMES, SPEED, Table, metric_name
 
@@ -19,6 +20,7 @@ _NOTES = {
 NOT_THERE = "–"
 
 Runs = Mapping[str, Sequence[Run]]
+IntervalOf = Callable[[Run, Run, str], Interval | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,7 @@ class Compared:
         paper: on the same dataset.
         change: of ours against the first row. Speed belongs to a device, so it has no change or difference.
         paper_change: of the paper's against its first row, on the table's reference dataset if it has nothing on ours.
+        interval: of the change, in percent, over the images of the test set; None where it was not computed.
     """
 
     ours: float | None = None
@@ -38,6 +41,7 @@ class Compared:
     paper: float | None = None
     change: float | None = None
     paper_change: float | None = None
+    interval: Interval | None = None
     is_speed: bool = False
 
     @property
@@ -57,14 +61,18 @@ class ComparedRow:
     devices: tuple[str, ...] = field(default=())
 
 
-def compare(table: Table, dataset: str, runs: Runs) -> list[ComparedRow]:
+def compare(
+    table: Table, dataset: str, runs: Runs, interval_of: IntervalOf = lambda first, other, metric: None
+) -> list[ComparedRow]:
     """Fill a table with what runs measured.
 
     Args:
         table: of a paper.
         dataset: of the runs.
         runs: by :attr:`Row.experiment`, one for each seed; none if the dataset has no configuration of the row.
+        interval_of: gives the interval of a metric's change from a run to another one; asked where rows have one run.
     """
+    first_run = _only_run(runs[table.rows[0].experiment])
     paper = _columns(table, dataset)
     changes = paper if table.has_paper_values(dataset) else _columns(table, table.reference_dataset)
     rows: list[ComparedRow] = []
@@ -79,6 +87,8 @@ def compare(table: Table, dataset: str, runs: Runs) -> list[ComparedRow]:
                 first = rows[0].cells[column].ours if rows else ours
                 cell["change"] = _minus(ours, first)
                 cell["paper_change"] = _minus(changes_row[column], changes[0][column])
+                this_run = _only_run(runs[row.experiment]) if rows else None
+                cell["interval"] = interval_of(first_run, this_run, metric) if first_run and this_run else None
             cells.append(Compared(**cell, is_speed=metric == SPEED))
         rows.append(
             ComparedRow(
@@ -90,6 +100,11 @@ def compare(table: Table, dataset: str, runs: Runs) -> list[ComparedRow]:
             )
         )
     return rows
+
+
+def _only_run(runs: Sequence[Run]) -> Run | None:
+    """The run of a row that has one and no more, if it is finished."""
+    return runs[0] if len(runs) == 1 and runs[0].is_finished else None
 
 
 def _columns(table: Table, dataset: str) -> list[Sequence[float | None]]:
@@ -127,7 +142,28 @@ def markdown(table: Table, dataset: str, rows: Sequence[ComparedRow]) -> str:
     note = f" {_NOTES[dataset]}" if dataset in _NOTES else ""
     text = tabulate(body, headers=heads, tablefmt="github", disable_numparse=True)
     speed = f"\n{_speed_note(rows)}\n" if SPEED in table.metrics else ""
-    return f"### {table.heading(dataset)}\n\n{meaning}{note}\n\n{text}\n{speed}"
+    return f"### {table.heading(dataset)}\n\n{meaning}{note}\n\n{text}\n{speed}{_interval_table(table, rows)}"
+
+
+def _interval_table(table: Table, rows: Sequence[ComparedRow]) -> str:
+    """The changes against the first row with their intervals; empty where there are none."""
+    columns = [index for index in range(len(table.metrics)) if any(row.cells[index].interval for row in rows)]
+    if not columns:
+        return ""
+    body = [[*row.labels, *(_changed(row.cells[index]) for index in columns)] for row in rows[1:]]
+    heads = [*table.label_names, *(metric_name(table.metrics[index]) for index in columns)]
+    text = tabulate(body, headers=heads, tablefmt="github", disable_numparse=True)
+    return (
+        "\nChange against the first row, and its 95% interval over the images of the test set (bootstrap). It says "
+        f"nothing about another seed: that takes --seeds.\n\n{text}\n"
+    )
+
+
+def _changed(cell: Compared) -> str:
+    if cell.interval is None or cell.change is None:
+        return NOT_THERE
+    low, high = cell.interval
+    return f"{cell.change:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def _speed_note(rows: Sequence[ComparedRow]) -> str:
@@ -160,12 +196,17 @@ def to_csv(table: Table, dataset: str, rows: Sequence[ComparedRow]) -> str:
         {" spread": "spread"} if _has_spread(rows) else {}
     )
     names = [f"{metric_name(metric)}{column}" for metric in table.metrics for column in columns]
+    intervals = [index for index in range(len(table.metrics)) if any(row.cells[index].interval for row in rows)]
+    names += [
+        f"{metric_name(table.metrics[index])} change {end}" for index in intervals for end in ("at least", "at most")
+    ]
     device = ["FPS device"] if SPEED in table.metrics else []
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["table", "dataset", *table.label_names, "run", "status", *names, *device])
     for row in rows:
         values = [getattr(cell, attribute) for cell in row.cells for attribute in columns.values()]
+        values += [end for index in intervals for end in row.cells[index].interval or (None, None)]
         texts = ["" if value is None else f"{value:.1f}" for value in values]
         where = ["; ".join(row.devices)] if device else []
         writer.writerow([table.name, dataset, *row.labels, row.experiment, row.status, *texts, *where])

@@ -12,6 +12,7 @@ from typing import Any
 
 from dimaskdino.config import Config, get_cfg, read_yaml
 from dimaskdino.errors import ConfigError, UserError
+from dimaskdino.evaluation.report import stage_columns
 from dimaskdino.evaluation.speed import SPEED_FILE
 from dimaskdino.reproduction.tables import Experiment, Table, Values
 from dimaskdino.structures import Stage
@@ -37,7 +38,8 @@ _FREE_KEYS = frozenset(
 )
 _MOST_DIFFERENCES = 10
 _TAIL_BYTES = 2**18  # enough of metrics.json to hold its last evaluation
-_STAGE_SCORES = ("box_AP", "mask_AP", "gap")
+_MASK_SCORES = ("box_AP", "mask_AP", "gap")  # of a stage of a model with masks
+_SEGMENTATION_SCORES = ("PQ", "mIoU")
 _BY_STAGE = (
     "evaluate the run by stage: train_net.py --config-file FILE --eval-only --resume --eval-layers all OUTPUT_DIR RUN"
 )
@@ -113,7 +115,7 @@ class Run:
         path, tasks = self.folder / "metrics.json", list(self._scores())
         if not (path.is_file() and tasks):
             return False
-        evaluated = [record["iteration"] for record in _records(path, f'"{tasks[0]}/', last_bytes=_TAIL_BYTES)]
+        evaluated = [record["iteration"] for record in read_records(path, f'"{tasks[0]}/', last_bytes=_TAIL_BYTES)]
         return bool(evaluated) and evaluated[-1] >= self.max_iter
 
     @property
@@ -159,7 +161,7 @@ class Run:
             return []
         layers = decoder_layers(_read_rows(path))
         # The rows of an earlier checkpoint end in another result.
-        return layers if layers and layers[-1].get("bbox") == self._scores().get("bbox") else []
+        return layers if layers and _is_result(layers[-1], self._scores()) else []
 
     def _scores(self) -> dict[str, Any]:
         """Scores of the last evaluation by task; empty if there is none."""
@@ -209,7 +211,7 @@ def differences(of_run: Mapping[str, Any], cfg: Config) -> list[str]:
 def seconds_per_iteration(folder: Path) -> float | None:
     """The median over the training in ``folder``; None if too few iterations were trained."""
     path = folder / "metrics.json"
-    times = [record["time"] for record in _records(path, '"time"')] if path.is_file() else []
+    times = [record["time"] for record in read_records(path, '"time"')] if path.is_file() else []
     return median(times) if times else None
 
 
@@ -234,9 +236,23 @@ def decoder_layers(stages: StageRows) -> StageRows:
 
 def _agree(stages: StageRows, results: Mapping[str, Any]) -> bool:
     """Whether the rows and the results come from the same evaluation, or end in the same final result."""
-    by_stage = {f"{row['stage']}/{key}": row[key] for row in stages for key in _STAGE_SCORES}
+    by_stage = {f"{row['stage']}/{key}": row[key] for row in stages for key in stage_columns([row])}
     last = decoder_layers(stages)[-1:]
-    return results.get("layers") == by_stage or (bool(last) and last[0].get("bbox") == results.get("bbox"))
+    return results.get("layers") == by_stage or (bool(last) and _is_result(last[0], results))
+
+
+def _is_result(row: Mapping[str, Any], results: Mapping[str, Any]) -> bool:
+    """Whether a stage has the scores of a final result."""
+    tasks = [task for task in ("bbox", "panoptic_seg", "sem_seg") if task in results]
+    return bool(tasks) and row.get(tasks[0]) == results[tasks[0]]
+
+
+def _expected_scores(row: Mapping[str, Any]) -> list[str]:
+    """The numbers that a stage must have, by the kind of its model."""
+    found = [key for key in _SEGMENTATION_SCORES if key in row]
+    if any(key in row for key in _MASK_SCORES[1:]):
+        return [*_MASK_SCORES, *found]
+    return [*_MASK_SCORES[:1], *found] if "box_AP" in row or not found else found
 
 
 def _read_rows(file: Path) -> StageRows:
@@ -248,7 +264,7 @@ def _read_rows(file: Path) -> StageRows:
             Stage.from_name(str(row["stage"]))
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{file} holds {row!r:.60}, which is not the result of a stage; {_BY_STAGE}") from error
-        for key in _STAGE_SCORES:
+        for key in _expected_scores(row):
             if not isinstance(row.get(key, ""), float | int | None):
                 raise UserError(f"{file} has no number {key} for stage {row['stage']}; {_BY_STAGE}")
     return stages
@@ -270,7 +286,7 @@ def _read_json(path: Path, kind: type, advice: str) -> Any:
     return content
 
 
-def _records(path: Path, holding: str, *, last_bytes: int = 0) -> Iterator[dict[str, Any]]:
+def read_records(path: Path, holding: str, *, last_bytes: int = 0) -> Iterator[dict[str, Any]]:
     """The records of a metrics.json, or of its end, that hold a text; lines cut off by a crash are skipped."""
     with path.open("rb") as file:
         file.seek(max(path.stat().st_size - last_bytes, 0) if last_bytes else 0)

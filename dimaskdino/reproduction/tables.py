@@ -11,16 +11,23 @@ from dimaskdino.errors import UserError
 
 Values = tuple[float | None, ...]
 
-DATASETS = ("coco", "bdd100k", "shapes")
-DATASET_NAMES = {"coco": "COCO", "bdd100k": "BDD100K", "shapes": "shapes"}
+DATASETS = ("coco", "bdd100k", "ade20k", "cityscapes", "shapes")
+DATASET_NAMES = {
+    "coco": "COCO",
+    "bdd100k": "BDD100K",
+    "ade20k": "ADE20K",
+    "cityscapes": "Cityscapes",
+    "shapes": "shapes",
+}
 # Images of an epoch as the schedules count them: MaskDINO's release rounds COCO's 118,287.
-EPOCH_IMAGES = {"coco": 118_000, "bdd100k": 7_000, "shapes": 2_000}
+EPOCH_IMAGES = {"coco": 118_000, "bdd100k": 7_000, "ade20k": 20_210, "cityscapes": 2_975, "shapes": 2_000}
 SPEED = "speed/images_per_second"
 
 _PAPERS = Path(__file__).with_name("papers")
 _TASKS = {"bbox": "box AP", "segm": "mask AP"}
+_SEGMENTATION = {"panoptic_seg/PQ": "PQ", "sem_seg/mIoU": "mIoU"}
 _SIZES = {"AP": "", "AP50": " 50", "AP75": " 75", "APs": " S", "APm": " M", "APl": " L"}
-_STAGE_METRICS = {"box_AP": "box AP", "mask_AP": "mask AP", "gap": "box - mask"}
+_STAGE_METRICS = {"box_AP": "box AP", "mask_AP": "mask AP", "gap": "box - mask", "PQ": "PQ"}
 # The models that the ablations start from. On shapes, MaskDINO has the decoder layers of DI-MaskDINO, so it is the run
 # without either module.
 _MAIN = {
@@ -29,6 +36,17 @@ _MAIN = {
     ("bdd100k", "dimaskdino"): "dimaskdino_r50_68ep",
     ("bdd100k", "maskdino"): "maskdino_r50_68ep",
     ("shapes", "maskdino"): "neither",
+    # Panoptic and semantic models, by their path under configs/: some have the names of instance models.
+    ("coco", "maskdino_panoptic"): "panoptic/maskdino_r50_50ep",
+    ("coco", "maskdino_panoptic_swinl"): "panoptic/maskdino_swinl_50ep",
+    ("coco", "dimaskdino_panoptic"): "panoptic/dimaskdino_r50_50ep",
+    ("shapes", "maskdino_panoptic"): "demo/maskdino_panoptic_shapes",
+    ("shapes", "dimaskdino_panoptic"): "demo/dimaskdino_panoptic_shapes",
+    ("ade20k", "maskdino_semantic"): "semantic/maskdino_r50_ade20k_160k",
+    ("ade20k", "dimaskdino_semantic"): "semantic/dimaskdino_r50_ade20k_160k",
+    ("cityscapes", "maskdino_semantic"): "semantic/maskdino_r50_cityscapes_90k",
+    ("cityscapes", "dimaskdino_semantic"): "semantic/dimaskdino_r50_cityscapes_90k",
+    ("shapes", "maskdino_semantic"): "demo/maskdino_semantic_shapes",
 }
 
 
@@ -77,6 +95,7 @@ class Table:
             layer, SPEED.
         datasets: where it can be made.
         rows: in the paper's order.
+        shows_effects: whether it shows the effects of two modules, from the four runs with and without each.
     """
 
     name: str
@@ -87,6 +106,7 @@ class Table:
     metrics: tuple[str, ...]
     datasets: tuple[str, ...]
     rows: tuple[Row, ...]
+    shows_effects: bool = False
 
     @property
     def needs_layers(self) -> bool:
@@ -114,6 +134,8 @@ def paper_tables() -> dict[str, Table]:
     for file in sorted(_PAPERS.glob("*.json")):
         paper = json.loads(file.read_text())
         for name, content in paper["tables"].items():
+            if "effects_of" in content:
+                content = {**paper["tables"][content["effects_of"]], **content}
             tables[paper["prefix"] + name] = _table(paper["paper"], paper["prefix"], name, content)
     return tables
 
@@ -131,12 +153,13 @@ def _table(paper: str, prefix: str, name: str, content: dict[str, Any]) -> Table
     return Table(
         name=prefix + name,
         paper=paper,
-        number=f"{kind.capitalize()} {name.removeprefix(kind)}",
+        number=content.get("number") or f"{kind.capitalize()} {name.removeprefix(kind)}",
         title=content["title"],
         label_names=tuple(content["labels"]),
         metrics=tuple(content["metrics"]),
         datasets=tuple(content["datasets"]),
         rows=rows,
+        shows_effects="effects_of" in content,
     )
 
 
@@ -149,6 +172,8 @@ def find_experiment(configs: Path, dataset: str, row: str) -> Experiment | None:
         row: :attr:`Row.experiment`.
     """
     name = _MAIN.get((dataset, row), row)
+    if "/" in name:
+        return Experiment(dataset=dataset, name=name.replace("/", "_"), config_file=configs / f"{name}.yaml")
     ablations = configs / "ablation"
     main = [configs / "dino"] if dataset == "coco" else []
     for folder in (configs / dataset, *main, ablations / dataset, ablations / "dino" / dataset):
@@ -186,6 +211,8 @@ def metric_name(metric: str) -> str:
     """A metric as the head of a column: "box AP S", "first layer mask AP", "FPS"."""
     if metric == SPEED:
         return "FPS"
+    if metric in _SEGMENTATION:
+        return _SEGMENTATION[metric]
     group, _, name = metric.partition("/")
     if group in _TASKS:
         return _TASKS[group] + _SIZES[name]

@@ -1,6 +1,7 @@
 """tools/reproduce.py and tools/plot_imbalance.py from the command line."""
 
 import os
+import re
 import runpy
 import shutil
 import sys
@@ -95,12 +96,12 @@ def test_the_plan_of_everything_lists_every_run_once(run, tmp_path: Path) -> Non
     assert finished.status == 0
     names = folders(finished.out)
     assert len(names) == len(set(names))
-    assert [sum(name.startswith(f"{dataset}/") for name in names) for dataset in DATASETS] == [37, 21, 28]
+    assert [sum(name.startswith(f"{dataset}/") for name in names) for dataset in DATASETS] == [42, 21, 2, 2, 31]
     assert "--measure" in finished.out
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["table1", "table5", "figure1"])
+@pytest.mark.parametrize("name", ["table1", "table5", "figure1", "maskdino_semantic"])
 def test_a_table_is_planned_and_collected_before_any_run(name, run, tmp_path: Path) -> None:
     table = paper_tables()[name]
     datasets = [f"--dataset={dataset}" for dataset in table.datasets]
@@ -222,3 +223,24 @@ def test_the_examples_of_help_and_guide_are_commands(run, monkeypatch: pytest.Mo
     for line in lines:
         monkeypatch.setattr(sys, "argv", [SCRIPT, *line.split(SCRIPT)[1].split("#")[0].split()])
         assert set(parse_args().tables) <= {*paper_tables(), "all"}
+
+
+def test_effects_of_two_modules_are_collected(run, tmp_path: Path) -> None:
+    for row, box in (("neither", 10.0), ("di_only", 13.0), ("bato_only", 12.0), ("dimaskdino", 17.0)):
+        write_run(tmp_path, "shapes", row, box=box)
+    collected = run(SCRIPT, "interaction", "--dataset", "shapes", "--collect", "--output", tmp_path)
+    assert collected.status == 0, collected.err
+    assert re.search(r"\| DI x BATO +\| box AP +\| \+2.00 +\| – +\| \+0.20 +\|", collected.out)
+    assert (tmp_path / "shapes" / "interaction.csv").read_text().count("\n") == 7
+
+
+def test_scores_are_drawn_against_epochs(run, tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "shapes", "neither", box=31.5)
+    drawn = run("tools/plot_epochs.py", folder, "--metrics", "bbox/AP", "--output", tmp_path / "curves")
+    assert drawn.status == 0, drawn.err
+    # 1,350 iterations of 8 images, 2,000 an epoch.
+    assert "bbox/AP, neither, epoch 5.4: 31.500" in drawn.out
+    assert (tmp_path / "curves.png").is_file()
+    refused = run("tools/plot_epochs.py", folder, "--atd", 100)
+    assert refused.status == 2
+    assert "MODEL.META_ARCHITECTURE" in refused.err

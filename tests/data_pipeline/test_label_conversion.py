@@ -55,6 +55,25 @@ def test_ade20k_that_cannot_be_used_is_named(run, labels, words, tmp_path):
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize("labels", [None, [[1, 2, 3]]])
+def test_an_earlier_map_that_does_not_fit_is_named_and_made_again(run, labels, tmp_path):
+    folder = tmp_path / "ADEChallengeData2016"
+    write(folder / "annotations" / "validation" / "0.png", [[0, 1], [150, 2]])
+    run("prepare_ade20k_sem_seg.py", tmp_path, "--splits", "val")
+    made = folder / "annotations_detectron2" / "validation" / "0.png"
+    whole = made.read_bytes()
+    if labels:
+        write(made, labels)
+    else:
+        made.write_bytes(b"")
+    error = run("prepare_ade20k_sem_seg.py", tmp_path, "--splits", "val", "--workers", 1, status=2)
+    assert str(made) in error
+    assert "--force" in error
+    run("prepare_ade20k_sem_seg.py", tmp_path, "--splits", "val", "--force")
+    assert made.read_bytes() == whole
+    assert [path.name for path in made.parent.iterdir()] == ["0.png"]
+
+
 def test_cityscapes_keeps_its_19_classes(run, tmp_path):
     source = write(
         tmp_path / "cityscapes/gtFine/val/ulm/ulm_0_gtFine_labelIds.png", [[7, 8, 33], [0, 4, 34], [1, 26, 18]]
@@ -82,6 +101,29 @@ def test_coco_becomes_semantic_but_for_crowds(run, tmp_path):
         values = [255 if crowd else list(classes.values())[label] for label, crowd, _ in segments]
         made = read_label_map(str(tmp_path / "coco" / "panoptic_semseg_val2017" / f"{number}.png"))
         assert np.array_equal(made, label_map(segments, values, 255))
+
+
+@pytest.mark.usefixtures("registrations")
+@pytest.mark.parametrize(
+    ("annotations", "words"),
+    [
+        ([], ["--root"]),
+        ([{"image_id": 1, "bbox": [0, 0, 1, 1]}], ["panoptic_val2017.json", "segments_info"]),
+        (
+            [{"file_name": "1.png", "segments_info": [{"id": 7, "category_id": 500}]}],
+            ["panoptic_val2017/1.png", "category id 500"],
+        ),
+    ],
+)
+def test_coco_that_cannot_be_used_is_named(run, annotations, words, tmp_path):
+    folder = tmp_path / "coco"
+    (folder / "annotations").mkdir(parents=True)
+    (folder / "annotations" / "panoptic_val2017.json").write_text(json.dumps({"annotations": annotations}))
+    (folder / "panoptic_val2017").mkdir()
+    Image.fromarray(np.array([[[7, 0, 0]]], dtype=np.uint8)).save(folder / "panoptic_val2017" / "1.png")
+    error = run("prepare_coco_semantic.py", tmp_path, "--splits", "val", status=2)
+    assert [word for word in words if word not in error] == []
+    assert "Traceback" not in error
 
 
 @pytest.mark.usefixtures("registrations")

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,22 @@ from detectron2.data import DatasetCatalog
 from detectron2.engine import HookBase
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import META_ARCH_REGISTRY
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils import comm
 from PIL import Image
 from torch import Tensor, nn
 
-from dimaskdino.config import Config
+from dimaskdino.config import Config, get_cfg
 from dimaskdino.data.datasets import register_all
 from dimaskdino.data.datasets.registration import load_dataset
+from dimaskdino.data.label_maps import read_segments
 from dimaskdino.engine import Trainer, argument_parser, evaluate, setup
 from dimaskdino.engine.hooks import average_running_statistics
 from dimaskdino.engine.validation_loss import validation_losses
 from dimaskdino.errors import UserError
+from dimaskdino.evaluation import build_evaluator
 from dimaskdino.modeling.registry import BATO_REGISTRY
-from tests.documentation import example
+from tests.documentation import REPOSITORY, example
 from tests.engine.killing import Killed, train
 from tests.engine.toy import ToyDetector
 
@@ -209,6 +212,58 @@ def evaluate_together(cfg: Config, folder: Path) -> dict[str, Any]:
     return {**scores, "loss": validation_losses(cfg, Trainer.build_model(cfg), "shapes_train")}
 
 
+def segmentation_scores(cfg: Config, folder: Path) -> dict[str, Any]:
+    """PQ, mIoU, and AP of wrong guesses on images of several processes, of the model's result and of a stage."""
+    cfg = get_cfg()
+    cfg.merge_from_file(str(REPOSITORY / "configs" / "demo" / "dimaskdino_panoptic_shapes.yaml"))
+    cfg.merge_from_list(["DATASETS.SHAPES.ROOT", str(folder / "stuff"), "DATASETS.SHAPES.IMAGE_SIZE", 32])
+    cfg.merge_from_list(["DATASETS.SHAPES.NUM_TRAIN", 1, "DATASETS.SHAPES.NUM_VAL", 5])
+    with synchronized_making():
+        register_all(cfg=cfg)
+        entries = load_dataset("shapes_panoptic_val")
+    output = folder / f"segmentation_{comm.get_world_size()}"
+    evaluator = build_evaluator(cfg, "shapes_panoptic_val", str(output))
+    evaluator.reset()
+    # As the loaders share the images of a test set: each process has its own part of them.
+    for number, entry in list(enumerate(entries))[comm.get_rank() :: comm.get_world_size()]:
+        guess = wrong_guess(entry, number)
+        evaluator.process([entry], [{**guess, "layers": {"layer.0": wrong_guess(entry, number + 7), "layer.1": guess}}])
+    return evaluator.evaluate()
+
+
+@contextlib.contextmanager
+def synchronized_making() -> Iterator[None]:
+    """Let the main process make files that the other ones then find."""
+    if not comm.is_main_process():
+        comm.synchronize()
+    yield
+    if comm.is_main_process():
+        comm.synchronize()
+
+
+def wrong_guess(entry: dict[str, Any], seed: int) -> dict[str, Any]:
+    """The truth of an image, moved, with some classes exchanged and scores drawn."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.from_numpy(read_segments(entry).astype("int64")).roll(seed % 5, dims=1)
+    segments = [{**each, "id": number} for number, each in enumerate(entry["segments_info"], start=1)]
+    pixels = sum((ids == each["id"]) * number for number, each in enumerate(entry["segments_info"], start=1))
+    for each in segments[:: 3 + seed % 2]:
+        each["category_id"] = (each["category_id"] + 1) % 10
+    classes = torch.zeros(len(segments) + 1, dtype=torch.int64)
+    classes[1:] = torch.tensor([each["category_id"] for each in segments])
+    things = [each for each in segments if each["category_id"] < 6]
+    masks = torch.stack([pixels == each["id"] for each in things]) if things else torch.zeros(0, *ids.shape).bool()
+    found = Instances(
+        tuple(ids.shape),
+        pred_boxes=BitMasks(masks).get_bounding_boxes(),
+        pred_classes=torch.tensor([each["category_id"] for each in things], dtype=torch.int64),
+        scores=torch.rand(len(things), generator=generator),
+        pred_masks=masks,
+    )
+    sem_seg = nn.functional.one_hot(classes[pixels], 10).permute(2, 0, 1).float()
+    return {"panoptic_seg": (pixels, segments), "sem_seg": sem_seg, "instances": found}
+
+
 FUNCTIONS = (
     evaluate_together,
     ranks,
@@ -217,6 +272,7 @@ FUNCTIONS = (
     start_from_own_folders,
     import_modules,
     kill_and_resume,
+    segmentation_scores,
 )
 
 

@@ -1,14 +1,16 @@
 """Two processes on the CPU, as the launcher starts them: what each knows, evaluates, saves, and refuses."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from dimaskdino.config import get_cfg
 from dimaskdino.engine.hooks import average_running_statistics
 from tests.engine.conftest import make_toy_cfg
-from tests.engine.job import EVAL_PERIOD, MAX_ITER, Buffers, buffers_of, evaluate_together
+from tests.engine.job import EVAL_PERIOD, MAX_ITER, Buffers, buffers_of, evaluate_together, segmentation_scores
 
 
 def test_processes_know_each_other(of_two_processes) -> None:
@@ -100,3 +102,16 @@ def test_killed_job_goes_on_exactly(of_two_processes, job_folder: Path) -> None:
             torch.testing.assert_close(other, whole, rtol=0, atol=0)
     # The signal to one process stopped both.
     assert (job_folder / "signal" / "model_0000005.pth").is_file()
+
+
+def test_segmentation_scores_of_two_processes_equal_those_of_one(
+    of_two_processes, job_folder: Path, tmp_path: Path
+) -> None:
+    of_main, of_other = of_two_processes("segmentation_scores")
+    shutil.copytree(job_folder / "stuff", tmp_path / "stuff")
+    alone = segmentation_scores(get_cfg(), tmp_path)
+    assert of_other == {}
+    assert repr(of_main) == repr(alone)  # to the last digit, with nan for classes that do not occur
+    assert {*of_main, *of_main["layers"]} >= {"panoptic_seg", "sem_seg", "bbox", "segm", "layer.0/PQ", "layer.1/mIoU"}
+    for task, metric in (("panoptic_seg", "PQ"), ("sem_seg", "mIoU"), ("segm", "AP")):
+        assert 1 < alone[task][metric] < 99

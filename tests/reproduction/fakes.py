@@ -20,11 +20,12 @@ def open_run(
 
 
 def scores(box: float, mask: float) -> dict[str, dict[str, float]]:
-    """Results of a run: AP as given, AP by size one point apart."""
-    return {
+    """Results of a run: AP as given, AP by size one point apart; box AP as PQ, and mask AP as mIoU."""
+    by_size = {
         task: {"AP": ap, "APs": ap - 1, "APm": ap + 1, "APl": ap + 2, "AP-car": ap, "AP50": ap + 9, "AP75": ap}
         for task, ap in (("bbox", box), ("segm", mask))
     }
+    return by_size | {"panoptic_seg": {"PQ": box}, "sem_seg": {"mIoU": mask}}
 
 
 def stage(name: str, box: float, mask: float) -> dict[str, Any]:
@@ -46,6 +47,7 @@ def write_run(
     first_layer: tuple[float, float] | None = None,
     speed: tuple[float, str] | None = (7.5, "a GPU"),
     seed: int | None = None,
+    panoptic: bool = False,
 ) -> Path:
     """Write the folder of a run of ``row``.
 
@@ -62,6 +64,7 @@ def write_run(
         first_layer: box and mask AP of decoder layer 0; None if stages were not evaluated.
         speed: images per second and the device; None if not measured.
         seed: of one of several runs of the row.
+        panoptic: whether stages have PQ, which is the box AP.
     """
     empty = open_run(output, row, dataset, options, seed)
     folder, cfg = empty.folder, empty.cfg
@@ -74,7 +77,7 @@ def write_run(
     (folder / "last_checkpoint").write_text(name)
     records: list[dict[str, Any]] = [{"iteration": i, "time": seconds, "total_loss": 1.0} for i in (19, 39)]
     if evaluated:
-        records.append({"iteration": iterations, "bbox/AP": box, "segm/AP": mask})
+        records.append({"iteration": iterations, "panoptic_seg/PQ": box, "bbox/AP": box, "segm/AP": mask})
         (folder / "inference" / "results.json").write_text(json.dumps(scores(box, mask)))
     if evaluated and speed:
         (folder / "inference" / "speed.json").write_text(
@@ -83,5 +86,6 @@ def write_run(
     (folder / "metrics.json").write_text("".join(json.dumps(record) + "\n" for record in records))
     if first_layer:
         stages = [stage("interm", 1.0, 2.0), stage("layer.0", *first_layer), stage("layer.1", box, mask)]
+        stages = [{**row, "PQ": row["box_AP"]} for row in stages] if panoptic else stages
         (folder / "inference" / "layers.json").write_text(json.dumps(stages))
     return folder

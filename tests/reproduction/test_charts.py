@@ -104,3 +104,20 @@ def test_several_runs_are_drawn_as_their_mean(tmp_path):
         runs.append(open_run(tmp_path, "maskdino", "bdd100k", seed=seed))
     first = StageResults.of_runs("MaskDINO", runs).ends()["first"]
     assert first == {"stage": "layer.0", "box_AP": 22.0, "mask_AP": 21.0, "gap": 1.0}
+
+
+def test_bars_of_panoptic_and_semantic_models_show_what_they_have(tmp_path):
+    path = tmp_path / "figure.svg"
+    panoptic = [{**row, "PQ": 33.0 + number, "mIoU": 44.0} for number, row in enumerate(STAGES[2:])]
+    draw_imbalance([StageResults("MaskDINO", panoptic)], path, lines=True)
+    text = path.read_text()
+    assert "<!-- 33.0 -->" in text
+    assert "<!-- 34.0 -->" in text
+    assert text.count("<!-- 44.0 -->") == 2
+    assert "<!-- PQ -->" in text
+    semantic = [{"stage": f"layer.{number}", "mIoU": 55.0 + number} for number in range(2)]
+    draw_imbalance([StageResults("MaskDINO", semantic)], path)
+    text = path.read_text()
+    assert "<!-- 56.0 -->" in text
+    assert "gap" not in text
+    assert "box AP" not in text

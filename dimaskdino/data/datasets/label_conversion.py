@@ -17,6 +17,7 @@ from dimaskdino.data.parallel import Progress, no_progress, parallel_map
 from dimaskdino.errors import DatasetError
 
 IGNORED = 255
+_AGAIN = "make it again with --force"
 NUM_ADE20K = 150
 # The label ids of the 19 classes that Cityscapes evaluates, in the order of their train ids.
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
@@ -37,47 +38,58 @@ def convert_all(
     force: bool = False,
     progress: Progress = no_progress,
 ) -> int:
-    """Make what is missing; files appear once they are whole, so that a second run continues where the first one ended.
+    """Make what is missing, and check what is there: that it can be read, and has the size of its source.
+
+    A file appears once it is whole, so that a second run continues where the first one ended.
 
     Args:
         conversions: what to make.
-        num_workers: processes that convert; 0 converts in this one. The files do not depend on it.
+        num_workers: processes that work; 0 works in this one. The files do not depend on it.
         force: make again what is there.
-        progress: passes the made files on and may draw a bar.
+        progress: passes the results on and may draw a bar.
 
     Returns:
         How many were made.
 
     Raises:
-        DatasetError: there is nothing to convert, or a source cannot be used.
+        DatasetError: there is nothing to convert, or a source or an earlier target cannot be used.
     """
-    wanted = [each for each in conversions if force or not each.target.is_file()]
-    for folder in {each.target.parent for each in wanted}:
+    if not conversions:
+        raise DatasetError("There is no label map to convert; check --root (layouts: datasets/README.md).")
+    for folder in {each.target.parent for each in conversions}:
         folder.mkdir(parents=True, exist_ok=True)
-    for _ in progress(parallel_map(_convert, wanted, num_workers=num_workers), total=len(wanted)):
-        pass
-    for each in conversions:
-        _check(each)
-    return len(wanted)
+    work = partial(_make_or_check, force=force)
+    return sum(progress(parallel_map(work, conversions, num_workers=num_workers), total=len(conversions)))
 
 
-def _convert(conversion: Conversion) -> None:
+def _make_or_check(conversion: Conversion, *, force: bool) -> bool:
+    """Make a label map, or check the one that is there; returns whether it was made."""
+    if force or not conversion.target.is_file():
+        _make(conversion)
+        return True
+    sizes = [_size(path, advice) for path, advice in ((conversion.source, ""), (conversion.target, _AGAIN))]
+    if sizes[0] != sizes[1]:
+        raise DatasetError(f"{conversion.target} has another size than {conversion.source}; {_AGAIN}.")
+    return False
+
+
+def _make(conversion: Conversion) -> None:
     labels = conversion.convert(conversion.source)
     part = conversion.target.with_name(f".{conversion.target.name}.{os.getpid()}.part")
     try:
-        Image.fromarray(labels.astype(np.uint8 if labels.max() < 256 else np.uint16)).save(part, format="PNG")
+        Image.fromarray(labels.astype(np.uint8)).save(part, format="PNG")
         part.replace(conversion.target)
     finally:
         part.unlink(missing_ok=True)
 
 
-def _check(conversion: Conversion) -> None:
-    source, target = (Image.open(path) for path in (conversion.source, conversion.target))
-    with source, target:
-        if source.size != target.size:
-            raise DatasetError(
-                f"{conversion.target} has another size than {conversion.source}; make it again with --force."
-            )
+def _size(path: Path, advice: str) -> tuple[int, int]:
+    """(width, height) from the header."""
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except OSError as error:
+        raise DatasetError(f"Label map {path} cannot be read ({error}); {advice or 'replace the file'}.") from error
 
 
 def parse_args(description: str | None, root: Path, splits: Sequence[str]) -> argparse.Namespace:
@@ -103,7 +115,7 @@ def label_files(folder: Path, ending: str) -> list[Path]:
 
 
 def convert_and_report(conversions: Sequence[Conversion], args: argparse.Namespace) -> str:
-    """Make what is missing as the command line says; returns how many were made, in words."""
+    """Make what is missing and check the rest as the command line says; returns how many were made, in words."""
     progress = partial(tqdm, unit="map")
     made = convert_all(conversions, num_workers=args.workers, force=args.force, progress=progress)
     return f"{made} label maps made, {len(conversions) - made} were there already"
@@ -135,9 +147,12 @@ def classes_of_segments(path: Path, *, segments: Sequence[dict[str, Any]], class
         classes: by category id.
 
     Raises:
-        DatasetError: the PNG has a segment that is not listed, or cannot be read.
+        DatasetError: the PNG has a segment that is not listed, or cannot be read, or a segment has another category.
     """
     ids = read_segment_ids(str(path))
     check_segments(ids, segments, str(path))
+    unknown = sorted({each["category_id"] for each in segments} - classes.keys())
+    if unknown:
+        raise DatasetError(f"A segment of {path} has the category id {unknown[0]}, which COCO panoptic does not have.")
     kept = {each["id"]: classes[each["category_id"]] for each in segments if not each.get("iscrowd")}
     return relabel(ids, kept, IGNORED)
