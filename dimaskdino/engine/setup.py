@@ -24,6 +24,7 @@ from dimaskdino.data import register_all
 from dimaskdino.data.mapper import MAPPER_REGISTRY
 from dimaskdino.data.validation.start import check_datasets
 from dimaskdino.engine.best import check_best
+from dimaskdino.engine.precision import check_precision
 from dimaskdino.engine.run_folder import setup_loggers
 from dimaskdino.engine.signals import check_not_locked
 from dimaskdino.errors import ConfigError, UserError, check_choice, file_errors_in_one_line
@@ -151,6 +152,7 @@ def _set_device(cfg: Config, num_gpus: int) -> None:
 
 def _check(cfg: Config, *, train: bool) -> None:
     """Check everything that needs no data."""
+    check_precision(cfg)
     if train:
         check_solver(cfg, comm.get_world_size())
         check_best(cfg)

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.engine.hooks import IterationTimer, LRScheduler, PeriodicCheckpointer
@@ -29,6 +30,7 @@ from dimaskdino.engine.hooks import (
     RepeatablePreciseBN,
     WriteRecords,
 )
+from dimaskdino.engine.precision import evaluation_autocast, training_dtype
 from dimaskdino.engine.resumable import ResumableTrainer
 from dimaskdino.engine.run_folder import build_writers, inference_folder, read_run_id, write_config
 from dimaskdino.engine.train_step import TrainStep
@@ -52,11 +54,14 @@ class Trainer(ResumableTrainer):
         cfg = self.cfg
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
+        dtype = training_dtype(cfg)
         self.step = TrainStep(
             model=_distribute(model),
             optimizer=optimizer,
             clipper=GradientClipper.from_config(cfg),
-            amp=_uses_amp(cfg),
+            amp=dtype is not None,
+            amp_dtype=dtype or torch.float16,
+            accumulation_steps=cfg.SOLVER.ACCUMULATION_STEPS,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         names = class_names(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else ()
@@ -164,7 +169,8 @@ class Trainer(ResumableTrainer):
             for index, name in enumerate(cfg.DATASETS.TEST):
                 loader = cls.build_test_loader(cfg, name)
                 evaluator = evaluators[index] if evaluators else cls._evaluator_with_speed(cfg, name, timer)
-                results[name] = inference_on_dataset(model, loader, evaluator)
+                with evaluation_autocast(cfg):
+                    results[name] = inference_on_dataset(model, loader, evaluator)
         if len(results) == 1:
             results = next(iter(results.values()))
         if comm.is_main_process():
@@ -188,10 +194,3 @@ def _distribute(model: nn.Module) -> nn.Module:
     device = next(model.parameters()).device
     device_ids = None if device.type == "cpu" else [device.index]
     return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
-
-
-def _uses_amp(cfg: CfgNode) -> bool:
-    if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu":
-        logger.info("SOLVER.AMP.ENABLED has no effect on the CPU: training in fp32.")
-        return False
-    return cfg.SOLVER.AMP.ENABLED

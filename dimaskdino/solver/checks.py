@@ -22,6 +22,7 @@ AT_LEAST = {
     "WARMUP_ITERS": 0,
     "MAX_ITER": 1,
     "IMS_PER_BATCH": 1,
+    "ACCUMULATION_STEPS": 1,
     "REFERENCE_WORLD_SIZE": 0,
     "CHECKPOINT_PERIOD": 0,
 }
@@ -67,11 +68,12 @@ def _check_steps(steps: list[Any]) -> None:
 
 def _check_batch(cfg: CfgNode, num_processes: int) -> None:
     """Check that the processes share a batch evenly; the trainer scales the batch from a reference number of them."""
-    reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
+    reference, steps = cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER.ACCUMULATION_STEPS
     sharing = reference or num_processes
-    if cfg.SOLVER.IMS_PER_BATCH % sharing:
+    if cfg.SOLVER.IMS_PER_BATCH % (sharing * steps):
         of = "SOLVER.REFERENCE_WORLD_SIZE" if reference else "this job"
+        parts = f" times the {steps} parts of SOLVER.ACCUMULATION_STEPS" if steps > 1 else ""
         raise ConfigError(
             f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH} ({MEANINGS['IMS_PER_BATCH']}); it must be a multiple "
-            f"of the {sharing} processes of {of}."
+            f"of the {sharing} processes of {of}{parts}."
         )

@@ -1,6 +1,7 @@
 """The optimizer of the releases: AdamW with a slower backbone and no decay on norms and embeddings."""
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -119,14 +120,24 @@ class GradientClipper:
         Returns:
             The global norm of the gradients before clipping, a scalar.
         """
-        limit = self.limit if self.clip_type == "full_model" else float("inf")
-        norm = nn.utils.clip_grad_norm_(parameters, limit, self.norm_type)
-        if self.clip_type == "norm":
-            for parameter in parameters:
-                nn.utils.clip_grad_norm_(parameter, self.limit, self.norm_type)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients, self.norm_type)
+        if self.clip_type == "full_model" and self.limit < math.inf:
+            nn.utils.clip_grads_with_norm_(parameters, self.limit, norm)
+        elif self.clip_type == "norm" and gradients:
+            _scale_each(gradients, self.limit, self.norm_type)
         elif self.clip_type == "value":
             nn.utils.clip_grad_value_(parameters, self.limit)
         return norm
+
+
+def _scale_each(gradients: list[Tensor], limit: float, norm_type: float) -> None:
+    """Scale each gradient to a norm of at most ``limit``."""
+    factors = torch._foreach_add(torch._foreach_norm(gradients, norm_type), 1e-6)
+    torch._foreach_reciprocal_(factors)
+    torch._foreach_mul_(factors, limit)
+    torch._foreach_clamp_max_(factors, 1.0)
+    torch._foreach_mul_(gradients, factors)
 
 
 def reorder_state(

@@ -1,6 +1,7 @@
 """Images to losses (training) or results (evaluation)."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from dimaskdino.errors import ConfigError
 from dimaskdino.layers.padding import PaddedBatch
-from dimaskdino.modeling.criterion import Criterion, PointSampler
+from dimaskdino.modeling.criterion import Criterion, PointSampler, StepObjects
 from dimaskdino.modeling.postprocessing import Frame, PostProcessor, class_mask, mean_feature, thing_classes
 from dimaskdino.modeling.registry import get_registered
 from dimaskdino.structures import DecoderOutput, Stage, Targets
@@ -163,6 +164,18 @@ class DIMaskDINO(nn.Module):
             for (height, width), given in zip(frames, batched_inputs, strict=True)
         ]
         return self.criterion(self.sem_seg_head(features, targets, **padding), targets)
+
+    @contextlib.contextmanager
+    def losses_are_parts_of(self, batched_inputs: Sequence[dict[str, Any]]) -> Iterator[None]:
+        """While it is entered, losses are parts of those of ``batched_inputs``: divided by the objects of all of it."""
+        counts = [len(given["instances"]) for given in batched_inputs]
+        denoising = getattr(self.sem_seg_head.predictor, "denoising", None)
+        room = getattr(denoising, "num_denoised", int)
+        self.criterion.step = StepObjects(counts, [room(count) for count in counts])
+        try:
+            yield
+        finally:
+            self.criterion.step = None
 
     def check_supported(self) -> None:
         """Refuse what the model cannot compute.

@@ -69,6 +69,10 @@ class Denoising(nn.Module):
         group_size = room * self.copies_per_group
         return DenoisingQueries(tokens, [_matches(i, num_groups, group_size) for i in chosen], num_groups, group_size)
 
+    def num_denoised(self, num_objects: int) -> int:
+        """How many of the objects of an image one group denoises."""
+        return min(num_objects, self.num_queries)
+
     def _room(self, largest: int) -> int:
         """Places for the objects of an image among the copies of a group, given the most objects of an image."""
         return min(largest, self.num_queries)
@@ -137,6 +141,10 @@ class ContrastiveDenoising(Denoising):
             "box_noise": node.DN_BOX_NOISE,
             "negatives": node.DN == "contrastive",
         }
+
+    def num_denoised(self, num_objects: int) -> int:
+        """How many of the objects of an image one group denoises: all."""
+        return num_objects if self.num_queries else 0
 
     def _room(self, largest: int) -> int:
         return largest
