@@ -70,10 +70,17 @@ KEYS: dict[str, Any] = {
     "SOLVER.AMP.DTYPE": "float16",
     # Compute the IMS_PER_BATCH images of an iteration in this many parts, one after the other, to save memory.
     "SOLVER.ACCUMULATION_STEPS": 1,
+    # Parts whose layers are computed again in the backward pass, to save memory: backbone, encoder, decoder.
+    "SOLVER.ACTIVATION_CHECKPOINTING": [],
     # Optimizer: ADAMW or SGD.
     "SOLVER.OPTIMIZER": "ADAMW",
     # Factor on the learning rate of every parameter whose module name contains "backbone".
     "SOLVER.BACKBONE_MULTIPLIER": 0.1,
+    # Factor on the learning rate from each block of the backbone to the one before; 1 for none. 0.8 is usual for a ViT.
+    "SOLVER.LAYER_DECAY": 1.0,
+    # Settings of parameters by name: {pattern: "backbone.stem", frozen: True} or {pattern: "*.norm?.*", lr_factor: 0.1,
+    # weight_decay: 0.0}. A pattern is a module, or a name with * and ?; of several that match, the later one counts.
+    "SOLVER.PARAM_GROUPS": [],
     # Weight decay of nn.Embedding weights.
     "SOLVER.WEIGHT_DECAY_EMBED": 0.0,
     # Polynomial schedule of the releases' semantic configurations (SOLVER.LR_SCHEDULER_NAME WarmupPolyLR): its power,

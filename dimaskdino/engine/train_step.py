@@ -126,7 +126,8 @@ class TrainStep:
 
     def _gradients_stay_here(self) -> contextlib.AbstractContextManager[None]:
         """Processes average their gradients once a step, after its last part."""
-        return self.model.no_sync() if hasattr(self.model, "no_sync") else contextlib.nullcontext()
+        no_sync = getattr(self.model, "no_sync", contextlib.nullcontext)
+        return no_sync()
 
     def _losses(self, batch: Batch) -> dict[str, Tensor]:
         try:

@@ -30,13 +30,14 @@ from dimaskdino.engine.hooks import (
     RepeatablePreciseBN,
     WriteRecords,
 )
+from dimaskdino.engine.model_policies import checkpoint_activations
 from dimaskdino.engine.precision import evaluation_autocast, training_dtype
 from dimaskdino.engine.resumable import ResumableTrainer
 from dimaskdino.engine.run_folder import build_writers, inference_folder, read_run_id, write_config
 from dimaskdino.engine.train_step import TrainStep
 from dimaskdino.evaluation import ForwardTimer, SpeedEvaluator, build_evaluator, class_names, timed, write_results
 from dimaskdino.modeling.meta_arch import build_model, needs_masks
-from dimaskdino.solver import GradientClipper, build_lr_scheduler, build_optimizer
+from dimaskdino.solver import GradientClipper, build_lr_scheduler, build_optimizer, freeze_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,8 @@ class Trainer(ResumableTrainer):
         super().__init__(cfg)
         cfg = self.cfg
         model = self.build_model(cfg)
+        freeze_parameters(cfg, model)
+        checkpoint_activations(cfg, model)
         optimizer = self.build_optimizer(cfg, model)
         dtype = training_dtype(cfg)
         self.step = TrainStep(

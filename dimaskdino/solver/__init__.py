@@ -6,11 +6,11 @@ from dimaskdino.solver.optimizer import (
     GradientClipper,
     build_optimizer,
     check_optimizer_state,
-    parameter_groups,
     reorder_state,
     restored_settings,
     warn_of_kept_settings,
 )
+from dimaskdino.solver.parameters import freeze_parameters, parameter_groups
 from dimaskdino.solver.schedule import build_lr_scheduler
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "build_optimizer",
     "check_optimizer_state",
     "check_solver",
+    "freeze_parameters",
     "parameter_groups",
     "reorder_state",
     "restored_settings",

@@ -7,6 +7,7 @@ from detectron2.config import CfgNode
 
 from dimaskdino.errors import ConfigError, check_choice
 from dimaskdino.solver.optimizer import OPTIMIZERS, GradientClipper
+from dimaskdino.solver.parameters import parameter_rules
 from dimaskdino.solver.schedule import schedule_names
 
 WARMUP_METHODS = ("linear", "constant")
@@ -14,6 +15,7 @@ WARMUP_METHODS = ("linear", "constant")
 AT_LEAST = {
     "BASE_LR": 0.0,
     "BACKBONE_MULTIPLIER": 0.0,
+    "LAYER_DECAY": 0.0,
     "WEIGHT_DECAY": 0.0,
     "WEIGHT_DECAY_NORM": 0.0,
     "WEIGHT_DECAY_EMBED": 0.0,
@@ -50,6 +52,7 @@ def check_solver(cfg: CfgNode, num_processes: int) -> None:
         _check_at_least(name, solver[name], least)
     _check_steps(list(solver.STEPS))
     _check_batch(cfg, num_processes)
+    parameter_rules(cfg)
     GradientClipper.from_config(cfg)
 
 

@@ -1,0 +1,91 @@
+"""Recomputed layers have the same gradients in less memory; frozen parameters stay."""
+
+import logging
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dimaskdino.config import Config
+from dimaskdino.engine import Trainer
+from dimaskdino.engine.model_policies import check_policies, checkpoint_activations
+from dimaskdino.errors import ConfigError
+from tests.tiny_model import tiny_cfg, tiny_model, train_batch
+
+BOXES = [[0, 0, 32, 32], [16, 8, 48, 40]]
+# A small Swin, whose stochastic depth draws random numbers as the encoder's dropout does.
+SWIN = {
+    "MODEL.BACKBONE.NAME": "D2SwinTransformer",
+    "MODEL.SWIN.EMBED_DIM": 16,
+    "MODEL.SWIN.DEPTHS": [2, 1, 2, 1],
+    "MODEL.SWIN.NUM_HEADS": [2, 2, 2, 2],
+    "MODEL.SWIN.DROP_PATH_RATE": 0.5,
+}
+PARTS = ("backbone", "encoder", "decoder")
+
+
+def cfg_with(*parts: str) -> Config:
+    return tiny_cfg(SWIN | {"SOLVER.ACTIVATION_CHECKPOINTING": list(parts)}, DROPOUT=0.3)
+
+
+def step(*parts: str) -> tuple[dict[str, Tensor | None], int]:
+    """The gradients of one batch, and the bytes that were kept for the backward pass."""
+    model = tiny_model(SWIN, DROPOUT=0.3).train()
+    checkpoint_activations(cfg_with(*parts), model)
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    torch.manual_seed(3)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        total = sum(model(train_batch(BOXES, BOXES[:1])).values())
+    total.backward()
+    return {name: p.grad for name, p in model.named_parameters()}, sum(kept.values())
+
+
+@pytest.fixture(scope="module")
+def plain() -> tuple[dict[str, Tensor | None], int]:
+    return step()
+
+
+@pytest.mark.parametrize("parts", [*((part,) for part in PARTS), PARTS])
+def test_recomputation_saves_memory_and_changes_no_bit(plain: tuple, parts: tuple[str, ...]) -> None:
+    gradients, kept = step(*parts)
+    assert gradients.keys() == plain[0].keys()
+    for name, gradient in gradients.items():
+        expected = plain[0][name]
+        assert gradient is expected or torch.equal(gradient, expected), name
+    assert kept < plain[1] * (0.5 if parts == PARTS else 1.0)
+
+
+def test_layers_with_running_statistics_are_left(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model(SWIN).train()
+    model.backbone.layers[0].blocks[1].norm1 = nn.BatchNorm2d(1)
+    with caplog.at_level(logging.INFO):
+        checkpoint_activations(cfg_with("backbone"), model)
+    assert "5 layers are computed again" in caplog.text
+    assert "1 update running statistics" in caplog.text
+
+
+def test_unknown_part_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"SOLVER\.ACTIVATION_CHECKPOINTING is 'neck'.*backbone, encoder, decoder"):
+        check_policies(cfg_with("neck"), tiny_model(SWIN))
+
+
+def test_backbone_without_blocks_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"SOLVER\.ACTIVATION_CHECKPOINTING names 'backbone'"):
+        check_policies(cfg_with("backbone"), tiny_model())
+
+
+def test_frozen_parameters_are_the_same_after_training(toy_cfg: Config) -> None:
+    toy_cfg.merge_from_list(["SOLVER.MAX_ITER", 3, "SOLVER.STEPS", (), "DATASETS.TEST", ()])
+    toy_cfg.merge_from_list(
+        ["SOLVER.PARAM_GROUPS", [{"pattern": "backbone", "frozen": True}, {"pattern": "*.bias", "frozen": False}]]
+    )
+    trainer = Trainer(toy_cfg)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    same = {name for name, p in trainer.model.named_parameters() if torch.equal(p, before[name])}
+    assert same == {"backbone.weight"}
