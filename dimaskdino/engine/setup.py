@@ -24,12 +24,12 @@ from dimaskdino.data import register_all
 from dimaskdino.data.mapper import MAPPER_REGISTRY
 from dimaskdino.data.validation.start import check_datasets
 from dimaskdino.engine.best import check_best
-from dimaskdino.engine.model_policies import check_policies
 from dimaskdino.engine.precision import check_precision
 from dimaskdino.engine.run_folder import setup_loggers
 from dimaskdino.engine.signals import check_not_locked
 from dimaskdino.errors import ConfigError, UserError, check_choice, file_errors_in_one_line
 from dimaskdino.modeling.meta_arch import needs_masks
+from dimaskdino.modeling.policies import check_policies
 from dimaskdino.modeling.registry import get_registered
 from dimaskdino.solver import check_solver, parameter_groups
 

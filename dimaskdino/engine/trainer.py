@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from dimaskdino.checkpoint import Checkpointer
 from dimaskdino.data import build_test_loader, build_train_loader, register_all
 from dimaskdino.engine.best import KeepBest
+from dimaskdino.engine.ema import AveragedWeights, UpdateAverage, in_ema_folder
 from dimaskdino.engine.hooks import (
     AverageRunningStatistics,
     EvaluateWhenTrained,
@@ -30,13 +31,13 @@ from dimaskdino.engine.hooks import (
     RepeatablePreciseBN,
     WriteRecords,
 )
-from dimaskdino.engine.model_policies import checkpoint_activations
 from dimaskdino.engine.precision import evaluation_autocast, training_dtype
 from dimaskdino.engine.resumable import ResumableTrainer
 from dimaskdino.engine.run_folder import build_writers, inference_folder, read_run_id, write_config
 from dimaskdino.engine.train_step import TrainStep
 from dimaskdino.evaluation import ForwardTimer, SpeedEvaluator, build_evaluator, class_names, timed, write_results
 from dimaskdino.modeling.meta_arch import build_model, needs_masks
+from dimaskdino.modeling.policies import checkpoint_activations
 from dimaskdino.solver import GradientClipper, build_lr_scheduler, build_optimizer, freeze_parameters
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,8 @@ class Trainer(ResumableTrainer):
         cfg = self.cfg
         model = self.build_model(cfg)
         freeze_parameters(cfg, model)
+        if cfg.SOLVER.EMA.ENABLED:
+            self._average = AveragedWeights(model, decay=cfg.SOLVER.EMA.DECAY)
         checkpoint_activations(cfg, model)
         optimizer = self.build_optimizer(cfg, model)
         dtype = training_dtype(cfg)
@@ -70,6 +73,7 @@ class Trainer(ResumableTrainer):
         names = class_names(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else ()
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, class_names=names, trainer=weakref.proxy(self))
         self.checkpointer.run_id = read_run_id(Path(cfg.OUTPUT_DIR))
+        self.checkpointer.average = self._average.state_dict if self._average else None
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase | None]:
@@ -78,6 +82,7 @@ class Trainer(ResumableTrainer):
         hooks = [
             IterationTimer(),
             LRScheduler(),
+            UpdateAverage(self._average) if self._average else None,
             self._precise_batch_norm(),
             # Only the main process saves, but all take part in the average.
             AverageRunningStatistics(self.model, periods=(cfg.TEST.EVAL_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD)),
@@ -108,8 +113,12 @@ class Trainer(ResumableTrainer):
         return RepeatablePreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, cfg.TEST.PRECISE_BN.NUM_ITER)
 
     def _evaluate(self) -> dict[str, Any]:
-        self._last_eval_results = self.test(self.cfg, self.model)
-        return self._last_eval_results
+        results = self.test(self.cfg, self.model)
+        if self._average:
+            with self._average.applied():
+                results = {**results, "ema": self.test(in_ema_folder(self.cfg), self.model)}
+        self._last_eval_results = results
+        return results
 
     def build_writers(self) -> list[EventWriter]:
         """metrics.json and TensorBoard; :class:`ProgressLog` writes to the console."""

@@ -11,7 +11,7 @@ from dimaskdino.solver.optimizer import (
     warn_of_kept_settings,
 )
 from dimaskdino.solver.parameters import freeze_parameters, parameter_groups
-from dimaskdino.solver.schedule import build_lr_scheduler
+from dimaskdino.solver.schedule import build_lr_scheduler, scale_learning_rate
 
 __all__ = [
     "NEW_RUN",
@@ -24,5 +24,6 @@ __all__ = [
     "parameter_groups",
     "reorder_state",
     "restored_settings",
+    "scale_learning_rate",
     "warn_of_kept_settings",
 ]

@@ -26,6 +26,7 @@ AT_LEAST = {
     "IMS_PER_BATCH": 1,
     "ACCUMULATION_STEPS": 1,
     "REFERENCE_WORLD_SIZE": 0,
+    "REFERENCE_BATCH_SIZE": 0,
     "CHECKPOINT_PERIOD": 0,
 }
 MEANINGS = {
@@ -52,6 +53,13 @@ def check_solver(cfg: CfgNode, num_processes: int) -> None:
         _check_at_least(name, solver[name], least)
     _check_steps(list(solver.STEPS))
     _check_batch(cfg, num_processes)
+    if solver.REFERENCE_BATCH_SIZE and solver.REFERENCE_WORLD_SIZE:
+        raise ConfigError(
+            "SOLVER.REFERENCE_BATCH_SIZE and SOLVER.REFERENCE_WORLD_SIZE both scale the learning rate; set one "
+            "of them to 0."
+        )
+    if not 0 <= solver.EMA.DECAY < 1:
+        raise ConfigError(f"SOLVER.EMA.DECAY is {solver.EMA.DECAY}; it must be at least 0 and below 1.")
     parameter_rules(cfg)
     GradientClipper.from_config(cfg)
 

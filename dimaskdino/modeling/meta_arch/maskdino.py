@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dimaskdino.errors import ConfigError
 from dimaskdino.layers.padding import PaddedBatch
 from dimaskdino.modeling.criterion import Criterion, PointSampler, StepObjects
+from dimaskdino.modeling.policies import compile_layers, use_channels_last
 from dimaskdino.modeling.postprocessing import Frame, PostProcessor, class_mask, mean_feature, thing_classes
 from dimaskdino.modeling.registry import get_registered
 from dimaskdino.structures import DecoderOutput, Stage, Targets
@@ -231,11 +232,16 @@ class DIMaskDINO(nn.Module):
 def build_model(cfg: CfgNode) -> nn.Module:
     """detectron2's build_model: the model that MODEL.META_ARCHITECTURE names, on MODEL.DEVICE.
 
+    It is computed as MODEL.COMPILE and MODEL.CHANNELS_LAST say.
+
     Raises:
         ConfigError: no model is registered under that name.
     """
     get_registered(META_ARCH_REGISTRY, cfg.MODEL.META_ARCHITECTURE, "MODEL.META_ARCHITECTURE")
-    return build_detectron2_model(cfg)
+    model = build_detectron2_model(cfg)
+    use_channels_last(cfg, model)
+    compile_layers(cfg, model)
+    return model
 
 
 def needs_masks(cfg: CfgNode) -> bool:

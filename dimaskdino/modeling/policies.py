@@ -1,4 +1,4 @@
-"""How the layers of a model are computed, set from outside of it: recomputation in the backward pass."""
+"""How the layers of a model are computed, set from outside of it: compiled, recomputed in the backward pass."""
 
 import logging
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from dimaskdino.layers.blocks import blocks_of
 logger = logging.getLogger(__name__)
 
 PARTS = {"backbone": "backbone", "encoder": "sem_seg_head.pixel_decoder", "decoder": "sem_seg_head.predictor"}
+COMPILED_PARTS = ("encoder", "decoder")
 
 
 def check_policies(cfg: CfgNode, model: nn.Module) -> None:
@@ -24,6 +25,7 @@ def check_policies(cfg: CfgNode, model: nn.Module) -> None:
     Raises:
         ConfigError: names the key and the parts.
     """
+    _chosen_layers(model, "MODEL.COMPILE", cfg.MODEL.COMPILE, COMPILED_PARTS)
     _chosen_layers(model, "SOLVER.ACTIVATION_CHECKPOINTING", cfg.SOLVER.ACTIVATION_CHECKPOINTING)
 
 
@@ -44,10 +46,28 @@ def checkpoint_activations(cfg: CfgNode, model: nn.Module) -> None:
         logger.info("%d layers are computed again in the backward pass%s.", len(chosen), left)
 
 
-def _chosen_layers(model: nn.Module, key: str, parts: Sequence[str]) -> list[nn.Module]:
+def compile_layers(cfg: CfgNode, model: nn.Module, backend: str = "inductor") -> None:
+    """Compile the layers of MODEL.COMPILE: once for all image sizes, in the first iterations.
+
+    The names of the weights stay. Where compiling fails, the log says so once and the layers are computed as without.
+    """
+    failed: list[Exception] = []
+    for layer in _chosen_layers(model, "MODEL.COMPILE", cfg.MODEL.COMPILE, COMPILED_PARTS):
+        _compile(layer, backend, failed)
+
+
+def use_channels_last(cfg: CfgNode, model: nn.Module) -> None:
+    """Put the weights of convolutions into channels_last if MODEL.CHANNELS_LAST says so; their results follow."""
+    if cfg.MODEL.CHANNELS_LAST:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _chosen_layers(
+    model: nn.Module, key: str, parts: Sequence[str], choices: Sequence[str] = tuple(PARTS)
+) -> list[nn.Module]:
     layers: list[nn.Module] = []
     for part in parts:
-        check_choice(key, part, list(PARTS))
+        check_choice(key, part, list(choices))
         found = _layers_of(model, part)
         if not found:
             raise ConfigError(f"{key} names {part!r}, but {type(model).__name__}'s has no repeated layers; remove it.")
@@ -68,6 +88,25 @@ def _updates_statistics(layer: nn.Module) -> bool:
     return any(
         isinstance(each, nn.modules.batchnorm._NormBase) and each.track_running_stats for each in layer.modules()
     )
+
+
+def _compile(layer: nn.Module, backend: str, failed: list[Exception]) -> None:
+    from torch._dynamo.exc import TorchDynamoException  # takes a second to import
+
+    eager = layer.forward
+    compiled = torch.compile(eager, dynamic=True, backend=backend)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not failed:
+            try:
+                return compiled(*args, **kwargs)
+            except TorchDynamoException as error:
+                failed.append(error)
+                reason = " ".join(str(error).split())[:200]
+                logger.warning("MODEL.COMPILE: compiling failed (%s); the layers are not compiled.", reason)
+        return eager(*args, **kwargs)
+
+    layer.forward = forward
 
 
 def _recompute(layer: nn.Module) -> None:
