@@ -1,12 +1,14 @@
 """Weight files: reading them safely, the names that others use, and fitting them to the model."""
 
-from dimaskdino.checkpoint.checkpointer import Checkpointer
+from dimaskdino.checkpoint.checkpointer import AVERAGE, BEST, Checkpointer
 from dimaskdino.checkpoint.dino import pick_coco_rows
 from dimaskdino.checkpoint.folder import FINAL
 from dimaskdino.checkpoint.reading import DESCRIPTIONS, class_names_of, read_weights, replacing, write_weights
 from dimaskdino.checkpoint.releases import from_release, is_release, to_release
 
 __all__ = [
+    "AVERAGE",
+    "BEST",
     "DESCRIPTIONS",
     "FINAL",
     "Checkpointer",

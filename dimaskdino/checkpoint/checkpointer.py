@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,15 @@ from torch import Tensor, nn
 from dimaskdino.checkpoint.backbones import match_backbone
 from dimaskdino.checkpoint.dino import COCO_IDS, COCO_NAMES, COCO_OUTPUTS, pick_coco_rows
 from dimaskdino.checkpoint.fitting import BACKBONE, Misfit, num_classes
-from dimaskdino.checkpoint.folder import TAG_FILE, newest_good
+from dimaskdino.checkpoint.folder import FINAL, TAG_FILE, newest_good
 from dimaskdino.checkpoint.names import is_class_key
 from dimaskdino.checkpoint.reading import AUTHOR, CLASS_NAMES, class_names_of, read_weights, replacing, write_weights
 from dimaskdino.checkpoint.releases import from_release, is_release
 from dimaskdino.errors import CheckpointError
 
+# The entry of a checkpoint with the moving average of the weights, and the ending of a file of that average alone.
+AVERAGE, AVERAGE_ENDING = "model_ema", "_ema"
+BEST = "model_best"
 _SHOWN_NAMES = 20
 
 
@@ -60,6 +63,8 @@ class Checkpointer(DetectionCheckpointer):
         self.class_names = list(class_names)
         # Saved with the weights: the run that they are of.
         self.run_id = ""
+        # Gives the moving average of the weights, which is saved beside them.
+        self.average: Callable[[], Mapping[str, Tensor]] | None = None
         # Names of the loaded weights, in the order of the model that saved them.
         self.loaded_names: list[str] = []
         self._path = ""
@@ -83,12 +88,14 @@ class Checkpointer(DetectionCheckpointer):
         path = Path(self.save_dir, f"{name}.pth")
         weights = self.model.state_dict()
         _check_finite(path, weights)
-        content = {"model": weights}
-        content |= {key: each.state_dict() for key, each in self.checkpointables.items()}
-        content |= {CLASS_NAMES: self.class_names} if self.class_names else {}
-        content |= {"run_id": self.run_id} if self.run_id else {}
+        average = {AVERAGE: self.average()} if self.average else {}
+        state = {key: each.state_dict() for key, each in self.checkpointables.items()}
+        about: dict[str, Any] = {CLASS_NAMES: self.class_names} if self.class_names else {}
+        about |= {"run_id": self.run_id} if self.run_id else {}
         self.logger.info("Saving checkpoint to %s", path)
-        write_weights(path, content | kwargs)
+        if average and f"{name}.pth" in (FINAL, f"{BEST}.pth"):
+            write_weights(path.with_name(f"{name}{AVERAGE_ENDING}.pth"), {"model": average[AVERAGE], **about})
+        write_weights(path, {"model": weights, **average, **state, **about, **kwargs})
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Write the name of the last checkpoint to ``last_checkpoint``."""

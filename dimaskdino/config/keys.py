@@ -88,10 +88,27 @@ KEYS: dict[str, Any] = {
     # Keep the last checkpoints of SOLVER.CHECKPOINT_PERIOD only, this many; 0 keeps all. The final one and the best one
     # are kept as well.
     "SOLVER.CHECKPOINT_KEEP": 0,
+    # With SOLVER.AMP.ENABLED: float16 (with loss scaling; on GPUs alone) or bfloat16 (also on CPUs and in evaluation).
+    "SOLVER.AMP.DTYPE": "float16",
+    # Compute the IMS_PER_BATCH images of an iteration in this many parts, one after the other, to save memory.
+    "SOLVER.ACCUMULATION_STEPS": 1,
+    # Parts whose layers are computed again in the backward pass, to save memory: backbone, encoder, decoder.
+    "SOLVER.ACTIVATION_CHECKPOINTING": [],
+    # Moving average of the weights: evaluated as well, and saved beside them. An average has decay 0.1 after the first
+    # iteration, and comes to DECAY in the course of training: it is at most (1 + iteration) / (10 + iteration).
+    "SOLVER.EMA.ENABLED": False,
+    "SOLVER.EMA.DECAY": 0.9997,
+    # Images per iteration that SOLVER.BASE_LR is for: with another IMS_PER_BATCH it is scaled in proportion; 0 never.
+    "SOLVER.REFERENCE_BATCH_SIZE": 0,
     # Optimizer: ADAMW or SGD.
     "SOLVER.OPTIMIZER": "ADAMW",
     # Factor on the learning rate of every parameter whose module name contains "backbone".
     "SOLVER.BACKBONE_MULTIPLIER": 0.1,
+    # Factor on the learning rate from each block of the backbone to the one before; 1 for none. 0.8 is usual for a ViT.
+    "SOLVER.LAYER_DECAY": 1.0,
+    # Settings of parameters by name: {pattern: "backbone.stem", frozen: True} or {pattern: "*.norm?.*", lr_factor: 0.1,
+    # weight_decay: 0.0}. A pattern is a module, or a name with * and ?; of several that match, the later one counts.
+    "SOLVER.PARAM_GROUPS": [],
     # Weight decay of nn.Embedding weights.
     "SOLVER.WEIGHT_DECAY_EMBED": 0.0,
     # Polynomial schedule of the releases' semantic configurations (SOLVER.LR_SCHEDULER_NAME WarmupPolyLR): its power,
@@ -109,6 +126,11 @@ KEYS: dict[str, Any] = {
     "LOG.NAME": "",
     # Images of the first DATASETS.TEST that are drawn after each evaluation, predictions beside truth; 0 for none.
     "LOG.PICTURES": 4,
+    # --- How the model is computed ---
+    # Compile the transformer layers of encoder, decoder or both with torch.compile, once for all image sizes.
+    "MODEL.COMPILE": [],
+    # Keep images and convolution weights in the memory format channels_last.
+    "MODEL.CHANNELS_LAST": False,
     # --- Pixel decoder: the paper's encoder ---
     # Pixel decoder, by registered name.
     "MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME": "MaskDINOEncoder",
@@ -191,6 +213,8 @@ KEYS: dict[str, Any] = {
     "MODEL.MaskDINO.DN_NOISE_SCALE": 0.4,
     # Denoising queries.
     "MODEL.MaskDINO.DN_NUM": 100,
+    # Pad the denoising queries to DN_NUM, so that every batch has the same number of queries; losses are the same.
+    "MODEL.MaskDINO.DN_FIXED_SIZE": False,
     # --- De-Imbalance (Eqs. 1-4) ---
     # Tokens of the first selection.
     "MODEL.MaskDINO.FIRST_SELECTED_QUERIES": 600,
@@ -295,6 +319,9 @@ KEYS: dict[str, Any] = {
     "MODEL.DINO.DN_NAME": "ContrastiveDenoising",
     # Denoising queries of an image; contrastive denoising has as many positives and as many negatives.
     "MODEL.DINO.DN_NUM": 100,
+    # Pad the denoising queries to twice DN_NUM (plain: once), so that every batch has the same number of queries. The
+    # losses are the same, but of an image with more than DN_NUM objects, only as many are denoised.
+    "MODEL.DINO.DN_FIXED_SIZE": False,
     # A label is drawn anew with half this probability.
     "MODEL.DINO.DN_LABEL_NOISE": 0.5,
     # Scale of the box noise. The paper and the release's files say 0.4, but its trainings all ran with 1.0.

@@ -9,10 +9,8 @@ from detectron2.engine import HookBase
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 
-from dimaskdino.checkpoint import Checkpointer
+from dimaskdino.checkpoint import BEST, Checkpointer
 from dimaskdino.errors import ConfigError
-
-BEST = "model_best"
 
 
 class KeepBest(HookBase):

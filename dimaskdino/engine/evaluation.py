@@ -7,7 +7,8 @@ from detectron2.config import CfgNode
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
-from dimaskdino.checkpoint import Checkpointer
+from dimaskdino.checkpoint import AVERAGE, Checkpointer
+from dimaskdino.engine.ema import in_ema_folder
 from dimaskdino.engine.run_folder import check_same_checkpoint, full_disk_in_one_line, read_run_id
 from dimaskdino.engine.trainer import Trainer
 from dimaskdino.errors import UserError
@@ -31,9 +32,12 @@ def evaluate(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
         raise UserError(f"--eval-only --resume: no checkpoint in {cfg.OUTPUT_DIR}; train first, or set MODEL.WEIGHTS.")
     if not resume and not cfg.MODEL.WEIGHTS:
         raise UserError("--eval-only needs weights: set MODEL.WEIGHTS to a file, or give --resume.")
-    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    content = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     with full_disk_in_one_line(Path(cfg.OUTPUT_DIR)):
         results = Trainer.test(cfg, model)
+        if resume and AVERAGE in content:
+            model.load_state_dict(content[AVERAGE])
+            results = {**results, "ema": Trainer.test(in_ema_folder(cfg), model)}
     if comm.is_main_process():
         verify_results(cfg, results)
     return results

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,13 @@ from detectron2.engine.hooks import PeriodicCheckpointer
 from detectron2.evaluation import verify_results
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dimaskdino.checkpoint import FINAL, Checkpointer
+from dimaskdino.checkpoint import AVERAGE, FINAL, Checkpointer
 from dimaskdino.data.loaders import images_in_a_group
 from dimaskdino.engine.best import KeepBest
+from dimaskdino.engine.ema import AveragedWeights
 from dimaskdino.engine.hooks import EvaluateWhenTrained, WriteRecords, average_running_statistics, is_record_due
 from dimaskdino.engine.nonfinite import NonFiniteError, NonFiniteSteps
 from dimaskdino.engine.pictures import DrawPredictions
@@ -42,7 +43,7 @@ from dimaskdino.engine.run_state import (
 from dimaskdino.engine.signals import StopSignals, folder_lock
 from dimaskdino.engine.train_step import TrainStep
 from dimaskdino.errors import CheckpointError, file_errors_in_one_line
-from dimaskdino.solver import NEW_RUN, restored_settings, warn_of_kept_settings
+from dimaskdino.solver import NEW_RUN, restored_settings, scale_learning_rate, warn_of_kept_settings
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ class ResumableTrainer(TrainerBase):
         super().__init__()
         self._given_cfg = cfg
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
-        self.cfg = cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        self.cfg = cfg = scale_learning_rate(DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size()))
         self.max_iter = cfg.SOLVER.MAX_ITER
         self._last_eval_results: dict[str, Any] | None = None
         self._first_batch = 0  # number of batches of this run that were drawn before start_iter
@@ -75,6 +76,7 @@ class ResumableTrainer(TrainerBase):
         self._periodic: PeriodicCheckpointer | None = None
         self._best: KeepBest | None = None
         self.nonfinite = NonFiniteSteps(cfg)
+        self._average: AveragedWeights | None = None
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode, start_iter: int = 0, group_size: int = 0) -> Any:
@@ -105,7 +107,9 @@ class ResumableTrainer(TrainerBase):
         check_same_checkpoint(self.checkpointer, resume=resume)
         resume = resume and self._has_checkpoint()
         configured = restored_settings(self.optimizer)
-        self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        content = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        if self._average:
+            self._average.load_state_dict(self._saved_average(content) if resume else self._average.of_model())
         if not resume:
             return
         warn_of_kept_settings(configured, restored_settings(self.optimizer))
@@ -118,6 +122,13 @@ class ResumableTrainer(TrainerBase):
                 self.start_iter,
                 self.max_iter,
             )
+
+    def _saved_average(self, content: dict[str, Any]) -> Mapping[str, Tensor]:
+        assert self._average
+        if AVERAGE in content:
+            return content[AVERAGE]
+        logger.warning("--resume: the checkpoint holds no moving average; it starts from the checkpoint's weights.")
+        return self._average.of_model()
 
     def _has_checkpoint(self) -> bool:
         if self.checkpointer.has_checkpoint():
@@ -165,7 +176,7 @@ class ResumableTrainer(TrainerBase):
         with full_disk_in_one_line(folder), file_errors_in_one_line():
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(folder_lock(folder))
-            check_free_space(folder, self.model)
+            check_free_space(folder, self.model, copies=3 + 2 * bool(self._average))
             if self.start_iter:
                 self._remove_old_checkpoints()
                 cut_records(folder / METRICS_FILE, self.start_iter - 1)

@@ -140,14 +140,14 @@ def read_run_id(folder: Path) -> str:
     return first.removeprefix(RUN_COMMENT) if first.startswith(RUN_COMMENT) else ""
 
 
-def check_free_space(folder: Path, model: nn.Module) -> None:
-    """Check that ``folder`` has room for a checkpoint, which is about three times the weights.
+def check_free_space(folder: Path, model: nn.Module, copies: int = 3) -> None:
+    """Check that ``folder`` has room for a checkpoint, which is about ``copies`` times the weights.
 
     Raises:
         UserError: gives both numbers.
     """
     weights = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
-    needed, free = 3 * weights, shutil.disk_usage(folder).free
+    needed, free = copies * weights, shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
             f"OUTPUT_DIR {folder} has {free / 2**20:.0f} MiB of free space, but a checkpoint of this model takes about "

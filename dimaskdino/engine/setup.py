@@ -28,13 +28,15 @@ from dimaskdino.engine.best import check_best
 from dimaskdino.engine.launch import set_process_timeout
 from dimaskdino.engine.nonfinite import check_nonfinite
 from dimaskdino.engine.own_data import merge_cpu_file, set_keys_of_own_data
+from dimaskdino.engine.precision import check_precision
 from dimaskdino.engine.run_folder import setup_loggers
 from dimaskdino.engine.signals import check_not_locked
 from dimaskdino.engine.writers import check_writers
 from dimaskdino.errors import ConfigError, UserError, check_choice, file_errors_in_one_line
 from dimaskdino.modeling.meta_arch import needs_masks
+from dimaskdino.modeling.policies import check_policies
 from dimaskdino.modeling.registry import get_registered
-from dimaskdino.solver import check_solver
+from dimaskdino.solver import check_solver, parameter_groups
 
 logger = logging.getLogger(__name__)
 
@@ -164,6 +166,7 @@ def _check(cfg: Config, *, train: bool) -> None:
     """Check everything that needs no data."""
     if cfg.SOLVER.PROCESS_TIMEOUT <= 0:
         raise ConfigError(f"SOLVER.PROCESS_TIMEOUT is {cfg.SOLVER.PROCESS_TIMEOUT}; it must be above 0 (seconds).")
+    check_precision(cfg)
     if train:
         check_solver(cfg, comm.get_world_size())
         check_best(cfg)
@@ -187,6 +190,9 @@ def _check_model(cfg: Config, *, train: bool) -> None:
             model = meta_arch(cfg).train(train)
             if hasattr(model, "check_supported"):
                 model.check_supported()
+            if train:
+                check_policies(cfg, model)
+                parameter_groups(cfg, model)
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001 (a user's part may need real weights; the trainer builds those)

@@ -21,7 +21,7 @@ from dimaskdino.solver import GradientClipper, check_optimizer_state, reorder_st
 
 
 class TrainStep:
-    """Trains ``model`` on one batch per call of :meth:`run_step`, in fp32 or with fp16 autocast and loss scaling.
+    """Trains ``model`` on one batch per call of :meth:`run_step`, in float32 or under autocast.
 
     The recorded losses are averages over the processes, so the model must return the same terms in every process.
 
@@ -30,7 +30,9 @@ class TrainStep:
         data_loader: yields batches forever; may be set later, before the first step.
         optimizer: optimizes the parameters of ``model``.
         clipper: clips the gradients after loss scaling is undone.
-        amp: whether to autocast to fp16.
+        amp: whether to autocast.
+        amp_dtype: what autocast computes in; the loss is scaled for float16, whose small gradients would vanish.
+        accumulation_steps: parts that the batch is computed in, one after the other; divides the images of a batch.
         seed: of the random numbers that the model draws, which then depend on it, the iteration and the process alone;
             None leaves the generators as they are.
     """
@@ -43,6 +45,8 @@ class TrainStep:
         optimizer: Optimizer,
         clipper: GradientClipper,
         amp: bool,
+        amp_dtype: torch.dtype = torch.float16,
+        accumulation_steps: int = 1,
         seed: int | None = None,
     ) -> None:
         model.train()
@@ -50,7 +54,8 @@ class TrainStep:
         self.data_loader = data_loader
         self.optimizer = optimizer
         self.clipper = clipper
-        self.amp = amp
+        self.amp, self.amp_dtype = amp, amp_dtype
+        self.accumulation_steps = accumulation_steps
         self.seed = seed
         self.iter = 0
         # Number of the process whose random numbers these are.
@@ -63,10 +68,11 @@ class TrainStep:
         self.wants_to_stop: Callable[[], bool] = lambda: False
         self._job_stops = False
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self._statistics = running_statistics(getattr(model, "module", model))
+        self._bare_model = getattr(model, "module", model)
+        self._statistics = running_statistics(self._bare_model)
         self._statistics_before: list[Tensor] = []
         self._device = self._parameters[0].device
-        self._scaler = torch.amp.GradScaler(self._device.type, enabled=amp)
+        self._scaler = torch.amp.GradScaler(self._device.type, enabled=amp and amp_dtype == torch.float16)
         self._batches: Iterator[Batch] | None = None
 
     def run_step(self) -> None:
@@ -84,11 +90,8 @@ class TrainStep:
         if self.seed is not None:
             seed_from(self.seed, STEP, self.iter, self.process)
 
-        with torch.autocast(self._device.type, enabled=self.amp):
-            losses = self._losses(batch)
-            total = torch.stack(list(losses.values())).sum()
         self.optimizer.zero_grad()
-        self._scaler.scale(total).backward()
+        losses = self._accumulate(batch)
         # Clipping needs the true gradients, so the loss scale comes off first.
         self._scaler.unscale_(self.optimizer)
         grad_norm = self.clipper(self._parameters)
@@ -109,6 +112,37 @@ class TrainStep:
             self._scaler.update()
         for buffer, before in zip(self._statistics.values(), self._statistics_before, strict=True):
             buffer.copy_(before)
+
+    def _accumulate(self, batch: Batch) -> dict[str, Tensor]:
+        """Add up the gradients of the parts of ``batch``; returns the losses of all of it, out of the graph."""
+        size = len(batch) // self.accumulation_steps
+        parts = [batch[start : start + size] for start in range(0, len(batch), size)]
+        totals: dict[str, Tensor] = {}
+        with self._parts_of(batch) as weight:
+            for part in parts:
+                with self._gradients_stay_here() if part is not parts[-1] else contextlib.nullcontext():
+                    with torch.autocast(self._device.type, dtype=self.amp_dtype, enabled=self.amp):
+                        losses = self._losses(part)
+                        losses = losses if weight == 1 else {name: loss * weight for name, loss in losses.items()}
+                        total = torch.stack(list(losses.values())).sum()
+                    self._scaler.scale(total).backward()
+                totals = {name: totals.get(name, 0.0) + loss.detach() for name, loss in losses.items()}
+        return totals
+
+    @contextlib.contextmanager
+    def _parts_of(self, batch: Batch) -> Iterator[float]:
+        """Yields the weight of each part's losses: models of this package themselves divide by the whole batch."""
+        share = getattr(self._bare_model, "losses_are_parts_of", None)
+        if self.accumulation_steps == 1 or share is None:
+            yield 1.0 / self.accumulation_steps
+            return
+        with share(batch):
+            yield 1.0
+
+    def _gradients_stay_here(self) -> contextlib.AbstractContextManager[None]:
+        """Processes average their gradients once a step, after its last part."""
+        no_sync = getattr(self.model, "no_sync", contextlib.nullcontext)
+        return no_sync()
 
     def _losses(self, batch: Batch) -> dict[str, Tensor]:
         losses: dict[str, Tensor] = {}
@@ -179,7 +213,9 @@ class TrainStep:
         """Check losses, running statistics, and the gradient norm unless the loss scaler deals with it."""
         terms = [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]
         # The norm follows from the losses; it is a cause of its own only if they are finite.
-        bad = [term for term in terms if not term.startswith("grad_norm")] or ([] if self.amp else terms)
+        bad = [term for term in terms if not term.startswith("grad_norm")]
+        if not self._scaler.is_enabled():
+            bad = bad or terms
         if not math.isfinite(statistics):
             bad += [name for name, buffer in self._statistics.items() if not buffer.isfinite().all()]
         remedy = (
@@ -207,8 +243,8 @@ class TrainStep:
         """
         saved = state["optimizer"]
         if saved_names:
-            saved = reorder_state(self.optimizer, getattr(self.model, "module", self.model), saved, saved_names)
+            saved = reorder_state(self.optimizer, self._bare_model, saved, saved_names)
         check_optimizer_state(self.optimizer, saved)
         self.optimizer.load_state_dict(saved)
-        if self.amp and state["grad_scaler"]:
+        if self._scaler.is_enabled() and state["grad_scaler"]:
             self._scaler.load_state_dict(state["grad_scaler"])

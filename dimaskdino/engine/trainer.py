@@ -7,6 +7,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.engine.hooks import IterationTimer, LRScheduler, PeriodicCheckpointer
@@ -22,6 +23,7 @@ from torch.optim import Optimizer
 from dimaskdino.checkpoint import Checkpointer
 from dimaskdino.data import build_test_loader, build_train_loader, register_all
 from dimaskdino.engine.best import KeepBest
+from dimaskdino.engine.ema import AveragedWeights, UpdateAverage, in_ema_folder
 from dimaskdino.engine.hooks import (
     AverageRunningStatistics,
     EvaluateWhenTrained,
@@ -30,6 +32,7 @@ from dimaskdino.engine.hooks import (
     WriteRecords,
 )
 from dimaskdino.engine.pictures import DrawPredictions
+from dimaskdino.engine.precision import evaluation_autocast, training_dtype
 from dimaskdino.engine.resumable import ResumableTrainer
 from dimaskdino.engine.run_folder import inference_folder, read_run_id, write_config
 from dimaskdino.engine.train_step import TrainStep
@@ -37,7 +40,8 @@ from dimaskdino.engine.validation_loss import validation_losses
 from dimaskdino.engine.writers import build_writers
 from dimaskdino.evaluation import ForwardTimer, SpeedEvaluator, build_evaluator, class_names, timed, write_results
 from dimaskdino.modeling.meta_arch import build_model, needs_masks
-from dimaskdino.solver import GradientClipper, build_lr_scheduler, build_optimizer
+from dimaskdino.modeling.policies import checkpoint_activations
+from dimaskdino.solver import GradientClipper, build_lr_scheduler, build_optimizer, freeze_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -54,11 +58,14 @@ class Trainer(ResumableTrainer):
         super().__init__(cfg)
         cfg = self.cfg
         model = self.build_model(cfg)
+        if cfg.SOLVER.EMA.ENABLED:
+            self._average = AveragedWeights(model, decay=cfg.SOLVER.EMA.DECAY)
         self.step = self.build_step(cfg, model)
         self.scheduler = self.build_lr_scheduler(cfg, self.optimizer)
         names = class_names(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else ()
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, class_names=names, trainer=weakref.proxy(self))
         self.checkpointer.run_id = read_run_id(Path(cfg.OUTPUT_DIR))
+        self.checkpointer.average = self._average.state_dict if self._average else None
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase | None]:
@@ -67,6 +74,7 @@ class Trainer(ResumableTrainer):
         hooks = [
             IterationTimer(),
             LRScheduler(),
+            UpdateAverage(self._average) if self._average else None,
             self._precise_batch_norm(),
             # Only the main process saves, but all take part in the average.
             AverageRunningStatistics(self.model, periods=(cfg.TEST.EVAL_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD)),
@@ -100,8 +108,12 @@ class Trainer(ResumableTrainer):
         return RepeatablePreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, cfg.TEST.PRECISE_BN.NUM_ITER)
 
     def _evaluate(self) -> dict[str, Any]:
-        self._last_eval_results = self.test(self.cfg, self.model)
-        return self._last_eval_results
+        results = self.test(self.cfg, self.model)
+        if self._average:
+            with self._average.applied():
+                results = {**results, "ema": self.test(in_ema_folder(self.cfg), self.model)}
+        self._last_eval_results = results
+        return results
 
     def build_writers(self) -> list[EventWriter]:
         """Those of LOG.WRITERS; :class:`ProgressLog` writes to the console."""
@@ -119,11 +131,16 @@ class Trainer(ResumableTrainer):
     @classmethod
     def build_step(cls, cfg: CfgNode, model: nn.Module) -> TrainStep:
         """The step that trains ``model``, with its optimizer."""
+        freeze_parameters(cfg, model)
+        checkpoint_activations(cfg, model)
+        dtype = training_dtype(cfg)
         return TrainStep(
             model=_distribute(model),
             optimizer=cls.build_optimizer(cfg, model),
             clipper=GradientClipper.from_config(cfg),
-            amp=_uses_amp(cfg),
+            amp=dtype is not None,
+            amp_dtype=dtype or torch.float16,
+            accumulation_steps=cfg.SOLVER.ACCUMULATION_STEPS,
         )
 
     @classmethod
@@ -174,10 +191,11 @@ class Trainer(ResumableTrainer):
             for index, name in enumerate(cfg.DATASETS.TEST):
                 loader = cls.build_test_loader(cfg, name)
                 evaluator = evaluators[index] if evaluators else cls._evaluator_with_speed(cfg, name, timer)
-                results[name] = inference_on_dataset(model, loader, evaluator)
-                if cfg.TEST.LOSS:
-                    losses = validation_losses(cfg, model, name)
-                    results[name] |= {"loss": losses} if comm.is_main_process() else {}
+                with evaluation_autocast(cfg):
+                    results[name] = inference_on_dataset(model, loader, evaluator)
+                    losses = validation_losses(cfg, model, name) if cfg.TEST.LOSS else {}
+                if losses and comm.is_main_process():
+                    results[name]["loss"] = losses
         if len(results) == 1:
             results = next(iter(results.values()))
         if comm.is_main_process():
@@ -201,10 +219,3 @@ def _distribute(model: nn.Module) -> nn.Module:
     device = next(model.parameters()).device
     device_ids = None if device.type == "cpu" else [device.index]
     return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
-
-
-def _uses_amp(cfg: CfgNode) -> bool:
-    if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu":
-        logger.info("SOLVER.AMP.ENABLED has no effect on the CPU: training in fp32.")
-        return False
-    return cfg.SOLVER.AMP.ENABLED

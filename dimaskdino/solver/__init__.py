@@ -6,12 +6,12 @@ from dimaskdino.solver.optimizer import (
     GradientClipper,
     build_optimizer,
     check_optimizer_state,
-    parameter_groups,
     reorder_state,
     restored_settings,
     warn_of_kept_settings,
 )
-from dimaskdino.solver.schedule import build_lr_scheduler
+from dimaskdino.solver.parameters import freeze_parameters, parameter_groups
+from dimaskdino.solver.schedule import build_lr_scheduler, scale_learning_rate
 
 __all__ = [
     "NEW_RUN",
@@ -20,8 +20,10 @@ __all__ = [
     "build_optimizer",
     "check_optimizer_state",
     "check_solver",
+    "freeze_parameters",
     "parameter_groups",
     "reorder_state",
     "restored_settings",
+    "scale_learning_rate",
     "warn_of_kept_settings",
 ]

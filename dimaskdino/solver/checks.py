@@ -7,6 +7,7 @@ from detectron2.config import CfgNode
 
 from dimaskdino.errors import ConfigError, check_choice
 from dimaskdino.solver.optimizer import OPTIMIZERS, GradientClipper
+from dimaskdino.solver.parameters import parameter_rules
 from dimaskdino.solver.schedule import schedule_names
 
 WARMUP_METHODS = ("linear", "constant")
@@ -14,6 +15,7 @@ WARMUP_METHODS = ("linear", "constant")
 AT_LEAST = {
     "BASE_LR": 0.0,
     "BACKBONE_MULTIPLIER": 0.0,
+    "LAYER_DECAY": 0.0,
     "WEIGHT_DECAY": 0.0,
     "WEIGHT_DECAY_NORM": 0.0,
     "WEIGHT_DECAY_EMBED": 0.0,
@@ -22,7 +24,9 @@ AT_LEAST = {
     "WARMUP_ITERS": 0,
     "MAX_ITER": 1,
     "IMS_PER_BATCH": 1,
+    "ACCUMULATION_STEPS": 1,
     "REFERENCE_WORLD_SIZE": 0,
+    "REFERENCE_BATCH_SIZE": 0,
     "CHECKPOINT_PERIOD": 0,
 }
 MEANINGS = {
@@ -49,6 +53,14 @@ def check_solver(cfg: CfgNode, num_processes: int) -> None:
         _check_at_least(name, solver[name], least)
     _check_steps(list(solver.STEPS))
     _check_batch(cfg, num_processes)
+    if solver.REFERENCE_BATCH_SIZE and solver.REFERENCE_WORLD_SIZE:
+        raise ConfigError(
+            "SOLVER.REFERENCE_BATCH_SIZE and SOLVER.REFERENCE_WORLD_SIZE both scale the learning rate; set one "
+            "of them to 0."
+        )
+    if not 0 <= solver.EMA.DECAY < 1:
+        raise ConfigError(f"SOLVER.EMA.DECAY is {solver.EMA.DECAY}; it must be at least 0 and below 1.")
+    parameter_rules(cfg)
     GradientClipper.from_config(cfg)
 
 
@@ -67,11 +79,12 @@ def _check_steps(steps: list[Any]) -> None:
 
 def _check_batch(cfg: CfgNode, num_processes: int) -> None:
     """Check that the processes share a batch evenly; the trainer scales the batch from a reference number of them."""
-    reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
+    reference, steps = cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER.ACCUMULATION_STEPS
     sharing = reference or num_processes
-    if cfg.SOLVER.IMS_PER_BATCH % sharing:
+    if cfg.SOLVER.IMS_PER_BATCH % (sharing * steps):
         of = "SOLVER.REFERENCE_WORLD_SIZE" if reference else "this job"
+        parts = f" times the {steps} parts of SOLVER.ACCUMULATION_STEPS" if steps > 1 else ""
         raise ConfigError(
             f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH} ({MEANINGS['IMS_PER_BATCH']}); it must be a multiple "
-            f"of the {sharing} processes of {of}."
+            f"of the {sharing} processes of {of}{parts}."
         )

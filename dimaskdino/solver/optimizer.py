@@ -1,7 +1,8 @@
 """The optimizer of the releases: AdamW with a slower backbone and no decay on norms and embeddings."""
 
 import logging
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,20 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dimaskdino.errors import CheckpointError, check_choice
+from dimaskdino.solver.parameters import ParameterGroups, parameter_groups
 
 logger = logging.getLogger(__name__)
-
-NORMS = (
-    nn.modules.batchnorm._NormBase,  # batch, synchronised batch and instance norm of every dimension
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.LocalResponseNorm,
-    nn.RMSNorm,
-)
-# Position tables of Swin: learned offsets that neither release decays.
-UNDECAYED_NAMES = ("relative_position_bias_table", "absolute_pos_embed")
-
-ParameterGroups = list[dict[str, Any]]
 
 
 def _adamw(groups: ParameterGroups, cfg: CfgNode) -> Optimizer:
@@ -39,7 +29,7 @@ OPTIMIZERS = {"ADAMW": _adamw, "SGD": _sgd}
 NEW_RUN = "start a new run with MODEL.WEIGHTS set to the checkpoint"
 # Settings of a parameter group that a checkpoint restores: in words, and the keys that set them.
 RESTORED = {
-    "initial_lr": ("learning rates", "SOLVER.BASE_LR and BACKBONE_MULTIPLIER"),
+    "initial_lr": ("learning rates", "SOLVER.BASE_LR, BACKBONE_MULTIPLIER, LAYER_DECAY and PARAM_GROUPS"),
     "weight_decay": ("weight decays", "SOLVER.WEIGHT_DECAY, WEIGHT_DECAY_NORM and WEIGHT_DECAY_EMBED"),
     "momentum": ("momenta", "SOLVER.MOMENTUM"),
 }
@@ -51,43 +41,6 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     for group in groups:
         logger.info("%d parameters: lr %g, weight decay %g", len(group["params"]), group["lr"], group["weight_decay"])
     return OPTIMIZERS[cfg.SOLVER.OPTIMIZER](groups, cfg)
-
-
-def parameter_groups(cfg: CfgNode, model: nn.Module) -> ParameterGroups:
-    """Trainable parameters grouped by learning rate and weight decay, each parameter once.
-
-    Returns:
-        Groups ``{"params": [...], "lr": float, "weight_decay": float}`` in the order in which the model names their
-        first members, so that a saved optimizer state fits the same model again.
-    """
-    by_setting: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for module_name, module, name, parameter in _trainable_parameters(model):
-        setting = (_learning_rate(cfg, module_name), _weight_decay(cfg, module, name))
-        by_setting.setdefault(setting, []).append(parameter)
-    return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in by_setting.items()]
-
-
-def _trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
-    """Yield (module name, module, name within it, parameter); a shared parameter belongs to its first module."""
-    seen: set[nn.Parameter] = set()
-    for module_name, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.requires_grad and parameter not in seen:
-                seen.add(parameter)
-                yield module_name, module, name, parameter
-
-
-def _learning_rate(cfg: CfgNode, module_name: str) -> float:
-    factor = cfg.SOLVER.BACKBONE_MULTIPLIER if "backbone" in module_name else 1.0
-    return cfg.SOLVER.BASE_LR * factor
-
-
-def _weight_decay(cfg: CfgNode, module: nn.Module, name: str) -> float:
-    if isinstance(module, nn.Embedding):
-        return cfg.SOLVER.WEIGHT_DECAY_EMBED
-    if isinstance(module, NORMS):
-        return cfg.SOLVER.WEIGHT_DECAY_NORM
-    return 0.0 if name in UNDECAYED_NAMES else cfg.SOLVER.WEIGHT_DECAY
 
 
 class GradientClipper:
@@ -119,14 +72,24 @@ class GradientClipper:
         Returns:
             The global norm of the gradients before clipping, a scalar.
         """
-        limit = self.limit if self.clip_type == "full_model" else float("inf")
-        norm = nn.utils.clip_grad_norm_(parameters, limit, self.norm_type)
-        if self.clip_type == "norm":
-            for parameter in parameters:
-                nn.utils.clip_grad_norm_(parameter, self.limit, self.norm_type)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients, self.norm_type)
+        if self.clip_type == "full_model" and self.limit < math.inf:
+            nn.utils.clip_grads_with_norm_(parameters, self.limit, norm)
+        elif self.clip_type == "norm" and gradients:
+            _scale_each(gradients, self.limit, self.norm_type)
         elif self.clip_type == "value":
             nn.utils.clip_grad_value_(parameters, self.limit)
         return norm
+
+
+def _scale_each(gradients: list[Tensor], limit: float, norm_type: float) -> None:
+    """Scale each gradient to a norm of at most ``limit``."""
+    factors = torch._foreach_add(torch._foreach_norm(gradients, norm_type), 1e-6)
+    torch._foreach_reciprocal_(factors)
+    torch._foreach_mul_(factors, limit)
+    torch._foreach_clamp_max_(factors, 1.0)
+    torch._foreach_mul_(gradients, factors)
 
 
 def reorder_state(

@@ -1,5 +1,7 @@
 """Learning-rate schedules: detectron2's, and the polynomial one of the releases' semantic configurations."""
 
+import logging
+
 from detectron2.config import CfgNode
 from detectron2.solver import LRMultiplier
 from detectron2.solver import build_lr_scheduler as build_detectron2_lr_scheduler
@@ -7,6 +9,8 @@ from fvcore.common.param_scheduler import ParamScheduler
 from torch.optim import Optimizer
 
 from dimaskdino.compat import lr_schedules
+
+logger = logging.getLogger(__name__)
 
 _POLYNOMIAL = "WarmupPolyLR"
 
@@ -34,6 +38,26 @@ class WarmupPolynomial(ParamScheduler):
             return max(decay, self.floor)
         done = where / self.warmup_share
         return decay * (self.warmup_start + (1.0 - self.warmup_start) * done)
+
+
+def scale_learning_rate(cfg: CfgNode) -> CfgNode:
+    """``cfg`` with SOLVER.BASE_LR in proportion to the images per iteration, if SOLVER.REFERENCE_BATCH_SIZE is set."""
+    reference, images = cfg.SOLVER.REFERENCE_BATCH_SIZE, cfg.SOLVER.IMS_PER_BATCH
+    if reference in (0, images):
+        return cfg
+    scaled = cfg.clone()
+    scaled.defrost()
+    scaled.SOLVER.BASE_LR = cfg.SOLVER.BASE_LR * images / reference
+    if cfg.is_frozen():
+        scaled.freeze()
+    logger.info(
+        "SOLVER.BASE_LR %g is for %d images per iteration (SOLVER.REFERENCE_BATCH_SIZE); with %d, it is %g.",
+        cfg.SOLVER.BASE_LR,
+        reference,
+        images,
+        scaled.SOLVER.BASE_LR,
+    )
+    return scaled
 
 
 def schedule_names(cfg: CfgNode) -> list[str]:

@@ -62,10 +62,11 @@ class StagePrediction:
         """Name of the stage."""
         return self.stage.name
 
-    def split(self, num_denoising: int) -> tuple["StagePrediction", "StagePrediction"]:
-        """The predictions of the first ``num_denoising`` queries, which are denoising ones, and those of the others."""
-        first = self._take(slice(None, num_denoising))
-        return replace(first, stage=self.stage.of_denoising()), self._take(slice(num_denoising, None))
+    def split(self, denoising: "DenoisingQueries") -> tuple["StagePrediction", "StagePrediction"]:
+        """The predictions of the denoising queries, which come first, and those of the others; none of the padding."""
+        start, end = denoising.num_padding, denoising.num_padding + denoising.num_queries
+        first = self._take(slice(start, end))
+        return replace(first, stage=self.stage.of_denoising()), self._take(slice(end, None))
 
     def _take(self, queries: slice) -> "StagePrediction":
         masks = self.masks and replace(self.masks, embed=self.masks.embed[:, queries])
@@ -93,16 +94,20 @@ class DenoisingQueries:
     """Noised ground truth, in groups, to be put in front of the matching queries.
 
     Attributes:
-        tokens: (B, P, .) with P = groups * places per group; unused places hold zeros at the box (.5, .5, .5, .5).
-        matches: for each image the (query, target) indices that belong together, each (m,) int64.
+        tokens: (B, padding + P, .) with P = groups * places per group; unused places and the padding in front
+            hold zeros at the box (.5, .5, .5, .5).
+        matches: for each image the (query, target) indices that belong together, each (m,) int64; queries count from
+            the first group.
         num_groups: copies of every object.
         group_size: places per group.
+        num_padding: queries before the groups that stand for nothing.
     """
 
     tokens: Tokens
     matches: Matches
     num_groups: int
     group_size: int
+    num_padding: int = 0
 
     @property
     def num_queries(self) -> int:
@@ -110,15 +115,17 @@ class DenoisingQueries:
         return self.num_groups * self.group_size
 
     def attention_mask(self, num_matching: int) -> Tensor:
-        """(P + Q, P + Q) bool, True where a query must not see another.
+        """(padding + P + Q, padding + P + Q) bool, True where a query must not see another.
 
         Groups do not see each other, matching queries see no denoising query; denoising queries see the matching ones.
+        Nothing sees the padding but itself.
         """
         device = self.tokens.content.device
         group = torch.arange(self.num_queries, device=device) // max(self.group_size, 1)
-        group = torch.cat((group, group.new_full((num_matching,), -1)))
+        padding, matching = group.new_full((self.num_padding,), -2), group.new_full((num_matching,), -1)
+        group = torch.cat((padding, group, matching))
         other_group = group[:, None] != group[None, :]
-        return other_group & (group[None, :] >= 0)
+        return other_group & (group[None, :] != -1)
 
 
 @dataclass(frozen=True)

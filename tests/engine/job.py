@@ -166,10 +166,11 @@ def kill_and_resume(cfg: Config, folder: Path) -> list[dict[str, Tensor]]:
 
 
 def resumable(cfg: Config, output: Path) -> Config:
-    """Eight iterations of a model that draws random numbers, in a folder of their own."""
+    """Eight iterations of two parts each, of a model that draws random numbers, in a folder of their own."""
     cfg = cfg.clone()
     cfg.merge_from_list(["MODEL.META_ARCHITECTURE", "RandomToyDetector", "INPUT.RANDOM_FLIP", "horizontal"])
     cfg.merge_from_list(["SOLVER.MAX_ITER", 8, "SOLVER.STEPS", (), "SOLVER.CHECKPOINT_PERIOD", 4])
+    cfg.merge_from_list(["SOLVER.IMS_PER_BATCH", 4, "SOLVER.ACCUMULATION_STEPS", 2])
     cfg.merge_from_list(["DATASETS.TEST", (), "DATALOADER.ASPECT_RATIO_GROUPING", True, "OUTPUT_DIR", str(output)])
     return cfg
 

@@ -79,6 +79,14 @@ def test_killed_run_goes_on_exactly(cfg: Config) -> None:
         assert_same_run(killed, train(killed, resume=True), cfg, whole)
 
 
+def test_killed_run_with_accumulation_goes_on_exactly(cfg: Config) -> None:
+    cfg.merge_from_list(["SOLVER.MAX_ITER", 8, "SOLVER.STEPS", (), "SOLVER.ACCUMULATION_STEPS", 2])
+    whole = train(cfg)
+    killed = elsewhere(cfg, "killed")
+    train(killed, kill_at=6)
+    assert_same_run(killed, train(killed, resume=True), cfg, whole)
+
+
 @pytest.mark.parametrize("sampler", ["TrainingSampler", "RepeatFactorTrainingSampler"])
 def test_other_number_of_workers_changes_nothing(cfg: Config, sampler: str) -> None:
     cfg.merge_from_list(["DATALOADER.SAMPLER_TRAIN", sampler, "DATALOADER.REPEAT_THRESHOLD", 0.9])

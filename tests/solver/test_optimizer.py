@@ -250,3 +250,15 @@ def test_kept_settings_are_warned_of(pairs: list[object], message: list[str], ca
         warn_of_kept_settings(restored_settings(build_optimizer(cfg_with(*sgd, *pairs), Parts())), kept)
     assert len(caplog.records) == 1
     assert all(part in caplog.text for part in message)
+
+
+def test_scaling_each_gradient_is_that_of_torch() -> None:
+    torch.manual_seed(0)
+    ours, theirs = ([nn.Parameter(torch.zeros(size)) for size in (3, 5, 2)] for _ in range(2))
+    for index, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+        one.grad = torch.randn(one.shape) * 10.0 ** (index - 1)
+        other.grad = one.grad.clone()
+        nn.utils.clip_grad_norm_(other, 0.5)
+    GradientClipper(clip_type="norm", limit=0.5)([*ours, nn.Parameter(torch.zeros(1))])
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one.grad, other.grad)

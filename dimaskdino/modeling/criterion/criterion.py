@@ -1,6 +1,7 @@
 """The training loss: every supervised stage, matched and weighed by a short list of terms."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,11 +22,27 @@ from dimaskdino.modeling.criterion.terms import (
     Supervision,
 )
 from dimaskdino.modeling.transformer_decoder.checks import uses_no_object_class
-from dimaskdino.structures import DecoderOutput, DenoisingQueries, Stage, Targets
+from dimaskdino.structures import DecoderOutput, DenoisingQueries, Matches, Stage, StagePrediction, Targets
+
+
+@dataclass(frozen=True)
+class StepObjects:
+    """The objects of all images of an optimization step, where a batch is a part of it.
+
+    Attributes:
+        of_images: objects of each image.
+        denoised: those that one group of denoising queries has room for.
+    """
+
+    of_images: Sequence[int]
+    denoised: Sequence[int]
 
 
 class Criterion(nn.Module):
     """Weighted losses of every stage.
+
+    Attributes:
+        step: what the losses are divided by instead of the objects of their batch; None unless gradients accumulate.
 
     Args:
         terms: of the loss, in the order of their names in the logs.
@@ -49,6 +66,7 @@ class Criterion(nn.Module):
         self.terms, self.matcher = list(terms), matcher
         self.denoising, self.deep_supervision = denoising, deep_supervision
         self.learned_queries_skip_first = learned_queries_skip_first
+        self.step: StepObjects | None = None
 
     @classmethod
     def from_config(cls, cfg: CfgNode, sampler: PointSampler | None = None) -> dict[str, Any]:
@@ -108,11 +126,13 @@ class Criterion(nn.Module):
 
     def _supervise(self, output: DecoderOutput, targets: Sequence[Targets]) -> list[Supervision]:
         """Every stage to supervise, with its matches."""
-        objects, denoised = _count_objects(targets, output.denoising)
+        objects, denoised = _count_objects(targets, output.denoising, self.step)
         stages = [each for each in output.stages if self._is_supervised(each.stage)]
         matches = self.matcher(stages, targets)
         supervisions = [
-            Supervision(stage, of_stage, objects, use_masks=stage.masks is not None)
+            Supervision(
+                stage, of_stage, objects, use_masks=stage.masks is not None, elsewhere=self._elsewhere(stage, of_stage)
+            )
             for stage, of_stage in zip(stages, matches, strict=True)
         ]
         if output.denoising is None:
@@ -120,11 +140,25 @@ class Criterion(nn.Module):
         total = denoised * output.denoising.num_groups
         return supervisions + [
             Supervision(
-                each, output.denoising.matches, total, use_masks=self.denoising == "seg" and each.masks is not None
+                each,
+                output.denoising.matches,
+                total,
+                use_masks=self.denoising == "seg" and each.masks is not None,
+                elsewhere=self._elsewhere(each, output.denoising.matches, output.denoising.num_groups),
             )
             for each in output.denoising_stages
             if self._is_denoised(each.stage, output)
         ]
+
+    def _elsewhere(self, prediction: StagePrediction, matches: Matches, num_groups: int = 0) -> tuple[int, int]:
+        """Queries and matched pairs of a stage in the other batches of the step."""
+        if self.step is None:
+            return 0, 0
+        num_queries = prediction.logits.shape[1]
+        in_step = [min(count, num_queries) for count in self.step.of_images]
+        pairs = num_groups * sum(self.step.denoised) if num_groups else sum(in_step)
+        others = len(in_step) - len(matches)
+        return others * num_queries, pairs - sum(len(query) for query, _ in matches)
 
     def _is_supervised(self, stage: Stage) -> bool:
         return self.deep_supervision or stage.place is None
@@ -153,11 +187,16 @@ def _suffix(supervision: Supervision) -> str:
     return supervision.prediction.stage.loss_suffix
 
 
-def _count_objects(targets: Sequence[Targets], denoising: DenoisingQueries | None) -> tuple[Tensor, Tensor]:
+def _count_objects(
+    targets: Sequence[Targets], denoising: DenoisingQueries | None, step: StepObjects | None
+) -> tuple[Tensor, Tensor]:
     """Objects, and those that are denoised (one group), per process: scalars, at least 1, that stay on the device."""
-    objects = sum(len(target) for target in targets)
-    pairs = sum(len(query) for query, _ in denoising.matches) if denoising else 0
-    denoised = pairs // denoising.num_groups if denoising else 0
+    if step is not None:
+        objects, denoised = sum(step.of_images), sum(step.denoised)
+    else:
+        objects = sum(len(target) for target in targets)
+        pairs = sum(len(query) for query, _ in denoising.matches) if denoising else 0
+        denoised = pairs // denoising.num_groups if denoising else 0
     # Filled on the device: the host would have to wait for numbers that it copies there.
     device = targets[0].labels.device
     counts = torch.stack([torch.full((), float(count), device=device) for count in (objects, denoised)])

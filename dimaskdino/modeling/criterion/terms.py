@@ -34,12 +34,14 @@ class Supervision:
         matches: (query, object) indices of each image.
         num_objects: scalar that its losses are divided by.
         use_masks: whether its masks are supervised.
+        elsewhere: its queries and matched pairs in the other batches of the same optimization step.
     """
 
     prediction: StagePrediction
     matches: Matches
     num_objects: Tensor
     use_masks: bool
+    elsewhere: tuple[int, int] = (0, 0)
 
 
 class SupervisedStages:
@@ -54,6 +56,7 @@ class SupervisedStages:
         matches: of the stages.
         targets: the objects of the batch in one row.
         num_objects: (S,) what the losses of each stage are divided by.
+        elsewhere: of the stages.
         image: (N,) int64, image of each pair.
         query: (N,) int64, its query in the row of all queries.
         object: (N,) int64, its object in ``targets``.
@@ -64,6 +67,7 @@ class SupervisedStages:
         self.matches = [supervision.matches for supervision in supervisions]
         self.targets = JoinedTargets(targets)
         self.num_objects = torch.stack([supervision.num_objects for supervision in supervisions])
+        self.elsewhere = [supervision.elsewhere for supervision in supervisions]
         self._num_pairs = [sum(len(query) for query, _ in matches) for matches in self.matches]
         self._num_queries = [prediction.logits.shape[1] for prediction in self.predictions]
         starts = [sum(self._num_queries[:index]) for index in range(len(self._num_queries))]
@@ -156,8 +160,12 @@ class SoftmaxClassLoss:
         logits, labels = stages.logits(), stages.labels(self.num_classes)
         losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
         weights = torch.ones_like(losses).masked_fill(labels == self.num_classes, self.no_object_weight)
+        total = stages.sum_queries(weights)
+        if any(queries for queries, _ in stages.elsewhere):
+            others = [pairs + (queries - pairs) * self.no_object_weight for queries, pairs in stages.elsewhere]
+            total = total + total.new_tensor(others)
         # A batch without objects has no weight at all where no_object_weight is 0.
-        total = stages.sum_queries(weights).clamp(min=1e-6)
+        total = total.clamp(min=1e-6)
         return {"loss_ce": self.weight * stages.sum_queries(weights * losses) / total}
 
 

@@ -1,6 +1,7 @@
 """Images to losses (training) or results (evaluation)."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from dimaskdino.errors import ConfigError
 from dimaskdino.layers.padding import PaddedBatch
-from dimaskdino.modeling.criterion import Criterion, PointSampler
+from dimaskdino.modeling.criterion import Criterion, PointSampler, StepObjects
+from dimaskdino.modeling.policies import compile_layers, use_channels_last
 from dimaskdino.modeling.postprocessing import Frame, PostProcessor, class_mask, mean_feature, thing_classes
 from dimaskdino.modeling.registry import get_registered
 from dimaskdino.structures import DecoderOutput, Stage, Targets
@@ -164,6 +166,18 @@ class DIMaskDINO(nn.Module):
         ]
         return self.criterion(self.sem_seg_head(features, targets, **padding), targets)
 
+    @contextlib.contextmanager
+    def losses_are_parts_of(self, batched_inputs: Sequence[dict[str, Any]]) -> Iterator[None]:
+        """While it is entered, losses are parts of those of ``batched_inputs``: divided by the objects of all of it."""
+        counts = [len(given["instances"]) for given in batched_inputs]
+        denoising = getattr(self.sem_seg_head.predictor, "denoising", None)
+        room = getattr(denoising, "num_denoised", int)
+        self.criterion.step = StepObjects(counts, [room(count) for count in counts])
+        try:
+            yield
+        finally:
+            self.criterion.step = None
+
     def check_supported(self) -> None:
         """Refuse what the model cannot compute.
 
@@ -218,11 +232,16 @@ class DIMaskDINO(nn.Module):
 def build_model(cfg: CfgNode) -> nn.Module:
     """detectron2's build_model: the model that MODEL.META_ARCHITECTURE names, on MODEL.DEVICE.
 
+    It is computed as MODEL.COMPILE and MODEL.CHANNELS_LAST say.
+
     Raises:
         ConfigError: no model is registered under that name.
     """
     get_registered(META_ARCH_REGISTRY, cfg.MODEL.META_ARCHITECTURE, "MODEL.META_ARCHITECTURE")
-    return build_detectron2_model(cfg)
+    model = build_detectron2_model(cfg)
+    use_channels_last(cfg, model)
+    compile_layers(cfg, model)
+    return model
 
 
 def needs_masks(cfg: CfgNode) -> bool:

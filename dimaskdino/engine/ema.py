@@ -1,0 +1,79 @@
+"""The exponential moving average of a model's weights (SOLVER.EMA)."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import HookBase
+from torch import Tensor, nn
+
+
+class AveragedWeights:
+    """Averages the trainable parameters of a model; all else in :meth:`state_dict` is the model's own.
+
+    Args:
+        model: not wrapped for distribution; its parameters are the same in all processes, and so is their average.
+        decay: the part of the average that stays, in [0, 1).
+    """
+
+    def __init__(self, model: nn.Module, *, decay: float) -> None:
+        self._model, self._decay = model, decay
+        self._parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        self._average = {name: p.clone() for name, p in self._parameters.items()}
+
+    @torch.no_grad()
+    def update(self, iteration: int) -> None:
+        """Move the average towards the weights, in one pass over all of them.
+
+        Args:
+            iteration: of the training, from 0 on; early averages forget faster, or they would hold the initial weights.
+        """
+        decay = min(self._decay, (1 + iteration) / (10 + iteration))
+        torch._foreach_lerp_(list(self._average.values()), list(self._parameters.values()), 1 - decay)
+
+    def of_model(self) -> dict[str, Tensor]:
+        """The model's own weights, to start anew from."""
+        return self._parameters
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The weights of the averaged model."""
+        return {**self._model.state_dict(), **self._average}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take the average from ``state``, which has all parameters."""
+        for name, average in self._average.items():
+            average.copy_(state[name])
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """While it is entered, the model has the averaged weights."""
+        own = [parameter.clone() for parameter in self._parameters.values()]
+        with torch.no_grad():
+            torch._foreach_copy_(list(self._parameters.values()), list(self._average.values()))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(list(self._parameters.values()), own)
+
+
+class UpdateAverage(HookBase):
+    """Updates the average after every step; register it before the hooks that evaluate and save."""
+
+    def __init__(self, average: AveragedWeights) -> None:
+        self._average = average
+
+    def after_step(self) -> None:
+        """Update."""
+        self._average.update(self.trainer.iter)
+
+
+def in_ema_folder(cfg: CfgNode) -> CfgNode:
+    """``cfg`` for the evaluation of the average, whose results are under OUTPUT_DIR/ema."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR) / "ema")
+    return cfg
