@@ -232,7 +232,9 @@ def _prepare(cfg: Config, device: str | None, refinement: Refinement) -> None:
     """Set the keys that prediction decides."""
     node = cfg.MODEL.MaskDINO.TEST
     cfg.MODEL.DEVICE = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    cfg.MODEL.WEIGHTS, cfg.MODEL.TIMM.PRETRAINED, cfg.TEST.EVAL_LAYERS = "", False, []
+    cfg.MODEL.WEIGHTS, cfg.TEST.EVAL_LAYERS = "", []
+    if not cfg.SOLVER.CHECKPOINT_WITHOUT_FROZEN:
+        cfg.MODEL.TIMM.PRETRAINED = cfg.MODEL.VIT.PRETRAINED = False
     node.MIN_SCORE = max(node.MIN_SCORE, refinement.least_score)
     cfg.TEST.DETECTIONS_PER_IMAGE = max(cfg.TEST.DETECTIONS_PER_IMAGE, refinement.max_detections or 0)
 

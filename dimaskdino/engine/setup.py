@@ -17,16 +17,21 @@ from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 
 from dimaskdino.command_line import add_import_flag, import_modules
-from dimaskdino.compat import training_samplers
 from dimaskdino.config import Config, get_cfg, report_unused_keys
 from dimaskdino.cpu import keep_freed_memory
 from dimaskdino.data import register_all
+from dimaskdino.data.augmentations import copy_paste, own_augmentations
+from dimaskdino.data.fields import check_field_names
+from dimaskdino.data.folds import check_folds
 from dimaskdino.data.mapper import MAPPER_REGISTRY
+from dimaskdino.data.orders import check_sampler
 from dimaskdino.data.validation.start import check_datasets
 from dimaskdino.engine.best import check_best
+from dimaskdino.engine.own_hooks import check_hooks
 from dimaskdino.engine.run_folder import setup_loggers
 from dimaskdino.engine.signals import check_not_locked
 from dimaskdino.errors import ConfigError, UserError, check_choice, file_errors_in_one_line
+from dimaskdino.evaluation import check_evaluators
 from dimaskdino.modeling.meta_arch import needs_masks
 from dimaskdino.modeling.registry import get_registered
 from dimaskdino.solver import check_solver
@@ -134,6 +139,7 @@ def load_config(args: Namespace) -> Config:
     if args.config_file:
         cfg.merge_from_file(args.config_file)
     cfg.merge_from_list(args.opts)
+    cfg.IMPORTS = list(args.modules)
     if args.eval_layers:
         cfg.TEST.EVAL_LAYERS = args.eval_layers.split(",")
     return cfg
@@ -154,7 +160,13 @@ def _check(cfg: Config, *, train: bool) -> None:
     if train:
         check_solver(cfg, comm.get_world_size())
         check_best(cfg)
-        check_choice("DATALOADER.SAMPLER_TRAIN", cfg.DATALOADER.SAMPLER_TRAIN, training_samplers(cfg))
+        check_sampler(cfg)
+        check_hooks(cfg)
+        own_augmentations(cfg)
+        copy_paste(cfg)
+    check_folds(cfg)
+    check_field_names(cfg.INPUT.ANNOTATION_FIELDS)
+    check_evaluators(cfg)
     get_registered(MAPPER_REGISTRY, cfg.INPUT.DATASET_MAPPER_NAME, "INPUT.DATASET_MAPPER_NAME")
     register_all(cfg=cfg)  # A panoptic model asks its datasets which classes are things.
     _check_model(cfg, train=train)
@@ -165,7 +177,7 @@ def _check_model(cfg: Config, *, train: bool) -> None:
     """Build the model without memory for its weights, so that mistakes in its keys come before data is read."""
     meta_arch = get_registered(META_ARCH_REGISTRY, cfg.MODEL.META_ARCHITECTURE, "MODEL.META_ARCHITECTURE")
     cfg = cfg.clone()
-    cfg.MODEL.TIMM.PRETRAINED = False  # No download yet.
+    cfg.MODEL.TIMM.PRETRAINED = cfg.MODEL.VIT.PRETRAINED = False  # No download yet.
     try:
         with torch.device("meta"):
             model = meta_arch(cfg).train(train)

@@ -29,6 +29,7 @@ from dimaskdino.engine.hooks import (
     RepeatablePreciseBN,
     WriteRecords,
 )
+from dimaskdino.engine.own_hooks import build_own_hooks
 from dimaskdino.engine.resumable import ResumableTrainer
 from dimaskdino.engine.run_folder import build_writers, inference_folder, read_run_id, write_config
 from dimaskdino.engine.train_step import TrainStep
@@ -62,6 +63,7 @@ class Trainer(ResumableTrainer):
         names = class_names(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else ()
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, class_names=names, trainer=weakref.proxy(self))
         self.checkpointer.run_id = read_run_id(Path(cfg.OUTPUT_DIR))
+        self.checkpointer.leaves_out_frozen = cfg.SOLVER.CHECKPOINT_WITHOUT_FROZEN
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase | None]:
@@ -85,6 +87,7 @@ class Trainer(ResumableTrainer):
             options = {"patience": cfg.TEST.EARLY_STOP_PATIENCE, "eval_period": cfg.TEST.EVAL_PERIOD}
             self._best = KeepBest(cfg.TEST.BEST_METRIC, checkpointer=self.checkpointer, **options)
             hooks.append(self._best)
+        hooks += build_own_hooks(cfg)
         if comm.is_main_process():
             hooks += [WriteRecords(self.build_writers(), eval_period=cfg.TEST.EVAL_PERIOD), ProgressLog()]
         return hooks

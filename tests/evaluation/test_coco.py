@@ -23,7 +23,7 @@ from pycocotools.cocoeval import COCOeval
 
 from dimaskdino.config import get_cfg
 from dimaskdino.data.validation.start import check_datasets
-from dimaskdino.errors import DatasetError, UserError
+from dimaskdino.errors import ConfigError, DatasetError, UserError
 from dimaskdino.evaluation import (
     EVALUATOR_REGISTRY,
     CocoEvaluator,
@@ -32,6 +32,7 @@ from dimaskdino.evaluation import (
     check_classes,
 )
 from dimaskdino.evaluation.coco import coco_precision
+from dimaskdino.evaluation.coco_options import CocoOptions
 from dimaskdino.evaluation.truth import make_truth
 
 CASES = Path(__file__).parents[1] / "data" / "cases"
@@ -613,3 +614,39 @@ def test_stages_without_masks_have_no_mask_columns(dataset: str, tmp_path: Path)
     assert (tmp_path / "out" / "layers.csv").read_text().splitlines() == [
         *("stage,box_AP", "layer.0,0.0", f"layer.1,{results['layers']['layer.1/box_AP']}")
     ]
+
+
+def test_further_limits_and_areas_are_reported(register: Callable[..., str], tmp_path: Path) -> None:
+    name, found = dense_case(register, 176)
+    truth = json.loads((CASES / "02-dense-over-100" / "val.json").read_text())
+    areas = sorted(a["bbox"][2] * a["bbox"][3] for a in truth["annotations"])
+    cut = (areas[0] + areas[-1]) / 2
+    cfg = get_cfg()
+    cfg.TEST.COCO.LIMITS, cfg.TEST.COCO.AREA_RANGES = [10, 88, 300], [["low", 0, cut], ["none", 1e8, 1e9]]
+    options = CocoOptions.from_config(cfg)
+    evaluator = CocoEvaluator(dataset_name=name, output_dir=str(tmp_path), max_detections=400, options=options)
+    scores = scores_of(evaluator, {1: found})["bbox"]
+    # All detections are right, so recall is what the limit leaves of 176 objects.
+    assert [scores[f"AR@{limit}"] for limit in (10, 88, 300)] == pytest.approx([1000 / 176, 50.0, 100.0])
+    assert scores["AP@300"] == pytest.approx(100.0)
+    assert scores["AP"] == pytest.approx(100 * 57 / 101)
+    assert 0 < scores["AR_low"] < 100
+    assert math.isnan(scores["AP_none"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("LIMITS", [0]),
+        ("LIMITS", [1.5]),
+        ("AREA_RANGES", [["tiny", 5]]),
+        ("AREA_RANGES", [["tiny", 9, 5]]),
+        ("AREA_RANGES", [["tiny", 0, 5], ["tiny", 5, 9]]),
+        ("AREA_RANGES", [[0, 5, "tiny"]]),
+    ],
+)
+def test_limits_and_areas_that_are_none_are_refused(key: str, value: Any) -> None:
+    cfg = get_cfg()
+    cfg.merge_from_list([f"TEST.COCO.{key}", value])
+    with pytest.raises(ConfigError, match=rf"TEST\.COCO\.{key}"):
+        CocoOptions.from_config(cfg)
