@@ -50,15 +50,20 @@ def import_modules(names: Sequence[str]) -> None:
         _check_name(name)
         try:
             importlib.import_module(name)
-        except Exception as error:  # a module of the user's may raise anything
+        except ModuleNotFoundError as error:
             # If another module is missing, this one imports it.
-            absent = isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}.")
+            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+                raise _broken(name, error) from error
             raise ConfigError(
                 f"--import {name}: there is no module {error.name} in the current folder {folder}, in PYTHONPATH, or "
                 "among the installed packages."
-                if absent
-                else f"--import {name}: the module does not import. {_where(error)}{' '.join(str(error).split())}"
             ) from error
+        except Exception as error:  # a module of the user's may raise anything
+            raise _broken(name, error) from error
+
+
+def _broken(name: str, error: Exception) -> ConfigError:
+    return ConfigError(f"--import {name}: the module does not import. {_where(error)}{' '.join(str(error).split())}")
 
 
 def _where(error: Exception) -> str:

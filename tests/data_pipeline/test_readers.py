@@ -18,7 +18,8 @@ from dimaskdino.data import build_test_loader, build_train_loader
 from dimaskdino.data.datasets.registration import register_coco_format
 from dimaskdino.data.readers import READER_REGISTRY, image_reader
 from dimaskdino.data.validation.start import check_datasets
-from dimaskdino.errors import ConfigError, DatasetError
+from dimaskdino.errors import ConfigError, DatasetError, UserError
+from dimaskdino.predictor import Predictor
 from dimaskdino.visualization import to_picture
 from tests.tiny_model import predict, tiny_cfg
 
@@ -143,6 +144,25 @@ def test_six_channels_are_checked_trained_and_tested(six_channels: Config, tmp_p
     np.save(tmp_path / "2.npy", np.zeros((40, 64, 6), np.float32))
     with pytest.raises(DatasetError, match=r"2\.npy.*64x40.*64x48"):
         check_datasets(six_channels)
+
+
+def test_predictor_reads_as_training_does(six_channels: Config, tmp_path: Path) -> None:
+    from dimaskdino.modeling.meta_arch import build_model
+
+    torch.manual_seed(0)
+    model = build_model(six_channels)
+    torch.save({"model": model.state_dict()}, tmp_path / "weights.pth")
+    (tmp_path / "config.yaml").write_text(six_channels.dump())
+    find = Predictor(tmp_path / "config.yaml", tmp_path / "weights.pth", device="cpu")
+    found = find(str(tmp_path / "1.npy"))
+    array = np.load(tmp_path / "1.npy")
+    for other in (array, torch.from_numpy(array).permute(2, 0, 1)):
+        assert torch.equal(find(other).instances.scores, found.instances.scores)
+    assert found.draw().size[0] > 0
+    with pytest.raises(UserError, match="5 channels.*6 numbers"):
+        find(array[..., :5])
+    with pytest.raises(ConfigError, match=r"INPUT\.READER.*tile"):
+        Predictor(tmp_path / "config.yaml", tmp_path / "weights.pth", device="cpu", tile=32)
 
 
 def test_color_weights_give_the_same_with_zero_channels(six_channels: Config, tmp_path: Path, caplog) -> None:
