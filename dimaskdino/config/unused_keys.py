@@ -81,9 +81,9 @@ def _unused(cfg: CfgNode) -> Iterator[tuple[str, object]]:
         unread |= {"MODEL.DINO"}
     if cfg.SOLVER.OPTIMIZER == "ADAMW":
         unread |= {"SOLVER.MOMENTUM", "SOLVER.NESTEROV"}
-    own = own_keys()  # Only their module knows whether it reads them.
+    registered = own_keys()  # Only their module knows whether it reads them.
     for key, value in flatten(cfg):
-        if key in own:
+        if key in registered:
             continue
         below_unread = any(f"{key}.".startswith(f"{node}.") for node in unread)
         if below_unread and key not in _INHERITED and (key, value) != ("MODEL.BACKBONE.FREEZE_AT", 0):

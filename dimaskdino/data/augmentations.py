@@ -65,7 +65,7 @@ def _entries(cfg: CfgNode) -> list[tuple[str, Mapping[str, Any]]]:
     """Name and arguments of each entry: NAME, {NAME: ARGUMENTS} or [NAME, ARGUMENTS]."""
     entries = []
     for each in cfg.INPUT.AUGMENTATIONS:
-        entry = (each, {}) if isinstance(each, str) else next(iter(each.items()), ()) if _is_one(each) else each
+        entry: Any = (each, {}) if isinstance(each, str) else next(iter(each.items()), ()) if _is_one(each) else each
         name, arguments = entry if isinstance(entry, list | tuple) and len(entry) == 2 else (None, None)
         arguments = {} if arguments is None else arguments
         if not isinstance(name, str) or not isinstance(arguments, Mapping):
@@ -91,9 +91,9 @@ def _maybe(augmentation: Any, probability: float) -> Any:
     return augmentation if probability >= 1 else T.RandomApply(augmentation, prob=probability)
 
 
-def _pair(value: Any) -> list[float]:
+def _pair(value: Any) -> tuple[float, float]:
     low, high = value if isinstance(value, list | tuple) else (value, value)
-    return [float(low), float(high)]
+    return float(low), float(high)
 
 
 @AUGMENTATION_REGISTRY.register()
@@ -120,7 +120,24 @@ def MultiScaleResize(cfg: CfgNode, *, sizes: Sequence[int], max_size: int = 1333
 @AUGMENTATION_REGISTRY.register()
 def Rotate(cfg: CfgNode, *, angle: Any = (-15, 15), expand: bool = True, prob: float = 1.0) -> Any:  # noqa: N802
     """Turn by an angle in degrees, drawn from a range; ``expand`` keeps the corners."""
-    return _maybe(T.RandomRotation(_pair(angle), expand=expand), prob)
+    return _maybe(_Rotation(_pair(angle), expand=expand), prob)
+
+
+class _Rotation(T.RandomRotation):
+    """detectron2's, of images with a single channel too."""
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        turn = super().get_transform(image)
+        if not isinstance(turn, T.RotationTransform):
+            return turn
+        return _Rotated(turn.h, turn.w, turn.angle, expand=turn.expand, center=turn.center, interp=turn.interp)
+
+
+class _Rotated(T.RotationTransform):
+    def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
+        """Rotate; OpenCV drops the axis of a single channel."""
+        turned = super().apply_image(img, interp)
+        return turned.reshape(*turned.shape[:2], *img.shape[2:])
 
 
 class Turn(T.Transform):

@@ -108,23 +108,23 @@ def _resized(pasted: Instances, masks: Tensor, size: tuple[int, int]) -> Instanc
 
 def _joined(below: Instances, above: Instances) -> Instances:
     """Both, with what only some images have (see annotations_to_instances) at its default for the others."""
-    fields = {}
+    fields: dict[str, Any] = {}
     for name in {**below.get_fields(), **above.get_fields()}:
-        values = [each.get(name) if each.has(name) else _default(name, each) for each in (below, above)]
-        first = values[0]
-        fields[name] = (
-            Boxes.cat(values)
-            if isinstance(first, Boxes)
-            else BitMasks(torch.cat([each.tensor for each in values]))
-            if isinstance(first, BitMasks)
-            else _cat(values)
-        )
+        values: list[Any] = [each.get(name) if each.has(name) else _default(name, each) for each in (below, above)]
+        if isinstance(values[0], Boxes):
+            fields[name] = Boxes.cat(values)
+        elif isinstance(values[0], BitMasks):
+            fields[name] = BitMasks(torch.cat([each.tensor for each in values]))
+        else:
+            fields[name] = _cat(values)
     return Instances(below.image_size, **fields)
 
 
 def _default(name: str, instances: Instances) -> Tensor:
     if name in ("gt_mask_supervised", "gt_box_supervised"):
         return torch.ones(len(instances), dtype=torch.bool)
+    if name == "gt_box_weight":
+        return torch.ones(len(instances))
     return torch.full((len(instances),), torch.nan)
 
 

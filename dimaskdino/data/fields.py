@@ -1,5 +1,6 @@
 """Fields of annotations that are a user's own: numbers that reach the model as part of the targets."""
 
+import difflib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,6 +32,26 @@ def read_field(annotation: Mapping[str, Any], name: str) -> list[float] | float 
     if isinstance(value, list | tuple) and value and all(_is_number(each) for each in value):
         return list(value)
     raise ValueError(f"{name} is {value!r:.60}, but a field is a number or a list of numbers")
+
+
+def check_fields(annotations: Sequence[Mapping[str, Any]], names: Sequence[str], dataset: str) -> None:
+    """Look at the fields of a whole dataset before it is trained on.
+
+    Raises:
+        DatasetError: a value is no number or list of numbers, or no annotation has a field; names the closest.
+    """
+    for name in names:
+        for annotation in annotations:
+            try:
+                read_field(annotation, name)
+            except ValueError as error:
+                where = f"annotation {annotation.get('id', '')} of dataset {dataset}"
+                raise DatasetError(f"{where}: {error} (INPUT.ANNOTATION_FIELDS).") from error
+        if annotations and all(annotation.get(name) is None for annotation in annotations):
+            known = {key for annotation in annotations for key in annotation}
+            closest = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {closest[0]}?" if closest else "add it, or take the name out."
+            raise DatasetError(f"No annotation of dataset {dataset} has {name!r} (INPUT.ANNOTATION_FIELDS); {hint}")
 
 
 def fields_of(annotations: Sequence[Mapping[str, Any]], names: Sequence[str], where: str) -> dict[str, torch.Tensor]:

@@ -96,20 +96,20 @@ class InstanceMapper:
         # A copy: the pixels may be PIL's, which cannot be written to.
         mapped["image"] = torch.from_numpy(np.array(augmented.image.transpose(2, 0, 1), order="C"))
         if self.with_instances:
-            place = {
-                "transforms": transforms,
-                "source_size": source_size,
-                "target_size": augmented.image.shape[:2],
-                "num_classes": self.num_classes,
-                "file_name": entry["file_name"],
-            }
-            options = {"fields": self.fields, "annotated_boxes": self.annotated_boxes}
-            mapped["instances"] = annotations_to_instances(annotations, with_masks=self.with_masks, **place, **options)
-            if self.crowd:
-                mapped["crowd_regions"] = crowd_regions(annotations, **place)
-            if self.partial_labels:
-                mapped["unlabeled_classes"] = unlabeled_classes(entry, annotations, self.num_classes)
+            frame = {"transforms": transforms, "source_size": source_size, "target_size": augmented.image.shape[:2]}
+            mapped |= self._targets(entry, annotations, **frame)
         return mapped
+
+    def _targets(self, entry: dict[str, Any], annotations: list[Annotation], **frame: Any) -> dict[str, Any]:
+        """What the model is trained on; ``frame`` is what the image went through, and its sizes before and after."""
+        place: dict[str, Any] = {**frame, "num_classes": self.num_classes, "file_name": entry["file_name"]}
+        options = {"with_masks": self.with_masks, "fields": self.fields, "annotated_boxes": self.annotated_boxes}
+        targets: dict[str, Any] = {"instances": annotations_to_instances(annotations, **place, **options)}
+        if self.crowd:
+            targets["crowd_regions"] = crowd_regions(annotations, **place)
+        if self.partial_labels:
+            targets["unlabeled_classes"] = unlabeled_classes(entry, annotations, self.num_classes)
+        return targets
 
     def read_labels(self, entry: dict[str, Any], size: Size) -> tuple[list[Annotation], np.ndarray | None]:
         """The objects of an image of ``size``, and a map of their classes for augmentations that look at it."""

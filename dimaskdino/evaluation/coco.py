@@ -31,6 +31,7 @@ Scores = dict[str, float]
 COCO_LIMIT = 100  # detections of a class in an image that COCO's AP counts
 # Index of the IoU threshold (0.50 to 0.95 by 0.05; None means all) and of the area range of each metric.
 _METRICS = {"AP": (None, 0), "AP50": (0, 0), "AP75": (5, 0), "APs": (None, 1), "APm": (None, 2), "APl": (None, 3)}
+_AREAS = tuple(each[1:] for each in AREA_RANGES)
 _SHAPE_KEYS = {"bbox": "bbox", "segm": "segmentation"}
 
 
@@ -258,7 +259,7 @@ def coco_curves(
     *,
     limits: Sequence[int],
     image_ids: list[int] | None = None,
-    areas: Sequence[Sequence[float]] = tuple(each[1:] for each in AREA_RANGES),
+    areas: Sequence[Sequence[float]] = _AREAS,
 ) -> Curves:
     """Precision and recall as COCO defines them.
 

@@ -75,6 +75,14 @@ def test_rotation_keeps_labels_on_the_pixels() -> None:
     assert abs(found.gt_masks.tensor[1].sum().item() - 15 * 6) <= 12
 
 
+@pytest.mark.parametrize("channels", [1, 6])
+def test_images_of_other_channels_are_augmented(channels: int) -> None:
+    entries = ({"Rotate": {"angle": 30}}, "Rotate90", "Flip", {"Blur": {"prob": 1}}, {"Crop": {"size": [0.5, 0.5]}})
+    given = T.AugInput(np.random.default_rng(0).random((*SIZE, channels), dtype=np.float32), boxes=np.zeros((0, 4)))
+    T.AugmentationList(own_augmentations(aug_cfg(*entries, {"LargeScaleJitter": {"size": 32}})))(given)
+    assert (given.image.shape, given.image.dtype) == ((32, 32, channels), np.float32)
+
+
 @pytest.mark.parametrize(
     ("entry", "shape"),
     [

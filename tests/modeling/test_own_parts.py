@@ -18,7 +18,7 @@ from dimaskdino.config import Config
 from dimaskdino.config.own_keys import _REGISTERED
 from dimaskdino.data import build_train_loader
 from dimaskdino.data.datasets.registration import register_coco_format
-from dimaskdino.data.fields import fields_of
+from dimaskdino.data.fields import check_fields, fields_of
 from dimaskdino.engine import Trainer
 from dimaskdino.errors import ConfigError, DatasetError
 from dimaskdino.evaluation import EVALUATOR_REGISTRY
@@ -183,6 +183,15 @@ def test_parts_of_wrong_shapes_are_named() -> None:
         tiny_model({"MODEL.EXTRA_HEADS": ["Oclusion"]})
     with pytest.raises(ConfigError, match=r"occluded.*INPUT\.ANNOTATION_FIELDS"):
         tiny_model({key: value for key, value in OWN.items() if "EXTRA" in key}).train()(batch)
+
+
+def test_missing_field_gives_the_closest_name() -> None:
+    annotations = [{"id": 7, "occluded": 1}, {"id": 8}]
+    check_fields(annotations, ["occluded"], "mine")
+    with pytest.raises(DatasetError, match="mine has 'ocluded'.*occluded"):
+        check_fields(annotations, ["ocluded"], "mine")
+    with pytest.raises(DatasetError, match="annotation 7 of dataset mine: occluded is 'yes'"):
+        check_fields([{"id": 7, "occluded": "yes"}], ["occluded"], "mine")
 
 
 def test_fields_are_numbers_or_lists_of_one_length() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dimaskdino.data.conversion.labels import Images, Json, LabeledImage, LabeledObject, Problems, read_text
+from dimaskdino.data.conversion.labels import Images, Json, LabeledImage, LabeledObject, Problems, box_around, read_text
 from dimaskdino.data.conversion.xml_files import joined, known_classes
 from dimaskdino.errors import DatasetError
 
@@ -97,8 +97,7 @@ def _object(shape: Any, where: str, size: tuple[int, int]) -> LabeledObject:
     if kind in ("rectangle", "circle", "mask") and len(points) != 2:
         raise ValueError(f"a {kind} has two points, not {len(points)}")
     if kind == "rectangle":
-        left, top, right, bottom = (*points.min(0).tolist(), *points.max(0).tolist())
-        return LabeledObject(label, where, (left, top, right, bottom))
+        return LabeledObject(label, where, box_around(points))
     if kind == "circle":
         radius = math.dist(*points)
         angles = np.linspace(0, 2 * math.pi, _CIRCLE_POINTS, endpoint=False)

@@ -217,8 +217,14 @@ def _shape(item: LabeledObject, size: tuple[int, int]) -> Json:
 
 def _extent(polygons: Sequence[Sequence[float]]) -> tuple[float, float, float, float]:
     points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in polygons])
-    left, top, right, bottom = (*points.min(0).tolist(), *points.max(0).tolist())
-    return left, top, right, bottom
+    return box_around(points)
+
+
+def box_around(points: np.ndarray) -> tuple[float, float, float, float]:
+    """(x0, y0, x1, y1) of points (n, 2)."""
+    left, top = points.min(0)
+    right, bottom = points.max(0)
+    return float(left), float(top), float(right), float(bottom)
 
 
 def _rounded(value: float) -> float:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from dimaskdino.data.conversion.labels import Images, LabeledImage, LabeledObject, Problems, read_text
+from dimaskdino.data.conversion.labels import Images, LabeledImage, LabeledObject, Problems, box_around, read_text
 from dimaskdino.errors import DatasetError
 
 
@@ -103,8 +103,8 @@ def _object(words: list[str], where: str, size: tuple[int, int], names: list[str
         numbers = numbers[:4]
     if len(numbers) == 4:
         center, extent = numbers[:2] * scale, numbers[2:] * scale
-        left, top, right, bottom = (*(center - extent / 2).tolist(), *(center + extent / 2).tolist())
-        return LabeledObject(names[int(index)], where, (left, top, right, bottom))
+        box = box_around(np.stack((center - extent / 2, center + extent / 2)))
+        return LabeledObject(names[int(index)], where, box)
     if len(numbers) < 6 or len(numbers) % 2:
         raise ValueError(f"{len(numbers)} numbers after the class; a box has 4, a polygon at least 3 pairs")
     polygon = (numbers.reshape(-1, 2) * scale).ravel().tolist()

@@ -10,6 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
 from dimaskdino.data.datasets import register_all
+from dimaskdino.data.fields import check_fields
 from dimaskdino.data.images import Header, size_problem
 from dimaskdino.data.readers import image_reader
 from dimaskdino.data.transforms import check_color_distortion
@@ -93,6 +94,9 @@ def _check_dataset(cfg: CfgNode, name: str, *, trained: bool, tested: bool, with
             f"MODEL.SEM_SEG_HEAD.NUM_CLASSES is {num_classes}, but dataset {name} has {len(dataset.classes)} "
             f"categories; set it to {len(dataset.classes)}."
         )
+    if trained:
+        annotations = [each for picture in dataset.pictures for each in picture.annotations]
+        check_fields(annotations, cfg.INPUT.ANNOTATION_FIELDS, name)
     if trained or not truth:
         _check_objects(cfg, dataset, with_masks=with_masks, scored=tested and not truth)
     if tested and truth:  # predictions are compared with a file in place of the annotations that the function lists
