@@ -103,8 +103,10 @@ class InstanceMapper:
     def _targets(self, entry: dict[str, Any], annotations: list[Annotation], **frame: Any) -> dict[str, Any]:
         """What the model is trained on; ``frame`` is what the image went through, and its sizes before and after."""
         place: dict[str, Any] = {**frame, "num_classes": self.num_classes, "file_name": entry["file_name"]}
-        options = {"with_masks": self.with_masks, "fields": self.fields, "annotated_boxes": self.annotated_boxes}
-        targets: dict[str, Any] = {"instances": annotations_to_instances(annotations, **place, **options)}
+        options: dict[str, Any] = {"with_masks": self.with_masks, "annotated_boxes": self.annotated_boxes}
+        targets: dict[str, Any] = {
+            "instances": annotations_to_instances(annotations, fields=self.fields, **place, **options)
+        }
         if self.crowd:
             targets["crowd_regions"] = crowd_regions(annotations, **place)
         if self.partial_labels:

@@ -14,6 +14,7 @@ from dimaskdino.errors import DatasetError, check_choice
 from dimaskdino.evaluation.coco import CocoEvaluator
 from dimaskdino.evaluation.coco_options import CocoOptions
 from dimaskdino.evaluation.layerwise import LayerwiseEvaluator
+from dimaskdino.evaluation.lvis import LvisEvaluator
 from dimaskdino.evaluation.segmentation import (
     EvaluatorGroup,
     PanopticEvaluator,
@@ -68,6 +69,14 @@ def coco(cfg: CfgNode, dataset_name: str, output_folder: str) -> DatasetEvaluato
         options=CocoOptions.from_config(cfg),
     )
     return _by_stage(cfg, final, output_folder)
+
+
+@EVALUATOR_REGISTRY.register()
+def lvis(cfg: CfgNode, dataset_name: str, output_folder: str) -> DatasetEvaluator:
+    """LVIS's AP of boxes and masks, of several stages where TEST.EVAL_LAYERS names them."""
+    limit = cfg.TEST.DETECTIONS_PER_IMAGE
+    options = {"output_dir": output_folder, "seen_only": _seen_only(cfg), "max_detections": limit}
+    return _by_stage(cfg, LvisEvaluator(dataset_name=dataset_name, **options), output_folder)
 
 
 @EVALUATOR_REGISTRY.register()

@@ -189,18 +189,8 @@ class CocoEvaluator(DatasetEvaluator):
         return self._truth.image_numbers[image_id]
 
     def _scores(self, results: list[Result], task: str, seen: list[int] | None) -> Scores:
-        # Classes that the annotation file does not list are not measured.
         categories = self._truth.category_numbers
-        numbered = [
-            {
-                "image_id": self._image_number(result["image_id"]),
-                "category_id": categories[result["category_id"]],
-                "score": result["score"],
-                _SHAPE_KEYS[task]: result[_SHAPE_KEYS[task]],
-            }
-            for result in results
-            if result["category_id"] in categories
-        ]
+        numbered = self._numbered(results, task)
         limits = sorted({COCO_LIMIT, self._limit, *self._options.limits})
         areas = [each[1:] for each in (*AREA_RANGES, *self._options.area_ranges)]
         curves = coco_curves(self._truth.coco, numbered, task, limits=limits, image_ids=seen, areas=areas)
@@ -221,6 +211,20 @@ class CocoEvaluator(DatasetEvaluator):
             scores[f"AP-{name}"] = math.nan if number is None else _mean(precision[:, :, number - 1, 0, 0])
         self._check_measured(scores, seen)
         return scores
+
+    def _numbered(self, results: list[Result], task: str) -> list[Result]:
+        """The results with the truth's ids; classes that the annotation file does not list are not measured."""
+        categories = self._truth.category_numbers
+        return [
+            {
+                "image_id": self._image_number(result["image_id"]),
+                "category_id": categories[result["category_id"]],
+                "score": result["score"],
+                _SHAPE_KEYS[task]: result[_SHAPE_KEYS[task]],
+            }
+            for result in results
+            if result["category_id"] in categories
+        ]
 
     def _check_measured(self, scores: Scores, seen: Sequence[int] | None) -> None:
         """AP must be a number wherever the evaluated images have objects."""

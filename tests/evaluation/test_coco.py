@@ -22,6 +22,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from dimaskdino.config import get_cfg
+from dimaskdino.data.datasets.registration import load_dataset, register_coco_format
 from dimaskdino.data.validation.start import check_datasets
 from dimaskdino.errors import ConfigError, DatasetError, UserError
 from dimaskdino.evaluation import (
@@ -650,3 +651,38 @@ def test_limits_and_areas_that_are_none_are_refused(key: str, value: Any) -> Non
     cfg.merge_from_list([f"TEST.COCO.{key}", value])
     with pytest.raises(ConfigError, match=rf"TEST\.COCO\.{key}"):
         CocoOptions.from_config(cfg)
+
+
+def test_lvis_counts_what_was_labeled(register: Callable[..., str], tmp_path: Path) -> None:
+    boxes = [(2, 2, 20, 20), (20, 22, 38, 36)]
+    content = {
+        "images": [
+            {"id": 5, "height": SIDE, "width": SIDE, "coco_url": "http://x/val2017/5.jpg"}
+            | {"neg_category_ids": [30], "not_exhaustive_category_ids": [20]}
+        ],
+        "annotations": [annotation(number, 5, 0, box, False) for number, box in enumerate(boxes, start=1)],
+        "categories": [{"id": 10 * n, "name": f"c{n}", "frequency": "rcff"[n - 1]} for n in (1, 2, 3, 4)],
+    }
+    for each, category in zip(content["annotations"], (10, 20), strict=True):
+        each["category_id"] = category
+    path = tmp_path / "lvis.json"
+    path.write_text(json.dumps(content))
+    register_coco_format("lvis_like", path, tmp_path, None, evaluator_type="lvis")
+    try:
+        (entry,) = load_dataset("lvis_like")
+        assert entry["file_name"] == str(tmp_path / "val2017/5.jpg")
+        assert (entry["neg_category_ids"], entry["not_exhaustive_category_ids"]) == ([2], [1])
+        evaluator = build_evaluator(get_cfg(), "lvis_like", str(tmp_path))
+        found = Instances((SIDE, SIDE))
+        # Both objects; a class that was not looked for; a second object of a class whose labels are not exhaustive.
+        found.pred_boxes = Boxes(torch.tensor([*boxes, (0, 0, 9, 9), (0, 0, 9, 9)], dtype=torch.float32))
+        found.pred_classes, found.scores = torch.tensor([0, 1, 3, 1]), torch.tensor([0.5, 0.5, 0.9, 0.9])
+        scores = scores_of(evaluator, {5: found})["bbox"]
+        assert [scores[name] for name in ("AP", "APr", "APc")] == pytest.approx([100.0] * 3)
+        assert math.isnan(scores["APf"])
+        evaluator.reset()
+        found.pred_classes = torch.tensor([0, 1, 2, 0])  # a false positive of the rare class, before its object
+        assert scores_of(evaluator, {5: found})["bbox"]["APr"] == pytest.approx(50.0)
+    finally:
+        DatasetCatalog.remove("lvis_like")
+        MetadataCatalog.remove("lvis_like")

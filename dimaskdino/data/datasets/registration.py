@@ -38,8 +38,9 @@ def register_coco_format(
     name: str,
     json_file: Path,
     image_root: Path,
-    thing_classes: list[str],
+    thing_classes: list[str] | None,
     make: Callable[[], Any] | None = None,
+    evaluator_type: str = "coco",
     **metadata: Any,
 ) -> None:
     """Register a dataset, in place of one of the same name.
@@ -48,8 +49,9 @@ def register_coco_format(
         name: name for DATASETS.TRAIN and DATASETS.TEST.
         json_file: annotations in COCO's instances format.
         image_root: folder that the JSON's file names are relative to.
-        thing_classes: class names in the order of the JSON's category ids.
+        thing_classes: class names in the order of the JSON's category ids; None takes those of the file.
         make: called before the files are first read; makes them if they are missing.
+        evaluator_type: what it is scored by.
         metadata: anything else for detectron2's metadata.
     """
     if name in DatasetCatalog.list():
@@ -60,9 +62,9 @@ def register_coco_format(
     MetadataCatalog.get(name).set(
         json_file=str(json_file),
         image_root=str(image_root),
-        evaluator_type="coco",
-        thing_classes=thing_classes,
+        evaluator_type=evaluator_type,
         make=make,
+        **({} if thing_classes is None else {"thing_classes": thing_classes}),
         **metadata,
     )
 

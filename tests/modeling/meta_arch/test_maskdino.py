@@ -423,8 +423,9 @@ def test_thousands_of_queries_train_and_predict() -> None:
     many = {"NUM_OBJECT_QUERIES": 3000, "FIRST_SELECTED_QUERIES": 3000, "DEC_LAYERS": 2, "TI_LAYERS": 1}
     # 3,000 tokens need a picture of at least that many cells of its four levels.
     picture = image(384, 448)
-    model = tiny_model({"TEST.DETECTIONS_PER_IMAGE": 3000, "MODEL.MaskDINO.TEST.MASK_FORMAT": "rle"}, **many)
-    assert len(predict(model, picture)[0]) == 3000
+    results = {"TEST.DETECTIONS_PER_IMAGE": 3000, "MODEL.MaskDINO.TEST.MASK_INTERPOLATION": "direct"}
+    model = tiny_model(results, **many)
+    assert len(predict(model, picture, height=24, width=28)[0]) == 3000
     boxes = [[8 * (n % 50), 8 * (n // 50), 8 * (n % 50) + 6, 8 * (n // 50) + 6] for n in range(300)]
     losses = model.train()([{"image": picture, "instances": instances(384, 448, boxes)}])
     sum(losses.values()).backward()
