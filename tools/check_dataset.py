@@ -69,12 +69,13 @@ def main() -> None:
     """Check, report, draw."""
     args = parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    register_all(args.root)
+    import_modules(args.modules)  # They may add keys.
     cfg = get_cfg()
     if args.config_file:
         cfg.merge_from_file(args.config_file)
     cfg.merge_from_list(args.keys)
-    register_all(args.root, cfg=cfg)
-    import_modules(args.modules)
+    register_all(cfg=cfg)
     progress = partial(tqdm, desc=args.name, unit="image")
     exif = not args.no_exif
     reader = image_reader(cfg) if cfg.INPUT.READER else PilReader("RGB", apply_exif=exif)
