@@ -7,6 +7,7 @@ from xml.parsers import expat
 
 import numpy as np
 from PIL import Image
+from pycocotools import mask as mask_util
 
 from dimaskdino.data.conversion.labels import Images, LabeledImage, LabeledObject, Problems
 from dimaskdino.errors import DatasetError
@@ -97,10 +98,11 @@ def read_voc(
         try:
             root = parse_xml(file)
             path = images.find(root.value("filename", file.stem) or file.stem)
-        except (ValueError, DatasetError) as error:
-            problems.add(str(file), str(error)) if not isinstance(error, DatasetError) else problems.found.append(
-                str(error).rstrip(".")
-            )
+        except DatasetError as error:  # names file and line already
+            problems.found.append(str(error).rstrip("."))
+            continue
+        except ValueError as error:
+            problems.add(str(file), str(error))
             continue
         image = images.labeled(path, [])
         masks = _voc_masks(source / "SegmentationObject" / f"{file.stem}.png")
@@ -215,8 +217,6 @@ def joined(first: LabeledObject, second: LabeledObject, size: tuple[int, int]) -
     extra = {**first.extra, **second.extra}
     if first.mask is None and second.mask is None:
         return LabeledObject(first.label, first.where, None, [*first.polygons, *second.polygons], extra=extra)
-    from pycocotools import mask as mask_util
-
     covered = np.zeros(size, dtype=bool)
     for part in (first, second):
         if part.mask is not None:

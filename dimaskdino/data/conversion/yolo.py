@@ -69,8 +69,10 @@ def read_yolo(
 
 def _candidates(image: Path, source: Path, root: Path) -> list[Path]:
     relative = image.relative_to(root).with_suffix(".txt")
-    mirrored = [Path(*("labels" if part == "images" else part for part in image.with_suffix(".txt").parts))]
-    return [*mirrored, image.with_suffix(".txt"), source / "labels" / relative, source / relative]
+    parts = list(image.with_suffix(".txt").parts)
+    if "images" in parts:
+        parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
+    return [Path(*parts), image.with_suffix(".txt"), source / "labels" / relative, source / relative]
 
 
 def _objects(file: Path, size: tuple[int, int], names: list[str], problems: Problems) -> list[LabeledObject]:
