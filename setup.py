@@ -2,15 +2,17 @@
 
 torch and detectron2 must be there already. Neither is listed as a requirement, so installing this package never
 replaces them; how to get detectron2 is told by tools/install_detectron2.py. How the op, dimaskdino._C, is built is told
-by tools/build_op.py. configs/ and train_net.py are used from the repository and are not packaged.
+by tools/build_op.py. configs/ is copied into wheels, for dimaskdino.model_zoo; train_net.py stays in the repository.
 """
 
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 sys.path.insert(0, str(Path(__file__).parent / "tools"))
 import build_op
@@ -18,6 +20,18 @@ import build_op
 COMPILER = build_op.find_compiler(os.environ)
 OP = build_op.op_wanted(os.environ, COMPILER)
 VERSION = re.findall('__version__ = "(.+)"', (Path(__file__).parent / "dimaskdino" / "__init__.py").read_text())
+
+
+class BuildWithConfigs(build_py):
+    """Copies configs/ beside the modules, where dimaskdino.model_zoo looks for it."""
+
+    def run(self) -> None:
+        """Build, then copy."""
+        super().run()
+        if not self.editable_mode:
+            source, target = Path(__file__).parent / "configs", Path(self.build_lib) / "dimaskdino" / "configs"
+            shutil.copytree(source, target, dirs_exist_ok=True)
+
 
 setup(
     name="dimaskdino",
@@ -28,7 +42,7 @@ setup(
     packages=find_packages(include=("dimaskdino", "dimaskdino.*")),
     package_data={"dimaskdino.reproduction": ["papers/*.json"]},
     ext_modules=[build_op.extension()] if OP else [],
-    cmdclass={"build_ext": build_op.build_command(COMPILER)} if OP else {},
+    cmdclass={"build_py": BuildWithConfigs} | ({"build_ext": build_op.build_command(COMPILER)} if OP else {}),
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if OP and build_op.STABLE_ABI else {},
     extras_require={
         "slurm": ["submitit>=1.5"],  # tools/reproduce.py --submit slurm
@@ -36,6 +50,10 @@ setup(
         "geo": ["rasterio>=1.3"],  # GeoTIFF and GeoJSON in tools/predict.py --tile
         "wandb": ["wandb>=0.16"],  # LOG.WRITERS wandb
         "mlflow": ["mlflow>=2.9"],  # LOG.WRITERS mlflow
+        "albumentations": ["albumentations>=2.0"],  # INPUT.AUGMENTATIONS by the names of Albumentations
+        "tiff": ["tifffile>=2023.1"],  # INPUT.READER TiffReader
+        "hdf5": ["h5py>=3.8"],  # INPUT.READER Hdf5Reader
+        "lora": ["peft>=0.12"],  # MODEL.VIT.LORA
         "supervision": ["supervision>=0.27"],  # Prediction.to_supervision
     },
     install_requires=[

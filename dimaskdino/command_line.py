@@ -4,9 +4,10 @@ import argparse
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
-from dimaskdino.errors import ConfigError
+from dimaskdino.errors import ConfigError, UserError
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -37,10 +38,10 @@ def add_import_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def import_modules(names: Sequence[str]) -> None:
-    """Import modules by name, from the current folder or as Python finds them; errors inside them are not caught.
+    """Import modules by name, from the current folder or as Python finds them.
 
     Raises:
-        ConfigError: there is no module of that name.
+        ConfigError: there is no module of that name, or it does not import; the message names the file and line.
     """
     folder = os.getcwd()
     if names and folder not in sys.path:
@@ -52,11 +53,28 @@ def import_modules(names: Sequence[str]) -> None:
         except ModuleNotFoundError as error:
             # If another module is missing, this one imports it.
             if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-                raise
+                raise _broken(name, error) from error
             raise ConfigError(
                 f"--import {name}: there is no module {error.name} in the current folder {folder}, in PYTHONPATH, or "
                 "among the installed packages."
             ) from error
+        except Exception as error:  # a module of the user's may raise anything
+            raise _broken(name, error) from error
+
+
+def _broken(name: str, error: Exception) -> ConfigError:
+    return ConfigError(f"--import {name}: the module does not import. {_where(error)}{' '.join(str(error).split())}")
+
+
+def _where(error: Exception) -> str:
+    """File and line of the user's code that an error comes from, and the error's kind."""
+    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}, line {error.lineno}: {kind}"
+    frames = traceback.extract_tb(error.__traceback__)
+    libraries = (os.path.dirname(os.__file__), os.path.dirname(os.path.abspath(__file__)), "<frozen")
+    own = [each for each in frames if not each.filename.startswith(libraries) and "site-packages" not in each.filename]
+    return f"{own[-1].filename}, line {own[-1].lineno}: {kind}" if own else kind
 
 
 def _check_name(name: str) -> None:

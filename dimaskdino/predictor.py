@@ -16,14 +16,16 @@ from detectron2.structures import Instances
 from dimaskdino.checkpoint import Checkpointer, read_weights
 from dimaskdino.config import Config, get_cfg
 from dimaskdino.data.datasets import register_all
+from dimaskdino.data.readers import image_reader
 from dimaskdino.data.transforms import test_resize
 from dimaskdino.errors import CheckpointError, ConfigError, UserError
 from dimaskdino.modeling.meta_arch import build_model
 from dimaskdino.prediction.canvases import Canvas, open_canvas
-from dimaskdino.prediction.images import CHANNEL_ORDERS, to_model_input, to_rgb
+from dimaskdino.prediction.images import CHANNEL_ORDERS, of_own_kind, to_model_input, to_rgb
 from dimaskdino.prediction.refinement import Refinement
 from dimaskdino.prediction.results import Classes, Prediction, on_cpu
 from dimaskdino.prediction.tiles import Tiling, predict_tiles
+from dimaskdino.visualization import to_picture
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +89,9 @@ class Predictor:
         self.exif = self.cfg.INPUT.APPLY_EXIF if exif is None else exif
         if self.tiling and not self.cfg.MODEL.MaskDINO.TEST.INSTANCE_ON:
             raise ConfigError("Pictures are predicted in tiles by models of objects (MODEL.MaskDINO.TEST.INSTANCE_ON).")
+        self.reader = image_reader(self.cfg) if self.cfg.INPUT.READER else None
+        if self.tiling and self.reader:
+            raise ConfigError("Images that INPUT.READER reads are predicted whole; leave tile out.")
         register_all(cfg=self.cfg)  # A panoptic model asks its datasets which classes are things.
         self.model = build_model(self.cfg).eval()
         Checkpointer(self.model).load(str(self.weights))
@@ -120,7 +125,12 @@ class Predictor:
             yield from self.predict_batch(pictures, sources)
 
     def read(self, image: Any, *, channels: str | None = None) -> np.ndarray | Canvas:
-        """Read or convert an image: to (H, W, 3) uint8 RGB, or for tiles to what they are read from."""
+        """Read or convert an image: to (H, W, 3) uint8 RGB, or for tiles to what they are read from.
+
+        With INPUT.READER, its path is read as in training, and an array or tensor has the channels of MODEL.PIXEL_MEAN.
+        """
+        if self.reader is not None:
+            return of_own_kind(image, self.reader, len(self.cfg.MODEL.PIXEL_MEAN))
         read = to_rgb if self.tiling is None else open_canvas
         return read(image, channels=channels or self.input_format, exif=self.exif)
 
@@ -128,7 +138,7 @@ class Predictor:
         """Predict what :meth:`read` gave; ``sources`` says where each picture is from."""
         if self.tiling is None:
             results = self._results(pictures)
-            copies: list[tuple[np.ndarray, Canvas | None]] = [(picture, None) for picture in pictures]
+            copies: list[tuple[np.ndarray, Canvas | None]] = [(to_picture(picture), None) for picture in pictures]
         else:
             canvases = [open_canvas(picture) if isinstance(picture, np.ndarray) else picture for picture in pictures]
             results = [{"instances": self._predict_tiles(canvas)} for canvas in canvases]
@@ -143,7 +153,8 @@ class Predictor:
 
     def _results(self, arrays: Sequence[np.ndarray]) -> list[dict[str, Any]]:
         """The model's results of a batch of (H, W, 3) uint8 RGB arrays."""
-        inputs = [to_model_input(array, self._resize, self.cfg.INPUT.FORMAT) for array in arrays]
+        image_format = "" if self.reader else self.cfg.INPUT.FORMAT
+        inputs = [to_model_input(array, self._resize, image_format) for array in arrays]
         with torch.inference_mode():
             return [on_cpu(result) for result in self.model(inputs)]
 
@@ -232,7 +243,9 @@ def _prepare(cfg: Config, device: str | None, refinement: Refinement) -> None:
     """Set the keys that prediction decides."""
     node = cfg.MODEL.MaskDINO.TEST
     cfg.MODEL.DEVICE = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    cfg.MODEL.WEIGHTS, cfg.MODEL.TIMM.PRETRAINED, cfg.TEST.EVAL_LAYERS = "", False, []
+    cfg.MODEL.WEIGHTS, cfg.TEST.EVAL_LAYERS = "", []
+    if not cfg.SOLVER.CHECKPOINT_WITHOUT_FROZEN:
+        cfg.MODEL.TIMM.PRETRAINED = cfg.MODEL.VIT.PRETRAINED = False
     node.MIN_SCORE = max(node.MIN_SCORE, refinement.least_score)
     cfg.TEST.DETECTIONS_PER_IMAGE = max(cfg.TEST.DETECTIONS_PER_IMAGE, refinement.max_detections or 0)
 

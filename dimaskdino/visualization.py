@@ -30,6 +30,19 @@ _LONGEST_LABEL = 28
 _GRID_MARGIN_PX, _GRID_BACKGROUND = 8, (255, 255, 255)
 
 
+def to_picture(pixels: np.ndarray) -> np.ndarray:
+    """What a person can look at: (H, W, 3) uint8 of an image (H, W, C) of any numbers.
+
+    Colors of 8 bits stay as they are. Of others, the first three channels (or the first, where there are fewer) are
+    stretched so that all but the darkest and brightest percent of the pixels lie between black and white.
+    """
+    if pixels.dtype == np.uint8 and pixels.shape[2] == 3:
+        return pixels
+    shown = (pixels[..., :3] if pixels.shape[2] >= 3 else pixels[..., :1].repeat(3, axis=2)).astype(np.float32)
+    low, high = np.percentile(shown, (1, 99), axis=(0, 1))
+    return (255 * ((shown - low) / np.maximum(high - low, 1e-6)).clip(0, 1)).round().astype(np.uint8)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Objects:
     """Objects of one image, or segments of a panoptic or semantic map.

@@ -9,6 +9,7 @@ import pytest
 
 from dimaskdino.command_line import add_import_flag, at_least, import_modules
 from dimaskdino.errors import ConfigError
+from dimaskdino.modeling.registry import BATO_REGISTRY
 
 
 @pytest.mark.parametrize(("text", "said"), [("-1", "-1 is too small; it must be at least 0"), ("1.5", "whole number")])
@@ -81,10 +82,24 @@ def test_path_is_refused_with_the_name(name: str, remedy: str, here: Path) -> No
         ("from argparse import absent", ImportError),
         ("open('own_absent')", FileNotFoundError),
         ("1 / 0", ZeroDivisionError),
+        ("def f(:", SyntaxError),
+        ("raise UserWarning", UserWarning),
     ],
 )
-def test_errors_inside_a_module_are_not_hidden(text: str, error: type[Exception], here: Path) -> None:
-    (here / "own_wrong.py").write_text(text)
-    with pytest.raises(error) as raised:
+def test_error_inside_a_module_names_its_line(text: str, error: type[Exception], here: Path) -> None:
+    (here / "own_wrong.py").write_text(f"\n\n{text}")
+    with pytest.raises(ConfigError) as raised:
         import_modules(["own_wrong"])
-    assert not isinstance(raised.value, ConfigError)
+    assert isinstance(raised.value.__cause__, error)
+    for part in ("--import own_wrong", f"{here / 'own_wrong.py'}, line 3", error.__name__):
+        assert part in str(raised.value)
+
+
+def test_name_registered_twice_names_the_line(here: Path) -> None:
+    text = "from dimaskdino.modeling.registry import BATO_REGISTRY\n\nBATO_REGISTRY.register(type('Bato', (), {}))\n"
+    (here / "own_twice.py").write_text(text + "BATO_REGISTRY.register(type('Bato', (), {}))\n")
+    try:
+        with pytest.raises(ConfigError, match=r"own_twice\.py, line 4.*Bato"):
+            import_modules(["own_twice"])
+    finally:
+        del BATO_REGISTRY._obj_map["Bato"]

@@ -12,11 +12,11 @@ from dimaskdino.structures import highest_scores
 from tests.documentation import REPOSITORY
 from tests.tiny_model import image, sample, tiny_cfg
 
-EXAMPLES = sorted(path.stem for path in (REPOSITORY / "docs" / "examples").glob("*.py"))
 OPTIONS = {
     "guidance_by_class": {"MODEL.MaskDINO.BATO.NAME": "GuidanceByClass"},
     "pyramid_encoder": {"MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME": "PyramidEncoder"},
 }
+EXAMPLES = sorted(OPTIONS)
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from detectron2.config import CfgNode
 from PIL import Image
 from pycocotools import mask as mask_util
 from tabulate import tabulate
@@ -20,19 +21,22 @@ from tqdm import tqdm
 
 from dimaskdino.command_line import add_import_flag, at_least, import_modules
 from dimaskdino.config import get_cfg
-from dimaskdino.data import register_all
+from dimaskdino.data import build_mapper, register_all
 from dimaskdino.data.coco_file import Json
+from dimaskdino.data.datasets.registration import load_dataset
 from dimaskdino.data.images import read_image
 from dimaskdino.data.label_maps import read_label_map, read_segment_ids
 from dimaskdino.data.parallel import Progress
+from dimaskdino.data.readers import PilReader, Reader, image_reader
 from dimaskdino.data.rle import Size
+from dimaskdino.data.samplers import Samples
 from dimaskdino.data.validation.dataset import Dataset, find_dataset
 from dimaskdino.data.validation.inspection import inspect_dataset
 from dimaskdino.data.validation.report import Finding, problem_table, region_kind
 from dimaskdino.data.validation.rules import read_mask
 from dimaskdino.data.validation.segmentation import inspect_segmentation, label_file, truth_of
 from dimaskdino.errors import DatasetError, run_cli
-from dimaskdino.visualization import Objects, draw_objects
+from dimaskdino.visualization import Objects, draw_objects, to_picture
 
 PROBLEMS_STATUS = 1
 
@@ -44,6 +48,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--root", type=Path, help="folder of all datasets; by default $DETECTRON2_DATASETS or datasets")
     parser.add_argument(
         "--draw", type=at_least(0), default=0, metavar="N", help="images to draw with boxes, masks and names"
+    )
+    parser.add_argument(
+        "--augmented",
+        action="store_true",
+        help="draw images as training sees them (--config-file, --keys)",
     )
     parser.add_argument("--output", type=Path, default=Path("output/check_dataset"), metavar="DIR", help="for files")
     parser.add_argument("--workers", type=at_least(0), default=0, help="processes that read images, beside this one")
@@ -60,26 +69,31 @@ def main() -> None:
     """Check, report, draw."""
     args = parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    register_all(args.root)
+    import_modules(args.modules)  # They may add keys.
     cfg = get_cfg()
     if args.config_file:
         cfg.merge_from_file(args.config_file)
     cfg.merge_from_list(args.keys)
-    register_all(args.root, cfg=cfg)
-    import_modules(args.modules)
+    register_all(cfg=cfg)
     progress = partial(tqdm, desc=args.name, unit="image")
     exif = not args.no_exif
+    reader = image_reader(cfg) if cfg.INPUT.READER else PilReader("RGB", apply_exif=exif)
     find_dataset(args.name)
     if truth_of(args.name) != "instance":
         check_label_maps(args, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE, progress)
         return
-    inspection = inspect_dataset(args.name, apply_exif=exif, num_workers=args.workers, progress=progress)
+    inspection = inspect_dataset(args.name, apply_exif=exif, reader=reader, num_workers=args.workers, progress=progress)
     dataset, folder = inspection.dataset, args.output / args.name
     empty = sum(not picture.annotations for picture in dataset.pictures)
     print(f"\n{inspection.counts.table()}\n\n{len(dataset.pictures)} images, {empty} of them without any annotation\n")
     if inspection.exif:
         print(f"{inspection.exif}\n")
-    if args.draw > 0:
-        paths = draw_samples(dataset, args.draw, folder, apply_exif=exif)
+    if args.draw > 0 and args.augmented:
+        paths = draw_augmented(cfg, args.name, list(dataset.classes.values()), args.draw, folder)
+        print(f"Drew {len(paths)} augmented images in {folder}")
+    elif args.draw > 0:
+        paths = draw_samples(dataset, args.draw, folder, reader)
         print(f"Drew {len(paths)} images in {folder}")
     report(inspection.findings, folder)
 
@@ -117,30 +131,61 @@ def write(findings: list[Finding], folder: Path) -> Path:
     return path
 
 
-def draw_samples(dataset: Dataset, count: int, folder: Path, *, apply_exif: bool = True) -> list[Path]:
+def draw_samples(dataset: Dataset, count: int, folder: Path, reader: Reader | None = None) -> list[Path]:
     """Draw images that have annotations, chosen evenly over the dataset; skips those that cannot be read.
 
     Args:
         dataset: what to draw.
         count: pictures to draw; fewer if fewer images have annotations.
         folder: where they go, as PNG; made if missing.
-        apply_exif: read photos as INPUT.APPLY_EXIF says.
+        reader: reads the images; None means PIL.
 
     Returns:
         The pictures' paths.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    reader = reader or PilReader("RGB")
     annotated = [picture for picture in dataset.pictures if picture.annotations]
     chosen = np.unique(np.linspace(0, len(annotated) - 1, min(count, len(annotated))).astype(int))
     paths: list[Path] = []
     for picture in (annotated[index] for index in chosen.tolist()):
         try:
-            pixels = read_image(picture.path, "RGB", apply_exif=apply_exif)
+            pixels = to_picture(reader.read(picture.path))
         except DatasetError:
             continue
         paths.append(_free_path(folder, Path(picture.path).stem, paths))
         objects = _objects(dataset, picture.annotations, pixels.shape[:2])
         Image.fromarray(draw_objects(pixels, objects, by_instance=True)).save(paths[-1])
+    return paths
+
+
+def draw_augmented(cfg: CfgNode, name: str, class_names: list[str], count: int, folder: Path) -> list[Path]:
+    """Draw images as the training mapper gives them, chosen evenly over the dataset.
+
+    Args:
+        cfg: reads INPUT and SEED.
+        name: of the dataset.
+        class_names: by class index.
+        count: pictures to draw.
+        folder: where they go, as PNG; made if missing.
+
+    Returns:
+        The pictures' paths.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    cfg = cfg.clone()
+    cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = len(class_names)
+    entries = [entry for entry in load_dataset(name, cfg.INPUT.ANNOTATION_FIELDS) if entry.get("annotations")]
+    samples = Samples(entries, build_mapper(cfg, is_train=True), max(cfg.SEED, 0))
+    paths: list[Path] = []
+    chosen = np.unique(np.linspace(0, len(entries) - 1, min(count, len(entries))).astype(int)).tolist()
+    for place, index in enumerate(chosen):
+        mapped = samples[place, index]
+        pixels = mapped["image"].numpy().transpose(1, 2, 0)
+        pixels = to_picture(pixels[..., ::-1] if cfg.INPUT.FORMAT == "BGR" and not cfg.INPUT.READER else pixels)
+        paths.append(_free_path(folder, f"{Path(mapped['file_name']).stem}_augmented", paths))
+        objects = Objects.from_instances(mapped["instances"], class_names)
+        Image.fromarray(draw_objects(np.ascontiguousarray(pixels), objects, by_instance=True)).save(paths[-1])
     return paths
 
 

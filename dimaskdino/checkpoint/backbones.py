@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from dimaskdino.checkpoint.channels import fit_channels
 from dimaskdino.checkpoint.fitting import BACKBONE, describe_backbone, group
 from dimaskdino.errors import CheckpointError
 
@@ -14,12 +15,12 @@ logger = logging.getLogger(__name__)
 
 # Where detectors and wrappers keep a backbone, and where ours keeps timm's model.
 _OUTER = re.compile(r"^(?:backbone\.bottom_up\.|backbone\.|bottom_up\.)")
-_INNER = ("", "body.", "body.model.", "body.body.")
+_INNER = ("", "body.", "body.model.", "body.body.", "vit.")
 
 # Buffers that follow from the architecture, and counters that nothing reads.
 _DERIVED = re.compile(r"(?:num_batches_tracked|relative_position_index|attn_mask)$")
-# The norms of a pyramid's outputs, which classifiers do not have.
-_PYRAMID_ONLY = re.compile(r"^norm\d\.")
+# The norms of a pyramid's outputs, a plain transformer's pyramid, and adapters, which classifiers do not have.
+_PYRAMID_ONLY = re.compile(r"^norm\d\.|^pyramid\.|\.lora_[AB]\.")
 _RUNNING = re.compile(r"running_(?:mean|var)$")
 
 
@@ -104,6 +105,7 @@ def match_backbone(
     """
     wanted = {key.removeprefix(BACKBONE): value for key, value in model_state.items() if key.startswith(BACKBONE)}
     match = _best_match(state, wanted)
+    state = fit_channels(state, wanted, match.names)
     if problem := _misfit(match, state, wanted, author):
         raise CheckpointError(problem)
     _report(match, state, wanted)
@@ -114,7 +116,8 @@ def match_backbone(
 
 def _best_match(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> _Match:
     # timm joins the first two parts of a name by _ when it cuts a model into stages, so dots are compared as _.
-    plain = {key.replace(".", "_"): key for key in wanted}
+    # peft puts the layers that it adapts into others.
+    plain = {key.replace(".base_layer.", ".").replace(".", "_"): key for key in wanted}
     inner_names = {key: _OUTER.sub("", key) for key in state}
     matches = []
     for scheme, rename in _SCHEMES.items():

@@ -11,9 +11,11 @@ from fvcore.common.checkpoint import Checkpointer as FvcoreCheckpointer
 from torch import Tensor, nn
 
 from dimaskdino.checkpoint.backbones import match_backbone
+from dimaskdino.checkpoint.channels import fit_channels
 from dimaskdino.checkpoint.dino import COCO_IDS, COCO_NAMES, COCO_OUTPUTS, pick_coco_rows
 from dimaskdino.checkpoint.fitting import BACKBONE, Misfit, num_classes
 from dimaskdino.checkpoint.folder import FINAL, TAG_FILE, newest_good
+from dimaskdino.checkpoint.frozen import BASE, DIGEST, fill_frozen, without_frozen
 from dimaskdino.checkpoint.names import is_class_key
 from dimaskdino.checkpoint.reading import AUTHOR, CLASS_NAMES, class_names_of, read_weights, replacing, write_weights
 from dimaskdino.checkpoint.releases import from_release, is_release
@@ -65,6 +67,8 @@ class Checkpointer(DetectionCheckpointer):
         self.run_id = ""
         # Gives the moving average of the weights, which is saved beside them.
         self.average: Callable[[], Mapping[str, Tensor]] | None = None
+        # Whether checkpoints leave out frozen weights, and the file that those are from.
+        self.leaves_out_frozen, self.base = False, ""
         # Names of the loaded weights, in the order of the model that saved them.
         self.loaded_names: list[str] = []
         self._path = ""
@@ -88,14 +92,17 @@ class Checkpointer(DetectionCheckpointer):
         path = Path(self.save_dir, f"{name}.pth")
         weights = self.model.state_dict()
         _check_finite(path, weights)
-        average = {AVERAGE: self.average()} if self.average else {}
+        content = without_frozen(self.model, weights, self.base) if self.leaves_out_frozen else {"model": weights}
+        average = self.average() if self.average else {}
+        average = {key: value for key, value in average.items() if key in content["model"]}
         state = {key: each.state_dict() for key, each in self.checkpointables.items()}
         about: dict[str, Any] = {CLASS_NAMES: self.class_names} if self.class_names else {}
         about |= {"run_id": self.run_id} if self.run_id else {}
         self.logger.info("Saving checkpoint to %s", path)
         if average and f"{name}.pth" in (FINAL, f"{BEST}.pth"):
-            write_weights(path.with_name(f"{name}{AVERAGE_ENDING}.pth"), {"model": average[AVERAGE], **about})
-        write_weights(path, {"model": weights, **average, **state, **about, **kwargs})
+            write_weights(path.with_name(f"{name}{AVERAGE_ENDING}.pth"), {**content, "model": average, **about})
+        content |= {AVERAGE: average} if average else {}
+        write_weights(path, {**content, **state, **about, **kwargs})
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Write the name of the last checkpoint to ``last_checkpoint``."""
@@ -118,7 +125,7 @@ class Checkpointer(DetectionCheckpointer):
                 does not hold the state of all ``checkpointables``.
         """
         self._is_resuming = checkpointables is None and bool(self.checkpointables)
-        self._path = path
+        self._path, self.base = path, path
         # Not detectron2's `load`: it resolves addresses once more, each version in its own way.
         content = FvcoreCheckpointer.load(self, self._local_path(path) if path else path, [])
         if path:
@@ -199,11 +206,28 @@ class Checkpointer(DetectionCheckpointer):
 
     def _load_model(self, checkpoint: dict[str, Any]) -> None:
         try:
-            weights = self._weights(checkpoint.pop("model"), checkpoint)
+            state = checkpoint.pop("model")
+            if BASE in checkpoint:
+                state = self._with_frozen(state, checkpoint)
+            weights = self._weights(state, checkpoint)
         except CheckpointError as error:
             raise CheckpointError(f"{self._path}: {error}") from error
         self.loaded_names = list(weights)
         self.model.load_state_dict(weights, strict=False)
+
+    def _with_frozen(self, state: Mapping[str, Tensor], about: dict[str, Any]) -> Mapping[str, Tensor]:
+        """The weights of a file that leaves frozen ones out, with these from the file that they are from."""
+        self.base = about[BASE]
+        if self.base:
+            of_base = read_weights(self._local_path(self.base), trust=self.trust)
+            was = self.finetune, self._is_resuming
+            self.finetune, self._is_resuming = True, False
+            self.model.load_state_dict(self._weights(of_base.pop("model"), of_base), strict=False)
+            self.finetune, self._is_resuming = was
+        filled = fill_frozen(self.model, state, about)
+        about.pop(BASE)
+        about.pop(DIGEST)
+        return filled
 
     def _weights(self, state: Mapping[str, Tensor], about: Mapping[str, Any]) -> dict[str, Tensor]:
         """The part of ``state`` to load, under our names; everything that the model needs, or an error."""
@@ -223,6 +247,7 @@ class Checkpointer(DetectionCheckpointer):
         if may_differ:
             if names is None and num_classes(state) == len(COCO_NAMES):
                 names = COCO_NAMES  # The releases do not say so.
+            state = fit_channels(state, model_state)
             state, model_state = self._without_other_classes(state, model_state, names)
         else:
             self._check_classes(names)

@@ -1,6 +1,7 @@
 """Configuration: every key with its default, the reader, and what the releases' files need."""
 
 from dimaskdino.config.keys import KEYS, add_dimaskdino_config, add_keys
+from dimaskdino.config.own_keys import own_keys, register_keys
 from dimaskdino.config.reader import Config, flatten, get_cfg
 from dimaskdino.config.releases import IGNORED_KEYS
 from dimaskdino.config.unused_keys import report_unused_keys
@@ -14,6 +15,8 @@ __all__ = [
     "add_keys",
     "flatten",
     "get_cfg",
+    "own_keys",
     "read_yaml",
+    "register_keys",
     "report_unused_keys",
 ]

@@ -12,6 +12,8 @@ from detectron2.config import CfgNode
 from dimaskdino.errors import ConfigError
 
 KEYS: dict[str, Any] = {
+    # The modules that --import named, as the run wrote them to its config.yaml; reading the file imports nothing.
+    "IMPORTS": [],
     # --- Data ---
     # Training mapper, by registered name: coco_instance_lsj, coco_instance_detr, or, with boxes alone,
     # coco_detection_detr; coco_panoptic_lsj for panoptic datasets, mask_former_semantic for semantic ones.
@@ -25,6 +27,14 @@ KEYS: dict[str, Any] = {
     "INPUT.MAX_SCALE": 2.0,
     # Turn photos upright as their EXIF orientation says; False reads the pixels as stored, for labels drawn on those.
     "INPUT.APPLY_EXIF": True,
+    # What reads images: "" is PIL, 8 bits a channel. NumpyReader, OpenCvReader (16 bits), TiffReader, Hdf5Reader, or
+    # one of a user's own (READER_REGISTRY) read any numbers and channels, as many as MODEL.PIXEL_MEAN has; "auto"
+    # chooses by extension. Their channels keep their order, so INPUT.FORMAT does not count.
+    "INPUT.READER": "",
+    # Training augmentations in place of those of the mapper, in their order: names (AUGMENTATION_REGISTRY, CopyPaste,
+    # or of Albumentations), or names with arguments, as {Rotate: {angle: [-30, 30]}}. INPUT's other keys of
+    # augmentations then do not count. CopyPaste comes last wherever it stands.
+    "INPUT.AUGMENTATIONS": [],
     # Refuse a dataset of which training would drop more than this share of the objects, or all objects of a class,
     # because nothing of them is in their image; 1 accepts any loss. Crowd regions do not count.
     "DATASETS.MAX_DROPPED_SHARE": 0.1,
@@ -70,7 +80,26 @@ KEYS: dict[str, Any] = {
     "DATASETS.SHAPES.IMAGE_SIZE": 128,
     # Seed of the synthetic images.
     "DATASETS.SHAPES.SEED": 0,
+    # Boxes of the annotations as the box targets of objects with masks too; otherwise a mask's extent is its box.
+    "INPUT.BOXES_OF_ANNOTATIONS": False,
+    # Read the keys neg_category_ids and not_exhaustive_category_ids of images, as in LVIS: classes that were not looked
+    # for, or of which some objects may lack labels, are then no false positives in an image.
+    "INPUT.PARTIAL_LABELS": False,
+    # Number fields of annotations that reach the targets: Targets.fields[NAME] in losses, gt_NAME in evaluators.
+    "INPUT.ANNOTATION_FIELDS": [],
+    # Share of drawn images that have no objects; -1 means as many as there are. Needs
+    # DATALOADER.FILTER_EMPTY_ANNOTATIONS False. DATALOADER.SAMPLER_TRAIN orders the others.
+    "DATALOADER.NEGATIVE_SHARE": -1.0,
+    # Cross-validation: train on all but one of NUM folds of the datasets in DATASETS.TRAIN, and test on fold FOLD (from
+    # 0) of those that DATASETS.TEST names as well. NUM 0 is off. Images of one GROUP stay together: "" is each image by
+    # itself, folder those of a folder, or a key of the images in the COCO file, such as patient.
+    "DATASETS.FOLDS.NUM": 0,
+    "DATASETS.FOLDS.FOLD": 0,
+    "DATASETS.FOLDS.SEED": 0,
+    "DATASETS.FOLDS.GROUP": "",
     # --- Solver ---
+    # Hooks of a user's own, by registered name (HOOK_REGISTRY), in the order in which they run.
+    "SOLVER.HOOKS": [],
     # Precision of float32 matrix products: highest, high (TF32 on GPUs that have it), medium, or "" for torch's own.
     # Newer detectron2 has this key too.
     "FLOAT32_PRECISION": "",
@@ -100,6 +129,9 @@ KEYS: dict[str, Any] = {
     "SOLVER.EMA.DECAY": 0.9997,
     # Images per iteration that SOLVER.BASE_LR is for: with another IMS_PER_BATCH it is scaled in proportion; 0 never.
     "SOLVER.REFERENCE_BATCH_SIZE": 0,
+    # Leave weights that are frozen out of checkpoints; MODEL.WEIGHTS, or the pretrained weights of MODEL.VIT or
+    # MODEL.TIMM, must then give the same ones again.
+    "SOLVER.CHECKPOINT_WITHOUT_FROZEN": False,
     # Optimizer: ADAMW or SGD.
     "SOLVER.OPTIMIZER": "ADAMW",
     # Factor on the learning rate of every parameter whose module name contains "backbone".
@@ -182,6 +214,18 @@ KEYS: dict[str, Any] = {
     "MODEL.MaskDINO.OVERSAMPLE_RATIO": 3.0,
     # Share of the points taken where the mask is most uncertain.
     "MODEL.MaskDINO.IMPORTANCE_SAMPLE_RATIO": 0.75,
+    # --- Long tails, and what was not labeled; of every model ---
+    # Weight of each class in the class loss, in their order; [] means 1.
+    "MODEL.CLASS_WEIGHTS": [],
+    # Predictions of which at least this share of the box lies in a crowd region are no false positives of its class (of
+    # any class for a region with "ignored"); 0 is off.
+    "MODEL.IGNORE_CROWD_SHARE": 0.0,
+    # --- Parts of a user's own beside those of the model, by registered name ---
+    # Heads of every stage's queries (HEAD_REGISTRY), terms of the criterion (LOSS_REGISTRY) and costs of the matcher
+    # (COST_REGISTRY).
+    "MODEL.EXTRA_HEADS": [],
+    "MODEL.EXTRA_LOSSES": [],
+    "MODEL.EXTRA_COSTS": [],
     # --- Decoder ---
     # Decoder, by registered name: DIMaskDINODecoder, or MaskDINODecoder (the same with DI and BATO off).
     "MODEL.MaskDINO.TRANSFORMER_DECODER_NAME": "MaskDINODecoder",
@@ -249,6 +293,12 @@ KEYS: dict[str, Any] = {
     "TEST.BEST_METRIC": "",
     # Stop after this many evaluations in a row without a higher TEST.BEST_METRIC; 0 means never.
     "TEST.EARLY_STOP_PATIENCE": 0,
+    # COCO's AP and AR at further numbers of detections of a class in an image (AP@N, AR@N), and for further ranges of
+    # area (AP_NAME, AR_NAME), each [NAME, LEAST, LARGEST] in square pixels.
+    "TEST.COCO.LIMITS": [],
+    "TEST.COCO.AREA_RANGES": [],
+    # Evaluators beside that of each dataset, by registered name (EVALUATOR_REGISTRY).
+    "TEST.EVALUATORS": [],
     # Stages to evaluate besides the final one: [] for none, ["all"], or names such as "layer.0".
     "TEST.EVAL_LAYERS": [],
     # Pad images to a multiple of this many pixels.
@@ -345,6 +395,22 @@ KEYS: dict[str, Any] = {
     "MODEL.TIMM.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
     # Stochastic depth of the last block.
     "MODEL.TIMM.DROP_PATH_RATE": 0.0,
+    # --- timm's plain vision transformers, through ViTDet's pyramid (MODEL.BACKBONE.NAME build_vit_backbone) ---
+    "MODEL.VIT.NAME": "vit_base_patch16_224",
+    # Download timm's pretrained weights.
+    "MODEL.VIT.PRETRAINED": False,
+    # Features to return, and their channels.
+    "MODEL.VIT.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
+    "MODEL.VIT.OUT_CHANNELS": 256,
+    # Stochastic depth of the last block.
+    "MODEL.VIT.DROP_PATH_RATE": 0.0,
+    # Train the pyramid alone.
+    "MODEL.VIT.FREEZE": False,
+    # LoRA by peft: the rank of the adapters (0 for none), their scale, and the names of the layers that get them. The
+    # transformer's own weights are then frozen.
+    "MODEL.VIT.LORA.RANK": 0,
+    "MODEL.VIT.LORA.ALPHA": 16.0,
+    "MODEL.VIT.LORA.LAYERS": ["qkv", "proj"],
     # --- The releases' Swin (MODEL.BACKBONE.NAME D2SwinTransformer) ---
     # Side in pixels of the images it was pretrained on; only the absolute position embedding depends on it.
     "MODEL.SWIN.PRETRAIN_IMG_SIZE": 224,

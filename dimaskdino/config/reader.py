@@ -3,6 +3,7 @@
 import difflib
 import functools
 import logging
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,12 +12,17 @@ from detectron2.config import CfgNode
 from detectron2.config import get_cfg as get_detectron2_cfg
 
 from dimaskdino.compat import NEWER_KEYS
-from dimaskdino.config.keys import MAY_BE_NO, add_dimaskdino_config
+from dimaskdino.config.keys import MAY_BE_NO, add_dimaskdino_config, add_keys
+from dimaskdino.config.own_keys import own_keys
 from dimaskdino.config.releases import IGNORED_KEYS
 from dimaskdino.config.yaml_files import read_yaml
 from dimaskdino.errors import ConfigError
 
 logger = logging.getLogger(__name__)
+
+
+class UnknownKeyError(ConfigError):
+    """A key that the configuration does not have."""
 
 
 class Config(CfgNode):
@@ -36,8 +42,11 @@ class Config(CfgNode):
             raise ConfigError(f"{cfg_filename}: unsafe YAML is not supported; write the value as plain YAML.")
         loaded = read_yaml(str(cfg_filename))
         loaded.pop("VERSION", None)
+        imports = loaded.get("IMPORTS")
         try:
             self.merge_from_other_cfg(type(self)(loaded))
+        except UnknownKeyError as error:
+            raise ConfigError(f"{cfg_filename}: {error}{_missing_imports(imports)}") from error
         except (ConfigError, AssertionError) as error:
             # yacs asserts that a value has one of its own types; a YAML date has none of them.
             raise ConfigError(f"{cfg_filename}: {_one_line(error)}") from error
@@ -67,7 +76,7 @@ class Config(CfgNode):
             if key in ignored or key in newer:
                 continue
             if key not in known:
-                raise ConfigError(_unknown_key_message(key, list(known)))
+                raise UnknownKeyError(_unknown_key_message(key, list(known)))
             try:
                 super().merge_from_list([key, self._as_meant(key, value, known[key])])
             except (ValueError, AssertionError, KeyError, RecursionError, MemoryError) as error:
@@ -89,6 +98,13 @@ def flatten(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from flatten(value, f"{key}.")
         else:
             yield key, value
+
+
+def _missing_imports(names: Any) -> str:
+    """What a file says of the modules that its keys may be from; "" if all are imported."""
+    missing = [str(name) for name in names if str(name) not in sys.modules] if isinstance(names, list) else []
+    flags = " ".join(f"--import {name}" for name in missing)
+    return f" The run that wrote this file had {flags}; give that again, or import the module." if missing else ""
 
 
 def _one_line(error: Exception) -> str:
@@ -118,7 +134,8 @@ def _report_ignored(keys: tuple[str, ...], reason: str) -> None:
 
 
 def get_cfg() -> Config:
-    """Return a new, unfrozen configuration: detectron2's defaults and every key of dimaskdino."""
+    """Return a new, unfrozen configuration: detectron2's defaults, every key of dimaskdino, and registered ones."""
     cfg = Config(get_detectron2_cfg())
     add_dimaskdino_config(cfg)
+    add_keys(cfg, own_keys())
     return cfg

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from detectron2.config import CfgNode
 
+from dimaskdino.config.own_keys import own_keys
 from dimaskdino.config.reader import flatten, get_cfg
 from dimaskdino.errors import ConfigError
 
@@ -46,6 +47,7 @@ _READ_BY_BACKBONE = {
     "build_retinanet_resnet_fpn_backbone": (*_RESNET, "MODEL.FPN"),
     "D2SwinTransformer": ("MODEL.SWIN",),
     "build_timm_backbone": ("MODEL.TIMM",),
+    "build_vit_backbone": ("MODEL.VIT",),
 }
 _OF_BACKBONES = {key for keys in _READ_BY_BACKBONE.values() for key in keys}
 # Configurations of other backbones inherit these from a ResNet's, and a FREEZE_AT of 0 freezes nothing anyway.
@@ -79,7 +81,10 @@ def _unused(cfg: CfgNode) -> Iterator[tuple[str, object]]:
         unread |= {"MODEL.DINO"}
     if cfg.SOLVER.OPTIMIZER == "ADAMW":
         unread |= {"SOLVER.MOMENTUM", "SOLVER.NESTEROV"}
+    registered = own_keys()  # Only their module knows whether it reads them.
     for key, value in flatten(cfg):
+        if key in registered:
+            continue
         below_unread = any(f"{key}.".startswith(f"{node}.") for node in unread)
         if below_unread and key not in _INHERITED and (key, value) != ("MODEL.BACKBONE.FREEZE_AT", 0):
             yield key, value

@@ -4,15 +4,16 @@ Everything geometric happens on run-length encodings: areas, boxes and unions of
 unpacked only once its object is known to be kept.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from detectron2.data.transforms import TransformList
+from detectron2.data.transforms import NoOpTransform, TransformList
 from detectron2.structures import BitMasks, Boxes, BoxMode, Instances
 from pycocotools import mask as mask_util
 
+from dimaskdino.data.fields import fields_of
 from dimaskdino.data.rle import Rle, Size
 from dimaskdino.data.validation.rules import MISSING_MASK, Level, Rules, Shape, has_mask, read_mask
 from dimaskdino.errors import DatasetError
@@ -40,6 +41,8 @@ def annotations_to_instances(
     num_classes: int,
     file_name: str,
     with_masks: bool = True,
+    fields: Sequence[str] = (),
+    annotated_boxes: bool = False,
 ) -> Instances:
     """Build the targets of one image, without crowd regions and without objects that have no pixel left.
 
@@ -51,6 +54,8 @@ def annotations_to_instances(
         num_classes: category ids must lie in [0, num_classes).
         file_name: the image's path, for errors.
         with_masks: whether the targets have masks.
+        fields: number fields of the annotations to carry along (INPUT.ANNOTATION_FIELDS).
+        annotated_boxes: whether the annotation's box is that of an object with a mask too (INPUT.BOXES_OF_ANNOTATIONS).
 
     Returns:
         Instances of ``target_size`` with gt_classes (n,) int64 and gt_boxes (n, 4) float32, xyxy in pixels. With masks,
@@ -60,6 +65,8 @@ def annotations_to_instances(
         - gt_masks: BitMasks (n, H, W), if ``with_masks``; empty for an object that has only a box.
         - gt_mask_supervised: (n,) bool, if some object has only a box: False for those.
         - gt_box_supervised: (n,) bool, if some annotation has the key ``box_supervised``: its value, by default True.
+        - gt_box_weight: (n,) float32, if some annotation has the key ``box_weight``: its value, by default 1.
+        - gt_<name>: see :func:`dimaskdino.data.fields.fields_of`.
 
     Raises:
         DatasetError: for an annotation that cannot be used.
@@ -69,7 +76,12 @@ def annotations_to_instances(
     objects = [annotation for annotation in annotations if not annotation.get("iscrowd", 0)]
     rules = Rules(categories=dict.fromkeys(range(num_classes), ""), with_masks=with_masks)
     _check(annotations, rules, source_size, file_name)
-    regions = _regions(objects, transforms, source_size, target_size, with_masks=with_masks)
+    regions = list(_regions(objects, transforms, source_size, target_size, with_masks=with_masks))
+    if annotated_boxes:
+        regions = [
+            region._replace(box=_region_of_box(each, transforms, target_size).box) if "bbox" in each else region
+            for each, region in zip(objects, regions, strict=True)
+        ]
     kept = [
         (each, region)
         for each, region in zip(objects, regions, strict=True)
@@ -87,7 +99,45 @@ def annotations_to_instances(
     if any("box_supervised" in annotation for annotation in annotations):
         supervised = [bool(each.get("box_supervised", True)) for each, _ in kept]
         instances.gt_box_supervised = torch.tensor(supervised, dtype=torch.bool)
+    if any("box_weight" in annotation for annotation in annotations):
+        instances.gt_box_weight = torch.tensor([_box_weight(each, file_name) for each, _ in kept], dtype=torch.float32)
+    for name, values in fields_of([each for each, _ in kept], fields, file_name).items():
+        instances.set(name, values)
     return instances
+
+
+def crowd_regions(annotations: list[Annotation], **arguments: Any) -> Instances:
+    """The crowd regions of an image, as :func:`annotations_to_instances` gives objects.
+
+    A region without a mask is its box. ``gt_any_class`` (n,) bool tells the regions with ``ignored`` from others.
+    """
+    crowd = [each for each in annotations if each.get("iscrowd")]
+    plain = [{**each, "iscrowd": 0, "any_class": bool(each.get("ignored"))} for each in crowd]
+    regions = annotations_to_instances(plain, **arguments, fields=["any_class"])
+    regions.gt_any_class = regions.gt_any_class > 0
+    for mask, box in zip(regions.gt_masks.tensor, regions.gt_boxes.tensor.round().int().tolist(), strict=True):
+        if not mask.any():
+            left, top, right, bottom = box
+            mask[top:bottom, left:right] = True
+    return regions
+
+
+def _box_weight(annotation: Annotation, file_name: str) -> float:
+    weight = annotation.get("box_weight", 1.0)
+    if not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
+        raise DatasetError(
+            f"Annotation {annotation.get('id', '')} of {file_name}: box_weight is {weight!r:.40}; give a number of at "
+            "least 0."
+        )
+    return float(weight)
+
+
+def boxes_of(annotations: list[Annotation], size: Size) -> np.ndarray:
+    """(n, 4) float xyxy px of the objects, for augmentations that look at them; without crowd regions."""
+    objects = [each for each in annotations if not each.get("iscrowd", 0)]
+    identity = TransformList([NoOpTransform()])
+    regions = _regions(objects, identity, size, size, with_masks=False)
+    return np.array([region.box for region in regions], dtype=float).reshape(-1, 4)
 
 
 def _check(annotations: list[Annotation], rules: Rules, size: Size, file_name: str) -> None:
@@ -108,12 +158,15 @@ def _regions(
     objects: list[Annotation], transforms: TransformList, source_size: Size, target_size: Size, *, with_masks: bool
 ) -> Iterable[Region]:
     """Where the objects lie in the target: by their masks, or by their boxes if masks are missing or not wanted."""
+    by_pixels = any(getattr(each, "by_pixels", False) for each in transforms.transforms)
     masks = [
         read_mask(annotation["segmentation"], source_size)
-        if has_mask(annotation) and (with_masks or "bbox" not in annotation)
+        if has_mask(annotation) and (with_masks or by_pixels or "bbox" not in annotation)
         else None
         for annotation in objects
     ]
+    if by_pixels:
+        masks = [each and _as_pixels(each, source_size) for each in masks]
     rles = [mask.rle for mask in masks if mask is not None and mask.rle is not None]
     moved_rles = iter(_regions_of_rles(rles, transforms, source_size))
     for annotation, mask in zip(objects, masks, strict=True):
@@ -123,6 +176,12 @@ def _regions(
             yield next(moved_rles)
         else:
             yield _region_of_polygons(mask, transforms, target_size)
+
+
+def _as_pixels(mask: Shape, size: Size) -> Shape:
+    """A mask as RLE."""
+    rle = mask.rasterized(size) if mask.rle or mask.polygons else _empty_rle(size)
+    return mask._replace(polygons=[], rle=rle)
 
 
 def _region_of_box(annotation: Annotation, transforms: TransformList, target_size: Size) -> Region:

@@ -64,6 +64,7 @@ def forget_files() -> None:
 @functools.lru_cache(maxsize=2)
 def _read_coco(path: str, modified_ns: int) -> Json:
     coco = read_json(path)
+    _name_images_by_url(coco)
     try:
         _check_structure(coco)
     except ValueError as error:
@@ -72,6 +73,14 @@ def _read_coco(path: str, modified_ns: int) -> Json:
             "categories (id, name) and, unless it is a test set, annotations (id, image_id, category_id)."
         ) from None
     return coco
+
+
+def _name_images_by_url(coco: Any) -> None:
+    """Give images without a file_name the last folder and name of their coco_url, as LVIS means them."""
+    images = coco.get("images") if isinstance(coco, dict) else None
+    for image in images if isinstance(images, list) else ():
+        if isinstance(image, dict) and "file_name" not in image and isinstance(image.get("coco_url"), str):
+            image["file_name"] = "/".join(image["coco_url"].split("/")[-2:])
 
 
 def _check_structure(coco: Any) -> None:

@@ -77,7 +77,7 @@ def _opened(file_name: str) -> Iterator[Image.Image]:
             if image.mode.startswith(("I", "F")):
                 raise DatasetError(
                     f"Image {file_name} has more than 8 bits a channel (PIL's mode {image.mode}), so that almost all "
-                    "of it would become white or black; convert it to 8 bits."
+                    "of it would become white or black; convert it to 8 bits, or set INPUT.READER OpenCvReader."
                 )
             yield image
     except DatasetError:

@@ -2,24 +2,28 @@
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, build_detection_test_loader
-from detectron2.data.build import filter_images_with_only_crowd_annotations, trivial_batch_collator
+from detectron2.data.build import filter_images_with_only_crowd_annotations
 from detectron2.data.detection_utils import check_metadata_consistency
+from detectron2.structures import Instances
 from detectron2.utils import comm
+from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dimaskdino.compat import training_samplers
 from dimaskdino.data.coco_file import forget_files
 from dimaskdino.data.datasets import register_all
 from dimaskdino.data.datasets.panoptic import forget_panoptic_files
 from dimaskdino.data.datasets.registration import load_dataset
-from dimaskdino.data.images import read_header
+from dimaskdino.data.folds import check_folds, image_keys, take_fold
 from dimaskdino.data.mapper import build_mapper
+from dimaskdino.data.orders import check_sampler
+from dimaskdino.data.readers import image_reader
 from dimaskdino.data.samplers import BatchSampler, Samples, endless_order
-from dimaskdino.errors import ConfigError, DatasetError, check_choice
+from dimaskdino.errors import ConfigError, DatasetError
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +57,9 @@ def build_train_loader(
         ConfigError: if DATALOADER.SAMPLER_TRAIN is not the name of a sampler.
         DatasetError: if no image is left.
     """
-    check_choice("DATALOADER.SAMPLER_TRAIN", cfg.DATALOADER.SAMPLER_TRAIN, training_samplers(cfg))
+    check_sampler(cfg)
     register_all(cfg=cfg)
-    entries = _entries(cfg, cfg.DATASETS.TRAIN)
+    entries = _entries(cfg, cfg.DATASETS.TRAIN, train=True)
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and any("annotations" in entry for entry in entries[:1]):
         entries = filter_images_with_only_crowd_annotations(entries)
     if not entries:
@@ -70,7 +74,7 @@ def build_train_loader(
     batches = BatchSampler(
         make_sampler(len(entries)) if make_sampler else endless_order(cfg, entries, seed),
         batch_size=cfg.SOLVER.IMS_PER_BATCH,
-        group_of=[_is_wide(entry, cfg.INPUT.APPLY_EXIF) for entry in entries] if grouping else (),
+        group_of=[_is_wide(entry, cfg) for entry in entries] if grouping else (),
         group_size=group_size or images_in_a_group(cfg),
         first=first_batch,
         rank=comm.get_rank(),
@@ -80,11 +84,41 @@ def build_train_loader(
         Samples(entries, mapper, seed),
         batch_sampler=batches,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
-        collate_fn=trivial_batch_collator,
+        collate_fn=partial(
+            _checked_batch,
+            mapper_name=cfg.INPUT.DATASET_MAPPER_NAME,
+            needs_instances=cfg.MODEL.META_ARCHITECTURE in ("DIMaskDINO", "MaskDINO", "DINO"),
+        ),
     )
     forget_files()
     forget_panoptic_files()
     return loader
+
+
+def _checked_batch(batch: list[dict[str, Any]], mapper_name: str, needs_instances: bool) -> list[dict[str, Any]]:
+    """A batch as it is, if the mapper gives what the model takes.
+
+    Raises:
+        ConfigError: it does not; names the mapper, and what it should give.
+    """
+    for mapped in batch:
+        image = mapped.get("image") if isinstance(mapped, dict) else None
+        instances = mapped.get("instances") if isinstance(mapped, dict) else None
+        if not (isinstance(image, Tensor) and image.ndim == 3):
+            found = f"{type(image).__name__} {tuple(getattr(image, 'shape', ()))}"
+            problem = f'gives "image" as {found}; it must be a tensor (C, H, W)'
+        elif instances is None and not needs_instances:
+            continue
+        elif not isinstance(instances, Instances):
+            problem = f'gives "instances" as {type(instances).__name__}; it must be detectron2\'s Instances'
+        elif instances.image_size != image.shape[-2:]:
+            problem = f"gives instances of {instances.image_size} (height, width) in an image of {tuple(image.shape)}"
+        elif not (instances.has("gt_classes") and instances.has("gt_boxes")):
+            problem = "gives instances without gt_classes or gt_boxes"
+        else:
+            continue
+        raise ConfigError(f"The mapper {mapper_name} (INPUT.DATASET_MAPPER_NAME) {problem}.")
+    return batch
 
 
 def images_per_process(cfg: CfgNode) -> int:
@@ -107,9 +141,10 @@ def images_in_a_group(cfg: CfgNode) -> int:
     return size or images_per_process(cfg)
 
 
-def _is_wide(entry: dict[str, Any], apply_exif: bool) -> bool:
+def _is_wide(entry: dict[str, Any], cfg: CfgNode) -> bool:
     if "width" not in entry or "height" not in entry:
-        height, width = read_header(entry["file_name"]).size(apply_exif=apply_exif)
+        header = image_reader(cfg).header(entry["file_name"])
+        height, width = header.size(apply_exif=cfg.INPUT.APPLY_EXIF)
         return width > height
     return entry["width"] > entry["height"]
 
@@ -118,7 +153,7 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> Batches:
     """Every image of one dataset once, in order, one per batch, divided between the processes."""
     register_all(cfg=cfg)
     loader = build_detection_test_loader(
-        dataset=_entries(cfg, [dataset_name]),
+        dataset=_entries(cfg, [dataset_name], train=False),
         mapper=build_mapper(cfg, is_train=False),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )
@@ -145,14 +180,16 @@ def max_images(cfg: CfgNode) -> int:
     return number
 
 
-def _entries(cfg: CfgNode, names: Sequence[str]) -> list[dict[str, Any]]:
+def _entries(cfg: CfgNode, names: Sequence[str], *, train: bool) -> list[dict[str, Any]]:
     """Images of the named datasets in detectron2's format; the first DATASETS.MAX_IMAGES of them unless that is 0.
 
     detectron2's own function wants annotations of every image if the first has them; here an image without them is
     background.
     """
     number = max_images(cfg)
-    loaded = [entry for name in names for entry in load_dataset(name)]
+    check_folds(cfg)
+    fields, keys = cfg.INPUT.ANNOTATION_FIELDS, image_keys(cfg)
+    loaded = [entry for name in names for entry in take_fold(cfg, name, load_dataset(name, fields, keys), train=train)]
     labeled = ("annotations", "segments_info", "sem_seg_file_name")
     entries = [entry if any(key in entry for key in labeled) else {**entry, "annotations": []} for entry in loaded]
     if MetadataCatalog.get(names[0]).get("thing_classes") is not None:

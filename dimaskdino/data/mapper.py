@@ -1,6 +1,6 @@
 """From one entry of a dataset to what the model takes, and the mappers by name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,8 +9,12 @@ from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from detectron2.utils.registry import Registry
 
-from dimaskdino.data.annotations import Annotation, annotations_to_instances
-from dimaskdino.data.images import read_header, read_image, size_problem
+from dimaskdino.data.annotations import Annotation, annotations_to_instances, boxes_of, crowd_regions
+from dimaskdino.data.augmentations import copy_paste, own_augmentations
+from dimaskdino.data.copy_paste import CopyPaste
+from dimaskdino.data.images import size_problem
+from dimaskdino.data.partial_labels import unlabeled_classes
+from dimaskdino.data.readers import PilReader, Reader, image_reader
 from dimaskdino.data.rle import Size
 from dimaskdino.data.transforms import large_scale_jitter, shortest_edge, test_resize
 from dimaskdino.errors import ConfigError, DatasetError
@@ -35,6 +39,12 @@ class InstanceMapper:
         with_instances: whether the annotations become "instances"; they are dropped otherwise.
         with_masks: whether the targets have masks.
         apply_exif: whether photos are turned upright as EXIF says, as in INPUT.APPLY_EXIF.
+        fields: number fields of annotations that become targets, as in INPUT.ANNOTATION_FIELDS.
+        reader: reads the images; None means PIL, by ``image_format`` and ``apply_exif``.
+        annotated_boxes: boxes of the annotations as targets, as in INPUT.BOXES_OF_ANNOTATIONS.
+        partial_labels: give the classes that were not labeled, as in INPUT.PARTIAL_LABELS.
+        crowd: give the crowd regions.
+        copy_paste: puts objects of another image, mapped likewise, over an image; the loader draws that image.
     """
 
     def __init__(
@@ -46,9 +56,18 @@ class InstanceMapper:
         with_instances: bool,
         with_masks: bool = True,
         apply_exif: bool = True,
+        fields: Sequence[str] = (),
+        reader: Reader | None = None,
+        annotated_boxes: bool = False,
+        partial_labels: bool = False,
+        crowd: bool = False,
+        copy_paste: CopyPaste | None = None,
     ) -> None:
-        self.augmentations = T.AugmentationList(augmentations)
-        self.image_format = image_format
+        self.augmentations, self.copy_paste = T.AugmentationList(augmentations), copy_paste
+        self._needs_boxes = any(getattr(each, "needs_boxes", False) for each in augmentations)
+        self.annotated_boxes, self.partial_labels, self.crowd = annotated_boxes, partial_labels, crowd
+        self.image_format, self.fields = image_format, tuple(fields)
+        self.reader = reader or PilReader(image_format, apply_exif=apply_exif)
         self.num_classes = num_classes
         self.with_instances, self.with_masks, self.apply_exif = with_instances, with_masks, apply_exif
 
@@ -56,35 +75,43 @@ class InstanceMapper:
         """Map one entry of a dataset in detectron2's format; the entry stays as it is.
 
         Returns:
-            The entry without "annotations", with "image" (C, H, W) uint8 as augmented, "height" and "width" of the
-            file, and, if wanted, "instances" (see :func:`annotations_to_instances`); an entry without annotations is
-            background.
+            The entry without "annotations", with "image" (C, H, W), uint8 or float32, as augmented, "height" and
+            "width" of the file, and, if wanted, "instances" (see :func:`annotations_to_instances`); an entry without
+            annotations is background. With partial labels, "unlabeled_classes", the classes that are no false
+            positives; with ``crowd``, "crowd_regions" (see :func:`crowd_regions`).
 
         Raises:
             DatasetError: for an image that cannot be read or has another size than the entry says, and for an
                 annotation that cannot be used.
         """
-        image = read_image(entry["file_name"], self.image_format, apply_exif=self.apply_exif)
+        image = self.reader.read(entry["file_name"])
         source_size = image.shape[:2]
         self._check_size(entry, source_size)
         annotations, label_map = self.read_labels(entry, source_size) if self.with_instances else ([], None)
-        augmented = T.AugInput(image, sem_seg=label_map)
+        boxes = boxes_of(annotations, source_size) if self._needs_boxes else None
+        augmented = T.AugInput(image, boxes=boxes, sem_seg=label_map)
         transforms = self.augmentations(augmented)
         mapped = {key: value for key, value in entry.items() if key != "annotations"}
         mapped["height"], mapped["width"] = source_size
         # A copy: the pixels may be PIL's, which cannot be written to.
         mapped["image"] = torch.from_numpy(np.array(augmented.image.transpose(2, 0, 1), order="C"))
         if self.with_instances:
-            mapped["instances"] = annotations_to_instances(
-                annotations,
-                transforms=transforms,
-                source_size=source_size,
-                target_size=augmented.image.shape[:2],
-                num_classes=self.num_classes,
-                file_name=entry["file_name"],
-                with_masks=self.with_masks,
-            )
+            frame = {"transforms": transforms, "source_size": source_size, "target_size": augmented.image.shape[:2]}
+            mapped |= self._targets(entry, annotations, **frame)
         return mapped
+
+    def _targets(self, entry: dict[str, Any], annotations: list[Annotation], **frame: Any) -> dict[str, Any]:
+        """What the model is trained on; ``frame`` is what the image went through, and its sizes before and after."""
+        place: dict[str, Any] = {**frame, "num_classes": self.num_classes, "file_name": entry["file_name"]}
+        options: dict[str, Any] = {"with_masks": self.with_masks, "annotated_boxes": self.annotated_boxes}
+        targets: dict[str, Any] = {
+            "instances": annotations_to_instances(annotations, fields=self.fields, **place, **options)
+        }
+        if self.crowd:
+            targets["crowd_regions"] = crowd_regions(annotations, **place)
+        if self.partial_labels:
+            targets["unlabeled_classes"] = unlabeled_classes(entry, annotations, self.num_classes)
+        return targets
 
     def read_labels(self, entry: dict[str, Any], size: Size) -> tuple[list[Annotation], np.ndarray | None]:
         """The objects of an image of ``size``, and a map of their classes for augmentations that look at it."""
@@ -93,14 +120,14 @@ class InstanceMapper:
     def _check_size(self, entry: dict[str, Any], size: tuple[int, ...]) -> None:
         listed = entry.get("height", size[0]), entry.get("width", size[1])
         if listed != size:
-            problem = size_problem(read_header(entry["file_name"]), listed, apply_exif=self.apply_exif)
+            problem = size_problem(self.reader.header(entry["file_name"]), listed, apply_exif=self.apply_exif)
             raise DatasetError(f"Image {entry['file_name']} is {problem}.")
 
 
 @MAPPER_REGISTRY.register()
 def coco_instance_lsj(cfg: CfgNode, *, is_train: bool, with_instances: bool, with_masks: bool = True) -> InstanceMapper:
     """Large-scale jitter on a square canvas in training."""
-    return _instance_mapper(cfg, large_scale_jitter(cfg) if is_train else test_resize(cfg), with_instances, with_masks)
+    return _instance_mapper(cfg, large_scale_jitter, is_train, with_instances, with_masks)
 
 
 @MAPPER_REGISTRY.register()
@@ -108,7 +135,7 @@ def coco_instance_detr(
     cfg: CfgNode, *, is_train: bool, with_instances: bool, with_masks: bool = True
 ) -> InstanceMapper:
     """DETR's resizing of the shortest edge, with its random crop if asked for, in training."""
-    return _instance_mapper(cfg, shortest_edge(cfg) if is_train else test_resize(cfg), with_instances, with_masks)
+    return _instance_mapper(cfg, shortest_edge, is_train, with_instances, with_masks)
 
 
 @MAPPER_REGISTRY.register()
@@ -119,16 +146,36 @@ def coco_detection_detr(
     return coco_instance_detr(cfg, is_train=is_train, with_instances=with_instances, with_masks=with_masks)
 
 
+def augmentations_of(
+    cfg: CfgNode, default: Callable[[CfgNode], list[T.Augmentation]], is_train: bool
+) -> list[T.Augmentation]:
+    """What INPUT.AUGMENTATIONS lists, else ``default(cfg)``, in training; the resize of testing otherwise."""
+    if not is_train:
+        return test_resize(cfg)
+    return own_augmentations(cfg) if cfg.INPUT.AUGMENTATIONS else default(cfg)
+
+
 def _instance_mapper(
-    cfg: CfgNode, augmentations: list[T.Augmentation], with_instances: bool, with_masks: bool
+    cfg: CfgNode,
+    default: Callable[[CfgNode], list[T.Augmentation]],
+    is_train: bool,
+    with_instances: bool,
+    with_masks: bool,
 ) -> InstanceMapper:
+    pastes = is_train and with_instances
     return InstanceMapper(
-        augmentations=augmentations,
+        augmentations=augmentations_of(cfg, default, is_train),
+        copy_paste=copy_paste(cfg, with_masks=with_masks) if pastes else None,
         image_format=cfg.INPUT.FORMAT,
         num_classes=cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
         with_instances=with_instances,
         with_masks=with_masks,
         apply_exif=cfg.INPUT.APPLY_EXIF,
+        fields=cfg.INPUT.ANNOTATION_FIELDS,
+        reader=image_reader(cfg),
+        annotated_boxes=cfg.INPUT.BOXES_OF_ANNOTATIONS,
+        partial_labels=cfg.INPUT.PARTIAL_LABELS,
+        crowd=cfg.MODEL.IGNORE_CROWD_SHARE > 0,
     )
 
 

@@ -9,14 +9,14 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList
-from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils.serialize import PicklableWrapper
 from torch.utils.data import Dataset, Sampler
 
-from dimaskdino.compat import newer_training_sampler
-from dimaskdino.errors import ConfigError, DatasetError
+from dimaskdino.data.orders import make_order
+from dimaskdino.errors import DatasetError
 from dimaskdino.seeds import SAMPLE, seeded
 
 # The place of a sample in the endless order of the run, and the index of its image.
@@ -26,30 +26,8 @@ _MAX_TRIES = 1000
 
 
 def endless_order(cfg: CfgNode, entries: Sequence[dict[str, Any]], seed: int) -> Iterable[int]:
-    """Indices of ``entries`` as DATALOADER.SAMPLER_TRAIN draws them, for all processes together."""
-    sampler: Any
-    if cfg.DATALOADER.SAMPLER_TRAIN == "TrainingSampler":
-        sampler = TrainingSampler(len(entries), seed=seed)
-    elif cfg.DATALOADER.SAMPLER_TRAIN == "RepeatFactorTrainingSampler":
-        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-            [{"annotations": _objects(entry)} for entry in entries], cfg.DATALOADER.REPEAT_THRESHOLD
-        )
-        sampler = RepeatFactorTrainingSampler(factors, seed=seed)
-    else:
-        sampler = newer_training_sampler(cfg, len(entries), seed)
-    # detectron2's samplers give each process its share; BatchSampler divides batches instead.
-    sampler._rank, sampler._world_size = 0, 1
-    return sampler
-
-
-def _objects(entry: dict[str, Any]) -> list[dict[str, Any]]:
-    """What an image lists with classes: its annotations, or its panoptic segments."""
-    if "annotations" not in entry and "segments_info" not in entry:
-        raise ConfigError(
-            "DATALOADER.SAMPLER_TRAIN RepeatFactorTrainingSampler counts the images of each class, which semantic "
-            "datasets do not list; set it to TrainingSampler."
-        )
-    return entry["annotations"] if "annotations" in entry else entry["segments_info"]
+    """Indices of ``entries`` as DATALOADER.{SAMPLER_TRAIN, NEGATIVE_SHARE} draw them, for all processes together."""
+    return make_order(cfg, entries, seed)
 
 
 class BatchSampler(Sampler[list[Draw]]):
@@ -123,6 +101,14 @@ class Samples(Dataset):
         with seeded(self._seed, SAMPLE, place):
             for _ in range(_MAX_TRIES):
                 if (mapped := self._mapper(self._entries[index])) is not None:
-                    return mapped
+                    return self._pasted(mapped)
                 index = random.randrange(len(self))
         raise DatasetError(f"The mapper returned None for {_MAX_TRIES} images; check INPUT.DATASET_MAPPER_NAME.")
+
+    def _pasted(self, mapped: Any) -> Any:
+        """With objects of another image where the mapper has a copy-paste."""
+        paste = getattr(self._mapper, "copy_paste", None)
+        if paste is None or np.random.random() >= paste.prob:
+            return mapped
+        other = self._mapper(self._entries[random.randrange(len(self))])
+        return mapped if other is None else paste(mapped, other)

@@ -7,10 +7,12 @@ from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 
 from dimaskdino.data.annotations import Annotation
+from dimaskdino.data.augmentations import copy_paste
 from dimaskdino.data.label_maps import panoptic_annotations, read_segments, read_semantic, semantic_annotations
-from dimaskdino.data.mapper import MAPPER_REGISTRY, InstanceMapper
-from dimaskdino.data.transforms import PAD_VALUE, KeepAPixel, color_and_flip, large_scale_jitter, test_resize
-from dimaskdino.errors import DatasetError
+from dimaskdino.data.mapper import MAPPER_REGISTRY, InstanceMapper, augmentations_of
+from dimaskdino.data.readers import image_reader, pad_value
+from dimaskdino.data.transforms import PAD_VALUE, KeepAPixel, color_and_flip, large_scale_jitter
+from dimaskdino.errors import ConfigError, DatasetError
 
 
 class PanopticMapper(InstanceMapper):
@@ -50,8 +52,9 @@ class SemanticMapper(InstanceMapper):
 @MAPPER_REGISTRY.register()
 def coco_panoptic_lsj(cfg: CfgNode, *, is_train: bool, with_instances: bool, with_masks: bool = True) -> PanopticMapper:
     """Panoptic labels, large-scale jitter on a square canvas in training."""
-    augmentations = large_scale_jitter(cfg) if is_train else test_resize(cfg)
-    return PanopticMapper(**_arguments(cfg, augmentations, with_instances, with_masks))
+    augmentations = augmentations_of(cfg, large_scale_jitter, is_train)
+    paste = copy_paste(cfg, with_masks=with_masks) if is_train and with_instances else None
+    return PanopticMapper(copy_paste=paste, **_arguments(cfg, augmentations, with_instances, with_masks))
 
 
 @MAPPER_REGISTRY.register()
@@ -59,7 +62,9 @@ def mask_former_semantic(
     cfg: CfgNode, *, is_train: bool, with_instances: bool, with_masks: bool = True
 ) -> SemanticMapper:
     """Semantic labels, MaskFormer's resize, crop and padding in training."""
-    augmentations = semantic_crop(cfg) if is_train else test_resize(cfg)
+    if is_train and copy_paste(cfg):
+        raise ConfigError("INPUT.AUGMENTATIONS lists CopyPaste, which needs objects, not a map of classes; remove it.")
+    augmentations = augmentations_of(cfg, semantic_crop, is_train)
     ignore = cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
     return SemanticMapper(ignore=ignore, **_arguments(cfg, augmentations, with_instances, with_masks))
 
@@ -87,7 +92,7 @@ def semantic_crop(cfg: CfgNode) -> list[T.Augmentation]:
     augmentations += color_and_flip(cfg)
     side = cfg.INPUT.SIZE_DIVISIBILITY
     if side > 0:
-        augmentations.append(T.FixedSizeCrop((side, side), pad_value=PAD_VALUE))
+        augmentations.append(T.FixedSizeCrop((side, side), pad_value=pad_value(cfg, PAD_VALUE)))
     return augmentations
 
 
@@ -101,4 +106,5 @@ def _arguments(
         "with_instances": with_instances,
         "with_masks": with_masks,
         "apply_exif": cfg.INPUT.APPLY_EXIF,
+        "reader": image_reader(cfg),
     }

@@ -4,6 +4,7 @@ import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 
+from dimaskdino.data.readers import pad_value
 from dimaskdino.errors import ConfigError, check_choice
 
 PAD_VALUE = 128.0  # gray of the canvas around a picture that large-scale jitter made small, as in the releases
@@ -44,7 +45,11 @@ def large_scale_jitter(cfg: CfgNode) -> list[T.Augmentation]:
     """
     side = cfg.INPUT.IMAGE_SIZE
     resize = T.ResizeScale(cfg.INPUT.MIN_SCALE, cfg.INPUT.MAX_SCALE, side, side)
-    return [*color_and_flip(cfg), KeepAPixel(resize), T.FixedSizeCrop((side, side), pad_value=PAD_VALUE)]
+    return [
+        *color_and_flip(cfg),
+        KeepAPixel(resize),
+        T.FixedSizeCrop((side, side), pad_value=pad_value(cfg, PAD_VALUE)),
+    ]
 
 
 def shortest_edge(cfg: CfgNode) -> list[T.Augmentation]:
@@ -87,6 +92,11 @@ def color_and_flip(cfg: CfgNode) -> list[T.Augmentation]:
 
 def check_color_distortion(cfg: CfgNode) -> None:
     """Raise ConfigError if INPUT.COLOR_AUG_SSD would distort the colors of images without any."""
+    if cfg.INPUT.COLOR_AUG_SSD and cfg.INPUT.READER:
+        raise ConfigError(
+            f"INPUT.COLOR_AUG_SSD True distorts colors of 8 bits, which INPUT.READER {cfg.INPUT.READER} may not give; "
+            "set it to False."
+        )
     if cfg.INPUT.COLOR_AUG_SSD and cfg.INPUT.FORMAT not in ("RGB", "BGR"):
         raise ConfigError(
             f"INPUT.COLOR_AUG_SSD True distorts colors, which images of INPUT.FORMAT {cfg.INPUT.FORMAT} do not have; "

@@ -3,12 +3,14 @@
 from dimaskdino.cpu import keep_freed_memory
 from dimaskdino.engine.evaluation import evaluate
 from dimaskdino.engine.launch import launch
+from dimaskdino.engine.own_hooks import HOOK_REGISTRY
 from dimaskdino.engine.setup import argument_parser, setup
 from dimaskdino.engine.train_step import TrainStep
 from dimaskdino.engine.trainer import Trainer
 from dimaskdino.solver import GradientClipper, build_lr_scheduler, build_optimizer
 
 __all__ = [
+    "HOOK_REGISTRY",
     "GradientClipper",
     "TrainStep",
     "Trainer",

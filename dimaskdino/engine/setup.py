@@ -17,22 +17,27 @@ from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 
 from dimaskdino.command_line import add_import_flag, at_least, import_modules
-from dimaskdino.compat import training_samplers
 from dimaskdino.config import Config, get_cfg, report_unused_keys
 from dimaskdino.cpu import keep_freed_memory
 from dimaskdino.data import register_all
+from dimaskdino.data.augmentations import copy_paste, own_augmentations
+from dimaskdino.data.fields import check_field_names
+from dimaskdino.data.folds import check_folds
 from dimaskdino.data.loaders import images_in_a_group
 from dimaskdino.data.mapper import MAPPER_REGISTRY
+from dimaskdino.data.orders import check_sampler
 from dimaskdino.data.validation.start import check_datasets
 from dimaskdino.engine.best import check_best
 from dimaskdino.engine.launch import set_process_timeout
 from dimaskdino.engine.nonfinite import check_nonfinite
 from dimaskdino.engine.own_data import merge_cpu_file, set_keys_of_own_data
+from dimaskdino.engine.own_hooks import check_hooks
 from dimaskdino.engine.precision import check_precision
 from dimaskdino.engine.run_folder import setup_loggers
 from dimaskdino.engine.signals import check_not_locked
 from dimaskdino.engine.writers import check_writers
 from dimaskdino.errors import ConfigError, UserError, check_choice, file_errors_in_one_line
+from dimaskdino.evaluation import check_evaluators
 from dimaskdino.modeling.meta_arch import needs_masks
 from dimaskdino.modeling.policies import check_policies
 from dimaskdino.modeling.registry import get_registered
@@ -147,6 +152,7 @@ def load_config(args: Namespace) -> Config:
         merge_cpu_file(cfg, args.config_file, given, num_gpus=args.num_gpus)
     cfg.merge_from_list(args.opts)
     set_keys_of_own_data(cfg, given)
+    cfg.IMPORTS = list(args.modules)
     if args.eval_layers:
         cfg.TEST.EVAL_LAYERS = args.eval_layers.split(",")
     return cfg
@@ -173,7 +179,13 @@ def _check(cfg: Config, *, train: bool) -> None:
         check_nonfinite(cfg)
         check_writers(cfg)
         images_in_a_group(cfg)
-        check_choice("DATALOADER.SAMPLER_TRAIN", cfg.DATALOADER.SAMPLER_TRAIN, training_samplers(cfg))
+        check_sampler(cfg)
+        check_hooks(cfg)
+        own_augmentations(cfg)
+        copy_paste(cfg)
+    check_folds(cfg)
+    check_field_names(cfg.INPUT.ANNOTATION_FIELDS)
+    check_evaluators(cfg)
     get_registered(MAPPER_REGISTRY, cfg.INPUT.DATASET_MAPPER_NAME, "INPUT.DATASET_MAPPER_NAME")
     register_all(cfg=cfg)  # A panoptic model asks its datasets which classes are things.
     _check_model(cfg, train=train)
@@ -184,7 +196,7 @@ def _check_model(cfg: Config, *, train: bool) -> None:
     """Build the model without memory for its weights, so that mistakes in its keys come before data is read."""
     meta_arch = get_registered(META_ARCH_REGISTRY, cfg.MODEL.META_ARCHITECTURE, "MODEL.META_ARCHITECTURE")
     cfg = cfg.clone()
-    cfg.MODEL.TIMM.PRETRAINED = False  # No download yet.
+    cfg.MODEL.TIMM.PRETRAINED = cfg.MODEL.VIT.PRETRAINED = False  # No download yet.
     try:
         with torch.device("meta"):
             model = meta_arch(cfg).train(train)

@@ -31,6 +31,7 @@ from dimaskdino.engine.hooks import (
     RepeatablePreciseBN,
     WriteRecords,
 )
+from dimaskdino.engine.own_hooks import build_own_hooks
 from dimaskdino.engine.pictures import DrawPredictions
 from dimaskdino.engine.precision import evaluation_autocast, training_dtype
 from dimaskdino.engine.resumable import ResumableTrainer
@@ -66,6 +67,7 @@ class Trainer(ResumableTrainer):
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, class_names=names, trainer=weakref.proxy(self))
         self.checkpointer.run_id = read_run_id(Path(cfg.OUTPUT_DIR))
         self.checkpointer.average = self._average.state_dict if self._average else None
+        self.checkpointer.leaves_out_frozen = cfg.SOLVER.CHECKPOINT_WITHOUT_FROZEN
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase | None]:
@@ -90,6 +92,7 @@ class Trainer(ResumableTrainer):
             options = {"patience": cfg.TEST.EARLY_STOP_PATIENCE, "eval_period": cfg.TEST.EVAL_PERIOD}
             self._best = KeepBest(cfg.TEST.BEST_METRIC, checkpointer=self.checkpointer, **options)
             hooks.append(self._best)
+        hooks += build_own_hooks(cfg)
         if comm.is_main_process():
             if cfg.LOG.PICTURES and cfg.DATASETS.TEST:
                 hooks.append(DrawPredictions(cfg, self.model))

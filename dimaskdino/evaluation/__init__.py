@@ -1,8 +1,15 @@
 """Evaluation: COCO's AP of boxes and masks, of the final result and of every stage; inference speed."""
 
-from dimaskdino.evaluation.build import EVALUATOR_REGISTRY, build_evaluator, check_classes, class_names
+from dimaskdino.evaluation.build import (
+    EVALUATOR_REGISTRY,
+    build_evaluator,
+    check_classes,
+    check_evaluators,
+    class_names,
+)
 from dimaskdino.evaluation.coco import CocoEvaluator
 from dimaskdino.evaluation.layerwise import LayerwiseEvaluator
+from dimaskdino.evaluation.own import ImageEvaluator
 from dimaskdino.evaluation.report import class_table, coco_table, layer_table, write_results
 from dimaskdino.evaluation.speed import ForwardTimer, SpeedEvaluator, timed
 
@@ -10,10 +17,12 @@ __all__ = [
     "EVALUATOR_REGISTRY",
     "CocoEvaluator",
     "ForwardTimer",
+    "ImageEvaluator",
     "LayerwiseEvaluator",
     "SpeedEvaluator",
     "build_evaluator",
     "check_classes",
+    "check_evaluators",
     "class_names",
     "class_table",
     "coco_table",

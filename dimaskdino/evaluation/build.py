@@ -10,9 +10,11 @@ from detectron2.utils.registry import Registry
 
 from dimaskdino.data.coco_file import category_names, read_json
 from dimaskdino.data.validation.segmentation import truth_of
-from dimaskdino.errors import DatasetError
+from dimaskdino.errors import DatasetError, check_choice
 from dimaskdino.evaluation.coco import CocoEvaluator
+from dimaskdino.evaluation.coco_options import CocoOptions
 from dimaskdino.evaluation.layerwise import LayerwiseEvaluator
+from dimaskdino.evaluation.lvis import LvisEvaluator
 from dimaskdino.evaluation.segmentation import (
     EvaluatorGroup,
     PanopticEvaluator,
@@ -25,8 +27,9 @@ logger = logging.getLogger(__name__)
 
 EVALUATOR_REGISTRY = Registry("EVALUATOR")
 EVALUATOR_REGISTRY.__doc__ = """
-Builders of evaluators by the ``evaluator_type`` of a dataset's metadata. Each is called as
-``builder(cfg, dataset_name, output_folder)``. Datasets whose type has no builder get that of ``coco``.
+Builders of evaluators by the ``evaluator_type`` of a dataset's metadata, and those that TEST.EVALUATORS names beside
+them. Each is called as ``builder(cfg, dataset_name, output_folder)``. Datasets whose type has no builder get that of
+``coco``.
 """
 
 
@@ -42,7 +45,17 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Data
     if kind not in EVALUATOR_REGISTRY:
         logger.warning("%s is scored by COCO's AP; its own metric (%s) is not available.", dataset_name, kind)
         kind = "coco"
-    return EVALUATOR_REGISTRY.get(kind)(cfg, dataset_name, output_folder)
+    check_evaluators(cfg)
+    main, *own = (
+        EVALUATOR_REGISTRY.get(name)(cfg, dataset_name, output_folder) for name in (kind, *cfg.TEST.EVALUATORS)
+    )
+    return EvaluatorGroup([main, *own]) if own else main
+
+
+def check_evaluators(cfg: CfgNode) -> None:
+    """Raise ConfigError if TEST.EVALUATORS names what is not registered."""
+    for name in cfg.TEST.EVALUATORS:
+        check_choice("An entry of TEST.EVALUATORS", name, [known for known, _ in EVALUATOR_REGISTRY])
 
 
 @EVALUATOR_REGISTRY.register()
@@ -51,10 +64,19 @@ def coco(cfg: CfgNode, dataset_name: str, output_folder: str) -> DatasetEvaluato
     final = CocoEvaluator(
         dataset_name=dataset_name,
         output_dir=output_folder,
-        seen_only=cfg.DATASETS.MAX_IMAGES > 0,
+        seen_only=_seen_only(cfg),
         max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
+        options=CocoOptions.from_config(cfg),
     )
     return _by_stage(cfg, final, output_folder)
+
+
+@EVALUATOR_REGISTRY.register()
+def lvis(cfg: CfgNode, dataset_name: str, output_folder: str) -> DatasetEvaluator:
+    """LVIS's AP of boxes and masks, of several stages where TEST.EVAL_LAYERS names them."""
+    limit = cfg.TEST.DETECTIONS_PER_IMAGE
+    options = {"output_dir": output_folder, "seen_only": _seen_only(cfg), "max_detections": limit}
+    return _by_stage(cfg, LvisEvaluator(dataset_name=dataset_name, **options), output_folder)
 
 
 @EVALUATOR_REGISTRY.register()
@@ -66,8 +88,9 @@ def coco_panoptic_seg(cfg: CfgNode, dataset_name: str, output_folder: str) -> Da
     parts: list[DatasetEvaluator] = []
     instances, things = register_things(dataset_name)
     if test.INSTANCE_ON and things:
-        seen_only, limit = cfg.DATASETS.MAX_IMAGES > 0, cfg.TEST.DETECTIONS_PER_IMAGE
+        seen_only, limit = _seen_only(cfg), cfg.TEST.DETECTIONS_PER_IMAGE
         options = {"output_dir": output_folder, "seen_only": seen_only, "max_detections": limit}
+        options["options"] = CocoOptions.from_config(cfg)
         parts.append(ThingsEvaluator(CocoEvaluator(dataset_name=instances, **options), things))
     if test.PANOPTIC_ON:
         parts.append(PanopticEvaluator(dataset_name=dataset_name, output_dir=output_folder))
@@ -86,6 +109,11 @@ def sem_seg(cfg: CfgNode, dataset_name: str, output_folder: str) -> DatasetEvalu
 def cityscapes_sem_seg(cfg: CfgNode, dataset_name: str, output_folder: str) -> DatasetEvaluator:
     """As :func:`sem_seg`, at the size of the images."""
     return sem_seg(cfg, dataset_name, output_folder)
+
+
+def _seen_only(cfg: CfgNode) -> bool:
+    """Whether a part of the dataset is predicted, and so scored, alone."""
+    return bool(cfg.DATASETS.MAX_IMAGES > 0 or cfg.DATASETS.FOLDS.NUM)
 
 
 def _semantic(cfg: CfgNode, dataset_name: str, output_folder: str) -> SemanticEvaluator:

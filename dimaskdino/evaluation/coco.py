@@ -7,7 +7,7 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import hotcoco
 import numpy as np
@@ -18,6 +18,7 @@ from detectron2.utils import comm
 
 from dimaskdino.data.datasets.registration import load_dataset
 from dimaskdino.errors import DatasetError, UserError
+from dimaskdino.evaluation.coco_options import AREA_RANGES, NO_OPTIONS, CocoOptions
 from dimaskdino.evaluation.report import class_table, coco_table
 from dimaskdino.evaluation.truth import Truth, read_truth, truth_of_entries
 from dimaskdino.structures import instances_to_coco
@@ -30,6 +31,7 @@ Scores = dict[str, float]
 COCO_LIMIT = 100  # detections of a class in an image that COCO's AP counts
 # Index of the IoU threshold (0.50 to 0.95 by 0.05; None means all) and of the area range of each metric.
 _METRICS = {"AP": (None, 0), "AP50": (0, 0), "AP75": (5, 0), "APs": (None, 1), "APm": (None, 2), "APl": (None, 3)}
+_AREAS = tuple(each[1:] for each in AREA_RANGES)
 _SHAPE_KEYS = {"bbox": "bbox", "segm": "segmentation"}
 
 
@@ -43,11 +45,19 @@ class CocoEvaluator(DatasetEvaluator):
         output_dir: where ``coco_instances_results.json`` goes.
         seen_only: evaluate on the images that were predicted instead of on the whole dataset.
         max_detections: detections that the model reports for an image.
+        options: further numbers to report.
     """
 
     def __init__(
-        self, *, dataset_name: str, output_dir: str, seen_only: bool = False, max_detections: int = COCO_LIMIT
+        self,
+        *,
+        dataset_name: str,
+        output_dir: str,
+        seen_only: bool = False,
+        max_detections: int = COCO_LIMIT,
+        options: CocoOptions = NO_OPTIONS,
     ) -> None:
+        self._options = options
         self._metadata = MetadataCatalog.get(dataset_name)
         self._output_dir = output_dir
         self._seen_only = seen_only
@@ -135,8 +145,9 @@ class CocoEvaluator(DatasetEvaluator):
 
         Returns:
             On the main process ``{"bbox": scores}``, with ``"segm"`` as well where masks are scored. Scores are AP,
-            AP50, AP75, APs, APm, APl, ``AP@<limit>`` where more than 100 detections of a class count, and
-            ``AP-<class>``, in percent, nan where the dataset has no such object. On other processes an empty dict.
+            AP50, AP75, APs, APm, APl, ``AP@<limit>`` where more than 100 detections of a class count, what the options
+            add (``AP@<n>``, ``AR@<n>``, ``AP_<range>``, ``AR_<range>``), and ``AP-<class>``, in percent, nan where the
+            dataset has no such object. On other processes an empty dict.
 
         Raises:
             DatasetError: a prediction is of an image or class that the dataset does not have, or nothing was measured
@@ -198,9 +209,32 @@ class CocoEvaluator(DatasetEvaluator):
         interval = hotcoco.compare(*evaluations, n_bootstrap=samples, confidence=0.95)["ci"]["AP"]
         return 100 * interval["lower"], 100 * interval["upper"]
 
+    def _scores(self, results: list[Result], task: str, seen: list[int] | None) -> Scores:
+        categories = self._truth.category_numbers
+        numbered = self._numbered(results, task)
+        limits = sorted({COCO_LIMIT, self._limit, *self._options.limits})
+        areas = [each[1:] for each in (*AREA_RANGES, *self._options.area_ranges)]
+        curves = coco_curves(self._truth.coco, numbered, task, limits=limits, image_ids=seen, areas=areas)
+        at_limit = limits.index(COCO_LIMIT)
+        precision = curves.precision[..., at_limit : at_limit + 1]
+        scores = {name: _mean(_select(precision, *which)) for name, which in _METRICS.items()}
+        if self._limit > COCO_LIMIT:
+            scores[f"AP@{self._limit}"] = _mean(curves.precision[:, :, :, 0, limits.index(self._limit)])
+        for limit in self._options.limits:
+            place = limits.index(limit)
+            scores[f"AP@{limit}"] = _mean(curves.precision[:, :, :, 0, place])
+            scores[f"AR@{limit}"] = _mean(curves.recall[:, :, 0, place])
+        for place, (name, *_) in enumerate(self._options.area_ranges, start=len(AREA_RANGES)):
+            scores[f"AP_{name}"] = _mean(precision[:, :, :, place, 0])
+            scores[f"AR_{name}"] = _mean(curves.recall[:, :, place, at_limit])
+        for name, category_id in zip(self._metadata.thing_classes, self._category_ids(), strict=True):
+            number = categories.get(category_id)
+            scores[f"AP-{name}"] = math.nan if number is None else _mean(precision[:, :, number - 1, 0, 0])
+        self._check_measured(scores, seen)
+        return scores
+
     def _numbered(self, results: Iterable[Result], task: str) -> list[Result]:
-        """Detections with the numbers of the truth, and a box or a mask alone."""
-        # Classes that the annotation file does not list are not measured.
+        """The results with the truth's ids; classes that the annotation file does not list are not measured."""
         categories = self._truth.category_numbers
         return [
             {
@@ -213,19 +247,6 @@ class CocoEvaluator(DatasetEvaluator):
             if result["category_id"] in categories
         ]
 
-    def _scores(self, results: list[Result], task: str, seen: list[int] | None) -> Scores:
-        categories, numbered = self._truth.category_numbers, self._numbered(results, task)
-        limits = sorted({COCO_LIMIT, self._limit})
-        precision = coco_precision(self._truth.coco, numbered, task, limits=limits, image_ids=seen)
-        scores = {name: _mean(_select(precision, *which)) for name, which in _METRICS.items()}
-        if self._limit > COCO_LIMIT:
-            scores[f"AP@{self._limit}"] = _mean(precision[:, :, :, 0, -1])
-        for name, category_id in zip(self._metadata.thing_classes, self._category_ids(), strict=True):
-            number = categories.get(category_id)
-            scores[f"AP-{name}"] = math.nan if number is None else _mean(precision[:, :, number - 1, 0, 0])
-        self._check_measured(scores, seen)
-        return scores
-
     def _check_measured(self, scores: Scores, seen: Sequence[int] | None) -> None:
         """AP must be a number wherever the evaluated images have objects."""
         images = set(self._truth.image_numbers.values() if seen is None else seen)
@@ -237,10 +258,35 @@ class CocoEvaluator(DatasetEvaluator):
             )
 
 
+class Curves(NamedTuple):
+    """What COCO's evaluation accumulates; -1 where there are no objects.
+
+    Attributes:
+        precision: interpolated, (IoU threshold 10, recall 101, category in the order of the ids, area range, limit).
+        recall: the highest, (IoU threshold 10, category, area range, limit).
+    """
+
+    precision: np.ndarray
+    recall: np.ndarray
+
+
 def coco_precision(
     truth: hotcoco.COCO, results: list[Result], task: str, *, limits: Sequence[int], image_ids: list[int] | None = None
 ) -> np.ndarray:
-    """Interpolated precision as COCO defines it.
+    """The precision of :func:`coco_curves`."""
+    return coco_curves(truth, results, task, limits=limits, image_ids=image_ids).precision
+
+
+def coco_curves(
+    truth: hotcoco.COCO,
+    results: list[Result],
+    task: str,
+    *,
+    limits: Sequence[int],
+    image_ids: list[int] | None = None,
+    areas: Sequence[Sequence[float]] = _AREAS,
+) -> Curves:
+    """Precision and recall as COCO defines them.
 
     Args:
         truth: images, categories, and annotations, with ids from 1.
@@ -249,20 +295,19 @@ def coco_precision(
         task: ``"bbox"`` or ``"segm"``.
         limits: how many detections of a class in an image count, in increasing order.
         image_ids: images to evaluate on; None for all.
-
-    Returns:
-        (IoU threshold 10, recall 101, category in the order of the ids, area range 4, limit); -1 where there are no
-        objects.
+        areas: least and largest area in px^2 of each range.
     """
     evaluation = hotcoco.COCOeval(truth, truth.load_res(results), task)
     evaluation.params.max_dets = list(limits)
+    evaluation.params.area_rng = [list(each) for each in areas]
+    evaluation.params.area_rng_lbl = [str(number) for number in range(len(areas))]
     if image_ids is not None:
         evaluation.params.img_ids = image_ids
     evaluation.evaluate()
     evaluation.accumulate()
     accumulated = evaluation.eval
     assert accumulated is not None
-    return np.asarray(accumulated["precision"])
+    return Curves(np.asarray(accumulated["precision"]), np.asarray(accumulated["recall"]))
 
 
 def _select(precision: np.ndarray, threshold: int | None, area: int) -> np.ndarray:

@@ -19,7 +19,7 @@ from pycocotools import mask as mask_util
 
 from dimaskdino.data.datasets.registration import load_dataset
 from dimaskdino.data.label_maps import panoptic_annotations, read_segments, read_semantic
-from dimaskdino.errors import DatasetError
+from dimaskdino.errors import ConfigError, DatasetError
 from dimaskdino.evaluation.coco import CocoEvaluator
 from dimaskdino.evaluation.report import panoptic_table, semantic_table
 
@@ -315,8 +315,21 @@ class EvaluatorGroup(DatasetEvaluator):
             part.process(inputs, outputs)
 
     def evaluate(self) -> dict[str, Scores]:
-        """Score the predictions of all processes and log the tables."""
-        return {task: scores for part in self._parts for task, scores in part.evaluate().items()}
+        """Score the predictions of all processes and log the tables.
+
+        Raises:
+            ConfigError: two evaluators give a result of the same name.
+        """
+        results: dict[str, Scores] = {}
+        for part in self._parts:
+            scores = part.evaluate() or {}
+            if twice := sorted(results.keys() & scores.keys()):
+                raise ConfigError(
+                    f"{type(part).__module__}.{type(part).__qualname__} (TEST.EVALUATORS) gives a result of the name "
+                    f"{twice[0]}, which another evaluator has; give it another name."
+                )
+            results |= scores
+        return results
 
     def score(self) -> dict[str, Scores]:
         """Score the predictions of all processes."""

@@ -13,6 +13,7 @@ import hotcoco
 from detectron2.structures import BoxMode
 
 from dimaskdino.data.coco_file import read_json
+from dimaskdino.data.datasets.registration import CATEGORY_LISTS
 from dimaskdino.data.validation.rules import Level, Rules, has_mask, read_mask
 from dimaskdino.errors import DatasetError
 
@@ -108,11 +109,25 @@ def make_truth(dataset: Json, source: str) -> Truth:
     kept = None if annotations is None else _numbered(annotations, images, categories, source)
     plain: Json = {
         "images": [
-            {"id": images[image["id"]], "height": image.get("height", 0), "width": image.get("width", 0)}
+            {
+                "id": images[image["id"]],
+                "height": image.get("height", 0),
+                "width": image.get("width", 0),
+                **{
+                    key: [categories[each] for each in image[key] if each in categories]
+                    for key in CATEGORY_LISTS
+                    if key in image
+                },
+            }
             for image in dataset["images"]
         ],
         "categories": [
-            {"id": categories[category["id"]], "name": str(category["name"])} for category in dataset["categories"]
+            {
+                "id": categories[category["id"]],
+                "name": str(category["name"]),
+                **({"frequency": category["frequency"]} if "frequency" in category else {}),
+            }
+            for category in dataset["categories"]
         ],
         "annotations": kept or [],
     }

@@ -4,6 +4,9 @@ The meta-architecture and ``MaskDINOHead`` live in detectron2's own registries (
 ``SEM_SEG_HEADS_REGISTRY``), backbones in its ``BACKBONE_REGISTRY``.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 from fvcore.common.registry import Registry
 
 from dimaskdino.errors import ConfigError
@@ -32,6 +35,34 @@ BATO_REGISTRY = Registry("BATO")
 BATO_REGISTRY.__doc__ = """
 Balance-Aware Tokens Optimization modules, named by MODEL.MaskDINO.BATO.NAME; called as ``cls(cfg)``.
 """
+
+HEAD_REGISTRY = Registry("QUERY_HEAD")
+HEAD_REGISTRY.__doc__ = """
+Further heads of every stage, named by MODEL.EXTRA_HEADS; called as ``cls(cfg, dim)`` with the width of the queries.
+Each is a module that maps the normed queries (B, Q, dim) to (B, Q, ...). What it gives is in
+:attr:`dimaskdino.structures.StagePrediction.extra` and, for each detection, in the field ``pred_<name>`` of results.
+"""
+LOSS_REGISTRY = Registry("LOSS")
+LOSS_REGISTRY.__doc__ = """
+Further terms of the criterion, named by MODEL.EXTRA_LOSSES; called as ``cls(cfg)`` to give a
+:class:`dimaskdino.modeling.criterion.terms.LossTerm`.
+"""
+COST_REGISTRY = Registry("COST")
+COST_REGISTRY.__doc__ = """
+Further costs of the matcher, named by MODEL.EXTRA_COSTS; called as ``cls(cfg)`` to give a
+:class:`dimaskdino.modeling.criterion.matcher.CostTerm`.
+"""
+
+
+def build_registered(registry: Registry, names: Sequence[str], key: str, *arguments: Any) -> dict[str, Any]:
+    """What the registered classes make, by name; each name once.
+
+    Raises:
+        ConfigError: a name is not registered, or is listed twice.
+    """
+    if len(set(names)) < len(names):
+        raise ConfigError(f"{key} is {list(names)}; name each part once.")
+    return {name: get_registered(registry, name, key)(*arguments) for name in names}
 
 
 def get_registered(registry: Registry, name: str, key: str) -> type:

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from dimaskdino.data.images import upright
+from dimaskdino.data.readers import Reader
 from dimaskdino.errors import UserError
 
 CHANNEL_ORDERS = ("RGB", "BGR")
@@ -102,16 +103,41 @@ def _from_floats(array: np.ndarray) -> np.ndarray:
     return (array * 255).round().astype(np.uint8)
 
 
+def of_own_kind(source: Any, reader: Reader, num_channels: int) -> np.ndarray:
+    """An image (H, W, C) of what INPUT.READER reads.
+
+    Args:
+        source: a path; an array (H, W) or (H, W, C); or a tensor (H, W) or (C, H, W).
+        reader: of paths.
+        num_channels: C.
+
+    Raises:
+        UserError: it is something else, or has another number of channels.
+    """
+    if isinstance(source, str | os.PathLike):
+        return reader.read(str(source))
+    array = source.detach().cpu().numpy() if isinstance(source, Tensor) else source
+    if not isinstance(array, np.ndarray) or array.ndim not in (2, 3):
+        raise UserError(f"With INPUT.READER, an image is a path, an array or a tensor, not a {type(source).__name__}.")
+    if array.ndim == 2:
+        array = array[..., None]
+    elif isinstance(source, Tensor):
+        array = np.moveaxis(array, 0, -1)
+    if array.shape[2] != num_channels:
+        raise UserError(f"An image has {array.shape[2]} channels, but MODEL.PIXEL_MEAN has {num_channels} numbers.")
+    return np.ascontiguousarray(array, dtype=np.uint8 if array.dtype == np.uint8 and num_channels == 3 else np.float32)
+
+
 def to_model_input(image: np.ndarray, resize: Any, image_format: str) -> dict[str, Any]:
     """What the model takes for one image.
 
     Args:
-        image: (H, W, 3) uint8 RGB.
+        image: (H, W, 3) uint8 RGB; without a format (H, W, C) as in training.
         resize: detectron2's augmentation for evaluation.
-        image_format: INPUT.FORMAT; "BGR", or a mode of PIL.
+        image_format: INPUT.FORMAT, "BGR" or a mode of PIL; "" leaves the channels as they are.
     """
     height, width = image.shape[:2]
-    converted = convert_PIL_to_numpy(Image.fromarray(image), image_format)
+    converted = convert_PIL_to_numpy(Image.fromarray(image), image_format) if image_format else image
     resized = resize.get_transform(converted).apply_image(np.ascontiguousarray(converted))
     tensor = torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
     return {"image": tensor, "height": height, "width": width}

@@ -1,7 +1,7 @@
 """What a model predicts, stage by stage, before losses or results are made of it."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -49,6 +49,7 @@ class StagePrediction:
         boxes: (B, Q, 4) cxcywh in [0, 1].
         masks: mask logits, or None where the stage predicts no masks.
         queries: (B, Q, C) that the class head reads, normed; None in training.
+        extra: (B, Q, ...) of each head of MODEL.EXTRA_HEADS, by its registered name.
     """
 
     stage: Stage
@@ -56,6 +57,7 @@ class StagePrediction:
     boxes: Tensor
     masks: MaskLogits | None = None
     queries: Tensor | None = None
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -71,7 +73,9 @@ class StagePrediction:
     def _take(self, queries: slice) -> "StagePrediction":
         masks = self.masks and replace(self.masks, embed=self.masks.embed[:, queries])
         own = None if self.queries is None else self.queries[:, queries]
-        return replace(self, logits=self.logits[:, queries], boxes=self.boxes[:, queries], masks=masks, queries=own)
+        extra = {name: values[:, queries] for name, values in self.extra.items()}
+        logits, boxes = self.logits[:, queries], self.boxes[:, queries]
+        return replace(self, logits=logits, boxes=boxes, masks=masks, queries=own, extra=extra)
 
 
 def group_by_mask_features(predictions: Sequence[StagePrediction]) -> list[list[int]]:

@@ -1,7 +1,7 @@
 """Ground truth in the coordinates that the model predicts in."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from detectron2.structures import BitMasks, Instances, PolygonMasks
 from torch import Tensor
 
 from dimaskdino.errors import DatasetError
-from dimaskdino.layers.boxes import normalize_boxes, xyxy_to_cxcywh
+from dimaskdino.layers.boxes import cxcywh_to_xyxy, normalize_boxes, xyxy_to_cxcywh
 from dimaskdino.structures.predictions import Matches
 
 
@@ -23,6 +23,10 @@ class Targets:
         masks: (n, H, W) bool on the padded canvas; None for an image whose objects have boxes alone.
         box_supervised: (n,) bool, whether the box loss counts the object.
         mask_supervised: (n,) bool, whether the object has a mask; None where all have, or none.
+        box_weight: (n,) float32, what the box losses of each object are multiplied by; None for 1.
+        unlabeled: (K,) bool, the classes that are no false positives in this image; None for none.
+        crowd: the regions whose predictions are no false positives; None for none.
+        fields: (n, ...) whatever else is known of the objects: ``gt_<name>`` of the instances, by ``<name>``.
     """
 
     labels: Tensor
@@ -30,6 +34,10 @@ class Targets:
     masks: Tensor | None
     box_supervised: Tensor
     mask_supervised: Tensor | None = None
+    box_weight: Tensor | None = None
+    unlabeled: Tensor | None = None
+    crowd: "CrowdRegions | None" = None
+    fields: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -44,18 +52,23 @@ class Targets:
         device: torch.device | None = None,
         *,
         with_masks: bool = True,
+        unlabeled: Sequence[int] = (),
+        crowd: Instances | None = None,
     ) -> "Targets":
         """Read detectron2's ``Instances``.
 
         Args:
             instances: gt_classes, gt_boxes (xyxy px), and optionally gt_masks (BitMasks, PolygonMasks or a (n, h, w)
-                tensor), gt_box_supervised and gt_mask_supervised ((n,) bool), in the frame of the unpadded image.
+                tensor), gt_box_supervised and gt_mask_supervised ((n,) bool), in the frame of the unpadded image; other
+                tensors ``gt_<name>`` (n, ...) become :attr:`fields`.
             height: of the padded canvas, px.
             width: of the padded canvas, px.
             num_classes: K.
             device: of the result; by default that of ``instances``. Instances are checked where they are, which should
                 be the host: asking a GPU for a class waits for it.
             with_masks: False for a model that predicts no masks; those of the instances are then not used.
+            unlabeled: classes that are no false positives in this image.
+            crowd: regions whose predictions are none, with gt_classes, gt_any_class, and gt_masks.
 
         Raises:
             DatasetError: when a class is outside [0, K), or masks are larger than the canvas.
@@ -72,8 +85,8 @@ class Targets:
         device = device or labels.device
         labels = labels.to(device)
         supervised, has_mask = (
-            instances.get(field).to(device) if instances.has(field) else None
-            for field in ("gt_box_supervised", "gt_mask_supervised")
+            instances.get(name).to(device) if instances.has(name) else None
+            for name in ("gt_box_supervised", "gt_mask_supervised")
         )
         return cls(
             labels=labels,
@@ -81,11 +94,61 @@ class Targets:
             masks=_padded_masks(instances, height, width, device) if with_masks else None,
             box_supervised=torch.ones_like(labels, dtype=torch.bool) if supervised is None else supervised,
             mask_supervised=has_mask,
+            box_weight=instances.gt_box_weight.to(device) if instances.has("gt_box_weight") else None,
+            unlabeled=_class_mask(unlabeled, num_classes, device) if len(unlabeled) else None,
+            crowd=CrowdRegions.from_instances(crowd, height, width, device) if crowd else None,
+            fields={
+                name.removeprefix("gt_"): values.to(device)
+                for name, values in instances.get_fields().items()
+                if name.startswith("gt_") and name not in _OWN_FIELDS and isinstance(values, Tensor)
+            },
         )
 
     def supervise_boxes_of(self, classes: Tensor) -> "Targets":
         """The same objects, with the boxes of some classes alone supervised; ``classes`` is (K,) bool."""
         return replace(self, box_supervised=self.box_supervised & classes[self.labels])
+
+
+@dataclass(frozen=True)
+class CrowdRegions:
+    """Regions of one image with objects that were not labeled one by one.
+
+    Attributes:
+        labels: (m,) int64 in [0, K), the class of each; -1 for any class.
+        integral: (m, H + 1, W + 1) float32, pixels of a region above and left of each corner of the canvas' pixels.
+    """
+
+    labels: Tensor
+    integral: Tensor
+
+    @classmethod
+    def from_instances(cls, regions: Instances, height: int, width: int, device: torch.device) -> "CrowdRegions":
+        """Read gt_classes, gt_any_class, and gt_masks."""
+        masks = _padded_masks(regions, height, width, device)
+        assert masks is not None
+        labels = regions.gt_classes.masked_fill(regions.gt_any_class, -1).to(device)
+        return cls(labels, F.pad(masks.float().cumsum(1).cumsum(2), (1, 0, 1, 0)))
+
+    def share(self, boxes: Tensor) -> Tensor:
+        """(Q, m) share of each box (Q, 4), cxcywh in parts of the canvas, that lies in each region."""
+        height, width = self.integral.shape[1] - 1, self.integral.shape[2] - 1
+        corners = cxcywh_to_xyxy(boxes) * boxes.new_tensor([width, height, width, height])
+        left, top, right, bottom = corners.round().long().unbind(-1)
+        left, right = left.clamp(0, width), right.clamp(0, width)
+        top, bottom = top.clamp(0, height), bottom.clamp(0, height)
+        at = self.integral
+        inside = at[:, bottom, right] - at[:, top, right] - at[:, bottom, left] + at[:, top, left]
+        return (inside / ((right - left) * (bottom - top)).clamp(min=1)).T
+
+
+def _class_mask(classes: Sequence[int], num_classes: int, device: torch.device) -> Tensor:
+    mask = torch.zeros(num_classes, dtype=torch.bool)
+    mask[list(classes)] = True
+    return mask.to(device)
+
+
+# Fields of instances that targets have attributes for.
+_OWN_FIELDS = ("gt_classes", "gt_boxes", "gt_masks", "gt_box_supervised", "gt_mask_supervised", "gt_box_weight")
 
 
 class JoinedTargets:
@@ -98,6 +161,8 @@ class JoinedTargets:
         labels: (n,) int64.
         boxes: (n, 4) float32 cxcywh.
         box_supervised: (n,) bool.
+        box_weight: (n,) float32; None where all are 1.
+        fields: (n, ...) by name, those that every image with objects has.
         masks: (m, H, W) bool, of the images that have masks.
         mask_supervised: (m,) bool, which of these are the masks of objects.
     """
@@ -106,6 +171,15 @@ class JoinedTargets:
         self.labels = torch.cat([target.labels for target in targets])
         self.boxes = torch.cat([target.boxes for target in targets])
         self.box_supervised = torch.cat([target.box_supervised for target in targets])
+        weights = [target.box_weight for target in targets]
+        self.box_weight = None
+        if any(weight is not None for weight in weights):
+            of_images = zip(targets, weights, strict=True)
+            ones = [torch.ones_like(target.boxes[:, 0]) if weight is None else weight for target, weight in of_images]
+            self.box_weight = torch.cat(ones)
+        filled = [target for target in targets if len(target)] or list(targets[:1])
+        names = [name for name in filled[0].fields if all(name in target.fields for target in filled)]
+        self.fields = {name: torch.cat([target.fields[name] for target in filled]) for name in names}
         masks = [target.masks for target in targets if target.masks is not None]
         self.masks = torch.cat(masks) if masks else self.labels.new_zeros((0, 1, 1), dtype=torch.bool)
         have_masks = [

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+from dimaskdino.config.own_keys import _REGISTERED
 from tests.cli.conftest import REPO
 
 SCRIPT = "train_net.py"
@@ -147,6 +148,36 @@ def test_imported_part_is_trained(run, tiny: list[str], tmp_path: Path, monkeypa
     assert run(SCRIPT, "--import", "own_bato", *arguments).status == 0
     weights = torch.load(tmp_path / "run" / "model_final.pth")["model"]
     assert any(name.endswith("bato.own") for name in weights)
+
+
+OWN_KEYS = """
+from dimaskdino.config import register_keys
+
+register_keys({"MODEL.OWN_PART.WIDTHS": [8], "SOLVER.OWN_RATE": 0.5})
+"""
+
+
+def test_own_keys_are_in_the_run_and_read_back(run, tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    tiny[tiny.index("--config-file") + 1] = str(REPO / "configs" / "demo" / "dimaskdino_shapes.yaml")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_keys_of_run.py").write_text(OWN_KEYS)
+    options = ["MODEL.OWN_PART.WIDTHS", "[16, 32]", "SOLVER.MAX_ITER", 1, "SOLVER.STEPS", "()"]
+    before = dict(_REGISTERED)
+    try:
+        assert run(SCRIPT, "--import", "own_keys_of_run", *tiny, *options).status == 0
+        config = tmp_path / "run" / "config.yaml"
+        written = yaml.safe_load(config.read_text())
+        assert (written["IMPORTS"], written["MODEL"]["OWN_PART"]) == (["own_keys_of_run"], {"WIDTHS": [16, 32]})
+        again = ["--num-gpus", "0", "--config-file", config, "--eval-only", "--resume"]
+        assert run(SCRIPT, "--import", "own_keys_of_run", *again).status == 0
+        wrong = run(SCRIPT, "--import", "own_keys_of_run", *again, "SOLVER.OWN_RAET", 1)
+        assert_one_error_line(wrong, "SOLVER.OWN_RAET", "SOLVER.OWN_RATE")
+    finally:
+        _REGISTERED.clear()
+        _REGISTERED.update(before)
+        sys.modules.pop("own_keys_of_run", None)
+    assert_one_error_line(run(SCRIPT, *again), str(config), "MODEL.OWN_PART.WIDTHS", "--import own_keys_of_run")
 
 
 def test_unusable_output_folder_is_named(run, tiny: list[str], tmp_path: Path) -> None:

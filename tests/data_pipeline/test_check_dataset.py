@@ -265,6 +265,25 @@ def test_command_answers_by_its_status_and_lists_every_problem(
     assert errors[-1].startswith("error: Dataset mein is not registered; did you mean ")
 
 
+def test_augmented_images_are_drawn_with_their_objects(
+    coco: Json, write_coco: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    register_coco_format("mine", *write_coco(coco), ["ball", "box"])
+    keys = ["INPUT.AUGMENTATIONS", "[{'MultiScaleResize': {'sizes': [300]}}, 'Rotate90', 'CopyPaste']", "SEED", 3]
+
+    def draw(folder: str) -> list[np.ndarray]:
+        options = ["--augmented", "--draw", 2, "--output", tmp_path / folder, "--keys", *keys]
+        assert run_script(monkeypatch, "tools/check_dataset.py", "mine", *options) == 0
+        paths = sorted((tmp_path / folder / "mine").iterdir())
+        assert [path.name for path in paths] == ["one_augmented.png"]
+        return [np.asarray(Image.open(path)) for path in paths]
+
+    first, second = draw("first"), draw("second")
+    assert np.array_equal(first, second)
+    assert "Drew 1 augmented images" in capfd.readouterr().out
+    assert len(np.unique(first[0].reshape(-1, 3), axis=0)) > 3  # a box, a mask, and a label
+
+
 @pytest.mark.parametrize(
     ("script", "name"),
     [("tools/check_dataset.py", ["shapes_val"]), ("tools/make_shapes.py", []), ("datasets/prepare_bdd100k.py", [])],

@@ -11,6 +11,7 @@ from torch.utils.data import SequentialSampler
 
 from dimaskdino.config import Config
 from dimaskdino.data import build_test_loader, build_train_loader
+from dimaskdino.data.mapper import MAPPER_REGISTRY
 from dimaskdino.errors import ConfigError, DatasetError
 from tests.data_pipeline.conftest import Json
 
@@ -104,3 +105,28 @@ def test_training_without_objects_names_dataset_and_key(
     write_coco(coco)
     with pytest.raises(DatasetError, match=r"No image with an object .* in mine; .*FILTER_EMPTY_ANNOTATIONS"):
         build_train_loader(mine)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda mapped: mapped | {"image": mapped["image"].numpy()}, "image.*ndarray"),
+        (lambda mapped: mapped | {"image": mapped["image"][0]}, r"image.*Tensor \(1024, 1024\).*\(C, H, W\)"),
+        (lambda mapped: {"image": mapped["image"]}, "instances.*NoneType"),
+        (lambda mapped: mapped | {"image": mapped["image"][:, :-1]}, r"instances of \(1024, 1024\).*\(3, 1023, 1024\)"),
+        (lambda mapped: 3, "image"),
+    ],
+)
+def test_mapper_that_gives_something_else_is_named(mine: Config, change: Callable, said: str) -> None:
+    def own_mapper(cfg: Config, **options: bool) -> Callable:
+        mapper = MAPPER_REGISTRY.get("coco_instance_lsj")(cfg, **options)
+        return lambda entry: change(mapper(entry))
+
+    MAPPER_REGISTRY.register(own_mapper)
+    mine.INPUT.DATASET_MAPPER_NAME = "own_mapper"
+    mine.MODEL.META_ARCHITECTURE = "DIMaskDINO"
+    try:
+        with pytest.raises(ConfigError, match=rf"own_mapper \(INPUT\.DATASET_MAPPER_NAME\).*{said}"):
+            next(iter(build_train_loader(mine)))
+    finally:
+        del MAPPER_REGISTRY._obj_map["own_mapper"]

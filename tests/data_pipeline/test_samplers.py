@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from dimaskdino.config import get_cfg
 from dimaskdino.data.loaders import images_in_a_group
+from dimaskdino.data.orders import SAMPLER_REGISTRY, check_sampler
 from dimaskdino.data.samplers import BatchSampler, Samples, endless_order
 from dimaskdino.errors import ConfigError
 from dimaskdino.seeds import STEP, seed_from, seeded
@@ -114,3 +115,61 @@ def test_counters_give_different_numbers() -> None:
         with seeded(seed, *counters):
             drawn.add(draw_numbers(0))
     assert len(drawn) == 5
+
+
+def labeled(*classes: list[int]) -> list[dict[str, Any]]:
+    return [{"annotations": [{"category_id": each} for each in of_image]} for of_image in classes]
+
+
+def drawn_by(entries: list[dict[str, Any]], number: int, **options: Any) -> list[int]:
+    cfg = get_cfg()
+    cfg.DATALOADER.merge_from_list([item for pair in options.items() for item in pair])
+    order = endless_order(cfg, entries, seed=3)
+    first = list(islice(order, number))
+    assert list(islice(order, number)) == first  # so that a resumed run can skip what it has drawn
+    return first
+
+
+def test_classes_are_drawn_equally_often() -> None:
+    entries = labeled([0], [0], [0], [0], [1], [0, 2], [])
+    drawn = drawn_by(entries, 3000, SAMPLER_TRAIN="ClassBalancedSampler")
+    # Class 1 has image 4 alone; class 2 has image 5 alone, which is one of five of class 0 as well.
+    assert drawn.count(4) / 3000 == pytest.approx(1 / 3, abs=0.03)
+    assert drawn.count(5) / 3000 == pytest.approx(1 / 3 + 1 / 15, abs=0.03)
+    assert 6 not in drawn
+    assert drawn.count(0) == pytest.approx(drawn.count(1), abs=2)
+
+
+@pytest.mark.parametrize("sampler", ["TrainingSampler", "RepeatFactorTrainingSampler", "ClassBalancedSampler"])
+def test_negatives_are_drawn_by_share(sampler: str) -> None:
+    entries = labeled([0], [], [1], [], [], [0]) + [{"annotations": [{"category_id": 0, "iscrowd": 1}]}]
+    options = {"SAMPLER_TRAIN": sampler, "FILTER_EMPTY_ANNOTATIONS": False}
+    drawn = drawn_by(entries, 2000, NEGATIVE_SHARE=0.2, **options)
+    assert sum(index in (1, 3, 4, 6) for index in drawn) / 2000 == pytest.approx(0.2, abs=0.03)
+    assert set(drawn) == set(range(7))
+    assert not set(drawn_by(entries, 100, NEGATIVE_SHARE=0.0, **options)) & {1, 3, 4, 6}
+
+
+def test_share_that_cannot_be_drawn_is_refused() -> None:
+    for options, said in (
+        (["NEGATIVE_SHARE", 1.5], "NEGATIVE_SHARE is 1.5"),
+        (["NEGATIVE_SHARE", 0.5], "FILTER_EMPTY_ANNOTATIONS"),
+        (["SAMPLER_TRAIN", "Nope"], "ClassBalancedSampler"),
+    ):
+        cfg = get_cfg()
+        cfg.DATALOADER.merge_from_list(options)
+        with pytest.raises(ConfigError, match=said):
+            check_sampler(cfg)
+    with pytest.raises(ConfigError, match="no training image is without objects"):
+        drawn_by(labeled([0]), 1, NEGATIVE_SHARE=0.5)
+
+
+def test_own_sampler_is_named_by_key() -> None:
+    def backwards(cfg: Any, entries: list[dict[str, Any]], seed: int) -> Iterable[int]:
+        return list(range(len(entries)))[::-1]
+
+    SAMPLER_REGISTRY.register(backwards)
+    try:
+        assert drawn_by(labeled([0], [1], [0]), 3, SAMPLER_TRAIN="backwards") == [2, 1, 0]
+    finally:
+        del SAMPLER_REGISTRY._obj_map["backwards"]

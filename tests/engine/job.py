@@ -22,6 +22,7 @@ from detectron2.utils import comm
 from PIL import Image
 from torch import Tensor, nn
 
+from dimaskdino import command_line
 from dimaskdino.config import Config, get_cfg
 from dimaskdino.data.datasets import register_all
 from dimaskdino.data.datasets.registration import load_dataset
@@ -265,7 +266,22 @@ def wrong_guess(entry: dict[str, Any], seed: int) -> dict[str, Any]:
     return {"panoptic_seg": (pixels, segments), "sem_seg": sem_seg, "instances": found}
 
 
+def evaluate_own(cfg: Config, folder: Path) -> dict[str, Any]:
+    """The results of an evaluator that the documentation shows."""
+    os.chdir(folder)
+    command_line.import_modules(["my_dice"])
+    return dice_of(cfg, folder / "own_evaluator")
+
+
+def dice_of(cfg: Config, output: Path) -> dict[str, Any]:
+    """Evaluate a model of known weights."""
+    cfg.TEST.EVALUATORS, cfg.OUTPUT_DIR = ["Dice"], str(output)
+    torch.manual_seed(0)
+    return Trainer.test(cfg, Trainer.build_model(cfg).eval())
+
+
 FUNCTIONS = (
+    evaluate_own,
     evaluate_together,
     ranks,
     average_by_hand,
@@ -280,6 +296,7 @@ FUNCTIONS = (
 def write_modules(folder: Path) -> None:
     """Write the modules that the documentation shows and the data that they name."""
     (folder / "my_parts.py").write_text(example("docs/extend.md", "my_parts"))
+    (folder / "my_dice.py").write_text(example("docs/extend.md", "my_dice"))
     (folder / "my_data.py").write_text(example("datasets/README.md", "my_data"))
     (folder / "path/to/images").mkdir(parents=True)
     Image.new("RGB", (4, 4)).save(folder / "path/to/images/1.png")

@@ -22,8 +22,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from dimaskdino.config import get_cfg
+from dimaskdino.data.datasets.registration import load_dataset, register_coco_format
 from dimaskdino.data.validation.start import check_datasets
-from dimaskdino.errors import DatasetError, UserError
+from dimaskdino.errors import ConfigError, DatasetError, UserError
 from dimaskdino.evaluation import (
     EVALUATOR_REGISTRY,
     CocoEvaluator,
@@ -32,6 +33,7 @@ from dimaskdino.evaluation import (
     check_classes,
 )
 from dimaskdino.evaluation.coco import coco_precision
+from dimaskdino.evaluation.coco_options import CocoOptions
 from dimaskdino.evaluation.truth import make_truth
 
 CASES = Path(__file__).parents[1] / "data" / "cases"
@@ -613,3 +615,74 @@ def test_stages_without_masks_have_no_mask_columns(dataset: str, tmp_path: Path)
     assert (tmp_path / "out" / "layers.csv").read_text().splitlines() == [
         *("stage,box_AP", "layer.0,0.0", f"layer.1,{results['layers']['layer.1/box_AP']}")
     ]
+
+
+def test_further_limits_and_areas_are_reported(register: Callable[..., str], tmp_path: Path) -> None:
+    name, found = dense_case(register, 176)
+    truth = json.loads((CASES / "02-dense-over-100" / "val.json").read_text())
+    areas = sorted(a["bbox"][2] * a["bbox"][3] for a in truth["annotations"])
+    cut = (areas[0] + areas[-1]) / 2
+    cfg = get_cfg()
+    cfg.TEST.COCO.LIMITS, cfg.TEST.COCO.AREA_RANGES = [10, 88, 300], [["low", 0, cut], ["none", 1e8, 1e9]]
+    options = CocoOptions.from_config(cfg)
+    evaluator = CocoEvaluator(dataset_name=name, output_dir=str(tmp_path), max_detections=400, options=options)
+    scores = scores_of(evaluator, {1: found})["bbox"]
+    # All detections are right, so recall is what the limit leaves of 176 objects.
+    assert [scores[f"AR@{limit}"] for limit in (10, 88, 300)] == pytest.approx([1000 / 176, 50.0, 100.0])
+    assert scores["AP@300"] == pytest.approx(100.0)
+    assert scores["AP"] == pytest.approx(100 * 57 / 101)
+    assert 0 < scores["AR_low"] < 100
+    assert math.isnan(scores["AP_none"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("LIMITS", [0]),
+        ("LIMITS", [1.5]),
+        ("AREA_RANGES", [["tiny", 5]]),
+        ("AREA_RANGES", [["tiny", 9, 5]]),
+        ("AREA_RANGES", [["tiny", 0, 5], ["tiny", 5, 9]]),
+        ("AREA_RANGES", [[0, 5, "tiny"]]),
+    ],
+)
+def test_limits_and_areas_that_are_none_are_refused(key: str, value: Any) -> None:
+    cfg = get_cfg()
+    cfg.merge_from_list([f"TEST.COCO.{key}", value])
+    with pytest.raises(ConfigError, match=rf"TEST\.COCO\.{key}"):
+        CocoOptions.from_config(cfg)
+
+
+def test_lvis_counts_what_was_labeled(register: Callable[..., str], tmp_path: Path) -> None:
+    boxes = [(2, 2, 20, 20), (20, 22, 38, 36)]
+    content = {
+        "images": [
+            {"id": 5, "height": SIDE, "width": SIDE, "coco_url": "http://x/val2017/5.jpg"}
+            | {"neg_category_ids": [30], "not_exhaustive_category_ids": [20]}
+        ],
+        "annotations": [annotation(number, 5, 0, box, False) for number, box in enumerate(boxes, start=1)],
+        "categories": [{"id": 10 * n, "name": f"c{n}", "frequency": "rcff"[n - 1]} for n in (1, 2, 3, 4)],
+    }
+    for each, category in zip(content["annotations"], (10, 20), strict=True):
+        each["category_id"] = category
+    path = tmp_path / "lvis.json"
+    path.write_text(json.dumps(content))
+    register_coco_format("lvis_like", path, tmp_path, None, evaluator_type="lvis")
+    try:
+        (entry,) = load_dataset("lvis_like")
+        assert entry["file_name"] == str(tmp_path / "val2017/5.jpg")
+        assert (entry["neg_category_ids"], entry["not_exhaustive_category_ids"]) == ([2], [1])
+        evaluator = build_evaluator(get_cfg(), "lvis_like", str(tmp_path))
+        found = Instances((SIDE, SIDE))
+        # Both objects; a class that was not looked for; a second object of a class whose labels are not exhaustive.
+        found.pred_boxes = Boxes(torch.tensor([*boxes, (0, 0, 9, 9), (0, 0, 9, 9)], dtype=torch.float32))
+        found.pred_classes, found.scores = torch.tensor([0, 1, 3, 1]), torch.tensor([0.5, 0.5, 0.9, 0.9])
+        scores = scores_of(evaluator, {5: found})["bbox"]
+        assert [scores[name] for name in ("AP", "APr", "APc")] == pytest.approx([100.0] * 3)
+        assert math.isnan(scores["APf"])
+        evaluator.reset()
+        found.pred_classes = torch.tensor([0, 1, 2, 0])  # a false positive of the rare class, before its object
+        assert scores_of(evaluator, {5: found})["bbox"]["APr"] == pytest.approx(50.0)
+    finally:
+        DatasetCatalog.remove("lvis_like")
+        MetadataCatalog.remove("lvis_like")

@@ -7,6 +7,7 @@ from detectron2.config import CfgNode
 
 from dimaskdino.data.datasets.bdd100k import register_bdd100k
 from dimaskdino.data.datasets.coco import register_coco
+from dimaskdino.data.datasets.lvis import register_lvis
 from dimaskdino.data.datasets.objects365 import register_objects365
 from dimaskdino.data.datasets.own import register_own
 from dimaskdino.data.datasets.panoptic import register_coco_panoptic, register_own_panoptic
@@ -39,6 +40,7 @@ def register_all(root: str | Path | None = None, *, cfg: CfgNode | None = None) 
     register_coco(data_root())
     register_bdd100k(data_root())
     register_objects365(data_root())
+    register_lvis(data_root())
     register_coco_panoptic(data_root())
     register_ade20k(data_root())
     register_cityscapes(data_root())

@@ -3,7 +3,7 @@
 import contextlib
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,12 @@ from dimaskdino.errors import DatasetError
 Json = dict[str, Any]
 
 # Keys of an annotation that reach the mapper; "ignore" does so that it is refused there too.
-KEPT_KEYS = ("id", "iscrowd", "ignore", "bbox", "keypoints", "category_id", "segmentation", "box_supervised")
+KEPT_KEYS = (
+    *("id", "iscrowd", "ignore", "bbox", "keypoints", "category_id", "segmentation", "box_supervised"),
+    *("box_weight", "ignored"),
+)
+# Keys of an image with lists of categories, as in LVIS.
+CATEGORY_LISTS = ("neg_category_ids", "not_exhaustive_category_ids")
 
 
 def is_registered_at(name: str, json_file: Path) -> bool:
@@ -33,8 +38,9 @@ def register_coco_format(
     name: str,
     json_file: Path,
     image_root: Path,
-    thing_classes: list[str],
+    thing_classes: list[str] | None,
     make: Callable[[], Any] | None = None,
+    evaluator_type: str = "coco",
     **metadata: Any,
 ) -> None:
     """Register a dataset, in place of one of the same name.
@@ -43,8 +49,9 @@ def register_coco_format(
         name: name for DATASETS.TRAIN and DATASETS.TEST.
         json_file: annotations in COCO's instances format.
         image_root: folder that the JSON's file names are relative to.
-        thing_classes: class names in the order of the JSON's category ids.
+        thing_classes: class names in the order of the JSON's category ids; None takes those of the file.
         make: called before the files are first read; makes them if they are missing.
+        evaluator_type: what it is scored by.
         metadata: anything else for detectron2's metadata.
     """
     if name in DatasetCatalog.list():
@@ -55,9 +62,9 @@ def register_coco_format(
     MetadataCatalog.get(name).set(
         json_file=str(json_file),
         image_root=str(image_root),
-        evaluator_type="coco",
-        thing_classes=thing_classes,
+        evaluator_type=evaluator_type,
         make=make,
+        **({} if thing_classes is None else {"thing_classes": thing_classes}),
         **metadata,
     )
 
@@ -75,8 +82,13 @@ def take_over(name: str) -> None:
         DatasetCatalog[name] = partial(_load_coco, name)
 
 
-def load_dataset(name: str) -> list[Json]:
+def load_dataset(name: str, fields: Sequence[str] = (), image_keys: Sequence[str] = ()) -> list[Json]:
     """Load a registered dataset in detectron2's format.
+
+    Args:
+        name: in detectron2's catalog.
+        fields: further keys of the annotations of COCO files to keep.
+        image_keys: further keys of their images to keep.
 
     COCO files are read by this package: in any Unicode encoding, with the ids of annotations, from memory where the
     check at the start has read them. Everything else is loaded by the function that it is registered with.
@@ -85,6 +97,8 @@ def load_dataset(name: str) -> list[Json]:
         DatasetError: if a COCO file cannot be read, or a function needs a package or files that are missing.
     """
     take_over(name)
+    if is_coco_file(name):
+        return _load_coco(name, fields, image_keys)
     try:
         return DatasetCatalog.get(name)
     except ModuleNotFoundError as error:
@@ -95,7 +109,7 @@ def load_dataset(name: str) -> list[Json]:
     raise DatasetError(f"Dataset {name} {message}.")
 
 
-def _load_coco(name: str) -> list[Json]:
+def _load_coco(name: str, fields: Sequence[str] = (), image_keys: Sequence[str] = ()) -> list[Json]:
     """What detectron2's ``load_coco_json`` returns, and adds to the metadata; annotations are as in the file."""
     metadata = MetadataCatalog.get(name)
     if metadata.get("make") is not None:
@@ -104,6 +118,7 @@ def _load_coco(name: str) -> list[Json]:
     names = category_names(coco)
     metadata.thing_classes = list(names.values())
     indices = {key: index for index, key in enumerate(names)}
+    kept = tuple(dict.fromkeys((*KEPT_KEYS, *fields)))
     metadata.thing_dataset_id_to_contiguous_id = indices
     collecting = gc.isenabled()
     gc.disable()  # as in read_json
@@ -114,7 +129,9 @@ def _load_coco(name: str) -> list[Json]:
                 "height": image["height"],
                 "width": image["width"],
                 "image_id": image["id"],
-                "annotations": [_entry(annotation, indices, image) for annotation in annotations],
+                **_category_lists(image, indices),
+                **{key: image[key] for key in image_keys if key in image},
+                "annotations": [_entry(annotation, indices, image, kept) for annotation in annotations],
             }
             for image, annotations in annotations_by_image(coco)
         ]
@@ -123,8 +140,18 @@ def _load_coco(name: str) -> list[Json]:
             gc.enable()
 
 
-def _entry(annotation: Json, indices: dict[Any, int], image: Json) -> Json:
-    entry = {key: annotation[key] for key in KEPT_KEYS if key in annotation}
+def _category_lists(image: Json, indices: dict[Any, int]) -> Json:
+    """The classes that an image lists, by index."""
+    lists = {key: image[key] for key in CATEGORY_LISTS if key in image}
+    for key, listed in lists.items():
+        unknown = [each for each in listed if each not in indices] if isinstance(listed, list) else [listed]
+        if unknown:
+            raise DatasetError(f"{key} of {image['file_name']} has {unknown[0]!r}, which the file does not define.")
+    return {key: [indices[each] for each in listed] for key, listed in lists.items()}
+
+
+def _entry(annotation: Json, indices: dict[Any, int], image: Json, kept: Sequence[str]) -> Json:
+    entry = {key: annotation[key] for key in kept if key in annotation}
     if annotation["category_id"] not in indices:
         where = f"Annotation {annotation['id']} of {image['file_name']}"
         raise DatasetError(f"{where} has category_id {annotation['category_id']!r}, which the file does not define.")

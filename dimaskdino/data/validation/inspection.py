@@ -3,8 +3,9 @@
 from dataclasses import dataclass, replace
 from functools import partial
 
-from dimaskdino.data.images import Header, read_header, read_image, size_problem
+from dimaskdino.data.images import Header, size_problem
 from dimaskdino.data.parallel import Progress, no_progress, parallel_map
+from dimaskdino.data.readers import PilReader, Reader
 from dimaskdino.data.rle import Size
 from dimaskdino.data.validation.dataset import Dataset, open_dataset
 from dimaskdino.data.validation.files import exif_note
@@ -30,7 +31,12 @@ class Inspection:
 
 
 def inspect_dataset(
-    name: str, *, apply_exif: bool = True, num_workers: int = 0, progress: Progress = no_progress
+    name: str,
+    *,
+    apply_exif: bool = True,
+    reader: Reader | None = None,
+    num_workers: int = 0,
+    progress: Progress = no_progress,
 ) -> Inspection:
     """Inspect a registered dataset, as strictly as training and evaluation of a model with masks together need.
 
@@ -39,6 +45,7 @@ def inspect_dataset(
     Args:
         name: of the dataset in detectron2's catalog.
         apply_exif: read photos as INPUT.APPLY_EXIF says.
+        reader: reads the images; None means PIL.
         num_workers: processes that read images; 0 reads in this one.
         progress: passes the inspected images on and may draw a bar.
 
@@ -46,7 +53,8 @@ def inspect_dataset(
         DatasetError: if it is not registered, lacks its files, lists no image or is not in COCO's format at all.
     """
     dataset = open_dataset(name, tested=True)
-    check = partial(_inspect_file, apply_exif=apply_exif)
+    reader = reader or PilReader("RGB", apply_exif=apply_exif)
+    check = partial(_inspect_file, reader=reader, apply_exif=apply_exif)
     units = [(each.path, each.size) for each in dataset.pictures]
     read = list(progress(parallel_map(check, units, num_workers=num_workers), total=len(units)))
     findings = [finding for found, _ in read for finding in found]
@@ -65,12 +73,14 @@ def inspect_dataset(
     return Inspection(dataset, counts, findings, exif_note(turned, rules))
 
 
-def _inspect_file(unit: tuple[str, Size | None], apply_exif: bool) -> tuple[list[Finding], Header | None]:
+def _inspect_file(
+    unit: tuple[str, Size | None], reader: Reader, apply_exif: bool
+) -> tuple[list[Finding], Header | None]:
     """Decode one image and compare its size with the listed one."""
     path, listed = unit
     try:
-        read_image(path, "RGB", apply_exif=apply_exif)
-        header = read_header(path)
+        reader.read(path)
+        header = reader.header(path)
     except DatasetError as error:
         return [Finding("image cannot be used", str(error))], None
     problem = size_problem(header, listed, apply_exif=apply_exif) if listed else ""

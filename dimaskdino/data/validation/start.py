@@ -10,7 +10,9 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
 from dimaskdino.data.datasets import register_all
-from dimaskdino.data.images import Header, read_header, read_image, size_problem
+from dimaskdino.data.fields import check_fields
+from dimaskdino.data.images import Header, size_problem
+from dimaskdino.data.readers import image_reader
 from dimaskdino.data.transforms import check_color_distortion
 from dimaskdino.data.validation.coco import UNLISTED, Found
 from dimaskdino.data.validation.dataset import Dataset, Picture, find_dataset, open_dataset, open_file
@@ -64,7 +66,7 @@ def check_datasets(cfg: CfgNode, *, train: bool = True, test: bool = True, with_
         check_truth(cfg, name, trained=name in trained, tested=name in tested)
         if truth_of(name) != "instance":
             entries, names = check_segmentation(cfg, name)
-            read_image(entries[0]["file_name"], cfg.INPUT.FORMAT, apply_exif=cfg.INPUT.APPLY_EXIF)
+            image_reader(cfg).read(entries[0]["file_name"])
             classes[name] = tuple(names)
             continue
         dataset = _check_dataset(cfg, name, trained=name in trained, tested=name in tested, with_masks=with_masks)
@@ -92,6 +94,9 @@ def _check_dataset(cfg: CfgNode, name: str, *, trained: bool, tested: bool, with
             f"MODEL.SEM_SEG_HEAD.NUM_CLASSES is {num_classes}, but dataset {name} has {len(dataset.classes)} "
             f"categories; set it to {len(dataset.classes)}."
         )
+    if trained:
+        annotations = [each for picture in dataset.pictures for each in picture.annotations]
+        check_fields(annotations, cfg.INPUT.ANNOTATION_FIELDS, name)
     if trained or not truth:
         _check_objects(cfg, dataset, with_masks=with_masks, scored=tested and not truth)
     if tested and truth:  # predictions are compared with a file in place of the annotations that the function lists
@@ -167,12 +172,13 @@ def _trained_on(pictures: Sequence[Picture], filter_empty: bool) -> list[Picture
 
 def _check_files(cfg: CfgNode, dataset: Dataset, used: Sequence[Picture]) -> None:
     """Look whether the images exist, read the headers of many, and decode one."""
-    check_files_exist(dataset.name, [each.path for each in used])
+    reader = image_reader(cfg)
+    check_files_exist(dataset.name, [reader.file(each.path) for each in used])
     local = [each for each in used if "://" not in each.path]
     turned: list[tuple[Picture, Header]] = []
     number = 0
     for picture in _spread_first(local):
-        header = read_header(picture.path)
+        header = reader.header(picture.path)
         problem = size_problem(header, picture.size, apply_exif=cfg.INPUT.APPLY_EXIF) if picture.size else ""
         if problem:
             raise DatasetError(
@@ -186,7 +192,7 @@ def _check_files(cfg: CfgNode, dataset: Dataset, used: Sequence[Picture]) -> Non
         rules = dataset.rules(with_masks=False, scored=False)
         logger.warning("Dataset %s: %s", dataset.name, exif_note(turned, rules))
     if used:
-        read_image(used[0].path, cfg.INPUT.FORMAT, apply_exif=cfg.INPUT.APPLY_EXIF)
+        reader.read(used[0].path)
 
 
 def _spread_first(pictures: Sequence[Picture]) -> Iterator[Picture]:

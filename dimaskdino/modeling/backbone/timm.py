@@ -119,7 +119,7 @@ def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
 
 def _create(name: str, *, pretrained: bool, **options: Any) -> nn.Module:
     """timm.create_model, without the optional arguments that the family of `name` does not take."""
-    _check_known(name)
+    check_known(name)
     options = {"strict_img_size": False, "dynamic_img_size": True, **options}
     while True:
         try:
@@ -133,7 +133,7 @@ def _create(name: str, *, pretrained: bool, **options: Any) -> nn.Module:
             for key in refused:
                 del options[key]
         except Exception as error:  # timm and its hub client raise many kinds; each is about the name or the download
-            raise ConfigError(_creation_message(name, pretrained, error)) from error
+            raise ConfigError(creation_message(name, pretrained, error)) from error
 
 
 def _info(body: nn.Module) -> Any:
@@ -141,22 +141,24 @@ def _info(body: nn.Module) -> Any:
     return body.feature_info
 
 
-def _check_known(name: str) -> None:
+def check_known(name: str, key: str = "MODEL.TIMM.NAME") -> None:
+    """Raise ConfigError if timm has no model of a name."""
     if ":" in name or timm.is_model(name):  # "hf-hub:..." and "local-dir:..." are looked up by timm itself
         return
     closest = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3, cutoff=0.5)
     hint = f"the closest names are {', '.join(closest)}" if closest else "see timm.list_models()"
-    raise ConfigError(f"MODEL.TIMM.NAME: timm {timm.__version__} has no model {name!r}; {hint}.")
+    raise ConfigError(f"{key}: timm {timm.__version__} has no model {name!r}; {hint}.")
 
 
-def _creation_message(name: str, pretrained: bool, error: Exception) -> str:
+def creation_message(name: str, pretrained: bool, error: Exception, *, node: str = "MODEL.TIMM") -> str:
+    """What to say of an error of timm's."""
     reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     if pretrained:
         return (
-            f"MODEL.TIMM.PRETRAINED: the weights of {name} could not be fetched ({reason}). Without a network, set "
-            "MODEL.TIMM.PRETRAINED to False and MODEL.WEIGHTS to a file of the weights."
+            f"{node}.PRETRAINED: the weights of {name} could not be fetched ({reason}). Without a network, set "
+            f"{node}.PRETRAINED to False and MODEL.WEIGHTS to a file of the weights."
         )
-    return f"MODEL.TIMM.NAME: {name} cannot be built as a feature pyramid ({reason})."
+    return f"{node}.NAME: {name} cannot be built as a feature pyramid ({reason})."
 
 
 def _feature_indices(name: str, body: nn.Module, out_features: list[str]) -> dict[str, int]:

@@ -1,6 +1,6 @@
 """The training loss: every supervised stage, matched and weighed by a short list of terms."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from dimaskdino.modeling.criterion.matcher import BoxCost, CostTerm, FocalClassC
 from dimaskdino.modeling.criterion.points import PointSampler, RandomPointSampler
 from dimaskdino.modeling.criterion.terms import (
     BoxLoss,
+    ClassOptions,
     FocalClassLoss,
     LossTerm,
     MaskLoss,
@@ -21,6 +22,7 @@ from dimaskdino.modeling.criterion.terms import (
     SupervisedStages,
     Supervision,
 )
+from dimaskdino.modeling.registry import COST_REGISTRY, LOSS_REGISTRY, build_registered
 from dimaskdino.modeling.transformer_decoder.checks import uses_no_object_class
 from dimaskdino.structures import DecoderOutput, DenoisingQueries, Matches, Stage, StagePrediction, Targets
 
@@ -78,6 +80,7 @@ class Criterion(nn.Module):
             FocalClassCost(weight=node.COST_CLASS_WEIGHT, **focal),
             BoxCost(l1_weight=node.COST_BOX_WEIGHT, giou_weight=node.COST_GIOU_WEIGHT),
             MaskCost(ce_weight=node.COST_MASK_WEIGHT, dice_weight=node.COST_DICE_WEIGHT, sampler=sampler),
+            *extra_costs(cfg),
         ]
         num_classes = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
         terms: list[LossTerm]
@@ -85,7 +88,8 @@ class Criterion(nn.Module):
             no_object = {"no_object_weight": node.NO_OBJECT_WEIGHT}
             terms = [SoftmaxClassLoss(weight=node.CLASS_WEIGHT, num_classes=num_classes, **no_object)]
         else:
-            terms = [FocalClassLoss(weight=node.CLASS_WEIGHT, num_classes=num_classes, **focal)]
+            options = ClassOptions.from_config(cfg)
+            terms = [FocalClassLoss(weight=node.CLASS_WEIGHT, num_classes=num_classes, options=options, **focal)]
         if node.BOX_LOSS:
             terms.append(BoxLoss(l1_weight=node.BOX_WEIGHT, giou_weight=node.GIOU_WEIGHT))
         if node.PREDICT_MASKS:
@@ -93,7 +97,7 @@ class Criterion(nn.Module):
         elif not node.BOX_LOSS:
             raise ConfigError("MODEL.MaskDINO.BOX_LOSS and PREDICT_MASKS are both False; set one of them.")
         return {
-            "terms": terms,
+            "terms": [*terms, *extra_terms(cfg)],
             "matcher": HungarianMatcher(costs),
             "denoising": node.DN,
             "deep_supervision": node.DEEP_SUPERVISION,
@@ -115,7 +119,7 @@ class Criterion(nn.Module):
         losses: dict[str, Tensor] = {}
         for term in self.terms:
             chosen = [each for each in supervisions if each.use_masks or not term.needs_masks]
-            for name, values in term(SupervisedStages(chosen, targets)).items() if chosen else ():
+            for name, values in _losses_of(term, chosen, targets).items() if chosen else ():
                 losses |= {f"{name}{_suffix(each)}": x for each, x in zip(chosen, values.unbind(), strict=True)}
         if not any("loss_bbox" in term.names for term in self.terms):
             # A zero gradient for the parameters that make boxes, as data-parallel training needs.
@@ -181,6 +185,29 @@ class Criterion(nn.Module):
             if not term.needs_masks or (self.denoising == "seg" and each.use_masks)
             for name in term.names
         }
+
+
+def extra_terms(cfg: CfgNode) -> list[LossTerm]:
+    """The terms that MODEL.EXTRA_LOSSES names."""
+    return list(build_registered(LOSS_REGISTRY, cfg.MODEL.EXTRA_LOSSES, "MODEL.EXTRA_LOSSES", cfg).values())
+
+
+def extra_costs(cfg: CfgNode) -> list[CostTerm]:
+    """The costs that MODEL.EXTRA_COSTS names."""
+    return list(build_registered(COST_REGISTRY, cfg.MODEL.EXTRA_COSTS, "MODEL.EXTRA_COSTS", cfg).values())
+
+
+def _losses_of(term: LossTerm, chosen: Sequence[Supervision], targets: Sequence[Targets]) -> Mapping[str, Tensor]:
+    """The losses of a term, which must be those that it names, one number for each stage."""
+    losses = term(SupervisedStages(chosen, targets))
+    shapes = {name: tuple(values.shape) for name, values in losses.items()}
+    if shapes != dict.fromkeys(term.names, (len(chosen),)):
+        kind = type(term)
+        raise ConfigError(
+            f"The loss {kind.__module__}.{kind.__qualname__} gives {shapes}, but its names are {tuple(term.names)}, "
+            f"and each needs one value for each of {len(chosen)} stages (see SupervisedStages.sum_pairs)."
+        )
+    return losses
 
 
 def _suffix(supervision: Supervision) -> str:

@@ -7,7 +7,7 @@ from torch import Tensor
 from dimaskdino.layers.boxes import cxcywh_to_xyxy, generalized_iou
 
 
-def focal_loss(logits: Tensor, labels: Tensor, *, alpha: float, gamma: float) -> Tensor:
+def focal_loss(logits: Tensor, labels: Tensor, *, alpha: float, gamma: float, weights: Tensor | None = None) -> Tensor:
     """Focal loss, summed over classes.
 
     Args:
@@ -15,6 +15,7 @@ def focal_loss(logits: Tensor, labels: Tensor, *, alpha: float, gamma: float) ->
         labels: (...) int64; K stands for no object.
         alpha: weight of the target class; other classes weigh 1 - alpha.
         gamma: exponent that plays down easy classes.
+        weights: (..., K), or (K,), of the classes; None for 1.
 
     Returns:
         (...).
@@ -22,7 +23,8 @@ def focal_loss(logits: Tensor, labels: Tensor, *, alpha: float, gamma: float) ->
     Source: RetinaNet (Lin et al., 2017).
     """
     one_hot = F.one_hot(labels, logits.shape[-1] + 1)[..., :-1].to(logits.dtype)
-    return sigmoid_focal_loss(logits, one_hot, alpha=alpha, gamma=gamma, reduction="none").sum(-1)
+    losses = sigmoid_focal_loss(logits, one_hot, alpha=alpha, gamma=gamma, reduction="none")
+    return (losses if weights is None else losses * weights).sum(-1)
 
 
 def box_losses(boxes: Tensor, target_boxes: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from dimaskdino.errors import ConfigError
 from dimaskdino.layers.boxes import cxcywh_to_xyxy, generalized_iou
 from dimaskdino.layers.points import sample_binary_masks, sample_points
 from dimaskdino.layers.precision import float32_block
@@ -142,10 +143,23 @@ class HungarianMatcher:
         num_queries = [stage.logits.shape[1] for stage in stages]
         with float32_block("matching", stages[0].logits.device):
             by_image = [
-                torch.stack([term(stages, image, target) for term in self.costs]).sum(0).split(num_queries)
+                torch.stack([_cost_of(term, stages, image, target) for term in self.costs]).sum(0).split(num_queries)
                 for image, target in enumerate(targets)
             ]
         return _assign([list(of_stage) for of_stage in zip(*by_image, strict=True)], stages)
+
+
+def _cost_of(term: CostTerm, stages: Sequence[StagePrediction], image: int, target: Targets) -> Tensor:
+    """The cost of a term, which must have a row for each query of all stages and a column for each object."""
+    cost = term(stages, image, target)
+    shape = sum(stage.logits.shape[1] for stage in stages), len(target)
+    if cost.shape != shape:
+        kind = type(term)
+        raise ConfigError(
+            f"The matching cost {kind.__module__}.{kind.__qualname__} gives {tuple(cost.shape)} where {shape} is "
+            "needed: a row for each query of all stages, and a column for each object."
+        )
+    return cost
 
 
 def _assign(costs: list[list[Tensor]], stages: Sequence[StagePrediction]) -> list[Matches]:

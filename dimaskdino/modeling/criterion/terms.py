@@ -6,8 +6,10 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
+from detectron2.config import CfgNode
 from torch import Tensor
 
+from dimaskdino.errors import ConfigError
 from dimaskdino.layers.points import sample_binary_masks, sample_points
 from dimaskdino.layers.precision import to_autocast_dtype
 from dimaskdino.modeling.criterion.losses import box_losses, focal_loss, mask_losses
@@ -54,6 +56,7 @@ class SupervisedStages:
     Attributes:
         predictions: of the stages.
         matches: of the stages.
+        of_images: the objects of each image.
         targets: the objects of the batch in one row.
         num_objects: (S,) what the losses of each stage are divided by.
         elsewhere: of the stages.
@@ -65,7 +68,7 @@ class SupervisedStages:
     def __init__(self, supervisions: Sequence[Supervision], targets: Sequence[Targets]) -> None:
         self.predictions = [supervision.prediction for supervision in supervisions]
         self.matches = [supervision.matches for supervision in supervisions]
-        self.targets = JoinedTargets(targets)
+        self.of_images, self.targets = targets, JoinedTargets(targets)
         self.num_objects = torch.stack([supervision.num_objects for supervision in supervisions])
         self.elsewhere = [supervision.elsewhere for supervision in supervisions]
         self._num_pairs = [sum(len(query) for query, _ in matches) for matches in self.matches]
@@ -89,11 +92,44 @@ class SupervisedStages:
         boxes = torch.cat([prediction.boxes for prediction in self.predictions], dim=1).float()
         return boxes[self.image, self.query]
 
+    def extra(self, head: str) -> Tensor:
+        """(N, ...) float32: what a head of MODEL.EXTRA_HEADS gives for the matched queries."""
+        values = torch.cat([prediction.extra[head] for prediction in self.predictions], dim=1).float()
+        return values[self.image, self.query]
+
+    def field(self, name: str) -> Tensor:
+        """(N, ...) float32: a field of INPUT.ANNOTATION_FIELDS of the matched objects; NaN where it is missing."""
+        values = self.targets.fields.get(name)
+        if values is None and len(self.targets.labels):
+            raise ConfigError(f"A loss reads the field {name!r} of objects; add it to INPUT.ANNOTATION_FIELDS.")
+        return self.targets.boxes.new_zeros(0) if values is None else values[self.object]
+
     def labels(self, no_object: int) -> Tensor:
         """(B, Q of all stages) int64: the class of each query's object, or ``no_object``."""
         images = len(self.predictions[0].logits)
         labels = self.query.new_full((images, sum(self._num_queries)), no_object)
         return labels.index_put((self.image, self.query), self.targets.labels[self.object])
+
+    def not_negative(self, num_classes: int, crowd_share: float) -> Tensor | None:
+        """(B, Q of all stages, K) bool: predictions that are no mistake, as nobody labeled the class there; or None.
+
+        Args:
+            num_classes: K.
+            crowd_share: share of a box in a crowd region from which on its class is not judged; 0 judges it.
+        """
+        if not any(each.unlabeled is not None or (each.crowd and crowd_share) for each in self.of_images):
+            return None
+        boxes = torch.cat([prediction.boxes for prediction in self.predictions], dim=1).detach().float()
+        excused = torch.zeros(*boxes.shape[:2], num_classes, dtype=torch.bool, device=boxes.device)
+        for of_image, box, target in zip(excused, boxes, self.of_images, strict=True):
+            if target.unlabeled is not None:
+                of_image |= target.unlabeled
+            if target.crowd and crowd_share:
+                inside = target.crowd.share(box) >= crowd_share
+                for label, of_region in zip(target.crowd.labels.tolist(), inside.unbind(1), strict=True):
+                    columns = slice(None) if label < 0 else slice(label, label + 1)
+                    of_image[:, columns] |= of_region[:, None]
+        return excused
 
     def sum_queries(self, values: Tensor) -> Tensor:
         """(S,) sums by stage of values (B, Q of all stages)."""
@@ -116,6 +152,46 @@ class LossTerm(Protocol):
         """Weighted losses (S,) by name."""
 
 
+@dataclass(frozen=True)
+class ClassOptions:
+    """What the class loss weighs differently.
+
+    Attributes:
+        class_weights: of each class; empty for 1.
+        crowd_share: see :meth:`SupervisedStages.not_negative`.
+    """
+
+    class_weights: tuple[float, ...] = ()
+    crowd_share: float = 0.0
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> "ClassOptions":
+        """Read MODEL.CLASS_WEIGHTS and MODEL.IGNORE_CROWD_SHARE.
+
+        Raises:
+            ConfigError: there is not one weight of at least 0 for each class, or the share is none.
+        """
+        weights, share = tuple(cfg.MODEL.CLASS_WEIGHTS), cfg.MODEL.IGNORE_CROWD_SHARE
+        num_classes = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+        if weights and (len(weights) != num_classes or min(weights) < 0):
+            raise ConfigError(
+                f"MODEL.CLASS_WEIGHTS has {len(weights)} numbers, and MODEL.SEM_SEG_HEAD.NUM_CLASSES is {num_classes}; "
+                "give a weight of at least 0 for each class."
+            )
+        if not 0 <= share <= 1:
+            raise ConfigError(f"MODEL.IGNORE_CROWD_SHARE is {share}; give a share from 0 (off) to 1.")
+        return cls(weights, share)
+
+    def weights_of(self, stages: SupervisedStages, labels: Tensor, num_classes: int) -> Tensor | None:
+        """(B, Q, K), or (K,), of the losses of the classes of queries with ``labels`` (B, Q); None where all are 1."""
+        excused = stages.not_negative(num_classes, self.crowd_share)
+        weights = torch.tensor(self.class_weights, device=labels.device) if self.class_weights else None
+        if excused is None:
+            return weights
+        judged = ~excused | F.one_hot(labels, num_classes + 1)[..., :-1].bool()
+        return judged.float() if weights is None else judged * weights
+
+
 class FocalClassLoss:
     """Focal loss of every query; the target of one without an object is no class. Divided by the objects.
 
@@ -124,17 +200,23 @@ class FocalClassLoss:
         num_classes: K.
         alpha: see :func:`focal_loss`.
         gamma: see :func:`focal_loss`.
+        options: further weights, and what is not judged.
     """
 
     names: tuple[str, ...] = ("loss_ce",)
     needs_masks = False
 
-    def __init__(self, *, weight: float, num_classes: int, alpha: float, gamma: float) -> None:
+    def __init__(
+        self, *, weight: float, num_classes: int, alpha: float, gamma: float, options: ClassOptions = ClassOptions()
+    ) -> None:
         self.weight, self.num_classes, self.alpha, self.gamma = weight, num_classes, alpha, gamma
+        self.options = options
 
     def __call__(self, stages: SupervisedStages) -> Mapping[str, Tensor]:
         """Weighted losses (S,)."""
-        losses = focal_loss(stages.logits(), stages.labels(self.num_classes), alpha=self.alpha, gamma=self.gamma)
+        logits, labels = stages.logits(), stages.labels(self.num_classes)
+        weights = self.options.weights_of(stages, labels, self.num_classes)
+        losses = focal_loss(logits, labels, alpha=self.alpha, gamma=self.gamma, weights=weights)
         return {"loss_ce": self.weight * stages.sum_queries(losses) / stages.num_objects}
 
 
@@ -188,6 +270,8 @@ class BoxLoss:
         targets = stages.targets
         supervised = targets.box_supervised[stages.object]
         l1, giou = box_losses(stages.boxes(), targets.boxes[stages.object])
+        if targets.box_weight is not None:
+            supervised = supervised * targets.box_weight[stages.object]
         l1, giou = (stages.sum_pairs(losses * supervised) / stages.num_objects for losses in (l1, giou))
         return {"loss_bbox": self.l1_weight * l1, "loss_giou": self.giou_weight * giou}
 

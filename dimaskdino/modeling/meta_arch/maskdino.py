@@ -160,7 +160,14 @@ class DIMaskDINO(nn.Module):
             ]
         targets = [
             Targets.from_instances(
-                given["instances"], height, width, self.num_classes, self.device, with_masks=self.predicts_masks
+                given["instances"],
+                height,
+                width,
+                self.num_classes,
+                self.device,
+                with_masks=self.predicts_masks,
+                unlabeled=given.get("unlabeled_classes", ()),
+                crowd=given.get("crowd_regions"),
             ).supervise_boxes_of(self.has_box_loss)
             for (height, width), given in zip(frames, batched_inputs, strict=True)
         ]

@@ -39,7 +39,7 @@ def instances_of_image(
 
     Returns:
         pred_boxes (xyxy px), scores in [0, 1], pred_classes, and, where the stage has masks, pred_masks (N, H, W) bool
-        or as RLE, by descending score.
+        or as RLE, by descending score; and ``pred_<name>`` (N, ...) float32 of each head of MODEL.EXTRA_HEADS.
     """
     scores = prediction.logits[image].float().sigmoid().flatten()
     scores, index = scores.topk(min(max_detections, scores.numel()), sorted=False)
@@ -53,6 +53,8 @@ def instances_of_image(
     query, classes = index.div(num_classes, rounding_mode="floor"), index % num_classes
     boxes = _scale_boxes(prediction.boxes[image, query].float(), frame)
     result = Instances(frame.output, pred_boxes=Boxes(boxes), scores=scores, pred_classes=classes)
+    for name, values in prediction.extra.items():
+        result.set(f"pred_{name}", values[image, query].float())
     if with_queries and prediction.queries is not None:
         result.query_indices, result.query_features = query, prediction.queries[image, query].float()
         result.class_scores = scores

@@ -8,7 +8,13 @@ from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
 from dimaskdino.layers.attention import xavier_init
-from dimaskdino.modeling.registry import DENOISING_REGISTRY, TRANSFORMER_DECODER_REGISTRY, get_registered
+from dimaskdino.modeling.registry import (
+    DENOISING_REGISTRY,
+    HEAD_REGISTRY,
+    TRANSFORMER_DECODER_REGISTRY,
+    build_registered,
+    get_registered,
+)
 from dimaskdino.modeling.transformer_decoder.checks import check_dino, layer_sizes
 from dimaskdino.modeling.transformer_decoder.decoder_layer import DecoderLayer
 from dimaskdino.modeling.transformer_decoder.heads import PredictionHeads
@@ -51,9 +57,9 @@ class DINODecoder(QueryDecoder):
         check_dino(cfg)
         node = cfg.MODEL.DINO
         dim, selects, num_queries = node.HIDDEN_DIM, node.QUERY_SELECTION != "none", node.NUM_QUERIES
-        heads = PredictionHeads(
-            dim=dim, num_logits=cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, mask_dim=None, norm=False, eps=_EPS
-        )
+        extra = build_registered(HEAD_REGISTRY, cfg.MODEL.EXTRA_HEADS, "MODEL.EXTRA_HEADS", cfg, dim)
+        num_logits = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+        heads = PredictionHeads(dim=dim, num_logits=num_logits, mask_dim=None, norm=False, eps=_EPS, extra=extra)
         nn.init.constant_(heads.class_embed.bias, -math.log((1 - _PRIOR) / _PRIOR))
         # All heads start as copies of these.
         return {

@@ -1,5 +1,8 @@
 """Prediction heads N_det and N_seg (Eqs. 10 and 11)."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from torch import Tensor, nn
 
 from dimaskdino.layers import MLP
@@ -17,6 +20,7 @@ class PredictionHeads(nn.Module):
         norm: normalize the content; False where that is done already.
         eps: distance from 0 and 1 at which boxes are kept when they are moved.
         no_object_class: whether the last logit is that of no object, in a softmax.
+        extra: further heads by name, each (B, Q, C) to (B, Q, ...).
     """
 
     def __init__(
@@ -28,6 +32,7 @@ class PredictionHeads(nn.Module):
         norm: bool = True,
         eps: float = BOX_EPS,
         no_object_class: bool = False,
+        extra: Mapping[str, nn.Module] = MappingProxyType({}),
     ) -> None:
         super().__init__()
         self.eps, self.no_object_class = eps, no_object_class
@@ -35,6 +40,7 @@ class PredictionHeads(nn.Module):
         self.class_embed = nn.Linear(dim, num_logits)
         self.box_embed = MLP(dim, dim, 4, 3)
         self.mask_embed = None if mask_dim is None else MLP(dim, dim, mask_dim, 3)
+        self.extra = nn.ModuleDict(extra)
         # A new model predicts the reference box itself.
         self.box_embed.zero_last_layer()
 
@@ -65,4 +71,5 @@ class PredictionHeads(nn.Module):
         if mask_features is not None and self.mask_embed is not None:
             masks = MaskLogits(self.mask_embed(normed), mask_features)
         queries = None if self.training else normed
-        return StagePrediction(stage, self.class_embed(normed), boxes, masks, queries)
+        extra = {name: head(normed) for name, head in self.extra.items()}
+        return StagePrediction(stage, self.class_embed(normed), boxes, masks, queries, extra)

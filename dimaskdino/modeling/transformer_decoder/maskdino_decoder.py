@@ -9,7 +9,13 @@ from fvcore.nn import weight_init
 from torch import nn
 
 from dimaskdino.layers.position import pixel_sine_embedding
-from dimaskdino.modeling.registry import DENOISING_REGISTRY, TRANSFORMER_DECODER_REGISTRY, get_registered
+from dimaskdino.modeling.registry import (
+    DENOISING_REGISTRY,
+    HEAD_REGISTRY,
+    TRANSFORMER_DECODER_REGISTRY,
+    build_registered,
+    get_registered,
+)
 from dimaskdino.modeling.transformer_decoder.checks import check_maskdino, layer_sizes, uses_no_object_class
 from dimaskdino.modeling.transformer_decoder.decoder_layer import DecoderLayer
 from dimaskdino.modeling.transformer_decoder.heads import PredictionHeads
@@ -55,6 +61,7 @@ class MaskDINODecoder(QueryDecoder):
                 num_logits=head.NUM_CLASSES + uses_no_object_class(cfg),
                 mask_dim=head.MASK_DIM if node.PREDICT_MASKS else None,
                 no_object_class=uses_no_object_class(cfg),
+                extra=build_registered(HEAD_REGISTRY, cfg.MODEL.EXTRA_HEADS, "MODEL.EXTRA_HEADS", cfg, dim),
             ),
             "selection": FirstSelection(dim=dim, initialize_box_type=node.INITIALIZE_BOX_TYPE)
             if node.TWO_STAGE

@@ -8,7 +8,17 @@ from detectron2.modeling import build_model
 
 from dimaskdino.errors import ConfigError, DatasetError
 from dimaskdino.modeling.meta_arch import DIMaskDINO
-from tests.tiny_model import NUM_CLASSES, ONE_STAGE, image, predict, sample, tiny_cfg, tiny_model, train_batch
+from tests.tiny_model import (
+    NUM_CLASSES,
+    ONE_STAGE,
+    image,
+    instances,
+    predict,
+    sample,
+    tiny_cfg,
+    tiny_model,
+    train_batch,
+)
 
 BOXES = [[0, 0, 32, 32], [16, 8, 48, 40], [36, 40, 60, 48]]
 
@@ -407,3 +417,16 @@ def test_channel_order_and_statistics_are_a_matter_of_configuration():
     options = {"MODEL.PIXEL_MEAN": [0.0, 0.0, 0.0], "MODEL.PIXEL_STD": [1.0, 2.0, 4.0]}
     tensor = tiny_model(options)._preprocess([{"image": torch.full((3, 32, 32), 8.0)}]).tensor
     assert tensor[0, :, 0, 0].tolist() == [8.0, 4.0, 2.0]
+
+
+def test_thousands_of_queries_train_and_predict() -> None:
+    many = {"NUM_OBJECT_QUERIES": 3000, "FIRST_SELECTED_QUERIES": 3000, "DEC_LAYERS": 2, "TI_LAYERS": 1}
+    # 3,000 tokens need a picture of at least that many cells of its four levels.
+    picture = image(384, 448)
+    results = {"TEST.DETECTIONS_PER_IMAGE": 3000, "MODEL.MaskDINO.TEST.MASK_INTERPOLATION": "direct"}
+    model = tiny_model(results, **many)
+    assert len(predict(model, picture, height=24, width=28)[0]) == 3000
+    boxes = [[8 * (n % 50), 8 * (n // 50), 8 * (n % 50) + 6, 8 * (n // 50) + 6] for n in range(300)]
+    losses = model.train()([{"image": picture, "instances": instances(384, 448, boxes)}])
+    sum(losses.values()).backward()
+    assert all(loss.isfinite() for loss in losses.values())

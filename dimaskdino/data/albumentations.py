@@ -1,0 +1,119 @@
+"""Any transform of Albumentations by its name, as an augmentation of detectron2: dimaskdino[albumentations]."""
+
+import difflib
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import transforms as T
+
+from dimaskdino.errors import ConfigError
+
+
+def find(name: str, unknown: str) -> Callable[..., T.Augmentation]:
+    """A builder ``(cfg, **arguments)`` of the transform that Albumentations has under ``name``.
+
+    Args:
+        name: of a class, such as GaussNoise.
+        unknown: the start of the error for a name that is none.
+
+    Raises:
+        ConfigError: Albumentations is not installed, or has no such transform.
+    """
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # Importing it would ask the network for its version.
+    try:
+        import albumentations
+    except ImportError as error:
+        raise ConfigError(
+            f"{unknown}, and Albumentations' need that package: pip install 'dimaskdino[albumentations]'."
+        ) from error
+    kind = getattr(albumentations, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, albumentations.BasicTransform)):
+        closest = difflib.get_close_matches(name, dir(albumentations), n=1)
+        hint = f"; did you mean {closest[0]} of Albumentations?" if closest else ", and Albumentations has none of it."
+        raise ConfigError(f"{unknown}{hint}")
+
+    def build(cfg: CfgNode, **arguments: Any) -> T.Augmentation:
+        return FromAlbumentations(name, kind(**arguments))
+
+    return build
+
+
+class FromAlbumentations(T.Augmentation):
+    """Draws the random numbers of a transform once for an image, and applies the same to its objects.
+
+    Args:
+        name: of the transform, for errors.
+        transform: of Albumentations.
+    """
+
+    def __init__(self, name: str, transform: Any) -> None:
+        import albumentations as A
+
+        super().__init__()
+        self.name, self.transform = name, transform
+        self.moves = not isinstance(transform, A.ImageOnlyTransform)
+        points = A.KeypointParams(format="xy", remove_invisible=False)
+        self._replay = A.ReplayCompose([transform], keypoint_params=points)
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        """The transform of one image."""
+        # Albumentations has generators of its own; the mapper's random numbers must follow from the run's seed.
+        self._replay.set_random_seed(int(np.random.randint(2**31)))
+        try:
+            result = self._replay(image=image, keypoints=np.zeros((0, 2), np.float32))
+        except Exception as error:  # Albumentations raises many kinds
+            reason = " ".join(str(error).split())
+            raise ConfigError(
+                f"INPUT.AUGMENTATIONS: {self.name} of Albumentations cannot be applied to an image of shape "
+                f"{image.shape} and type {image.dtype} ({reason:.300})."
+            ) from error
+        if not self.moves:
+            return _Repainted(result["image"])
+        return _Replayed(result["replay"], result["image"], image.shape)
+
+    def __repr__(self) -> str:
+        """As Albumentations shows it."""
+        return repr(self.transform)
+
+
+class _Repainted(T.NoOpTransform):
+    """Another image with the objects where they were."""
+
+    def __init__(self, image: np.ndarray) -> None:
+        super().__init__()
+        self.image = image
+
+    def apply_image(self, img: np.ndarray) -> np.ndarray:
+        """The other image."""
+        return self.image
+
+
+class _Replayed(T.Transform):
+    """What Albumentations did to an image, for its labels; objects are moved as masks."""
+
+    by_pixels = True
+
+    def __init__(self, replay: Any, image: np.ndarray, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.replay, self.image, self.shape = replay, image, shape
+
+    def apply_image(self, img: np.ndarray) -> np.ndarray:
+        """The image, transformed already."""
+        return self.image
+
+    def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
+        """Labels, by the nearest pixel."""
+        return self._again(mask=segmentation)["mask"]
+
+    def apply_coords(self, coords: np.ndarray) -> np.ndarray:
+        """Points (n, 2)."""
+        return np.asarray(self._again(keypoints=np.asarray(coords, np.float32))["keypoints"]).reshape(-1, 2)
+
+    def _again(self, **labels: Any) -> dict[str, Any]:
+        import albumentations as A
+
+        labels.setdefault("keypoints", np.zeros((0, 2), np.float32))
+        return A.ReplayCompose.replay(self.replay, image=np.zeros(self.shape, np.uint8), **labels)

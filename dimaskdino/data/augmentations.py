@@ -1,0 +1,264 @@
+"""Augmentations by key: INPUT.AUGMENTATIONS is a list of names with arguments."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import transforms as T
+from fvcore.common.registry import Registry
+
+from dimaskdino.data.copy_paste import CopyPaste
+from dimaskdino.data.readers import pad_value
+from dimaskdino.data.transforms import PAD_VALUE, KeepAPixel
+from dimaskdino.errors import ConfigError, UserError
+
+AUGMENTATION_REGISTRY = Registry("AUGMENTATION")
+AUGMENTATION_REGISTRY.__doc__ = """
+Augmentations by the names in INPUT.AUGMENTATIONS. Each is called as ``builder(cfg, **arguments)`` and gives one of
+detectron2's augmentations or transforms, or a list of them. Transforms must move coordinates linearly, or have
+``by_pixels = True``: objects are then moved as masks.
+"""
+PASTE = "CopyPaste"
+
+
+def own_augmentations(cfg: CfgNode) -> list[Any]:
+    """The augmentations that INPUT.AUGMENTATIONS lists, without copy-paste.
+
+    Raises:
+        ConfigError: an entry is no name with arguments, is unknown, or cannot take its arguments.
+    """
+    built: list[Any] = []
+    for name, arguments in _entries(cfg):
+        if name == PASTE:
+            continue
+        try:
+            made = _builder(name)(cfg, **arguments)
+        except UserError:
+            raise
+        except Exception as error:  # a builder of the user's may raise anything
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"INPUT.AUGMENTATIONS: {name} cannot be made from {arguments} ({reason}).") from error
+        built += made if isinstance(made, list) else [made]
+    return built
+
+
+def copy_paste(cfg: CfgNode, *, with_masks: bool = True) -> CopyPaste | None:
+    """The copy-paste that INPUT.AUGMENTATIONS lists.
+
+    Raises:
+        ConfigError: its arguments are wrong, or there are no masks to paste.
+    """
+    found = [arguments for name, arguments in _entries(cfg) if name == PASTE]
+    if not found:
+        return None
+    if not with_masks:
+        raise ConfigError("INPUT.AUGMENTATIONS lists CopyPaste, which needs objects with masks; remove it.")
+    try:
+        return CopyPaste(**found[0])
+    except TypeError as error:
+        raise ConfigError(f"INPUT.AUGMENTATIONS: CopyPaste cannot be made from {found[0]} ({error}).") from error
+
+
+def _entries(cfg: CfgNode) -> list[tuple[str, Mapping[str, Any]]]:
+    """Name and arguments of each entry: NAME, {NAME: ARGUMENTS} or [NAME, ARGUMENTS]."""
+    entries = []
+    for each in cfg.INPUT.AUGMENTATIONS:
+        entry: Any = (each, {}) if isinstance(each, str) else next(iter(each.items()), ()) if _is_one(each) else each
+        name, arguments = entry if isinstance(entry, list | tuple) and len(entry) == 2 else (None, None)
+        arguments = {} if arguments is None else arguments
+        if not isinstance(name, str) or not isinstance(arguments, Mapping):
+            raise ConfigError(f"INPUT.AUGMENTATIONS has {each!r}; write a name, or a name with its arguments.")
+        entries.append((name, arguments))
+    return entries
+
+
+def _is_one(entry: Any) -> bool:
+    return isinstance(entry, Mapping) and len(entry) == 1
+
+
+def _builder(name: str) -> Any:
+    if name in AUGMENTATION_REGISTRY:
+        return AUGMENTATION_REGISTRY.get(name)
+    from dimaskdino.data.albumentations import find
+
+    known = ", ".join(sorted([PASTE, *(each for each, _ in AUGMENTATION_REGISTRY)]))
+    return find(name, f"INPUT.AUGMENTATIONS names {name!r}; ours are {known}")
+
+
+def _maybe(augmentation: Any, probability: float) -> Any:
+    return augmentation if probability >= 1 else T.RandomApply(augmentation, prob=probability)
+
+
+def _pair(value: Any) -> tuple[float, float]:
+    low, high = value if isinstance(value, list | tuple) else (value, value)
+    return float(low), float(high)
+
+
+@AUGMENTATION_REGISTRY.register()
+def Flip(cfg: CfgNode, *, direction: str = "horizontal", prob: float = 0.5) -> Any:  # noqa: N802 (its name in YAML)
+    """Mirror, horizontally or vertically."""
+    return T.RandomFlip(prob, horizontal=direction == "horizontal", vertical=direction == "vertical")
+
+
+@AUGMENTATION_REGISTRY.register()
+def LargeScaleJitter(  # noqa: N802
+    cfg: CfgNode, *, min_scale: float = 0.1, max_scale: float = 2.0, size: int = 1024
+) -> list[Any]:
+    """Scale at random, then crop or pad to a square of ``size``."""
+    crop = T.FixedSizeCrop((size, size), pad_value=pad_value(cfg, PAD_VALUE))
+    return [KeepAPixel(T.ResizeScale(min_scale, max_scale, size, size)), crop]
+
+
+@AUGMENTATION_REGISTRY.register()
+def MultiScaleResize(cfg: CfgNode, *, sizes: Sequence[int], max_size: int = 1333) -> Any:  # noqa: N802
+    """Resize the shortest edge to one of ``sizes``, the longest staying within ``max_size``; nothing is cut off."""
+    return KeepAPixel(T.ResizeShortestEdge(list(sizes), max_size, "choice"))
+
+
+@AUGMENTATION_REGISTRY.register()
+def Rotate(cfg: CfgNode, *, angle: Any = (-15, 15), expand: bool = True, prob: float = 1.0) -> Any:  # noqa: N802
+    """Turn by an angle in degrees, drawn from a range; ``expand`` keeps the corners."""
+    return _maybe(_Rotation(_pair(angle), expand=expand), prob)
+
+
+class _Rotation(T.RandomRotation):
+    """detectron2's, of images with a single channel too."""
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        turn = super().get_transform(image)
+        if not isinstance(turn, T.RotationTransform):
+            return turn
+        return _Rotated(turn.h, turn.w, turn.angle, expand=turn.expand, center=turn.center, interp=turn.interp)
+
+
+class _Rotated(T.RotationTransform):
+    def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
+        """Rotate; OpenCV drops the axis of a single channel."""
+        turned = super().apply_image(img, interp)
+        return turned.reshape(*turned.shape[:2], *img.shape[2:])
+
+
+class Turn(T.Transform):
+    """Turns an image of a width and height by ``quarters`` of 90 degrees, counterclockwise; pixels stay as they are."""
+
+    def __init__(self, quarters: int, height: int, width: int) -> None:
+        super().__init__()
+        self._set_attributes(locals())
+
+    def apply_image(self, img: np.ndarray) -> np.ndarray:
+        """Turn an image."""
+        return np.ascontiguousarray(np.rot90(img, self.quarters))
+
+    def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
+        """Turn a map of labels."""
+        return self.apply_image(segmentation)
+
+    def apply_coords(self, coords: np.ndarray) -> np.ndarray:
+        """Turn points (n, 2)."""
+        coords, sides = coords.astype(float), (self.width, self.height)
+        for quarter in range(self.quarters % 4):
+            coords = np.stack((coords[:, 1], sides[quarter % 2] - coords[:, 0]), axis=1)
+        return coords
+
+
+@AUGMENTATION_REGISTRY.register()
+class Rotate90(T.Augmentation):
+    """Turn by 0, 90, 180, or 270 degrees, each as likely.
+
+    Args:
+        cfg: the configuration.
+        prob: of turning at all.
+    """
+
+    def __init__(self, cfg: CfgNode, prob: float = 1.0) -> None:
+        super().__init__()
+        self.prob = prob
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        """The turn of one image."""
+        if self._rand_range() >= self.prob:
+            return T.NoOpTransform()
+        return Turn(np.random.randint(4), *image.shape[:2])
+
+
+@AUGMENTATION_REGISTRY.register()
+def Color(  # noqa: N802
+    cfg: CfgNode, *, brightness: Any = (0.8, 1.2), contrast: Any = (0.8, 1.2), saturation: Any = (0.8, 1.2)
+) -> list[Any]:
+    """Multiply brightness, contrast, and the saturation of color images by factors from ranges; 1 leaves them."""
+    made = [T.RandomBrightness(*_pair(brightness)), T.RandomContrast(*_pair(contrast))]
+    return made + ([T.RandomSaturation(*_pair(saturation))] if cfg.INPUT.FORMAT in ("RGB", "BGR") else [])
+
+
+@AUGMENTATION_REGISTRY.register()
+class Blur(T.Augmentation):
+    """Blur the image by a Gaussian.
+
+    Args:
+        cfg: the configuration.
+        sigma: range of its width in pixels.
+        prob: of blurring.
+    """
+
+    def __init__(self, cfg: CfgNode, sigma: Any = (0.1, 2.0), prob: float = 0.5) -> None:
+        super().__init__()
+        self.sigma, self.prob = _pair(sigma), prob
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        """The blur of one image; objects stay where they are."""
+        if self._rand_range() >= self.prob:
+            return T.NoOpTransform()
+        sigma = max(np.random.uniform(*self.sigma), 1e-3)
+        return T.ColorTransform(lambda pixels: _blurred(pixels, sigma))
+
+
+def _blurred(pixels: np.ndarray, sigma: float) -> np.ndarray:
+    return cv2.GaussianBlur(pixels, (0, 0), sigma).reshape(pixels.shape)
+
+
+@AUGMENTATION_REGISTRY.register()
+class Crop(T.Augmentation):
+    """Crop at random, and again until enough objects are inside; the whole image where none of the crops has them.
+
+    Args:
+        cfg: the configuration.
+        kind: as INPUT.CROP.TYPE, such as ``relative_range`` or ``absolute``.
+        size: as INPUT.CROP.SIZE.
+        least_objects: that must be inside. An image with fewer may lose none.
+        least_share: of an object's box that must be inside.
+        tries: crops that are drawn.
+    """
+
+    needs_boxes = True
+
+    def __init__(
+        self,
+        cfg: CfgNode,
+        kind: str = "relative_range",
+        size: Sequence[float] = (0.5, 0.5),
+        least_objects: int = 1,
+        least_share: float = 0.5,
+        tries: int = 10,
+    ) -> None:
+        super().__init__()
+        self.crop = T.RandomCrop(kind, list(size))
+        self.least_objects, self.least_share, self.tries = least_objects, least_share, tries
+
+    def get_transform(self, image: np.ndarray, boxes: np.ndarray) -> T.Transform:
+        """The crop of one image.
+
+        Args:
+            image: (H, W, C).
+            boxes: (n, 4) xyxy px.
+        """
+        needed = min(self.least_objects, len(boxes))
+        area = np.maximum((boxes[:, 2:] - boxes[:, :2]).prod(1), 1e-6)
+        for _ in range(self.tries):
+            crop = self.crop.get_transform(image)
+            corner = np.array([crop.x0, crop.y0])
+            inside = np.minimum(boxes[:, 2:], corner + (crop.w, crop.h)) - np.maximum(boxes[:, :2], corner)
+            if (inside.clip(0).prod(1) / area >= self.least_share).sum() >= needed:
+                return crop
+        return T.NoOpTransform()

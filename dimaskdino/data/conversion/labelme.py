@@ -1,0 +1,126 @@
+"""labelme's JSON files, one for each image: polygons, rectangles, circles, and masks."""
+
+import base64
+import io
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dimaskdino.data.conversion.labels import Images, Json, LabeledImage, LabeledObject, Problems, box_around, read_text
+from dimaskdino.data.conversion.xml_files import joined, known_classes
+from dimaskdino.errors import DatasetError
+
+_CIRCLE_POINTS = 64
+
+
+def read_labelme(
+    source: Path, images: Images, classes: Sequence[str], problems: Problems
+) -> tuple[list[LabeledImage], list[str]]:
+    """The images of all JSON files below ``source``; shapes of one label and group_id are one object of many parts.
+
+    Args:
+        source: the folder of JSON files.
+        images: its images, by imagePath or the name of the JSON file.
+        classes: the names that there may be; none means those that occur, by the alphabet.
+        problems: to which what is wrong is added.
+    """
+    files = sorted(source.rglob("*.json"))
+    if not files:
+        raise DatasetError(f"{source} has no .json file.")
+    found = []
+    for file in files:
+        try:
+            text = read_text(file)
+            content = json.loads(text)
+            if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
+                raise ValueError("it has no list of shapes, so it is not labelme's")
+            image = images.labeled(_find(images, content, file), [])
+        except json.JSONDecodeError as error:
+            problems.add(f"{file}, line {error.lineno}", f"not valid JSON ({error.msg})")
+            continue
+        except ValueError as error:
+            problems.add(str(file), str(error))
+            continue
+        image.objects.extend(_objects(content["shapes"], file, text, image.size, problems))
+        found.append(image)
+    return found, known_classes(found, classes, problems)
+
+
+def _find(images: Images, content: Json, file: Path) -> Path:
+    try:
+        return images.find(str(content.get("imagePath") or file.stem))
+    except ValueError:
+        return images.find(file.stem)
+
+
+def _objects(
+    shapes: list[Any], file: Path, text: str, size: tuple[int, int], problems: Problems
+) -> list[LabeledObject]:
+    objects: list[LabeledObject] = []
+    groups: dict[tuple[str, Any], int] = {}
+    starts = [match.start() for match in re.finditer(r'"label"\s*:', text)]
+    for number, shape in enumerate(shapes):
+        line = text.count("\n", 0, starts[number]) + 1 if len(starts) == len(shapes) else None
+        where = f"{file}, " + (f"line {line}" if line else f"shape {number}, counted from 0")
+        try:
+            made = _object(shape, where, size)
+        except ValueError as error:
+            problems.add(where, str(error))
+            continue
+        group = (made.label, shape.get("group_id"))
+        if group[1] is None:
+            objects.append(made)
+        elif group in groups:
+            objects[groups[group]] = joined(objects[groups[group]], made, size)
+        else:
+            groups[group] = len(objects)
+            objects.append(made)
+    return objects
+
+
+def _object(shape: Any, where: str, size: tuple[int, int]) -> LabeledObject:
+    if not isinstance(shape, dict) or not isinstance(shape.get("label"), str):
+        raise ValueError("a shape without a label")
+    label, kind = shape["label"], shape.get("shape_type") or "polygon"
+    try:
+        points = np.array(shape.get("points"), dtype=float).reshape(-1, 2)
+    except (TypeError, ValueError):
+        raise ValueError(f"the points of {label!r} are not pairs of numbers") from None
+    if kind == "polygon":
+        return LabeledObject(label, where, polygons=[points.ravel().tolist()])
+    if kind in ("rectangle", "circle", "mask") and len(points) != 2:
+        raise ValueError(f"a {kind} has two points, not {len(points)}")
+    if kind == "rectangle":
+        return LabeledObject(label, where, box_around(points))
+    if kind == "circle":
+        radius = math.dist(*points)
+        angles = np.linspace(0, 2 * math.pi, _CIRCLE_POINTS, endpoint=False)
+        circle = points[0] + radius * np.stack((np.cos(angles), np.sin(angles)), axis=1)
+        return LabeledObject(label, where, polygons=[circle.clip(0, (size[1], size[0])).ravel().tolist()])
+    if kind == "mask":
+        return LabeledObject(label, where, mask=_mask(shape, points, size))
+    raise ValueError(f"shape_type {kind!r} has no area; draw a polygon, rectangle, circle, or mask")
+
+
+def _mask(shape: Json, points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The mask, whose picture covers the points' box with both its corners."""
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(shape["mask"], validate=True))) as image:
+            pixels = np.asarray(image) > 0
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise ValueError(
+            f"the mask of {shape['label']!r} is not a picture in base64 ({type(error).__name__})"
+        ) from None
+    left, top = (int(value) for value in points[0])
+    height, width = pixels.shape[:2]
+    if left < 0 or top < 0 or top + height > size[0] or left + width > size[1] or pixels.ndim != 2:
+        raise ValueError(f"the mask of {shape['label']!r} lies outside the image of {size[1]}x{size[0]} px")
+    mask = np.zeros(size, dtype=bool)
+    mask[top : top + height, left : left + width] = pixels
+    return mask

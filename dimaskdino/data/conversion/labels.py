@@ -1,0 +1,259 @@
+"""What every label format is read into, and how that becomes a COCO file."""
+
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as mask_util
+
+from dimaskdino.data.images import read_header
+from dimaskdino.errors import DatasetError
+
+logger = logging.getLogger(__name__)
+
+Json = dict[str, Any]
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
+# How far outside the image a coordinate may lie to be cut: programs round, and people draw to the edge.
+SLACK = 0.01
+
+
+@dataclass(frozen=True)
+class LabeledObject:
+    """An object of an image, in pixels.
+
+    Attributes:
+        label: name of its class.
+        where: file and line, for messages.
+        box: x0, y0, x1, y1; None to take that of the mask.
+        polygons: parts, each [x, y, x, y, ...].
+        mask: (H, W) bool of the image, which may have holes; instead of polygons.
+        extra: further keys of the annotation.
+    """
+
+    label: str
+    where: str
+    box: tuple[float, float, float, float] | None = None
+    polygons: Sequence[Sequence[float]] = ()
+    mask: np.ndarray | None = None
+    extra: Json = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LabeledImage:
+    """An image and its objects; without any it is background.
+
+    Attributes:
+        file_name: relative to the folder of images, with slashes.
+        size: (height, width).
+        objects: in the order of the label file.
+    """
+
+    file_name: str
+    size: tuple[int, int]
+    objects: list[LabeledObject]
+
+
+@dataclass
+class Problems:
+    """What cannot be used: an error at the end, or, with ``skip``, left out and counted.
+
+    Attributes:
+        skip: leave it out.
+        found: file and line, and what is wrong.
+        notes: what was put right, and how often.
+    """
+
+    skip: bool = False
+    found: list[str] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)
+
+    def add(self, where: str, problem: str) -> None:
+        """Remember one."""
+        self.found.append(f"{where}: {problem}")
+
+    def check(self) -> None:
+        """Raise DatasetError, naming the first, unless they are skipped."""
+        if self.found and not self.skip:
+            more = f" And {len(self.found) - 1} more problems." if len(self.found) > 1 else ""
+            raise DatasetError(f"{self.found[0]}.{more} Correct the files, or leave these out with --skip-bad.")
+
+
+class Images:
+    """The image files below a folder, by path and by name.
+
+    Args:
+        root: the folder.
+        apply_exif: take sizes as of upright photos.
+    """
+
+    def __init__(self, root: Path, *, apply_exif: bool = True) -> None:
+        if not root.is_dir():
+            raise DatasetError(f"The folder of images {root} does not exist; give it with --images.")
+        self.root, self.apply_exif = root, apply_exif
+        paths = (Path(folder) / name for folder, _, names in os.walk(root) for name in names)
+        self.paths = sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES)
+        self._by_name: dict[str, list[Path]] = {}
+        for path in self.paths:
+            for name in {path.name, path.stem, path.relative_to(root).as_posix()}:
+                self._by_name.setdefault(name, []).append(path)
+
+    def find(self, name: str) -> Path:
+        """The image that a label file calls ``name``: a path or a file name, with or without its ending.
+
+        Raises:
+            ValueError: there is none, or several.
+        """
+        plain = name.replace("\\", "/")
+        for candidate in (plain, plain.rpartition("/")[2], Path(plain).stem):
+            found = self._by_name.get(candidate, [])
+            if len(found) == 1:
+                return found[0]
+            if len(found) > 1:
+                raise ValueError(f"{len(found)} images below {self.root} have the name {candidate}")
+        raise ValueError(f"image {name} is not below {self.root}")
+
+    def labeled(self, path: Path, objects: list[LabeledObject]) -> LabeledImage:
+        """An image with its objects; its size is read."""
+        return LabeledImage(path.relative_to(self.root).as_posix(), self.size(path), objects)
+
+    def size(self, path: Path) -> tuple[int, int]:
+        """(height, width)."""
+        return read_header(str(path)).size(apply_exif=self.apply_exif)
+
+
+def check_inside(points: np.ndarray, size: tuple[int, int], problems: Problems) -> np.ndarray:
+    """Points (n, 2) px, cut to the image where they lie a hair outside.
+
+    Raises:
+        ValueError: one lies farther outside, or is no number.
+    """
+    limits = np.array([size[1], size[0]], dtype=float)
+    if not np.isfinite(points).all():
+        raise ValueError("a coordinate is not a finite number")
+    if (points < -SLACK * limits).any() or (points > (1 + SLACK) * limits).any():
+        worst = points[np.argmax(np.maximum(-points, points - limits).max(1))]
+        raise ValueError(f"({worst[0]:g}, {worst[1]:g}) lies outside the image of {size[1]}x{size[0]} px")
+    cut = points.clip(0, limits)
+    problems.notes["coordinates a hair outside the image, cut"] += int((cut != points).any(1).sum())
+    return cut
+
+
+def checked(images: Sequence[LabeledImage], problems: Problems) -> list[LabeledImage]:
+    """Images whose objects lie inside and cover something; others are problems."""
+    kept = []
+    for image in images:
+        objects = []
+        for each in image.objects:
+            try:
+                objects.append(_checked(each, image.size, problems))
+            except ValueError as error:
+                problems.add(each.where, str(error))
+        problems.notes["images without objects (background)"] += not objects
+        kept.append(LabeledImage(image.file_name, image.size, objects))
+    return kept
+
+
+def _checked(item: LabeledObject, size: tuple[int, int], problems: Problems) -> LabeledObject:
+    if item.mask is not None:
+        if item.mask.shape != size:
+            raise ValueError(f"the mask has {item.mask.shape[::-1]} px, the image {size[::-1]} (width, height)")
+        if not item.mask.any():
+            raise ValueError("the mask is empty")
+        return item
+    polygons = []
+    for polygon in item.polygons:
+        if len(polygon) < 6 or len(polygon) % 2:
+            raise ValueError(f"a polygon of {len(polygon)} numbers; it needs at least three points, two numbers each")
+        polygons.append(check_inside(np.reshape(polygon, (-1, 2)).astype(float), size, problems).ravel().tolist())
+    box = item.box
+    if box is not None:
+        left, top, right, bottom = check_inside(np.reshape(box, (2, 2)).astype(float), size, problems).ravel().tolist()
+        if not (left < right and top < bottom):
+            raise ValueError(f"the box from ({left:g}, {top:g}) to ({right:g}, {bottom:g}) covers nothing")
+        box = (left, top, right, bottom)
+    if box is None and not polygons:
+        raise ValueError("neither a box nor a mask")
+    return LabeledObject(item.label, item.where, box, polygons, None, item.extra)
+
+
+def to_coco(images: Sequence[LabeledImage], classes: Sequence[str]) -> Json:
+    """A COCO file's content; ids count from 1 in the order of ``classes`` and ``images``."""
+    numbers = {name: number for number, name in enumerate(classes, start=1)}
+    annotations: list[Json] = []
+    for image_id, image in enumerate(images, start=1):
+        for each in image.objects:
+            ids = {"id": len(annotations) + 1, "image_id": image_id, "category_id": numbers[each.label]}
+            annotations.append({**ids, **_shape(each, image.size), "iscrowd": 0, **each.extra})
+    return {
+        "images": [
+            {"id": number, "file_name": image.file_name, "height": image.size[0], "width": image.size[1]}
+            for number, image in enumerate(images, start=1)
+        ],
+        "annotations": annotations,
+        "categories": [{"id": number, "name": name} for name, number in numbers.items()],
+    }
+
+
+def _shape(item: LabeledObject, size: tuple[int, int]) -> Json:
+    if item.mask is not None:
+        rle = mask_util.encode(np.asfortranarray(item.mask, dtype=np.uint8))
+        segmentation = {"size": list(size), "counts": rle["counts"].decode()}
+        return {"bbox": mask_util.toBbox(rle).tolist(), "area": int(mask_util.area(rle)), "segmentation": segmentation}
+    box = item.box or _extent(item.polygons)
+    left, top, right, bottom = box
+    shape: Json = {"bbox": [_rounded(v) for v in (left, top, right - left, bottom - top)]}
+    if not item.polygons:
+        return {**shape, "area": _rounded((right - left) * (bottom - top))}
+    polygons = [[_rounded(value) for value in polygon] for polygon in item.polygons]
+    rle = mask_util.merge(mask_util.frPyObjects(polygons, *size))
+    return {**shape, "area": int(mask_util.area(rle)), "segmentation": polygons}
+
+
+def _extent(polygons: Sequence[Sequence[float]]) -> tuple[float, float, float, float]:
+    points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in polygons])
+    return box_around(points)
+
+
+def box_around(points: np.ndarray) -> tuple[float, float, float, float]:
+    """(x0, y0, x1, y1) of points (n, 2)."""
+    left, top = points.min(0)
+    right, bottom = points.max(0)
+    return float(left), float(top), float(right), float(bottom)
+
+
+def _rounded(value: float) -> float:
+    """To a thousandth of a pixel."""
+    return round(float(value), 3)
+
+
+def write_json(content: Json, path: Path) -> None:
+    """Write a COCO file; the same content gives the same bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+
+
+def read_text(path: Path) -> str:
+    """The text of a label file, in UTF-8 with or without a byte order mark.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError("is not valid UTF-8") from error
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror})") from error
+
+
+def by_class(images: Sequence[LabeledImage]) -> Iterator[tuple[str, int, int]]:
+    """Name, number of objects, and number of images of each class that occurs."""
+    objects = Counter(each.label for image in images for each in image.objects)
+    having = Counter(label for image in images for label in {each.label for each in image.objects})
+    yield from ((label, count, having[label]) for label, count in sorted(objects.items()))

@@ -1,0 +1,72 @@
+"""Label maps: a PNG for each image, whose values are classes or objects."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from dimaskdino.data.conversion.labels import Images, LabeledImage, LabeledObject, Problems
+from dimaskdino.errors import DatasetError
+
+
+def read_masks(
+    source: Path, images: Images, classes: Sequence[str], problems: Problems, *, instances: bool = False
+) -> tuple[list[LabeledImage], list[str]]:
+    """The images with the label maps of the same names below ``source``; holes and several parts are kept.
+
+    Value 0 is background, 255 is left out. With values that are classes, each connected region of class number v
+    (the v-th of ``classes``, counted from 1) is an object. With ``instances``, each value is an object, however many
+    parts it has: of the only class, or, where there are several, of class number v // 1000, as in Cityscapes.
+
+    Args:
+        source: the folder of label maps.
+        images: the images; one without a map is background.
+        classes: the names, needed.
+        problems: to which what is wrong is added.
+        instances: whether values are objects.
+    """
+    if not classes:
+        raise DatasetError("Label maps hold numbers alone; give the names of the classes 1, 2, ... with --classes.")
+    files = {path.relative_to(source).with_suffix("").as_posix(): path for path in sorted(source.rglob("*.png"))}
+    found, used = [], 0
+    for path in images.paths:
+        image = images.labeled(path, [])
+        name = path.relative_to(images.root).with_suffix("").as_posix()
+        file = files.get(name) or files.get(path.stem)
+        if file is None or file == path:
+            problems.notes["images without a label map"] += 1
+        else:
+            used += 1
+            try:
+                image.objects.extend(_objects(file, image.size, list(classes), instances=instances))
+            except ValueError as error:
+                problems.add(str(file), str(error))
+        found.append(image)
+    if not used:
+        raise DatasetError(f"None of the {len(images.paths)} images below {images.root} has a label map in {source}.")
+    return found, list(classes)
+
+
+def _objects(file: Path, size: tuple[int, int], names: list[str], *, instances: bool) -> Iterator[LabeledObject]:
+    with Image.open(file) as image:
+        values = np.asarray(image)
+    if values.ndim != 2:
+        raise ValueError(f"it has {values.shape[-1]} channels; a label map has one, gray or with a palette")
+    if values.shape != size:
+        raise ValueError(f"it has {values.shape[1]}x{values.shape[0]} px, the image {size[1]}x{size[0]}")
+    for value in np.unique(values).tolist():
+        if value == 0 or (value == 255 and not instances):
+            continue
+        number = (1 if len(names) == 1 else value // 1000) if instances else value
+        if not 1 <= number <= len(names):
+            raise ValueError(f"value {value} is of class {number}, which is unknown; there are {len(names)}, from 1 on")
+        where = f"{file}, value {value}"
+        for mask in [values == value] if instances else _regions(values == value):
+            yield LabeledObject(names[number - 1], where, mask=mask)
+
+
+def _regions(mask: np.ndarray) -> Iterator[np.ndarray]:
+    count, numbers = cv2.connectedComponents(mask.astype(np.uint8), connectivity=8)
+    return (numbers == number for number in range(1, count))

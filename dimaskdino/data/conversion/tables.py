@@ -1,0 +1,107 @@
+"""A table with a row for each box or polygon, as CSV."""
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from dimaskdino.data.conversion.labels import Images, LabeledImage, LabeledObject, Problems, read_text
+from dimaskdino.data.conversion.xml_files import known_classes
+from dimaskdino.errors import DatasetError
+
+# What columns are called, in lower case.
+_COLUMNS = {
+    "image": ("image", "filename", "file_name", "file", "image_path", "path", "imageid", "image_id"),
+    "class": ("class", "label", "name", "category", "labelname", "class_name"),
+    "left": ("xmin", "x1", "left", "x_min"),
+    "top": ("ymin", "y1", "top", "y_min"),
+    "right": ("xmax", "x2", "right", "x_max"),
+    "bottom": ("ymax", "y2", "bottom", "y_max"),
+    "x": ("x",),
+    "y": ("y",),
+    "width": ("w", "width", "box_width"),
+    "height": ("h", "height", "box_height"),
+    "polygon": ("polygon", "segmentation", "points"),
+}
+
+
+def read_csv(
+    source: Path, images: Images, classes: Sequence[str], problems: Problems, *, normalized: bool = False
+) -> tuple[list[LabeledImage], list[str]]:
+    """The images that a table names; a row without a class, or an image without a row, is background.
+
+    The first row names the columns: the image, the class, and xmin, ymin, xmax, ymax; or x, y, width, height; or
+    polygon ("x y x y ..."). Other common names work as well. Without such a row, the columns are image, xmin, ymin,
+    xmax, ymax, class.
+
+    Args:
+        source: the file, or a folder with one.
+        images: its images.
+        classes: the names that there may be; none means those that occur, by the alphabet.
+        problems: to which what is wrong is added.
+        normalized: coordinates are parts of the image.
+    """
+    files = [source] if source.is_file() else sorted(source.glob("*.csv"))
+    if len(files) != 1:
+        raise DatasetError(f"{source} has {len(files)} .csv files; name the file itself with --source.")
+    found = {path: images.labeled(path, []) for path in images.paths}
+    reader = csv.reader(io.StringIO(_text(files[0]), newline=""), skipinitialspace=True)
+    columns: dict[str, int] = {}
+    for row in reader:
+        where = f"{files[0]}, line {reader.line_num}"
+        if not any(row):
+            continue
+        if not columns:
+            columns = _columns(row)
+            if columns:
+                continue
+            columns = dict(zip(("image", "left", "top", "right", "bottom", "class"), range(6), strict=True))
+        try:
+            values = {name: row[place].strip() for name, place in columns.items() if place < len(row)}
+            image = found[images.find(values.get("image", ""))]
+            if values.get("class"):
+                image.objects.append(_object(values, where, image.size if normalized else None))
+        except ValueError as error:
+            problems.add(where, str(error))
+    listed = list(found.values())
+    return listed, known_classes(listed, classes, problems)
+
+
+def _text(path: Path) -> str:
+    try:
+        return read_text(path)
+    except ValueError as error:
+        raise DatasetError(f"{path} {error}.") from error
+
+
+def _columns(row: list[str]) -> dict[str, int]:
+    """Where each column is; empty if the row does not name an image and a class."""
+    given = [word.strip().lower() for word in row]
+    columns = {name: given.index(word) for name, words in _COLUMNS.items() for word in words if word in given}
+    if not {"image", "class"} <= columns.keys():
+        return {}
+    if "x" not in columns:
+        for name in ("width", "height"):  # then the size of the image
+            columns.pop(name, None)
+    return columns
+
+
+def _object(values: dict[str, str], where: str, scale: tuple[int, int] | None) -> LabeledObject:
+    height, width = scale or (1, 1)
+    if values.get("polygon"):
+        words = values["polygon"].replace(",", " ").replace(";", " ").strip("[]()").split()
+        points = [_number(word) * (height if index % 2 else width) for index, word in enumerate(words)]
+        return LabeledObject(values["class"], where, polygons=[points])
+    if "x" in values and "width" in values:
+        left, top = _number(values["x"]), _number(values["y"])
+        right, bottom = left + _number(values["width"]), top + _number(values["height"])
+    else:
+        left, top, right, bottom = (_number(values.get(name, "")) for name in ("left", "top", "right", "bottom"))
+    return LabeledObject(values["class"], where, (left * width, top * height, right * width, bottom * height))
+
+
+def _number(word: str) -> float:
+    try:
+        return float(word)
+    except ValueError:
+        raise ValueError(f"{word!r:.40} is not a number") from None

@@ -1,0 +1,145 @@
+"""Predictions, or a COCO file's objects, as label files to correct by hand."""
+
+import base64
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import Image
+from pycocotools import mask as mask_util
+
+from dimaskdino.data.coco_file import read_coco, read_json
+from dimaskdino.data.conversion.labels import Json
+from dimaskdino.data.validation.rules import read_mask
+from dimaskdino.errors import DatasetError
+
+
+def read_objects(annotations: Path, predictions: Path | None, score: float) -> Iterator[tuple[Json, list[Json]]]:
+    """Each image of a COCO file, with its annotations or with predictions of at least a score.
+
+    Args:
+        annotations: the COCO file.
+        predictions: a results file (coco_instances_results.json); None for the annotations.
+        score: the least.
+    """
+    coco = read_coco(str(annotations))
+    objects = coco.get("annotations", []) if predictions is None else read_json(predictions)
+    names = {category["id"]: category["name"] for category in coco["categories"]}
+    of_image: dict[Any, list[Json]] = {image["id"]: [] for image in coco["images"]}
+    for index, each in enumerate(objects):
+        if each.get("image_id") not in of_image or each.get("category_id") not in names:
+            raise DatasetError(
+                f"{predictions or annotations}, object {index}, counted from 0: its image or category is not in "
+                f"{annotations}."
+            )
+        if each.get("score", 1.0) >= score:
+            of_image[each["image_id"]].append({**each, "label": names[each["category_id"]]})
+    yield from ((image, of_image[image["id"]]) for image in coco["images"])
+
+
+def write_labelme(images: Iterator[tuple[Json, list[Json]]], output: Path) -> int:
+    """A JSON file for each image: masks pixel by pixel, else rectangles; with the score as description."""
+    count = 0
+    for image, objects in images:
+        shapes = [_shape(each, (image["height"], image["width"])) for each in objects]
+        content = {
+            "version": "5.5.0",
+            "flags": {},
+            "shapes": shapes,
+            "imagePath": image["file_name"],
+            "imageData": None,
+            "imageHeight": image["height"],
+            "imageWidth": image["width"],
+        }
+        path = (output / image["file_name"]).with_suffix(".json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+        count += len(shapes)
+    return count
+
+
+def _shape(item: Json, size: tuple[int, int]) -> Json:
+    description = f"{item['score']:.3f}" if "score" in item else ""
+    shape = {"label": item["label"], "group_id": None, "description": description, "flags": {}}
+    mask = mask_of(item, size)
+    if mask is None or not mask.any():
+        left, top, width, height = item["bbox"]
+        return {**shape, "points": [[left, top], [left + width, top + height]], "shape_type": "rectangle", "mask": None}
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    top, bottom, left, right = (int(value) for value in (rows[0], rows[-1], columns[0], columns[-1]))
+    picture = io.BytesIO()
+    Image.fromarray(mask[top : bottom + 1, left : right + 1]).save(picture, format="PNG")
+    encoded = base64.b64encode(picture.getvalue()).decode()
+    return {**shape, "points": [[left, top], [right, bottom]], "shape_type": "mask", "mask": encoded}
+
+
+def write_yolo(images: Iterator[tuple[Json, list[Json]]], output: Path, names: Sequence[str]) -> int:
+    """A text file for each image and a data.yaml: polygons where there are masks, else boxes.
+
+    A polygon joins the parts of a mask and the edges of its holes by lines of no width, as YOLO has one for an object.
+    """
+    (output / "labels").mkdir(parents=True, exist_ok=True)
+    lines = [f"  {number}: {json.dumps(name, ensure_ascii=False)}" for number, name in enumerate(names)]
+    (output / "data.yaml").write_text("\n".join(["names:", *lines, ""]), encoding="utf-8")
+    count = 0
+    for image, objects in images:
+        size = image["height"], image["width"]
+        rows = [f"{names.index(each['label'])} {' '.join(f'{x:.6f}' for x in _yolo(each, size))}" for each in objects]
+        path = (output / "labels" / image["file_name"]).with_suffix(".txt")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+        count += len(rows)
+    return count
+
+
+def _yolo(item: Json, size: tuple[int, int]) -> list[float]:
+    height, width = size
+    mask = mask_of(item, size)
+    if mask is not None and mask.any():
+        return (outline(mask) / (width, height)).clip(0, 1).ravel().tolist()
+    left, top, w, h = item["bbox"]
+    return [(left + w / 2) / width, (top + h / 2) / height, w / width, h / height]
+
+
+def outline(mask: np.ndarray) -> np.ndarray:
+    """One polygon (n, 2) along the edges of pixels, through all parts and holes of a mask (H, W)."""
+    # Four times as large, so that contours, which run through centers of pixels, come close to their edges.
+    scale = 4
+    large = np.kron(np.pad(mask, 1), np.ones((scale, scale), dtype=np.uint8))
+    contours, _ = cv2.findContours(large, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    parts = [(contour[:, 0] + 0.5) / scale - 1 for contour in contours]
+    path = np.concatenate([*(np.concatenate((part, part[:1])) for part in parts)])
+    # Back through the first points, so that each line between parts is drawn twice and encloses nothing.
+    return np.concatenate((path, *(part[:1] for part in parts[-2::-1]))) if len(parts) > 1 else path
+
+
+def write_csv(images: Iterator[tuple[Json, list[Json]]], output: Path) -> int:
+    """A row for each box, with its score."""
+    output.mkdir(parents=True, exist_ok=True)
+    count = 0
+    with (output / "objects.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "class", "xmin", "ymin", "xmax", "ymax", "score"])
+        for image, objects in images:
+            for each in objects:
+                left, top, width, height = each["bbox"]
+                box = [round(value, 3) for value in (left, top, left + width, top + height)]
+                writer.writerow([image["file_name"], each["label"], *box, each.get("score", "")])
+                count += 1
+    return count
+
+
+def mask_of(item: Json, size: tuple[int, int]) -> np.ndarray | None:
+    """The mask (H, W) bool of an annotation or a result; None where it has a box alone."""
+    if not item.get("segmentation"):
+        return None
+    try:
+        mask = read_mask(item["segmentation"], size)
+    except ValueError as error:
+        raise DatasetError(f"Object {item.get('id', '')} of image {item['image_id']}: {error}.") from error
+    return mask_util.decode(mask.rasterized(size)).astype(bool) if mask else None

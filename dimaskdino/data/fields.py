@@ -1,0 +1,89 @@
+"""Fields of annotations that are a user's own: numbers that reach the model as part of the targets."""
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from dimaskdino.errors import ConfigError, DatasetError
+
+# Names that the package gives a meaning of its own.
+_TAKEN = ("classes", "boxes", "masks", "box_supervised", "mask_supervised", "id", "image_id", "category_id", "bbox")
+
+
+def check_field_names(names: Sequence[str]) -> None:
+    """Raise ConfigError if INPUT.ANNOTATION_FIELDS names what the package reads already."""
+    taken = [name for name in names if name in _TAKEN or not name.isidentifier()]
+    if taken:
+        raise ConfigError(f"INPUT.ANNOTATION_FIELDS names {taken[0]!r}, which is taken or no name; rename the field.")
+
+
+def read_field(annotation: Mapping[str, Any], name: str) -> list[float] | float | None:
+    """The value of a field: a number, a list of numbers, or None where the annotation does not have it.
+
+    Raises:
+        ValueError: it is something else; says what.
+    """
+    value = annotation.get(name)
+    if value is None or _is_number(value):
+        return value
+    if isinstance(value, list | tuple) and value and all(_is_number(each) for each in value):
+        return list(value)
+    raise ValueError(f"{name} is {value!r:.60}, but a field is a number or a list of numbers")
+
+
+def check_fields(annotations: Sequence[Mapping[str, Any]], names: Sequence[str], dataset: str) -> None:
+    """Look at the fields of a whole dataset before it is trained on.
+
+    Raises:
+        DatasetError: a value is no number or list of numbers, or no annotation has a field; names the closest.
+    """
+    for name in names:
+        for annotation in annotations:
+            try:
+                read_field(annotation, name)
+            except ValueError as error:
+                where = f"annotation {annotation.get('id', '')} of dataset {dataset}"
+                raise DatasetError(f"{where}: {error} (INPUT.ANNOTATION_FIELDS).") from error
+        if annotations and all(annotation.get(name) is None for annotation in annotations):
+            known = {key for annotation in annotations for key in annotation}
+            closest = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {closest[0]}?" if closest else "add it, or take the name out."
+            raise DatasetError(f"No annotation of dataset {dataset} has {name!r} (INPUT.ANNOTATION_FIELDS); {hint}")
+
+
+def fields_of(annotations: Sequence[Mapping[str, Any]], names: Sequence[str], where: str) -> dict[str, torch.Tensor]:
+    """Fields of the objects of an image.
+
+    Args:
+        annotations: of n objects.
+        names: of the fields.
+        where: the image, for errors.
+
+    Returns:
+        ``gt_<name>`` -> (n,) float32, or (n, d) where the values are lists; NaN for an object without the field.
+
+    Raises:
+        DatasetError: a value is no number or list of numbers, or lists differ in length.
+    """
+    found = {}
+    for name in names:
+        try:
+            values = [read_field(annotation, name) for annotation in annotations]
+        except ValueError as error:
+            raise DatasetError(f"An annotation of {where}: {error} (INPUT.ANNOTATION_FIELDS).") from error
+        lengths = {len(value) if isinstance(value, list) else 0 for value in values if value is not None}
+        if len(lengths) > 1:
+            raise DatasetError(f"Annotations of {where}: {name} has {sorted(lengths)} numbers; give all the same.")
+        length = lengths.pop() if lengths else 0
+        missing = [math.nan] * length if length else math.nan
+        shape = (len(values), length) if length else (len(values),)
+        rows = [missing if value is None else value for value in values]
+        found[f"gt_{name}"] = torch.tensor(rows, dtype=torch.float32).reshape(shape)
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)

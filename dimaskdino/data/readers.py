@@ -1,0 +1,169 @@
+"""What turns an image's path into pixels: PIL, or readers for other files, by INPUT.READER."""
+
+import os
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from detectron2.config import CfgNode
+from fvcore.common.registry import Registry
+
+from dimaskdino.data.images import Header, Size, read_header, read_image
+from dimaskdino.errors import ConfigError, DatasetError, UserError, check_choice
+
+READER_REGISTRY = Registry("READER")
+READER_REGISTRY.__doc__ = """
+Readers of image files by INPUT.READER. Each is called as ``cls(cfg)`` and has ``read(path)``, which gives an array
+(H, W) or (H, W, C) of any number type, and ``extensions``, those that INPUT.READER auto takes it for. It may have
+``size(path)``, which gives (height, width) without reading all, and ``file(path)``, the file that must exist.
+"""
+AUTO = "auto"
+
+
+class Reader(Protocol):
+    """Reads the images of a dataset."""
+
+    def read(self, path: str) -> np.ndarray:
+        """(H, W, C): uint8 of 1 or 3 channels, or float32; raises DatasetError, naming the file."""
+
+    def header(self, path: str) -> Header:
+        """Size and EXIF orientation, without more reading than needed; raises as :meth:`read`."""
+
+    def file(self, path: str) -> str:
+        """The file that must exist."""
+
+
+class PilReader:
+    """Reads what PIL can read, 8 bits a channel.
+
+    Args:
+        image_format: INPUT.FORMAT.
+        apply_exif: INPUT.APPLY_EXIF.
+    """
+
+    def __init__(self, image_format: str, *, apply_exif: bool = True) -> None:
+        self.image_format, self.apply_exif = image_format, apply_exif
+
+    def read(self, path: str) -> np.ndarray:
+        """See :func:`read_image`."""
+        return read_image(path, self.image_format, apply_exif=self.apply_exif)
+
+    def header(self, path: str) -> Header:
+        """See :func:`read_header`."""
+        return read_header(path)
+
+    def file(self, path: str) -> str:
+        """The path itself."""
+        return path
+
+
+class OwnReader:
+    """A registered reader, with what it gives checked.
+
+    Args:
+        name: under which it is registered.
+        inner: the reader.
+        num_channels: that images must have.
+    """
+
+    def __init__(self, name: str, inner: Any, num_channels: int) -> None:
+        self.name, self.inner, self.num_channels = name, inner, num_channels
+
+    def read(self, path: str) -> np.ndarray:
+        """Read and check an image."""
+        pixels = np.asarray(self._call("read", path))
+        pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+        problem = self._problem(pixels)
+        if problem:
+            raise DatasetError(f"Image {path}, as {self.name} (INPUT.READER) reads it, {problem}.")
+        if pixels.dtype == np.uint8 and self.num_channels in (1, 3):
+            return np.ascontiguousarray(pixels)
+        return np.ascontiguousarray(pixels, dtype=np.float32)  # what resizes without PIL
+
+    def header(self, path: str) -> Header:
+        """The size that the reader says, else that of the pixels."""
+        size: Size = tuple(self._call("size", path)) if hasattr(self.inner, "size") else self.read(path).shape[:2]
+        return Header((int(size[0]), int(size[1])), 1)
+
+    def file(self, path: str) -> str:
+        """What the reader says, else the path itself."""
+        return self._call("file", path) if hasattr(self.inner, "file") else path
+
+    def _call(self, method: str, path: str) -> Any:
+        try:
+            return getattr(self.inner, method)(path)
+        except UserError:
+            raise
+        except FileNotFoundError as error:
+            raise DatasetError(f"Image {path} does not exist; check the dataset's image folder.") from error
+        except Exception as error:  # a reader of the user's may raise anything
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise DatasetError(f"{self.name} (INPUT.READER) cannot read image {path} ({reason}).") from error
+
+    def _problem(self, pixels: np.ndarray) -> str:
+        if pixels.ndim != 3 or 0 in pixels.shape or pixels.dtype.kind not in "uifb":
+            return f"is a {pixels.dtype} array of shape {pixels.shape}; give numbers of shape (H, W) or (H, W, C)"
+        if pixels.shape[2] != self.num_channels:
+            return (
+                f"has {pixels.shape[2]} channels, but MODEL.PIXEL_MEAN has {self.num_channels} numbers; give it and "
+                "MODEL.PIXEL_STD a number for each channel"
+            )
+        return "" if np.isfinite(pixels).all() else "holds numbers that are not finite; replace them"
+
+
+class ByExtension:
+    """Takes the reader of a path's extension, and PIL for others.
+
+    Args:
+        readers: extension, such as ".npy" -> its reader.
+        other: for paths with another extension.
+    """
+
+    def __init__(self, readers: Mapping[str, Reader], other: Reader) -> None:
+        self.readers, self.other = readers, other
+
+    def _of(self, path: str) -> Reader:
+        return self.readers.get(os.path.splitext(path.partition("#")[0])[1].lower(), self.other)
+
+    def read(self, path: str) -> np.ndarray:
+        """As that reader."""
+        return self._of(path).read(path)
+
+    def header(self, path: str) -> Header:
+        """As that reader."""
+        return self._of(path).header(path)
+
+    def file(self, path: str) -> str:
+        """As that reader."""
+        return self._of(path).file(path)
+
+
+def image_reader(cfg: CfgNode) -> Reader:
+    """The reader that INPUT.READER names; PIL where it is empty.
+
+    Raises:
+        ConfigError: no reader has that name, or a package that it needs is missing.
+    """
+    pil = PilReader(cfg.INPUT.FORMAT, apply_exif=cfg.INPUT.APPLY_EXIF)
+    name, num_channels = cfg.INPUT.READER, len(cfg.MODEL.PIXEL_MEAN)
+    if len(cfg.MODEL.PIXEL_STD) != num_channels:
+        raise ConfigError(
+            f"MODEL.PIXEL_MEAN has {num_channels} numbers, MODEL.PIXEL_STD {len(cfg.MODEL.PIXEL_STD)}; give each a "
+            "number for every channel."
+        )
+    if not name:
+        return pil
+    check_choice("INPUT.READER", name, ["", AUTO, *(known for known, _ in READER_REGISTRY)])
+    if name != AUTO:
+        return OwnReader(name, READER_REGISTRY.get(name)(cfg), num_channels)
+    readers = {
+        extension: OwnReader(known, build(cfg), num_channels)
+        for known, build in READER_REGISTRY
+        for extension in getattr(build, "extensions", ())
+    }
+    return ByExtension(readers, pil)
+
+
+def pad_value(cfg: CfgNode, of_pil: float) -> float:
+    """What augmentations fill a canvas with: ``of_pil`` for images that PIL reads, else the mean of PIXEL_MEAN."""
+    return float(np.mean(cfg.MODEL.PIXEL_MEAN)) if cfg.INPUT.READER else of_pil

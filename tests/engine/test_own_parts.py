@@ -1,0 +1,90 @@
+"""Hooks and evaluators of a user's own, as the documentation shows them."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dimaskdino.command_line import import_modules
+from dimaskdino.config import Config
+from dimaskdino.engine import HOOK_REGISTRY, Trainer, evaluate
+from dimaskdino.engine.own_hooks import build_own_hooks
+from dimaskdino.errors import ConfigError
+from dimaskdino.evaluation import EVALUATOR_REGISTRY, build_evaluator
+from tests.documentation import example
+from tests.engine.job import dice_of
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Import the modules of the documentation; what they register is forgotten afterwards."""
+    folder, path = tmp_path_factory.mktemp("own_parts"), list(sys.path)
+    sys.path.insert(0, str(folder))
+    for name in ("my_dice", "my_hook"):
+        (folder / f"{name}.py").write_text(example("docs/extend.md", name))
+        import_modules([name])
+    yield
+    sys.path[:] = path
+    for registry, name in ((EVALUATOR_REGISTRY, "Dice"), (HOOK_REGISTRY, "CountObjects")):
+        registry._obj_map.pop(name)
+    for name in ("my_dice", "my_hook"):
+        del sys.modules[name]
+
+
+def results_of(folder: str) -> dict:
+    return json.loads((Path(folder) / "inference" / "results.json").read_text())
+
+
+def test_own_parts_are_in_the_files_of_a_run(toy_cfg: Config) -> None:
+    toy_cfg.merge_from_list(["TEST.EVALUATORS", ["Dice"], "SOLVER.HOOKS", ["CountObjects"], "SOLVER.MAX_ITER", 2])
+    toy_cfg.merge_from_list(["SOLVER.STEPS", (), "TEST.BEST_METRIC", "Dice/dice"])
+    Trainer(toy_cfg).train()
+    trained = results_of(toy_cfg.OUTPUT_DIR)
+    assert 0 < trained["Dice"]["dice"] < 100
+    assert trained["bbox"].keys() >= {"AP"}
+    records = (Path(toy_cfg.OUTPUT_DIR) / "metrics.json").read_text().splitlines()
+    written = {name: value for record in records for name, value in json.loads(record).items()}
+    assert written["images_seen"] == 2 * toy_cfg.SOLVER.IMS_PER_BATCH
+    assert written["Dice/dice"] == trained["Dice"]["dice"]
+    assert evaluate(toy_cfg, resume=True)["Dice"] == trained["Dice"]
+
+
+def test_two_processes_measure_what_one_does(toy_cfg: Config, tmp_path: Path, of_two_processes) -> None:
+    first, second = of_two_processes("evaluate_own")
+    assert first["Dice"] == dice_of(toy_cfg, tmp_path)["Dice"]
+    assert not second.get("Dice")
+
+
+def test_dice_counts_pixels(toy_cfg: Config, tmp_path: Path) -> None:
+    import torch
+    from detectron2.structures import Instances
+
+    dice = EVALUATOR_REGISTRY.get("Dice")(toy_cfg, "shapes_val", str(tmp_path))
+    image = next(iter(dice._entries.values()))
+    truth = dice.truth(image).gt_masks.tensor
+    found = Instances((64, 64), scores=torch.tensor([0.9, 0.1]), pred_masks=torch.ones(2, 64, 64, dtype=torch.bool))
+    found.pred_masks[0, :, :32] = False
+    true = truth.any(0)
+    expected = 200 * float(true[:, 32:].sum()) / (float(true.sum()) + 64 * 32)
+    dice.process([image], [{"instances": found}])
+    assert dice.evaluate()["Dice"]["dice"] == pytest.approx(expected)
+
+
+def test_mistakes_in_own_parts_are_named(toy_cfg: Config, tmp_path: Path) -> None:
+    toy_cfg.merge_from_list(["SOLVER.HOOKS", ["CountObject"], "TEST.EVALUATORS", ["Dcie"]])
+    with pytest.raises(ConfigError, match=r"SOLVER\.HOOKS.*CountObject.*CountObjects"):
+        build_own_hooks(toy_cfg)
+    with pytest.raises(ConfigError, match=r"TEST\.EVALUATORS.*Dcie.*Dice"):
+        build_evaluator(toy_cfg, "shapes_val", str(tmp_path))
+    toy_cfg.TEST.EVALUATORS = ["Dice", "Dice"]
+    with pytest.raises(ConfigError, match="Dice.*another name"):
+        build_evaluator(toy_cfg, "shapes_val", str(tmp_path)).evaluate()
+    HOOK_REGISTRY._obj_map["NoHook"] = lambda cfg: 3
+    try:
+        toy_cfg.SOLVER.HOOKS = ["NoHook"]
+        with pytest.raises(ConfigError, match=r"NoHook.*int"):
+            build_own_hooks(toy_cfg)
+    finally:
+        del HOOK_REGISTRY._obj_map["NoHook"]
