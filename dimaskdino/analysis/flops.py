@@ -12,6 +12,7 @@ from fvcore.nn.jit_handles import elementwise_flop_counter, get_shape
 from torch import Tensor, nn
 
 from dimaskdino.layers.padding import PaddedBatch
+from dimaskdino.modeling.meta_arch.maskdino import DIMaskDINO
 
 CONVENTION = (
     "A multiply-add is one FLOP, as in the papers: of convolutions, linear layers, and products of matrices (attention "
@@ -40,10 +41,10 @@ class Part:
 class _Network(nn.Module):
     """A model from the padded image to the raw predictions of its last stage, as tensors."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: DIMaskDINO) -> None:
         super().__init__()
         self.backbone, self.sem_seg_head = model.backbone, model.sem_seg_head
-        self._ignores_padding = getattr(model, "ignores_padding", False)
+        self._ignores_padding = model.ignores_padding
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         size = (image.shape[-2], image.shape[-1])
@@ -52,7 +53,7 @@ class _Network(nn.Module):
         return last.logits, last.boxes, *(() if last.masks is None else (last.masks.dense(),))
 
 
-def count_flops(model: nn.Module, size: tuple[int, int]) -> FlopCountAnalysis:
+def count_flops(model: DIMaskDINO, size: tuple[int, int]) -> FlopCountAnalysis:
     """Count the multiply-adds of one image of ``size`` (height, width), a multiple of the model's divisibility.
 
     The convention is :data:`CONVENTION`. The count is that of deformable attention in plain PyTorch, which is traced;
@@ -83,7 +84,7 @@ def _attention(inputs: Sequence[Any], outputs: Sequence[Any]) -> Counter[str]:
     return Counter({"attention": pairs * (query[-1] + value[-1])})
 
 
-def parts_of(model: nn.Module, size: tuple[int, int], depth: int = 3) -> list[Part]:
+def parts_of(model: DIMaskDINO, size: tuple[int, int], depth: int = 3) -> list[Part]:
     """The cost of every module down to ``depth`` names, in the order of the model; what costs nothing is left out.
 
     The first part, named "", is the whole. A module's cost that none of its listed children has, such as its own

@@ -14,6 +14,7 @@ from torch import nn
 
 from dimaskdino.errors import UserError
 from dimaskdino.evaluation.speed import timed
+from dimaskdino.modeling.meta_arch.maskdino import DIMaskDINO
 
 # The parts of a model by what they are called in results; what is left is preparing the image.
 PARTS = {
@@ -64,7 +65,7 @@ def time_model(model: nn.Module, images: Sequence[dict[str, Any]], *, warmup: in
     return Times(np.array(seconds[warmup:]))
 
 
-def time_parts(model: nn.Module, images: Sequence[dict[str, Any]], *, warmup: int, runs: int) -> dict[str, Times]:
+def time_parts(model: DIMaskDINO, images: Sequence[dict[str, Any]], *, warmup: int, runs: int) -> dict[str, Times]:
     """Time the parts of a model, :data:`PARTS` and :data:`REST`; arguments as in :func:`time_model`.
 
     The device is waited for between parts, so their sum may be more than what the model takes.
@@ -86,7 +87,7 @@ def compiled(model: nn.Module) -> Iterator[nn.Module]:
     """The model with backbone, encoder, and decoder compiled by torch.compile, inside the block."""
     parts = [model.get_submodule(path) for name, path in PARTS.items() if name != "results"]
     for part in parts:
-        part.forward = torch.compile(part.forward)  # type: ignore[method-assign]  # hooks stay outside
+        part.forward = torch.compile(part.forward)  # hooks stay outside
     try:
         yield model
     finally:
