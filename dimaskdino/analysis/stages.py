@@ -87,16 +87,16 @@ def compare_stages(output: DecoderOutput, frame: Frame, truth: TrueObjects, mode
         truth: its objects, in px of the result.
         model: that predicted; says how masks are made, and whether they count in scores.
     """
-    processor = model.post_processor
-    rendering = replace(processor.instance_options.rendering, format="rle", interpolation="direct")
-    by_mask = processor.score_by_mask
+    options = model.post_processor.instance_options
+    rendering = replace(options["rendering"], format="rle", interpolation="direct")
+    by_mask = options["score_by_mask"]
     return [_compare(each, frame, truth, rendering, by_mask) for each in output.stages if each.stage.kind in KINDS]
 
 
 def _compare(
     predicted: StagePrediction, frame: Frame, truth: TrueObjects, rendering: MaskRendering, score_by_mask: bool
 ) -> SeenStage:
-    boxes = scale_boxes(predicted.boxes[0].float(), frame.padded, frame.image, frame.output).cpu().numpy()
+    boxes = scale_boxes(predicted.boxes[0].float(), frame).cpu().numpy()
     boxes = boxes.astype(np.float64)
     box_iou = _iou(np.concatenate((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]), axis=1), truth.boxes)
     quality, mask_iou, rles = np.ones(len(boxes)), None, {}
