@@ -24,6 +24,14 @@ def at_least(least: int) -> Callable[[str], int]:
     return whole_number
 
 
+def fraction(text: str) -> float:
+    """An argparse type: a number from 0 to 1."""
+    number = float(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to 1")
+    return number
+
+
 def add_import_flag(parser: argparse.ArgumentParser) -> None:
     """Add ``--import MODULE``, which may be repeated; the parsed names are ``modules``."""
     parser.add_argument(

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from dimaskdino import Predictor
-from dimaskdino.command_line import add_import_flag, at_least, import_modules
+from dimaskdino.command_line import add_import_flag, at_least, fraction, import_modules
 from dimaskdino.cpu import keep_freed_memory
 from dimaskdino.errors import UserError, run_cli
 from dimaskdino.prediction.canvases import Canvas
@@ -32,14 +32,6 @@ DEMO_RUN = Path("output/demo/run")
 BAD_INPUT_STATUS = 3
 # These do not decide the results; a folder takes those of one choice of all others.
 NO_SETTINGS = ("inputs", "output", "batch_size", "device", "overwrite")
-
-
-def fraction(text: str) -> float:
-    """An argparse type: a number from 0 to 1."""
-    number = float(text)
-    if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to 1")
-    return number
 
 
 def class_score(text: str) -> tuple[str, float]:

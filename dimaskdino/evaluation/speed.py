@@ -28,12 +28,13 @@ class ForwardTimer:
     """Measures the seconds of a model's last forward pass, with the device synchronized before and after.
 
     Args:
-        model: the model, or its wrapper of data-parallel training.
+        model: the model, its wrapper of data-parallel training, or a part of it.
+        device: that it runs on; None for that of its weights.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, device: torch.device | None = None) -> None:
         self.model = model.module if isinstance(model, DistributedDataParallel) else model
-        self.device = next(self.model.parameters()).device
+        self.device = device or next(self.model.parameters()).device
         self.seconds = 0.0
 
     def before(self, *_: Any) -> None:
@@ -53,9 +54,9 @@ class ForwardTimer:
 
 
 @contextmanager
-def timed(model: nn.Module) -> Iterator[ForwardTimer]:
-    """Time every forward pass of ``model`` inside the block."""
-    timer = ForwardTimer(model)
+def timed(model: nn.Module, device: torch.device | None = None) -> Iterator[ForwardTimer]:
+    """Time every forward pass of ``model`` inside the block; see :class:`ForwardTimer`."""
+    timer = ForwardTimer(model, device)
     hooks = [
         timer.model.register_forward_pre_hook(timer.before),
         timer.model.register_forward_hook(timer.after),

@@ -51,7 +51,7 @@ def instances_of_image(
         kept = is_thing[index % num_classes]
         scores, index = scores[kept], index[kept]
     query, classes = index.div(num_classes, rounding_mode="floor"), index % num_classes
-    boxes = _scale_boxes(prediction.boxes[image, query].float(), frame)
+    boxes = scale_boxes(prediction.boxes[image, query].float(), frame)
     result = Instances(frame.output, pred_boxes=Boxes(boxes), scores=scores, pred_classes=classes)
     for name, values in prediction.extra.items():
         result.set(f"pred_{name}", values[image, query].float())
@@ -81,7 +81,7 @@ def mean_feature(t_i: FeatureTokens, image: int, padded_size: tuple[int, int], i
     return torch.cat(inside).float().mean(0)
 
 
-def _scale_boxes(boxes: Tensor, frame: Frame) -> Tensor:
+def scale_boxes(boxes: Tensor, frame: Frame) -> Tensor:
     """Boxes cxcywh, normalized to the padded canvas, as xyxy px of the result."""
     scale_y, scale_x = (
         padded / image * output for padded, image, output in zip(frame.padded, frame.image, frame.output, strict=True)

@@ -1,0 +1,128 @@
+"""What became of every object of a dataset, stage by stage, and the sums of it."""
+
+import csv
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as mask_util
+
+from dimaskdino.analysis.missed import Limits, Outcome, Verdict, judge
+from dimaskdino.analysis.stages import SeenStage, TrueObjects, selections_of
+from dimaskdino.structures.stages import Stage
+
+SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, float("inf"))}  # COCO's, px^2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explained:
+    """What became of an object.
+
+    Attributes:
+        image_id: of its image.
+        index: of the object among those of the image.
+        label: its class index.
+        area: of its mask, or of its box, px^2.
+        verdicts: by the name of the stage, in the order of the stages; the last one is the model's result.
+        nearest: score for its class, box IoU and mask IoU (nan without masks) of the query of the last verdict.
+    """
+
+    image_id: Any
+    index: int
+    label: int
+    area: float
+    verdicts: Mapping[str, Verdict]
+    nearest: tuple[float, float, float] | None
+
+    @property
+    def outcome(self) -> Outcome:
+        """What became of it in the end."""
+        return list(self.verdicts.values())[-1].outcome
+
+    @property
+    def query(self) -> int | None:
+        """The query that found it, or that was nearest."""
+        return list(self.verdicts.values())[-1].query
+
+
+def explain_image(stages: Sequence[SeenStage], truth: TrueObjects, limits: Limits) -> list[Explained]:
+    """Explain the objects of an image."""
+    selections = [each.view for each in selections_of(stages)]
+    by_stage = {
+        each.stage.name: judge(
+            each.view, truth.classes, limits, selections=selections if each.stage.is_refined else selections[:1]
+        )
+        for each in stages
+    }
+    areas = truth.boxes[:, 2:].prod(1) if truth.rles is None else mask_util.area(list(truth.rles))
+    explained = []
+    for index, label in enumerate(truth.classes):
+        verdicts = {name: verdicts[index] for name, verdicts in by_stage.items()}
+        explained.append(
+            Explained(
+                image_id=truth.image_id,
+                index=index,
+                label=label,
+                area=float(areas[index]),
+                verdicts=verdicts,
+                nearest=_nearest(stages[-1], verdicts[stages[-1].stage.name].query, index, label),
+            )
+        )
+    return explained
+
+
+def _nearest(stage: SeenStage, query: int | None, index: int, label: int) -> tuple[float, float, float] | None:
+    if query is None:
+        return None
+    view = stage.view
+    mask_iou = np.nan if view.mask_iou is None else float(view.mask_iou[query, index])
+    return float(view.scores[query, label] * view.quality[query]), float(view.box_iou[query, index]), mask_iou
+
+
+def by_stage(explained: Sequence[Explained]) -> dict[str, Counter[Outcome]]:
+    """How often each outcome occurs, by the title of the stage."""
+    names = explained[0].verdicts if explained else ()
+    return {Stage.from_name(name).title: Counter(each.verdicts[name].outcome for each in explained) for name in names}
+
+
+def by_class(explained: Iterable[Explained], names: Sequence[str]) -> dict[str, Counter[Outcome]]:
+    """How often each outcome occurs in the end, by class name, for classes that occur."""
+    counts: dict[int, Counter[Outcome]] = {}
+    for each in explained:
+        counts.setdefault(each.label, Counter())[each.outcome] += 1
+    return {names[label]: counts[label] for label in sorted(counts)}
+
+
+def by_size(explained: Sequence[Explained]) -> dict[str, Counter[Outcome]]:
+    """How often each outcome occurs in the end, for COCO's size classes."""
+    return {
+        name: Counter(each.outcome for each in explained if low <= each.area < high)
+        for name, (low, high) in SIZES.items()
+    }
+
+
+def outcome_rows(counts: Mapping[str, Counter[Outcome]]) -> list[list[Any]]:
+    """Rows of a table: the name, the objects, and how many have which outcome."""
+    return [[name, count.total(), *(count[outcome] for outcome in Outcome)] for name, count in counts.items()]
+
+
+def outcome_heads(first: str) -> list[str]:
+    """The heads of :func:`outcome_rows`."""
+    return [first, "objects", *(outcome.value for outcome in Outcome)]
+
+
+def write_objects(explained: Sequence[Explained], names: Sequence[str], path: Path) -> None:
+    """Write a CSV file with a row for each object: what became of it after every stage, and the nearest query."""
+    stages = list(explained[0].verdicts) if explained else []
+    with path.open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file)
+        heads = ("image_id", "object", "class", "area", "outcome", "query", "score", "box_iou", "mask_iou")
+        rows.writerow([*heads, *stages])
+        for each in explained:
+            numbers = [""] * 3 if each.nearest is None else [f"{value:.4f}" for value in each.nearest]
+            query = "" if each.query is None else each.query
+            own = [each.image_id, each.index, names[each.label], f"{each.area:.0f}", each.outcome.value, query]
+            rows.writerow([*own, *numbers, *(verdict.outcome.value for verdict in each.verdicts.values())])

@@ -1,0 +1,132 @@
+"""What every stage of a model predicts for an image, compared with the objects of the truth."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools import mask as mask_util
+from torch import nn
+
+from dimaskdino.analysis.missed import StageView
+from dimaskdino.modeling.meta_arch.maskdino import DIMaskDINO
+from dimaskdino.modeling.postprocessing import Frame, MaskRendering
+from dimaskdino.modeling.postprocessing.instances import scale_boxes
+from dimaskdino.structures import DecoderOutput, StagePrediction
+from dimaskdino.structures.rle_masks import Rle
+from dimaskdino.structures.stages import Stage
+
+KINDS = ("interm", "selection", "initial", "layer")  # stages of token interaction predict no masks
+_RENDERED_IOU = 0.1  # masks are made of queries whose boxes have at least this IoU with an object
+
+
+@dataclass(frozen=True)
+class TrueObjects:
+    """The G objects of an image, without crowd regions.
+
+    Attributes:
+        classes: (G,) class index of each.
+        boxes: (G, 4) xywh px.
+        rles: mask of each; None if not every object has one.
+        image_id: of the image.
+    """
+
+    classes: Sequence[int]
+    boxes: np.ndarray
+    rles: Sequence[Rle] | None
+    image_id: Any = 0
+
+
+@dataclass(frozen=True)
+class SeenStage:
+    """A stage of an image.
+
+    Attributes:
+        stage: which.
+        view: its comparison with the truth.
+        boxes: (Q, 4) xyxy px of the result.
+        rles: masks by query, of queries near an object.
+    """
+
+    stage: Stage
+    view: StageView
+    boxes: np.ndarray
+    rles: Mapping[int, Rle] = field(default_factory=dict)
+
+
+@contextmanager
+def watched(model: DIMaskDINO) -> Iterator[list[Any]]:
+    """Inside the block, the list holds the decoder's output and the sizes (:class:`Frame`) of the last image."""
+    seen: list[Any] = [None, None]
+
+    def keep_output(module: nn.Module, args: tuple, output: DecoderOutput) -> None:
+        seen[0] = output
+
+    def keep_frame(module: nn.Module, args: tuple, output: Any) -> None:
+        seen[1] = args[2]
+
+    hooks = [
+        model.sem_seg_head.register_forward_hook(keep_output),
+        model.post_processor.register_forward_hook(keep_frame),
+    ]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def compare_stages(output: DecoderOutput, frame: Frame, truth: TrueObjects, model: DIMaskDINO) -> list[SeenStage]:
+    """Compare every stage of the only image of a batch with its truth.
+
+    Args:
+        output: of the decoder, in evaluation.
+        frame: the sizes of the image.
+        truth: its objects, in px of the result.
+        model: that predicted; says how masks are made, and whether they count in scores.
+    """
+    options = model.post_processor.instance_options
+    rendering = replace(options["rendering"], format="rle", interpolation="direct")
+    by_mask = options["score_by_mask"]
+    return [_compare(each, frame, truth, rendering, by_mask) for each in output.stages if each.stage.kind in KINDS]
+
+
+def _compare(
+    predicted: StagePrediction, frame: Frame, truth: TrueObjects, rendering: MaskRendering, score_by_mask: bool
+) -> SeenStage:
+    boxes = scale_boxes(predicted.boxes[0].float(), frame).cpu().numpy()
+    boxes = boxes.astype(np.float64)
+    box_iou = _iou(np.concatenate((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]), axis=1), truth.boxes)
+    quality, mask_iou, rles = np.ones(len(boxes)), None, {}
+    if predicted.masks is not None and truth.rles is not None:
+        near = np.flatnonzero((box_iou >= _RENDERED_IOU).any(1))
+        masks, rendered = rendering(predicted.masks, 0, torch.from_numpy(near).to(predicted.boxes.device), frame)
+        rles = dict(zip(near.tolist(), masks.rles, strict=True))  # type: ignore[union-attr]
+        mask_iou = np.zeros_like(box_iou)
+        mask_iou[near] = _iou(list(rles.values()), list(truth.rles))
+        if score_by_mask:
+            quality[near] = rendered.cpu().numpy()
+    scores = predicted.logits[0].float().sigmoid().cpu().numpy()
+    view = StageView(scores=scores, quality=quality, box_iou=box_iou, mask_iou=mask_iou)
+    return SeenStage(predicted.stage, view, boxes, rles)
+
+
+def _iou(predicted: Any, true: Any) -> np.ndarray:
+    """(Q, G) IoU of boxes (., 4) xywh or RLE masks."""
+    if len(predicted) == 0 or len(true) == 0:
+        return np.zeros((len(predicted), len(true)))
+    return np.asarray(mask_util.iou(predicted, true, [0] * len(true)))
+
+
+def selections_of(stages: Sequence[SeenStage]) -> list[SeenStage]:
+    """The first selection and, where fewer tokens are selected again, the last; none of a model without selections.
+
+    The last selection is the stage of that kind, or the queries before layer 0, which are its tokens.
+    """
+    first = [each for each in stages if each.stage.kind == "interm"]
+    again = [each for each in stages if each.stage.kind == "selection"]
+    initial = [each for each in stages if each.stage.kind == "initial"]
+    last = again[-1:] or initial
+    return [*first, *(each for each in last if first and len(each.boxes) < len(first[0].boxes))]

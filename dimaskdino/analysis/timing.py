@@ -1,0 +1,169 @@
+"""How long an image takes, in which part of the model, and in which form of it."""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from dimaskdino.errors import UserError
+from dimaskdino.evaluation.speed import timed
+from dimaskdino.modeling.meta_arch.maskdino import DIMaskDINO
+
+# The parts of a model by what they are called in results; what is left is preparing the image.
+PARTS = {
+    "backbone": "backbone",
+    "encoder": "sem_seg_head.pixel_decoder",
+    "decoder": "sem_seg_head.predictor",
+    "results": "post_processor",
+}
+REST = "preparation"
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of some runs.
+
+    Attributes:
+        seconds: (N,) of each run.
+    """
+
+    seconds: np.ndarray
+
+    @property
+    def median(self) -> float:
+        """Half of the runs took longer."""
+        return float(np.median(self.seconds))
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """One run in ten took less than the first, one in ten more than the second."""
+        low, high = np.percentile(self.seconds, (10, 90)).tolist()
+        return low, high
+
+
+def time_model(model: nn.Module, images: Sequence[dict[str, Any]], *, warmup: int, runs: int) -> Times:
+    """Time a model in evaluation mode, one image at a time: from the image's tensor to instances.
+
+    Args:
+        model: takes a list of images.
+        images: as the model takes them, used in turn.
+        warmup: runs before those that count; they choose kernels, fill caches, and compile.
+        runs: that count.
+    """
+    seconds = []
+    with timed(model) as timer, torch.inference_mode():
+        for image in itertools.islice(itertools.cycle(images), warmup + runs):
+            model([image])
+            seconds.append(timer.seconds)
+    return Times(np.array(seconds[warmup:]))
+
+
+def time_parts(model: DIMaskDINO, images: Sequence[dict[str, Any]], *, warmup: int, runs: int) -> dict[str, Times]:
+    """Time the parts of a model, :data:`PARTS` and :data:`REST`; arguments as in :func:`time_model`.
+
+    The device is waited for between parts, so their sum may be more than what the model takes.
+    """
+    seconds: list[list[float]] = []
+    with ExitStack() as stack, torch.inference_mode():
+        parts = [stack.enter_context(timed(model.get_submodule(path), model.device)) for path in PARTS.values()]
+        whole = stack.enter_context(timed(model))
+        for image in itertools.islice(itertools.cycle(images), warmup + runs):
+            model([image])
+            own = [part.seconds for part in parts]
+            seconds.append([*own, whole.seconds - sum(own)])
+    columns = np.array(seconds[warmup:]).T
+    return {name: Times(column) for name, column in zip((*PARTS, REST), columns, strict=True)}
+
+
+@contextmanager
+def compiled(model: nn.Module) -> Iterator[nn.Module]:
+    """The model with backbone, encoder, and decoder compiled by torch.compile, inside the block."""
+    parts = [model.get_submodule(path) for name, path in PARTS.items() if name != "results"]
+    for part in parts:
+        part.forward = torch.compile(part.forward)  # hooks stay outside
+    try:
+        yield model
+    finally:
+        for part in parts:
+            del part.forward
+
+
+def time_exported(path: Path, size: tuple[int, int], *, threads: int, warmup: int, runs: int) -> Times:
+    """Time one session of an exported file, on the CPU: from the input to what the file gives.
+
+    Args:
+        path: of an ONNX file, or of OpenVINO's .xml.
+        size: (height, width) of the image, where the file leaves it open.
+        threads: that compute.
+        warmup: as in :func:`time_model`.
+        runs: as in :func:`time_model`.
+
+    Raises:
+        UserError: the file is missing or of another kind, or the package that runs it is missing.
+    """
+    if path.suffix not in _SESSIONS:
+        raise UserError(f"{path} is neither .onnx nor OpenVINO's .xml; name an exported file.")
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; write it with tools/export.py.")
+    run = _SESSIONS[path.suffix](path, size, threads)
+    seconds = []
+    for _ in range(warmup + runs):
+        started = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - started)
+    return Times(np.array(seconds[warmup:]))
+
+
+def _onnx_session(path: Path, size: tuple[int, int], threads: int) -> Callable[[], Any]:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UserError(f'Timing {path} needs the package onnxruntime: pip install "dimaskdino[onnx]".') from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    kinds = {"tensor(uint8)": np.uint8, "tensor(int64)": np.int64, "tensor(float)": np.float32}
+    inputs = {each.name: example_input(each.shape, kinds[each.type], size) for each in session.get_inputs()}
+    return lambda: session.run(None, inputs)
+
+
+def _openvino_session(path: Path, size: tuple[int, int], threads: int) -> Callable[[], Any]:
+    try:
+        import openvino
+    except ImportError as error:
+        raise UserError(f'Timing {path} needs the package openvino: pip install "dimaskdino[openvino]".') from error
+    model = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_NUM_THREADS": threads})
+    inputs = [
+        example_input(
+            [side.get_length() if side.is_static else None for side in each.partial_shape],
+            each.element_type.to_dtype(),
+            size,
+        )
+        for each in model.inputs
+    ]
+    return lambda: model(inputs)
+
+
+_SESSIONS = {".onnx": _onnx_session, ".xml": _openvino_session}
+
+
+def example_input(shape: Sequence[Any], kind: Any, size: tuple[int, int]) -> np.ndarray:
+    """An input of an exported file: random pixels from 0 to 255 for an image, sizes for anything else.
+
+    Args:
+        shape: of the input; what is no number is open: one image, of ``size``.
+        kind: NumPy's dtype.
+        size: (height, width) px.
+    """
+    if len(shape) < 3:
+        return np.resize(np.array(size), [side if isinstance(side, int) else 1 for side in shape]).astype(kind)
+    open_sides = [*[1] * (len(shape) - 3), 3, *size]
+    sides = [side if isinstance(side, int) else own for side, own in zip(shape, open_sides, strict=True)]
+    return np.random.default_rng(0).integers(0, 256, sides).astype(kind)

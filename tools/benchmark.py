@@ -1,0 +1,115 @@
+#!/usr/bin/env python
+"""Measure how many images per second a model predicts, as the papers do, and which part takes how long.
+
+One image at a time, from its tensor to instances, with warm-up; the median counts, and the spread is that of the
+middle eight tenths of the runs. Exported files are timed from the input to what they give.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+
+from dimaskdino.analysis.timing import Times, compiled, time_exported, time_model, time_parts
+from dimaskdino.checkpoint import Checkpointer
+from dimaskdino.command_line import add_import_flag, at_least, import_modules
+from dimaskdino.config import Config, get_cfg
+from dimaskdino.cpu import keep_freed_memory
+from dimaskdino.data.datasets import register_all
+from dimaskdino.data.transforms import test_resize
+from dimaskdino.errors import run_cli
+from dimaskdino.evaluation.speed import device_name
+from dimaskdino.modeling.meta_arch import build_model
+from dimaskdino.prediction.images import to_model_input, to_rgb
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("config_file", type=Path, metavar="CONFIG", help="configuration of the model")
+    add("--weights", type=Path, help="weight file (default: random weights, which are as fast)")
+    add("--images", type=Path, nargs="+", help="files to use in turn, resized as in evaluation (default: noise)")
+    add("--size", type=at_least(32), nargs=2, default=(800, 1216), metavar=("H", "W"), help="of noise, px")
+    add("--compile", action="store_true", help="also with torch.compile")
+    add("--exported", type=Path, nargs="+", default=[], metavar="FILE", help="also .onnx or OpenVINO's .xml files")
+    add("--device", help='such as "cpu" or "cuda:1" (default: a GPU if there is one)')
+    add("--threads", type=at_least(1), help="of the CPU (default: torch's choice)")
+    add("--warmup", type=at_least(0), default=5, help="runs that do not count (default: 5)")
+    add("--runs", type=at_least(2), default=30, help="runs that count (default: 30)")
+    add("--json", type=Path, metavar="FILE", help="write the numbers to a file as well")
+    add_import_flag(parser)
+    add("--opts", nargs="+", default=[], metavar=("KEY", "VALUE"), help="keys of the configuration, after all else")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Time every form, and the parts of the model."""
+    args = parse_args()
+    import_modules(args.modules)
+    torch.set_num_threads(args.threads or torch.get_num_threads())
+    cfg = configuration(args)
+    register_all(cfg=cfg)
+    torch.manual_seed(0)
+    model = build_model(cfg).eval()
+    if args.weights:
+        Checkpointer(model).load(str(args.weights))
+    if model.device.type == "cpu":
+        keep_freed_memory()
+    images = inputs(args, cfg)
+    count = {"warmup": args.warmup, "runs": args.runs}
+    forms = {"PyTorch": time_model(model, images, **count)}
+    parts = time_parts(model, images, **count)
+    if args.compile:
+        with compiled(model):
+            forms["torch.compile"] = time_model(model, images, **count)
+    size = tuple(images[0]["image"].shape[-2:])
+    for path in args.exported:
+        forms[path.name] = time_exported(path, size, threads=torch.get_num_threads(), **count)
+    print(f"{args.config_file}: {len(images)} image(s), the first of {size[0]} x {size[1]} px, one at a time")
+    print(f"{device_name(model.device)}; torch {torch.__version__}; {args.warmup} runs before {args.runs} that count\n")
+    print(table("form", forms))
+    print(f"\n{table('part of the model, PyTorch', parts)}")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        named = {"forms": forms, "parts": parts}
+        seconds = {kind: {name: list(t.seconds) for name, t in times.items()} for kind, times in named.items()}
+        args.json.write_text(json.dumps({"size": size, "device": device_name(model.device), "seconds": seconds}))
+
+
+def configuration(args: argparse.Namespace) -> Config:
+    """The configuration, for prediction alone."""
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    fixed = ("MODEL.DEVICE", device, "MODEL.WEIGHTS", "", "MODEL.TIMM.PRETRAINED", False, "TEST.EVAL_LAYERS", [])
+    cfg = get_cfg()
+    cfg.merge_from_file(str(args.config_file))
+    cfg.merge_from_list([*args.opts, *fixed])
+    return cfg
+
+
+def inputs(args: argparse.Namespace, cfg: Config) -> list[dict[str, Any]]:
+    """The images as the model takes them, on its device."""
+    if not args.images:
+        noise = torch.randint(0, 256, (3, *args.size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        return [{"image": noise.to(cfg.MODEL.DEVICE)}]
+    resize = test_resize(cfg)[0]
+    given = [to_model_input(to_rgb(path, exif=cfg.INPUT.APPLY_EXIF), resize, cfg.INPUT.FORMAT) for path in args.images]
+    return [each | {"image": each["image"].to(cfg.MODEL.DEVICE)} for each in given]
+
+
+def table(title: str, times: dict[str, Times]) -> str:
+    """A row for each name: images per second, the median, and the spread."""
+    rows = []
+    for name, each in times.items():
+        low, high = each.spread
+        spread = f"{1e3 * low:.1f} to {1e3 * high:.1f}"
+        rows.append([name, f"{1e3 * each.median:.1f}", spread, f"{1 / each.median:.2f}"])
+    heads = (title, "ms", "8 of 10 runs, ms", "per second")
+    return tabulate(rows, heads, disable_numparse=True, colalign=("left", "right", "right", "right"))
+
+
+if __name__ == "__main__":
+    run_cli(main)
