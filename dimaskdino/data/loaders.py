@@ -165,7 +165,7 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> Batches:
 def test_entries(cfg: CfgNode, dataset_name: str) -> list[dict[str, Any]]:
     """What :func:`build_test_loader` maps, in detectron2's format."""
     register_all(cfg=cfg)
-    return _entries(cfg, [dataset_name])
+    return _entries(cfg, [dataset_name], train=False)
 
 
 def max_images(cfg: CfgNode) -> int:

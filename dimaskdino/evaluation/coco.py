@@ -206,7 +206,8 @@ class CocoEvaluator(DatasetEvaluator):
             )
             evaluation.evaluate()
             evaluations.append(evaluation)
-        interval = hotcoco.compare(*evaluations, n_bootstrap=samples, confidence=0.95)["ci"]["AP"]
+        first, second = evaluations
+        interval = hotcoco.compare(first, second, n_bootstrap=samples, confidence=0.95)["ci"]["AP"]
         return 100 * interval["lower"], 100 * interval["upper"]
 
     def _scores(self, results: list[Result], task: str, seen: list[int] | None) -> Scores:

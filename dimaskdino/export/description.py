@@ -25,6 +25,7 @@ def describe(
     """
     cfg, model, classes = predictor.cfg, graph.model, predictor.classes
     post = model.post_processor
+    options = post.instance_options
     results = {"instances": post.instances, "panoptic": post.panoptic, "semantic": post.semantic}
     return {
         "version": VERSION,
@@ -43,9 +44,9 @@ def describe(
         "canvas": None if canvas is None else list(canvas),
         "batch": batch,
         "ignores_padding": model.ignores_padding,
-        "max_detections": post.max_detections,
-        "min_score": post.instance_options.min_score,
-        "score_by_mask": post.score_by_mask,
+        "max_detections": options["max_detections"],
+        "min_score": options["min_score"],
+        "score_by_mask": options["score_by_mask"],
         "temperature": post.temperature,
         "no_object_class": post.no_object_class,
         "crop_first": post.crop_first,

@@ -49,7 +49,7 @@ class _Recorder:
 
     def __init__(self, decoder: nn.Module) -> None:
         self._hooks = [
-            decoder.layers[0].register_forward_pre_hook(self._keep_anchors),  # type: ignore[index]
+            decoder.layers[0].register_forward_pre_hook(self._keep_anchors),  # type: ignore[index, union-attr]
             decoder.register_forward_hook(self._keep_output),
         ]
 

@@ -5,6 +5,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import mean, stdev
+from typing import Any
 
 from tabulate import tabulate
 
@@ -82,7 +83,11 @@ def compare(
         for column, metric in enumerate(table.metrics):
             values = [value for value in measured[column] if value is not None] if measured else []
             ours = round(mean(values), 1) if values else None
-            cell = {"ours": ours, "spread": stdev(values) if len(values) > 1 else None, "paper": paper_row[column]}
+            cell: dict[str, Any] = {
+                "ours": ours,
+                "spread": stdev(values) if len(values) > 1 else None,
+                "paper": paper_row[column],
+            }
             if metric != SPEED:
                 first = rows[0].cells[column].ours if rows else ours
                 cell["change"] = _minus(ours, first)
