@@ -188,15 +188,14 @@ class CocoEvaluator(DatasetEvaluator):
             task: ``"bbox"`` or ``"segm"``.
             samples: how often images are drawn; always the same ones.
         """
-        evaluations = []
-        for results in (one, other):
-            evaluation = hotcoco.COCOeval(
-                self._truth.coco, self._truth.coco.load_res(self._numbered(results, task)), task
-            )
-            evaluation.evaluate()
-            evaluations.append(evaluation)
-        interval = hotcoco.compare(*evaluations, n_bootstrap=samples, confidence=0.95)["ci"]["AP"]
+        before, after = (self._matched(results, task) for results in (one, other))
+        interval = hotcoco.compare(before, after, n_bootstrap=samples, confidence=0.95)["ci"]["AP"]
         return 100 * interval["lower"], 100 * interval["upper"]
+
+    def _matched(self, results: list[Result], task: str) -> hotcoco.COCOeval:
+        evaluation = hotcoco.COCOeval(self._truth.coco, self._truth.coco.load_res(self._numbered(results, task)), task)
+        evaluation.evaluate()
+        return evaluation
 
     def _numbered(self, results: Iterable[Result], task: str) -> list[Result]:
         """Detections with the numbers of the truth, and a box or a mask alone."""
