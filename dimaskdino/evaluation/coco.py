@@ -199,16 +199,14 @@ class CocoEvaluator(DatasetEvaluator):
             task: ``"bbox"`` or ``"segm"``.
             samples: how often images are drawn; always the same ones.
         """
-        evaluations = []
-        for results in (one, other):
-            evaluation = hotcoco.COCOeval(
-                self._truth.coco, self._truth.coco.load_res(self._numbered(results, task)), task
-            )
-            evaluation.evaluate()
-            evaluations.append(evaluation)
-        first, second = evaluations
-        interval = hotcoco.compare(first, second, n_bootstrap=samples, confidence=0.95)["ci"]["AP"]
+        before, after = (self._matched(results, task) for results in (one, other))
+        interval = hotcoco.compare(before, after, n_bootstrap=samples, confidence=0.95)["ci"]["AP"]
         return 100 * interval["lower"], 100 * interval["upper"]
+
+    def _matched(self, results: list[Result], task: str) -> hotcoco.COCOeval:
+        evaluation = hotcoco.COCOeval(self._truth.coco, self._truth.coco.load_res(self._numbered(results, task)), task)
+        evaluation.evaluate()
+        return evaluation
 
     def _scores(self, results: list[Result], task: str, seen: list[int] | None) -> Scores:
         categories = self._truth.category_numbers

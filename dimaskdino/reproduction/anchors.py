@@ -1,7 +1,7 @@
 """DINO's average top-k distance, ATD(k): how far the anchors that find objects are from them."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,9 +47,9 @@ def average_top_k(distances: Sequence[float], k: int) -> float:
 class _Recorder:
     """Keeps what a decoder starts from and gives, while it is open."""
 
-    def __init__(self, decoder: nn.Module) -> None:
+    def __init__(self, decoder: Any) -> None:
         self._hooks = [
-            decoder.layers[0].register_forward_pre_hook(self._keep_anchors),  # type: ignore[index, union-attr]
+            decoder.layers[0].register_forward_pre_hook(self._keep_anchors),
             decoder.register_forward_hook(self._keep_output),
         ]
 
@@ -66,7 +66,7 @@ class _Recorder:
 
 
 @torch.no_grad()
-def object_distances(model: nn.Module, images: Iterable[Mapping[str, Any]]) -> Iterable[ObjectDistances]:
+def object_distances(model: Any, images: Iterable[Mapping[str, Any]]) -> Iterator[ObjectDistances]:
     """Match the final boxes of each image with its objects, and measure from where their queries started.
 
     Args:
@@ -79,20 +79,15 @@ def object_distances(model: nn.Module, images: Iterable[Mapping[str, Any]]) -> I
 
     Source: DINO, section 3.3.
     """
-    recorder = _Recorder(model.sem_seg_head.predictor)  # type: ignore[union-attr, arg-type]
+    recorder = _Recorder(model.sem_seg_head.predictor)
     try:
         for image in images:
             height, width = image["image"].shape[-2:]
             targets = Targets.from_instances(
-                image["instances"],
-                height,
-                width,
-                model.num_classes,  # type: ignore[arg-type]
-                model.device,  # type: ignore[arg-type]
-                with_masks=False,
+                image["instances"], height, width, model.num_classes, model.device, with_masks=False
             )
             model([image])
-            ((queries, objects),) = model.criterion.matcher([recorder.result], [targets])[0]  # type: ignore[union-attr, operator]
+            ((queries, objects),) = model.criterion.matcher([recorder.result], [targets])[0]
             boxes = targets.boxes[objects]
             area_px2 = boxes[:, 2:].prod(-1) * image["height"] * image["width"]
             distance = (recorder.anchors[0, queries] - boxes).abs().sum(-1)

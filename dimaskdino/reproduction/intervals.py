@@ -33,8 +33,8 @@ def ap_interval(first: Run, other: Run, metric: str) -> Interval | None:
     if metric not in _TASKS or not all(file.is_file() for file in files):
         return None
     try:
-        one, two = (json.loads(file.read_bytes()) for file in files)
-        return _evaluator(other).ap_difference(one, two, _TASKS[metric])
+        before, after = (json.loads(file.read_bytes()) for file in files)
+        return _evaluator(other).ap_difference(before, after, _TASKS[metric])
     except DatasetError as error:
         logger.warning("No interval of %s: %s", other.name, error)
         return None

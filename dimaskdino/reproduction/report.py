@@ -92,9 +92,9 @@ def compare(
                 first = rows[0].cells[column].ours if rows else ours
                 cell["change"] = _minus(ours, first)
                 cell["paper_change"] = _minus(changes_row[column], changes[0][column])
-                this_run = _only_run(runs[row.experiment]) if rows else None
-                cell["interval"] = interval_of(first_run, this_run, metric) if first_run and this_run else None
-            cells.append(Compared(**cell, is_speed=metric == SPEED))
+            this_run = _only_run(runs[row.experiment]) if rows else None
+            interval = interval_of(first_run, this_run, metric) if first_run and this_run else None
+            cells.append(Compared(**cell, interval=interval, is_speed=metric == SPEED))
         rows.append(
             ComparedRow(
                 labels=row.labels,
