@@ -33,6 +33,7 @@ setup(
     extras_require={
         "slurm": ["submitit>=1.5"],  # tools/reproduce.py --submit slurm
         "track": ["trackers>=2.6"],  # tools/predict.py --track
+        "export": ["onnx>=1.16", "onnxruntime>=1.18", "openvino>=2024.4"],  # tools/export.py
         "geo": ["rasterio>=1.3"],  # GeoTIFF and GeoJSON in tools/predict.py --tile
         "supervision": ["supervision>=0.27"],  # Prediction.to_supervision
     },

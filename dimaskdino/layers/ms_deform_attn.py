@@ -204,7 +204,7 @@ class MSDeformAttn(nn.Module):
         value = self.value_proj(tokens)
         if valid is not None:
             value = value.masked_fill(valid.is_padding[..., None], 0)
-        value = value.unflatten(-1, (self.num_heads, -1))
+        value = value.view(batch, -1, self.num_heads, value.shape[-1] // self.num_heads)
         shape = (batch, queries, self.num_heads, self.num_levels, self.num_points)
         offsets = self.sampling_offsets(query).view(*shape, 2)
         logits = self.attention_weights(query).view(shape)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from dimaskdino.layers.exporting import export_form
+
 logger = logging.getLogger(__name__)
 
 VARIABLE = "DIMASKDINO_MSDA"
@@ -61,7 +63,7 @@ def use_compiled(device: torch.device) -> bool:
     Raises:
         RuntimeError: with DIMASKDINO_MSDA=compiled where the op was built without kernels for the device.
     """
-    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+    if export_form() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
         return False
     compiled = COMPILED and has_kernels(device.type)
     if WANTED == "compiled" and not compiled:

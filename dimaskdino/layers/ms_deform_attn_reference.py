@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dimaskdino.layers.exporting import export_form, split_levels, tensor_of_sizes
+from dimaskdino.layers.ms_deform_attn_gather import ms_deform_attn_gather
+
 SpatialShapes = Sequence[tuple[int, int]]
 
 
@@ -25,10 +28,13 @@ def ms_deform_attn_reference(
         return _zeros_of(value, sampling_locations, attention_weights, (batch, queries, heads * channels))
     # grid_sample leaves open what a location that is not finite does: moved to where it samples nothing.
     finite = sampling_locations.isfinite().all(-1, keepdim=True)
+    if export_form() == "gather":
+        locations = torch.where(finite, sampling_locations, -1.0)
+        return ms_deform_attn_gather(value, spatial_shapes, locations, attention_weights)
     grids = torch.where(finite, 2 * sampling_locations - 1, -3.0)
     sampled = []
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
-    levels = value.to(dtype).split([height * width for height, width in spatial_shapes], dim=1)
+    levels = split_levels(value.to(dtype), spatial_shapes)
     for level, (level_value, (height, width)) in enumerate(zip(levels, spatial_shapes, strict=True)):
         if height * width == 0:
             sampled.append(value.new_zeros(batch * heads, channels, queries, points, dtype=dtype))
@@ -65,10 +71,8 @@ def sampling_locations(reference: Tensor, offsets: Tensor, spatial_shapes: Spati
         size = reference[:, :, None, :, None, 2:]
         return center + offsets / offsets.shape[-2] * size * 0.5
     # A level without tokens has no pixels to count in; nothing is sampled from it wherever the locations lie.
-    level_size = torch.tensor(
-        [(max(width, 1), max(height, 1)) for height, width in spatial_shapes], dtype=offsets.dtype
-    )
-    level_size = level_size.to(offsets.device, non_blocking=True)  # The device need not be waited for.
+    sizes = [(max(width, 1), max(height, 1)) for height, width in spatial_shapes]
+    level_size = tensor_of_sizes(sizes, offsets.dtype, offsets.device)
     return center + offsets / level_size.view(-1, 1, 2)
 
 

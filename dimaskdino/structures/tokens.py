@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dimaskdino.layers.exporting import split_levels, to_map
 from dimaskdino.layers.ms_deform_attn import SpatialShapes
 from dimaskdino.layers.padding import ValidCells
 
@@ -76,8 +77,7 @@ class FeatureTokens:
         """The level with the most pixels, as a map (B, C, h, w)."""
         areas = [height * width for height, width in self.spatial_shapes]
         finest = max(range(len(areas)), key=areas.__getitem__)
-        chunk = self.tokens.split(areas, dim=1)[finest]
-        return chunk.transpose(1, 2).unflatten(-1, self.spatial_shapes[finest])
+        return to_map(split_levels(self.tokens, self.spatial_shapes)[finest], self.spatial_shapes[finest])
 
 
 def flatten_levels(levels: list[Tensor]) -> tuple[Tensor, SpatialShapes]:

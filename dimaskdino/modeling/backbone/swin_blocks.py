@@ -97,8 +97,8 @@ class WindowAttention(nn.Module):
         logits = (query * self.scale) @ key.transpose(-2, -1)
         logits = logits + self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
         if mask is not None:
-            logits = logits.unflatten(0, (-1, len(mask))) + mask[:, None].to(logits.dtype)
-            logits = logits.flatten(0, 1)
+            by_image = logits.view(-1, mask.shape[0], *logits.shape[1:]) + mask[:, None].to(logits.dtype)
+            logits = by_image.flatten(0, 1)
         attention = self.attn_drop(logits.softmax(dim=-1))
         mixed = (attention @ value).transpose(1, 2).reshape(total, num_positions, channels)
         return self.proj_drop(self.proj(mixed))

@@ -107,7 +107,7 @@ class TimmBackbone(Backbone):
             feature, stride = features[self._index[key]], self._out_feature_strides[key]
             if self._channels_last:
                 feature = feature.permute(0, 3, 1, 2)
-            outputs[key] = feature[:, :, : math.ceil(height / stride), : math.ceil(width / stride)].contiguous()
+            outputs[key] = feature[:, :, : -(-height // stride), : -(-width // stride)].contiguous()
         return outputs
 
 

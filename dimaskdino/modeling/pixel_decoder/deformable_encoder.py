@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dimaskdino.errors import ConfigError, check_choice
 from dimaskdino.layers import FeedForward, MSDeformAttn
 from dimaskdino.layers.attention import xavier_init
+from dimaskdino.layers.exporting import split_levels, to_map
 from dimaskdino.layers.ms_deform_attn import SpatialShapes
 from dimaskdino.layers.padding import PaddedBatch, ValidCells, level_centers
 from dimaskdino.layers.position import pixel_sine_embedding
@@ -222,8 +223,8 @@ class DeformableEncoder(nn.Module):
             tokens = tokens + 0.0 * self.level_embed.sum()
         for layer in self.layers:
             tokens = layer(tokens, position, reference, spatial_shapes, valid)
-        chunks = tokens.split([height * width for height, width in spatial_shapes], dim=1)
-        return [chunk.transpose(1, 2).unflatten(-1, shape) for chunk, shape in zip(chunks, spatial_shapes, strict=True)]
+        chunks = split_levels(tokens, spatial_shapes)
+        return [to_map(chunk, shape) for chunk, shape in zip(chunks, spatial_shapes, strict=True)]
 
 
 def _check_features(shape: Mapping[str, ShapeSpec], in_features: list[str], num_levels: int, order: str) -> None:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from dimaskdino.layers.boxes import inverse_sigmoid, masks_to_boxes, normalize_boxes, xyxy_to_cxcywh
+from dimaskdino.layers.exporting import export_form
 from dimaskdino.layers.ms_deform_attn import SpatialShapes
 from dimaskdino.layers.padding import ValidCells, level_centers
 from dimaskdino.modeling.transformer_decoder.heads import PredictionHeads
@@ -88,7 +89,7 @@ class FirstSelection(nn.Module):
         content = take(tokens, index)
         # A token without a usable proposal keeps the box (1, 1, 1, 1), as an infinite logit gives it.
         logits = torch.logit(proposals).masked_fill(~usable[..., None], torch.inf)
-        logits = take(logits.expand(len(index), -1, -1), index)
+        logits = take(logits.expand(index.shape[0], -1, -1), index)
         boxes = (heads.box_embed(content).float() + logits).sigmoid()
         prediction = heads(Stage("interm"), content, boxes, mask_features)
         return Tokens(content.detach(), self._first_boxes(prediction)), prediction
@@ -107,11 +108,13 @@ def boxes_of_masks(masks: MaskLogits, *, inclusive: bool) -> Tensor:
         (B, Q, 4) cxcywh in (0, 1), kept off 0 and 1 by 1e-5.
     """
     height, width = masks.features.shape[-2:]
-    # One image at a time: the dense masks of all queries are the largest tensor of the model.
-    boxes = torch.stack(
-        [
-            masks_to_boxes(mask_logits(embed, features) > 0, inclusive=inclusive)
-            for embed, features in zip(masks.embed, masks.features, strict=True)
-        ]
-    )
+    if export_form():  # A loop would fix the size of the batch.
+        boxes = masks_to_boxes(masks.dense() > 0, inclusive=inclusive)
+    else:  # One image at a time: the dense masks of all queries are the largest tensor of the model.
+        boxes = torch.stack(
+            [
+                masks_to_boxes(mask_logits(embed, features) > 0, inclusive=inclusive)
+                for embed, features in zip(masks.embed, masks.features, strict=True)
+            ]
+        )
     return inverse_sigmoid(normalize_boxes(xyxy_to_cxcywh(boxes), width, height)).sigmoid()

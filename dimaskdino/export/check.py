@@ -1,0 +1,112 @@
+"""Whether an exported file finds what the model finds."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from dimaskdino.export.graph import predict
+from dimaskdino.modeling.meta_arch import DIMaskDINO
+from dimaskdino.modeling.postprocessing import Frame
+
+Result = dict[str, Any]
+BOX_PX, SCORE, MASK_IOU = 0.1, 1e-3, 0.99
+
+
+def reference_results(
+    model: DIMaskDINO, inputs: dict[str, np.ndarray], inner: Sequence[tuple[int, int]], sizes: Sequence[tuple[int, int]]
+) -> list[Result]:
+    """The model's own results, in the form of tools/predict_onnx.py.
+
+    Args:
+        model: in evaluation.
+        inputs: of the exported graph.
+        inner: (height, width) of each image on its canvas, px.
+        sizes: (height, width) of each result, px.
+    """
+    tensors = [torch.from_numpy(value).to(model.device) for value in inputs.values()]
+    with torch.no_grad():
+        prediction = predict(model, tensors[0], tensors[1] if len(tensors) > 1 else None)
+        found = []
+        for index, (image, size) in enumerate(zip(inner, sizes, strict=True)):
+            canvas = image if model.ignores_padding else inputs["images"].shape[-2:]
+            found.append(to_arrays(model.post_processor(prediction, index, Frame(canvas, image, size))))
+        return found
+
+
+def to_arrays(result: Result) -> Result:
+    """detectron2's results of one image as arrays by name."""
+    arrays: Result = {}
+    if "instances" in result:
+        instances = result["instances"]
+        arrays |= {"scores": instances.scores, "labels": instances.pred_classes, "boxes": instances.pred_boxes.tensor}
+        if instances.has("pred_masks"):
+            masks = instances.pred_masks
+            arrays["masks"] = masks if isinstance(masks, torch.Tensor) else torch.from_numpy(masks.numpy())
+    if "panoptic_seg" in result:
+        arrays["panoptic"], arrays["segments"] = result["panoptic_seg"]
+    if "sem_seg" in result:
+        arrays["semantic"] = result["sem_seg"]
+    return {name: value.cpu().numpy() if hasattr(value, "cpu") else value for name, value in arrays.items()}
+
+
+def differences(found: Result, expected: Result) -> list[str]:
+    """What is beyond the bars between two results of one image; empty where they agree."""
+    messages = []
+    if "scores" in expected:
+        messages += _compare_instances(found, expected)
+    if "panoptic" in expected:
+        messages += _compare_segments(found, expected)
+    if "semantic" in expected:
+        largest = float(np.abs(found["semantic"] - expected["semantic"]).max())
+        same = float((found["semantic"].argmax(0) == expected["semantic"].argmax(0)).mean())
+        if not (largest <= SCORE and same >= MASK_IOU):
+            messages.append(f"semantic scores differ by {largest:.2g}, {1 - same:.2%} of the pixels by class")
+    return messages
+
+
+def _compare_instances(found: Result, expected: Result) -> list[str]:
+    messages = [] if len(found["scores"]) == len(expected["scores"]) else ["another number of detections"]
+    last = expected["scores"].min(initial=1.0)
+    free = list(range(len(found["scores"])))
+    for index, (score, label, box) in enumerate(
+        zip(expected["scores"], expected["labels"], expected["boxes"], strict=True)
+    ):
+        near = [other for other in free if found["labels"][other] == label]
+        distance = [
+            max(np.abs(found["boxes"][other] - box).max() / BOX_PX, abs(found["scores"][other] - score) / SCORE)
+            for other in near
+        ]
+        if not near or not min(distance) <= 1:
+            if score - last > SCORE:  # rounding may exchange detections at the end of the list
+                messages.append(f"a detection of class {label} at score {score:.4f} is {_far(distance)}")
+            continue
+        other = near[int(np.argmin(distance))]
+        free.remove(other)
+        if "masks" in expected and _iou(found["masks"][other], expected["masks"][index]) < MASK_IOU:
+            iou = _iou(found["masks"][other], expected["masks"][index])
+            messages.append(f"the mask at score {score:.4f} has IoU {iou:.4f}")
+    return messages
+
+
+def _far(distance: list[float]) -> str:
+    return f"off by {min(distance):.3g} times what is allowed" if distance else "missing"
+
+
+def _compare_segments(found: Result, expected: Result) -> list[str]:
+    messages = []
+    for segment in expected["segments"]:
+        mask = expected["panoptic"] == segment["id"]
+        candidates = [each for each in found["segments"] if each["category_id"] == segment["category_id"]]
+        best = max((_iou(found["panoptic"] == each["id"], mask) for each in candidates), default=0.0)
+        if best < MASK_IOU:
+            messages.append(f"segment {segment['id']} of class {segment['category_id']} has IoU {best:.4f}")
+    if len(found["segments"]) != len(expected["segments"]):
+        messages.append(f"{len(found['segments'])} segments instead of {len(expected['segments'])}")
+    return messages
+
+
+def _iou(one: np.ndarray, other: np.ndarray) -> float:
+    union = (one | other).sum()
+    return float((one & other).sum() / union) if union else 1.0

@@ -1,0 +1,121 @@
+"""What is exported: a model's own parts, from images to a fixed number of results."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dimaskdino.config import Config
+from dimaskdino.errors import ConfigError, UserError
+from dimaskdino.layers.boxes import cxcywh_to_xyxy
+from dimaskdino.layers.exporting import tensor_of_sizes
+from dimaskdino.layers.ms_deform_attn import SpatialShapes
+from dimaskdino.layers.padding import PaddedBatch, ValidCells
+from dimaskdino.modeling.meta_arch import DIMaskDINO
+from dimaskdino.structures import StagePrediction, take
+
+
+@dataclass(frozen=True)
+class TracedBatch(PaddedBatch):
+    """Images on a common canvas, whose sizes are inputs of the graph: ``image_sizes`` is (B, 2) int64."""
+
+    def valid_cells(self, spatial_shapes: SpatialShapes, device: torch.device) -> ValidCells:
+        """The cells of levels of these sizes that lie on the images."""
+        assert isinstance(self.image_sizes, Tensor)
+        levels = tensor_of_sizes([(width, height) for height, width in spatial_shapes], torch.int64, device)
+        canvas = tensor_of_sizes([self.canvas[::-1]], torch.int64, device)
+        counts = (self.image_sizes.flip(1)[:, None] * levels + canvas - 1).div(canvas, rounding_mode="floor")
+        return ValidCells(counts.float(), counts.float() / levels, spatial_shapes)
+
+
+class ExportGraph(nn.Module):
+    """Images to results of a fixed count.
+
+    Args:
+        model: in evaluation.
+
+    A model of objects alone gives its best pairs of query and class: ``scores`` (B, k), ``labels`` (B, k) int64,
+    ``boxes`` (B, k, 4) and, with masks, ``masks`` (B, k, h, w). Any other gives all queries: ``scores`` (B, Q, K) of
+    the classes, ``boxes`` (B, Q, 4) and ``masks`` (B, Q, h, w). Boxes are xyxy in parts of the canvas, or of the image
+    in a model that ignores padding; masks are logits on the canvas.
+    """
+
+    def __init__(self, model: DIMaskDINO) -> None:
+        super().__init__()
+        self.model = model
+        post = model.post_processor
+        self.best_pairs = not (post.panoptic or post.semantic)
+
+    @property
+    def input_names(self) -> list[str]:
+        """``images``, and ``image_sizes`` for a model that ignores padding."""
+        return ["images", *(["image_sizes"] if self.model.ignores_padding else [])]
+
+    @property
+    def output_names(self) -> list[str]:
+        """As the class says."""
+        masks = ["masks"] if self.model.predicts_masks else []
+        return ["scores", *(["labels"] if self.best_pairs else []), "boxes", *masks]
+
+    def forward(self, images: Tensor, image_sizes: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Compute the outputs.
+
+        Args:
+            images: (B, 3, H, W) float32, 0 to 255 in the channel order of INPUT.FORMAT; around each image PIXEL_MEAN.
+            image_sizes: (B, 2) int64 (height, width) of the images on the canvas, for a model that ignores padding.
+        """
+        return self.outputs(predict(self.model, images, image_sizes))
+
+    def outputs(self, prediction: StagePrediction) -> tuple[Tensor, ...]:
+        """The outputs of a prediction."""
+        logits, boxes = prediction.logits.float(), cxcywh_to_xyxy(prediction.boxes.float())
+        post, masks = self.model.post_processor, prediction.masks
+        if not self.best_pairs:
+            scores = logits.softmax(-1)[..., :-1] if post.no_object_class else logits.sigmoid()
+            return (scores, boxes, *([] if masks is None else [masks.dense()]))
+        num_queries, num_classes = logits.shape[1:]
+        scores, index = logits.sigmoid().flatten(1).topk(min(post.max_detections, num_queries * num_classes), dim=1)
+        query, labels = index.div(num_classes, rounding_mode="floor"), index % num_classes
+        if masks is None:
+            return scores, labels, take(boxes, query)
+        logits_of_masks = torch.einsum("bqc,bchw->bqhw", take(masks.embed, query), masks.features)
+        return scores, labels, take(boxes, query), logits_of_masks
+
+
+def predict(model: DIMaskDINO, images: Tensor, image_sizes: Tensor | None = None) -> StagePrediction:
+    """The last stage's prediction; arguments as of :meth:`ExportGraph.forward`."""
+    features = model.backbone((images - model.pixel_mean) / model.pixel_std)
+    padding = {}
+    if model.ignores_padding:
+        padding["batch"] = TracedBatch(image_sizes, images.shape[-2:])  # type: ignore[arg-type]
+    return model.sem_seg_head(features, **padding).stages[-1]
+
+
+def check_exportable(model: nn.Module, cfg: Config) -> None:
+    """Check that a graph can do what the model does.
+
+    Raises:
+        UserError: it cannot; the message has the reason.
+    """
+    if not isinstance(model, DIMaskDINO):
+        raise UserError(
+            f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} cannot be exported: only DIMaskDINO, MaskDINO, "
+            "DINO and models derived from them can."
+        )
+    if getattr(model.sem_seg_head.predictor, "random_position", False):
+        raise ConfigError(
+            "MODEL.MaskDINO.DI.RANDOM_POSITION cannot be exported: the boxes of the queries are drawn at random, so no "
+            "two runs agree; export a model without it."
+        )
+    if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
+        raise ConfigError(f"INPUT.FORMAT {cfg.INPUT.FORMAT} cannot be exported: images must be RGB or BGR.")
+
+
+def has_enough_tokens(model: DIMaskDINO, height: int, width: int) -> bool:
+    """Whether an image of this size in px has as many tokens as the model selects, so that their number is fixed."""
+    decoder = model.sem_seg_head.predictor
+    if getattr(decoder, "selection", None) is None:
+        return True
+    with torch.no_grad():
+        levels = model.sem_seg_head.pixel_decoder(model.backbone(torch.zeros(1, 3, height, width))).levels
+    return sum(level.shape[-2] * level.shape[-1] for level in levels) >= decoder.num_first_selected

@@ -1,0 +1,192 @@
+"""Exported files find what the model finds; what cannot be exported is refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import export
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from predict_onnx import Model
+
+from dimaskdino import Predictor
+from dimaskdino.export import formats
+from dimaskdino.layers import ms_deform_attn_fused
+from dimaskdino.layers.exporting import exporting
+from tests.test_predictor import make_run
+from tests.tiny_model import TINY_DINO, image
+
+TOOLS = Path(__file__).parents[2] / "tools"
+SMALL = {"MODEL.MaskDINO.DEC_LAYERS": 2, "INPUT.MAX_SIZE_TEST": 96}
+PANOPTIC = {"MODEL.MaskDINO.TEST.PANOPTIC_ON": True, "MODEL.MaskDINO.TEST.SEMANTIC_ON": True}
+PANOPTIC |= {"MODEL.MaskDINO.THING_CLASSES": [0, 1, 2], "MODEL.MaskDINO.TEST.OBJECT_MASK_THRESHOLD": 0.2}
+SEMANTIC = {"MODEL.MaskDINO.TEST.INSTANCE_ON": False, "MODEL.MaskDINO.TEST.SEMANTIC_ON": True}
+SEMANTIC |= {"MODEL.MaskDINO.SEMANTIC_CE_LOSS": True}
+
+
+def box_type(name: str) -> dict:
+    return {"MODEL.MaskDINO.INITIALIZE_BOX_TYPE": name}
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> list[Path]:
+    """Two images of different shapes, neither of which fills its canvas."""
+    paths = [tmp_path / "a.png", tmp_path / "b.png"]
+    for seed, (path, size) in enumerate(zip(paths, ((50, 90), (80, 60)), strict=True)):
+        Image.fromarray(image(*size, seed).permute(1, 2, 0).numpy().astype(np.uint8)).save(path)
+    return paths
+
+
+def run_tool(monkeypatch, run: Path, kind: str, output: Path, pictures: list[Path], *more: str) -> None:
+    arguments = ["--format", kind, "--weights", run, "--output", output, "--images", *pictures, *more]
+    monkeypatch.setattr(sys, "argv", ["export.py", *map(str, arguments)])
+    export.main()
+
+
+def assert_finds_the_same(model: Model, run: Path, pictures: list[Path]) -> None:
+    predictor = Predictor(run, device="cpu")
+    for picture in pictures:
+        (found,), expected = model([picture]), predictor(picture)
+        if "instances" in expected:
+            instances = expected.instances
+            assert found["labels"].tolist() == instances.pred_classes.tolist()
+            np.testing.assert_allclose(found["scores"], instances.scores.numpy(), atol=1e-4)
+            np.testing.assert_allclose(found["boxes"], instances.pred_boxes.tensor.numpy(), atol=0.02)
+            if instances.has("pred_masks"):
+                assert (found["masks"] == instances.pred_masks.numpy()).mean() > 0.999
+        if "panoptic_seg" in expected:
+            ids, segments = expected["panoptic_seg"]
+            assert found["segments"] == segments
+            assert len(segments) > 1
+            assert (found["panoptic"] == ids.numpy()).mean() > 0.999
+        if "sem_seg" in expected:
+            np.testing.assert_allclose(found["semantic"], expected["sem_seg"].numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "more"),
+    [
+        (box_type("mask2box"), ["--deformable-attention", "gather"]),
+        (box_type("bitmask") | PANOPTIC, []),
+        (SEMANTIC | box_type("no"), []),
+        (TINY_DINO | {"MODEL.DINO.DEC_LAYERS": 2}, []),
+    ],
+    ids=["mask2box gather", "bitmask panoptic", "no semantic", "dino"],
+)
+def test_onnx_of_any_size_finds_what_the_predictor_finds(tmp_path, monkeypatch, pictures, options, more):
+    pytest.importorskip("onnxruntime")
+    run, output = make_run(tmp_path / "run", SMALL | options), tmp_path / "model.onnx"
+    run_tool(monkeypatch, run, "onnx", output, pictures, *more)
+    model = Model(output)
+    assert_finds_the_same(model, run, pictures)
+    together = model(pictures)
+    assert [each["size"] for each in together] == [(50, 90), (80, 60)]
+    nodes = {node.op_type for node in formats.require("onnx").load(output).graph.node}
+    assert ("GridSample" in nodes) == (not more)
+
+
+@pytest.mark.parametrize("kind", ["torchscript", "torch-export", "openvino"])
+def test_other_formats_find_what_the_model_finds(tmp_path, monkeypatch, pictures, kind):
+    for package in formats.FORMATS[kind].packages:
+        pytest.importorskip(package)
+    run = make_run(tmp_path / "run", SMALL)
+    output = tmp_path / f"model{formats.FORMATS[kind].suffix}"
+    run_tool(monkeypatch, run, kind, output, pictures, *(["--size", "96", "96"] if kind == "torch-export" else []))
+    description, _ = formats.FORMATS[kind].load(output, [], 1)
+    assert description["classes"] == [f"class {index}" for index in range(5)]
+    assert description["canvas"] == ([96, 96] if kind == "torch-export" else None)
+    assert list(tmp_path.glob("unchecked*")) == []
+
+
+def test_the_runner_needs_the_file_alone_and_no_torch(tmp_path, monkeypatch, pictures):
+    pytest.importorskip("onnxruntime")
+    run, output = make_run(tmp_path / "run", SMALL), tmp_path / "model.onnx"
+    run_tool(monkeypatch, run, "onnx", output, pictures, "--size", "96", "96", "--batch", "2")
+    program = (
+        "import runpy, sys\n"
+        "try: runpy.run_path(sys.argv[1], run_name='__main__')\n"
+        "except SystemExit as end: assert end.code == 3, end.code\n"
+        "assert not {'torch', 'detectron2', 'dimaskdino'} & set(sys.modules)\n"
+    )
+    lone = tmp_path / "lone" / "predict_onnx.py"
+    lone.parent.mkdir()
+    lone.write_text((TOOLS / "predict_onnx.py").read_text())
+    (tmp_path / "bad.png").write_text("not an image")
+    arguments = [lone, output, pictures[0], tmp_path / "bad.png", "--output", tmp_path / "out", "--score", "0"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "bad.png" in done.stderr
+    (content,) = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (content["height"], content["width"], len(content["objects"])) == (50, 90, 6)
+    assert content["objects"][0]["class"].startswith("class ")
+    assert Image.open(tmp_path / "out" / "a.png").size == (90, 50)
+
+
+def test_a_file_that_finds_something_else_is_not_kept(tmp_path, monkeypatch, pictures, capsys):
+    write = formats.write_torchscript
+
+    def write_wrong(wanted: formats.Export, path: Path) -> None:
+        bias = wanted.graph.model.sem_seg_head.predictor.heads.class_embed.bias
+        bias += 0.1
+        write(wanted, path)
+        bias -= 0.1
+
+    wrong = formats.Format(".pt", write_wrong, formats.open_torchscript)
+    monkeypatch.setitem(formats.FORMATS, "torchscript", wrong)
+    run, output = make_run(tmp_path / "run", SMALL), tmp_path / "model.pt"
+    with pytest.raises(SystemExit) as end:
+        run_tool(monkeypatch, run, "torchscript", output, pictures)
+    assert end.value.code == export.CHECK_FAILED_STATUS
+    assert "a.png" in capsys.readouterr().err
+    assert list(tmp_path.glob("*.pt")) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "more", "options", "named"),
+    [
+        ("torchscript", "model.onnx", [], {}, ".pt"),
+        ("torch-export", "model.pt2", [], {}, "--size"),
+        ("torchscript", "model.pt", ["--size", "96", "90"], {}, "multiples"),
+        ("torchscript", "model.pt", ["--size", "32", "32"], {"MODEL.MaskDINO.FIRST_SELECTED_QUERIES": 80}, "too small"),
+        ("torchscript", "model.pt", ["--batch", "2"], {}, "--batch"),
+        ("torchscript", "model.pt", [], {"MODEL.MaskDINO.DI.RANDOM_POSITION": True}, "RANDOM_POSITION"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch, pictures, kind, name, more, options, named):
+    run = make_run(tmp_path / "run", options)
+    with pytest.raises(export.UserError, match=named):
+        run_tool(monkeypatch, run, kind, tmp_path / name, pictures, *more)
+    assert not (tmp_path / name).exists()
+
+
+def test_a_missing_package_is_named_with_the_extra(tmp_path, monkeypatch, pictures):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(export.UserError, match=r"dimaskdino\[export\]"):
+        run_tool(monkeypatch, make_run(tmp_path / "run"), "onnx", tmp_path / "model.onnx", pictures)
+
+
+def test_images_must_be_given_where_there_are_none(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run")
+    arguments = ["export.py", "--format", "torchscript", "--weights", str(run), "--output", str(tmp_path / "model.pt")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(export.UserError, match="--images"):
+        export.main()
+
+
+def test_both_forms_of_deformable_attention_are_the_op():
+    shapes = [(6, 5), (3, 3), (1, 2)]
+    tokens = sum(height * width for height, width in shapes)
+    value, reference = torch.randn(2, tokens, 4, 8), torch.rand(2, 7, 4) * 1.6 - 0.3
+    offsets, logits = 3 * torch.randn(2, 7, 4, 3, 4, 2), torch.randn(2, 7, 4, 3, 4)
+    offsets[0, 0, 0, 0, 0] = torch.tensor([float("nan"), 1e30])
+    offsets[0, 1, 0, 0, 0] = 1e30
+    expected = ms_deform_attn_fused(value, shapes, reference, offsets, logits)
+    for form in ("grid_sample", "gather"):
+        with exporting(form):
+            found = ms_deform_attn_fused(value, shapes, reference, offsets, logits)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
