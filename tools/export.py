@@ -84,7 +84,7 @@ def build_predictor(args: argparse.Namespace) -> Predictor:
     run, weights = args.weights or DEMO_CONFIG, None if args.weights else DEMO_WEIGHTS
     if args.config_file:
         run, weights = args.config_file, args.weights
-    return Predictor(run, weights, options=args.opts, device="cpu")
+    return Predictor(run, weights, options=args.opts, device="cpu", score=0)
 
 
 def check_output(args: argparse.Namespace, predictor: Predictor) -> list[Path]:

@@ -24,7 +24,7 @@ Run = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 OPSET = 17
 _OLDEST_OPSET = 16  # the first with GridSample
 _EXTRA_FILE = f"{KEY}.json"
-_AXES = {"images": {0: "batch", 2: "height", 3: "width"}, "image_sizes": {0: "batch"}}
+_AXES = {"images": {2: "height", 3: "width"}, "masks": {2: "mask_height", 3: "mask_width"}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ def write_onnx(export: Export, path: Path) -> None:
             opset_version=export.opset,
             input_names=names,
             output_names=export.graph.output_names,
-            dynamic_axes={name: _AXES[name] for name in names} if export.dynamic else None,
+            dynamic_axes=_open_axes([*names, *export.graph.output_names]) if export.dynamic else None,
         )
     model = onnx.load_model_from_string(buffer.getvalue())
     foreign = sorted(
@@ -180,6 +180,10 @@ def require(package: str) -> ModuleType:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:
         raise UserError(f'This format needs the package {package}: pip install "dimaskdino[export]".') from error
+
+
+def _open_axes(names: Sequence[str]) -> dict[str, dict[int, str]]:
+    return {name: {0: "batch", **_AXES.get(name, {})} for name in names}
 
 
 @contextmanager

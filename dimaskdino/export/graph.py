@@ -74,11 +74,8 @@ class ExportGraph(nn.Module):
             scores = logits.softmax(-1)[..., :-1] if post.no_object_class else logits.sigmoid()
             return (scores, boxes, *([] if masks is None else [masks.dense()]))
         num_queries, num_classes = logits.shape[1:]
-        scores, index = (
-            logits.sigmoid()
-            .flatten(1)
-            .topk(min(post.instance_options["max_detections"], num_queries * num_classes), dim=1)
-        )
+        count = min(post.instance_options["max_detections"], num_queries * num_classes)
+        scores, index = logits.sigmoid().flatten(1).topk(count, dim=1)
         query, labels = index.div(num_classes, rounding_mode="floor"), index % num_classes
         if masks is None:
             return scores, labels, take(boxes, query)
