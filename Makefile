@@ -1,4 +1,5 @@
 # make install | demo | demo-all | reproduce-demo | test | cases | bench | lint | clean
+# make browser-check the page of tools/browse.py in a browser
 # make sanitize      the compiled op and its CPU tests under AddressSanitizer and UndefinedBehaviorSanitizer, and the CUDA
 #                    kernels, as run on the CPU, also under ThreadSanitizer (GCC)
 # make cuda-check    compiles the CUDA code, also where there is no GPU
@@ -13,7 +14,7 @@ CSRC := $(shell find dimaskdino/layers/csrc -type f)
 # What `make cuda-check` compiles for; a toolkit older than CUDA 13 also knows 7.0.
 CUDA_ARCHS ?= 7.5;8.0;9.0;10.0
 
-.PHONY: install demo demo-all reproduce-demo test cases bench sanitize cuda-check gpu-check lint clean
+.PHONY: install demo demo-all reproduce-demo test cases bench browser-check sanitize cuda-check gpu-check lint clean
 
 install: $(STAMP)
 
@@ -57,6 +58,10 @@ test: $(STAMP)
 # The users' reports of tests/data/cases, those that train a model included, in less than five minutes on a CPU.
 cases: $(STAMP)
 	$(BIN)/python -m pytest -m cases
+
+# The page of tools/browse.py in the system's Chromium; says so and skips where gradio, Playwright or Chromium is missing.
+browser-check: $(STAMP)
+	$(BIN)/python -m pytest -q -rs -m browser tests/cli/test_browse.py
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.ms_deform_attn

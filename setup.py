@@ -31,6 +31,7 @@ setup(
     cmdclass={"build_ext": build_op.build_command(COMPILER)} if OP else {},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if OP and build_op.STABLE_ABI else {},
     extras_require={
+        "browse": ["gradio>=6,<7"],  # tools/browse.py
         "slurm": ["submitit>=1.5"],  # tools/reproduce.py --submit slurm
         "track": ["trackers>=2.6"],  # tools/predict.py --track
         "geo": ["rasterio>=1.3"],  # GeoTIFF and GeoJSON in tools/predict.py --tile
