@@ -1,5 +1,6 @@
 # make install | demo | demo-all | reproduce-demo | test | cases | stress | bench | lint | clean
 # make stress        hurts trainings in every way that we know, on the CPU, and counts what they survive (20 minutes)
+# make browser-check the page of tools/browse.py in a browser
 # make sanitize      the compiled op and its CPU tests under AddressSanitizer and UndefinedBehaviorSanitizer, and the CUDA
 #                    kernels, as run on the CPU, also under ThreadSanitizer (GCC)
 # make cuda-check    compiles the CUDA code, also where there is no GPU
@@ -14,7 +15,7 @@ CSRC := $(shell find dimaskdino/layers/csrc -type f)
 # What `make cuda-check` compiles for; a toolkit older than CUDA 13 also knows 7.0.
 CUDA_ARCHS ?= 7.5;8.0;9.0;10.0
 
-.PHONY: install demo demo-all reproduce-demo test cases stress bench sanitize cuda-check gpu-check lint clean
+.PHONY: install demo demo-all reproduce-demo test cases stress bench browser-check sanitize cuda-check gpu-check lint clean
 
 install: $(STAMP)
 
@@ -61,6 +62,10 @@ cases: $(STAMP)
 
 stress: $(STAMP)
 	$(BIN)/python -m tests.stress
+
+# The page of tools/browse.py in the system's Chromium; says so and skips where gradio, Playwright or Chromium is missing.
+browser-check: $(STAMP)
+	$(BIN)/python -m pytest -q -rs -m browser tests/cli/test_browse.py
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.ms_deform_attn

@@ -45,6 +45,7 @@ setup(
     cmdclass={"build_py": BuildWithConfigs} | ({"build_ext": build_op.build_command(COMPILER)} if OP else {}),
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if OP and build_op.STABLE_ABI else {},
     extras_require={
+        "browse": ["gradio>=6,<7"],  # tools/browse.py
         "slurm": ["submitit>=1.5"],  # tools/reproduce.py --submit slurm
         "track": ["trackers>=2.6"],  # tools/predict.py --track
         "export": ["onnx>=1.16", "onnxruntime>=1.18", "openvino>=2024.4"],  # tools/export.py

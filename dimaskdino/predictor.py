@@ -56,6 +56,8 @@ class Predictor:
         tile: side in px of the tiles in which images are predicted; None predicts them whole. The model resizes a tile
             as it does an image (INPUT.MIN_SIZE_TEST).
         overlap: share of a tile that the next one repeats.
+        layers: stages whose results :meth:`Prediction.at` gives beside the final ones, as in TEST.EVAL_LAYERS: names
+            such as "layer.0", or "all"; not in tiles.
         refinement: as :class:`Refinement` takes it: score, classes, mask_nms, and others.
 
     Raises:
@@ -74,6 +76,7 @@ class Predictor:
         batch_size: int = 1,
         tile: int | None = None,
         overlap: float = 0.2,
+        layers: Sequence[str] = (),
         **refinement: Any,
     ) -> None:
         if channels not in CHANNEL_ORDERS:
@@ -86,6 +89,7 @@ class Predictor:
             self.cfg.merge_from_list(list(TILE_OPTIONS))
         self.cfg.merge_from_list(list(options))
         _prepare(self.cfg, device, self.refine)
+        self.cfg.TEST.EVAL_LAYERS = list(layers) if self.tiling is None else []
         self.exif = self.cfg.INPUT.APPLY_EXIF if exif is None else exif
         if self.tiling and not self.cfg.MODEL.MaskDINO.TEST.INSTANCE_ON:
             raise ConfigError("Pictures are predicted in tiles by models of objects (MODEL.MaskDINO.TEST.INSTANCE_ON).")
@@ -144,8 +148,9 @@ class Predictor:
             results = [{"instances": self._predict_tiles(canvas)} for canvas in canvases]
             copies = [(canvas.copy(), canvas) for canvas in canvases]
         for result in results:
-            if "instances" in result:
-                result["instances"] = self.refine(result["instances"], self.classes.things)
+            for each in (result, *result.get("layers", {}).values()):
+                if "instances" in each:
+                    each["instances"] = self.refine(each["instances"], self.classes.things)
         return [
             Prediction(result, image=image, canvas=canvas, classes=self.classes, source=source)
             for result, (image, canvas), source in zip(results, copies, sources, strict=True)
@@ -243,7 +248,7 @@ def _prepare(cfg: Config, device: str | None, refinement: Refinement) -> None:
     """Set the keys that prediction decides."""
     node = cfg.MODEL.MaskDINO.TEST
     cfg.MODEL.DEVICE = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    cfg.MODEL.WEIGHTS, cfg.TEST.EVAL_LAYERS = "", []
+    cfg.MODEL.WEIGHTS = ""
     if not cfg.SOLVER.CHECKPOINT_WITHOUT_FROZEN:
         cfg.MODEL.TIMM.PRETRAINED = cfg.MODEL.VIT.PRETRAINED = False
     node.MIN_SCORE = max(node.MIN_SCORE, refinement.least_score)

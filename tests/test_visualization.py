@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 
+import cv2
 import matplotlib
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from PIL import Image
 
 from dimaskdino import visualization
-from dimaskdino.visualization import HALO, Objects, class_color, draw_objects, save_grid
+from dimaskdino.visualization import HALO, Objects, _patch, class_color, draw_objects, save_grid
 
 GRAY = np.full((200, 300, 3), 51, dtype=np.uint8)
 FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
@@ -200,3 +201,20 @@ def test_a_grid_has_a_row_for_each_image(tmp_path: Path) -> None:
     assert colored[:, 316:616].any()
     assert not colored[:, :316].any()
     assert not colored[:, 616:].any()
+
+
+@pytest.mark.parametrize("size", [(64, 48), (200, 150), (33, 20), (1, 1)])
+def test_a_patch_is_the_part_of_the_resized_mask_that_is_not_empty(size) -> None:
+    rows, columns = np.mgrid[:48, :64]
+    for y, x, radius in ((10, 12, 8), (47, 63, 15), (24, 32, 60), (0, 0, 0)):
+        mask = (rows - y) ** 2 + (columns - x) ** 2 <= radius**2
+        expected = cv2.resize(mask.astype(np.float32), size, interpolation=cv2.INTER_LINEAR) > 0.5
+        left, top, patch = _patch(mask, size)
+        whole = np.zeros((size[1], size[0]), dtype=np.uint8)
+        whole[top : top + patch.shape[0], left : left + patch.shape[1]] = patch
+        # The positions of interpolation are rounded to a 32nd of a pixel.
+        assert (whole != expected).mean() < 0.004
+
+
+def test_an_empty_mask_has_no_patch() -> None:
+    assert _patch(np.zeros((4, 4), dtype=bool), (8, 8))[2].size == 0

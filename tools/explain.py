@@ -7,17 +7,15 @@ mask is off; its score is below the threshold; its detection belongs to another 
 
 import argparse
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from detectron2.data import MetadataCatalog
 from tabulate import tabulate
 from tqdm import tqdm
 
 from dimaskdino import Predictor
+from dimaskdino.analysis.dataset import read_dataset, true_objects
 from dimaskdino.analysis.examples import Examples
 from dimaskdino.analysis.explanation import (
     Explained,
@@ -31,14 +29,12 @@ from dimaskdino.analysis.figures import draw_outcomes, png
 from dimaskdino.analysis.missed import Limits
 from dimaskdino.analysis.report import write_report
 from dimaskdino.analysis.scores import score_results
-from dimaskdino.analysis.stages import TrueObjects, compare_stages, watched
+from dimaskdino.analysis.stages import compare_stages, watched
 from dimaskdino.command_line import add_import_flag, at_least, fraction, import_modules
-from dimaskdino.config import Config
 from dimaskdino.cpu import keep_freed_memory
-from dimaskdino.data import build_mapper, register_all
-from dimaskdino.data.datasets.registration import load_dataset
-from dimaskdino.errors import DatasetError, UserError, run_cli
-from dimaskdino.evaluation.truth import Truth, truth_of_entries
+from dimaskdino.data import build_mapper
+from dimaskdino.errors import UserError, run_cli
+from dimaskdino.evaluation.truth import Truth
 from dimaskdino.prediction.images import to_rgb
 from dimaskdino.structures import instances_to_coco
 
@@ -90,42 +86,6 @@ def main() -> None:
         image = to_rgb(entry["file_name"], exif=cfg.INPUT.APPLY_EXIF)
         examples.add(image, objects, stages[-1], own)
     write(args, name, names, explained, examples, limits, truth, results)
-
-
-def read_dataset(cfg: Config, name: str, count: int) -> tuple[list[str], list[dict[str, Any]], Truth]:
-    """Class names, the first images, and their truth.
-
-    Raises:
-        DatasetError: it has no annotated objects, or more classes than the model.
-    """
-    register_all(cfg=cfg)
-    entries = load_dataset(name)[:count]
-    names = list(MetadataCatalog.get(name).get("thing_classes") or [])
-    if not names or not any(entry.get("annotations") for entry in entries):
-        raise DatasetError(f"{name} has no objects in its first {count} images; choose another --dataset.")
-    if len(names) != cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES:
-        raise DatasetError(
-            f"{name} has {len(names)} classes, but the model predicts {cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES} "
-            "(MODEL.SEM_SEG_HEAD.NUM_CLASSES); choose another --dataset."
-        )
-    entries = [entry if "annotations" in entry else {**entry, "annotations": []} for entry in entries]
-    return names, entries, truth_of_entries(entries, name, names, range(1, len(names) + 1))
-
-
-def true_objects(truth: Truth, entries: list[dict[str, Any]]) -> Iterator[TrueObjects]:
-    """The objects of each image, without crowd regions."""
-    of_image: dict[int, list[dict[str, Any]]] = {}
-    for annotation in truth.annotations or ():
-        if not annotation["iscrowd"]:
-            of_image.setdefault(annotation["image_id"], []).append(annotation)
-    for entry in entries:
-        own = of_image.get(truth.image_numbers[entry["image_id"]], [])
-        yield TrueObjects(
-            classes=[annotation["category_id"] - 1 for annotation in own],
-            boxes=np.array([annotation["bbox"] for annotation in own], dtype=np.float64).reshape(-1, 4),
-            rles=[truth.coco.ann_to_rle(annotation) for annotation in own] if truth.has_masks else None,
-            image_id=entry["image_id"],
-        )
 
 
 def write(

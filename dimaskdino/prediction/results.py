@@ -61,6 +61,23 @@ class Prediction(dict):
         self.image, self.classes, self.source = image, classes, source
         self.size: tuple[int, int] = image.shape[:2] if canvas is None else canvas.size
         self.to_map = None if canvas is None else canvas.to_map
+        self._canvas = canvas
+
+    def with_result(self, result: dict[str, Any]) -> "Prediction":
+        """Another result of the same image, such as some of its objects or one of its tasks."""
+        return Prediction(result, image=self.image, classes=self.classes, source=self.source, canvas=self._canvas)
+
+    def at(self, stage: str) -> "Prediction":
+        """What the model found after an earlier stage, such as "layer.0".
+
+        Raises:
+            UserError: the predictor was not asked for it (``layers``).
+        """
+        layers = self.get("layers", {})
+        if stage not in layers:
+            known = ", ".join(layers) or "none"
+            raise UserError(f"There are no results of stage {stage}, but of {known}; name it in Predictor's layers.")
+        return self.with_result(layers[stage])
 
     @property
     def instances(self) -> Instances:
@@ -202,6 +219,8 @@ def on_cpu(result: dict[str, Any]) -> dict[str, Any]:
     return {
         name: (value[0].cpu(), value[1])
         if name == "panoptic_seg"
+        else {stage: on_cpu(each) for stage, each in value.items()}
+        if name == "layers"
         else value.to("cpu")
         if hasattr(value, "to")
         else value

@@ -1,0 +1,162 @@
+#!/usr/bin/env python
+"""A local page to look at what runs find: drop an image in, move the threshold, choose a decoder layer, compare two.
+
+Needs the package gradio: pip install "dimaskdino[browse]". The page is served to this machine alone.
+"""
+
+import argparse
+import json
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dimaskdino import Predictor
+from dimaskdino.command_line import add_import_flag, at_least, fraction, import_modules
+from dimaskdino.cpu import keep_freed_memory
+from dimaskdino.errors import UserError, run_cli
+from dimaskdino.prediction.refinement import Refinement
+from dimaskdino.prediction.results import Prediction
+
+TASKS = {"objects": "instances", "panoptic": "panoptic_seg", "semantic": "sem_seg"}
+LAST = "last"
+NO_RUN = "none"
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="run folders or saved models; two of them can be compared")
+    add("--score", type=fraction, default=0.35, help="threshold at the start (default: 0.35)")
+    add("--port", type=at_least(1), default=7860, help="of the page (default: 7860)")
+    add("--device", help='such as "cpu" or "cuda:1" (default: a GPU if there is one)')
+    add_import_flag(parser)
+    add("--opts", nargs="+", default=[], metavar=("KEY", "VALUE"), help="keys of the configurations, after all else")
+    return parser.parse_args()
+
+
+class Browser:
+    """Predicts images with several runs, each image once, and draws what is asked for.
+
+    Args:
+        predictors: by the name of the run; they keep all scores, and the results of all stages.
+    """
+
+    def __init__(self, predictors: dict[str, Predictor]) -> None:
+        self.predictors = predictors
+        self._found = lru_cache(maxsize=2 * len(predictors))(self._predict)
+
+    @property
+    def layers(self) -> list[str]:
+        """Stages that some run has, the last one first."""
+        names = (stage.name for predictor in self.predictors.values() for stage in predictor.model.stages)
+        return [LAST, *dict.fromkeys(names)]
+
+    def _predict(self, run: str, shape: tuple[int, ...], pixels: bytes) -> Prediction:
+        return self.predictors[run](np.frombuffer(pixels, np.uint8).reshape(shape))
+
+    def look(self, image: np.ndarray, run: str, layer: str, task: str, score: float) -> Prediction:
+        """What a run finds in an image.
+
+        Args:
+            image: (H, W, 3) uint8 RGB.
+            run: its name.
+            layer: name of a stage, or :data:`LAST`.
+            task: of :data:`TASKS`.
+            score: least score of objects.
+
+        Raises:
+            UserError: the run has no such stage, or no results of the task.
+        """
+        found = self._found(run, image.shape, image.tobytes())
+        found = found if layer == LAST else found.at(layer)
+        if TASKS[task] not in found:
+            known = ", ".join(name for name, key in TASKS.items() if key in found)
+            raise UserError(f"{run} gives no {task} results, but {known}.")
+        result = {TASKS[task]: found[TASKS[task]]}
+        if task == "objects":
+            result["instances"] = Refinement(score=score)(result["instances"], found.classes.things)
+        return found.with_result(result)
+
+
+def build_page(browser: Browser, score: float) -> Any:
+    """The page, to be launched.
+
+    Raises:
+        UserError: gradio is missing.
+    """
+    try:
+        import gradio
+    except ImportError as error:
+        raise UserError('The page needs the package gradio: pip install "dimaskdino[browse]".') from error
+
+    def look(
+        image: np.ndarray | None, first: str, second: str, layer: str, task: str, score: float
+    ) -> tuple[Any, Any, Any]:
+        if image is None:
+            return None, gradio.Image(visible=second != NO_RUN), []
+        try:
+            found = {run: browser.look(image, run, layer, task, score) for run in (first, second) if run != NO_RUN}
+        except UserError as error:
+            raise gradio.Error(str(error)) from error
+        pictures = [each.draw() for each in found.values()]
+        files = save(list(found), pictures, list(found.values()))
+        right = gradio.Image(pictures[-1] if second != NO_RUN else None, visible=second != NO_RUN)
+        return pictures[0], right, files
+
+    runs = list(browser.predictors)
+    with gradio.Blocks(title="dimaskdino") as page:
+        with gradio.Row():
+            image = gradio.Image(label="image", type="numpy", image_mode="RGB")
+            with gradio.Column():
+                first = gradio.Dropdown(runs, value=runs[0], label="run")
+                second = gradio.Dropdown([NO_RUN, *runs], value=NO_RUN, label="compare with")
+                layer = gradio.Dropdown(browser.layers, value=LAST, label="decoder layer")
+                task = gradio.Radio(list(TASKS), value="objects", label="task")
+                threshold = gradio.Slider(0, 1, value=score, step=0.01, label="threshold")
+        with gradio.Row():
+            left = gradio.Image(label="found", format="png", interactive=False)
+            right = gradio.Image(label="the other run", format="png", interactive=False, visible=False)
+        files = gradio.File(label="download", file_count="multiple")
+        given, shown = [image, first, second, layer, task, threshold], [left, right, files]
+        gradio.on([each.change for each in given], look, given, shown, api_name="look", show_progress="minimal")
+    return page
+
+
+def save(runs: list[str], pictures: list[Image.Image], found: list[Prediction]) -> list[str]:
+    """Write pictures and JSON files for download; the names of both files of a run begin with its own."""
+    folder = Path(tempfile.mkdtemp(prefix="dimaskdino_"))
+    paths = []
+    for run, picture, each in zip(runs, pictures, found, strict=True):
+        picture.save(folder / f"{run}.png")
+        (folder / f"{run}.json").write_text(json.dumps(each.to_dict()), encoding="utf-8")
+        paths += [str(folder / f"{run}.png"), str(folder / f"{run}.json")]
+    return paths
+
+
+def open_runs(args: argparse.Namespace) -> dict[str, Predictor]:
+    """The predictors by the name of their folder or file; several of one name are numbered."""
+    predictors: dict[str, Predictor] = {}
+    for run in args.runs:
+        name = run.resolve().stem
+        name = name if name not in predictors else f"{name} {len(predictors) + 1}"
+        predictors[name] = Predictor(run, options=args.opts, device=args.device, layers=["all"], score=0.0)
+    if next(iter(predictors.values())).model.device.type == "cpu":
+        keep_freed_memory()
+    return predictors
+
+
+def main() -> None:
+    """Serve the page until Ctrl-C."""
+    args = parse_args()
+    import_modules(args.modules)
+    page = build_page(Browser(open_runs(args)), args.score)
+    page.launch(server_name="127.0.0.1", server_port=args.port)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,85 @@
+#!/usr/bin/env python
+"""Draw what two runs find side by side, after the first and the last decoder layer, beside the truth.
+
+A row for each image: the truth (of a dataset; else the image), the first run's first and last layer, the second run's.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from dimaskdino import Predictor
+from dimaskdino.analysis.dataset import drawn_truth, read_dataset, true_objects
+from dimaskdino.command_line import add_import_flag, at_least, fraction, import_modules
+from dimaskdino.cpu import keep_freed_memory
+from dimaskdino.errors import UserError, run_cli
+from dimaskdino.prediction.images import to_rgb
+from dimaskdino.visualization import Objects, draw_objects, save_grid
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("runs", nargs=2, type=Path, metavar="RUN", help="run folder or saved model")
+    add("--images", nargs="+", type=Path, metavar="FILE", help="images to draw")
+    add("--dataset", metavar="NAME", help="draw images of a registered dataset, beside their truth")
+    add("--number", type=at_least(1), default=4, help="of images of the dataset that have objects (default: 4)")
+    add("--labels", nargs=2, metavar="LABEL", help="names of the runs (default: their folders')")
+    add("--score", type=fraction, default=0.35, help="least score of a detection (default: 0.35)")
+    add("--width", type=at_least(64), default=420, help="of each picture, px (default: 420)")
+    add("--output", type=Path, default=Path("comparison.png"), help="picture (default: comparison.png)")
+    add("--device", help='such as "cpu" or "cuda:1" (default: a GPU if there is one)')
+    add_import_flag(parser)
+    add("--opts", nargs="+", default=[], metavar=("KEY", "VALUE"), help="keys of both configurations, after all else")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Predict and draw."""
+    args = parse_args()
+    import_modules(args.modules)
+    if (args.images is None) == (args.dataset is None):
+        raise UserError("Name either --images or --dataset.")
+    common = {"options": args.opts, "device": args.device, "layers": ["all"], "score": args.score}
+    predictors = [Predictor(run, **common) for run in args.runs]
+    if predictors[0].model.device.type == "cpu":
+        keep_freed_memory()
+    labels = args.labels or [run.resolve().stem for run in args.runs]
+    rows = []
+    for path, left in pictures(args, predictors[0]):
+        row = [draw_objects(*left, width=args.width)]
+        for predictor in predictors:
+            found = predictor(path)
+            row += [np.asarray(found.at(stage).draw(width=args.width)) for stage in first_and_last(predictor)]
+        rows.append(row)
+    titles = [f"{label}, {which} layer" for label in labels for which in ("first", "last")]
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    save_grid(rows, ["image" if args.images else "truth", *titles], args.output)
+    print(args.output)
+
+
+def first_and_last(predictor: Predictor) -> tuple[str, str]:
+    """Names of the first and the last decoder layer."""
+    layers = [stage.name for stage in predictor.model.stages if stage.kind == "layer"]
+    return layers[0], layers[-1]
+
+
+def pictures(args: argparse.Namespace, predictor: Predictor) -> Iterator[tuple[Path, tuple[np.ndarray, Objects]]]:
+    """The path of each image, and what is drawn on its left."""
+    if args.images:
+        for path in args.images:
+            yield path, (predictor.read(path), Objects(classes=[], names=[]))
+        return
+    names, entries, truth = read_dataset(predictor.cfg, args.dataset, 100 * args.number)
+    described = zip(entries, true_objects(truth, entries), strict=True)
+    chosen = [(entry, objects) for entry, objects in described if len(objects.classes)][: args.number]
+    for entry, objects in chosen:
+        image = to_rgb(entry["file_name"], exif=predictor.exif)
+        yield Path(entry["file_name"]), (image, drawn_truth(objects, names, image.shape[:2]))
+
+
+if __name__ == "__main__":
+    run_cli(main)
