@@ -176,6 +176,30 @@ def resumable(cfg: Config, output: Path) -> Config:
     return cfg
 
 
+class RefusingToyDetector(ToyDetector):
+    """Cannot match the objects of one image."""
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
+        """As a matching whose costs are not finite."""
+        if self.training and any(each["image_id"] == 3 for each in batched_inputs):
+            raise FloatingPointError("The predictions of stage x for image 0 of the batch are not finite.")
+        return super().forward(batched_inputs)
+
+
+if "RefusingToyDetector" not in META_ARCH_REGISTRY:
+    META_ARCH_REGISTRY.register(RefusingToyDetector)
+
+
+def skip_together(cfg: Config, folder: Path) -> tuple[int, Any]:
+    """Train on six images, one of which a process at a time cannot match; returns skipped steps and weights."""
+    cfg.MODEL.META_ARCHITECTURE, cfg.SOLVER.NONFINITE, cfg.DATASETS.TEST = "RefusingToyDetector", "skip", ()
+    cfg.OUTPUT_DIR = str(folder / "skipped")
+    torch.manual_seed(3)
+    trainer = Trainer(cfg)
+    trainer.train()
+    return trainer.nonfinite.skipped, trainer.step.model.module.state_dict()
+
+
 class NoisyTruth(nn.Module):
     """Finds the objects of an image with an error of its own, so that scores are neither 0 nor 100."""
 
@@ -283,6 +307,7 @@ def dice_of(cfg: Config, output: Path) -> dict[str, Any]:
 FUNCTIONS = (
     evaluate_own,
     evaluate_together,
+    skip_together,
     ranks,
     average_by_hand,
     train_with_batch_norm,

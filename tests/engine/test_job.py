@@ -42,6 +42,12 @@ def test_two_processes_score_like_one_to_the_last_digit(of_two_processes, shapes
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)  # sums in another order
 
 
+def test_processes_skip_a_step_together(of_two_processes) -> None:
+    (skipped, first), (other, second) = of_two_processes("skip_together")
+    assert skipped == other == 3  # ten iterations are three passes over six images, and a part of one
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
 def test_variance_of_the_means_is_added(of_two_processes) -> None:
     for rank, (plain, frozen) in enumerate(of_two_processes("average_by_hand")):
         # Channel 0: both means are 3 from the common one, so 9 + (0.25 + 0.75) / 2. Channel 1: equal means add nothing.
