@@ -56,8 +56,6 @@ class Trainer(ResumableTrainer):
         cfg = self.cfg
         model = self.build_model(cfg)
         freeze_parameters(cfg, model)
-        if cfg.SOLVER.EMA.ENABLED:
-            self._average = AveragedWeights(model, decay=cfg.SOLVER.EMA.DECAY)
         checkpoint_activations(cfg, model)
         optimizer = self.build_optimizer(cfg, model)
         dtype = training_dtype(cfg)
@@ -69,6 +67,8 @@ class Trainer(ResumableTrainer):
             amp_dtype=dtype or torch.float16,
             accumulation_steps=cfg.SOLVER.ACCUMULATION_STEPS,
         )
+        if cfg.SOLVER.EMA.ENABLED:  # all processes have the same weights by now
+            self._average = AveragedWeights(model, decay=cfg.SOLVER.EMA.DECAY)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         names = class_names(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else ()
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, class_names=names, trainer=weakref.proxy(self))
