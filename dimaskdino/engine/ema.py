@@ -33,19 +33,15 @@ class AveragedWeights:
         decay = min(self._decay, (1 + iteration) / (10 + iteration))
         torch._foreach_lerp_(list(self._average.values()), list(self._parameters.values()), 1 - decay)
 
-    def of_model(self) -> dict[str, Tensor]:
-        """The model's own weights, to start anew from."""
-        return self._parameters
-
     def state_dict(self) -> dict[str, Tensor]:
         """The weights of the averaged model."""
         return {**self._model.state_dict(), **self._average}
 
     @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take the average from ``state``, which has all parameters."""
+    def restart(self, saved: Mapping[str, Tensor] | None) -> None:
+        """Go on from a saved :meth:`state_dict`, or from the model's own weights if there is none."""
         for name, average in self._average.items():
-            average.copy_(state[name])
+            average.copy_(self._parameters[name] if saved is None else saved[name])
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from detectron2.engine.hooks import PeriodicCheckpointer
 from detectron2.evaluation import verify_results
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from dimaskdino.checkpoint import AVERAGE, FINAL, Checkpointer
@@ -109,7 +109,7 @@ class ResumableTrainer(TrainerBase):
         configured = restored_settings(self.optimizer)
         content = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
         if self._average:
-            self._average.load_state_dict(self._saved_average(content) if resume else self._average.of_model())
+            self._average.restart(content.get(AVERAGE) if resume else None)
         if not resume:
             return
         warn_of_kept_settings(configured, restored_settings(self.optimizer))
@@ -122,13 +122,6 @@ class ResumableTrainer(TrainerBase):
                 self.start_iter,
                 self.max_iter,
             )
-
-    def _saved_average(self, content: dict[str, Any]) -> Mapping[str, Tensor]:
-        assert self._average
-        if AVERAGE in content:
-            return content[AVERAGE]
-        logger.warning("--resume: the checkpoint holds no moving average; it starts from the checkpoint's weights.")
-        return self._average.of_model()
 
     def _has_checkpoint(self) -> bool:
         if self.checkpointer.has_checkpoint():

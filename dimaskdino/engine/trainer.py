@@ -59,9 +59,9 @@ class Trainer(ResumableTrainer):
         super().__init__(cfg)
         cfg = self.cfg
         model = self.build_model(cfg)
-        if cfg.SOLVER.EMA.ENABLED:
-            self._average = AveragedWeights(model, decay=cfg.SOLVER.EMA.DECAY)
         self.step = self.build_step(cfg, model)
+        if cfg.SOLVER.EMA.ENABLED:  # all processes have the same weights by now
+            self._average = AveragedWeights(model, decay=cfg.SOLVER.EMA.DECAY)
         self.scheduler = self.build_lr_scheduler(cfg, self.optimizer)
         names = class_names(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else ()
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, class_names=names, trainer=weakref.proxy(self))

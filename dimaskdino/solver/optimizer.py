@@ -29,7 +29,7 @@ OPTIMIZERS = {"ADAMW": _adamw, "SGD": _sgd}
 NEW_RUN = "start a new run with MODEL.WEIGHTS set to the checkpoint"
 # Settings of a parameter group that a checkpoint restores: in words, and the keys that set them.
 RESTORED = {
-    "initial_lr": ("learning rates", "SOLVER.BASE_LR, BACKBONE_MULTIPLIER, LAYER_DECAY and PARAM_GROUPS"),
+    "initial_lr": ("learning rates", "SOLVER.BASE_LR and its factors (BACKBONE_MULTIPLIER, LAYER_DECAY, PARAM_GROUPS)"),
     "weight_decay": ("weight decays", "SOLVER.WEIGHT_DECAY, WEIGHT_DECAY_NORM and WEIGHT_DECAY_EMBED"),
     "momentum": ("momenta", "SOLVER.MOMENTUM"),
 }

@@ -64,10 +64,10 @@ class StagePrediction:
         """Name of the stage."""
         return self.stage.name
 
-    def split(self, denoising: "DenoisingQueries") -> tuple["StagePrediction", "StagePrediction"]:
-        """The predictions of the denoising queries, which come first, and those of the others; none of the padding."""
-        start, end = denoising.num_padding, denoising.num_padding + denoising.num_queries
-        first = self._take(slice(start, end))
+    def split(self, num_denoising: int, num_padding: int = 0) -> tuple["StagePrediction", "StagePrediction"]:
+        """The predictions of the denoising queries, which come first after any padding, and those of the others."""
+        end = num_padding + num_denoising
+        first = self._take(slice(num_padding, end))
         return replace(first, stage=self.stage.of_denoising()), self._take(slice(end, None))
 
     def _take(self, queries: slice) -> "StagePrediction":

@@ -136,7 +136,7 @@ class QueryDecoder(nn.Module):
             if targets is not None:
                 predictions[-1] = self._touch_denoising(predictions[-1])
             return DecoderOutput(selection.predictions + predictions, [], None, t_i)
-        pairs = [prediction.split(denoising) for prediction in predictions]
+        pairs = [prediction.split(denoising.num_queries, denoising.num_padding) for prediction in predictions]
         matching = [matching for _, matching in pairs]
         return DecoderOutput(selection.predictions + matching, [noised for noised, _ in pairs], denoising)
 
