@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 VARIABLE = "DIMASKDINO_MSDA"
 _OPS = ("ms_deform_attn", "ms_deform_attn_fused", "ms_deform_attn_backward", "ms_deform_attn_fused_backward")
+# Added later: an op that was built before them works without.
+_POINT_OPS = ("sample_masks", "sigmoid_and_sums", "uncertain_points")
 _HOW_TO_BUILD = "build it with `python -m pip install --no-build-isolation -e .` (docs/op.md)"
 
 
@@ -42,6 +44,8 @@ if WANTED not in ("", "reference", "compiled"):
 if WANTED == "compiled" and MISSING:
     raise ImportError(f"{VARIABLE} is compiled, but {MISSING}; {_HOW_TO_BUILD}.")
 COMPILED = MISSING is None and WANTED != "reference"
+POINTS_COMPILED = COMPILED and all(hasattr(torch.ops.dimaskdino, name) for name in _POINT_OPS)
+MASKS_COMPILED = COMPILED and hasattr(torch.ops.dimaskdino, "resized_masks")
 _told: set[str] = set()
 
 

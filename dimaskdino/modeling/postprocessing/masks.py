@@ -11,6 +11,7 @@ from detectron2.config import CfgNode
 from torch import Tensor
 
 from dimaskdino.errors import check_choice
+from dimaskdino.modeling.postprocessing.resized import can_resize, resized_masks
 from dimaskdino.structures import MaskLogits, RleMasks
 from dimaskdino.structures.rle_masks import Size, rle_from_edges, run_edges
 
@@ -127,6 +128,12 @@ TWO_STEP = MaskRendering()
 
 def _two_step(logits: Tensor, frame: Frame, canvas: "_Canvas", first: int, _: int) -> Tensor:
     """Resize (N, h, w) logits to the padded size, crop, and resize to the asked size; returns the qualities (N,)."""
+    if can_resize(logits):
+        masks = canvas.room(first, len(logits))
+        steps = [(frame.padded, frame.image), *([(frame.output, frame.output)] if frame.image != frame.output else [])]
+        qualities = resized_masks(logits, steps, masks)
+        canvas.add_all(first, masks)
+        return qualities
     logits = frame.crop_and_resize(frame.on_canvas(logits))
     masks = logits > 0
     for number, mask in enumerate(masks, start=first):
@@ -200,6 +207,13 @@ class _Bitmaps:
         """Add a piece (h, w) bool of a mask at its place."""
         self._bitmaps[number, top : top + piece.shape[0], left : left + piece.shape[1]] = piece
 
+    def room(self, first: int, count: int) -> Tensor:
+        """(count, H, W) bool to be filled with some whole masks, for :meth:`add_all`."""
+        return self._bitmaps[first : first + count]
+
+    def add_all(self, first: int, masks: Tensor) -> None:
+        """Whole masks from :meth:`room`, which are where they belong."""
+
     def result(self) -> Tensor:
         return self._bitmaps
 
@@ -214,6 +228,15 @@ class _Rles:
     def add(self, number: int, piece: Tensor, top: int, left: int) -> None:
         """Add a piece (h, w) bool of a mask at its place."""
         self._edges[number].append(run_edges(piece.cpu().numpy(), top, left, self._size[0]))
+
+    def room(self, first: int, count: int) -> Tensor:
+        """(count, H, W) bool to be filled with some whole masks, for :meth:`add_all`."""
+        return torch.empty((count, *self._size), dtype=torch.bool)
+
+    def add_all(self, first: int, masks: Tensor) -> None:
+        """Add whole masks (n, H, W) bool."""
+        for number, mask in enumerate(masks, start=first):
+            self.add(number, mask, 0, 0)
 
     def result(self) -> RleMasks:
         return RleMasks([rle_from_edges(np.concatenate(edges), self._size) for edges in self._edges], self._size)
