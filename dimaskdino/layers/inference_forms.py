@@ -82,7 +82,8 @@ class InferenceConv2d(Conv2d):
                 bias = (shift if bias is None else shift + bias.float() * scale).to(weight.dtype)
                 weight = (weight.float() * scale[:, None, None, None]).to(weight.dtype)
             short = winograd.transform_weight(weight) if self._has_short_cut() else None
-            weight = weight.contiguous(memory_format=torch.channels_last)
+            if weight.device.type == "cpu":
+                weight = weight.contiguous(memory_format=torch.channels_last)
             self._prepared = _Prepared(source, weight, bias, short)
         return self._prepared
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dimaskdino.layers import ms_deform_attn_ops as ops
+from dimaskdino.layers.ms_deform_attn_ops import use_loops
 
 
 def sample_points(maps: Tensor, points: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def sample_binary_masks(masks: Tensor, index: Tensor, points: Tensor) -> Tensor:
     Returns:
         (N, P) float32 in [0, 1].
     """
-    if _use_compiled(points):
+    if use_loops(points):
         return torch.ops.dimaskdino.sample_masks(masks, index, points)
     _, height, width = masks.shape
     # The sizes stay numbers: a tensor of them would have to be copied to the device, and waited for.
@@ -73,7 +73,7 @@ def uncertain_points(logits: Tensor, candidates: int, uncertain: int, total: int
         (N, total, 2) as (x, y) in [0, 1), the uncertain ones first, in no order. Where the compiled op runs (on the
         CPU), other points than without it come from the same seed, of the same distribution.
     """
-    if _use_compiled(logits):
+    if use_loops(logits):
         # One number of torch's generator, so that a seed decides the points; each map has a stream of its own.
         seed = int(torch.randint(2**62, ()))
         return torch.ops.dimaskdino.uncertain_points(logits, seed, candidates, uncertain, total)
@@ -95,12 +95,8 @@ def sigmoid_and_sums(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         The sigmoid (N, P), and (N, 1) the sums of the softplus and of the sigmoid.
     """
-    if _use_compiled(logits) and logits.is_contiguous():
+    if use_loops(logits) and logits.is_contiguous():
         softplus, total = torch.ops.dimaskdino.sigmoid_and_sums(logits).split(1, dim=1)
         return logits, softplus, total
     probability = logits.sigmoid()
     return probability, F.softplus(logits).sum(-1, keepdim=True), probability.sum(-1, keepdim=True)
-
-
-def _use_compiled(tensor: Tensor) -> bool:
-    return ops.POINTS_COMPILED and tensor.device.type == "cpu" and tensor.dtype == torch.float32

@@ -79,7 +79,7 @@ class TestCompiled:
 
     @pytest.fixture(autouse=True)
     def needs_the_op(self) -> None:
-        if not ops.POINTS_COMPILED:
+        if not ops.LOOPS_COMPILED:
             pytest.skip("the op was built without them")
 
     def test_masks_are_sampled_as_in_plain_pytorch(self, monkeypatch):
@@ -88,7 +88,7 @@ class TestCompiled:
         points = torch.rand(4, 700, 2) * 1.4 - 0.2
         points[0, :4] = torch.tensor([[0.0, 0.0], [1.0, 1.0], [1e9, -1e9], [torch.nan, 0.5]])
         compiled = sample_binary_masks(masks, index, points)
-        monkeypatch.setattr(ops, "POINTS_COMPILED", False)
+        monkeypatch.setattr(ops, "LOOPS_COMPILED", False)
         plain = sample_binary_masks(masks, index, points)
         plain[0, 3] = 0.0  # what is not a number is outside
         torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-5)
@@ -121,7 +121,7 @@ class TestCompiled:
         logits = torch.linspace(-3.0, 1.0, 64).expand(8, 48, 64).contiguous()
         torch.manual_seed(0)
         compiled = uncertain_points(logits, 3000, 700, 1000)
-        monkeypatch.setattr(ops, "POINTS_COMPILED", False)
+        monkeypatch.setattr(ops, "LOOPS_COMPILED", False)
         plain = uncertain_points(logits, 3000, 700, 1000)
         for part in (slice(0, 700), slice(700, 1000)):
             for axis in (0, 1):

@@ -11,7 +11,8 @@ from detectron2.config import CfgNode
 from torch import Tensor
 
 from dimaskdino.errors import check_choice
-from dimaskdino.modeling.postprocessing.resized import can_resize, resized_masks
+from dimaskdino.layers.ms_deform_attn_ops import use_loops
+from dimaskdino.modeling.postprocessing.resized import resized_masks
 from dimaskdino.structures import MaskLogits, RleMasks
 from dimaskdino.structures.rle_masks import Size, rle_from_edges, run_edges
 
@@ -112,9 +113,11 @@ class MaskRendering:
         canvas = _Rles(frame.output, len(queries)) if self.format == "rle" else _Bitmaps(frame.output, queries)
         pixels = self.memory_mb * 2**20 // _BYTES_PER_PIXEL
         per_mask = math.prod(predicted.features.shape[-2:])
-        if self.interpolation == "two_step":
-            per_mask = max(per_mask, math.prod(frame.padded), math.prod(frame.output))
         qualities, done = [queries.new_zeros(0, dtype=torch.float32)], 0
+        if self.interpolation == "two_step":
+            largest = max(math.prod(frame.padded), math.prod(frame.output))
+            # The loops need nothing of the larger sizes but the bitmap.
+            per_mask = max(per_mask, math.ceil(largest / _BYTES_PER_PIXEL) if use_loops(qualities[0]) else largest)
         for chunk in queries.split(max(1, pixels // per_mask)):
             logits = predicted.select(image, chunk).float()
             make = _two_step if self.interpolation == "two_step" else _direct
@@ -128,7 +131,7 @@ TWO_STEP = MaskRendering()
 
 def _two_step(logits: Tensor, frame: Frame, canvas: "_Canvas", first: int, _: int) -> Tensor:
     """Resize (N, h, w) logits to the padded size, crop, and resize to the asked size; returns the qualities (N,)."""
-    if can_resize(logits):
+    if use_loops(logits):
         masks = canvas.room(first, len(logits))
         steps = [(frame.padded, frame.image), *([(frame.output, frame.output)] if frame.image != frame.output else [])]
         qualities = resized_masks(logits, steps, masks)

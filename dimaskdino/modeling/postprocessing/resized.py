@@ -5,13 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dimaskdino.layers import ms_deform_attn_ops as ops
 from dimaskdino.structures.rle_masks import Size
-
-
-def can_resize(logits: Tensor) -> bool:
-    """Whether :func:`resized_masks` works for these logits."""
-    return ops.MASKS_COMPILED and logits.device.type == "cpu" and logits.dtype == torch.float32
 
 
 def resized_masks(logits: Tensor, steps: Sequence[tuple[Size, Size]], masks: Tensor) -> Tensor:

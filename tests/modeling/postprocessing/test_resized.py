@@ -3,12 +3,13 @@
 import pytest
 import torch
 
+from dimaskdino.layers import ms_deform_attn_ops
 from dimaskdino.modeling.postprocessing import Frame, MaskRendering
 from dimaskdino.modeling.postprocessing import masks as rendering
-from dimaskdino.modeling.postprocessing.resized import can_resize, resized_masks
+from dimaskdino.modeling.postprocessing.resized import resized_masks
 from dimaskdino.structures import MaskLogits
 
-pytestmark = pytest.mark.skipif(not can_resize(torch.zeros(1)), reason="the op was built without it")
+pytestmark = pytest.mark.skipif(not ms_deform_attn_ops.LOOPS_COMPILED, reason="the op was built without it")
 
 
 @pytest.mark.parametrize(
@@ -29,7 +30,7 @@ def test_masks_and_qualities_are_those_of_the_steps(padded, image, output, form,
     queries, frame = torch.tensor([0, 3, 8, 5]), Frame(padded, image, output)
     make = MaskRendering(format=form)
     masks, quality = make(predicted, 0, queries, frame)
-    monkeypatch.setattr(rendering, "can_resize", lambda logits: False)
+    monkeypatch.setattr(rendering, "use_loops", lambda logits: False)
     expected, expected_quality = make(predicted, 0, queries, frame)
     if form == "rle":
         assert masks.rles == expected.rles
