@@ -3,6 +3,8 @@
 Inference and a training step (forward, losses, backward; three objects) of one square image, with random weights, the
 two forms in turn in one process, which on the CPU keeps the memory that it frees, as train_net.py does. Losses and
 scores are compared while at it.
+
+With `--against COMMIT` instead: this checkout against an earlier commit, on the CPU, in processes of their own.
 """
 
 import argparse
@@ -17,9 +19,11 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from tabulate import tabulate
 from torch import nn
 
+from benchmarks.against import ROWS, print_table
 from benchmarks.measure import Work, side_by_side
 from dimaskdino.config import get_cfg
 from dimaskdino.engine import keep_freed_memory
+from dimaskdino.errors import UserError
 from dimaskdino.layers import ms_deform_attn_ops
 from dimaskdino.modeling.meta_arch import build_model
 
@@ -79,7 +83,19 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="*", type=int, default=[512, 1024], help="of the image, in inference")
     parser.add_argument("--train-sizes", nargs="*", type=int, default=[512], help="of the image, in training")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each form, of which the median counts")
+    parser.add_argument("--against", metavar="COMMIT", help="compare with this commit instead")
+    parser.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS), help="of --against")
+    parser.add_argument("--threads", type=int, default=0, help="of --against; 0 for torch's own number")
+    parser.add_argument("--cpu-time", action="store_true", help="with --against: CPU time, for busy machines")
     args = parser.parse_args()
+    if args.against:
+        options = ["--threads", str(args.threads), *["--cpu-time"] * args.cpu_time]
+        try:
+            print_table(args.against, args.rows, Path(args.config_file).resolve(), options, args.rounds)
+        except UserError as error:
+            print(error, file=sys.stderr)
+            sys.exit(2)
+        return
     if not ms_deform_attn_ops.COMPILED:
         sys.exit(f"The compiled op is not in use: {ms_deform_attn_ops.MISSING or 'DIMASKDINO_MSDA is reference'}.")
     cfg = get_cfg()

@@ -314,6 +314,8 @@ KEYS: dict[str, Any] = {
     "MODEL.MaskDINO.TEST.MASK_FORMAT": "bitmask",
     # Memory in MiB in which masks are made, chunk by chunk.
     "MODEL.MaskDINO.TEST.MASK_MEMORY_MB": 256,
+    # Weights of the predictor: float32, bfloat16, or auto for bfloat16 where the device computes in it by itself.
+    "MODEL.MaskDINO.TEST.PRECISION": "float32",
     # Add to each detection the index and the features of its query, and to each image its mean feature.
     "MODEL.MaskDINO.TEST.QUERY_FEATURES": False,
     # Which results to give: instances, semantic (of models with masks), panoptic; several at once are possible.

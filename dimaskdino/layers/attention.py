@@ -47,7 +47,7 @@ class FeedForward(nn.Module):
 
     def feed_forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         """Map (B, N, C) to (B, N, C)."""
-        hidden = self.drop(self.linear1(x).relu())
+        hidden = self.drop(self.linear1(x).relu_())
         return norm(x + self.drop(self.linear2(hidden)))
 
     def drop(self, x: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 VARIABLE = "DIMASKDINO_MSDA"
 _OPS = ("ms_deform_attn", "ms_deform_attn_fused", "ms_deform_attn_backward", "ms_deform_attn_fused_backward")
+# Loops over points and masks on a CPU. They were added later: a library that was built before works without.
+_LOOPS = ("resized_masks", "sample_masks", "sigmoid_and_sums", "uncertain_points")
 _HOW_TO_BUILD = "build it with `python -m pip install --no-build-isolation -e .` (docs/op.md)"
 
 
@@ -44,6 +46,7 @@ if WANTED not in ("", "reference", "compiled"):
 if WANTED == "compiled" and MISSING:
     raise ImportError(f"{VARIABLE} is compiled, but {MISSING}; {_HOW_TO_BUILD}.")
 COMPILED = MISSING is None and WANTED != "reference"
+LOOPS_COMPILED = COMPILED and all(hasattr(torch.ops.dimaskdino, name) for name in _LOOPS)
 _told: set[str] = set()
 
 
@@ -72,6 +75,12 @@ def use_compiled(device: torch.device) -> bool:
         _told.add(device.type)
         _tell(device.type, compiled)
     return compiled
+
+
+def use_loops(tensor: Tensor) -> bool:
+    """Whether the compiled loops over points and masks work on a tensor; not while torch traces."""
+    watched = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return LOOPS_COMPILED and tensor.device.type == "cpu" and tensor.dtype == torch.float32 and not watched
 
 
 def _tell(device: str, compiled: bool) -> None:

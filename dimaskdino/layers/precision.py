@@ -2,7 +2,8 @@
 
 Everything else runs in the dtype that autocast chooses. Without autocast a model computes in the dtype of its weights,
 float32 or, in evaluation, bfloat16. Boxes, their logits, scores, and losses are float32 in any case: where they are
-made, the code says ``.float()``.
+made, the code says ``.float()``. With weights in bfloat16 these are float32 as well: the mean and the deviation of the
+pixels, the sums in softmax, norms and deformable attention, and the places that the latter samples.
 """
 
 from collections.abc import Mapping
@@ -12,6 +13,9 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from dimaskdino.errors import ConfigError, check_choice
+
+PRECISIONS = ("float32", "bfloat16", "auto")
 FLOAT32_PARTS: Mapping[str, str] = MappingProxyType(
     {
         "encoder": "half precision cannot tell the pixels of a large level apart; released weights were trained so",
@@ -44,3 +48,32 @@ def to_autocast_dtype(tensor: Tensor) -> Tensor:
     ):
         return tensor
     return tensor.to(torch.get_autocast_dtype(device))
+
+
+def evaluation_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of the weights for one of :data:`PRECISIONS`.
+
+    Raises:
+        ConfigError: another precision, or one that the device would emulate, many times slower.
+    """
+    check_choice("MODEL.MaskDINO.TEST.PRECISION", precision, PRECISIONS)
+    if precision == "float32":
+        return torch.float32
+    if computes_in_bfloat16(device):
+        return torch.bfloat16
+    if precision == "bfloat16":
+        raise ConfigError(
+            f"MODEL.MaskDINO.TEST.PRECISION is bfloat16, which the {device.type} of this machine emulates, many times "
+            "slower; use float32, or auto."
+        )
+    return torch.float32
+
+
+def computes_in_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for products in bfloat16; True for types of devices that do not say."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu":
+        return True
+    tests = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(test is not None and test() for test in tests)

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from dimaskdino.layers.points import sample_binary_masks, sample_points
+from dimaskdino.layers import ms_deform_attn_ops as ops
+from dimaskdino.layers.points import sample_binary_masks, sample_points, sigmoid_and_sums, uncertain_points
 
 
 def pixel_centers(height: int, width: int) -> torch.Tensor:
@@ -71,3 +72,94 @@ def test_sampling_no_masks_gives_none():
 def test_sampling_keeps_the_dtype_of_the_maps():
     maps = torch.randn(1, 2, 4, 4, dtype=torch.float64)
     assert sample_points(maps, torch.rand(1, 3, 2)).dtype == torch.float64
+
+
+class TestCompiled:
+    """The compiled forms against the plain ones."""
+
+    @pytest.fixture(autouse=True)
+    def needs_the_op(self) -> None:
+        if not ops.LOOPS_COMPILED:
+            pytest.skip("the op was built without them")
+
+    def test_masks_are_sampled_as_in_plain_pytorch(self, monkeypatch):
+        masks = torch.rand(3, 37, 21) > 0.5
+        index = torch.tensor([2, 0, 2, 1])
+        points = torch.rand(4, 700, 2) * 1.4 - 0.2
+        points[0, :4] = torch.tensor([[0.0, 0.0], [1.0, 1.0], [1e9, -1e9], [torch.nan, 0.5]])
+        compiled = sample_binary_masks(masks, index, points)
+        monkeypatch.setattr(ops, "LOOPS_COMPILED", False)
+        plain = sample_binary_masks(masks, index, points)
+        plain[0, 3] = 0.0  # what is not a number is outside
+        torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-5)
+
+    def test_a_mask_that_does_not_exist_is_refused(self):
+        with pytest.raises(IndexError, match="index 3"):
+            torch.ops.dimaskdino.sample_masks(torch.zeros(3, 4, 4).bool(), torch.tensor([3]), torch.rand(1, 2, 2))
+
+    def test_uncertain_points_are_the_best_candidates(self):
+        # The same seed gives the same candidates, of which some are chosen, and the same uniform points.
+        logits = torch.randn(2, 16, 16)
+        torch.manual_seed(3)
+        everything = uncertain_points(logits, 1000, 0, 1250)
+        torch.manual_seed(3)
+        chosen = uncertain_points(logits, 1000, 250, 1250)
+        torch.manual_seed(3)
+        candidates = uncertain_points(logits, 1000, 1000, 1000)
+        certainty = sample_points(logits[:, None], candidates)[:, 0].abs()
+        best = certainty.sort(1).values[:, :250]
+        of_chosen = sample_points(logits[:, None], chosen[:, :250])[:, 0].abs()
+        torch.testing.assert_close(of_chosen.sort(1).values, best, rtol=0, atol=1e-5)
+        torch.testing.assert_close(chosen[:, 250:], everything[:, 250:], rtol=0, atol=0)
+
+    def test_equal_candidates_are_taken_as_often_as_asked_for(self):
+        points = uncertain_points(torch.zeros(3, 8, 8), 300, 75, 100)
+        assert points.shape == (3, 100, 2)
+        assert len(points.flatten(0, 1).unique(dim=0)) == 300
+
+    def test_points_are_distributed_as_in_plain_pytorch(self, monkeypatch):
+        logits = torch.linspace(-3.0, 1.0, 64).expand(8, 48, 64).contiguous()
+        torch.manual_seed(0)
+        compiled = uncertain_points(logits, 3000, 700, 1000)
+        monkeypatch.setattr(ops, "LOOPS_COMPILED", False)
+        plain = uncertain_points(logits, 3000, 700, 1000)
+        for part in (slice(0, 700), slice(700, 1000)):
+            for axis in (0, 1):
+                both = (each[:, part, axis].flatten().sort().values for each in (compiled, plain))
+                gap = kolmogorov_smirnov(*both)
+                assert gap < 1.9 * (2 / (8 * (part.stop - part.start))) ** 0.5, (part, axis)
+        coordinates = compiled[:, 700:].flatten(0, 1)
+        assert torch.corrcoef(coordinates.T)[0, 1].abs() < 0.08
+
+    def test_points_follow_the_seed_and_not_the_threads(self):
+        logits = torch.randn(5, 9, 9)
+        results = []
+        threads = torch.get_num_threads()
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            torch.manual_seed(1)
+            results.append(uncertain_points(logits, 90, 30, 40))
+        torch.set_num_threads(threads)
+        assert torch.equal(*results)
+        assert not torch.equal(results[0], uncertain_points(logits, 90, 30, 40))
+
+
+def kolmogorov_smirnov(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Largest distance of the distributions of two sorted samples."""
+    both = torch.cat((first, second))
+    places = [torch.searchsorted(each, both, right=True) / len(each) for each in (first, second)]
+    return float((places[0] - places[1]).abs().max())
+
+
+@pytest.mark.parametrize("points", [1, 8, 700])
+def test_sigmoid_and_its_sums_are_those_of_pytorch(points):
+    torch.manual_seed(0)
+    logits = torch.randn(3, points) * 30
+    logits[0, 0] = 200.0
+    logits[1, 0] = -200.0
+    expected = logits.double()
+    probability, softplus, total = sigmoid_and_sums(logits.clone())
+    torch.testing.assert_close(probability, expected.sigmoid().float(), rtol=1e-5, atol=1e-7)
+    softplus_sum = torch.nn.functional.softplus(expected).sum(1, keepdim=True).float()
+    torch.testing.assert_close(softplus, softplus_sum, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(total, expected.sigmoid().sum(1, keepdim=True).float(), rtol=1e-5, atol=1e-6)

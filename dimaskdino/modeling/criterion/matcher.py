@@ -12,13 +12,13 @@ from torch import Tensor
 
 from dimaskdino.errors import ConfigError
 from dimaskdino.layers.boxes import cxcywh_to_xyxy, generalized_iou
-from dimaskdino.layers.points import sample_binary_masks, sample_points
+from dimaskdino.layers.points import sample_binary_masks, sample_points, sigmoid_and_sums
 from dimaskdino.layers.precision import float32_block
 from dimaskdino.modeling.criterion.points import PointSampler
 from dimaskdino.structures import Matches, StagePrediction, Targets, group_by_mask_features
 
-# Queries whose masks are compared at a time: at 12,544 points each, the largest tensors of the matching.
-_QUERIES_PER_CHUNK = 1024
+# Queries whose masks are compared at a time: at 12,544 points each, what a processor's last cache holds.
+_QUERIES_PER_CHUNK = 256
 
 
 class CostTerm(Protocol):
@@ -106,10 +106,10 @@ class MaskCost:
     def _cost(self, logits: Tensor, labels: Tensor) -> Tensor:
         """(Q, n) from mask logits (Q, P) and labels (n, P) at the points."""
         # Cross entropy with label t is softplus(x) - x t.
-        cross_entropy = (F.softplus(logits).sum(-1, keepdim=True) - logits @ labels.T) / labels.shape[1]
-        probability = logits.sigmoid()
-        total = probability.sum(-1, keepdim=True) + labels.sum(-1)
-        dice = 1 - (2 * probability @ labels.T + 1) / (total + 1)
+        products = logits @ labels.T
+        probability, softplus, total = sigmoid_and_sums(logits)
+        cross_entropy = (softplus - products) / labels.shape[1]
+        dice = 1 - (2 * probability @ labels.T + 1) / (total + labels.sum(-1) + 1)
         return self.ce_weight * cross_entropy + self.dice_weight * dice
 
 

@@ -7,7 +7,7 @@ from detectron2.config import CfgNode, configurable
 from torch import Tensor
 
 from dimaskdino.errors import ConfigError
-from dimaskdino.layers.points import sample_points
+from dimaskdino.layers.points import uncertain_points
 
 
 class PointSampler(Protocol):
@@ -56,13 +56,6 @@ class RandomPointSampler:
         """Uniform points, (P, 2)."""
         return torch.rand(self.num_points, 2, device=device)
 
-    @torch.no_grad()
     def per_mask(self, logits: Tensor) -> Tensor:
         """The most uncertain of the candidates, then uniform points, (N, P, 2)."""
-        count, device = len(logits), logits.device
-        candidates = torch.rand(count, self.num_candidates, 2, device=device)
-        certainty = sample_points(logits[:, None], candidates)[:, 0].abs()
-        chosen = certainty.topk(self.num_uncertain, dim=1, largest=False, sorted=False).indices
-        uncertain = candidates.gather(1, chosen[..., None].expand(-1, -1, 2))
-        others = torch.rand(count, self.num_points - self.num_uncertain, 2, device=device)
-        return torch.cat((uncertain, others), dim=1)
+        return uncertain_points(logits, self.num_candidates, self.num_uncertain, self.num_points)

@@ -12,7 +12,9 @@ from detectron2.structures import ImageList
 from torch import Tensor, nn
 
 from dimaskdino.errors import ConfigError
+from dimaskdino.layers.inference_forms import use_inference_forms
 from dimaskdino.layers.padding import PaddedBatch
+from dimaskdino.layers.precision import evaluation_dtype
 from dimaskdino.modeling.criterion import Criterion, PointSampler, StepObjects
 from dimaskdino.modeling.policies import compile_layers, use_channels_last
 from dimaskdino.modeling.postprocessing import Frame, PostProcessor, class_mask, mean_feature, thing_classes
@@ -70,6 +72,7 @@ class DIMaskDINO(nn.Module):
         self.register_buffer("has_box_loss", class_mask(box_classes, num_classes), persistent=False)
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
+        use_inference_forms(self)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, point_sampler: PointSampler | None = None) -> dict[str, Any]:
@@ -107,6 +110,20 @@ class DIMaskDINO(nn.Module):
     def dtype(self) -> torch.dtype:
         """Of the weights."""
         return next(self.parameters()).dtype
+
+    def set_precision(self, precision: str) -> None:
+        """Cast the weights once, for evaluation; a model in bfloat16 cannot be trained.
+
+        Args:
+            precision: float32, bfloat16, or auto for bfloat16 where the device computes in it by itself.
+
+        Raises:
+            ConfigError: the device would emulate it.
+        """
+        pixels = {"pixel_mean": self.pixel_mean, "pixel_std": self.pixel_std}
+        self.to(evaluation_dtype(precision, self.device))
+        for name, values in pixels.items():  # 255 values need more than the 8 bits of bfloat16
+            setattr(self, name, values)
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -203,7 +220,11 @@ class DIMaskDINO(nn.Module):
             (given["image"].to(self.device).float() - self.pixel_mean) / self.pixel_std for given in batched_inputs
         ]
         padded = ImageList.from_tensors(images, self.size_divisibility)
-        return ImageList(padded.tensor.to(self.dtype), padded.image_sizes)
+        tensor = padded.tensor.to(self.dtype)
+        if not self.training and self.device.type == "cpu":
+            # Convolutions are faster so, and feature maps become tokens without a copy.
+            tensor = tensor.contiguous(memory_format=torch.channels_last)
+        return ImageList(tensor, padded.image_sizes)
 
     def _results(
         self,

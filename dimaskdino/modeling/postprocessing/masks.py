@@ -11,6 +11,8 @@ from detectron2.config import CfgNode
 from torch import Tensor
 
 from dimaskdino.errors import check_choice
+from dimaskdino.layers.ms_deform_attn_ops import use_loops
+from dimaskdino.modeling.postprocessing.resized import resized_masks
 from dimaskdino.structures import MaskLogits, RleMasks
 from dimaskdino.structures.rle_masks import Size, rle_from_edges, run_edges
 
@@ -111,9 +113,11 @@ class MaskRendering:
         canvas = _Rles(frame.output, len(queries)) if self.format == "rle" else _Bitmaps(frame.output, queries)
         pixels = self.memory_mb * 2**20 // _BYTES_PER_PIXEL
         per_mask = math.prod(predicted.features.shape[-2:])
-        if self.interpolation == "two_step":
-            per_mask = max(per_mask, math.prod(frame.padded), math.prod(frame.output))
         qualities, done = [queries.new_zeros(0, dtype=torch.float32)], 0
+        if self.interpolation == "two_step":
+            largest = max(math.prod(frame.padded), math.prod(frame.output))
+            # The loops need nothing of the larger sizes but the bitmap.
+            per_mask = max(per_mask, math.ceil(largest / _BYTES_PER_PIXEL) if use_loops(qualities[0]) else largest)
         for chunk in queries.split(max(1, pixels // per_mask)):
             logits = predicted.select(image, chunk).float()
             make = _two_step if self.interpolation == "two_step" else _direct
@@ -127,6 +131,12 @@ TWO_STEP = MaskRendering()
 
 def _two_step(logits: Tensor, frame: Frame, canvas: "_Canvas", first: int, _: int) -> Tensor:
     """Resize (N, h, w) logits to the padded size, crop, and resize to the asked size; returns the qualities (N,)."""
+    if use_loops(logits):
+        masks = canvas.room(first, len(logits))
+        steps = [(frame.padded, frame.image), *([(frame.output, frame.output)] if frame.image != frame.output else [])]
+        qualities = resized_masks(logits, steps, masks)
+        canvas.add_all(first, masks)
+        return qualities
     logits = frame.crop_and_resize(frame.on_canvas(logits))
     masks = logits > 0
     for number, mask in enumerate(masks, start=first):
@@ -200,6 +210,13 @@ class _Bitmaps:
         """Add a piece (h, w) bool of a mask at its place."""
         self._bitmaps[number, top : top + piece.shape[0], left : left + piece.shape[1]] = piece
 
+    def room(self, first: int, count: int) -> Tensor:
+        """(count, H, W) bool to be filled with some whole masks, for :meth:`add_all`."""
+        return self._bitmaps[first : first + count]
+
+    def add_all(self, first: int, masks: Tensor) -> None:
+        """Whole masks from :meth:`room`, which are where they belong."""
+
     def result(self) -> Tensor:
         return self._bitmaps
 
@@ -214,6 +231,15 @@ class _Rles:
     def add(self, number: int, piece: Tensor, top: int, left: int) -> None:
         """Add a piece (h, w) bool of a mask at its place."""
         self._edges[number].append(run_edges(piece.cpu().numpy(), top, left, self._size[0]))
+
+    def room(self, first: int, count: int) -> Tensor:
+        """(count, H, W) bool to be filled with some whole masks, for :meth:`add_all`."""
+        return torch.empty((count, *self._size), dtype=torch.bool)
+
+    def add_all(self, first: int, masks: Tensor) -> None:
+        """Add whole masks (n, H, W) bool."""
+        for number, mask in enumerate(masks, start=first):
+            self.add(number, mask, 0, 0)
 
     def result(self) -> RleMasks:
         return RleMasks([rle_from_edges(np.concatenate(edges), self._size) for edges in self._edges], self._size)

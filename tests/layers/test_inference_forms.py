@@ -1,0 +1,112 @@
+"""Layers in their forms of evaluation: same results, same weights, nothing left of them in training."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from torch import nn
+
+from dimaskdino.layers import winograd
+from dimaskdino.layers.inference_forms import InferenceConv2d, InferenceLinear, use_inference_forms
+
+
+def frozen_norm(channels: int) -> FrozenBatchNorm2d:
+    norm = FrozenBatchNorm2d(channels)
+    for name, value in (("weight", 1.5), ("bias", -0.3), ("running_mean", 0.2)):
+        getattr(norm, name).copy_(torch.randn(channels) * 0.1 + value)
+    norm.running_var.copy_(torch.rand(channels) + 0.5)
+    return norm
+
+
+def conv(*args: int, **options) -> Conv2d:
+    torch.manual_seed(0)
+    return Conv2d(*args, **options, norm=frozen_norm(args[1]), activation=F.relu).eval()
+
+
+def in_form(module: nn.Module) -> nn.Module:
+    module = copy.deepcopy(module)
+    use_inference_forms(module)
+    return module
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"stride": 2, "padding": 1}, {"groups": 2}, {"dilation": 2}])
+def test_a_frozen_norm_is_folded(options):
+    plain = conv(6, 8, 3, **options)
+    x = torch.randn(2, 6, 11, 9)
+    with torch.no_grad():
+        expected, found = plain(x), in_form(plain)(x)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_other_norms_stay():
+    plain = Conv2d(4, 32, 1, bias=False, norm=nn.GroupNorm(32, 32)).eval()
+    x = torch.randn(1, 4, 5, 5)
+    with torch.no_grad():
+        torch.testing.assert_close(in_form(plain)(x), plain(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(13, 9), (8, 8), (1, 1), (3, 21)])
+@pytest.mark.parametrize("strip_bytes", [1, 2**25])
+def test_the_short_cut_convolves(size, strip_bytes, monkeypatch):
+    monkeypatch.setattr(winograd, "_STRIP_BYTES", strip_bytes)
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, 5, *size), torch.randn(7, 5, 3, 3), torch.randn(7)
+    expected = F.conv2d(x.double(), weight.double(), bias.double(), padding=1).float()
+    found = winograd.conv3x3(x, winograd.transform_weight(weight), bias)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    without = winograd.conv3x3(x, winograd.transform_weight(weight), None)
+    torch.testing.assert_close(without, expected - bias[:, None, None], rtol=1e-4, atol=1e-4)
+
+
+def test_wide_convolutions_take_the_short_cut_and_stay_near():
+    plain = conv(128, 128, 3, padding=1)
+    x = torch.randn(1, 128, 10, 14)
+    short = in_form(plain)
+    with torch.no_grad():
+        expected, found = plain(x), short(x)
+    assert short._prepared.winograd is not None
+    assert (found - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
+def test_changed_weights_are_noticed():
+    plain = conv(4, 4, 1)
+    short, x = in_form(plain), torch.randn(1, 4, 3, 3)
+    with torch.no_grad():
+        short(x)
+        for module in (plain, short):
+            module.weight.mul_(2)
+            module.norm.bias.add_(1)
+        torch.testing.assert_close(short(x), plain(x), rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_and_training_run_in_the_plain_form():
+    plain = conv(4, 4, 1)
+    short, x = in_form(plain), torch.randn(1, 4, 3, 3)
+    with torch.no_grad():
+        short(x)
+    assert torch.equal(short(x), plain(x))
+    short(x).sum().backward()
+    assert short.weight.grad is not None
+    assert short.train()._prepared is None
+
+
+def test_names_and_weights_stay():
+    model = nn.Sequential(conv(4, 4, 1), nn.Linear(4, 2), nn.MultiheadAttention(4, 2))
+    short = in_form(model)
+    assert isinstance(short[0], InferenceConv2d)
+    assert isinstance(short[1], InferenceLinear)
+    with torch.no_grad():
+        short[0](torch.randn(1, 4, 3, 3))
+    assert list(short.state_dict()) == list(model.state_dict())
+    torch.save(short, "/dev/null")
+
+
+def test_linear_maps_are_the_same():
+    plain = nn.Linear(6, 5).eval()
+    short = in_form(plain)
+    for shape in ((6,), (3, 6), (2, 0, 6), (2, 3, 4, 6)):
+        x = torch.randn(shape)
+        with torch.no_grad():
+            torch.testing.assert_close(short(x), plain(x), rtol=1e-5, atol=1e-6)
