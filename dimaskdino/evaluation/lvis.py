@@ -1,5 +1,7 @@
 """LVIS's average precision: each image is labeled for some classes alone; rare, common, and frequent classes."""
 
+import contextlib
+import io
 import math
 
 import hotcoco
@@ -25,7 +27,8 @@ class LvisEvaluator(CocoEvaluator):
             evaluation.params.img_ids = seen
         evaluation.evaluate()
         evaluation.accumulate()
-        evaluation.summarize()
+        with contextlib.redirect_stdout(io.StringIO()):  # It prints its table, which the log has as well.
+            evaluation.summarize()
         found = evaluation.get_results()
         scores = {name: 100 * found[name] if found[name] > -1 else math.nan for name in _METRICS}
         self._check_measured(scores, seen)

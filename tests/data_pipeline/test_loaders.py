@@ -111,9 +111,9 @@ def test_training_without_objects_names_dataset_and_key(
     ("change", "said"),
     [
         (lambda mapped: mapped | {"image": mapped["image"].numpy()}, "image.*ndarray"),
-        (lambda mapped: mapped | {"image": mapped["image"][0]}, r"image.*Tensor \(1024, 1024\).*\(C, H, W\)"),
+        (lambda mapped: mapped | {"image": mapped["image"][0]}, r"image.*Tensor \(64, 64\).*\(C, H, W\)"),
         (lambda mapped: {"image": mapped["image"]}, "instances.*NoneType"),
-        (lambda mapped: mapped | {"image": mapped["image"][:, :-1]}, r"instances of \(1024, 1024\).*\(3, 1023, 1024\)"),
+        (lambda mapped: mapped | {"image": mapped["image"][:, :-1]}, r"instances of \(64, 64\).*\(3, 63, 64\)"),
         (lambda mapped: 3, "image"),
     ],
 )

@@ -16,6 +16,7 @@ from PIL import Image
 
 from dimaskdino.config import Config
 from dimaskdino.data import build_test_loader, build_train_loader, register_all
+from dimaskdino.data.readers import PilReader
 from dimaskdino.data.validation import start
 from dimaskdino.data.validation.start import check_datasets
 from dimaskdino.errors import ConfigError, DatasetError
@@ -418,8 +419,8 @@ def test_headers_are_read_evenly_and_then_in_time(
     sizes = {"width": WIDTH, "height": HEIGHT}
     rewrite(lambda coco: coco["images"].extend({"id": i, "file_name": f"{i}.png", **sizes} for i in range(3, 10)))
     read: list[str] = []
-    header = start.read_header
-    monkeypatch.setattr(start, "read_header", lambda path: read.append(Path(path).name) or header(path))
+    header = PilReader.header
+    monkeypatch.setattr(PilReader, "header", lambda self, path: read.append(Path(path).name) or header(self, path))
     monkeypatch.setattr(start, "LEAST_HEADERS", 3)
     monkeypatch.setattr(start, "MOST_SECONDS", seconds)
     with caplog.at_level(logging.INFO):
