@@ -99,8 +99,8 @@ class Predictor:
         register_all(cfg=self.cfg)  # A panoptic model asks its datasets which classes are things.
         self.model = build_model(self.cfg).eval()
         Checkpointer(self.model).load(str(self.weights))
-        if hasattr(self.model, "set_precision"):  # a model of the user's own may have none
-            self.model.set_precision(self.cfg.MODEL.MaskDINO.TEST.PRECISION)
+        if set_precision := getattr(self.model, "set_precision", None):  # a model of the user's own may have none
+            set_precision(self.cfg.MODEL.MaskDINO.TEST.PRECISION)
         self.classes = classes or classes_of(self.cfg)
         self.refine.check(self.classes.things)
         self._resize = test_resize(self.cfg)[0]

@@ -57,7 +57,7 @@ def write_onnx(export: Export, path: Path) -> None:
         torch.onnx.export(
             export.graph,
             export.inputs,
-            buffer,
+            buffer,  # type: ignore[arg-type]
             dynamo=False,
             opset_version=export.opset,
             input_names=names,

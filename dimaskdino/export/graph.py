@@ -1,6 +1,7 @@
 """What is exported: a model's own parts, from images to a fixed number of results."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -114,9 +115,10 @@ def check_exportable(model: nn.Module, cfg: Config) -> None:
 
 def has_enough_tokens(model: DIMaskDINO, height: int, width: int) -> bool:
     """Whether an image of this size in px has as many tokens as the model selects, so that their number is fixed."""
-    decoder = model.sem_seg_head.predictor
+    head: Any = model.sem_seg_head
+    decoder = head.predictor
     if getattr(decoder, "selection", None) is None:
         return True
     with torch.no_grad():
-        levels = model.sem_seg_head.pixel_decoder(model.backbone(torch.zeros(1, 3, height, width))).levels
+        levels = head.pixel_decoder(model.backbone(torch.zeros(1, 3, height, width))).levels
     return sum(level.shape[-2] * level.shape[-1] for level in levels) >= decoder.num_first_selected

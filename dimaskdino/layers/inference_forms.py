@@ -125,4 +125,4 @@ def _applies(x: Tensor, weight: Tensor) -> bool:
 
 
 def _runs_in_onednn(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype == torch.float32 and _ONEDNN and torch.backends.mkldnn.enabled
+    return x.device.type == "cpu" and x.dtype == torch.float32 and _ONEDNN and bool(torch.backends.mkldnn.enabled)

@@ -43,6 +43,8 @@ class DIMaskDINO(nn.Module):
     """
 
     has_box_loss: Tensor
+    pixel_mean: Tensor
+    pixel_std: Tensor
     ignores_padding = False
     """Whether boxes are parts of each image and padding is masked; otherwise the padded canvas counts as the image."""
 

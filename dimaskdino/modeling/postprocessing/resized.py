@@ -21,7 +21,7 @@ def resized_masks(logits: Tensor, steps: Sequence[tuple[Size, Size]], masks: Ten
     Returns:
         (N,) mean probability inside each mask; 0 for an empty one.
     """
-    axes = []
+    axes: list[Tensor] = []
     for axis, cells in enumerate(logits.shape[1:]):
         axes += _taps(cells, [(size[axis], kept[axis]) for size, kept in steps])
     probability, area = torch.ops.dimaskdino.resized_masks(logits, *axes, masks).unbind(1)
