@@ -49,7 +49,7 @@ def own(tmp_path: Path) -> list[str]:
 
 def configured(*opts: str, config: str = "configs/own_data.yaml", num_gpus: int = 0) -> Config:
     return load_config(
-        Namespace(config_file=str(REPOSITORY / config), opts=list(opts), eval_layers="", num_gpus=num_gpus)
+        Namespace(config_file=str(REPOSITORY / config), opts=list(opts), eval_layers="", num_gpus=num_gpus, modules=[])
     )
 
 
@@ -92,7 +92,9 @@ def test_model_of_a_cpu_is_small(own: list[str], tmp_path: Path) -> None:
     assert configured(*own, "MODEL.WEIGHTS", "release.pth").MODEL.BACKBONE.NAME == "build_resnet_backbone"
     # The run's own file stands for itself.
     (tmp_path / "config.yaml").write_text(on_cpu.dump())
-    again = load_config(Namespace(config_file=str(tmp_path / "config.yaml"), opts=[], eval_layers="", num_gpus=1))
+    again = load_config(
+        Namespace(config_file=str(tmp_path / "config.yaml"), opts=[], eval_layers="", num_gpus=1, modules=[])
+    )
     assert changed_settings(on_cpu.dump(), again.dump()) == []
 
 

@@ -111,7 +111,7 @@ def test_resumed_run_keeps_its_learning_rate(toy_cfg: Config, caplog: pytest.Log
     with caplog.at_level(logging.WARNING):
         trainer.resume_or_load(resume=True)
     assert {group["initial_lr"] for group in trainer.optimizer.param_groups} == {0.01, 0.001}
-    assert re.search(r"learning rates of the run, \[.*0\.01\b.*\], .*SOLVER.BASE_LR .* \[.*0\.02\b.*\]", caplog.text)
+    assert re.search(r"learning rates of the run, \[.*0\.01\b.*\], .*SOLVER.BASE_LR\b.* \[.*0\.02\b.*\]", caplog.text)
 
 
 def test_checkpoint_period_zero_saves_the_last_only(toy_cfg: Config) -> None:
