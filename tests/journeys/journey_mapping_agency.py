@@ -1,4 +1,4 @@
-"""A mapping agency: large pictures cut to tiles, rotations, predicted whole with overlap, scored at 1,000 detections."""
+"""A mapping agency: large pictures cut to tiles, rotations, predicted whole, scored at 1,000 detections."""
 
 import importlib.util
 import json
