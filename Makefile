@@ -15,7 +15,7 @@ CSRC := $(shell find dimaskdino/layers/csrc -type f)
 # What `make cuda-check` compiles for; a toolkit older than CUDA 13 also knows 7.0.
 CUDA_ARCHS ?= 7.5;8.0;9.0;10.0
 
-.PHONY: install demo demo-all reproduce-demo test cases stress bench browser-check sanitize cuda-check gpu-check lint clean
+.PHONY: install demo demo-all reproduce-demo test cases journeys stress bench browser-check sanitize cuda-check gpu-check lint clean
 
 install: $(STAMP)
 
@@ -66,6 +66,10 @@ stress: $(STAMP)
 # The page of tools/browse.py in the system's Chromium; says so and skips where gradio, Playwright or Chromium is missing.
 browser-check: $(STAMP)
 	$(BIN)/python -m pytest -q -rs -m browser tests/cli/test_browse.py
+
+# Whole ways of users, from their labels to their results, with modules of their own: minutes on a CPU.
+journeys: $(STAMP)
+	$(BIN)/python -m pytest tests/journeys/journey_*.py
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.ms_deform_attn

@@ -71,8 +71,10 @@ def test_keys_of_commands_exist(words: list[str]) -> None:
 def test_flags_of_tools_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     import check_dataset
     import convert_dataset
+    import tile_dataset
 
-    tools = {"tools/check_dataset.py": check_dataset, "tools/convert_dataset.py": convert_dataset}
+    modules = (check_dataset, convert_dataset, tile_dataset)
+    tools = {f"tools/{module.__name__}.py": module for module in modules}
     for script, *arguments in [each for each in commands() if each[0] in tools]:
         monkeypatch.setattr("sys.argv", [script, *arguments])
         assert isinstance(tools[script].parse_args(), argparse.Namespace)
