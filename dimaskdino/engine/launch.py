@@ -172,8 +172,9 @@ def _run_in_job(main: Main, args: Namespace, *, num_local: int, local_rank: int,
     except BaseException as error:  # noqa: BLE001 (the process ends)
         # The launcher ends all processes once one has failed; this one reports its error first.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        _report(_with_silent_processes(error), num_local, local_rank)
-        _end_process(_exit_status(error))
+        explained = _with_silent_processes(error)
+        _report(explained, num_local, local_rank)
+        _end_process(_exit_status(explained))
 
 
 def _join(*, num_local: int, local_rank: int, on_gpu: bool, **job: Any) -> None:

@@ -191,7 +191,7 @@ if "RefusingToyDetector" not in META_ARCH_REGISTRY:
 
 
 def skip_together(cfg: Config, folder: Path) -> tuple[int, Any]:
-    """Train on six images, one of which a process at a time cannot match; returns skipped steps and weights."""
+    """Train on seven images, one of which a process at a time cannot match; returns skipped steps and weights."""
     cfg.MODEL.META_ARCHITECTURE, cfg.SOLVER.NONFINITE, cfg.DATASETS.TEST = "RefusingToyDetector", "skip", ()
     cfg.OUTPUT_DIR = str(folder / "skipped")
     torch.manual_seed(3)
@@ -209,7 +209,7 @@ class NoisyTruth(nn.Module):
         self.unused = nn.Parameter(torch.zeros(()))
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Boxes that are moved by up to 12 px; masks that fill them."""
+        """Boxes that are moved by up to 4 px; masks that fill them."""
         return [{"instances": self._find(image)} for image in batched_inputs]
 
     def _find(self, image: dict[str, Any]) -> Instances:
@@ -217,7 +217,7 @@ class NoisyTruth(nn.Module):
         given = self.entries[image["image_id"]]["annotations"]
         corners = torch.tensor([each["bbox"] for each in given], dtype=torch.float32).reshape(-1, 4)
         corners[:, 2:] += corners[:, :2]
-        corners += 12 * torch.rand(corners.shape, generator=draw)
+        corners += 4 * torch.rand(corners.shape, generator=draw)
         found = Instances((image["height"], image["width"]))
         found.pred_boxes = Boxes(corners)
         found.pred_classes = torch.tensor([each["category_id"] for each in given], dtype=torch.int64)

@@ -125,9 +125,10 @@ class Job:
 
 def _run(job: Job, log: Path) -> None:
     """In the new process: train as train_net.py does, and exit as it does."""
-    with log.open("a") as file:
-        os.dup2(file.fileno(), 2)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.stderr = log.open("a", buffering=1)  # which pytest may have replaced
+    sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+    for number, file in ((1, sys.stdout), (2, sys.stderr)):
+        os.dup2(file.fileno(), number)
     if job.file_limit:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (job.file_limit, resource.RLIM_INFINITY))
