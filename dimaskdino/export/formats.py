@@ -22,7 +22,7 @@ from dimaskdino.layers.exporting import exporting
 
 Run = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 OPSET = 17
-_OLDEST_OPSET = 16  # the first with GridSample
+OPSETS = range(16, 21)  # from the first with GridSample to the last that torch's tracing exporter knows
 _EXTRA_FILE = f"{KEY}.json"
 _AXES = {"images": {2: "height", 3: "width"}, "masks": {2: "mask_height", 3: "mask_width"}}
 
