@@ -22,7 +22,7 @@ from dimaskdino.errors import UserError, run_cli
 from dimaskdino.export.check import differences, reference_results
 from dimaskdino.export.description import describe
 from dimaskdino.export.evaluation import dataset_entries, evaluate
-from dimaskdino.export.formats import FORMATS, OPSET, Export, require
+from dimaskdino.export.formats import FORMATS, OPSET, OPSETS, Export, require
 from dimaskdino.export.graph import ExportGraph, check_exportable, has_enough_tokens, predict
 from dimaskdino.layers.exporting import FORMS
 
@@ -43,7 +43,7 @@ def parse_args() -> argparse.Namespace:
     add("--size", type=at_least(1), nargs=2, metavar=("H", "W"), help="fixed canvas in px (default: any size)")
     add("--batch", type=at_least(1), default=1, help="images at a time of a fixed canvas (default: 1)")
     add("--deformable-attention", choices=FORMS, default="grid_sample", help="its form (default: grid_sample)")
-    add("--opset", type=int, choices=range(16, 21), default=OPSET, metavar="16..20", help=f"of ONNX (default: {OPSET})")
+    add("--opset", type=int, choices=OPSETS, default=OPSET, metavar="16..20", help=f"of ONNX (default: {OPSET})")
     add("--images", type=Path, nargs=CHECKED_IMAGES, help="that the file is checked with (default: of DATASETS.TEST)")
     add("--evaluate", action="store_true", help="also measure AP and time on DATASETS.TEST beside PyTorch's")
     add_import_flag(parser)

@@ -22,7 +22,7 @@ from dimaskdino.layers.exporting import exporting
 
 Run = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 OPSET = 17
-_OLDEST_OPSET = 16  # the first with GridSample
+OPSETS = range(16, 21)  # from the first with GridSample to the last that torch's tracing exporter knows
 _EXTRA_FILE = f"{KEY}.json"
 _AXES = {"images": {2: "height", 3: "width"}, "masks": {2: "mask_height", 3: "mask_width"}}
 
@@ -103,7 +103,7 @@ def write_openvino(export: Export, path: Path) -> None:
 
 def open_torchscript(path: Path, _: int) -> tuple[dict[str, Any], Callable[..., Any]]:
     """The description and the graph of a TorchScript file."""
-    extra = {_EXTRA_FILE: ""}
+    extra: dict[str, Any] = {_EXTRA_FILE: ""}
     with _quiet():
         module = torch.jit.load(str(path), _extra_files=extra)
     return json.loads(extra[_EXTRA_FILE]), module
@@ -111,7 +111,7 @@ def open_torchscript(path: Path, _: int) -> tuple[dict[str, Any], Callable[..., 
 
 def open_torch_export(path: Path, _: int) -> tuple[dict[str, Any], Callable[..., Any]]:
     """The description and the graph of a file of torch.export."""
-    extra = {_EXTRA_FILE: ""}
+    extra: dict[str, Any] = {_EXTRA_FILE: ""}
     program = torch.export.load(path, extra_files=extra)
     return json.loads(extra[_EXTRA_FILE]), program.module()
 

@@ -1,7 +1,7 @@
 """What is exported: a model's own parts, from images to a fixed number of results."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -86,8 +86,9 @@ class ExportGraph(nn.Module):
 
 def predict(model: DIMaskDINO, images: Tensor, image_sizes: Tensor | None = None) -> StagePrediction:
     """The last stage's prediction; arguments as of :meth:`ExportGraph.forward`."""
-    features = model.backbone((images - model.pixel_mean) / model.pixel_std)
-    padding = {}
+    mean, std = cast(Tensor, model.pixel_mean), cast(Tensor, model.pixel_std)
+    features = model.backbone((images - mean) / std)
+    padding: dict[str, Any] = {}
     if model.ignores_padding:
         padding["batch"] = TracedBatch(image_sizes, images.shape[-2:])  # type: ignore[arg-type]
     return model.sem_seg_head(features, **padding).stages[-1]
@@ -116,9 +117,8 @@ def check_exportable(model: nn.Module, cfg: Config) -> None:
 def has_enough_tokens(model: DIMaskDINO, height: int, width: int) -> bool:
     """Whether an image of this size in px has as many tokens as the model selects, so that their number is fixed."""
     head: Any = model.sem_seg_head
-    decoder = head.predictor
-    if getattr(decoder, "selection", None) is None:
+    if getattr(head.predictor, "selection", None) is None:
         return True
     with torch.no_grad():
         levels = head.pixel_decoder(model.backbone(torch.zeros(1, 3, height, width))).levels
-    return sum(level.shape[-2] * level.shape[-1] for level in levels) >= decoder.num_first_selected
+    return sum(level.shape[-2] * level.shape[-1] for level in levels) >= head.predictor.num_first_selected
