@@ -1,6 +1,6 @@
 """What an exported file says of itself: how images are prepared, what the outputs mean, and the class names."""
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -40,7 +40,7 @@ def describe(
         "min_size": cfg.INPUT.MIN_SIZE_TEST,
         "max_size": cfg.INPUT.MAX_SIZE_TEST,
         "divisibility": model.size_divisibility,
-        "pad_value": cast(torch.Tensor, model.pixel_mean).flatten().tolist(),
+        "pad_value": model.pixel_mean.flatten().tolist(),
         "canvas": None if canvas is None else list(canvas),
         "batch": batch,
         "ignores_padding": model.ignores_padding,

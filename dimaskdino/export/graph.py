@@ -1,7 +1,7 @@
 """What is exported: a model's own parts, from images to a fixed number of results."""
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,8 +86,7 @@ class ExportGraph(nn.Module):
 
 def predict(model: DIMaskDINO, images: Tensor, image_sizes: Tensor | None = None) -> StagePrediction:
     """The last stage's prediction; arguments as of :meth:`ExportGraph.forward`."""
-    mean, std = cast(Tensor, model.pixel_mean), cast(Tensor, model.pixel_std)
-    features = model.backbone((images - mean) / std)
+    features = model.backbone((images - model.pixel_mean) / model.pixel_std)
     padding: dict[str, Any] = {}
     if model.ignores_padding:
         padding["batch"] = TracedBatch(image_sizes, images.shape[-2:])  # type: ignore[arg-type]
