@@ -115,7 +115,7 @@ def steps_of_the_trainer(model, clip):
 
 
 @pytest.mark.parametrize("clip", GradientClipper.TYPES)
-def test_a_step_of_the_trainer_waits_for_the_matcher_and_for_its_record(clip):
+def test_training_step_waits_for_matcher_and_record(clip):
     wanted = steps_of_the_trainer(tiny_model(), clip)
     model = tiny_model()
     with accelerator() as traffic:

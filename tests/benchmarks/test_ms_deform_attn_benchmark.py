@@ -12,7 +12,7 @@ from dimaskdino.layers.ms_deform_attn_reference import ms_deform_attn_reference
 pytestmark = pytest.mark.skipif(not ms_deform_attn_ops.COMPILED, reason="the benchmark measures the compiled op")
 
 
-def test_the_command_prints_a_row_for_each_case_dtype_and_pass(monkeypatch, capsys):
+def test_command_prints_a_row_for_each_case_dtype_and_pass(monkeypatch, capsys):
     arguments = ["--device", "cpu", "--cases", "decoder 3", "decoder 5", "--dtypes", "float32", "--rounds", "1"]
     monkeypatch.setattr(sys, "argv", ["ms_deform_attn", *arguments])
     benchmark.main()
@@ -46,12 +46,12 @@ def test_a_wrong_form_of_ours_ends_the_run():
         measure(benchmark.Form(doubled, fused=False))
 
 
-def test_a_wrong_form_of_another_package_is_measured_and_told_of(capsys):
+def test_wrong_form_of_another_package_is_measured_and_reported(capsys):
     assert measure(benchmark.Form(doubled, fused=False, ours=False)).keys() == {"form"}
     assert "form: 768 of 768 elements are wrong, by 1 of the largest" in capsys.readouterr().err
 
 
-def test_what_another_package_cannot_do_is_left_out_and_told_of(capsys):
+def test_what_another_package_cannot_do_is_left_out(capsys):
     assert measure(benchmark.Form(unable, fused=False, ours=False)) == {}
     assert "without form: no kernel for this architecture" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="no kernel for this architecture"):

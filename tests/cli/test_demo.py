@@ -41,7 +41,7 @@ def assert_shown(finished, output: Path) -> None:
         assert min(image.size) > 400
 
 
-def test_the_demo_trains_reports_and_draws_and_quick_shows_its_model(
+def test_demo_trains_and_reports_and_quick_shows_its_model(
     run, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output, quick = tmp_path / "demo", tmp_path / "quick"

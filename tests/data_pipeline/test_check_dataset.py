@@ -218,7 +218,7 @@ def test_unusable_masks_boxes_and_images_do_not_stop_the_drawing(
     assert [path.name for path in draw_samples(inspection.dataset, 9, tmp_path / "drawn")] == ["one.png"]
 
 
-def test_images_of_one_stem_are_drawn_into_files_of_their_own(coco: Json, write_coco: Write, tmp_path: Path) -> None:
+def test_images_of_one_stem_get_files_of_their_own(coco: Json, write_coco: Write, tmp_path: Path) -> None:
     json_file, image_root = write_coco(coco)
     names = ["a/0.jpg", "b/0.jpg", "0.png", "0_2.png"]
     for number, name in enumerate(names):

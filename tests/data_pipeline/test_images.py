@@ -24,7 +24,7 @@ RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
         *(("CMYK", "tif"), ("YCbCr", "tif")),
     ],
 )
-def test_image_of_8_bits_a_channel_is_as_pil_reads_it(tmp_path: Path, mode: str, suffix: str) -> None:
+def test_8_bit_image_is_as_pil_reads_it(tmp_path: Path, mode: str, suffix: str) -> None:
     path = tmp_path / f"image.{suffix}"
     image = Image.fromarray(RAMP).convert(mode)
     image.save(path)

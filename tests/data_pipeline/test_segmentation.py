@@ -256,7 +256,7 @@ def test_label_maps_that_cannot_be_used_are_named(kind, damage, words, request, 
     assert_refused(lambda: check_datasets(cfg), words)
 
 
-def test_a_label_map_that_breaks_later_is_named_by_the_mapper(panoptic, tmp_path):
+def test_mapper_names_a_label_map_that_breaks_later(panoptic, tmp_path):
     mapper, (first, _) = build_mapper(panoptic, is_train=True), load_dataset("panoptic_train")
     replace(tmp_path / "set" / "labels" / "1.png", (24, 16), "RGB", 5)
     with pytest.raises(DatasetError, match=r"labels/1\.png has pixels of the segment id 5"):

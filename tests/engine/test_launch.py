@@ -53,7 +53,7 @@ def test_absent_gpus_are_refused(asked: int, gpus, capsys: pytest.CaptureFixture
     assert error.count("\n") == 1
 
 
-def test_user_error_is_one_line_and_a_bug_keeps_its_traceback(capsys: pytest.CaptureFixture) -> None:
+def test_user_error_is_one_line_and_bugs_keep_their_traceback(capsys: pytest.CaptureFixture) -> None:
     def fail(args: argparse.Namespace) -> None:
         raise UserError("first line\n  and more")
 

@@ -120,7 +120,7 @@ def test_memory_is_kept_on_the_cpu_only(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.usefixtures("registrations")
-def test_things_of_a_dataset_named_by_keys_are_known_before_the_model(monkeypatch, tmp_path) -> None:
+def test_things_of_keyed_datasets_are_known_before_the_model(monkeypatch, tmp_path) -> None:
     keys = write_panoptic(tmp_path / "set") | {
         "DATASETS.TRAIN": "('panoptic_train',)",
         "DATASETS.TEST": "('panoptic_val',)",

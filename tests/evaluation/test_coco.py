@@ -470,7 +470,7 @@ def test_only_the_first_differing_classes_are_listed(register: Callable[..., str
     assert (" more" in str(error.value)) is more
 
 
-def test_a_training_set_that_is_not_the_models_is_not_compared(register: Callable[..., str]) -> None:
+def test_another_models_training_set_is_not_compared(register: Callable[..., str]) -> None:
     cfg = order_case(register, TRAIN="train", TEST="val")
     cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 4
     check_classes(cfg)

@@ -60,12 +60,12 @@ def test_generalized_iou_broadcasts_to_all_pairs():
     torch.testing.assert_close(pairs, torch.tensor([[1.0, -1 / 3], [-1 / 3, 1.0]]), rtol=0, atol=1e-5)
 
 
-def test_generalized_iou_of_two_empty_boxes_at_one_point_is_zero():
+def test_generalized_iou_of_two_empty_boxes_is_zero():
     point = torch.tensor([0.5, 0.5, 0.5, 0.5])
     assert generalized_iou(point, point).item() == 0.0
 
 
-def test_generalized_iou_adds_1e_6_to_areas_as_the_releases_do():
+def test_generalized_iou_adds_1e_6_to_areas():
     # A box of one pixel of a 1024 px image has area 9.5e-7, so even a perfect hit scores about one half.
     side = 1 / 1024
     box = torch.tensor([0.0, 0.0, side, side])

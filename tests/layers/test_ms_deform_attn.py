@@ -154,7 +154,7 @@ def test_sizes_that_are_floats_are_an_error():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_plain_pytorch_gives_the_dtype_of_autocast_as_the_compiled_op_does(dtype, monkeypatch):
+def test_plain_pytorch_gives_the_dtype_of_autocast(dtype, monkeypatch):
     value, locations, weights = (x.float() for x in inputs())
     with torch.autocast("cpu", dtype):
         there = ms_deform_attn(value, SHAPES, locations, weights).dtype
@@ -165,7 +165,7 @@ def test_plain_pytorch_gives_the_dtype_of_autocast_as_the_compiled_op_does(dtype
 
 
 @pytest.mark.skipif(ms_deform_attn_ops.MISSING is not None, reason="the compiled op is not there")
-def test_an_op_that_was_built_from_older_sources_is_not_used(monkeypatch):
+def test_op_built_from_older_sources_is_not_used(monkeypatch):
     monkeypatch.setattr(ms_deform_attn_ops, "_OPS", (*ms_deform_attn_ops._OPS, "op_of_tomorrow"))
     assert ms_deform_attn_ops._load() == "the compiled op was built from older sources"
 
@@ -212,7 +212,7 @@ def form_that_runs(**environment):
     return result.stderr
 
 
-def test_the_form_that_runs_is_told_once_and_can_be_forced():
+def test_form_that_runs_is_logged_once_and_can_be_forced():
     told = form_that_runs(DIMASKDINO_MSDA="reference")
     assert told.count("Deformable attention on cpu: plain PyTorch, as DIMASKDINO_MSDA asks") == 1
     assert "must be reference, compiled, or not set" in form_that_runs(DIMASKDINO_MSDA="fast")
@@ -223,7 +223,7 @@ def test_the_form_that_runs_is_told_once_and_can_be_forced():
         assert "DIMASKDINO_MSDA is compiled, but" in forced
 
 
-def test_without_the_compiled_op_plain_pytorch_runs_and_says_how_to_build_it():
+def test_without_the_op_plain_pytorch_says_how_to_build_it():
     # A module of that name that cannot be loaded stands for one built for another torch.
     environment = {name: text for name, text in os.environ.items() if name != "DIMASKDINO_MSDA"}
     result = subprocess.run(
@@ -238,9 +238,7 @@ def test_without_the_compiled_op_plain_pytorch_runs_and_says_how_to_build_it():
 
 
 @pytest.mark.skipif(not ms_deform_attn_ops.COMPILED, reason="the compiled op is not in use")
-def test_a_device_without_kernels_falls_back_with_a_warning_or_is_an_error_where_compiled_is_forced(
-    monkeypatch, caplog
-):
+def test_device_without_kernels_falls_back_unless_compiled_is_forced(monkeypatch, caplog):
     device = torch.device("xpu")
     assert not ms_deform_attn_ops.use_compiled(device)
     assert "plain PyTorch, many times slower, as the op was built without kernels for xpu" in caplog.text
@@ -258,7 +256,7 @@ def test_width_must_divide_into_heads():
         module(num_heads=3)
 
 
-def test_fresh_heads_look_in_evenly_spread_directions_farther_point_by_point():
+def test_fresh_heads_look_in_evenly_spread_directions():
     offsets = module().sampling_offsets.bias.view(4, 2, 3, 2)
     right, down = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
     for head, direction in enumerate((right, down, -right, -down)):
@@ -272,7 +270,7 @@ def test_diagonal_directions_reach_the_corner_of_the_square():
     torch.testing.assert_close(offsets[1, 0, 0], torch.tensor([1.0, 1.0]))
 
 
-def test_fresh_attention_does_not_depend_on_the_query_and_weighs_alike():
+def test_fresh_attention_weighs_alike_for_any_query():
     attention = module()
     assert not attention.sampling_offsets.weight.any()
     assert not attention.attention_weights.weight.any()
@@ -313,7 +311,7 @@ def test_point_references_take_offsets_in_pixels_of_each_level():
     torch.testing.assert_close(output, by_hand(tokens, center))
 
 
-def test_box_references_take_offsets_in_halves_of_the_box_shared_by_the_points():
+def test_box_references_scale_offsets_by_half_the_box():
     tokens, (x, y, w, h) = torch.randn(1, TOKENS, 8), (0.5, 0.25, 0.2, 0.4)
     output = identity(module())(torch.randn(1, 1, 8), torch.tensor([[[x, y, w, h]]]), tokens, SHAPES)
 

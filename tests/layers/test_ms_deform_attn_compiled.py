@@ -255,7 +255,7 @@ def test_the_module_exports_with_the_op_inside():
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_a_trace_takes_plain_pytorch_also_as_the_first_that_runs(monkeypatch):
+def test_trace_takes_plain_pytorch_even_when_run_first(monkeypatch):
     # As export to ONNX does; nothing of the op may get into the trace, not even the question for its instruction set.
     monkeypatch.setattr(ms_deform_attn_ops, "_told", set())
     module = MSDeformAttn(dim=8, num_levels=2, num_heads=2).requires_grad_(False)

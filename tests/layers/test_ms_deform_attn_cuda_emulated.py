@@ -217,7 +217,7 @@ def test_exact_sums_match_the_reference_form_at_any_scale(kernels, dtype, expone
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_exact_sums_do_not_depend_on_the_order_of_the_queries(kernels, dtype):
+def test_exact_sums_do_not_depend_on_query_order(kernels, dtype):
     case = Case(dtype=dtype, channels=8, shapes=[(3, 3)], points=4, queries=60, batch=1)
     order = torch.randperm(60)
     once = kernels.backward(case.grad, *case.args, exact=True)[0]

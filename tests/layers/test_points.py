@@ -49,7 +49,7 @@ def test_binary_sampling_equals_sampling_the_floating_masks():
     torch.testing.assert_close(sample_binary_masks(masks, index, points), expected, rtol=0, atol=1e-5)
 
 
-def test_masks_of_more_than_two_to_the_24_pixels_are_sampled_exactly():
+def test_masks_beyond_2_to_the_24_pixels_are_sampled_exactly():
     mask = torch.zeros(4100, 4100, dtype=torch.bool)
     mask[:, 1::2] = True  # every other column: a place that is one off has the other value
     corners = torch.tensor([[1e-6, 1e-6], [1 - 1e-6, 1 - 1e-6]])

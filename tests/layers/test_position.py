@@ -8,7 +8,7 @@ from dimaskdino.layers.position import box_sine_embedding, pixel_sine_embedding
 CPU = torch.device("cpu")
 
 
-def test_pixel_embedding_is_row_by_row_with_y_in_the_first_half():
+def test_pixel_embedding_has_y_in_its_first_half():
     embedding = pixel_sine_embedding(2, 3, 8, CPU).view(2, 3, 8)
     assert torch.equal(embedding[0, 0, :4], embedding[0, 2, :4])
     assert torch.equal(embedding[0, 1, 4:], embedding[1, 1, 4:])
@@ -25,7 +25,7 @@ def test_pixel_embedding_entries_by_hand(row, column):
     assert embedding.tolist() == pytest.approx(expected, abs=1e-5)
 
 
-def test_box_embedding_entries_by_hand_in_the_order_y_x_w_h():
+def test_box_embedding_by_hand_in_order_y_x_w_h():
     cx, cy, w, h = 0.2, 0.4, 0.3, 0.7
     embedding = box_sine_embedding(torch.tensor([[[cx, cy, w, h]]]), 8)
     assert embedding.shape == (1, 1, 16)
@@ -37,7 +37,7 @@ def test_box_embedding_is_float32_whatever_the_boxes_are():
     assert box_sine_embedding(torch.rand(3, 4).bfloat16(), 8).dtype == torch.float32
 
 
-def test_embeddings_have_256_channels_per_pixel_and_512_per_box_in_the_released_width():
+def test_embeddings_have_256_channels_per_pixel_512_per_box():
     assert pixel_sine_embedding(3, 5, 256, CPU).shape == (15, 256)
     assert box_sine_embedding(torch.rand(7, 4), 256).shape == (7, 512)
 

@@ -76,7 +76,7 @@ def test_results_are_boxes_without_masks():
     assert found.scores.tolist() == sorted(found.scores.tolist(), reverse=True)
 
 
-def test_boxes_are_parts_of_the_image_and_not_of_the_canvas():
+def test_boxes_are_parts_of_the_image_not_the_canvas():
     model = tiny_dino()
     for heads in (*model.sem_seg_head.predictor.heads, model.sem_seg_head.predictor.selection_heads):
         heads.box_embed.zero_last_layer()
@@ -232,7 +232,7 @@ def test_labels_of_both_halves_are_redrawn_alike():
     assert kept.tolist() == pytest.approx([0.68, 0.68], abs=0.03)
 
 
-def test_no_object_is_denoised_where_there_is_none_or_denoising_is_off():
+def test_nothing_is_denoised_without_objects_or_denoising():
     assert denoising()(targets([], [])) is None
     assert denoising(0)(targets(BOXES)) is None
 
@@ -253,7 +253,7 @@ def test_unmatched_denoising_queries_are_background():
     assert re.match("dn.layer", output.denoising_stages[-1].name)
 
 
-def test_half_precision_of_weights_in_evaluation_and_of_autocast_in_training():
+def test_half_precision_in_evaluation_and_autocast_in_training():
     batch = [{"image": image(32, 40)}, {"image": image(64, 80)}]
     with torch.no_grad():
         for result in tiny_dino().bfloat16()(batch):

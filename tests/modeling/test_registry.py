@@ -96,7 +96,7 @@ MODEL:
 """
 
 
-def test_all_parts_named_in_yaml_replace_ours_and_train_and_predict(tmp_path):
+def test_parts_named_in_yaml_replace_ours_in_training_and_prediction(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text(YAML)
     cfg = tiny_cfg()

@@ -101,7 +101,7 @@ def test_of_91_outputs_those_of_cocos_80_categories_are_loaded(tmp_path, caplog)
         assert torch.equal(value, ours[key][COCO_IDS] if is_class_key(key) else ours[key]), key
 
 
-def test_80_classes_become_91_outputs_of_which_11_are_never_chosen():
+def test_80_classes_become_91_outputs_11_never_chosen():
     ours = with_outputs("dino_tiny", 80)
     theirs = to_release(ours)
     assert theirs["label_enc.weight"].shape == (92, 256)
@@ -120,7 +120,7 @@ def test_91_outputs_stay_where_the_model_has_91_classes(tmp_path):
     assert all(torch.equal(value, ours[key]) for key, value in model.state_dict().items())
 
 
-def test_heads_of_the_release_that_are_not_shared_come_as_one_set_a_layer():
+def test_unshared_heads_come_as_one_set_a_layer():
     theirs = release("dino_tiny").state_dict()
     changed = "class_embed.1.bias"
     theirs[changed] = theirs["transformer.decoder." + changed] = torch.zeros(9)

@@ -25,7 +25,7 @@ def test_the_model_has_exactly_the_releases_parameters_and_buffers(name: str) ->
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_name_of_a_release_is_renamed_and_back_to_the_same_set(name: str) -> None:
+def test_every_name_of_a_release_maps_there_and_back(name: str) -> None:
     recorded = release(name)
     state = {
         key: torch.zeros(shape, device="meta") for key, shape in recorded.keys.items() if key not in recorded.alias
@@ -37,7 +37,7 @@ def test_every_name_of_a_release_is_renamed_and_back_to_the_same_set(name: str) 
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_aliases_of_a_release_are_one_tensor_and_come_back_as_one(name: str) -> None:
+def test_aliases_of_a_release_stay_one_tensor(name: str) -> None:
     recorded = release(name)
     back = to_release(from_release(recorded.state_dict()))
     for key, principal in recorded.alias.items():
@@ -47,7 +47,7 @@ def test_aliases_of_a_release_are_one_tensor_and_come_back_as_one(name: str) -> 
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_a_releases_file_loads_into_the_matching_model_and_fills_all_of_it(name: str, tmp_path: Path) -> None:
+def test_releases_file_fills_all_of_the_matching_model(name: str, tmp_path: Path) -> None:
     recorded = release(name)
     torch.save({"model": recorded.state_dict(), "iteration": 7}, tmp_path / "release.pth")
     model = build_model(recorded.cfg())

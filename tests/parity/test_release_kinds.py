@@ -227,7 +227,7 @@ def test_a_file_of_each_kind_builds_exactly_the_releases_parameters(name, tmp_pa
         assert backbone(shapes) == backbone(release(RECORDED).keys)
 
 
-def test_synchronised_batch_norm_of_the_cityscapes_files_adds_its_counters_alone(tmp_path):
+def test_synchronized_batch_norm_adds_its_counters_alone(tmp_path):
     text = yaml.safe_dump({"MODEL": {"RESNETS": {"NORM": "SyncBN"}, "SEM_SEG_HEAD": {"TRANSFORMER_ENC_LAYERS": 0}}})
     recorded = backbone(release(RECORDED).keys)
     counters = {

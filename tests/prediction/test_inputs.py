@@ -46,7 +46,7 @@ def test_a_file_named_like_a_glob_is_that_file(folder) -> None:
     assert names(folder / "[a].png") == ["[a]"]
 
 
-def test_a_file_that_is_not_there_is_left_to_the_job(folder) -> None:
+def test_missing_file_is_left_to_the_job(folder) -> None:
     assert names(folder / "absent.png") == ["absent"]
 
 

@@ -58,7 +58,7 @@ def job(output: Path, row: str = "neither", dataset: str = "shapes", *, with_lay
     return Job(open_run(output, row, dataset), with_layers)
 
 
-def test_a_new_run_is_trained_with_its_file_options_and_gpus(tmp_path):
+def test_new_run_is_trained_with_file_options_and_gpus(tmp_path):
     run = open_run(tmp_path, "di_only", "coco", options=("SOLVER.MAX_ITER", "5"))
     command = GPUS.train(run)
     assert command[:2] == [sys.executable, str(REPOSITORY / "train_net.py")]

@@ -19,7 +19,7 @@ def encode(mask: np.ndarray) -> dict:
 
 @settings(derandomize=True, deadline=None)
 @given(BITMAPS, st.integers(0, 3), st.integers(0, 3), st.integers(0, 3), st.integers(0, 3))
-def test_a_crop_at_its_place_has_the_rle_of_the_canvas(crop, top, left, below, right) -> None:
+def test_crop_at_its_place_has_the_canvass_rle(crop, top, left, below, right) -> None:
     canvas = np.pad(crop, ((top, below), (left, right)))
     assert rle_from_edges(run_edges(crop, top, left, canvas.shape[0]), canvas.shape) == encode(canvas)
     assert place_crop(crop, top, left, canvas.shape) == encode(canvas)

@@ -13,7 +13,7 @@ def test_boxes_are_normalised_by_the_padded_canvas():
     torch.testing.assert_close(target.boxes, torch.tensor([[20 / 80, 35 / 64, 20 / 80, 30 / 64]]))
 
 
-def test_at_equal_size_of_image_and_canvas_boxes_are_as_in_the_releases():
+def test_boxes_of_canvas_sized_images_are_the_releases():
     target = Targets.from_instances(instances(64, 80, [[10, 20, 30, 50]]), 64, 80, num_classes=5)
     torch.testing.assert_close(target.boxes, torch.tensor([[20 / 80, 35 / 64, 20 / 80, 30 / 64]]))
 

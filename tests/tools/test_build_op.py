@@ -36,7 +36,7 @@ def test_cxx_names_the_compiler(tmp_path):
     assert build_op.find_compiler({"CXX": "my++ -m64", "PATH": str(tmp_path)}) == "my++ -m64"
 
 
-def test_a_cxx_that_is_not_there_is_an_error_rather_than_an_install_without_the_op(tmp_path):
+def test_missing_cxx_is_an_error_not_a_smaller_install(tmp_path):
     with pytest.raises(BuildError, match=r"CXX is 'my\+\+'"):
         build_op.find_compiler({"CXX": "my++", "PATH": str(tmp_path)})
 
@@ -61,7 +61,7 @@ def test_windows_has_no_compiler_that_will_do(monkeypatch):
         (None, None, False, "LEFT OUT: no GCC or Clang"),
     ],
 )
-def test_the_op_is_built_where_there_is_a_compiler_and_nobody_objects(choice, compiler, expected, said, capsys):
+def test_op_is_built_where_there_is_a_compiler(choice, compiler, expected, said, capsys):
     environ = {} if choice is None else {"DIMASKDINO_BUILD_OP": choice}
     assert build_op.op_wanted(environ, compiler) is expected
     assert said in capsys.readouterr().err
@@ -117,7 +117,7 @@ def test_links_to_nvcc_are_followed(tmp_path):
     assert build_op.toolkit_homes({"PATH": str(tmp_path / "bin")}, tmp_path)[0] == home
 
 
-def test_a_toolkit_is_an_nvcc_that_runs_with_the_headers_beside_it(tmp_path):
+def test_toolkit_is_a_running_nvcc_with_headers(tmp_path):
     script(tmp_path / "wrapper" / "bin" / "nvcc", 'echo "release 12.0"')  # no headers: a script that calls another nvcc
     home = toolkit_folder(tmp_path / "a toolkit", "13.0")
     assert build_op.find_toolkit([tmp_path / "nothing", tmp_path / "wrapper", home], "13.0") == (home, "13.0")
@@ -127,7 +127,7 @@ def test_a_toolkit_is_an_nvcc_that_runs_with_the_headers_beside_it(tmp_path):
 @pytest.mark.parametrize(
     ("torch_cuda", "chosen"), [("13.0", "13.2"), ("12.8", "12.4"), ("11.8", "12.4"), (None, "12.4")]
 )
-def test_a_toolkit_of_torchs_major_version_is_preferred_to_one_that_comes_before(tmp_path, torch_cuda, chosen):
+def test_toolkit_of_torchs_major_version_is_preferred(tmp_path, torch_cuda, chosen):
     homes = [toolkit_folder(tmp_path / version, version) for version in ("12.4", "13.2")]
     assert build_op.find_toolkit(homes, torch_cuda).version == chosen
 
@@ -148,7 +148,7 @@ def test_conda_keeps_headers_and_libraries_below_targets(tmp_path):
         ("12.8", CUDA_13, "in /opt/cuda is 13.0, but torch is built for CUDA 12.8.*install CUDA 12.8 .* CUDA 13$"),
     ],
 )
-def test_what_is_wrong_with_a_toolkit_comes_with_what_to_install(torch_cuda, toolkit, said):
+def test_fault_of_a_toolkit_comes_with_what_to_install(torch_cuda, toolkit, said):
     problem = build_op.toolkit_problem(torch_cuda, toolkit, [Path("/opt/cuda")])
     assert re.search(said or "^$", problem)
 
@@ -226,7 +226,7 @@ def test_a_toolkit_adds_its_headers_after_torchs_and_before_pips(tmp_path):
     assert op.libraries == ["c10", "torch", "torch_cpu"]
 
 
-def test_the_runtime_is_linked_by_its_full_name_where_there_is_no_other(tmp_path):
+def test_runtime_without_another_name_is_linked_by_full_name(tmp_path):
     assert build_op.cuda_runtime([tmp_path]) == "cudart"
     (tmp_path / "libcudart.so.13").touch()
     assert build_op.cuda_runtime([tmp_path]) == ":libcudart.so.13"
@@ -246,7 +246,7 @@ def test_sanitizers_stand_in_both_compiling_and_linking():
         assert any(word.startswith("-fsanitize=address,undefined") for word in words)
 
 
-def test_a_build_broken_off_while_it_is_put_in_place_leaves_the_old_library(tmp_path, monkeypatch):
+def test_interrupted_build_leaves_the_old_library(tmp_path, monkeypatch):
     command = build_op.PutInPlace(Distribution())
     built, target = tmp_path / "built.so", tmp_path / "_C.so"
     built.write_text("new")

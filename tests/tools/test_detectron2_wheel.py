@@ -50,7 +50,7 @@ def read_wheel(path: Path) -> dict[str, str]:
         return {name: archive.read(name).decode() for name in archive.namelist()}
 
 
-def test_wheel_holds_the_edited_package_with_its_projects_and_nothing_else(wheel: Path) -> None:
+def test_wheel_holds_the_edited_package_and_projects_alone(wheel: Path) -> None:
     files = {name: text for name, text in read_wheel(wheel).items() if ".dist-info/" not in name}
     assert files.pop("detectron2/_C.py") == detectron2_wheel.STUB_TEXT
     assert files == {
@@ -110,7 +110,7 @@ def test_edit_applies_to_every_file_of_its_glob() -> None:
     assert edited == {"a/x.py": b"new new", "a/y.py": b"new", "b/x.py": b"old"}
 
 
-def test_edit_whose_text_is_missing_is_an_error_that_names_file_and_reason() -> None:
+def test_edit_without_its_text_names_file_and_reason() -> None:
     with pytest.raises(WheelError, match=r"a/y\.py \(why\): its text 'old' is missing"):
         detectron2_wheel.apply_edits({"a/x.py": b"old", "a/y.py": b"new"}, [Edit("a/*.py", "old", "new", "why")])
 

@@ -52,9 +52,7 @@ def test_auto_keeps_a_detectron2_that_can_be_imported(no_pip: None, capfd: pytes
     assert output.count("\n") == 1
 
 
-def test_auto_takes_the_index_and_says_why_where_official_is_out_of_reach(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_auto_takes_the_index_and_says_why(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     chosen: list[Path | None] = []
     monkeypatch.setattr(installer, "importable_detectron2", lambda: None)
     monkeypatch.setattr(installer, "UPSTREAM_URL", "file:///no/such/repository.git")

@@ -37,9 +37,7 @@ def tiny_swin(**changes) -> D2SwinTransformer:
 @pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "swin_tiny_patch4_window7_224", "efficientnet_b0"])
 @pytest.mark.parametrize("size", [(64, 96), (75, 131)])
 @torch.no_grad()
-def test_timm_features_have_the_declared_channels_and_strides_at_any_image_size(
-    name: str, size: tuple[int, int]
-) -> None:
+def test_timm_features_have_declared_channels_and_strides(name: str, size: tuple[int, int]) -> None:
     torch.manual_seed(0)
     model = TimmBackbone(name=name, out_features=ALL).eval()
     features = model(torch.rand(2, 3, *size))
@@ -115,7 +113,7 @@ def test_timm_backbone_is_built_by_name_from_the_configuration() -> None:
         ({"name": "coat_lite_mini", "out_features": ALL}, "other sizes than its own"),
     ],
 )
-def test_a_timm_model_that_cannot_serve_is_named_with_the_reason(options: dict, message: str) -> None:
+def test_unusable_timm_model_is_named_with_the_reason(options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         TimmBackbone(**options)
 

@@ -109,7 +109,7 @@ def test_denoising_terms_are_divided_by_objects_and_groups():
         torch.testing.assert_close(losses[f"{name}_dn"], expected[name])
 
 
-def test_objects_that_are_not_denoised_are_not_among_those_that_denoising_terms_are_divided_by():
+def test_denoising_terms_are_divided_by_denoised_objects_alone():
     # Of three objects the first two are denoised, as where DN_NUM has room for no more.
     losses = criterion()(full_output(), [make_targets([0, 1, 2], [LEFT, RIGHT, LOWER])])
     expected = criterion()(full_output(), TWO_OBJECTS)
@@ -147,7 +147,7 @@ def test_unmatched_queries_stand_for_no_object():
 
 
 @pytest.mark.parametrize(("term", "key"), list(zip(TERMS, KEYS, strict=True)))
-def test_a_weight_scales_its_own_term_of_every_stage_and_no_other(term, key):
+def test_weight_scales_only_its_own_term_of_every_stage(term, key):
     before = criterion()(full_output(), TWO_OBJECTS)
     after = criterion(**{key: 2 * WEIGHTS[term]})(full_output(), TWO_OBJECTS)
     for name, value in before.items():
@@ -186,7 +186,7 @@ def test_standard_denoising_supervises_class_and_box_alone():
 
 
 @pytest.mark.parametrize("boxes", [[LEFT, RIGHT], []], ids=["objects", "no objects"])
-def test_learned_queries_do_not_denoise_their_first_stage_as_in_the_releases(boxes):
+def test_learned_queries_do_not_denoise_their_first_stage(boxes):
     output = full_output()
     one_stage = DecoderOutput(output.stages[3:], output.denoising_stages, output.denoising)
     target = make_targets(list(range(len(boxes))), boxes)
@@ -314,7 +314,7 @@ def test_softmax_class_loss_is_the_weighted_mean_over_queries(weight):
     assert loss.item() == pytest.approx(4 * total / (1 + 2 * weight), rel=1e-5)
 
 
-def test_objects_without_a_mask_cost_no_mask_loss_beside_those_with_one():
+def test_objects_without_a_mask_cost_no_mask_loss():
     undecided = make_stage([[0.0] * NUM_CLASSES] * 2, [LEFT, RIGHT], torch.zeros(2, 8, 8))
     target = make_targets([0, 1], [LEFT, RIGHT])
     some = replace(target, mask_supervised=torch.tensor([True, False]))

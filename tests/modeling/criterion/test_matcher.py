@@ -148,7 +148,7 @@ def half(stage: StagePrediction) -> StagePrediction:
     return StagePrediction(stage.stage, stage.logits.half(), stage.boxes.half())
 
 
-def test_costs_of_certain_half_precision_logits_are_finite_and_told_apart(costs):
+def test_costs_of_certain_half_precision_logits_are_finite_and_differ(costs):
     # The releases add 1e-8 inside logarithms, which is 0 in half precision: log(0) for p = 0 and p = 1.
     stage = half(make_stage([[30.0], [20.0], [-20.0], [-30.0]], [LEFT] * 4))
     assert (stage.logits.sigmoid()[0, [0, 3], 0] == torch.tensor([1.0, 0.0])).all()
@@ -173,7 +173,7 @@ def test_costs_are_in_float32_under_autocast(costs, dtype):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_predictions_that_are_not_finite_name_the_stage_and_the_image(value):
+def test_nonfinite_predictions_name_stage_and_image(value):
     good, bad = (
         make_stage([[0.0]], [LEFT], stage=Stage("layer", 1)),
         make_stage([[value]], [LEFT], stage=Stage("layer", 1)),
@@ -190,7 +190,7 @@ def test_matching_keeps_no_graph():
     assert not query.requires_grad
 
 
-def test_objects_without_a_mask_are_matched_by_class_and_box_alone(costs):
+def test_objects_without_a_mask_match_by_class_and_box(costs):
     stage = make_stage([[0.0], [1.0]], [LEFT, RIGHT], torch.randn(2, 8, 8))
     target = make_targets([0, 0], [LEFT, RIGHT])
     matcher(**RELEASE)([stage], [replace(target, mask_supervised=torch.tensor([True, False]))])

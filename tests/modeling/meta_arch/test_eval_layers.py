@@ -71,7 +71,7 @@ class SimpleDeImbalance(DeImbalance):
     [{"TRANSFORMER_DECODER_NAME": "MyMaskDINODecoder"} | TRIPLE, {"DI__NAME": "SimpleDeImbalance"} | TRIPLE],
     ids=str,
 )
-def test_selections_that_a_registered_part_does_not_predict_are_left_out(node):
+def test_selections_that_a_part_does_not_predict_are_absent(node):
     model = tiny_model({"TEST.EVAL_LAYERS": ["all"]}, **node)
     with torch.no_grad():
         (result,) = model([{"image": image(64, 64)}])
@@ -80,7 +80,7 @@ def test_selections_that_a_registered_part_does_not_predict_are_left_out(node):
         tiny_model({"TEST.EVAL_LAYERS": ["selection.2"]}, **node)
 
 
-def test_evaluating_selections_changes_neither_the_weights_nor_the_losses_nor_the_results():
+def test_evaluating_selections_leaves_weights_losses_and_results_alone():
     models = [tiny_model(**TRIPLE), tiny_model({"TEST.EVAL_LAYERS": ["all"]}, **TRIPLE)]
     plain, asked = (model.state_dict() for model in models)
     assert list(plain) == list(asked)
@@ -127,7 +127,7 @@ def test_masks_are_computed_for_the_stages_asked_for_alone(asked, number, monkey
     assert len(computed) == number
 
 
-def test_the_last_layer_is_the_final_result_and_earlier_ones_differ():
+def test_last_layer_is_the_result_and_earlier_ones_differ():
     model = tiny_model({"TEST.EVAL_LAYERS": ["all"]})
     with torch.no_grad():
         (result,) = model([{"image": image(64, 64)}])
@@ -136,7 +136,7 @@ def test_the_last_layer_is_the_final_result_and_earlier_ones_differ():
 
 
 @pytest.mark.parametrize("asked", [["layer.3"], ["all", "layer.0"], ["di.0"]], ids=str)
-def test_unknown_eval_layers_are_an_error_that_names_the_known_ones(asked):
+def test_error_about_unknown_eval_layers_names_the_known(asked):
     with pytest.raises(ConfigError, match=r"TEST\.EVAL_LAYERS names .*interm, initial, layer\.0, layer\.1, layer\.2"):
         tiny_model({"TEST.EVAL_LAYERS": asked})
 

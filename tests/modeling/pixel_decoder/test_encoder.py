@@ -47,7 +47,7 @@ COARSE_TO_FINE = [(1, 2), (2, 4), (4, 8), (8, 16), (16, 32)]  # strides 64, 32, 
     ],
     ids=["3 levels", "4 levels", "5 levels"],
 )
-def test_levels_come_finest_first_in_low2high_and_coarsest_first_in_high2low(order, names, levels):
+def test_levels_come_in_the_order_that_is_asked_for(order, names, levels):
     encoder = build(**{IN_FEATURES: names, LEVELS: len(levels), ORDER: order})
     assert sizes(encoder) == (levels[::-1] if order == "low2high" else levels)
     assert encoder.level_embed.shape == (len(levels), DIM)
@@ -55,14 +55,14 @@ def test_levels_come_finest_first_in_low2high_and_coarsest_first_in_high2low(ord
 
 
 @pytest.mark.parametrize("order", ["low2high", "high2low"])
-def test_two_extra_levels_come_coarsest_first_in_either_order_as_in_the_releases(order):
+def test_two_extra_levels_come_coarsest_first_in_either_order(order):
     encoder = build(**{LEVELS: 5, ORDER: order})
     extra, maps = [(1, 1), (1, 2)], [(2, 4), (4, 8), (8, 16)]
     assert sizes(encoder) == (maps[::-1] + extra if order == "low2high" else extra + maps)
 
 
 @pytest.mark.parametrize("order", ["low2high", "high2low"])
-def test_two_extra_levels_have_each_others_positions_as_in_the_releases(order):
+def test_two_extra_levels_have_each_others_positions(order):
     encoder, seen = build(**{LEVELS: 5, ORDER: order}), []
     encoder.layers[0].register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[1]))
     encoder(features(64, 128))
@@ -143,7 +143,7 @@ def test_every_level_influences_every_other():
 
 
 @pytest.mark.parametrize(("order", "finest"), [("low2high", 0), ("high2low", -1)])
-def test_mask_features_are_the_finest_level_joined_with_the_finer_feature(order, finest):
+def test_mask_features_join_the_finest_level_and_feature(order, finest):
     encoder, given = build(**{ORDER: order}), features(64, 64)
     output = encoder(given)
     upsampled = torch.nn.functional.interpolate(output.levels[finest], scale_factor=2, mode="bilinear")

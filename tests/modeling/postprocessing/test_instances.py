@@ -26,7 +26,7 @@ def flat_masks(count: int, value: float = 20.0, side: int = 4) -> torch.Tensor:
     return torch.full((count, side, side), value)
 
 
-def test_results_are_the_best_pairs_of_query_and_class_by_descending_score():
+def test_results_are_the_best_query_class_pairs_by_score():
     result = infer(prediction([[0.0, 3.0], [1.0, -1.0], [2.0, LOW]], flat_masks(3)), max_detections=4)
     assert result.pred_classes.tolist() == [1, 0, 0, 0]
     torch.testing.assert_close(result.scores, torch.tensor([3.0, 2.0, 1.0, 0.0]).sigmoid())
@@ -80,7 +80,7 @@ def test_an_empty_mask_scores_zero():
     assert not result.pred_masks.any()
 
 
-def test_boxes_are_scaled_from_the_padded_canvas_to_the_asked_size():
+def test_boxes_are_scaled_from_canvas_to_asked_size():
     # A canvas of 64 x 96 holds an image of 48 x 80 that is asked for at 96 x 240: twice as high, three times as wide.
     stage = prediction([[0.0]], flat_masks(1), [[0.5, 0.25, 0.25, 0.5]])
     result = infer(stage, frame=Frame((64, 96), (48, 80), (96, 240)))
@@ -113,7 +113,7 @@ def test_masks_land_where_they_were_predicted():
     assert (int(ys.min()), int(ys.max()), int(xs.min()), int(xs.max())) == (4, 7, 8, 11)
 
 
-def test_each_result_has_the_mask_and_box_of_its_own_query():
+def test_each_result_has_mask_and_box_of_its_query():
     masks = torch.full((3, 4, 4), LOW)
     for query in range(3):
         masks[query, query] = -LOW

@@ -55,7 +55,7 @@ def test_segments_are_numbered_by_query_not_by_score():
     assert (pixels, segments) == ([1, 2], [(1, 1, True), (2, 0, True)])
 
 
-def test_queries_of_one_stuff_class_are_one_segment_and_things_are_not():
+def test_queries_of_a_stuff_class_merge_and_things_do_not():
     rows = [[0.9, 0.1, 0.1, 0.1], [0.1, 0.9, 0.1, 0.1], [0.1, 0.1, 0.9, 0.1], [0.1, 0.1, 0.1, 0.9]]
     pixels, segments = panoptic([(2, 0.9), (0, 0.9), (2, 0.9), (0, 0.9)], rows)
     assert pixels == [1, 2, 1, 3]
@@ -63,14 +63,14 @@ def test_queries_of_one_stuff_class_are_one_segment_and_things_are_not():
 
 
 @pytest.mark.parametrize(("overlap", "kept"), [(0.5, True), (0.51, False)])
-def test_a_query_that_wins_too_little_of_its_mask_is_left_out(overlap, kept):
+def test_query_that_wins_little_of_its_mask_is_dropped(overlap, kept):
     # The first query wins two of its four pixels.
     pixels, segments = panoptic([(0, 0.5), (1, 0.9)], [[0.9] * 4, [0.1, 0.1, 0.9, 0.9]], overlap=overlap)
     assert pixels == ([1, 1, 2, 2] if kept else [0, 0, 1, 1])
     assert len(segments) == 1 + kept
 
 
-def test_pixels_that_are_won_outside_the_mask_count_but_stay_empty():
+def test_pixels_won_outside_the_mask_count_but_stay_empty():
     # The query wins all three pixels, one of them in its mask: 3 / 1 passes any threshold, and the others stay 0.
     assert panoptic([(0, 0.9)], [[0.9, 0.4, 0.4]], overlap=1.0) == ([1, 0, 0], [(1, 0, True)])
 
@@ -146,7 +146,7 @@ def test_class_probabilities_by_hand():
     torch.testing.assert_close(softmax, torch.tensor([[0.2, 0.0]]), rtol=0, atol=1e-6)
 
 
-def test_masks_or_their_sum_are_brought_to_the_size_of_the_result():
+def test_masks_or_their_sum_get_the_results_size():
     # A steep edge of logits stays one when masks are enlarged first; the enlarged sum is smooth.
     stage = prediction([(0, 0.999)], [[1 - 1e-6, 1e-6]])
     probabilities = torch.tensor([[1.0, 0.0, 0.0]])

@@ -41,7 +41,7 @@ def test_without_de_imbalance_the_tokens_that_exist_may_guide(guidance):
     assert build(BATO__GUIDANCE=guidance, DI__ENABLED=False)(encoded()).stages[-1].name == "layer.2"
 
 
-def test_the_guidance_of_maskdino_does_not_matter_since_it_has_no_bato():
+def test_guidance_does_not_matter_to_maskdino_without_bato():
     build(MaskDINODecoder, BATO__GUIDANCE="t_s2")
 
 
@@ -72,7 +72,7 @@ def test_the_selections_decide_how_many_tokens_there_are(node, queries):
     assert [stage.logits.shape[1] for stage in stages] == [node[0]] * 3 + [node[1]] * 4
 
 
-def test_two_numbers_are_the_same_as_the_two_keys_of_the_release():
+def test_two_numbers_equal_the_two_keys_of_the_release():
     by_keys = build()
     assert changed(by_keys(encoded()), like(by_keys, DI__NUM_SELECTED=[12, 8])(encoded())) == []
 
@@ -111,7 +111,7 @@ def test_guidance_decides_what_t_bal_is_made_of(node, through_layer_0, through_i
     assert not {"layers.1", "layers.2"} & parts
 
 
-def test_guiding_tokens_are_generated_by_the_mask_head_and_the_boxes_or_are_the_queries_themselves():
+def test_guiding_tokens_are_generated_or_are_the_queries():
     generated, plain = trained_by_t_bal(), trained_by_t_bal(BATO__GTG=False)
     assert generated - plain == {"heads.mask_embed"}
     assert plain <= generated

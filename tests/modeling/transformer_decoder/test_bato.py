@@ -58,7 +58,7 @@ def test_one_of_the_best_g_queries_changes_all_tokens(heads, inputs, generate):
     assert (moved > 0).all()
 
 
-def test_keys_are_mask_plus_box_tokens_and_values_the_mask_tokens(heads, inputs):
+def test_keys_are_mask_plus_box_tokens_values_mask_tokens(heads, inputs):
     t_i, token_position, q_bal, position = inputs
     bato = module()
     index = highest_scores(heads.class_embed(q_bal), NUM_GUIDING)

@@ -119,7 +119,7 @@ def test_the_no_object_class_belongs_to_semantic_cross_entropy_alone(semantic, c
     ],
     ids=str,
 )
-def test_settings_that_cannot_work_name_the_key_and_the_way_out(node, message):
+def test_impossible_settings_name_the_key_and_the_way_out(node, message):
     with pytest.raises(ConfigError, match=rf"MODEL\.MaskDINO\..*{message}|MODEL\.MaskDINO\.{message}"):
         DIMaskDINODecoder(tiny_cfg(**node))
 
@@ -153,7 +153,7 @@ def test_settings_of_a_part_that_is_off_are_not_refused(node):
         ("MODEL.SEM_SEG_HEAD.CONVS_DIM", 40, "CONVS_DIM must be multiples of 32"),
     ],
 )
-def test_widths_that_do_not_divide_are_refused_before_anything_is_built(key: str, value: int, message: str) -> None:
+def test_indivisible_widths_are_refused_before_building(key: str, value: int, message: str) -> None:
     cfg = tiny_cfg()
     cfg.merge_from_list([key, value])
     with pytest.raises(ConfigError, match=message):

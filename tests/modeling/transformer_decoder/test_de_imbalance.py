@@ -105,7 +105,7 @@ def test_number_of_layers_is_configurable():
     assert [p.name for p in module(num_layers=3)(t_s1(), heads())[1]] == ["di.0", "di.1", "di.2"]
 
 
-def test_the_second_selection_takes_the_highest_logits_of_the_normed_output_and_passes_the_raw_output_on():
+def test_second_selection_ranks_normed_output_and_passes_raw_output():
     di, shared = module(), heads()
     outputs = []
     di.layers[1].register_forward_hook(lambda _m, _i, output: outputs.append(output))
@@ -114,7 +114,7 @@ def test_the_second_selection_takes_the_highest_logits_of_the_normed_output_and_
     torch.testing.assert_close(t_s2.content, take(outputs[0], index))
 
 
-def test_supervision_normalises_twice_and_applies_the_box_head_twice_as_in_the_releases():
+def test_supervision_norms_and_applies_the_box_head_twice():
     di, shared = module(num_layers=1), heads()
     outputs, tokens = [], t_s1()
     di.layers[0].register_forward_hook(lambda _m, _i, output: outputs.append(output))
@@ -157,7 +157,7 @@ class Stub(torch.nn.Module):
         return self.output
 
 
-def test_the_selected_box_carries_the_gradient_of_the_last_refinement_alone():
+def test_selected_box_has_the_last_refinements_gradient_alone():
     di = module()
     stubs = [torch.randn(2, 12, DIM, requires_grad=True) for _ in range(2)]
     di.layers = torch.nn.ModuleList(Stub(stub) for stub in stubs)
@@ -167,7 +167,7 @@ def test_the_selected_box_carries_the_gradient_of_the_last_refinement_alone():
     assert second.any()
 
 
-def test_the_supervised_box_carries_the_gradient_of_its_own_layer_alone():
+def test_supervised_box_has_its_own_layers_gradient_alone():
     di = module()
     stubs = [torch.randn(2, 12, DIM, requires_grad=True) for _ in range(2)]
     di.layers = torch.nn.ModuleList(Stub(stub) for stub in stubs)

@@ -74,7 +74,7 @@ def test_settings_decide_which_stages_there_are(node, names):
     assert [stage.name for stage in build(**node)(encoded()).stages] == names
 
 
-def test_the_last_selection_is_what_the_queries_before_layer_0_predict():
+def test_last_selection_is_what_the_initial_queries_predict():
     stages = {s.name: s for s in build(DI__NUM_SELECTED=[12, 10, 8])(encoded()).stages}
     assert list(stages)[:7] == ["interm", "di.0", "di.1", "selection.2", "di.2", "di.3", "selection.3"]
     last, initial = stages["selection.3"], stages["initial"]
@@ -152,7 +152,7 @@ def test_look_forward_twice(stubbed):
     assert third.any()
 
 
-def test_boxes_are_refined_from_the_raw_output_and_supervised_from_the_normed_one(stubbed):
+def test_boxes_are_refined_from_raw_and_supervised_from_normed_output(stubbed):
     decoder, outputs, result = stubbed
     stages = {stage.name: stage for stage in result.stages}
     delta, norm = decoder.heads.box_embed, decoder.heads.norm
@@ -173,7 +173,7 @@ def test_layers_look_at_detached_boxes_and_the_embedding_of_these(stubbed):
     assert not decoder.layers[2].boxes.requires_grad
 
 
-def test_layer_0_attends_to_t_i_and_later_ones_to_t_bal(stubbed):
+def test_layer_0_attends_to_t_i_others_to_t_bal(stubbed):
     decoder, outputs, _ = stubbed
     t_i = tokens_of(decoder, encoded().levels)
     torch.testing.assert_close(decoder.layers[0].tokens, t_i.tokens)
@@ -229,7 +229,7 @@ def test_a_batch_without_objects_still_touches_the_label_embedding():
     assert not decoder.denoising.label_embed.weight.grad.any()
 
 
-def test_maskdino_decoder_is_the_same_decoder_with_di_and_bato_off():
+def test_maskdino_decoder_equals_dimaskdino_without_di_and_bato():
     ours, plain = build(DI__ENABLED=False, BATO__ENABLED=False), build(MaskDINODecoder)
     assert list(plain.state_dict()) == list(ours.state_dict())
     plain.load_state_dict(ours.state_dict())
@@ -264,13 +264,13 @@ AFTER_BATO = ["layer.1", "layer.2"]
     ],
     ids=str,
 )
-def test_an_ablation_changes_the_stages_that_it_concerns_and_no_other(node, stages):
+def test_ablation_changes_only_the_stages_that_it_concerns(node, stages):
     decoder = build()
     expected, result = decoder(encoded()), like(decoder, **node)(encoded())
     assert [stage.name for stage in expected.stages if not same(expected, result, stage.name)] == stages
 
 
-def test_t_i_guides_when_de_imbalance_is_off_through_the_output_of_layer_0():
+def test_t_i_guides_through_layer_0_without_de_imbalance():
     t_i, q_bal = (build(DI__ENABLED=False, BATO__GUIDANCE=guidance) for guidance in ("t_i", "q_bal"))
     expected, result = q_bal(encoded()), t_i(encoded())
     assert all(same(expected, result, stage.name) for stage in expected.stages)
@@ -297,7 +297,7 @@ def test_guidance_decides_which_tokens_guide(guidance, queries, node):
         torch.testing.assert_close(position, decoder.query_pos(box_sine_embedding(tokens.boxes, DIM)))
 
 
-def test_random_positions_differ_from_run_to_run_and_keep_the_content():
+def test_random_positions_differ_by_run_and_keep_content():
     decoder, tokens = build(DI__RANDOM_POSITION=True), Tokens(torch.randn(2, 8, DIM), torch.full((2, 8, 4), 0.5))
     first, second = decoder.matching_queries(tokens), decoder.matching_queries(tokens)
     assert first.content is tokens.content

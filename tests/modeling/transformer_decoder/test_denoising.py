@@ -56,7 +56,7 @@ def test_images_without_objects_denoise_nothing():
     assert denoising()(targets([], [])) is None
 
 
-def test_an_image_without_objects_beside_one_with_objects_has_unused_places_alone():
+def test_empty_image_beside_another_has_unused_places_alone():
     queries = denoising(10)(targets([], BOXES[:1]))
     assert not queries.tokens.content[0].any()
     assert queries.num_groups == 10
@@ -89,7 +89,7 @@ def run_layer(decoder: DIMaskDINODecoder, queries: DenoisingQueries, content: to
 
 
 @pytest.mark.parametrize("changed", [0, 1, 2])
-def test_a_change_of_one_group_reaches_no_other_group_and_no_matching_query(changed):
+def test_change_of_one_group_reaches_nothing_else(changed):
     decoder = scramble(DIMaskDINODecoder(tiny_cfg())).eval()
     queries = denoising(10)(targets(BOXES))
     content = torch.randn(1, queries.num_queries + 8, DIM)
@@ -157,7 +157,7 @@ def test_the_same_seed_gives_the_same_queries():
     assert not torch.equal(runs[0], runs[2])
 
 
-def test_crowded_images_denoise_as_many_objects_as_there_is_room_for():
+def test_crowded_images_denoise_as_many_objects_as_fit():
     # The releases switch denoising off for the whole batch here.
     batch = [crowd(25), crowd(4)]
     queries = denoising(10)(batch)
@@ -176,6 +176,6 @@ def test_crowded_images_denoise_other_objects_each_time():
     assert len(seen) > 1
 
 
-def test_an_image_with_exactly_as_many_objects_as_queries_denoises_all_in_order():
+def test_as_many_objects_as_queries_are_denoised_in_order():
     queries = denoising(10)([crowd(10)])
     assert queries.matches[0][1].tolist() == list(range(10))

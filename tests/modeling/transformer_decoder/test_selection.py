@@ -9,7 +9,7 @@ from tests.tiny_model import DIM, encoded, scramble
 CPU = torch.device("cpu")
 
 
-def test_proposals_are_centred_on_pixels_and_double_their_size_level_by_level():
+def test_proposals_are_centered_on_pixels_and_double_by_level():
     boxes, valid = grid_proposals([(1, 2), (2, 2)], CPU)
     expected = [
         [0.25, 0.5, 0.05, 0.05],
@@ -23,7 +23,7 @@ def test_proposals_are_centred_on_pixels_and_double_their_size_level_by_level():
     assert valid.all()
 
 
-def test_proposals_with_a_coordinate_within_a_hundredth_of_the_border_are_invalid():
+def test_proposals_within_a_hundredth_of_the_border_are_invalid():
     _, valid = grid_proposals([(1, 100)], CPU)
     # Centres at 0.005, 0.015, ..., 0.995: the first and the last are too close.
     assert valid.tolist() == [False, *[True] * 98, False]
@@ -32,14 +32,14 @@ def test_proposals_with_a_coordinate_within_a_hundredth_of_the_border_are_invali
     assert valid.tolist() == [True, True, True, True, True, False]
 
 
-def test_highest_scores_takes_the_best_class_of_each_token_best_first():
+def test_highest_scores_ranks_tokens_by_their_best_class():
     first = [[0.0, 3.0], [5.0, -9.0], [1.0, 1.0], [4.0, 0.0]]
     second = [[0.0, 0.0], [0.0, 1.0], [2.0, 0.0], [3.0, 3.0]]
     logits = torch.tensor([first, second])
     assert highest_scores(logits, 3).tolist() == [[1, 3, 0], [3, 2, 1]]
 
 
-def test_highest_scores_takes_all_where_there_are_fewer_than_asked_for():
+def test_highest_scores_takes_all_if_there_are_fewer():
     assert highest_scores(torch.tensor([[[1.0], [2.0]]]), 5).tolist() == [[1, 0]]
 
 
@@ -58,7 +58,7 @@ def mask_logits(masks: torch.Tensor) -> MaskLogits:
     return MaskLogits(torch.eye(len(masks))[None], features[None])
 
 
-def test_boxes_of_masks_are_normalised_by_the_mask_and_kept_off_the_ends():
+def test_boxes_of_masks_are_normalized_and_kept_off_the_ends():
     masks = torch.zeros(3, 4, 8, dtype=torch.bool)
     masks[0, 1:3, 2:6] = True
     masks[2] = True
@@ -120,7 +120,7 @@ def test_initialisation_replaces_the_box_by_that_of_the_predicted_mask(box_type,
     assert not torch.allclose(t_s1.boxes, interm.boxes)
 
 
-def test_a_token_without_a_valid_proposal_predicts_the_box_of_ones():
+def test_token_without_a_valid_proposal_predicts_ones():
     # Two pixels of a 1 x 100 level lie within a hundredth of the border; all 100 tokens are selected.
     torch.manual_seed(0)
     heads = scramble(PredictionHeads(dim=DIM, num_logits=3, mask_dim=DIM))
