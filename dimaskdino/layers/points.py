@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def sample_points(maps: Tensor, points: Tensor) -> Tensor:
-    """Values of maps at points, bilinear between pixel centres, zero outside.
+    """Values of maps at points, bilinear between pixel centers, zero outside.
 
     Args:
         maps: (N, C, H, W) floating.

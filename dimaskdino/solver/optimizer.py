@@ -14,7 +14,7 @@ from dimaskdino.errors import CheckpointError, check_choice
 logger = logging.getLogger(__name__)
 
 NORMS = (
-    nn.modules.batchnorm._NormBase,  # batch, synchronised batch and instance norm of every dimension
+    nn.modules.batchnorm._NormBase,  # batch, synchronized batch and instance norm of every dimension
     nn.GroupNorm,
     nn.LayerNorm,
     nn.LocalResponseNorm,
