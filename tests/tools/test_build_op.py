@@ -85,7 +85,7 @@ def test_a_compiler_that_is_too_old_for_torch_is_refused(tmp_path, version, refu
     monkeypatch.setattr(build_op.sysconfig, "get_path", lambda name: str(tmp_path))
     compiler = script(tmp_path / "g++", f'case "$1" in -dumpversion) echo {version};; *) echo "g++ (GCC)";; esac')
     if refused:
-        with pytest.raises(BuildError, match="version 8, and torch needs 9 or newer"):
+        with pytest.raises(BuildError, match="version 8, but torch needs 9 or newer"):
             build_op.check_compiler(str(compiler))
     else:
         build_op.check_compiler(str(compiler))

@@ -103,12 +103,14 @@ def check_segmentation(cfg: CfgNode, name: str) -> tuple[list[Json], list[str]]:
         )
     check_files_exist(name, [entry["file_name"] for entry in entries])
     check_files_exist(name, [label_file(entry) for entry in entries], kind="label maps")
-    for index in evenly_spread(len(entries), MOST_LABEL_MAPS):
+    chosen = evenly_spread(len(entries), MOST_LABEL_MAPS)
+    for index in chosen:
         check_labels_of(entries[index], num_classes=num_classes, ignore=ignore, apply_exif=cfg.INPUT.APPLY_EXIF)
     ignored = f"pixels of label {ignore} (MODEL.SEM_SEG_HEAD.IGNORE_VALUE)"
     if "segments_info" in entries[0]:
         ignored = f"pixels of no segment (id {VOID}) and crowd regions"
     logger.info("Dataset %s: %d images, %d classes; %s are ignored.", name, len(entries), len(names), ignored)
+    logger.info("Dataset %s: read the label maps of %d of %d images", name, len(chosen), len(entries))
     return entries, names
 
 
