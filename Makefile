@@ -1,38 +1,38 @@
-# make install | demo | demo-all | reproduce-demo | test | cases | stress | bench | lint | clean
+# make install | demo | demo-all | reproduce-demo | test | cases | journeys | stress | bench | lint | clean
 # make stress        hurts trainings in every way that we know, on the CPU, and counts what they survive (20 minutes)
 # make browser-check the page of tools/browse.py in a browser
-# make sanitize      the compiled op and its CPU tests under AddressSanitizer and UndefinedBehaviorSanitizer, and the CUDA
-#                    kernels, as run on the CPU, also under ThreadSanitizer (GCC)
-# make cuda-check    compiles the CUDA code, also where there is no GPU
-# make gpu-check     the compiled op on this machine's GPU: its tests, bare and under compute-sanitizer
-# PYTHON=python3.12 make install   chooses the interpreter of a new .venv (`make clean` removes the old one)
+# make sanitize      runs the CPU tests of the compiled op under AddressSanitizer and UndefinedBehaviorSanitizer, and the
+#                    CUDA kernels, compiled for the CPU, also under ThreadSanitizer (GCC)
+# make cuda-check    compiles the CUDA code; needs no GPU
+# make gpu-check     tests the compiled op on this machine's GPU, with and without compute-sanitizer
+# PYTHON=python3.12 make install   makes a new .venv with this interpreter (`make clean` removes the old one)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 REQUIREMENTS := $(VENV)/.requirements
 STAMP := $(VENV)/.installed
 CSRC := $(shell find dimaskdino/layers/csrc -type f)
-# What `make cuda-check` compiles for; a toolkit older than CUDA 13 also knows 7.0.
+# Architectures of `make cuda-check`; toolkits older than CUDA 13 also know 7.0.
 CUDA_ARCHS ?= 7.5;8.0;9.0;10.0
 
 .PHONY: install demo demo-all reproduce-demo test cases journeys stress bench browser-check sanitize cuda-check gpu-check lint clean
 
 install: $(STAMP)
 
-# Both rules run again only when one of their files changed, and then pip keeps what is already right.
-# setuptools and wheel come first: fvcore, iopath and antlr4 have no wheels and are built with the pinned ones.
+# Both rules run again only when one of their files changes, and then pip keeps what is up to date.
+# setuptools and wheel come first, because fvcore, iopath, and antlr4 have no wheels and are built with the pinned ones.
 $(REQUIREMENTS): requirements.txt tools/install_detectron2.py tools/detectron2_wheel.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: dimaskdino needs Python 3.10 or newer, and $(PYTHON) is %d.%d: run PYTHON=/path/to/python3 make install" % sys.version_info[:2])'
 	@echo "== [1/4] virtual environment $(VENV)"
 	$(BIN)/python -m pip --version 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
-	@echo "== [2/4] requirements.txt (some gigabytes the first time: torch)"
+	@echo "== [2/4] requirements.txt (several gigabytes the first time, mostly torch)"
 	$(BIN)/python -m pip install $$(grep -E '^(pip|setuptools|wheel)==' requirements.txt)
 	$(BIN)/python -m pip install --no-build-isolation -r requirements.txt
 	@echo "== [3/4] detectron2"
 	$(BIN)/python tools/install_detectron2.py
 	@touch $@
 
-# After a change to the C++ files ninja compiles what they affect.
+# After a change in the C++ files, ninja compiles only what they affect.
 $(STAMP): $(REQUIREMENTS) setup.py tools/build_op.py $(CSRC)
 	@echo "== [4/4] dimaskdino and its compiled op (a minute or two the first time)"
 	$(BIN)/python -m pip install --no-build-isolation -e .
@@ -56,7 +56,7 @@ TEST_PROCESSES ?= auto
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --maxprocesses 4 --dist loadfile
 
-# The users' reports of tests/data/cases, those that train a model included, in less than five minutes on a CPU.
+# Runs all users' reports of tests/data/cases, including those that train a model, in under five minutes on a CPU.
 cases: $(STAMP)
 	$(BIN)/python -m pytest -m cases
 
@@ -74,11 +74,11 @@ journeys: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.ms_deform_attn
 
-# Python is not built with the sanitiser, so its runtime has to be loaded first; libstdc++ beside it, or the first C++
-# exception is an error. What Python does not free at its end is no leak of ours. pytest must not capture the report.
-# The CUDA kernels take part, compiled by g++ for the CPU. Races of their threads are found by ThreadSanitizer; where it
-# says "unexpected memory mapping", `setarch -R make sanitize` helps. torch has its threads from a library that it does not
-# see into, hence one.
+# Python is not built with the sanitizer, so load its runtime first, and libstdc++ with it, or the first C++ exception is
+# an error. Leak detection is off, because Python does not free everything at exit. pytest must not capture the report.
+# g++ compiles the CUDA kernels for the CPU, and ThreadSanitizer finds races between their threads; if it reports an
+# "unexpected memory mapping", run `setarch -R make sanitize`. torch runs one thread, because ThreadSanitizer does not see
+# into its threading library.
 SANITIZED := build/sanitize/tree
 SANITIZER_FLAGS := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 sanitize: export ASAN_OPTIONS := detect_leaks=0
@@ -95,13 +95,13 @@ sanitize: $(STAMP)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libtsan.so)" OMP_NUM_THREADS=1 TSAN_OPTIONS=halt_on_error=1:history_size=4 \
 	    EMULATION_FLAGS="-O1 -g -fsanitize=thread" $(BIN)/python -m pytest -q -s tests/layers/test_ms_deform_attn_cuda_emulated.py
 
-# Loading the result shows that it is linked with all it needs; running it takes a GPU.
+# Loading the result shows that it links with everything it needs; running it needs a GPU.
 cuda-check: $(STAMP)
 	DIMASKDINO_BUILD_OP=1 FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHS)" $(BIN)/python setup.py build_ext \
 	    --build-temp build/cuda-check/objects --build-lib build/cuda-check/lib
 	@$(BIN)/python -c 'import glob, torch; torch.ops.load_library(*glob.glob("build/cuda-check/lib/dimaskdino/_C*.so")); assert torch._C._dispatch_has_kernel_for_dispatch_key("dimaskdino::ms_deform_attn", "CUDA"); print("== compiled for $(CUDA_ARCHS) and loaded")'
 
-# Without torch's cache of GPU memory, in which a read past a tensor ends in another one. Graphs cannot do without it.
+# Without torch's cache of GPU memory, where a read past the end of a tensor hits another one. CUDA graphs need the cache.
 GPU_TESTS := tests/layers/test_ms_deform_attn_gpu.py
 SANITIZED_GPU_TESTS = PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(VENV)/lib/python*/site-packages/nvidia/cu13/bin/compute-sanitizer \
     --error-exitcode 1 $(1) $(BIN)/python -m pytest -q $(GPU_TESTS) -k "not graph"

@@ -1,8 +1,8 @@
 """The dimaskdino package and its compiled op: `python -m pip install --no-build-isolation -e .`.
 
-torch and detectron2 must be there already. Neither is listed as a requirement, so installing this package never
-replaces them; how to get detectron2 is told by tools/install_detectron2.py. How the op, dimaskdino._C, is built is told
-by tools/build_op.py. configs/ is copied into wheels, for dimaskdino.model_zoo; train_net.py stays in the repository.
+Install torch and detectron2 first (tools/install_detectron2.py installs the latter). Neither is a listed requirement,
+so installing this package never replaces them. tools/build_op.py builds the op, dimaskdino._C. configs/ is
+copied into wheels, for dimaskdino.model_zoo; train_net.py stays in the repository.
 """
 
 import os
@@ -64,7 +64,7 @@ setup(
         "iopath>=0.1.7",
         "matplotlib>=3.5",
         "numpy>=1.23",
-        "opencv-python-headless>=4.6",  # imported by detectron2, which leaves it to the user
+        "opencv-python-headless>=4.6",  # detectron2 imports it without requiring it
         "Pillow>=9.1",
         "pycocotools>=2.0.6",
         "PyYAML>=6.0",

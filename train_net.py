@@ -3,7 +3,12 @@
 
 import argparse
 
-from dimaskdino.engine import Trainer, argument_parser, evaluate, launch, setup
+from dimaskdino.command_line import argument_parser
+
+if __name__ == "__main__":
+    argument_parser().parse_args()  # --help and mistakes end here, before the imports that take seconds
+
+from dimaskdino.engine import Trainer, evaluate, launch, setup
 
 
 def main(args: argparse.Namespace) -> None:

@@ -82,7 +82,7 @@ def make_case(name: str, dtype: torch.dtype, device: torch.device) -> Case:
 
 
 def _centers() -> Tensor:
-    """(1, S, 2): the centre of every token."""
+    """(1, S, 2): the center of every token."""
     levels = []
     for height, width in SHAPES_1024:
         y, x = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
@@ -225,7 +225,7 @@ def with_schedule(work: Work, schedule: str) -> Work:
 def deviation(work: Work, exact: Work, dtype: torch.dtype) -> str:
     """What is wrong with a result of ``work``, compared with the same in float64; empty where nothing is.
 
-    The gradient of a location jumps at the centres of pixels, and rounding decides on which side the few samples are
+    The gradient of a location jumps at the centers of pixels, and rounding decides on which side the few samples are
     that stand there: one element in a thousand may differ.
     """
     for part, wanted in zip(work(), exact(), strict=True):

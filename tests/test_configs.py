@@ -352,8 +352,8 @@ def test_configurations_are_short():
 
 def test_swin_l_has_as_many_parameters_as_the_public_one(monkeypatch):
     # Nothing is computed with these weights: memory that is never written costs nothing.
-    for initialise in ("trunc_normal_", "kaiming_uniform_", "uniform_"):
-        monkeypatch.setattr(torch.nn.init, initialise, lambda tensor, *_, **__: tensor)
+    for initialize in ("trunc_normal_", "kaiming_uniform_", "uniform_"):
+        monkeypatch.setattr(torch.nn.init, initialize, lambda tensor, *_, **__: tensor)
     backbone = build_backbone(load(CONFIGS / "coco" / "dimaskdino_swinl_12ep.yaml"))
     public = timm.create_model("swin_large_patch4_window12_384")
     ours = sum(p.numel() for key, p in backbone.named_parameters() if not re.match(r"norm\d\.", key))

@@ -118,7 +118,7 @@ def tiny_model(options: dict[str, Any] | None = None, /, *, seed: int = 0, **nod
 
 
 def scramble(module: nn.Module) -> nn.Module:
-    """Add noise to every weight, so that no zero-initialised layer hides what flows through it."""
+    """Add noise to every weight, so that no zero-initialized layer hides what flows through it."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

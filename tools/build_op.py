@@ -1,10 +1,10 @@
-"""Builds the compiled op, dimaskdino._C, for setup.py; docs/op.md tells users what this does.
+"""Builds the compiled op, dimaskdino._C, for setup.py; docs/op.md is the users' guide.
 
-Decisions (is there anything to build, with CUDA or without, for which GPUs) are functions of what was found on the
-machine, so that tests can ask them without compiling. Every one that leaves something out is printed; pip shows what is
-printed with `-v`, and always where the build fails.
+The decisions (whether to build, with or without CUDA, for which GPUs) are functions of what is on the machine, so tests
+call them without compiling. Each decision that leaves something out is printed; pip shows this with `-v`, and always if
+the build fails.
 
-Read from the environment:
+Environment variables:
     DIMASKDINO_BUILD_OP    0 leaves the op out, 1 insists on it; unset: built where a C++ compiler is found
     FORCE_CUDA             auto (or unset), 1: CUDA or an error, 0: without CUDA
     TORCH_CUDA_ARCH_LIST   GPU architectures, such as "8.0;9.0+PTX"; unset: those of the visible GPUs
@@ -34,17 +34,17 @@ MINIMUM_GCC = 9  # torch's headers refuse older ones
 DEFAULT_ARCHS = "8.0;9.0+PTX"  # for FORCE_CUDA=1 where no GPU is visible
 # One build for every Python; a free-threaded one has no stable ABI.
 STABLE_ABI = not sysconfig.get_config_var("Py_GIL_DISABLED")
-# What pip's torch does not bring of a toolkit already. Unless told, pip would take the newest of each.
+# The parts of a toolkit that pip's torch does not install. Without a version, pip would take the newest of each.
 PIP_TOOLKIT = ["nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt", "nvidia-cuda-cccl"]
 WITHOUT_OP = "DIMASKDINO_BUILD_OP=0 installs without the compiled op (the slower reference form runs then)"
 WITHOUT_CUDA = "FORCE_CUDA=0 installs without CUDA"
-# Vectors wider than the instruction set's are passed between functions of one file only: no ABI is at stake.
+# Only functions of the same file pass vectors wider than the instruction set's, so no ABI depends on them.
 WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi"]
 SANITIZERS = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
 
 
 class BuildError(SystemExit):
-    """What stops the build, as one message for the user and without a traceback."""
+    """Stops the build with one message for the user, without a traceback."""
 
     def __init__(self, message: str) -> None:
         super().__init__(f"error: dimaskdino's compiled op: {message}")
@@ -62,44 +62,44 @@ def say(message: str) -> None:
     print(f"dimaskdino's compiled op: {message}", file=sys.stderr, flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------- is there a build
+# ---------------------------------------------------------------------------------------------------- whether to build
 
 
 def find_compiler(environ: Mapping[str, str]) -> str | None:
-    """The command of a GCC or Clang, or None; on Windows always None: the kernels use vectors that MSVC does not know.
+    """The command of GCC or Clang, or None; always None on Windows, because MSVC lacks the vectors of the kernels.
 
     Raises:
-        BuildError: CXX names a program that is not there.
+        BuildError: CXX names a program that does not exist.
     """
     if sys.platform == "win32":
         return None
     if environ.get("CXX"):
         if shutil.which(shlex.split(environ["CXX"])[0], path=environ.get("PATH")) is None:
-            raise BuildError(f"CXX is {environ['CXX']!r}, and there is no such program")
+            raise BuildError(f"CXX is {environ['CXX']!r}, but there is no such program")
         return environ["CXX"]
     candidates = (*shlex.split(sysconfig.get_config_var("CXX") or "")[:1], "c++", "g++", "clang++")
     return next((name for name in candidates if shutil.which(name, path=environ.get("PATH"))), None)
 
 
 def op_wanted(environ: Mapping[str, str], compiler: str | None) -> bool:
-    """Whether to build the op, by DIMASKDINO_BUILD_OP and by what there is to build it with."""
+    """Whether to build the op, given DIMASKDINO_BUILD_OP and the compiler."""
     choice = environ.get("DIMASKDINO_BUILD_OP", "")
     if choice not in ("", "0", "1"):
-        raise BuildError(f"DIMASKDINO_BUILD_OP is {choice!r}; it can be 0, 1 or unset")
+        raise BuildError(f"DIMASKDINO_BUILD_OP is {choice!r}; set it to 0 or 1, or unset it")
     if choice == "0":
-        say("left out, because DIMASKDINO_BUILD_OP is 0")
+        say("not built, because DIMASKDINO_BUILD_OP is 0")
         return False
     if compiler is None:
         missing = "no GCC or Clang was found (`apt install g++`, `dnf install gcc-c++`, or set CXX; not on Windows)"
         if choice == "1":
             raise BuildError(missing)
-        say(f"*** LEFT OUT: {missing}; the slower reference form will run. Install again once there is one. ***")
+        say(f"*** NOT BUILT: {missing}; the slower reference form will run. Install again once there is one. ***")
         return False
     return True
 
 
 def check_compiler(compiler: str) -> None:
-    """Raise BuildError where Python's headers are missing or g++ is older than torch's headers allow."""
+    """Raise BuildError if Python's headers are missing or g++ is too old for torch's headers."""
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
         raise BuildError(
             f"Python.h is not in {sysconfig.get_path('include')}: install Python's headers "
@@ -110,13 +110,13 @@ def check_compiler(compiler: str) -> None:
     version = _output(compiler, "-dumpversion").strip()
     if version.split(".")[0].isdecimal() and int(version.split(".")[0]) < MINIMUM_GCC:
         raise BuildError(
-            f"{compiler} is version {version}, and torch needs {MINIMUM_GCC} or newer: install a newer g++ and set CXX "
+            f"{compiler} is version {version}, but torch needs {MINIMUM_GCC} or newer: install a newer g++ and set CXX "
             f"to it, for example CXX=g++-12. {WITHOUT_OP}"
         )
 
 
 def _output(command: str, *arguments: str) -> str:
-    """What a compiler prints; empty where it cannot be run."""
+    """What a compiler prints; empty if it does not run."""
     try:
         words = [*shlex.split(command), *arguments]
         return subprocess.run(words, capture_output=True, text=True, check=False).stdout
@@ -128,7 +128,7 @@ def _output(command: str, *arguments: str) -> str:
 
 
 def toolkit_homes(environ: Mapping[str, str], site_packages: Path) -> list[Path]:
-    """Where a CUDA toolkit may be: CUDA_HOME alone where it is set, else around nvcc, pip's, and the usual folder."""
+    """Folders to look for a CUDA toolkit in: CUDA_HOME if it is set, else around nvcc, pip's, and the usual one."""
     given = environ.get("CUDA_HOME") or environ.get("CUDA_PATH")
     if given:
         return [Path(given)]
@@ -139,9 +139,9 @@ def toolkit_homes(environ: Mapping[str, str], site_packages: Path) -> list[Path]
 
 
 def find_toolkit(homes: list[Path], torch_cuda: str | None) -> Toolkit | None:
-    """The first of these folders that holds an nvcc that runs, and the runtime's headers.
+    """The first of these folders with an nvcc that runs and the runtime's headers.
 
-    One of the major version of torch's CUDA comes before all others.
+    Toolkits of the same major version as torch's CUDA come before all others.
     """
     found = []
     for home in homes:
@@ -156,51 +156,51 @@ def _same_major(version: str, torch_cuda: str | None) -> bool:
 
 
 def cuda_folders(home: Path, *names: str) -> list[Path]:
-    """The toolkit's folders of these names, also where conda puts them."""
+    """The toolkit's folders of these names, including where conda puts them."""
     found = [folder for name in names for folder in (home / name, *home.glob(f"targets/*/{name}"))]
     # Given once more on the command line, /usr/include would come before the compiler's own headers.
     return [folder for folder in found if folder.is_dir() and folder != Path("/usr/include")]
 
 
 def toolkit_problem(torch_cuda: str | None, toolkit: Toolkit | None, homes: list[Path]) -> str:
-    """Why this toolkit cannot build for this torch and what to install; empty where it can."""
+    """Why this toolkit cannot build for this torch, and what to install; empty if it can."""
     if torch_cuda is None:
-        return "this torch is a build without CUDA (install a CUDA build of torch: https://pytorch.org/get-started)"
+        return "this torch is built without CUDA (install a CUDA build of torch: https://pytorch.org/get-started)"
     if toolkit is None:
         looked = ", ".join(map(str, homes))
         return (
-            f"no CUDA toolkit (bin/nvcc and include/cuda_runtime.h) in {looked}: install CUDA {torch_cuda}, which is "
-            "torch's, and put its nvcc on PATH or set CUDA_HOME (https://developer.nvidia.com/cuda-toolkit-archive)"
+            f"no CUDA toolkit (bin/nvcc and include/cuda_runtime.h) in {looked}: install CUDA {torch_cuda}, torch's "
+            "version, and put its nvcc on PATH or set CUDA_HOME (https://developer.nvidia.com/cuda-toolkit-archive)"
             f"{_from_pip(torch_cuda)}"
         )
     if not _same_major(toolkit.version, torch_cuda):
         return (
-            f"the CUDA toolkit in {toolkit.home} is {toolkit.version}, but torch is built for CUDA {torch_cuda}, and "
-            f"the major versions must agree: install CUDA {torch_cuda} and set CUDA_HOME to it, or install a torch for "
+            f"the CUDA toolkit in {toolkit.home} is {toolkit.version}, but torch is built for CUDA {torch_cuda}; "
+            f"the major versions must match: install CUDA {torch_cuda} and set CUDA_HOME to it, or install a torch for "
             f"CUDA {toolkit.version.split('.')[0]}{_from_pip(torch_cuda)}"
         )
     return ""
 
 
 def _from_pip(torch_cuda: str) -> str:
-    """How to install what is missing by pip, which has nvcc from CUDA 13 on, on Linux."""
+    """How to install what is missing with pip, which has nvcc for CUDA 13 and newer on Linux."""
     if sys.platform != "linux" or int(torch_cuda.split(".")[0]) < 13:
         return ""
     parts = " ".join(f"'{name}=={torch_cuda}.*'" for name in PIP_TOOLKIT)
-    return f"; pip has one too: python -m pip install {parts}"
+    return f"; or with pip: python -m pip install {parts}"
 
 
 def choose_cuda(force: str, problem: str, gpu_visible: bool, arch_list: str) -> tuple[bool, str]:
-    """Whether to compile the CUDA kernels, and why not where not.
+    """Whether to compile the CUDA kernels, and if not, why.
 
     Args:
         force: FORCE_CUDA.
-        problem: what is wrong with the toolkit; empty where nothing is.
+        problem: what is wrong with the toolkit; empty if nothing is.
         gpu_visible: whether torch sees a GPU.
         arch_list: TORCH_CUDA_ARCH_LIST.
     """
     if force not in ("", "auto", "0", "1"):
-        raise BuildError(f"FORCE_CUDA is {force!r}; it can be auto, 0, 1 or unset")
+        raise BuildError(f"FORCE_CUDA is {force!r}; set it to auto, 0, or 1, or unset it")
     if force == "0":
         return False, "FORCE_CUDA is 0"
     if problem and force == "1":
@@ -209,11 +209,14 @@ def choose_cuda(force: str, problem: str, gpu_visible: bool, arch_list: str) -> 
         return False, problem
     if force == "1" or gpu_visible or arch_list:
         return True, ""
-    return False, "no GPU is visible; FORCE_CUDA=1 builds for GPUs elsewhere, TORCH_CUDA_ARCH_LIST says for which"
+    return (
+        False,
+        "no GPU is visible; FORCE_CUDA=1 builds for GPUs elsewhere, and TORCH_CUDA_ARCH_LIST lists their architectures",
+    )
 
 
 def nvcc_problem(nvcc: Path) -> str:
-    """What nvcc says where it cannot compile an empty kernel, as with a host compiler that is too new for it."""
+    """The message of nvcc if it cannot compile an empty kernel, for example with a host compiler that is too new."""
     # Torch passes CC to nvcc in the same way.
     host = ["-ccbin", os.environ["CC"]] if "CC" in os.environ else []
     with tempfile.TemporaryDirectory() as folder:
@@ -232,22 +235,22 @@ def nvcc_problem(nvcc: Path) -> str:
 
 
 def sources(*, cuda: bool) -> list[str]:
-    """What is compiled, relative to the root, as setuptools wants it."""
+    """The files to compile, relative to the root, as setuptools wants them."""
     patterns = ("*.cpp", "cpu/*.cpp", *(("cuda/*.cpp", "cuda/*.cu") if cuda else ()))
     return [path.relative_to(ROOT).as_posix() for pattern in patterns for path in sorted(CSRC.glob(pattern))]
 
 
 def extension() -> Extension:
-    """The extension as far as it is known without torch; the command of build_command() completes it."""
+    """The extension without what depends on torch, which the command of build_command() adds."""
     return Extension("dimaskdino._C", sources(cuda=False), language="c++", py_limited_api=STABLE_ABI)
 
 
 def complete(op: Extension, torch_folder: Path, toolkit: Toolkit | None, *, sanitize: bool) -> None:
-    """Add sources, libraries and options; those for CUDA where there is a toolkit."""
+    """Add sources, libraries, and options, with those for CUDA if there is a toolkit."""
     includes = [torch_folder / "include", torch_folder / "include" / "torch" / "csrc" / "api" / "include"]
     libraries, library_folders = ["c10", "torch", "torch_cpu"], [torch_folder / "lib"]
     if toolkit:
-        # The last are pip's, for headers of libraries that a small toolkit leaves out.
+        # The last are pip's, for headers of libraries that a small toolkit lacks.
         includes += [*cuda_folders(toolkit.home, "include"), *sorted(torch_folder.parent.glob("nvidia/*/include"))]
         folders = cuda_folders(toolkit.home, "lib64", "lib")
         libraries += [cuda_runtime(folders), "c10_cuda", "torch_cuda"]
@@ -258,7 +261,7 @@ def complete(op: Extension, torch_folder: Path, toolkit: Toolkit | None, *, sani
 
 
 def cuda_runtime(folders: list[Path]) -> str:
-    """The runtime library as the linker is to look for it: by its full name where only that is there, as with pip's."""
+    """The name by which the linker finds the runtime library: the full name if there is no other, as with pip's."""
     if not any((folder / "libcudart.so").exists() for folder in folders):
         full_names = sorted(path.name for folder in folders for path in folder.glob("libcudart.so.*"))
         if full_names:
@@ -267,7 +270,7 @@ def cuda_runtime(folders: list[Path]) -> str:
 
 
 def compile_arguments(includes: list[Path], *, sanitize: bool) -> tuple[dict[str, list[str]], list[str]]:
-    """Options of the C++ compiler and nvcc, and of the linker; the kernels choose their instruction sets themselves."""
+    """Options of the C++ compiler, nvcc, and the linker; the kernels choose their instruction sets themselves."""
     host = ["-O3", "-g0"]
     if sanitize:
         # Many Pythons have extensions compiled with -fwrapv, which would hide an overflow.
@@ -281,12 +284,12 @@ def compile_arguments(includes: list[Path], *, sanitize: bool) -> tuple[dict[str
 
 
 class PutInPlace(build_ext):
-    """The step from the build to the source tree, where Python imports the library."""
+    """Copies the library from the build to the source tree, where Python imports it."""
 
     def copy_file(self, infile: str, outfile: str, *_: object, **__: object) -> tuple[str, bool]:
-        """Put the file there whole or not at all: half a library ends Python when it is imported.
+        """Copy the file completely or not at all; importing half a library ends Python.
 
-        Its time is now: it is newer than every source, also where none of those that it was built from changed.
+        Its time is now, which makes it newer than every source even if none of its own sources changed.
         """
         part = f"{outfile}.part"
         shutil.copy(infile, part)
@@ -295,9 +298,9 @@ class PutInPlace(build_ext):
 
 
 def build_command(compiler: str) -> type[build_ext]:
-    """The build_ext command: torch's, made to complete our extension; without torch one that says so when it runs."""
-    os.environ["CXX"] = compiler  # torch and setuptools would each choose one
-    # ninja from pip lies beside the interpreter, which is on PATH only where the environment is activated.
+    """The build_ext command of torch, completing our extension too; without torch, one that reports this when run."""
+    os.environ["CXX"] = compiler  # otherwise torch and setuptools each choose one
+    # pip's ninja lies beside the interpreter, which is on PATH only if the environment is activated.
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), sysconfig.get_path("scripts")])
     try:
         import torch
@@ -306,11 +309,11 @@ def build_command(compiler: str) -> type[build_ext]:
     homes = toolkit_homes(os.environ, Path(torch.__file__).parents[1])
     toolkit = find_toolkit(homes, torch.version.cuda)
     if toolkit:
-        os.environ["CUDA_HOME"] = str(toolkit.home)  # read by this part of torch when it is imported
+        os.environ["CUDA_HOME"] = str(toolkit.home)  # this part of torch reads it on import
     from torch.utils import cpp_extension
 
     def usable_toolkit() -> Toolkit | None:
-        """The toolkit to build CUDA kernels with; None, and a line that says why, where they are left out."""
+        """The toolkit to build CUDA kernels with; None to build without, after a line that says why."""
         force, archs = os.environ.get("FORCE_CUDA", ""), os.environ.get("TORCH_CUDA_ARCH_LIST", "")
         gpu = torch.cuda.is_available()
         chosen, reason = choose_cuda(force, toolkit_problem(torch.version.cuda, toolkit, homes), gpu, archs)
@@ -325,20 +328,20 @@ def build_command(compiler: str) -> type[build_ext]:
         return toolkit
 
     class BuildOp(PutInPlace, cpp_extension.BuildExtension):
-        """Builds the op for the CPU, and for CUDA where that is chosen."""
+        """Builds the op for the CPU, and for CUDA if chosen."""
 
         def finalize_options(self) -> None:
-            """Keep the objects, pip's too, so that the next build compiles what changed.
+            """Keep the object files, even under pip, so that the next build compiles only what changed.
 
-            Each torch has a folder: its headers count as the system's, which ninja does not watch.
+            Each version of torch has its own folder, because ninja does not watch torch's headers.
             """
             given = self.build_temp
             super().finalize_options()
             self.build_temp = given or str(Path("build", f"op-torch-{torch.__version__}"))
-            self.force = True  # where there is no ninja
+            self.force = True  # for builds without ninja
 
         def build_extensions(self) -> None:
-            """Complete the extension and compile it; the compiler's own messages go where the build's output goes."""
+            """Complete and compile the extension; the compiler's messages go to the build's output."""
             check_compiler(compiler)
             sanitize = os.environ.get("DIMASKDINO_SANITIZE") == "1"
             complete(self.extensions[0], Path(torch.__file__).parent, usable_toolkit(), sanitize=sanitize)
@@ -352,13 +355,13 @@ def build_command(compiler: str) -> type[build_ext]:
 
 def _command_without_torch(error: ImportError) -> type[build_ext]:
     class NoTorch(build_ext):
-        """Other commands, such as sdist, do without torch."""
+        """Lets other commands, such as sdist, run without torch."""
 
         def run(self) -> None:
             """Say that torch is missing."""
             raise BuildError(
-                f"it is compiled against the torch that it will run with, and {sys.executable} cannot import torch "
-                f"({error}). Install torch, then run pip with --no-build-isolation, which lets the build see it: "
+                f"it compiles against the torch that it will run with, but {sys.executable} cannot import torch "
+                f"({error}). Install torch, then run pip with --no-build-isolation, which lets the build see torch: "
                 f"`python -m pip install --no-build-isolation -e .`. {WITHOUT_OP}"
             )
 

@@ -6,20 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from dimaskdino.checkpoint import (
-    DESCRIPTIONS,
-    from_release,
-    is_release,
-    pick_coco_rows,
-    read_weights,
-    to_release,
-    write_weights,
-)
-from dimaskdino.checkpoint.dino import COCO_OUTPUTS
-from dimaskdino.checkpoint.fitting import num_classes
 from dimaskdino.errors import CheckpointError, run_cli
-
-HEADS = "sem_seg_head."
 
 
 def parse_args() -> argparse.Namespace:
@@ -31,6 +18,24 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--strip", action="store_true", help="write only the weights, without the training state")
     parser.add_argument("--trust", action="store_true", help="read a file that runs code; only if you trust its author")
     return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes end here, before the imports that take seconds
+
+from dimaskdino.checkpoint import (
+    DESCRIPTIONS,
+    from_release,
+    is_release,
+    pick_coco_rows,
+    read_weights,
+    to_release,
+    write_weights,
+)
+from dimaskdino.checkpoint.dino import COCO_OUTPUTS
+from dimaskdino.checkpoint.fitting import num_classes
+
+HEADS = "sem_seg_head."
 
 
 def convert(content: dict[str, Any], *, to: str, strip: bool) -> tuple[dict[str, Any], str]:

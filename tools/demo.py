@@ -12,53 +12,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from PIL import Image
-
-from dimaskdino import Predictor
 from dimaskdino.command_line import at_least
-from dimaskdino.config import Config
-from dimaskdino.data import build_mapper
-from dimaskdino.data.label_maps import labels_present, read_segments, read_semantic
-from dimaskdino.engine import Trainer, argument_parser, evaluate, launch, setup
-from dimaskdino.engine.launch import num_cores
 from dimaskdino.errors import UserError, run_cli
-from dimaskdino.evaluation import coco_table, layer_table
-from dimaskdino.evaluation.report import panoptic_table, semantic_table
-from dimaskdino.structures.stages import Stage
-from dimaskdino.visualization import Objects, draw_objects, save_grid
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "demo"
 MODEL = Path(__file__).resolve().with_name("demo_model.pth")  # trained by `make demo`
-# Two processes that average gradients use two cores better than two threads do.
-MAX_PROCESSES = 2
 OUTPUT = Path("output/demo")
-MIN_SCORE = 0.35
-COLUMNS = ("input", "ground truth", "prediction")
-PICTURE_WIDTH_PX = 384
-# --quick evaluates on the pictures of the demo and trains on none.
-QUICK = ["DATASETS.SHAPES.NUM_TRAIN", "1"]
-SMOKE = [
-    *("DATASETS.SHAPES.NUM_TRAIN", "64", "DATASETS.SHAPES.NUM_VAL", "16"),
-    *("SOLVER.MAX_ITER", "20", "SOLVER.STEPS", "(15,)", "SOLVER.WARMUP_ITERS", "5"),
-]
-
-
-class Task(NamedTuple):
-    """One of the trainings of --all: its configuration, and its column in the picture, if it has one."""
-
-    config: str
-    column: str = ""
-
-
-TASKS = (
-    Task("dino_shapes", "boxes (DINO)"),
-    Task("dimaskdino_shapes", "instances (DI-MaskDINO)"),
-    Task("dimaskdino_panoptic_shapes", "panoptic (DI-MaskDINO)"),
-    Task("maskdino_panoptic_shapes"),
-    Task("maskdino_semantic_shapes", "semantic (Mask DINO)"),
-)
 
 
 def parse_args() -> argparse.Namespace:
@@ -86,6 +45,53 @@ def parse_args() -> argparse.Namespace:
     suffix = "_all" * demo.all + ("_quick" if demo.quick else "_smoke" if demo.smoke else "")
     demo.output = demo.output or OUTPUT.with_name(OUTPUT.name + suffix)
     return demo
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes end here, before the imports that take seconds
+
+import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
+
+from dimaskdino import Predictor
+from dimaskdino.config import Config
+from dimaskdino.data import build_mapper
+from dimaskdino.data.label_maps import labels_present, read_segments, read_semantic
+from dimaskdino.engine import Trainer, argument_parser, evaluate, launch, setup
+from dimaskdino.engine.launch import num_cores
+from dimaskdino.evaluation import coco_table, layer_table
+from dimaskdino.evaluation.report import panoptic_table, semantic_table
+from dimaskdino.structures.stages import Stage
+from dimaskdino.visualization import Objects, draw_objects, save_grid
+
+# Two processes that average gradients use two cores better than two threads do.
+MAX_PROCESSES = 2
+MIN_SCORE = 0.35
+COLUMNS = ("input", "ground truth", "prediction")
+PICTURE_WIDTH_PX = 384
+# --quick evaluates on the pictures of the demo and trains on none.
+QUICK = ["DATASETS.SHAPES.NUM_TRAIN", "1"]
+SMOKE = [
+    *("DATASETS.SHAPES.NUM_TRAIN", "64", "DATASETS.SHAPES.NUM_VAL", "16"),
+    *("SOLVER.MAX_ITER", "20", "SOLVER.STEPS", "(15,)", "SOLVER.WARMUP_ITERS", "5"),
+]
+
+
+class Task(NamedTuple):
+    """One of the trainings of --all: its configuration, and its column in the picture, if it has one."""
+
+    config: str
+    column: str = ""
+
+
+TASKS = (
+    Task("dino_shapes", "boxes (DINO)"),
+    Task("dimaskdino_shapes", "instances (DI-MaskDINO)"),
+    Task("dimaskdino_panoptic_shapes", "panoptic (DI-MaskDINO)"),
+    Task("maskdino_panoptic_shapes"),
+    Task("maskdino_semantic_shapes", "semantic (Mask DINO)"),
+)
 
 
 def main() -> None:

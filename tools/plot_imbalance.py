@@ -8,8 +8,6 @@ import argparse
 from pathlib import Path
 
 from dimaskdino.errors import UserError, run_cli
-from dimaskdino.reproduction.charts import StageResults, draw_imbalance, picture_path
-from dimaskdino.reproduction.runs import read_stages
 
 
 def parse_args() -> argparse.Namespace:
@@ -23,6 +21,13 @@ def parse_args() -> argparse.Namespace:
         "--paper", action="store_true", help="the paper's bars beside those of runs named MaskDINO or DI-MaskDINO"
     )
     return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes end here, before the imports that take seconds
+
+from dimaskdino.reproduction.charts import StageResults, draw_imbalance, picture_path
+from dimaskdino.reproduction.runs import read_stages
 
 
 def main() -> None:

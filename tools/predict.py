@@ -16,22 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from dimaskdino import Predictor
 from dimaskdino.command_line import add_import_flag, at_least, fraction, import_modules
 from dimaskdino.cpu import keep_freed_memory
 from dimaskdino.errors import UserError, run_cli
-from dimaskdino.prediction.canvases import Canvas
-from dimaskdino.prediction.inputs import Source, find_sources
-from dimaskdino.prediction.job import Job
-from dimaskdino.prediction.outputs import Outputs, check_writable
-from dimaskdino.prediction.records import Records, Share, write_coco, write_csv
 
 DEMO_RUN = Path("output/demo/run")
-BAD_INPUT_STATUS = 3
-# These do not decide the results; a folder takes those of one choice of all others.
-NO_SETTINGS = ("inputs", "output", "batch_size", "device", "overwrite")
 
 
 def class_score(text: str) -> tuple[str, float]:
@@ -80,6 +69,23 @@ def parse_args() -> argparse.Namespace:
     add_import_flag(parser)
     add("--opts", nargs="+", default=[], metavar=("KEY", "VALUE"), help="keys of the configuration, after all else")
     return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes end here, before the imports that take seconds
+
+import torch
+
+from dimaskdino import Predictor
+from dimaskdino.prediction.canvases import Canvas
+from dimaskdino.prediction.inputs import Source, find_sources
+from dimaskdino.prediction.job import Job
+from dimaskdino.prediction.outputs import Outputs, check_writable
+from dimaskdino.prediction.records import Records, Share, write_coco, write_csv
+
+BAD_INPUT_STATUS = 3
+# These do not decide the results; a folder takes those of one choice of all others.
+NO_SETTINGS = ("inputs", "output", "batch_size", "device", "overwrite")
 
 
 def main() -> None:

@@ -12,16 +12,8 @@ from pathlib import Path
 
 from dimaskdino.command_line import at_least
 from dimaskdino.errors import UserError, run_cli
-from dimaskdino.reproduction.charts import StageResults, draw_imbalance, draw_table
-from dimaskdino.reproduction.costs import cost_table, measure_folder, speeds
-from dimaskdino.reproduction.effects import effects, effects_csv, effects_markdown
-from dimaskdino.reproduction.intervals import ap_interval
-from dimaskdino.reproduction.jobs import Job, Launcher, check_submission, measure_all, run_jobs, submit, unfinished
-from dimaskdino.reproduction.report import compare, markdown, to_csv
-from dimaskdino.reproduction.runs import Run
 from dimaskdino.reproduction.tables import DATASETS, Table, choose_tables, find_experiment, paper_tables
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 EXAMPLES = """
   what there is to do   tools/reproduce.py table4 --dataset bdd100k
   what it would cost    tools/reproduce.py all --measure 20 --num-gpus 8
@@ -32,8 +24,6 @@ EXAMPLES = """
   what is there so far  tools/reproduce.py table4 --dataset bdd100k --collect
   on a laptop           tools/reproduce.py table4 --dataset shapes --run
 """
-
-Runs = dict[str, list[Run]]
 
 
 def parse_args() -> argparse.Namespace:
@@ -67,6 +57,21 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--verbose", action="store_true", help="also show the command of every run")
     return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes end here, before the imports that take seconds
+
+from dimaskdino.reproduction.charts import StageResults, draw_imbalance, draw_table
+from dimaskdino.reproduction.costs import cost_table, measure_folder, speeds
+from dimaskdino.reproduction.effects import effects, effects_csv, effects_markdown
+from dimaskdino.reproduction.intervals import ap_interval
+from dimaskdino.reproduction.jobs import Job, Launcher, check_submission, measure_all, run_jobs, submit, unfinished
+from dimaskdino.reproduction.report import compare, markdown, to_csv
+from dimaskdino.reproduction.runs import Run
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+Runs = dict[str, list[Run]]
 
 
 def main() -> None:

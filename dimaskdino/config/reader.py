@@ -4,7 +4,7 @@ import difflib
 import functools
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import detectron2
@@ -90,11 +90,11 @@ class Config(CfgNode):
         return "no" if key in MAY_BE_NO and decoded is False else value
 
 
-def flatten(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value) for every leaf; an empty node counts as a leaf."""
+def flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) for every leaf of nested nodes; an empty node counts as a leaf."""
     for name, value in node.items():
         key = f"{prefix}{name}"
-        if isinstance(value, CfgNode) and len(value):
+        if isinstance(value, dict) and value:
             yield from flatten(value, f"{key}.")
         else:
             yield key, value

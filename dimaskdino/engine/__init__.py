@@ -1,10 +1,11 @@
 """Training: the launcher, the set-up of a run, the trainer and its hooks."""
 
+from dimaskdino.command_line import argument_parser
 from dimaskdino.cpu import keep_freed_memory
 from dimaskdino.engine.evaluation import evaluate
 from dimaskdino.engine.launch import launch
 from dimaskdino.engine.own_hooks import HOOK_REGISTRY
-from dimaskdino.engine.setup import argument_parser, setup
+from dimaskdino.engine.setup import setup
 from dimaskdino.engine.train_step import TrainStep
 from dimaskdino.engine.trainer import Trainer
 from dimaskdino.solver import GradientClipper, build_lr_scheduler, build_optimizer

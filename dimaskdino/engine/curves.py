@@ -13,8 +13,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from dimaskdino.config import flatten
 from dimaskdino.engine.run_folder import CONFIG_FILE
-from dimaskdino.engine.run_state import FREE_KEYS, METRICS_FILE, flat, records
+from dimaskdino.engine.run_state import FREE_KEYS, METRICS_FILE, records
 from dimaskdino.errors import UserError
 from dimaskdino.structures import is_final_loss
 
@@ -85,7 +86,7 @@ def _settings(folder: Path) -> str:
     path = folder / CONFIG_FILE
     if not path.is_file():
         return str(folder)
-    keys = dict(flat(yaml.safe_load(path.read_text(encoding="utf-8"))))
+    keys = dict(flatten(yaml.safe_load(path.read_text(encoding="utf-8"))))
     return json.dumps({key: value for key, value in keys.items() if key not in (*FREE_KEYS, "SEED")}, default=str)
 
 

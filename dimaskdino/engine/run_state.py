@@ -10,6 +10,7 @@ import yaml
 from detectron2.utils.events import EventStorage, JSONWriter
 
 from dimaskdino.checkpoint import replacing
+from dimaskdino.config import flatten
 
 logger = logging.getLogger(__name__)
 
@@ -84,15 +85,6 @@ def records(path: Path) -> Iterator[tuple[str, int]]:
 
 def changed_settings(before: str, now: str) -> list[str]:
     """The keys whose values differ between two dumps of a configuration, each as "KEY: old -> new"."""
-    old, new = (dict(flat(yaml.safe_load(dump))) for dump in (before, now))
+    old, new = (dict(flatten(yaml.safe_load(dump))) for dump in (before, now))
     keys = [key for key in sorted({*old, *new}) if key not in FREE_KEYS and old.get(key) != new.get(key)]
     return [f"{key}: {old.get(key, 'not set')} -> {new.get(key, 'not set')}" for key in keys]
-
-
-def flat(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of each leaf of a configuration as YAML holds it."""
-    for name, value in node.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

@@ -28,13 +28,13 @@ def move_boxes(boxes: Tensor, delta: Tensor, eps: float = BOX_EPS) -> Tensor:
 
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
-    """(..., 4) centre and size to corners."""
+    """(..., 4) center and size to corners."""
     center, size = boxes[..., :2], boxes[..., 2:]
     return torch.cat((center - size / 2, center + size / 2), dim=-1)
 
 
 def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
-    """(..., 4) corners to centre and size."""
+    """(..., 4) corners to center and size."""
     low, high = boxes[..., :2], boxes[..., 2:]
     return torch.cat(((low + high) / 2, high - low), dim=-1)
 
@@ -53,7 +53,7 @@ def _area(boxes: Tensor) -> Tensor:
 
 
 def generalized_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
-    """Generalised IoU of boxes that broadcast against each other.
+    """Generalized IoU of boxes that broadcast against each other.
 
     Args:
         boxes1: (..., 4) xyxy with x1 >= x0 and y1 >= y0.
@@ -63,7 +63,7 @@ def generalized_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
         (...) in [-1, 1]; a pair of empty boxes at one point gives 0, never NaN.
 
     Source: Rezatofighi et al., 2019.
-    Deviation: areas in denominators are enlarged by 1e-6, as in the releases; on boxes normalised to the image that
+    Deviation: areas in denominators are enlarged by 1e-6, as in the releases; on boxes normalized to the image that
     lowers the overlap of objects of about one pixel.
     """
     inner = torch.minimum(boxes1[..., 2:], boxes2[..., 2:]) - torch.maximum(boxes1[..., :2], boxes2[..., :2])

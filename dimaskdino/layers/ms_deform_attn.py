@@ -57,7 +57,7 @@ def ms_deform_attn_fused(
     Args:
         value: (B, S, H, D) levels flattened and joined.
         spatial_shapes: (height, width) of each level.
-        reference: (B, Q, 2) points or (B, Q, 4) boxes cxcywh, normalised, the same for all levels.
+        reference: (B, Q, 2) points or (B, Q, 4) boxes cxcywh, normalized, the same for all levels.
         offsets: (B, Q, H, L, P, 2); in pixels of each level for points, in halves of the box size shared by the P
             points for boxes.
         logits: (B, Q, H, L, P); attention weights are their softmax over L and P.
@@ -190,7 +190,7 @@ class MSDeformAttn(nn.Module):
 
         Args:
             query: (B, Q, C) content plus position.
-            reference: (B, Q, 2) points or (B, Q, 4) boxes cxcywh, normalised to the padded image, or, with ``valid``,
+            reference: (B, Q, 2) points or (B, Q, 4) boxes cxcywh, normalized to the padded image, or, with ``valid``,
                 to the image itself. Offsets are in pixels of each level for points, and in halves of the box size
                 shared by the points for boxes.
             tokens: (B, S, C) the levels to sample from.

@@ -57,13 +57,13 @@ def sampling_locations(reference: Tensor, offsets: Tensor, spatial_shapes: Spati
     """Where offsets from references lie.
 
     Args:
-        reference: (B, Q, 2) points or (B, Q, 4) boxes cxcywh, normalised; or one for each level, (B, Q, L, 2 or 4).
+        reference: (B, Q, 2) points or (B, Q, 4) boxes cxcywh, normalized; or one for each level, (B, Q, L, 2 or 4).
         offsets: (B, Q, H, L, P, 2); in pixels of each level for points, in halves of the box size shared by the P
             points for boxes.
         spatial_shapes: (height, width) of each level.
 
     Returns:
-        (B, Q, H, L, P, 2) as (x, y), normalised.
+        (B, Q, H, L, P, 2) as (x, y), normalized.
     """
     reference = reference[:, :, None] if reference.dim() == 3 else reference
     center = reference[:, :, None, :, None, :2]

@@ -8,7 +8,7 @@ from dimaskdino.layers.ms_deform_attn_ops import use_loops
 
 
 def sample_points(maps: Tensor, points: Tensor) -> Tensor:
-    """Values of maps at points, bilinear between pixel centres, zero outside.
+    """Values of maps at points, bilinear between pixel centers, zero outside.
 
     Args:
         maps: (N, C, H, W) floating.

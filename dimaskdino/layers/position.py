@@ -30,7 +30,7 @@ def pixel_sine_embedding(
     offset: float = 0.0,
     counts: Tensor | None = None,
 ) -> Tensor:
-    """Sine embedding of the pixels of a feature map, positions normalised to (0, 2 pi].
+    """Sine embedding of the pixels of a feature map, positions normalized to (0, 2 pi].
 
     Args:
         height: rows of the map.
@@ -39,7 +39,7 @@ def pixel_sine_embedding(
         device: where the result lives.
         eps: added to the largest position before the division.
         temperature: ratio of the longest wavelength to the shortest.
-        offset: added to positions, which count from 1; -0.5 gives the centres of pixels.
+        offset: added to positions, which count from 1; -0.5 gives the centers of pixels.
         counts: (B, 2) columns and rows that lie on each image rather than on padding; positions end there at 2 pi.
 
     Returns:
@@ -79,7 +79,7 @@ def box_sine_embedding(boxes: Tensor, dim: int) -> Tensor:
 
 
 def pixel_centers(height: int, width: int, device: torch.device) -> Tensor:
-    """(height * width, 2) float32 centres of the pixels as (x, y) in (0, 1), row by row."""
+    """(height * width, 2) float32 centers of the pixels as (x, y) in (0, 1), row by row."""
     y = (torch.arange(height, dtype=torch.float32, device=device) + 0.5) / height
     x = (torch.arange(width, dtype=torch.float32, device=device) + 0.5) / width
     return torch.stack((x.expand(height, width), y[:, None].expand(height, width)), dim=-1).flatten(0, 1)

@@ -118,7 +118,7 @@ def test_masks_stay_on_their_pixels(kind, tmp_path):
         image, objects = mapped["image"], mapped["instances"]
         assert image.shape == ((3, 20, 20) if kind == "semantic" else (3, 32, 32))
         for label, mask in zip(objects.gt_classes.tolist(), objects.gt_masks.tensor, strict=True):
-            # Resizing blends the colours of a border.
+            # Resizing blends the colors of a border.
             off = (image.float() - torch.tensor(color(label)).view(3, 1, 1)).abs().amax(0)[mask] > 8
             assert off.float().mean() < 0.4
             seen += 1

@@ -22,7 +22,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 class Case:
     """Random arguments of given sizes, for both forms; ``low`` gives offsets and logits the dtype of the values.
 
-    No sample lies within rounding of a row or column of pixel centres, where the gradient of its location jumps.
+    No sample lies within rounding of a row or column of pixel centers, where the gradient of its location jumps.
     """
 
     def __init__(
@@ -55,8 +55,8 @@ class Case:
         reference = torch.rand(batch, queries, reference_size, generator=generator, dtype=torch.float64)
         self.reference = (0.1 + 0.9 * reference).to(acc)
         # A good part of the samples on each side of the border, some far away.
-        self.locations = _away_from_centres(lambda: (0.5 + 0.5 * normal(*samples, 2)).to(acc), shapes, lambda x: x)
-        self.offsets = _away_from_centres(
+        self.locations = _away_from_centers(lambda: (0.5 + 0.5 * normal(*samples, 2)).to(acc), shapes, lambda x: x)
+        self.offsets = _away_from_centers(
             lambda: (2 * normal(*samples, 2)).to(dtype if low else acc),
             shapes,
             lambda offsets: sampling_locations(self.reference.double(), offsets, shapes),
@@ -74,8 +74,8 @@ class Case:
         return self.value, self.shapes, self.reference, self.offsets, self.logits
 
 
-def _away_from_centres(draw, shapes, locate):
-    """Draw once, and those again whose location is too near to a pixel's centre in x or y."""
+def _away_from_centers(draw, shapes, locate):
+    """Draw once, and those again whose location is too near to a pixel's center in x or y."""
     drawn = draw()
     sizes = torch.tensor([(width, height) for height, width in shapes], dtype=torch.float64).view(-1, 1, 2)
     while True:

@@ -113,8 +113,8 @@ def test_gradients_are_those_of_finite_differences(queries, reference_size):
         assert torch.autograd.gradcheck(lambda v, *s, f=function, at=shapes: f(v, at, *s), inputs)
 
 
-# Pixels of a level of 4 x 8: on centres, on the border, half over it, and beyond. Powers of two, so that nothing is
-# rounded and both forms stand on the same side of each centre.
+# Pixels of a level of 4 x 8: on centers, on the border, half over it, and beyond. Powers of two, so that nothing is
+# rounded and both forms stand on the same side of each center.
 PLACES = [-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 3.0, 3.5, 4.0, 4.5, 6.5, 7.0, 7.5, 8.0, 9.0, 1e4, -1e4, 3e38]
 
 

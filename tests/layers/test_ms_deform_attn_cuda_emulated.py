@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="the emulation is compi
 
 
 def build_for(architecture, folder):
-    flags = os.environ.get("EMULATION_FLAGS", "-O1").split()  # sanitisers, say
+    flags = os.environ.get("EMULATION_FLAGS", "-O1").split()  # sanitizers, say
     return build(folder, COMPILER, [*flags, f"-D__CUDA_ARCH__={architecture}"], extra=[classical.SOURCE])
 
 
@@ -52,14 +52,14 @@ def check_fused_form(kernels, case, exact=False):
         assert_close(got, wanted, factor=8)
 
 
-# Every specialisation, and what none is made for: (D, levels, P).
-SPECIALISED = [(16, 4, 4), (32, 3, 4), (32, 4, 4), (32, 5, 4), (32, 2, 3), (64, 4, 4), (64, 1, 5), (128, 2, 4)]
+# Every specialization, and what none is made for: (D, levels, P).
+SPECIALIZED = [(16, 4, 4), (32, 3, 4), (32, 4, 4), (32, 5, 4), (32, 2, 3), (64, 4, 4), (64, 1, 5), (128, 2, 4)]
 GENERAL = [(1, 1, 1), (2, 2, 2), (3, 6, 8), (8, 4, 4), (17, 3, 4), (24, 5, 2), (31, 1, 7), (48, 2, 6), (96, 1, 3)]
 SHAPES = [(7, 9), (4, 5), (1, 3), (2, 1), (1, 1), (3, 2)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("channels", "levels", "points"), SPECIALISED + GENERAL)
+@pytest.mark.parametrize(("channels", "levels", "points"), SPECIALIZED + GENERAL)
 def test_both_forms_match_the_reference_form(kernels, dtype, channels, levels, points):
     for low, reference_size in ((False, 2), (True, 4)):
         case = Case(
@@ -142,9 +142,9 @@ def test_many_levels_and_points(kernels):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_locations_on_pixel_centres_and_borders(kernels, dtype):
+def test_locations_on_pixel_centers_and_borders(kernels, dtype):
     case = Case(dtype=dtype, channels=16, shapes=[(8, 4)], points=2, queries=80, batch=1, heads=1)
-    steps = torch.arange(-2, 11, dtype=case.acc)  # the border at 0 and 1, half a pixel, and pixel centres
+    steps = torch.arange(-2, 11, dtype=case.acc)  # the border at 0 and 1, half a pixel, and pixel centers
     places = torch.cartesian_prod((steps / 2) / 4, (steps / 2) / 8)[:160]
     case.locations = places.view(1, 80, 1, 1, 2, 2).contiguous()
     check_locations_form(kernels, case)

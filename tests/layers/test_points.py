@@ -25,8 +25,8 @@ def test_pixel_centers_give_the_pixels_exactly():
 @pytest.mark.parametrize(
     ("point", "expected"),
     [
-        ((0.25, 0.25), 1.0),  # centre of the upper left pixel
-        ((0.5, 0.25), 0.5),  # halfway to its right neighbour
+        ((0.25, 0.25), 1.0),  # center of the upper left pixel
+        ((0.5, 0.25), 0.5),  # halfway to its right neighbor
         ((0.5, 0.5), 0.25),  # the middle of all four
         ((0.0, 0.25), 0.5),  # the left edge: half of the samples' area is outside
         ((0.0, 0.0), 0.25),  # the corner
@@ -56,8 +56,8 @@ def test_masks_beyond_2_to_the_24_pixels_are_sampled_exactly():
     corners = torch.tensor([[1e-6, 1e-6], [1 - 1e-6, 1 - 1e-6]])
     rows = torch.arange(4000, 4100)
     columns = (rows[:, None] * 7 + torch.arange(2)) % 4100
-    centres = torch.stack((columns, rows[:, None].expand(-1, 2)), dim=-1).flatten(0, 1)
-    points = torch.cat((corners, ((centres + 0.5) / 4100).float()))
+    centers = torch.stack((columns, rows[:, None].expand(-1, 2)), dim=-1).flatten(0, 1)
+    points = torch.cat((corners, ((centers + 0.5) / 4100).float()))
     expected = sample_points(mask[None, None].float(), points[None])[0, 0]
     torch.testing.assert_close(sample_one(mask, points), expected, rtol=0, atol=2e-3)
     assert 0.4 < expected[2:].mean() < 0.6

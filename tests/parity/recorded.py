@@ -25,7 +25,7 @@ MASK_LOGITS_SIZE = (32, 40)
 
 
 class DenseGrid:
-    """Every pixel centre of the mask logits, once: what replaced the random points in the recorded runs."""
+    """Every pixel center of the mask logits, once: what replaced the random points in the recorded runs."""
 
     def __init__(self, height: int, width: int) -> None:
         y, x = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")

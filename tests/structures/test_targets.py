@@ -7,7 +7,7 @@ from dimaskdino.structures import JoinedTargets, Targets
 from tests.tiny_model import instances
 
 
-def test_boxes_are_normalised_by_the_padded_canvas():
+def test_boxes_are_normalized_by_the_padded_canvas():
     # The releases divide by the image, 40 x 50 here, so that objects of smaller images of a batch seem too large.
     target = Targets.from_instances(instances(50, 40, [[10, 20, 30, 50]]), 64, 80, num_classes=5)
     torch.testing.assert_close(target.boxes, torch.tensor([[20 / 80, 35 / 64, 20 / 80, 30 / 64]]))

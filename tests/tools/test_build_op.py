@@ -58,7 +58,7 @@ def test_windows_has_no_compiler_that_will_do(monkeypatch):
         (None, "c++", True, ""),
         ("1", "c++", True, ""),
         ("0", "c++", False, "DIMASKDINO_BUILD_OP is 0"),
-        (None, None, False, "LEFT OUT: no GCC or Clang"),
+        (None, None, False, "NOT BUILT: no GCC or Clang"),
     ],
 )
 def test_op_is_built_where_there_is_a_compiler(choice, compiler, expected, said, capsys):
@@ -73,9 +73,9 @@ def test_insisting_on_the_op_without_a_compiler_is_an_error():
 
 
 def test_other_values_are_refused():
-    with pytest.raises(BuildError, match="'yes'; it can be 0, 1 or unset"):
+    with pytest.raises(BuildError, match="'yes'; set it to 0 or 1"):
         build_op.op_wanted({"DIMASKDINO_BUILD_OP": "yes"}, "c++")
-    with pytest.raises(BuildError, match="'yes'; it can be auto, 0, 1 or unset"):
+    with pytest.raises(BuildError, match="'yes'; set it to auto, 0, or 1"):
         build_op.choose_cuda("yes", "", gpu_visible=True, arch_list="")
 
 
@@ -85,7 +85,7 @@ def test_a_compiler_that_is_too_old_for_torch_is_refused(tmp_path, version, refu
     monkeypatch.setattr(build_op.sysconfig, "get_path", lambda name: str(tmp_path))
     compiler = script(tmp_path / "g++", f'case "$1" in -dumpversion) echo {version};; *) echo "g++ (GCC)";; esac')
     if refused:
-        with pytest.raises(BuildError, match="version 8, and torch needs 9 or newer"):
+        with pytest.raises(BuildError, match="version 8, but torch needs 9 or newer"):
             build_op.check_compiler(str(compiler))
     else:
         build_op.check_compiler(str(compiler))
@@ -143,7 +143,7 @@ def test_conda_keeps_headers_and_libraries_below_targets(tmp_path):
     [
         ("13.0", CUDA_13, ""),
         ("13.2", CUDA_13, ""),  # the minor versions may differ
-        (None, CUDA_13, "torch is a build without CUDA"),
+        (None, CUDA_13, "torch is built without CUDA"),
         ("13.0", None, "no CUDA toolkit .* in /opt/cuda: install CUDA 13.0"),
         ("12.8", CUDA_13, "in /opt/cuda is 13.0, but torch is built for CUDA 12.8.*install CUDA 12.8 .* CUDA 13$"),
     ],
@@ -159,7 +159,7 @@ def test_pips_toolkit_is_told_of_where_pip_has_one(monkeypatch, toolkit):
         monkeypatch.setattr(sys, "platform", platform)
         return build_op.toolkit_problem(torch_cuda, toolkit, [Path("/opt/cuda")])
 
-    assert "; pip has one too: python -m pip install 'nvidia-cuda-nvcc==13.0.*' 'nvidia-nvvm==13.0.*'" in said(
+    assert "; or with pip: python -m pip install 'nvidia-cuda-nvcc==13.0.*' 'nvidia-nvvm==13.0.*'" in said(
         "linux", "13.0"
     )
     assert "pip" not in said("darwin", "13.0") + said("linux", "11.8")

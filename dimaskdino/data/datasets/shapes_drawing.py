@@ -142,7 +142,7 @@ def _leaves_enough_visible(patch: _Patch, owner: np.ndarray, whole_areas: list[i
 
 
 def _paint(rng: np.random.Generator, canvas: np.ndarray, patch: _Patch, hue: float) -> None:
-    """Blend the shape in, in a colour that stands out from what it covers."""
+    """Blend the shape in, in a color that stands out from what it covers."""
     region = canvas[patch.rows, patch.columns]
     alpha = patch.coverage[..., None]
     behind = (region * alpha).sum(axis=(0, 1)) / max(alpha.sum(), 1e-6)

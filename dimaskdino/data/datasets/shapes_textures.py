@@ -1,4 +1,4 @@
-"""Colours and textures of the synthetic dataset's pictures."""
+"""Colors and textures of the synthetic dataset's pictures."""
 
 import colorsys
 
@@ -7,15 +7,15 @@ from PIL import Image
 
 MIN_CONTRAST = 50  # mean absolute difference per channel, of 255, between a shape and what it covers
 COLOR_TRIES = 10
-TYPICAL_SHARE = 0.85  # of the shapes; the others have any colour
+TYPICAL_SHARE = 0.85  # of the shapes; the others have any color
 HUE_SPREAD = 0.04  # standard deviation of the typical ones, of the whole circle
 
 
 def contrasting_color(rng: np.random.Generator, behind: np.ndarray, hue: float) -> np.ndarray:
-    """A colour around ``hue`` (in [0, 1)), or now and then any, far enough from ``behind``.
+    """A color around ``hue`` (in [0, 1)), or now and then any, far enough from ``behind``.
 
     Returns:
-        (3,) RGB in [0, 255], as are all colours here.
+        (3,) RGB in [0, 255], as are all colors here.
     """
     is_typical = rng.random() < TYPICAL_SHARE
     for _ in range(COLOR_TRIES):
@@ -31,13 +31,13 @@ def _color_around(rng: np.random.Generator, hue: float) -> np.ndarray:
 
 
 def random_color(rng: np.random.Generator, *, max_saturation: float) -> np.ndarray:
-    """A random colour: any hue, up to the given saturation in [0, 1], not too dark."""
+    """A random color: any hue, up to the given saturation in [0, 1], not too dark."""
     hue, saturation, value = rng.random(), rng.uniform(0.1, max_saturation), rng.uniform(0.25, 1)
     return 255 * np.array(colorsys.hsv_to_rgb(hue, saturation, value))
 
 
 def background(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Two muted colours mixed by a texture: (S, S, 3) float32 in [0, 255]."""
+    """Two muted colors mixed by a texture: (S, S, 3) float32 in [0, 255]."""
     first = random_color(rng, max_saturation=0.5)
     second = first + rng.uniform(-70, 70, 3)
     mix = texture(rng, size, size)[..., None]

@@ -3,6 +3,8 @@
 import os
 from collections.abc import Collection, Sequence
 
+import numpy as np
+
 from dimaskdino.data.images import Header, backslash_hint
 from dimaskdino.data.validation.dataset import Picture
 from dimaskdino.data.validation.rules import TOLERANCE_PX, Extent, Rules
@@ -46,6 +48,11 @@ def _fitting_frame(picture: Picture, header: Header, rules: Rules) -> str:
 def _holds(size: tuple[int, int], extents: list[Extent]) -> bool:
     """Whether every label lies in an image of ``size``."""
     return all(right <= size[1] + TOLERANCE_PX and bottom <= size[0] + TOLERANCE_PX for _, _, right, bottom in extents)
+
+
+def evenly_spread(number: int, most: int) -> list[int]:
+    """Indices of at most ``most`` of ``number`` things, from the first to the last."""
+    return np.unique(np.linspace(0, number - 1, min(number, most)).astype(int)).tolist()
 
 
 def check_files_exist(dataset: str, paths: Collection[str], kind: str = "images") -> None:

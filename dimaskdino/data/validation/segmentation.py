@@ -13,7 +13,7 @@ from dimaskdino.data.datasets.registration import is_coco_file, load_dataset
 from dimaskdino.data.images import read_header
 from dimaskdino.data.label_maps import VOID, labels_present, read_segments, read_semantic
 from dimaskdino.data.parallel import Progress, no_progress, parallel_map
-from dimaskdino.data.validation.files import check_files_exist
+from dimaskdino.data.validation.files import check_files_exist, evenly_spread
 from dimaskdino.data.validation.report import Finding
 from dimaskdino.errors import ConfigError, DatasetError
 
@@ -103,13 +103,14 @@ def check_segmentation(cfg: CfgNode, name: str) -> tuple[list[Json], list[str]]:
         )
     check_files_exist(name, [entry["file_name"] for entry in entries])
     check_files_exist(name, [label_file(entry) for entry in entries], kind="label maps")
-    chosen = np.unique(np.linspace(0, len(entries) - 1, min(len(entries), MOST_LABEL_MAPS)).astype(int)).tolist()
+    chosen = evenly_spread(len(entries), MOST_LABEL_MAPS)
     for index in chosen:
         check_labels_of(entries[index], num_classes=num_classes, ignore=ignore, apply_exif=cfg.INPUT.APPLY_EXIF)
     ignored = f"pixels of label {ignore} (MODEL.SEM_SEG_HEAD.IGNORE_VALUE)"
     if "segments_info" in entries[0]:
         ignored = f"pixels of no segment (id {VOID}) and crowd regions"
     logger.info("Dataset %s: %d images, %d classes; %s are ignored.", name, len(entries), len(names), ignored)
+    logger.info("Dataset %s: read the label maps of %d of %d images", name, len(chosen), len(entries))
     return entries, names
 
 

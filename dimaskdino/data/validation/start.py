@@ -5,7 +5,6 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 
-import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
@@ -16,7 +15,7 @@ from dimaskdino.data.readers import image_reader
 from dimaskdino.data.transforms import check_color_distortion
 from dimaskdino.data.validation.coco import UNLISTED, Found
 from dimaskdino.data.validation.dataset import Dataset, Picture, find_dataset, open_dataset, open_file
-from dimaskdino.data.validation.files import check_files_exist, exif_note
+from dimaskdino.data.validation.files import check_files_exist, evenly_spread, exif_note
 from dimaskdino.data.validation.report import KEPT, Counts
 from dimaskdino.data.validation.rules import CORNERS, NORMALIZED, Level
 from dimaskdino.data.validation.segmentation import check_segmentation, check_truth, truth_of
@@ -198,7 +197,7 @@ def _check_files(cfg: CfgNode, dataset: Dataset, used: Sequence[Picture]) -> Non
 def _spread_first(pictures: Sequence[Picture]) -> Iterator[Picture]:
     """Pictures spread evenly over all, then the others until the time is up."""
     start = time.monotonic()
-    spread = np.unique(np.linspace(0, len(pictures) - 1, min(len(pictures), LEAST_HEADERS)).astype(int)).tolist()
+    spread = evenly_spread(len(pictures), LEAST_HEADERS)
     yield from (pictures[index] for index in spread)
     for index in sorted({*range(len(pictures))} - {*spread}):
         if time.monotonic() > start + MOST_SECONDS:

@@ -35,7 +35,7 @@ class D2SwinTransformer(Backbone):
         attn_drop_rate: dropout of the attention weights.
         drop_path_rate: stochastic depth of the last block; the blocks before it rise to it linearly from 0.
         absolute_position: add a learned absolute position table, resized to the map.
-        patch_norm: normalise the patch embeddings.
+        patch_norm: normalize the patch embeddings.
         use_checkpoint: recompute the blocks in the backward pass to save memory.
 
     Raises:
@@ -135,7 +135,7 @@ class D2SwinTransformer(Backbone):
         """Map a batch of images to its features.
 
         Args:
-            images: (B, 3, H, W) float, normalised; any H and W.
+            images: (B, 3, H, W) float, normalized; any H and W.
 
         Returns:
             feature name -> (B, C, ceil(H / stride), ceil(W / stride)).

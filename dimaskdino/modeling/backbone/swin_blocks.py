@@ -165,7 +165,7 @@ class SwinBlock(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Halves the map: a linear layer on each 2x2 neighbourhood; odd sizes are zero-padded."""
+    """Halves the map: a linear layer on each 2x2 neighborhood; odd sizes are zero-padded."""
 
     def __init__(self, *, dim: int) -> None:
         super().__init__()

@@ -94,7 +94,7 @@ class TimmBackbone(Backbone):
         """Map a batch of images to its features.
 
         Args:
-            images: (B, 3, H, W) float, normalised.
+            images: (B, 3, H, W) float, normalized.
 
         Returns:
             feature name -> (B, C, ceil(H / stride), ceil(W / stride)).

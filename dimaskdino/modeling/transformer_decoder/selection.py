@@ -26,7 +26,7 @@ _MARGIN = 0.01
 def grid_proposals(
     spatial_shapes: SpatialShapes, device: torch.device, valid: ValidCells | None = None
 ) -> tuple[Tensor, Tensor]:
-    """One box per token: centred on its pixel, larger level by level.
+    """One box per token: centered on its pixel, larger level by level.
 
     Args:
         spatial_shapes: (height, width) of each level; boxes of level l have sides 0.05 * 2^l.

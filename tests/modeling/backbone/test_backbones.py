@@ -264,6 +264,6 @@ def test_relative_position_index_of_a_2x2_window_by_hand() -> None:
 def test_shift_mask_separates_exactly_the_regions_that_the_shift_joined() -> None:
     mask = shifted_window_mask(4, 4, 2, 1, torch.device("cpu"))
     assert mask.shape == (4, 4, 4)
-    assert mask[0].eq(0).all()  # the first window holds neighbours only
+    assert mask[0].eq(0).all()  # the first window holds neighbors only
     assert mask[1].tolist() == [[0, -100, 0, -100], [-100, 0, -100, 0]] * 2  # left and right column were far apart
     assert mask[3].eq(0).tolist() == torch.eye(4).bool().tolist()  # the corner joins four regions

@@ -10,7 +10,7 @@ LAYER = Stage("layer")
 
 
 class GridSampler:
-    """Looks at the centres of a grid of pixels, always; counts how often it is asked for shared points."""
+    """Looks at the centers of a grid of pixels, always; counts how often it is asked for shared points."""
 
     def __init__(self, side: int = SIDE) -> None:
         centers = (torch.arange(side) + 0.5) / side

@@ -38,7 +38,7 @@ def assert_same(one, two) -> None:
 
 
 def on_canvas(model: DIMaskDINO, small: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """The image in the upper left corner of a canvas of mean colour, which is zero where the model pads."""
+    """The image in the upper left corner of a canvas of mean color, which is zero where the model pads."""
     canvas = model.pixel_mean.expand(3, height, width).clone()
     canvas[:, : small.shape[1], : small.shape[2]] = small
     return canvas
@@ -76,7 +76,7 @@ def test_the_order_of_a_batch_does_not_matter(model):
 
 
 @pytest.mark.parametrize("size", [(50, 60), (96, 40), (33, 128)])
-def test_padding_is_mean_colour_at_the_right_and_below(model, size):
+def test_padding_is_mean_color_at_the_right_and_below(model, size):
     # Beside a larger image, an image is as if it had been put on the batch's canvas by hand.
     small, large = image(*size, seed=1), image(96, 128, seed=2)
     together = model.sem_seg_head(model.backbone(model._preprocess([{"image": small}, {"image": large}]).tensor))

@@ -117,7 +117,7 @@ def test_boxes_move_by_at_most_their_noise():
     target = Targets(torch.zeros(1, dtype=torch.int64), box, None, torch.ones(1, dtype=torch.bool))
     boxes = module([target]).tokens.boxes[0]
     shift, size = (boxes - box).abs(), box[:, 2:].repeat(1, 2)
-    # Centres by half the size, sizes by the whole, times the scale.
+    # Centers by half the size, sizes by the whole, times the scale.
     bound = scale * size * torch.tensor([0.5, 0.5, 1.0, 1.0])
     assert (shift <= bound + 1e-6).all()
     assert (shift.amax(0) > 0.95 * bound).all()

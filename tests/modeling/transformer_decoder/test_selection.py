@@ -25,7 +25,7 @@ def test_proposals_are_centered_on_pixels_and_double_by_level():
 
 def test_proposals_within_a_hundredth_of_the_border_are_invalid():
     _, valid = grid_proposals([(1, 100)], CPU)
-    # Centres at 0.005, 0.015, ..., 0.995: the first and the last are too close.
+    # Centers at 0.005, 0.015, ..., 0.995: the first and the last are too close.
     assert valid.tolist() == [False, *[True] * 98, False]
     # Sizes of the sixth level: 0.05 * 2^5 = 1.6 is beyond 0.99.
     _, valid = grid_proposals([(1, 1)] * 6, CPU)
@@ -63,7 +63,7 @@ def test_boxes_of_masks_are_normalized_and_kept_off_the_ends():
     masks[0, 1:3, 2:6] = True
     masks[2] = True
     inclusive = boxes_of_masks(mask_logits(masks), inclusive=True)[0]
-    # Pixels x 2 to 5 and y 1 to 2: centre (3.5 / 8, 1.5 / 4), size (3 / 8, 1 / 4).
+    # Pixels x 2 to 5 and y 1 to 2: center (3.5 / 8, 1.5 / 4), size (3 / 8, 1 / 4).
     torch.testing.assert_close(inclusive[0], torch.tensor([3.5 / 8, 1.5 / 4, 3 / 8, 1 / 4]))
     # Empty: the far corner without size, kept off 0 and 1 by 1e-5.
     torch.testing.assert_close(inclusive[1], torch.tensor([1 - 1e-5, 1 - 1e-5, 1e-5, 1e-5]), rtol=0, atol=1e-6)
@@ -108,13 +108,13 @@ def test_the_tokens_with_the_highest_class_logit_are_selected():
     torch.testing.assert_close(interm.logits, heads.class_embed(heads.norm(take(tokens, chosen))))
 
 
-def test_no_initialisation_keeps_the_predicted_box():
+def test_no_initialization_keeps_the_predicted_box():
     *_, t_s1, interm = select("no")
     assert torch.equal(t_s1.boxes, interm.boxes)
 
 
 @pytest.mark.parametrize(("box_type", "inclusive"), [("mask2box", True), ("bitmask", False)])
-def test_initialisation_replaces_the_box_by_that_of_the_predicted_mask(box_type, inclusive):
+def test_initialization_replaces_the_box_by_that_of_the_predicted_mask(box_type, inclusive):
     *_, t_s1, interm = select(box_type)
     assert torch.equal(t_s1.boxes, boxes_of_masks(interm.masks, inclusive=inclusive))
     assert not torch.allclose(t_s1.boxes, interm.boxes)
