@@ -14,6 +14,7 @@ def repository(tmp_path: Path, monkeypatch) -> Path:
     """A repository whose only commit has a setup.py that fails."""
     folder = tmp_path / "repository"
     (folder / "dimaskdino").mkdir(parents=True)
+    (folder / "dimaskdino" / "__init__.py").touch()
     (folder / "setup.py").write_text("raise SystemExit('no compiler')\n")
     identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
     for words in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "one"]):

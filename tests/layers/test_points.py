@@ -86,12 +86,16 @@ class TestCompiled:
         masks = torch.rand(3, 37, 21) > 0.5
         index = torch.tensor([2, 0, 2, 1])
         points = torch.rand(4, 700, 2) * 1.4 - 0.2
-        points[0, :4] = torch.tensor([[0.0, 0.0], [1.0, 1.0], [1e9, -1e9], [torch.nan, 0.5]])
+        points[0, :3] = torch.tensor([[0.0, 0.0], [1.0, 1.0], [90.0, -90.0]])
         compiled = sample_binary_masks(masks, index, points)
         monkeypatch.setattr(ops, "LOOPS_COMPILED", False)
         plain = sample_binary_masks(masks, index, points)
-        plain[0, 3] = 0.0  # what is not a number is outside
         torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-5)
+
+    def test_what_is_not_a_number_or_far_away_is_outside(self):
+        points = torch.tensor([[[torch.nan, 0.5], [torch.inf, 0.5], [0.5, -torch.inf], [1e30, 0.5], [0.5, 0.5]]])
+        values = sample_binary_masks(torch.ones(1, 4, 4).bool(), torch.tensor([0]), points)
+        assert values.tolist() == [[0.0, 0.0, 0.0, 0.0, 1.0]]
 
     def test_a_mask_that_does_not_exist_is_refused(self):
         with pytest.raises(IndexError, match="index 3"):

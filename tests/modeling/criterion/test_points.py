@@ -10,6 +10,11 @@ def sampler(num_points: int = 100, oversample_ratio: float = 3.0, importance_rat
     )
 
 
+def inside(points: torch.Tensor) -> torch.Tensor:
+    """Which points are not so near to the upper or lower edge that the zeros beyond make them uncertain."""
+    return (points[:, 1] - 0.5).abs() < 0.49
+
+
 def test_shared_points_are_uniform_in_the_unit_square():
     points = sampler(4000).shared(torch.device("cpu"))
     assert points.shape == (4000, 2)
@@ -29,7 +34,7 @@ def test_the_most_uncertain_candidates_are_chosen():
     logits = torch.arange(1.0, 65.0).expand(1, 64, 64)
     points = sampler().per_mask(logits)[0]
     uncertain, others = points[:75], points[75:]
-    assert uncertain[:, 0].max() < 0.4
+    assert uncertain[inside(uncertain), 0].max() < 0.4
     assert uncertain[:, 0].mean() < 0.2
     assert others[:, 0].max() > 0.6
 
@@ -37,7 +42,7 @@ def test_the_most_uncertain_candidates_are_chosen():
 def test_negative_logits_are_as_certain_as_positive_ones():
     logits = torch.arange(1.0, 65.0).expand(2, 64, 64) * torch.tensor([1.0, -1.0])[:, None, None]
     points = sampler().per_mask(logits)
-    assert (points[:, :75, 0].amax(1) < 0.4).all()
+    assert all(of_mask[inside(of_mask), 0].max() < 0.4 for of_mask in points[:, :75])
 
 
 def test_without_importance_all_points_are_uniform():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dimaskdino.modeling.postprocessing import Frame, instances_of_image
+from dimaskdino.modeling.postprocessing import masks as rendering
 from dimaskdino.structures import MaskLogits, StagePrediction
 
 LOW = -20.0
@@ -127,13 +128,13 @@ def test_each_result_has_mask_and_box_of_its_query():
 
 def test_only_masks_that_are_reported_are_enlarged_and_each_once(monkeypatch):
     # The releases enlarge the masks of all queries before they choose.
-    rows, interpolate = [], torch.nn.functional.interpolate
+    rows, enlarge = [], rendering._two_step
 
-    def count(logits, **options):
+    def count(logits, *others):
         rows.append(len(logits))
-        return interpolate(logits, **options)
+        return enlarge(logits, *others)
 
-    monkeypatch.setattr("dimaskdino.modeling.postprocessing.masks.F.interpolate", count)
+    monkeypatch.setattr(rendering, "_two_step", count)
     logits = torch.full((60, 3), LOW)
     logits[:2] = 5.0
     infer(prediction(logits.tolist(), flat_masks(60)), max_detections=6)
