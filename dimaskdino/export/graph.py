@@ -111,8 +111,8 @@ def check_exportable(model: nn.Module, cfg: Config) -> None:
         )
     if cfg.MODEL.EXTRA_HEADS:
         raise ConfigError(
-            f"MODEL.EXTRA_HEADS {cfg.MODEL.EXTRA_HEADS} cannot be exported: the runner does not know what their outputs "
-            "mean; set it to []."
+            f"MODEL.EXTRA_HEADS {cfg.MODEL.EXTRA_HEADS} cannot be exported: the runner does not know what their "
+            "outputs mean; set it to []."
         )
     if cfg.INPUT.READER:
         raise ConfigError(f"INPUT.READER {cfg.INPUT.READER} cannot be exported: the runner reads RGB images alone.")
