@@ -84,7 +84,9 @@ def build_predictor(args: argparse.Namespace) -> Predictor:
     run, weights = args.weights or DEMO_CONFIG, None if args.weights else DEMO_WEIGHTS
     if args.config_file:
         run, weights = args.config_file, args.weights
-    return Predictor(run, weights, options=args.opts, device="cpu", score=0)
+    # The weights are exported as they are, and layers that torch.compile has changed cannot be traced.
+    options = ["MODEL.MaskDINO.TEST.PRECISION", "float32", "MODEL.COMPILE", [], *args.opts]
+    return Predictor(run, weights, options=options, device="cpu", score=0)
 
 
 def check_output(args: argparse.Namespace, predictor: Predictor) -> list[Path]:

@@ -109,6 +109,13 @@ def check_exportable(model: nn.Module, cfg: Config) -> None:
             "MODEL.MaskDINO.DI.RANDOM_POSITION cannot be exported: the boxes of the queries are drawn at random, so no "
             "two runs agree; export a model without it."
         )
+    if cfg.MODEL.EXTRA_HEADS:
+        raise ConfigError(
+            f"MODEL.EXTRA_HEADS {cfg.MODEL.EXTRA_HEADS} cannot be exported: the runner does not know what their "
+            "outputs mean; set it to []."
+        )
+    if cfg.INPUT.READER:
+        raise ConfigError(f"INPUT.READER {cfg.INPUT.READER} cannot be exported: the runner reads RGB images alone.")
     if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
         raise ConfigError(f"INPUT.FORMAT {cfg.INPUT.FORMAT} cannot be exported: images must be RGB or BGR.")
 

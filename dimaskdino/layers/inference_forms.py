@@ -13,6 +13,7 @@ from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import Tensor, nn
 
 from dimaskdino.layers import winograd
+from dimaskdino.layers.exporting import export_form
 
 # From so many channels on the short cut of 3x3 convolutions pays.
 _WINOGRAD_CHANNELS = 128
@@ -120,7 +121,7 @@ def use_inference_forms(model: nn.Module) -> None:
 
 def _applies(x: Tensor, weight: Tensor) -> bool:
     """Whether a layer runs in its form of evaluation: not for gradients, and not where torch looks at the layer."""
-    watched = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    watched = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing() or export_form()
     return not watched and x.dtype == weight.dtype and x.numel() > 0 and not torch.is_autocast_enabled(x.device.type)
 
 

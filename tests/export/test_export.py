@@ -164,6 +164,7 @@ def test_a_file_that_finds_something_else_is_not_kept(tmp_path, monkeypatch, pic
         ("torchscript", "model.pt", ["--size", "32", "32"], {"MODEL.MaskDINO.FIRST_SELECTED_QUERIES": 80}, "too small"),
         ("torchscript", "model.pt", ["--batch", "2"], {}, "--batch"),
         ("torchscript", "model.pt", [], {"MODEL.MaskDINO.DI.RANDOM_POSITION": True}, "RANDOM_POSITION"),
+        ("torchscript", "model.pt", [], {"INPUT.READER": "auto"}, "INPUT.READER"),
     ],
 )
 def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch, pictures, kind, name, more, options, named):
