@@ -56,8 +56,8 @@ def test_distances_are_from_the_boxes_that_the_matched_queries_started_at():
     model = tiny_dino()
     objects = instances(64, 96, [[0, 0, 24, 32], [48, 16, 96, 64]])
     model.criterion.matcher = lambda stages, targets: [[(torch.tensor([5, 2]), torch.tensor([1, 0]))]]
-    # The original image is half as large as what the model sees: its objects are 12 x 16 and 24 x 48 px.
-    given = {"image": image(64, 96), "instances": objects, "height": 32, "width": 48}
+    # In the original image the objects have 675 and 2025 px.
+    given = {"image": image(64, 96), "instances": objects, "height": 60, "width": 90}
     (found,) = object_distances(model, [given])
     with torch.no_grad():
         batch = model._preprocess([given])

@@ -6,6 +6,7 @@ import json
 
 import pytest
 from detectron2.data import MetadataCatalog
+from pycocotools import mask as mask_util
 
 from dimaskdino.data.datasets import register_all
 from dimaskdino.data.datasets.registration import load_dataset
@@ -23,6 +24,12 @@ def options(tmp_path_factory) -> tuple[str, ...]:
     return (*SMALL, "DATASETS.SHAPES.ROOT", str(tmp_path_factory.mktemp("shapes")))
 
 
+def rle(polygons: list[list[float]]) -> dict:
+    """A mask as results hold it."""
+    mask = mask_util.merge(mask_util.frPyObjects(polygons, 64, 64))
+    return {"size": mask["size"], "counts": mask["counts"].decode()}
+
+
 def write_predictions(output, row: str, options, shift_px: float) -> None:
     """A finished run that finds every object of shapes_val, some px too far right."""
     folder = write_run(output, "shapes", row, options=options, box=50.0)
@@ -35,7 +42,7 @@ def write_predictions(output, row: str, options, shift_px: float) -> None:
             "image_id": each["image_id"],
             "category_id": each["category_id"],
             "bbox": [each["bbox"][0] + shift_px * (number % 3), *each["bbox"][1:]],
-            "segmentation": each["segmentation"],
+            "segmentation": rle(each["segmentation"]),
             "score": 0.9,
         }
         for number, each in enumerate(objects)
