@@ -6,6 +6,7 @@ Needs the package gradio: pip install "dimaskdino[browse]". The page is served t
 
 import argparse
 import json
+import os
 import tempfile
 from functools import lru_cache
 from pathlib import Path
@@ -89,6 +90,7 @@ def build_page(browser: Browser, score: float) -> Any:
     Raises:
         UserError: gradio is missing.
     """
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # a local page tells nobody
     try:
         import gradio
     except ImportError as error:
