@@ -32,7 +32,7 @@ def part_of(model: nn.Module, name: str) -> nn.Module:
 
 @pytest.mark.parametrize("order", ["low2high", "high2low"])
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_an_example_is_built_by_its_key_trains_an_iteration_and_predicts(name: str, order: str) -> None:
+def test_example_is_built_by_its_key_trains_and_predicts(name: str, order: str) -> None:
     torch.manual_seed(0)
     options = OPTIONS[name] | {"MODEL.SEM_SEG_HEAD.FEATURE_ORDER": order}
     model = build_model(tiny_cfg(options)).train()
@@ -46,9 +46,7 @@ def test_an_example_is_built_by_its_key_trains_an_iteration_and_predicts(name: s
 
 
 @pytest.mark.parametrize(("num_guiding", "expected"), [(1, [0]), (2, [0, 3]), (3, [0, 1, 3]), (9, [0, 1, 2, 3])])
-def test_the_best_query_of_each_class_guides_before_the_second_best_of_any(
-    num_guiding: int, expected: list[int]
-) -> None:
+def test_best_query_of_each_class_guides_before_second_best(num_guiding: int, expected: list[int]) -> None:
     # Three queries of class 0, of which the last two are close, and a weak one of class 1.
     scores = torch.tensor([[[9.0, 0.0], [8.0, 0.0], [7.0, 0.0], [-6.0, -5.0]]])
     example = importlib.import_module("docs.examples.guidance_by_class")

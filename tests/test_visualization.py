@@ -204,7 +204,7 @@ def test_a_grid_has_a_row_for_each_image(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [(64, 48), (200, 150), (33, 20), (1, 1)])
-def test_a_patch_is_the_part_of_the_resized_mask_that_is_not_empty(size) -> None:
+def test_patch_is_the_nonempty_part_of_the_resized_mask(size) -> None:
     rows, columns = np.mgrid[:48, :64]
     for y, x, radius in ((10, 12, 8), (47, 63, 15), (24, 32, 60), (0, 0, 0)):
         mask = (rows - y) ** 2 + (columns - x) ** 2 <= radius**2

@@ -12,33 +12,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-from detectron2.config import CfgNode
-from PIL import Image
-from pycocotools import mask as mask_util
-from tabulate import tabulate
-from tqdm import tqdm
-
 from dimaskdino.command_line import add_import_flag, at_least, import_modules
-from dimaskdino.config import get_cfg
-from dimaskdino.data import build_mapper, register_all
-from dimaskdino.data.coco_file import Json
-from dimaskdino.data.datasets.registration import load_dataset
-from dimaskdino.data.images import read_image
-from dimaskdino.data.label_maps import read_label_map, read_segment_ids
-from dimaskdino.data.parallel import Progress
-from dimaskdino.data.readers import PilReader, Reader, image_reader
-from dimaskdino.data.rle import Size
-from dimaskdino.data.samplers import Samples
-from dimaskdino.data.validation.dataset import Dataset, find_dataset
-from dimaskdino.data.validation.inspection import inspect_dataset
-from dimaskdino.data.validation.report import Finding, problem_table, region_kind
-from dimaskdino.data.validation.rules import read_mask
-from dimaskdino.data.validation.segmentation import inspect_segmentation, label_file, truth_of
 from dimaskdino.errors import DatasetError, run_cli
-from dimaskdino.visualization import Objects, draw_objects, to_picture
-
-PROBLEMS_STATUS = 1
 
 
 def parse_args() -> argparse.Namespace:
@@ -63,6 +38,36 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--keys", nargs="+", default=[], metavar="KEY VALUE", help="keys that name datasets of yours")
     add_import_flag(parser)
     return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes end here, before the imports that take seconds
+
+import numpy as np
+from detectron2.config import CfgNode
+from PIL import Image
+from pycocotools import mask as mask_util
+from tabulate import tabulate
+from tqdm import tqdm
+
+from dimaskdino.config import get_cfg
+from dimaskdino.data import build_mapper, register_all
+from dimaskdino.data.coco_file import Json
+from dimaskdino.data.datasets.registration import load_dataset
+from dimaskdino.data.images import read_image
+from dimaskdino.data.label_maps import read_label_map, read_segment_ids
+from dimaskdino.data.parallel import Progress
+from dimaskdino.data.readers import PilReader, Reader, image_reader
+from dimaskdino.data.rle import Size
+from dimaskdino.data.samplers import Samples
+from dimaskdino.data.validation.dataset import Dataset, find_dataset
+from dimaskdino.data.validation.inspection import inspect_dataset
+from dimaskdino.data.validation.report import Finding, problem_table, region_kind
+from dimaskdino.data.validation.rules import read_mask
+from dimaskdino.data.validation.segmentation import inspect_segmentation, label_file, truth_of
+from dimaskdino.visualization import Objects, draw_objects, to_picture
+
+PROBLEMS_STATUS = 1
 
 
 def main() -> None:

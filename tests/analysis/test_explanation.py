@@ -59,7 +59,7 @@ def test_stages_are_compared_in_the_frame_of_the_result() -> None:
         assert score == pytest.approx(float(found.scores[place]), rel=1e-4)
 
 
-def test_the_selections_of_a_model_are_those_that_leave_out_tokens() -> None:
+def test_selections_of_a_model_leave_out_tokens() -> None:
     truth = rectangles((0, 0, 50, 50))
     assert [each.stage.name for each in selections_of(stages_of(tiny_model(), truth)[0])] == ["interm", "initial"]
     maskdino = tiny_model(TRANSFORMER_DECODER_NAME="MaskDINODecoder")

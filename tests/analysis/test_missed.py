@@ -45,7 +45,7 @@ FAR = {"box": [0.1], "mask": [0.0]}
         ([{"scores": [0.4, 0.1], "box": [0.6]}, {"scores": [0.4, 0.1]}], Outcome.LOW_SCORE, 1),
     ],
 )
-def test_the_cause_is_the_first_condition_that_the_nearest_query_does_not_meet(queries, outcome, query) -> None:
+def test_cause_is_the_first_condition_that_fails(queries, outcome, query) -> None:
     assert judge(view(*queries), [0], LIMITS) == [Verdict(outcome, query)]
 
 
@@ -54,7 +54,7 @@ def test_without_masks_boxes_decide() -> None:
     assert judge(view({"box": [0.4]}, masks=False), [0], LIMITS)[0].outcome is Outcome.BOX_OFF
 
 
-def test_a_detection_that_belongs_to_another_object_does_not_find_two() -> None:
+def test_detection_of_another_object_does_not_find_two() -> None:
     both = view({"box": [0.6, 0.9], "mask": [0.6, 0.8]})
     assert judge(both, [0, 0], LIMITS) == [Verdict(Outcome.OTHER_QUERY, 0), Verdict(Outcome.FOUND, 0)]
     # Of a second query, which scores less, the object that is left.
@@ -64,7 +64,7 @@ def test_a_detection_that_belongs_to_another_object_does_not_find_two() -> None:
     assert judge(both, [0, 1], LIMITS)[0].outcome is Outcome.FOUND
 
 
-def test_places_of_an_image_are_for_the_best_before_mask_quality() -> None:
+def test_places_go_to_the_best_before_mask_quality() -> None:
     better = [{**FAR, "scores": [0.9, 0.85]}]
     limits = Limits(score=0.5, fit=0.5, near=0.3, max_detections=2)
     assert judge(view(*better, {}), [0], limits) == [Verdict(Outcome.OTHER_QUERY, 1)]

@@ -85,7 +85,7 @@ def test_the_parts_of_a_model_are_those_that_compute() -> None:
     assert all(each.median > 0 for each in parts.values())
 
 
-def test_a_compiled_model_finds_the_same_and_is_eager_again_afterwards(monkeypatch) -> None:
+def test_compiled_model_finds_the_same_and_is_eager_afterwards(monkeypatch) -> None:
     calls = []
     monkeypatch.setattr(
         torch, "compile", lambda forward: lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)

@@ -28,7 +28,7 @@ def test_an_unknown_commit_is_one_line(repository):
         pass
 
 
-def test_a_commit_that_cannot_be_built_is_one_line_and_leaves_nothing(repository):
+def test_commit_that_cannot_be_built_is_one_line(repository):
     with pytest.raises(UserError, match=r"^--against HEAD: [^\n]*no compiler[^\n]*$"), against.checkout("HEAD"):
         pass
     listed = subprocess.run(["git", "worktree", "list"], cwd=repository, capture_output=True, text=True).stdout

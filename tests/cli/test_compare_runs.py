@@ -24,7 +24,7 @@ def pixels() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
 
 
-def test_the_sheet_has_a_row_for_each_image_and_a_column_for_each_layer(run, runs, pixels, tmp_path) -> None:
+def test_sheet_has_rows_of_images_and_columns_of_layers(run, runs, pixels, tmp_path) -> None:
     for name in ("a.png", "b.png"):
         Image.fromarray(pixels).save(tmp_path / name)
     images = ["--images", tmp_path / "a.png", tmp_path / "b.png"]

@@ -9,7 +9,7 @@ import pytest
 from dimaskdino.after_import import after_import
 
 REPO = Path(__file__).parents[2]
-TOOLS = ("convert_checkpoint", "demo", "plot_imbalance", "predict", "reproduce")
+TOOLS = ("check_dataset", "convert_checkpoint", "demo", "plot_imbalance", "predict", "reproduce")
 COMMANDS = ("train_net.py", *(f"tools/{name}.py" for name in TOOLS))
 RUN = """
 import runpy, sys

@@ -56,7 +56,7 @@ def test_ade20k_that_cannot_be_used_is_named(run, labels, words, tmp_path):
 
 
 @pytest.mark.parametrize("labels", [None, [[1, 2, 3]]])
-def test_an_earlier_map_that_does_not_fit_is_named_and_made_again(run, labels, tmp_path):
+def test_earlier_map_that_does_not_fit_is_made_again(run, labels, tmp_path):
     folder = tmp_path / "ADEChallengeData2016"
     write(folder / "annotations" / "validation" / "0.png", [[0, 1], [150, 2]])
     run("prepare_ade20k_sem_seg.py", tmp_path, "--splits", "val")

@@ -103,9 +103,7 @@ def test_other_formats_find_what_the_model_finds(tmp_path, monkeypatch, pictures
     assert list(tmp_path.glob("unchecked*")) == []
 
 
-def test_the_runner_finds_what_the_predictor_finds_and_needs_the_file_alone_and_no_torch(
-    tmp_path, monkeypatch, pictures
-):
+def test_runner_equals_predictor_without_torch(tmp_path, monkeypatch, pictures):
     pytest.importorskip("onnxruntime")
     lone = tmp_path / "lone"
     lone.mkdir()

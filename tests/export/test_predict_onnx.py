@@ -46,7 +46,7 @@ def test_sizes_follow_the_rule_and_fit_the_canvas(size, changes, expected):
     assert model(**changes)._resized(*size) == expected
 
 
-def test_images_are_padded_with_the_mean_and_in_the_order_of_the_model():
+def test_images_are_padded_with_the_mean_in_model_order():
     small = model(min_size=0)
     picture = np.zeros((30, 20, 3), np.uint8)
     picture[..., 0] = 200  # red

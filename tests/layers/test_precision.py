@@ -10,7 +10,7 @@ from tests.tiny_model import image, tiny_model
 CPU = torch.device("cpu")
 
 
-def test_a_precision_that_the_device_lacks_is_refused_and_not_chosen(monkeypatch):
+def test_precision_that_the_device_lacks_is_refused(monkeypatch):
     monkeypatch.setattr(precision, "computes_in_bfloat16", lambda device: False)
     assert precision.evaluation_dtype("auto", CPU) == torch.float32
     with pytest.raises(ConfigError, match=r"TEST\.PRECISION is bfloat16, .*cpu.*float32, or auto"):

@@ -204,7 +204,7 @@ def looks_closely(seen: list[tuple[int, ...]], *, blind: tuple[int, ...] = ()) -
 
 
 @pytest.mark.parametrize(("width", "side"), [(46, 64), (60, 80)])
-def test_an_object_that_every_tile_cuts_is_looked_at_once_more(width, side) -> None:
+def test_object_cut_by_every_tile_is_looked_at_again(width, side) -> None:
     # Columns of tiles begin at 0, 45, 91 and 136; an object takes at most three quarters of a side.
     seen: list[tuple[int, ...]] = []
     image = picture((43, 60, 43 + width, 80), (120, 10, 130, 20))

@@ -24,7 +24,7 @@ def run(tmp_path):
     return tmp_path
 
 
-def test_scores_are_read_by_epoch_and_a_repeated_evaluation_counts_once(run):
+def test_scores_are_by_epoch_and_repeats_count_once(run):
     curve = score_curve(run, "mine", "bbox/AP")
     assert list(zip(curve.epochs, curve.scores, strict=True)) == [(1.0, 10.0), (2.0, 21.0)]  # null is left out
     assert score_curve(run, "mine", "bbox/AP", epoch_images=4000).epochs == [0.5, 1.0]
@@ -52,7 +52,7 @@ def test_the_average_is_over_the_largest_distances():
         average_top_k([], 3)
 
 
-def test_distances_are_from_the_boxes_that_the_matched_queries_started_at():
+def test_distances_are_from_the_matched_queries_first_boxes():
     model = tiny_dino()
     objects = instances(64, 96, [[0, 0, 24, 32], [48, 16, 96, 64]])
     model.criterion.matcher = lambda stages, targets: [[(torch.tensor([5, 2]), torch.tensor([1, 0]))]]

@@ -50,7 +50,7 @@ def write_predictions(output, row: str, options, shift_px: float) -> None:
     (folder / "inference" / "coco_instances_results.json").write_text(json.dumps(found))
 
 
-def test_the_interval_of_better_boxes_excludes_zero_and_that_of_equal_masks_is_zero(tmp_path, options):
+def test_interval_of_better_boxes_excludes_zero(tmp_path, options):
     write_predictions(tmp_path, "neither", options, shift_px=2.0)
     write_predictions(tmp_path, "di_only", options, shift_px=0.0)
     first, other = (open_run(tmp_path, row, options=options) for row in ("neither", "di_only"))

@@ -118,7 +118,7 @@ def test_the_configuration_gives_the_number_of_guiding_tokens_and_gtg():
     assert not bato.generate_guiding_tokens
 
 
-def test_in_the_papers_form_the_sum_of_two_mlps_is_key_and_value():
+def test_papers_form_has_the_mlp_sum_as_key_and_value():
     """Eqs. 5 to 8 by hand: weights that make the two MLPs twice and three times a positive query."""
     bato = BalanceAwareTokensOptimization(tiny_cfg(NUM_GUIDING_TOKENS=2, BATO__PAPER_FORM=True))
     for mlp, factor in ((bato.mask_guide, 2.0), (bato.box_guide, 3.0)):
@@ -138,7 +138,7 @@ def test_in_the_papers_form_the_sum_of_two_mlps_is_key_and_value():
     torch.testing.assert_close(given["key"][0, :, 0].sort().values, torch.tensor([1.0, 1.5]))
 
 
-def test_the_papers_form_learns_its_own_mlps_and_leaves_the_mask_head_alone(heads, inputs):
+def test_papers_form_leaves_the_mask_head_alone(heads, inputs):
     bato = BalanceAwareTokensOptimization(tiny_cfg(BATO__PAPER_FORM=True))
     bato(*inputs, heads).square().sum().backward()
     assert all(

@@ -70,7 +70,7 @@ def test_padding_sees_and_is_seen_by_nothing() -> None:
     assert torch.equal(masked[1:, 1:], torch.tensor([[0, 0, 0, 0, 0]] * 3 + [[1, 1, 1, 0, 0]] * 2, dtype=torch.bool))
 
 
-def test_contrastive_denoising_takes_as_many_objects_as_there_is_room_for() -> None:
+def test_contrastive_denoising_takes_as_many_objects_as_fit() -> None:
     options = {"dim": DIM, "num_classes": NUM_CLASSES, "num_queries": 4, "label_noise": 0.0, "box_noise": 0.0}
     for fixed, room in ((False, 9), (True, 4)):
         module = ContrastiveDenoising(negatives=True, fixed_size=fixed, **options)
