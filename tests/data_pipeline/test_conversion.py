@@ -16,7 +16,7 @@ from pycocotools import mask as mask_util
 
 from dimaskdino.data.conversion.labels import Images, LabeledImage, LabeledObject
 from dimaskdino.data.conversion.split import stratified
-from dimaskdino.data.conversion.writing import outline
+from dimaskdino.data.conversion.writing import outline, write_labelme, write_yolo
 from dimaskdino.errors import UserError, run_cli
 
 WIDTH, HEIGHT = 40, 20
@@ -320,6 +320,16 @@ def test_predictions_become_labels_and_back(root: Path, convert) -> None:
     (found,) = objects_of(convert("csv", source=root / "back" / "objects.csv"), "a b.png")
     assert found["bbox"] == [3, 2, 27, 10]
     assert "coco" in convert("coco", source=truth)
+
+
+@pytest.mark.parametrize("name", ["/data/a/1.png", "../../a/1.png", "a/1.png"])
+def test_labels_stay_below_the_output(name: str, tmp_path: Path) -> None:
+    entry = {"id": 1, "file_name": name, "height": HEIGHT, "width": WIDTH}
+    assert write_labelme(iter([(entry, [{"label": "cat", "bbox": [1, 1, 5, 5]}])]), tmp_path / "out") == 1
+    assert write_yolo(iter([(entry, [])]), tmp_path / "out", ["cat"]) == 0
+    found = [path.relative_to(tmp_path) for path in tmp_path.rglob("1.*")]
+    assert sorted(path.suffix for path in found) == [".json", ".txt"]
+    assert all(path.parts[0] == "out" for path in found)
 
 
 def test_outline_encloses_the_mask() -> None:

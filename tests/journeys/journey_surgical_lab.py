@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 found = json.load(open("found/coco_results.json"))
 for each in found:
-    assert mask.decode(each["segmentation"]).any() and len(each["bbox"]) == 4 and 0 <= each["score"] <= 1
+    assert mask.decode(each["segmentation"]).shape == (64, 64) and len(each["bbox"]) == 4 and 0 <= each["score"] <= 1
 features = [load_file(path) for path in sys.argv[1:]]
 assert sum(len(each["query_features"]) for each in features) == len(found) > 0
 assert all(each["query_features"].shape[1] == 64 for each in features)

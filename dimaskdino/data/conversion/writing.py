@@ -56,11 +56,17 @@ def write_labelme(images: Iterator[tuple[Json, list[Json]]], output: Path) -> in
             "imageHeight": image["height"],
             "imageWidth": image["width"],
         }
-        path = (output / image["file_name"]).with_suffix(".json")
+        path = _place(output, image["file_name"], ".json")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
         count += len(shapes)
     return count
+
+
+def _place(folder: Path, file_name: str, ending: str) -> Path:
+    """Where the labels of an image go; always below the folder, also for an absolute path or one with ".."."""
+    path = Path(file_name)
+    return folder.joinpath(*(part for part in path.parts if part not in ("..", path.anchor))).with_suffix(ending)
 
 
 def _shape(item: Json, size: tuple[int, int]) -> Json:
@@ -90,7 +96,7 @@ def write_yolo(images: Iterator[tuple[Json, list[Json]]], output: Path, names: S
     for image, objects in images:
         size = image["height"], image["width"]
         rows = [f"{names.index(each['label'])} {' '.join(f'{x:.6f}' for x in _yolo(each, size))}" for each in objects]
-        path = (output / "labels" / image["file_name"]).with_suffix(".txt")
+        path = _place(output / "labels", image["file_name"], ".txt")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
         count += len(rows)
