@@ -52,23 +52,6 @@ class Tiling:
             for left, right in columns
         ]
 
-    def second_looks(self, boxes: np.ndarray, size: tuple[int, int]) -> list["Tile"]:
-        """Tiles around objects that every tile cuts, larger than the others where an object needs it.
-
-        An object takes at most the share of the side that neighbors do not have in common.
-
-        Args:
-            boxes: (N, 4) xyxy px of what was found of them.
-            size: (height, width) of the picture.
-        """
-        looks: list[Tile] = []
-        for box in boxes[np.argsort(-(boxes[:, 2:] - boxes[:, :2]).max(1, initial=0.0), kind="stable")]:
-            if not any(_sees(look, box[None])[0] for look in looks):
-                longest = float((box[2:] - box[:2]).max())
-                side = max(self.side, math.ceil(longest / max(1 - self.overlap, 0.5)))
-                looks.append(_centered((box[1] + box[3]) / 2, (box[0] + box[2]) / 2, side, size))
-        return looks
-
     def _spans(self, length: int) -> list[tuple[int, int]]:
         if length <= self.side:
             return [(0, length)]
@@ -76,15 +59,6 @@ class Tiling:
         count = 1 + math.ceil((length - self.side) / step)
         starts = np.linspace(0, length - self.side, count).round().astype(int).tolist()
         return [(start, start + self.side) for start in starts]
-
-
-def _centered(y: float, x: float, side: int, size: tuple[int, int]) -> "Tile":
-    """A tile around a place, moved into the picture of ``size`` (height, width) and cut where it is larger."""
-    top, left = (
-        max(0, min(round(center - side / 2), length - side)) for center, length in zip((y, x), size, strict=True)
-    )
-    bottom, right = min(top + side, size[0]), min(left + side, size[1])
-    return Tile(top, left, bottom, right, inner=(top > 0, left > 0, bottom < size[0], right < size[1]))
 
 
 @dataclass(frozen=True)
@@ -115,7 +89,7 @@ class Tile:
 def predict_tiles(
     canvas: Canvas, tiling: Tiling, predict: Callable[[Sequence[np.ndarray]], list[Instances]], batch_size: int
 ) -> Instances:
-    """Predict a picture tile by tile, then look once more at each object that all tiles cut.
+    """Predict a picture tile by tile.
 
     Args:
         canvas: the picture.
@@ -126,26 +100,14 @@ def predict_tiles(
     Returns:
         The objects of the picture by descending score, masks as RLE.
     """
-
-    def look(tiles: Sequence[Tile]) -> list[Instances]:
-        found: list[Instances] = []
-        for start in range(0, len(tiles), batch_size):
-            batch = tiles[start : start + batch_size]
-            sizes = [(tile.bottom - tile.top, tile.right - tile.left) for tile in batch]
-            pieces = [canvas.read(tile.top, tile.left, *size) for tile, size in zip(batch, sizes, strict=True)]
-            found += [_place(each, tile, canvas.size) for each, tile in zip(predict(pieces), batch, strict=True)]
-        return found
-
     tiles = tiling.tiles(canvas.size)
-    found = look(tiles)
-    again = tiling.second_looks(cut_objects(Instances.cat(found), tile_numbers(found), tiles), canvas.size)
-    found += look(again)
-    return merge_tiles(Instances.cat(found), tile_numbers(found), tiles + again)
-
-
-def tile_numbers(found: Sequence[Instances]) -> np.ndarray:
-    """(N,) tile of each detection, given those of every tile."""
-    return np.repeat(np.arange(len(found)), [len(each) for each in found])
+    found: list[Instances] = []
+    for start in range(0, len(tiles), batch_size):
+        batch = tiles[start : start + batch_size]
+        pieces = [canvas.read(tile.top, tile.left, tile.bottom - tile.top, tile.right - tile.left) for tile in batch]
+        found += [_place(each, tile, canvas.size) for each, tile in zip(predict(pieces), batch, strict=True)]
+    tile_of = np.repeat(np.arange(len(tiles)), [len(each) for each in found])
+    return merge_tiles(Instances.cat(found), tile_of, tiles)
 
 
 def _place(found: Instances, tile: Tile, size: tuple[int, int]) -> Instances:
@@ -180,97 +142,27 @@ def merge_tiles(found: Instances, tile_of: np.ndarray, tiles: Sequence[Tile]) ->
         tile_of: (N,) tile of each.
         tiles: all tiles.
     """
-    return _Merge(found, tile_of, tiles).result()
-
-
-def cut_objects(found: Instances, tile_of: np.ndarray, tiles: Sequence[Tile]) -> np.ndarray:
-    """(M, 4) boxes xyxy px around the objects that no tile has whole; arguments as :func:`merge_tiles` takes them."""
-    merge = _Merge(found, tile_of, tiles)
-    groups = [group for group in merge.groups if merge.cut[group].all()]
-    boxes = [np.concatenate((merge.extents[g, :2].min(0), merge.extents[g, 2:].max(0))) for g in groups]
-    return np.array(boxes).reshape(-1, 4)
-
-
-class _Merge:
-    """Groups of detections that are one object; arguments as :func:`merge_tiles` takes them."""
-
-    def __init__(self, found: Instances, tile_of: np.ndarray, tiles: Sequence[Tile]) -> None:
-        self.tiles = tiles
-        self.neighbors = {
-            number: [other for other, tile in enumerate(tiles) if other != number and tile.overlap(tiles[number])]
-            for number in np.unique(tile_of).tolist()
-        }
-        extents = _extents(found)
-        cut, redundant = self._parts(extents, tile_of)
-        self.found = found[torch.from_numpy(~redundant)]
-        self.tile_of, self.extents, self.cut = (each[~redundant] for each in (tile_of, extents, cut))
-        self.shapes = _Shapes(self.found, self.extents)
-        groups = _Groups(self.tile_of)
-        for _, first, second in sorted(self._pairs(), reverse=True):
-            groups.join(first, second)
-        self.groups = list(groups.members())
-
-    def _parts(self, extents: np.ndarray, tile_of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(N,) bool: what a seam cuts, and what of it lies wholly inside another tile."""
-        cut, redundant = np.zeros(len(extents), dtype=bool), np.zeros(len(extents), dtype=bool)
-        for number, others in self.neighbors.items():
-            (own,) = np.nonzero(tile_of == number)
-            cut[own] = self.tiles[number].touches_seam(extents[own])
-            for other in others:
-                redundant[own] |= cut[own] & _sees(self.tiles[other], extents[own])
-        return cut, redundant
-
-    def _pairs(self) -> Iterator[tuple[float, int, int]]:
-        """(agreement, first, second) of detections in neighboring tiles that are one object."""
-        classes = self.found.pred_classes.numpy()
-        members = {number: np.nonzero(self.tile_of == number)[0] for number in self.neighbors}
-        for number, others in self.neighbors.items():
-            for other in (other for other in others if other > number and other in members):
-                region = self.tiles[number].overlap(self.tiles[other])
-                assert region is not None
-                first, second = members[number], members[other]
-                low = np.maximum(self.extents[first, None, :2], self.extents[None, second, :2])
-                high = np.minimum(self.extents[first, None, 2:], self.extents[None, second, 2:])
-                frame = self.shapes.frame(region)
-                may_be_one = (low < high).all(2) & (classes[first, None] == classes[None, second])
-                for row, column in zip(*np.nonzero(may_be_one), strict=True):
-                    pair = int(first[row]), int(second[column])
-                    agreement = self.shapes.iou_inside(*pair, frame)
-                    if agreement >= _SAME_OBJECT_IOU:
-                        yield agreement, *pair
-
-    def result(self) -> Instances:
-        """One detection for each group, by descending score."""
-        found, shapes = self.found, self.shapes
-        scores, boxes, rles = found.scores.clone(), found.pred_boxes.tensor.clone(), list(shapes.rles or ())
-        chosen, parts = [], []
-        for group in self.groups:
-            whole = [index for index in group if not self.cut[index]]
-            best = max(whole, key=found.scores.numpy().__getitem__) if whole else max(group, key=shapes.area)
-            if whole:
-                scores[best] = self._vote(whole, best)
-            elif len(group) > 1:
-                own = boxes[group]
-                boxes[best] = torch.cat((own[:, :2].amin(0), own[:, 2:].amax(0)))
-                if shapes.rles is not None:
-                    rles[best] = mask_util.merge([shapes.rles[index] for index in group])
-            chosen.append(best)
-            parts.append(not whole)
-        found.pred_boxes, found.scores = Boxes(boxes), scores
-        if found.has("pred_masks"):
-            found.pred_masks = RleMasks(rles, found.image_size)
-        order = sorted(range(len(chosen)), key=lambda place: -float(scores[chosen[place]]))
-        found = found[torch.tensor([chosen[place] for place in order], dtype=torch.int64)]
-        return found[torch.from_numpy(~_covered(found, np.array([parts[place] for place in order], dtype=bool)))]
-
-    def _vote(self, whole: list[int], best: int) -> float:
-        """The mean score over the tiles that see an object whole, of which ``whole`` are the detections of it."""
-        number, extent = int(self.tile_of[best]), self.extents[best][None]
-        others = [other for other in self.neighbors[number] if _sees(self.tiles[other], extent)[0]]
-        voters = {number, *others, *(int(self.tile_of[index]) for index in whole)}
-        label = self.found.pred_classes[best]
-        votes = [float(self.found.scores[index]) for index in whole if self.found.pred_classes[index] == label]
-        return sum(votes) / len(voters)
+    extents = _extents(found)
+    cut = np.zeros(len(found), dtype=bool)
+    redundant = np.zeros(len(found), dtype=bool)
+    neighbors = {
+        number: [other for other, tile in enumerate(tiles) if other != number and tile.overlap(tiles[number])]
+        for number in np.unique(tile_of).tolist()
+    }
+    for number, others in neighbors.items():
+        (own,) = np.nonzero(tile_of == number)
+        cut[own] = tiles[number].touches_seam(extents[own])
+        for other in others:
+            redundant[own] |= cut[own] & _inside(extents[own], tiles[other]) & ~tiles[other].touches_seam(extents[own])
+    found, tile_of, extents, cut = (
+        found[torch.from_numpy(~redundant)],
+        *(a[~redundant] for a in (tile_of, extents, cut)),
+    )
+    shapes = _Shapes(found, extents)
+    groups = _Groups(tile_of)
+    for _, first, second in sorted(_pairs(found, tile_of, extents, tiles, neighbors, shapes), reverse=True):
+        groups.join(first, second)
+    return _joined(found, list(groups.members()), cut, shapes)
 
 
 def _extents(found: Instances) -> np.ndarray:
@@ -279,14 +171,36 @@ def _extents(found: Instances) -> np.ndarray:
     return boxes.tensor.numpy().astype(np.float64)
 
 
-def _sees(tile: Tile, boxes: np.ndarray) -> np.ndarray:
-    """(N,) bool: whether a tile holds all of boxes (N, 4) xyxy px, away from its seams."""
-    return _inside(boxes, tile) & ~tile.touches_seam(boxes)
-
-
 def _inside(boxes: np.ndarray, tile: Tile) -> np.ndarray:
     low, high = np.array((tile.left, tile.top)), np.array((tile.right, tile.bottom))
     return np.all((boxes[:, :2] >= low) & (boxes[:, 2:] <= high), axis=1)
+
+
+def _pairs(
+    found: Instances,
+    tile_of: np.ndarray,
+    extents: np.ndarray,
+    tiles: Sequence[Tile],
+    neighbors: dict[int, list[int]],
+    shapes: "_Shapes",
+) -> Iterator[tuple[float, int, int]]:
+    """(agreement, first, second) of detections in neighboring tiles that are one object."""
+    classes = found.pred_classes.numpy()
+    members = {number: np.nonzero(tile_of == number)[0] for number in neighbors}
+    for number, others in neighbors.items():
+        for other in (other for other in others if other > number and other in members):
+            region = tiles[number].overlap(tiles[other])
+            assert region is not None
+            first, second = members[number], members[other]
+            low = np.maximum(extents[first, None, :2], extents[None, second, :2])
+            high = np.minimum(extents[first, None, 2:], extents[None, second, 2:])
+            frame = shapes.frame(region)
+            may_be_one = (low < high).all(2) & (classes[first, None] == classes[None, second])
+            for row, column in zip(*np.nonzero(may_be_one), strict=True):
+                pair = int(first[row]), int(second[column])
+                agreement = shapes.iou_inside(*pair, frame)
+                if agreement >= _SAME_OBJECT_IOU:
+                    yield agreement, *pair
 
 
 class _Shapes:
@@ -352,6 +266,28 @@ class _Groups:
 
     def members(self) -> Iterator[list[int]]:
         yield from self._members.values()
+
+
+def _joined(found: Instances, groups: list[list[int]], cut: np.ndarray, shapes: _Shapes) -> Instances:
+    """One detection for each group, by descending score."""
+    scores = found.scores.numpy()
+    chosen, parts, boxes, rles = [], [], found.pred_boxes.tensor.clone(), list(shapes.rles or ())
+    for group in groups:
+        whole = [index for index in group if not cut[index]]
+        best = max(whole, key=scores.__getitem__) if whole else max(group, key=shapes.area)
+        if not whole and len(group) > 1:
+            own = boxes[group]
+            boxes[best] = torch.cat((own[:, :2].amin(0), own[:, 2:].amax(0)))
+            if shapes.rles is not None:
+                rles[best] = mask_util.merge([shapes.rles[index] for index in group])
+        chosen.append(best)
+        parts.append(not whole)
+    found.pred_boxes = Boxes(boxes)
+    if found.has("pred_masks"):
+        found.pred_masks = RleMasks(rles, found.image_size)
+    order = sorted(range(len(chosen)), key=lambda place: -scores[chosen[place]])
+    found = found[torch.tensor([chosen[place] for place in order], dtype=torch.int64)]
+    return found[torch.from_numpy(~_covered(found, np.array([parts[place] for place in order], dtype=bool)))]
 
 
 def _covered(found: Instances, parts: np.ndarray) -> np.ndarray:

@@ -1,4 +1,3 @@
-from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -12,7 +11,7 @@ from dimaskdino.errors import ConfigError, UserError
 from dimaskdino.prediction.canvases import Canvas, open_canvas
 from dimaskdino.prediction.outputs import geojson
 from dimaskdino.prediction.results import Classes, Prediction
-from dimaskdino.prediction.tiles import Tiling, _centered, predict_tiles
+from dimaskdino.prediction.tiles import Tiling, predict_tiles
 from dimaskdino.structures import RleMasks
 
 SIZE = (150, 200)
@@ -180,49 +179,3 @@ def test_geotiff_is_read_with_its_place(tmp_path: Path) -> None:
         file.write(bands[:1].astype(np.uint16))
     with pytest.raises(UserError, match="uint16"):
         open_canvas(tmp_path / "a.tif")
-
-
-def looks_closely(seen: list[tuple[int, ...]], *, blind: tuple[int, ...] = ()) -> Callable:
-    """Finds the bright regions of tiles; those that reach the border of a tile are taken for class 1.
-
-    Args:
-        seen: takes the shape of each tile.
-        blind: numbers of the tiles in which nothing is found.
-    """
-
-    def predict(tiles: list[np.ndarray]) -> list[Instances]:
-        found = components([tile if len(seen) + place not in blind else 0 * tile for place, tile in enumerate(tiles)])
-        for tile, each in zip(tiles, found, strict=True):
-            height, width = tile.shape[:2]
-            edges = each.pred_boxes.tensor
-            at_border = (edges[:, :2] == 0).any(1) | (edges[:, 2:] == torch.tensor([width, height])).any(1)
-            each.pred_classes = at_border.long()
-        seen.extend(tile.shape for tile in tiles)
-        return found
-
-    return predict
-
-
-@pytest.mark.parametrize(("width", "side"), [(46, 64), (60, 80)])
-def test_object_cut_by_every_tile_is_looked_at_again(width, side) -> None:
-    # Columns of tiles begin at 0, 45, 91 and 136; an object takes at most three quarters of a side.
-    seen: list[tuple[int, ...]] = []
-    image = picture((43, 60, 43 + width, 80), (120, 10, 130, 20))
-    found = predict_tiles(open_canvas(image), Tiling(64, 0.25), looks_closely(seen), batch_size=5)
-    assert seen[12:] == [(side, side, 3)]
-    assert boxes(found) == [[43, 60, 43 + width, 80], [120, 10, 130, 20]]
-    assert found.pred_classes.tolist() == [0, 0]
-
-
-def test_one_look_is_enough_for_objects_side_by_side() -> None:
-    tiling = Tiling(64, 0.25)
-    assert len(tiling.second_looks(np.array([[40.0, 40, 60, 60], [70, 40, 90, 60]]), SIZE)) == 2
-    (look,) = tiling.second_looks(np.array([[40.0, 40, 50, 50], [52, 40, 62, 50]]), SIZE)
-    assert look == _centered(45, 45, 64, SIZE)
-    assert tiling.second_looks(np.zeros((0, 4)), SIZE) == []
-
-
-def test_a_second_look_stays_in_the_picture() -> None:
-    (look,) = Tiling(64, 0.25).second_looks(np.array([[0.0, 0, 190, 10]]), SIZE)
-    assert (look.top, look.left, look.bottom, look.right) == (0, 0, 150, 200)
-    assert not any(look.inner)
