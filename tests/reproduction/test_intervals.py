@@ -24,9 +24,11 @@ def options(tmp_path_factory) -> tuple[str, ...]:
     return (*SMALL, "DATASETS.SHAPES.ROOT", str(tmp_path_factory.mktemp("shapes")))
 
 
-def rle(polygons: list[list[float]]) -> dict:
+def rle(segmentation: list[list[float]] | dict) -> dict:
     """A mask as results hold it."""
-    mask = mask_util.merge(mask_util.frPyObjects(polygons, 64, 64))
+    if isinstance(segmentation, dict):
+        return segmentation
+    mask = mask_util.merge(mask_util.frPyObjects(segmentation, 64, 64))
     return {"size": mask["size"], "counts": mask["counts"].decode()}
 
 
