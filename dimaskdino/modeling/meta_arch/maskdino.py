@@ -103,7 +103,7 @@ class DIMaskDINO(nn.Module):
         return cfg.MODEL.MaskDINO.PREDICT_MASKS
 
     def train(self, mode: bool = True) -> "DIMaskDINO":
-        """Switch to training, or to evaluation, in which layers have other forms; what compiles the former sees none."""
+        """Switch to training, or to evaluation; layers have their forms of the latter there alone."""
         super().train(mode)
         use_inference_forms(self, not mode)
         return self
