@@ -197,7 +197,8 @@ def test_huge_images_are_reduced_for_drawing(run) -> None:
 def test_tiles_of_one_picture_are_the_picture(run, pixels) -> None:
     whole = Predictor(run, device="cpu", score=0)(pixels)
     tiled = Predictor(run, device="cpu", score=0, tile=64)(pixels)
-    assert torch.equal(tiled.instances.scores, whole.instances.scores)
+    # Probabilities inside the masks are summed in another order.
+    torch.testing.assert_close(tiled.instances.scores, whole.instances.scores, rtol=1e-6, atol=0)
     assert torch.equal(tiled.instances.pred_masks.tensor, whole.instances.pred_masks)
     assert np.array_equal(np.asarray(tiled.draw()), np.asarray(whole.draw()))
 

@@ -109,13 +109,20 @@ class InferenceLinear(nn.Linear):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
-def use_inference_forms(model: nn.Module) -> None:
-    """Give the convolutions of detectron2 and the linear maps in ``model`` their forms; names and weights stay."""
+def use_inference_forms(model: nn.Module, use: bool = True) -> None:
+    """Give the convolutions of detectron2 and the linear maps in ``model`` their forms, or the plain ones back.
+
+    Names and weights stay. Classes derived from these layers may compute something else, and are left alone.
+    """
     for module in model.modules():
-        # Classes derived from these may compute something else.
-        if type(module) is Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str):
+        if not use and type(module) is InferenceConv2d:
+            module._prepared = None
+            module.__class__ = Conv2d
+        elif not use and type(module) is InferenceLinear:
+            module.__class__ = nn.Linear
+        elif use and type(module) is Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str):
             module.__class__ = InferenceConv2d
-        elif type(module) is nn.Linear:
+        elif use and type(module) is nn.Linear:
             module.__class__ = InferenceLinear
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from dimaskdino.layers import winograd
 from dimaskdino.layers.inference_forms import InferenceConv2d, InferenceLinear, use_inference_forms
+from tests.tiny_model import tiny_model
 
 
 def frozen_norm(channels: int) -> FrozenBatchNorm2d:
@@ -110,3 +111,11 @@ def test_linear_maps_are_the_same():
         x = torch.randn(shape)
         with torch.no_grad():
             torch.testing.assert_close(short(x), plain(x), rtol=1e-5, atol=1e-6)
+
+
+def test_layers_of_a_model_have_their_forms_in_evaluation_alone():
+    model = tiny_model()
+    forms = {type(module) for module in model.eval().modules()}
+    assert {InferenceConv2d, InferenceLinear} <= forms
+    plain = {type(module) for module in model.train().modules()}
+    assert plain == (forms - {InferenceConv2d, InferenceLinear}) | {Conv2d, nn.Linear}

@@ -74,7 +74,6 @@ class DIMaskDINO(nn.Module):
         self.register_buffer("has_box_loss", class_mask(box_classes, num_classes), persistent=False)
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
-        use_inference_forms(self)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, point_sampler: PointSampler | None = None) -> dict[str, Any]:
@@ -102,6 +101,12 @@ class DIMaskDINO(nn.Module):
     def needs_masks(cls, cfg: CfgNode) -> bool:
         """Whether the configured model is trained on masks."""
         return cfg.MODEL.MaskDINO.PREDICT_MASKS
+
+    def train(self, mode: bool = True) -> "DIMaskDINO":
+        """Switch to training, or to evaluation; layers have their forms of the latter there alone."""
+        super().train(mode)
+        use_inference_forms(self, not mode)
+        return self
 
     @property
     def device(self) -> torch.device:
