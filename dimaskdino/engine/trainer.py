@@ -128,7 +128,8 @@ class Trainer(ResumableTrainer):
         """The registered meta-architecture, on MODEL.DEVICE."""
         model = build_model(cfg)
         for name, part in model.named_children():
-            logger.info("%s: %.2f M parameters", name, sum(p.numel() for p in part.parameters()) / 1e6)
+            if count := sum(p.numel() for p in part.parameters()):
+                logger.info("%s: %.2f M parameters", name, count / 1e6)
         return model
 
     @classmethod

@@ -119,7 +119,7 @@ def use_inference_forms(model: nn.Module, use: bool = True) -> None:
             module._prepared = None
             module.__class__ = Conv2d
         elif not use and type(module) is InferenceLinear:
-            module.__class__ = nn.Linear
+            module.__class__ = nn.Linear  # type: ignore[assignment]
         elif use and type(module) is Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str):
             module.__class__ = InferenceConv2d
         elif use and type(module) is nn.Linear:
