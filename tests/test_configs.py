@@ -338,7 +338,7 @@ def test_rows_of_the_paper_and_files_match():
                 papers_alone = row.experiment in ("dn_detr", "release_alone")
                 assert experiment is not None or dataset == "shapes" or papers_alone, (table.name, row.labels)
                 used |= {experiment.config_file} if experiment else set()
-    # Beyond the tables: panoptic and semantic models, starts for one's own data, and DINO's other backbones, detrex, and Objects365.
+    # Beyond the tables: panoptic and semantic models, one's own data, and DINO's other backbones, detrex, Objects365.
     more_dino = {file for file in FILES if re.match("dino_(swinl|timm|detrex)", file.stem)}
     assert {
         file for file in FILES if file.parent.name not in ("demo", "panoptic", "semantic", "configs")
