@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -10,22 +9,24 @@ from torch import Tensor
 FORMS = ("grid_sample", "gather")
 """How deformable attention is written: one ``grid_sample`` a level, or gathers of the four pixels around a sample."""
 
-_form: ContextVar[str | None] = ContextVar("form", default=None)
+# No context variable: torch.compile cannot read one, and would compile the layers in pieces.
+_form: str | None = None
 
 
 def export_form() -> str | None:
     """One of :data:`FORMS` while a model is exported, else None."""
-    return _form.get()
+    return _form
 
 
 @contextmanager
 def exporting(form: str) -> Iterator[None]:
     """Write deformable attention as ``form`` says, one of :data:`FORMS`, inside the block."""
-    token = _form.set(form)
+    global _form
+    before, _form = _form, form
     try:
         yield
     finally:
-        _form.reset(token)
+        _form = before
 
 
 def tensor_of_sizes(sizes: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -93,17 +93,16 @@ def of_size(height: int, width: int) -> list[dict]:
     return [sample(height, width, BOXES, seed=index) for index in range(2)]
 
 
-def test_compiled_layers_are_compiled_once_for_all_sizes() -> None:
+def test_compiled_layers_are_not_compiled_again_for_other_sizes() -> None:
     torch._dynamo.reset()
     plain, compiled, counter = tiny_model().train(), tiny_model().train(), CompileCounterWithBackend("aot_eager")
     compile_layers(tiny_cfg({"MODEL.COMPILE": ["encoder", "decoder"]}), compiled, counter)
     assert plain.state_dict().keys() == compiled.state_dict().keys()
-    gradients_of(compiled, of_size(128, 160))
+    first, *sizes = ([*of_size(*size), *of_size(*size)] for size in ((64, 96), (96, 64), (128, 160)))
+    gradients_of(compiled, first)
     after_first = counter.frame_count
-    sizes = [of_size(160, 128), of_size(192, 192), of_size(128, 224), [*of_size(160, 192), *of_size(160, 192)]]
     found, expected = gradients_of(compiled, *sizes), gradients_of(plain, sizes[-1])
-    # An encoder layer, a decoder layer with denoising queries, token interaction and BATO: each compiled once.
-    assert counter.frame_count == after_first == 4
+    assert counter.frame_count == after_first > 0
     for name, gradient in expected.items():
         if gradient is not None:
             torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-3 * float(gradient.abs().max()))
