@@ -11,6 +11,7 @@ from detectron2.utils.events import EventStorage
 
 import dimaskdino
 from dimaskdino.engine.train_step import TrainStep
+from dimaskdino.layers import ms_deform_attn_ops
 from dimaskdino.solver import GradientClipper, parameter_groups
 from tests.accelerator import DEVICE, accelerator, send
 from tests.tiny_model import ONE_STAGE, sample, tiny_cfg, tiny_model
@@ -43,6 +44,12 @@ SWIN = {
     "MODEL.SWIN.APE": True,
 }
 BACKBONES = {"resnet": RESNET, "swin": SWIN, "swin with checkpoints": SWIN | {"MODEL.SWIN.USE_CHECKPOINT": True}}
+
+
+@pytest.fixture(autouse=True)
+def plain_loops(monkeypatch):
+    """The compiled loops of the CPU draw other random points than the plain form, which all devices have."""
+    monkeypatch.setattr(ms_deform_attn_ops, "LOOPS_COMPILED", False)
 
 
 def batch():
@@ -174,7 +181,15 @@ def test_the_accelerator_refuses_what_a_gpu_refuses():
 
 
 # The launcher and the predictor choose devices, and env lists them; everything else takes them from its inputs.
-MAY_NAME_DEVICES = {"engine/launch.py", "predictor.py", "env.py"}
+# They choose a device, report it, or say what it can compute in.
+MAY_NAME_DEVICES = {
+    "engine/launch.py",
+    "engine/precision.py",
+    "env.py",
+    "layers/precision.py",
+    "predictor.py",
+    "reproduction/anchors.py",
+}
 
 
 def device_literals(path: Path) -> list[str]:

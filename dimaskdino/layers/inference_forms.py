@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dimaskdino.layers import winograd
 from dimaskdino.layers.exporting import export_form
+from dimaskdino.layers.precision import is_under_autocast
 
 # From so many channels on the short cut of 3x3 convolutions pays.
 _WINOGRAD_CHANNELS = 128
@@ -129,7 +130,7 @@ def use_inference_forms(model: nn.Module, use: bool = True) -> None:
 def _applies(x: Tensor, weight: Tensor) -> bool:
     """Whether a layer runs in its form of evaluation: not for gradients, and not where torch looks at the layer."""
     watched = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing() or export_form()
-    return not watched and x.dtype == weight.dtype and x.numel() > 0 and not torch.is_autocast_enabled(x.device.type)
+    return not watched and x.dtype == weight.dtype and x.numel() > 0 and not is_under_autocast(x.device)
 
 
 def _runs_in_onednn(x: Tensor) -> bool:

@@ -42,12 +42,14 @@ def to_autocast_dtype(tensor: Tensor) -> Tensor:
 
     float64 stays, as under autocast.
     """
-    device = tensor.device.type
-    if tensor.dtype == torch.float64 or not (
-        torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    ):
+    if tensor.dtype == torch.float64 or not is_under_autocast(tensor.device):
         return tensor
-    return tensor.to(torch.get_autocast_dtype(device))
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+
+def is_under_autocast(device: torch.device) -> bool:
+    """Whether autocast is on for a device, which may be of a kind that has none."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def evaluation_dtype(precision: str, device: torch.device) -> torch.dtype:

@@ -111,10 +111,12 @@ def test_the_demo_model_is_used_unless_another_is_named(run, job, tmp_path, monk
 
 
 def test_the_documentation_names_flags_that_exist(run) -> None:
-    known = set(re.findall(r"--[a-z-]+", run("tools/predict.py", "--help").out))
+    known, of_benchmark = (
+        set(re.findall(r"--[a-z-]+", run(f"tools/{tool}.py", "--help").out)) for tool in ("predict", "benchmark")
+    )
     page = (REPO / "docs" / "inference.md").read_text()
     commands = re.findall(r"tools/predict\.py.*", page)
     assert commands
     named = {flag for line in commands for flag in re.findall(r" (--[a-z-]+)", line)} - {"--array", "--wrap"}
     assert named <= known
-    assert set(re.findall(r"`(--[a-z-]+)", page)) <= known
+    assert set(re.findall(r"`(--[a-z-]+)", page)) <= known | of_benchmark
