@@ -180,8 +180,7 @@ def test_the_accelerator_refuses_what_a_gpu_refuses():
     assert (len(traffic.to_device), len(traffic.to_host), len(traffic.waits)) == (2, 2, 1)
 
 
-# The launcher and the predictor choose devices, and env lists them; everything else takes them from its inputs.
-# They choose a device, report it, or say what it can compute in.
+# These choose a device, report it, or say what it can compute in; everything else takes it from its inputs.
 MAY_NAME_DEVICES = {
     "engine/launch.py",
     "engine/precision.py",
