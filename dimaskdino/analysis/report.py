@@ -34,6 +34,8 @@ from dimaskdino.analysis.figures import (
 from dimaskdino.analysis.missed import Limits
 from dimaskdino.analysis.scores import TaskScores
 
+# The module's own text, without the marks of its markup.
+_DEFINITIONS = (missed.__doc__ or "").replace(":class:`Limits`", "above").replace("``", "")
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 1100px; margin: 2em auto; padding: 0 1em; }
 h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; } p.note { color: #555; font-size: .9em; }
@@ -84,7 +86,7 @@ def write_report(
         _table(outcome_rows(by_size(explained)), outcome_heads("size")),
         *_score_parts(scores, names, limits),
         f"<h2>What the words mean</h2><p>near {limits.near:g}, fit {limits.fit:g}, score {limits.score:g}, "
-        f"{limits.max_detections} detections of an image</p><pre>{html.escape(missed.__doc__ or '')}</pre>",
+        f"{limits.max_detections} detections of an image</p><pre>{html.escape(_DEFINITIONS)}</pre>",
     ]
     head = f"<meta charset=utf-8><title>{html.escape(title)}</title><style>{_STYLE}</style>"
     path.write_text(f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(parts)}</body></html>", "utf-8")

@@ -62,11 +62,21 @@ def read_groups(folders: Sequence[Path]) -> list[Group]:
     """
     names: dict[str, list[str]] = {}
     runs: dict[str, list[dict[str, Series]]] = {}
-    for folder in folders:
+    for folder, name in zip(folders, _names(folders), strict=True):
         key = _settings(folder)
-        names.setdefault(key, []).append(folder.resolve().name)
+        names.setdefault(key, []).append(name)
         runs.setdefault(key, []).append(_read_run(folder))
     return [Group(_common_name(names[key]), runs[key]) for key in runs]
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The last part of each path, or as many parts as tell the folders apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(each[-length:]) for each in parts]
+        if len(set(names)) == len(set(parts)):
+            break
+    return names
 
 
 def _read_run(folder: Path) -> dict[str, Series]:

@@ -242,7 +242,7 @@ def test_console_shows_rate_and_memory(cfg: Config) -> None:
 
 
 def write_run(folder: Path, seed: int, losses: list[float], lr: float = 0.1) -> Path:
-    folder.mkdir()
+    folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(f"SEED: {seed}\nOUTPUT_DIR: {folder}\nSOLVER:\n  BASE_LR: {lr}\n")
     lines = [
         {"iteration": 20 * i + 19, "total_loss": x, "loss_ce": x / 2, "loss_ce_0": 1} for i, x in enumerate(losses)
@@ -267,6 +267,11 @@ def test_runs_of_several_seeds_are_one_curve(tmp_path: Path) -> None:
         colors = {color for _, color in picture.convert("RGB").getcolors(2**24)}
     assert (0x00, 0x72, 0xB2) in colors
     assert (0xE6, 0x9F, 0x00) in colors
+
+
+def test_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "a" / "run", 1, [4.0]), write_run(tmp_path / "b" / "run", 1, [5.0], lr=0.2)]
+    assert [group.name for group in read_groups(runs)] == ["a/run", "b/run"]
 
 
 def test_missing_records_and_metrics_are_named(tmp_path: Path) -> None:
