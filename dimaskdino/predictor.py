@@ -13,8 +13,9 @@ import torch
 from detectron2.data import MetadataCatalog
 from detectron2.structures import Instances
 
-from dimaskdino.checkpoint import Checkpointer, read_weights
+from dimaskdino.checkpoint import Checkpointer, class_names_of, read_weights
 from dimaskdino.config import Config, get_cfg
+from dimaskdino.data.coco_file import category_names, read_json
 from dimaskdino.data.datasets import register_all
 from dimaskdino.data.readers import image_reader
 from dimaskdino.data.transforms import test_resize
@@ -98,10 +99,10 @@ class Predictor:
             raise ConfigError("Images that INPUT.READER reads are predicted whole; leave tile out.")
         register_all(cfg=self.cfg)  # A panoptic model asks its datasets which classes are things.
         self.model = build_model(self.cfg).eval()
-        Checkpointer(self.model).load(str(self.weights))
+        about = Checkpointer(self.model).load(str(self.weights))
         if set_precision := getattr(self.model, "set_precision", None):  # a model of the user's own may have none
             set_precision(self.cfg.MODEL.MaskDINO.TEST.PRECISION)
-        self.classes = classes or classes_of(self.cfg)
+        self.classes = classes or classes_of(self.cfg, class_names_of(about))
         self.refine.check(self.classes.things)
         self._resize = test_resize(self.cfg)[0]
 
@@ -257,22 +258,34 @@ def _prepare(cfg: Config, device: str | None, refinement: Refinement) -> None:
     cfg.TEST.DETECTIONS_PER_IMAGE = max(cfg.TEST.DETECTIONS_PER_IMAGE, refinement.max_detections or 0)
 
 
-def classes_of(cfg: Config) -> Classes:
-    """The classes of a configuration's datasets, or "class 0", "class 1", ... where none of them is registered."""
+def classes_of(cfg: Config, trained: Sequence[str] | None = None) -> Classes:
+    """The classes of a configuration's datasets; where none of them is on this machine, those of the weights.
+
+    Args:
+        cfg: of the model.
+        trained: names in the weight file; None for "class 0", "class 1", ... Their category ids count from 1.
+    """
     register_all(cfg=cfg)
     count = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         metadata = MetadataCatalog.get(name) if name in MetadataCatalog.list() else None
         # A semantic dataset has names of stuff alone.
         things = (metadata.get("thing_classes") or metadata.get("stuff_classes")) if metadata else None
+        ids: list[int] = []
+        if metadata is not None and not things and Path(metadata.get("json_file", "")).is_file():
+            # register_coco_instances learns the classes when it loads the file.
+            by_id = category_names(read_json(metadata.json_file))
+            ids, things = list(by_id), list(by_id.values())
         if metadata is not None and things and len(things) <= count:
             to_index = metadata.get("thing_dataset_id_to_contiguous_id")
-            ids = sorted(to_index, key=to_index.__getitem__) if to_index else list(range(1, len(things) + 1))
+            ids = ids or (sorted(to_index, key=to_index.__getitem__) if to_index else list(range(1, len(things) + 1)))
             more = range(len(things), count)  # a model may have more classes than its dataset
             names = [*things, *(f"class {index}" for index in more)]
             return Classes(
                 names, [*ids, *(max(ids) + 1 + index for index in more)], list(metadata.get("stuff_classes", []))
             )
+    if trained and len(trained) == count:
+        return Classes(list(trained), list(range(1, count + 1)))
     datasets = ", ".join((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)) or "none"
     logger.warning(
         "No registered dataset (%s) names the model's %d classes; they are called by number.", datasets, count

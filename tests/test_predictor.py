@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 from PIL import Image
 from pycocotools import mask as mask_util
 
@@ -137,6 +138,25 @@ def test_classes_that_no_dataset_names_have_numbers(run, pixels) -> None:
     predictor = Predictor(run, device="cpu", score=0, options=options)
     assert predictor.classes.things == [f"class {index}" for index in range(5)]
     assert set(predictor(pixels).class_names) <= set(predictor.classes.things)
+
+
+def test_classes_come_from_an_annotation_file_that_nothing_has_loaded(run, tmp_path) -> None:
+    categories = [{"id": 10 * number, "name": name} for number, name in enumerate(NAMES, start=1)]
+    (tmp_path / "farm.json").write_text(json.dumps({"images": [], "annotations": [], "categories": categories}))
+    register_coco_instances("unread_farm", {}, str(tmp_path / "farm.json"), str(tmp_path))
+    try:
+        predictor = Predictor(run, device="cpu", options=["DATASETS.TRAIN", "('unread_farm',)"])
+    finally:
+        DatasetCatalog.remove("unread_farm")
+        MetadataCatalog.remove("unread_farm")
+    assert (predictor.classes.things, predictor.classes.category_ids) == (NAMES, [10, 20, 30, 40, 50])
+
+
+def test_classes_come_from_the_weights_where_no_dataset_is_there(run) -> None:
+    weights = torch.load(run / "model_final.pth", weights_only=True)
+    torch.save({**weights, "class_names": NAMES}, run / "model_final.pth")
+    predictor = Predictor(run, device="cpu", options=["DATASETS.TRAIN", "()", "DATASETS.TEST", "()"])
+    assert (predictor.classes.things, predictor.classes.category_ids) == (NAMES, [1, 2, 3, 4, 5])
 
 
 def test_masks_of_rejected_detections_are_not_made(run, pixels) -> None:
