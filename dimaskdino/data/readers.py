@@ -1,7 +1,8 @@
 """What turns an image's path into pixels: PIL, or readers for other files, by INPUT.READER."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -115,15 +116,22 @@ class ByExtension:
     """Takes the reader of a path's extension, and PIL for others.
 
     Args:
-        readers: extension, such as ".npy" -> its reader.
+        makers: extension, such as ".npy" -> what makes its reader when the first such path is met, so that packages of
+            formats that no image has may be missing.
         other: for paths with another extension.
     """
 
-    def __init__(self, readers: Mapping[str, Reader], other: Reader) -> None:
-        self.readers, self.other = readers, other
+    def __init__(self, makers: Mapping[str, Callable[[], Reader]], other: Reader) -> None:
+        self.makers, self.other = makers, other
+        self._made: dict[str, Reader] = {}
 
     def _of(self, path: str) -> Reader:
-        return self.readers.get(os.path.splitext(path.partition("#")[0])[1].lower(), self.other)
+        extension = os.path.splitext(path.partition("#")[0])[1].lower()
+        if extension not in self.makers:
+            return self.other
+        if extension not in self._made:
+            self._made[extension] = self.makers[extension]()
+        return self._made[extension]
 
     def read(self, path: str) -> np.ndarray:
         """As that reader."""
@@ -155,13 +163,17 @@ def image_reader(cfg: CfgNode) -> Reader:
         return pil
     check_choice("INPUT.READER", name, ["", AUTO, *(known for known, _ in READER_REGISTRY)])
     if name != AUTO:
-        return OwnReader(name, READER_REGISTRY.get(name)(cfg), num_channels)
-    readers = {
-        extension: OwnReader(known, build(cfg), num_channels)
+        return _own_reader(name, cfg)
+    makers = {
+        extension: partial(_own_reader, known, cfg)
         for known, build in READER_REGISTRY
         for extension in getattr(build, "extensions", ())
     }
-    return ByExtension(readers, pil)
+    return ByExtension(makers, pil)
+
+
+def _own_reader(name: str, cfg: CfgNode) -> OwnReader:
+    return OwnReader(name, READER_REGISTRY.get(name)(cfg), len(cfg.MODEL.PIXEL_MEAN))
 
 
 def pad_value(cfg: CfgNode, of_pil: float) -> float:

@@ -1,6 +1,7 @@
 """Images that PIL cannot read: other numbers, other channels, other files."""
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,6 +40,15 @@ def test_numpy_of_six_channels(tmp_path: Path) -> None:
         reader = image_reader(reader_cfg(name, 6))
         assert np.array_equal(reader.read(str(tmp_path / "a.npy")), SIX)
         assert reader.header(str(tmp_path / "a.npy")).stored == (20, 30)
+
+
+def test_packages_of_other_formats_may_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    np.save(tmp_path / "a.npy", SIX)
+    reader = image_reader(reader_cfg("auto", 6))
+    assert reader.read(str(tmp_path / "a.npy")).shape == SIX.shape
+    with pytest.raises(ConfigError, match=r"tifffile.*dimaskdino\[tiff\]"):
+        reader.read(str(tmp_path / "a.tif"))
 
 
 def test_png_of_sixteen_bits(tmp_path: Path) -> None:
