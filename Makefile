@@ -91,7 +91,7 @@ sanitize: $(STAMP)
 	    --build-temp build/sanitize/objects --build-lib $(SANITIZED)
 	cd $(SANITIZED) && $(PRELOAD) "$(CURDIR)/$(BIN)/python" -c 'import torch, dimaskdino._C'
 	cd $(SANITIZED) && $(PRELOAD) EMULATION_FLAGS="$(SANITIZER_FLAGS)" "$(CURDIR)/$(BIN)/python" -m pytest -q -s \
-	    tests/layers/test_ms_deform_attn*.py
+	    tests/layers/test_ms_deform_attn*.py tests/layers/test_points.py tests/modeling/postprocessing/test_resized.py
 	LD_PRELOAD="$$($(CXX) -print-file-name=libtsan.so)" OMP_NUM_THREADS=1 TSAN_OPTIONS=halt_on_error=1:history_size=4 \
 	    EMULATION_FLAGS="-O1 -g -fsanitize=thread" $(BIN)/python -m pytest -q -s tests/layers/test_ms_deform_attn_cuda_emulated.py
 
