@@ -59,6 +59,17 @@ def add_import_flag(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_model_flags(parser: argparse.ArgumentParser, *, device: bool = True) -> None:
+    """Add what tools that run a model share: ``--device`` if wanted, ``--import``, and ``--opts KEY VALUE``."""
+    if device:
+        parser.add_argument("--device", help='such as "cpu" or "cuda:1" (default: a GPU if there is one)')
+    add_import_flag(parser)
+    metavar = ("KEY", "VALUE")
+    parser.add_argument(
+        "--opts", nargs="+", default=[], metavar=metavar, help="keys of the configuration, after all else"
+    )
+
+
 class CommandLine(argparse.ArgumentParser):
     """Parses a command line and says what to do if nothing is given, or a key of the configuration as a flag."""
 

@@ -247,10 +247,15 @@ def _read_saved(path: Path) -> tuple[Config, Path, Classes | None]:
     return cfg, path, Classes(**json.loads(content[CLASSES_ENTRY]))
 
 
+def default_device() -> str:
+    """The device of a tool that is given none: a GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def _prepare(cfg: Config, device: str | None, refinement: Refinement) -> None:
     """Set the keys that prediction decides."""
     node = cfg.MODEL.MaskDINO.TEST
-    cfg.MODEL.DEVICE = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    cfg.MODEL.DEVICE = device or default_device()
     cfg.MODEL.WEIGHTS = ""
     if not cfg.SOLVER.CHECKPOINT_WITHOUT_FROZEN:
         cfg.MODEL.TIMM.PRETRAINED = cfg.MODEL.VIT.PRETRAINED = False

@@ -187,7 +187,6 @@ MAY_NAME_DEVICES = {
     "env.py",
     "layers/precision.py",
     "predictor.py",
-    "reproduction/anchors.py",
 }
 
 

@@ -12,7 +12,7 @@ import torch
 from tabulate import tabulate
 
 from dimaskdino.analysis.flops import CONVENTION, Part, parts_of
-from dimaskdino.command_line import add_import_flag, at_least, import_modules
+from dimaskdino.command_line import add_model_flags, at_least, import_modules
 from dimaskdino.config import get_cfg
 from dimaskdino.data.datasets import register_all
 from dimaskdino.errors import ConfigError, run_cli
@@ -30,8 +30,7 @@ def parse_args() -> argparse.Namespace:
     add("--size", type=at_least(32), nargs=2, default=(800, 1216), metavar=("H", "W"), help="px (default: 800 1216)")
     add("--depth", type=at_least(1), default=3, help="how far modules are taken apart (default: 3)")
     add("--json", type=Path, metavar="FILE", help="write the parts to a file as well")
-    add_import_flag(parser)
-    add("--opts", nargs="+", default=[], metavar=("KEY", "VALUE"), help="keys of the configuration, after all else")
+    add_model_flags(parser, device=False)
     return parser.parse_args()
 
 

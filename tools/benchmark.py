@@ -15,7 +15,7 @@ from tabulate import tabulate
 
 from dimaskdino.analysis.timing import Times, compiled, time_exported, time_model, time_parts
 from dimaskdino.checkpoint import Checkpointer
-from dimaskdino.command_line import add_import_flag, at_least, import_modules
+from dimaskdino.command_line import add_model_flags, at_least, import_modules
 from dimaskdino.config import Config, get_cfg
 from dimaskdino.cpu import keep_freed_memory
 from dimaskdino.data.datasets import register_all
@@ -24,6 +24,7 @@ from dimaskdino.errors import run_cli
 from dimaskdino.evaluation.speed import device_name
 from dimaskdino.modeling.meta_arch import build_model
 from dimaskdino.prediction.images import to_model_input, to_rgb
+from dimaskdino.predictor import default_device
 
 
 def parse_args() -> argparse.Namespace:
@@ -36,13 +37,11 @@ def parse_args() -> argparse.Namespace:
     add("--size", type=at_least(32), nargs=2, default=(800, 1216), metavar=("H", "W"), help="of noise, px")
     add("--compile", action="store_true", help="also with torch.compile")
     add("--exported", type=Path, nargs="+", default=[], metavar="FILE", help="also .onnx or OpenVINO's .xml files")
-    add("--device", help='such as "cpu" or "cuda:1" (default: a GPU if there is one)')
     add("--threads", type=at_least(1), help="of the CPU (default: torch's choice)")
     add("--warmup", type=at_least(0), default=5, help="runs that do not count (default: 5)")
     add("--runs", type=at_least(2), default=30, help="runs that count (default: 30)")
     add("--json", type=Path, metavar="FILE", help="write the numbers to a file as well")
-    add_import_flag(parser)
-    add("--opts", nargs="+", default=[], metavar=("KEY", "VALUE"), help="keys of the configuration, after all else")
+    add_model_flags(parser)
     return parser.parse_args()
 
 
@@ -82,7 +81,7 @@ def main() -> None:
 
 def configuration(args: argparse.Namespace) -> Config:
     """The configuration, for prediction alone."""
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = args.device or default_device()
     fixed = ("MODEL.DEVICE", device, "MODEL.WEIGHTS", "", "MODEL.TIMM.PRETRAINED", False, "TEST.EVAL_LAYERS", [])
     cfg = get_cfg()
     cfg.merge_from_file(str(args.config_file))

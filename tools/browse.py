@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from dimaskdino import Predictor
-from dimaskdino.command_line import add_import_flag, at_least, fraction, import_modules
+from dimaskdino.command_line import add_model_flags, at_least, fraction, import_modules
 from dimaskdino.cpu import keep_freed_memory
 from dimaskdino.errors import UserError, run_cli
 from dimaskdino.prediction.refinement import Refinement
@@ -34,9 +34,7 @@ def parse_args() -> argparse.Namespace:
     add("runs", nargs="+", type=Path, metavar="RUN", help="run folders or saved models; two of them can be compared")
     add("--score", type=fraction, default=0.35, help="threshold at the start (default: 0.35)")
     add("--port", type=at_least(1), default=7860, help="of the page (default: 7860)")
-    add("--device", help='such as "cpu" or "cuda:1" (default: a GPU if there is one)')
-    add_import_flag(parser)
-    add("--opts", nargs="+", default=[], metavar=("KEY", "VALUE"), help="keys of the configurations, after all else")
+    add_model_flags(parser)
     return parser.parse_args()
 
 

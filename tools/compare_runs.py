@@ -12,7 +12,7 @@ import numpy as np
 
 from dimaskdino import Predictor
 from dimaskdino.analysis.dataset import drawn_truth, read_dataset, true_objects
-from dimaskdino.command_line import add_import_flag, at_least, fraction, import_modules
+from dimaskdino.command_line import add_model_flags, at_least, fraction, import_modules
 from dimaskdino.cpu import keep_freed_memory
 from dimaskdino.errors import UserError, run_cli
 from dimaskdino.prediction.images import to_rgb
@@ -31,9 +31,7 @@ def parse_args() -> argparse.Namespace:
     add("--score", type=fraction, default=0.35, help="least score of a detection (default: 0.35)")
     add("--width", type=at_least(64), default=420, help="of each picture, px (default: 420)")
     add("--output", type=Path, default=Path("comparison.png"), help="picture (default: comparison.png)")
-    add("--device", help='such as "cpu" or "cuda:1" (default: a GPU if there is one)')
-    add_import_flag(parser)
-    add("--opts", nargs="+", default=[], metavar=("KEY", "VALUE"), help="keys of both configurations, after all else")
+    add_model_flags(parser)
     return parser.parse_args()
 
 

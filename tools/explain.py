@@ -30,7 +30,7 @@ from dimaskdino.analysis.missed import Limits
 from dimaskdino.analysis.report import write_report
 from dimaskdino.analysis.scores import score_results
 from dimaskdino.analysis.stages import compare_stages, watched
-from dimaskdino.command_line import add_import_flag, at_least, fraction, import_modules
+from dimaskdino.command_line import add_model_flags, at_least, fraction, import_modules
 from dimaskdino.cpu import keep_freed_memory
 from dimaskdino.data import build_mapper
 from dimaskdino.errors import UserError, run_cli
@@ -52,9 +52,7 @@ def parse_args() -> argparse.Namespace:
     add("--near", type=fraction, default=0.3, help="IoU of a token or query that is near an object (default: 0.3)")
     add("--max-images", type=at_least(1), default=500, help="the first ones (default: 500)")
     add("--examples", type=at_least(0), default=4, help="objects of each cause in the report (default: 4)")
-    add("--device", help='such as "cpu" or "cuda:1" (default: a GPU if there is one)')
-    add_import_flag(parser)
-    add("--opts", nargs="+", default=[], metavar=("KEY", "VALUE"), help="keys of the configuration, after all else")
+    add_model_flags(parser)
     return parser.parse_args()
 
 

@@ -17,7 +17,7 @@ import torch
 from predict_onnx import Model, open_onnx
 
 from dimaskdino import Predictor
-from dimaskdino.command_line import add_import_flag, at_least, import_modules
+from dimaskdino.command_line import add_model_flags, at_least, import_modules
 from dimaskdino.errors import UserError, run_cli
 from dimaskdino.export.check import differences, reference_results
 from dimaskdino.export.description import describe
@@ -46,8 +46,7 @@ def parse_args() -> argparse.Namespace:
     add("--opset", type=int, choices=OPSETS, default=OPSET, metavar="16..20", help=f"of ONNX (default: {OPSET})")
     add("--images", type=Path, nargs=CHECKED_IMAGES, help="that the file is checked with (default: of DATASETS.TEST)")
     add("--evaluate", action="store_true", help="also measure AP and time on DATASETS.TEST beside PyTorch's")
-    add_import_flag(parser)
-    add("--opts", nargs="+", default=[], metavar=("KEY", "VALUE"), help="keys of the configuration, after all else")
+    add_model_flags(parser, device=False)
     return parser.parse_args()
 
 

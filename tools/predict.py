@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dimaskdino.command_line import add_import_flag, at_least, fraction, import_modules
+from dimaskdino.command_line import add_model_flags, at_least, fraction, import_modules
 from dimaskdino.cpu import keep_freed_memory
 from dimaskdino.errors import UserError, run_cli
 
@@ -64,10 +64,8 @@ def parse_args() -> argparse.Namespace:
     add("--batch-size", type=at_least(1), default=1, help="images that go through the model together (default: 1)")
     add("--max-frames", type=at_least(1), help="of each video and of the camera")
     add("--no-exif", action="store_true", help="leave images as stored, whatever their EXIF data says")
-    add("--device", help='such as "cpu" or "cuda:1" (default: a GPU if there is one)')
     add("--overwrite", action="store_true", help="begin anew in a folder that holds results")
-    add_import_flag(parser)
-    add("--opts", nargs="+", default=[], metavar=("KEY", "VALUE"), help="keys of the configuration, after all else")
+    add_model_flags(parser)
     return parser.parse_args()
 
 

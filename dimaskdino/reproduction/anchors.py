@@ -17,6 +17,7 @@ from dimaskdino.data.datasets.registration import load_dataset
 from dimaskdino.data.parallel import Progress, no_progress
 from dimaskdino.errors import UserError
 from dimaskdino.modeling.meta_arch import build_model
+from dimaskdino.predictor import default_device
 from dimaskdino.structures import Targets
 
 SMALL_PX2 = 32**2
@@ -143,6 +144,6 @@ def _config_of(folder: Path) -> CfgNode:
             f"{folder} holds a run of {cfg.MODEL.META_ARCHITECTURE}; the average top-k distance is measured of DINO "
             "(MODEL.META_ARCHITECTURE)."
         )
-    cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+    cfg.MODEL.DEVICE = default_device()
     cfg.MODEL.WEIGHTS, cfg.MODEL.TIMM.PRETRAINED, cfg.TEST.EVAL_LAYERS = "", False, []
     return cfg
