@@ -19,7 +19,7 @@ from dimaskdino.engine.replay import replay
 from dimaskdino.errors import CheckpointError, ConfigError, UserError
 from dimaskdino.seeds import seed_from
 from tests.documentation import REPOSITORY
-from tests.engine.toy import RandomToyDetector
+from tests.engine.toy import RandomToyDetector, train
 from tests.tiny_model import tiny_model, train_batch
 
 BAD_IMAGE = 3
@@ -45,14 +45,6 @@ def cfg(toy_cfg: Config) -> Config:
     toy_cfg.merge_from_list(["MODEL.META_ARCHITECTURE", "PoisonedToyDetector", "SOLVER.MAX_ITER", 12])
     toy_cfg.merge_from_list(["DATASETS.TEST", (), "SOLVER.CHECKPOINT_PERIOD", 4])
     return toy_cfg
-
-
-def train(cfg: Config, *, resume: bool = False) -> Trainer:
-    torch.manual_seed(7)
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=resume)
-    trainer.train()
-    return trainer
 
 
 def files(cfg: Config) -> list[Path]:

@@ -17,7 +17,6 @@ from torch import nn
 from dimaskdino.config import Config, get_cfg
 from dimaskdino.data import build_mapper, register_all
 from dimaskdino.data.datasets.registration import load_dataset
-from dimaskdino.engine import Trainer
 from dimaskdino.engine.curves import default_metrics, draw_curves, read_groups
 from dimaskdino.engine.hooks import ProgressLog, peak_memory, progress_line
 from dimaskdino.engine.pictures import picture_inputs, picture_rows
@@ -27,7 +26,7 @@ from dimaskdino.errors import ConfigError, UserError
 from dimaskdino.modeling.meta_arch import build_model
 from tests.cli.conftest import TINY
 from tests.documentation import REPOSITORY, example
-from tests.engine.toy import ToyDetector
+from tests.engine.toy import ToyDetector, train
 
 
 @pytest.fixture
@@ -35,14 +34,6 @@ def cfg(toy_cfg: Config) -> Config:
     """Ten iterations, evaluated after four, eight and ten."""
     toy_cfg.merge_from_list(["TEST.EVAL_PERIOD", 4, "LOG.PICTURES", 2])
     return toy_cfg
-
-
-def train(cfg: Config, *, resume: bool = False) -> Trainer:
-    torch.manual_seed(7)
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=resume)
-    trainer.train()
-    return trainer
 
 
 def test_tensorboard_has_pictures_of_each_evaluation(cfg: Config) -> None:

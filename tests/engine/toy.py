@@ -8,6 +8,9 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
+from dimaskdino.config import Config
+from dimaskdino.engine import Trainer
+
 NUM_DETECTIONS = 3
 
 
@@ -75,3 +78,12 @@ class RandomToyDetector(ToyDetector):
 for detector in (ToyDetector, ReorderedToyDetector, RandomToyDetector):
     if detector.__name__ not in META_ARCH_REGISTRY:
         META_ARCH_REGISTRY.register(detector)
+
+
+def train(cfg: Config, *, resume: bool = False) -> Trainer:
+    """Train as train_net.py does, from known weights."""
+    torch.manual_seed(7)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    trainer.train()
+    return trainer
