@@ -71,6 +71,13 @@ browser-check: $(STAMP)
 journeys: $(STAMP)
 	$(BIN)/python -m pytest tests/journeys/journey_*.py
 
+# An sdist and a wheel in build/dist, checked. The wheel's op takes the objects of the installed one. What an earlier build
+# left in build/lib would get into the wheel.
+package: $(STAMP)
+	rm -rf build/lib* build/bdist.* build/dist
+	$(BIN)/python -m build --no-isolation --sdist --wheel --outdir build/dist
+	$(BIN)/python -m pytest -q -m package tests/test_package.py
+
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.ms_deform_attn
 

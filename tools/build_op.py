@@ -5,22 +5,24 @@ call them without compiling. Each decision that leaves something out is printed;
 the build fails.
 
 Environment variables:
-    DIMASKDINO_BUILD_OP    0 leaves the op out, 1 insists on it; unset: built where a C++ compiler is found
+    DIMASKDINO_BUILD_OP    0 leaves the op out, 1 insists on it; unset: built where a C++ compiler and torch are found
     FORCE_CUDA             auto (or unset), 1: CUDA or an error, 0: without CUDA
     TORCH_CUDA_ARCH_LIST   GPU architectures, such as "8.0;9.0+PTX"; unset: those of the visible GPUs
     DIMASKDINO_SANITIZE    1 compiles with AddressSanitizer and UndefinedBehaviorSanitizer, for `make sanitize`
     CXX, CUDA_HOME, MAX_JOBS
 """
 
+import importlib
 import os
 import re
 import shlex
 import shutil
+import site
 import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +39,7 @@ STABLE_ABI = not sysconfig.get_config_var("Py_GIL_DISABLED")
 # The parts of a toolkit that pip's torch does not install. Without a version, pip would take the newest of each.
 PIP_TOOLKIT = ["nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt", "nvidia-cuda-cccl"]
 WITHOUT_OP = "DIMASKDINO_BUILD_OP=0 installs without the compiled op (the slower reference form runs then)"
+ONCE_THERE_IS_TORCH = "Install torch, then run pip again with --no-build-isolation, which lets the build see torch."
 WITHOUT_CUDA = "FORCE_CUDA=0 installs without CUDA"
 # Only functions of the same file pass vectors wider than the instruction set's, so no ABI depends on them.
 WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi"]
@@ -81,8 +84,26 @@ def find_compiler(environ: Mapping[str, str]) -> str | None:
     return next((name for name in candidates if shutil.which(name, path=environ.get("PATH"))), None)
 
 
-def op_wanted(environ: Mapping[str, str], compiler: str | None) -> bool:
-    """Whether to build the op, given DIMASKDINO_BUILD_OP and the compiler."""
+def missing_torch() -> str:
+    """Why torch cannot be imported; empty if it can.
+
+    pip hides the packages of the environment that it installs into from the build. The op needs the torch of that
+    environment, so its packages are added after those of the build.
+    """
+    if importlib.util.find_spec("torch") is None:
+        for folder in site.getsitepackages():
+            site.addsitedir(folder)
+    try:
+        importlib.import_module("torch")
+    except ImportError as error:
+        return f"{sys.executable} cannot import torch ({error})"
+    return ""
+
+
+def op_wanted(
+    environ: Mapping[str, str], compiler: str | None, find_torch: Callable[[], str] = missing_torch
+) -> bool:
+    """Whether to build the op, given DIMASKDINO_BUILD_OP, the compiler, and whether there is a torch."""
     choice = environ.get("DIMASKDINO_BUILD_OP", "")
     if choice not in ("", "0", "1"):
         raise BuildError(f"DIMASKDINO_BUILD_OP is {choice!r}; set it to 0 or 1, or unset it")
@@ -94,6 +115,10 @@ def op_wanted(environ: Mapping[str, str], compiler: str | None) -> bool:
         if choice == "1":
             raise BuildError(missing)
         say(f"*** NOT BUILT: {missing}; the slower reference form will run. Install again once there is one. ***")
+        return False
+    missing = find_torch()
+    if missing and choice != "1":
+        say(f"*** NOT BUILT: {missing}; the slower reference form will run. {ONCE_THERE_IS_TORCH} ***")
         return False
     return True
 
@@ -361,8 +386,7 @@ def _command_without_torch(error: ImportError) -> type[build_ext]:
             """Say that torch is missing."""
             raise BuildError(
                 f"it compiles against the torch that it will run with, but {sys.executable} cannot import torch "
-                f"({error}). Install torch, then run pip with --no-build-isolation, which lets the build see torch: "
-                f"`python -m pip install --no-build-isolation -e .`. {WITHOUT_OP}"
+                f"({error}). {ONCE_THERE_IS_TORCH} {WITHOUT_OP}"
             )
 
     return NoTorch

@@ -2,6 +2,7 @@
 
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -65,6 +66,35 @@ def test_op_is_built_where_there_is_a_compiler(choice, compiler, expected, said,
     environ = {} if choice is None else {"DIMASKDINO_BUILD_OP": choice}
     assert build_op.op_wanted(environ, compiler) is expected
     assert said in capsys.readouterr().err
+
+
+def test_op_is_left_out_where_torch_is_missing(capsys):
+    assert build_op.op_wanted({}, "c++", lambda: "python3 cannot import torch") is False
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert "NOT BUILT: python3 cannot import torch" in line
+    assert "--no-build-isolation" in line
+
+
+def test_insisting_on_the_op_without_torch_waits_for_the_build():
+    # Without it, building an sdist would need torch.
+    assert build_op.op_wanted({"DIMASKDINO_BUILD_OP": "1"}, "c++", lambda: "python3 cannot import torch") is True
+
+
+def test_build_sees_the_torch_that_pip_hides(tmp_path):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("")
+    code = f"""
+import site, sys
+from tools.build_op import missing_torch
+sys.path[:] = [entry for entry in sys.path if "site-packages" not in entry]
+site.getsitepackages = list
+assert "torch" in missing_torch()
+site.getsitepackages = lambda: [{str(tmp_path)!r}]
+assert missing_torch() == ""
+assert list(sys.modules["torch"].__path__) == [{str(tmp_path / "torch")!r}]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=build_op.ROOT)
 
 
 def test_insisting_on_the_op_without_a_compiler_is_an_error():
