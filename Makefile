@@ -1,6 +1,8 @@
 # make install | demo | demo-all | reproduce-demo | test | cases | journeys | stress | bench | lint | clean
 # make stress        hurts trainings in every way that we know, on the CPU, and counts what they survive (20 minutes)
 # make browser-check the page of tools/browse.py in a browser
+# make package       builds an sdist and a wheel and tries both; make docker-check runs the Dockerfile's lines without Docker
+# make docs          builds the site of the documentation; make notebook runs docs/demo.ipynb
 # make sanitize      runs the CPU tests of the compiled op under AddressSanitizer and UndefinedBehaviorSanitizer, and the
 #                    CUDA kernels, compiled for the CPU, also under ThreadSanitizer (GCC)
 # make cuda-check    compiles the CUDA code; needs no GPU
@@ -15,7 +17,8 @@ CSRC := $(shell find dimaskdino/layers/csrc -type f)
 # Architectures of `make cuda-check`; toolkits older than CUDA 13 also know 7.0.
 CUDA_ARCHS ?= 7.5;8.0;9.0;10.0
 
-.PHONY: install demo demo-all reproduce-demo test cases journeys stress bench browser-check sanitize cuda-check gpu-check lint clean
+.PHONY: install demo demo-all reproduce-demo test cases journeys stress bench browser-check package docker-check docs notebook \
+    sanitize cuda-check gpu-check lint clean
 
 install: $(STAMP)
 
@@ -75,8 +78,23 @@ journeys: $(STAMP)
 # left in build/lib would get into the wheel.
 package: $(STAMP)
 	rm -rf build/lib* build/bdist.* build/dist
-	$(BIN)/python -m build --no-isolation --sdist --wheel --outdir build/dist
+	$(BIN)/python -m build --quiet --no-isolation --sdist --wheel --outdir build/dist
 	$(BIN)/python -m pytest -q -m package tests/test_package.py
+
+# The RUN lines of the Dockerfile in a copy of the repository with an environment of its own: gigabytes, and ten minutes.
+docker-check: $(STAMP)
+	$(BIN)/python -m pytest -q -s -m docker tests/test_dockerfile.py
+
+# The pages of docs/ and the API in build/site; a warning is an error.
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet -r docs/requirements.txt
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --fresh-env docs build/site
+
+# docs/demo.ipynb with its outputs, as build/demo.ipynb.
+notebook: $(STAMP)
+	$(BIN)/python -m pip install --quiet -r docs/requirements.txt
+	mkdir -p build
+	$(BIN)/jupyter-execute --output=../build/demo docs/demo.ipynb
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.ms_deform_attn

@@ -50,6 +50,9 @@ setup(
         "track": ["trackers>=2.6"],  # tools/predict.py --track
         "export": ["onnx>=1.16", "onnxruntime>=1.18", "openvino>=2024.4"],  # tools/export.py
         "geo": ["rasterio>=1.3"],  # GeoTIFF and GeoJSON in tools/predict.py --tile
+        "hub": ["huggingface_hub>=0.25"],  # weights of hf://owner/name
+        "docs": ["sphinx>=7", "myst-parser>=3", "furo>=2024.1"],  # make docs
+        "notebook": ["nbclient>=0.8", "nbformat>=5.7", "ipykernel>=6.25"],  # make notebook
         "wandb": ["wandb>=0.16"],  # LOG.WRITERS wandb
         "mlflow": ["mlflow>=2.9"],  # LOG.WRITERS mlflow
         "albumentations": ["albumentations>=2.0"],  # INPUT.AUGMENTATIONS by the names of Albumentations

@@ -13,7 +13,7 @@ import torch
 from detectron2.data import MetadataCatalog
 from detectron2.structures import Instances
 
-from dimaskdino.checkpoint import Checkpointer, class_names_of, read_weights
+from dimaskdino.checkpoint import Checkpointer, class_names_of, local_path, read_weights
 from dimaskdino.config import Config, get_cfg
 from dimaskdino.data.coco_file import category_names, read_json
 from dimaskdino.data.datasets import register_all
@@ -47,8 +47,9 @@ class Predictor:
     A predictor may be called from several threads at once.
 
     Args:
-        run: the folder of a run, a configuration file (then give ``weights``), or a file that :meth:`save` wrote.
-        weights: the weight file; None for the last one of the run.
+        run: the folder of a run, a configuration file (then give ``weights``), or a file that :meth:`save` wrote, also
+            on the Hugging Face Hub: ``hf://owner/name[@revision][/file]``.
+        weights: the weight file, also on the hub; None for the last one of the run.
         options: KEY VALUE pairs that change the configuration.
         device: where the model runs, such as "cuda:1"; None for the first GPU if there is one, else the CPU.
         channels: channel order of arrays and tensors, RGB or BGR; a call may say otherwise.
@@ -85,7 +86,7 @@ class Predictor:
         self.input_format, self.batch_size = channels, batch_size
         self.refine = Refinement(**refinement)
         self.tiling = None if tile is None else Tiling(tile, overlap)
-        self.cfg, self.weights, classes = _read_run(Path(run), Path(weights) if weights else None)
+        self.cfg, self.weights, classes = _read_run(local_path(run), local_path(weights) if weights else None)
         if self.tiling:
             self.cfg.merge_from_list(list(TILE_OPTIONS))
         self.cfg.merge_from_list(list(options))
@@ -202,7 +203,7 @@ def _read_run(run: Path, weights: Path | None) -> tuple[Config, Path, Classes | 
         raise UserError(f"{run} does not exist; give a run's folder, a configuration with weights, or a saved model.")
     if run.suffix in (".yaml", ".yml"):
         cfg = _read_config(run)
-        weights = weights or (Path(cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else None)
+        weights = weights or (local_path(cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else None)
         if weights is None:
             raise UserError(f"{run} names no weights (MODEL.WEIGHTS); give the weight file as well.")
         return cfg, weights, None

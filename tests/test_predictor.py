@@ -17,6 +17,7 @@ from pycocotools import mask as mask_util
 from dimaskdino import Predictor
 from dimaskdino.errors import UserError
 from dimaskdino.prediction.results import Classes, Prediction
+from tests.checkpoint.test_hub import put
 from tests.documentation import example
 from tests.tiny_model import TINY_DINO, image, predict, tiny_cfg, tiny_model
 
@@ -102,6 +103,20 @@ def test_a_saved_model_needs_nothing_else(run, pixels, tmp_path, suffix) -> None
     loaded = Predictor(tmp_path / "files" / f"model{suffix}", device="cpu", score=0)
     assert loaded.classes.things == NAMES
     assert same(loaded(pixels), predictor(pixels))
+
+
+def test_a_saved_model_and_weights_may_be_on_the_hub(run, pixels, tmp_path, monkeypatch) -> None:
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    predictor = Predictor(run, device="cpu", score=0)
+    predictor.save(put(tmp_path / "cache", "model.pth"))
+    expected = predictor(pixels)
+    assert same(Predictor("hf://owner/model", device="cpu", score=0)(pixels), expected)
+    predictor.cfg.MODEL.WEIGHTS = "hf://owner/model/model.pth"
+    (tmp_path / "config.yaml").write_text(predictor.cfg.dump())
+    assert same(Predictor(tmp_path / "config.yaml", device="cpu", score=0)(pixels), expected)
+    with pytest.raises(UserError, match=r"hf://owner/absent: .*HF_HUB_OFFLINE"):
+        Predictor("hf://owner/absent")
 
 
 def test_a_configuration_and_weights_are_a_run(run, pixels) -> None:

@@ -100,9 +100,7 @@ def missing_torch() -> str:
     return ""
 
 
-def op_wanted(
-    environ: Mapping[str, str], compiler: str | None, find_torch: Callable[[], str] = missing_torch
-) -> bool:
+def op_wanted(environ: Mapping[str, str], compiler: str | None, find_torch: Callable[[], str] = missing_torch) -> bool:
     """Whether to build the op, given DIMASKDINO_BUILD_OP, the compiler, and whether there is a torch."""
     choice = environ.get("DIMASKDINO_BUILD_OP", "")
     if choice not in ("", "0", "1"):

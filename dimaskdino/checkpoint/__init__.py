@@ -3,6 +3,7 @@
 from dimaskdino.checkpoint.checkpointer import AVERAGE, BEST, Checkpointer
 from dimaskdino.checkpoint.dino import pick_coco_rows
 from dimaskdino.checkpoint.folder import FINAL
+from dimaskdino.checkpoint.hub import local_path
 from dimaskdino.checkpoint.reading import DESCRIPTIONS, class_names_of, read_weights, replacing, write_weights
 from dimaskdino.checkpoint.releases import from_release, is_release, to_release
 
@@ -15,6 +16,7 @@ __all__ = [
     "class_names_of",
     "from_release",
     "is_release",
+    "local_path",
     "pick_coco_rows",
     "read_weights",
     "replacing",

@@ -32,7 +32,7 @@ class Checkpointer(DetectionCheckpointer):
 
     It loads our own checkpoints, those of the MaskDINO, DI-MaskDINO and DINO releases and of detrex's DINO, and
     backbones or classifiers from detectron2's model zoo, torchvision, timm and Swin's authors; from local files,
-    http(s):// and detectron2://.
+    http(s)://, detectron2:// and hf://.
 
     Args:
         model: what to load into and save; a (Distributed)DataParallel wrapper is looked through.
@@ -177,6 +177,8 @@ class Checkpointer(DetectionCheckpointer):
     def _local_path(self, path: str) -> str:
         try:
             local = self.path_manager.get_local_path(path)
+        except CheckpointError:
+            raise
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(
