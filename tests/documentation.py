@@ -1,6 +1,8 @@
-"""The examples of the documentation, for tests that run them."""
+"""The examples of the documentation, and copies of the repository, for tests that run them."""
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
@@ -14,3 +16,14 @@ def example(page: str, module: str) -> str:
         module: whose file the first line of the example names.
     """
     return re.search(rf"```python\n# {module}\.py\n(.*?)```", (REPOSITORY / page).read_text(), re.DOTALL)[1]
+
+
+def copy_repository(folder: Path) -> None:
+    """Copy what git tracks, as it is now, into a new folder."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=REPOSITORY, check=True, capture_output=True, text=True
+    ).stdout
+    for name in listed.split("\0"):
+        if (REPOSITORY / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(REPOSITORY / name, folder / name)

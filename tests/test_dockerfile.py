@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.documentation import REPOSITORY
+from tests.documentation import REPOSITORY, copy_repository
 
 LINES = (REPOSITORY / "Dockerfile").read_text().splitlines()
 IGNORED = (REPOSITORY / ".dockerignore").read_text().split()
@@ -75,11 +75,7 @@ def test_run_lines_install_what_predicts(tmp_path: Path) -> None:
     if shutil.which("apt-get"):
         subprocess.run(["apt-get", "install", "--simulate", "-q", "--no-install-recommends", *packages], check=True)
     copy = tmp_path / "dimaskdino"
-    files = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout
-    for name in files.split("\0"):
-        if (REPOSITORY / name).is_file():
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(REPOSITORY / name, copy / name)
+    copy_repository(copy)
     try:
         for target in run_targets():
             subprocess.run(["make", target], cwd=copy, env=environment(), check=True)
