@@ -21,7 +21,8 @@ def keep_freed_memory() -> bool:
 
     glibc asks the system for every block of more than 32 MiB, such as feature maps, and returns it when it is freed, so
     the system clears the same pages for every layer of every image. With this setting, the process holds on to the most
-    memory that it has needed. Environment variables that the user has set (MALLOC_MMAP_MAX_, GLIBC_TUNABLES, ...) win.
+    memory that it has needed. Environment variables that the user has set (``MALLOC_MMAP_MAX_``, ``GLIBC_TUNABLES``,
+    ...) win.
 
     Returns:
         Whether the setting was made: not if the user chose otherwise, and not without glibc.

@@ -10,7 +10,8 @@ PAGE = (REPOSITORY / "docs" / "install.md").read_text()
 
 def extras() -> set[str]:
     tree = ast.parse((REPOSITORY / "setup.py").read_text())
-    (call,) = (node.value for node in tree.body if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call))
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+    call = next(each for each in calls if ast.unparse(each.func) == "setup")
     return set(ast.literal_eval(next(each.value for each in call.keywords if each.arg == "extras_require")))
 
 
