@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import yaml
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, TrainerBase
 from detectron2.engine.hooks import PeriodicCheckpointer
@@ -43,7 +44,14 @@ from dimaskdino.engine.run_state import (
 from dimaskdino.engine.signals import StopSignals, folder_lock
 from dimaskdino.engine.train_step import TrainStep
 from dimaskdino.errors import CheckpointError, file_errors_in_one_line
-from dimaskdino.solver import NEW_RUN, restored_settings, scale_learning_rate, warn_of_kept_settings
+from dimaskdino.solver import (
+    NEW_RUN,
+    batch_factor,
+    restored_settings,
+    scale_learning_rate,
+    take_configured_rates,
+    warn_of_kept_settings,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -281,10 +289,14 @@ class ResumableTrainer(TrainerBase):
         if "step" not in state_dict:
             raise CheckpointError(f"its training state ({', '.join(state_dict)}) is of another trainer; {NEW_RUN}.")
         super().load_state_dict(state_dict)
+        configured = [group["initial_lr"] for group in self.optimizer.param_groups]
         self.step.load_state_dict(state_dict["step"], self.checkpointer.loaded_names)
         # The schedule saved these in the order of the groups.
         self.scheduler.base_lrs = [group["initial_lr"] for group in self.optimizer.param_groups]
-        self._restore_run(state_dict.get("run"))
+        run = state_dict.get("run")
+        if run and batch_factor(yaml.safe_load(run["config"])["SOLVER"]) != batch_factor(self._given_cfg.SOLVER):
+            take_configured_rates(self.scheduler, configured)
+        self._restore_run(run)
 
     def _restore_run(self, run: dict[str, Any] | None) -> None:
         if run is None:

@@ -11,11 +11,12 @@ from dimaskdino.solver.optimizer import (
     warn_of_kept_settings,
 )
 from dimaskdino.solver.parameters import freeze_parameters, parameter_groups
-from dimaskdino.solver.schedule import build_lr_scheduler, scale_learning_rate
+from dimaskdino.solver.schedule import batch_factor, build_lr_scheduler, scale_learning_rate, take_configured_rates
 
 __all__ = [
     "NEW_RUN",
     "GradientClipper",
+    "batch_factor",
     "build_lr_scheduler",
     "build_optimizer",
     "check_optimizer_state",
@@ -25,5 +26,6 @@ __all__ = [
     "reorder_state",
     "restored_settings",
     "scale_learning_rate",
+    "take_configured_rates",
     "warn_of_kept_settings",
 ]

@@ -1,6 +1,8 @@
 """Learning-rate schedules: detectron2's, and the polynomial one of the releases' semantic configurations."""
 
 import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.solver import LRMultiplier
@@ -40,14 +42,20 @@ class WarmupPolynomial(ParamScheduler):
         return decay * (self.warmup_start + (1.0 - self.warmup_start) * done)
 
 
+def batch_factor(solver: Mapping[str, Any]) -> float:
+    """What SOLVER.REFERENCE_BATCH_SIZE multiplies the learning rate by; 1 where it is not set."""
+    reference = solver.get("REFERENCE_BATCH_SIZE", 0)
+    return solver["IMS_PER_BATCH"] / reference if reference else 1.0
+
+
 def scale_learning_rate(cfg: CfgNode) -> CfgNode:
     """``cfg`` with SOLVER.BASE_LR in proportion to the images per iteration, if SOLVER.REFERENCE_BATCH_SIZE is set."""
     reference, images = cfg.SOLVER.REFERENCE_BATCH_SIZE, cfg.SOLVER.IMS_PER_BATCH
-    if reference in (0, images):
+    if (factor := batch_factor(cfg.SOLVER)) == 1:
         return cfg
     scaled = cfg.clone()
     scaled.defrost()
-    scaled.SOLVER.BASE_LR = cfg.SOLVER.BASE_LR * images / reference
+    scaled.SOLVER.BASE_LR = cfg.SOLVER.BASE_LR * factor
     if cfg.is_frozen():
         scaled.freeze()
     logger.info(
@@ -58,6 +66,25 @@ def scale_learning_rate(cfg: CfgNode) -> CfgNode:
         scaled.SOLVER.BASE_LR,
     )
     return scaled
+
+
+def take_configured_rates(scheduler: LRMultiplier, rates: Sequence[float]) -> None:
+    """Go on with other learning rates than those of the checkpoint, at the same place of the schedule.
+
+    Args:
+        scheduler: has the state of the checkpoint, and so has its optimizer.
+        rates: the initial one of each parameter group.
+    """
+    groups = scheduler.optimizer.param_groups
+    logger.info(
+        "--resume: the images per iteration are others than before, so the learning rates are those of the "
+        "configuration (SOLVER.REFERENCE_BATCH_SIZE): %s -> %s.",
+        [group["initial_lr"] for group in groups],
+        list(rates),
+    )
+    scheduler.base_lrs = list(rates)
+    for group, initial, now in zip(groups, rates, scheduler.get_lr(), strict=True):
+        group["initial_lr"], group["lr"] = initial, now
 
 
 def schedule_names(cfg: CfgNode) -> list[str]:

@@ -143,6 +143,20 @@ def test_another_batch_size_goes_on_after_the_images_drawn(cfg: Config) -> None:
     assert (resumed.start_iter, resumed._first_batch) == (4, 2)
 
 
+def test_rate_follows_another_batch_size(cfg: Config, caplog: pytest.LogCaptureFixture) -> None:
+    cfg.merge_from_list(["SOLVER.REFERENCE_BATCH_SIZE", 4, "SOLVER.STEPS", (3,), "SOLVER.GAMMA", 0.1])
+    train(cfg, kill_at=5)
+    cfg.SOLVER.IMS_PER_BATCH = 4
+    with caplog.at_level(logging.INFO):
+        resumed = Trainer(cfg)
+        resumed.resume_or_load(resume=True)
+    # 0.01 is for 4 images, a tenth of it for the backbone, and a tenth of both after 3 iterations.
+    assert resumed.scheduler.base_lrs == pytest.approx([0.001, 0.01, 0.01])
+    assert [group["lr"] for group in resumed.optimizer.param_groups] == pytest.approx([0.0001, 0.001, 0.001])
+    assert "SOLVER.REFERENCE_BATCH_SIZE" in caplog.text
+    assert "--resume keeps" not in caplog.text
+
+
 def test_another_seed_is_not_taken(cfg: Config, caplog: pytest.LogCaptureFixture) -> None:
     train(cfg, kill_at=5)
     cfg.SEED = 5
