@@ -21,6 +21,7 @@ from dimaskdino.data.readers import image_reader
 from dimaskdino.data.transforms import test_resize
 from dimaskdino.errors import CheckpointError, ConfigError, UserError
 from dimaskdino.modeling.meta_arch import build_model
+from dimaskdino.prediction.augmented import AugmentedModel, check_augmentation, whole_images
 from dimaskdino.prediction.canvases import Canvas, open_canvas
 from dimaskdino.prediction.images import CHANNEL_ORDERS, of_own_kind, to_model_input, to_rgb
 from dimaskdino.prediction.refinement import Refinement
@@ -91,6 +92,9 @@ class Predictor:
             self.cfg.merge_from_list(list(TILE_OPTIONS))
         self.cfg.merge_from_list(list(options))
         _prepare(self.cfg, device, self.refine)
+        check_augmentation(self.cfg)
+        if layers and self.cfg.TEST.AUG.ENABLED:
+            raise ConfigError("TEST.AUG.ENABLED joins the final results alone; set it to False, or leave layers out.")
         self.cfg.TEST.EVAL_LAYERS = list(layers) if self.tiling is None else []
         self.exif = self.cfg.INPUT.APPLY_EXIF if exif is None else exif
         if self.tiling and not self.cfg.MODEL.MaskDINO.TEST.INSTANCE_ON:
@@ -105,7 +109,9 @@ class Predictor:
             set_precision(self.cfg.MODEL.MaskDINO.TEST.PRECISION)
         self.classes = classes or classes_of(self.cfg, class_names_of(about))
         self.refine.check(self.classes.things)
-        self._resize = test_resize(self.cfg)[0]
+        augments = self.cfg.TEST.AUG.ENABLED
+        self._model = AugmentedModel(self.cfg, model=self.model).eval() if augments else self.model
+        self._resize = test_resize(whole_images(self.cfg) if augments else self.cfg)[0]
 
     def __call__(self, images: Any, *, channels: str | None = None) -> Any:
         """Predict one image, or a list of images of any sizes.
@@ -165,7 +171,7 @@ class Predictor:
         image_format = "" if self.reader else self.cfg.INPUT.FORMAT
         inputs = [to_model_input(array, self._resize, image_format) for array in arrays]
         with torch.inference_mode():
-            return [on_cpu(result) for result in self.model(inputs)]
+            return [on_cpu(result) for result in self._model(inputs)]
 
     def _predict_tiles(self, canvas: Canvas) -> Instances:
         def predict(tiles: Sequence[np.ndarray]) -> list[Instances]:
@@ -260,7 +266,8 @@ def _prepare(cfg: Config, device: str | None, refinement: Refinement) -> None:
     cfg.MODEL.WEIGHTS = ""
     if not cfg.SOLVER.CHECKPOINT_WITHOUT_FROZEN:
         cfg.MODEL.TIMM.PRETRAINED = cfg.MODEL.VIT.PRETRAINED = False
-    node.MIN_SCORE = max(node.MIN_SCORE, refinement.least_score)
+    if not cfg.TEST.AUG.ENABLED:  # What one view finds with a low score, another one may find with a high one.
+        node.MIN_SCORE = max(node.MIN_SCORE, refinement.least_score)
     cfg.TEST.DETECTIONS_PER_IMAGE = max(cfg.TEST.DETECTIONS_PER_IMAGE, refinement.max_detections or 0)
 
 

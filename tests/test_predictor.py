@@ -141,6 +141,18 @@ def test_what_is_no_model_is_named(run, tmp_path) -> None:
         Predictor(run, device="cpu")
 
 
+def test_several_views_are_joined_by_key(run, pixels) -> None:
+    options = ["TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", (64,), "INPUT.MIN_SIZE_TEST", 32]
+    # The views are made of the image of the file, so that this one is the image itself.
+    expected = Predictor(run, device="cpu", score=0)(pixels)
+    assert same(Predictor(run, device="cpu", score=0, options=[*options, "TEST.AUG.FLIP", False])(pixels), expected)
+    joined = Predictor(run, device="cpu", score=0, options=options)(pixels)
+    assert len(joined.instances) == 6
+    assert not same(joined, expected)
+    with pytest.raises(UserError, match=r"TEST\.AUG\.ENABLED.*layers"):
+        Predictor(run, device="cpu", options=options, layers=["all"])
+
+
 def test_unknown_classes_and_channels_are_named(run) -> None:
     with pytest.raises(UserError, match="yak.*cat, dog"):
         Predictor(run, device="cpu", classes=["yak"])

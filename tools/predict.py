@@ -60,6 +60,7 @@ def parse_args() -> argparse.Namespace:
     add("--by-instance", action="store_true", help="draw each object in a color of its own")
     add("--annotations", type=Path, help="COCO file whose image ids the results take, by file name")
     add("--tile", type=at_least(16), metavar="PX", help="predict images in tiles of this side, for huge ones")
+    add("--augment", action="store_true", help="join what several sizes and mirror images show (keys TEST.AUG)")
     add("--overlap", type=float, default=0.2, help="share of a tile that the next one repeats (default: 0.2)")
     add("--batch-size", type=at_least(1), default=1, help="images that go through the model together (default: 1)")
     add("--max-frames", type=at_least(1), help="of each video and of the camera")
@@ -123,6 +124,7 @@ def build_predictor(args: argparse.Namespace) -> Predictor:
     if args.config_file:
         run, weights = args.config_file, args.weights
     keys = ["MODEL.MaskDINO.TEST.MASK_FORMAT", "rle", "MODEL.MaskDINO.TEST.QUERY_FEATURES", args.query_features]
+    keys += ["TEST.AUG.ENABLED", True] if args.augment else []
     predictor = Predictor(
         run,
         weights,

@@ -2,12 +2,13 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from torch import Tensor, nn
+
+from dimaskdino.engine.run_folder import in_subfolder
 
 
 class AveragedWeights:
@@ -69,7 +70,4 @@ class UpdateAverage(HookBase):
 
 def in_ema_folder(cfg: CfgNode) -> CfgNode:
     """``cfg`` for the evaluation of the average, whose results are under OUTPUT_DIR/ema."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR) / "ema")
-    return cfg
+    return in_subfolder(cfg, "ema")

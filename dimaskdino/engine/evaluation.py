@@ -34,10 +34,10 @@ def evaluate(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
         raise UserError("--eval-only needs weights: set MODEL.WEIGHTS to a file, or give --resume.")
     content = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     with full_disk_in_one_line(Path(cfg.OUTPUT_DIR)):
-        results = Trainer.test(cfg, model)
+        results = Trainer.test_with_views(cfg, model)
         if resume and AVERAGE in content:
             model.load_state_dict(content[AVERAGE])
-            results = {**results, "ema": Trainer.test(in_ema_folder(cfg), model)}
+            results = {**results, "ema": Trainer.test_with_views(in_ema_folder(cfg), model)}
     if comm.is_main_process():
         verify_results(cfg, results)
     return results

@@ -133,6 +133,14 @@ def inference_folder(cfg: CfgNode, dataset_name: str) -> str:
     return os.path.join(folder, dataset_name) if len(cfg.DATASETS.TEST) > 1 else folder
 
 
+def in_subfolder(cfg: CfgNode, name: str) -> CfgNode:
+    """``cfg`` for an evaluation beside the usual one, whose results are in a folder of OUTPUT_DIR."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, name)
+    return cfg
+
+
 def read_run_id(folder: Path) -> str:
     """The run whose checkpoints are in ``folder``, as its config.yaml says; "" if nothing says so."""
     path = folder / CONFIG_FILE

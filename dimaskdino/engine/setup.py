@@ -39,6 +39,7 @@ from dimaskdino.evaluation import check_evaluators
 from dimaskdino.modeling.meta_arch import needs_masks
 from dimaskdino.modeling.policies import check_policies
 from dimaskdino.modeling.registry import get_registered
+from dimaskdino.prediction.augmented import check_augmentation
 from dimaskdino.solver import check_solver, parameter_groups
 
 logger = logging.getLogger(__name__)
@@ -126,6 +127,7 @@ def _check(cfg: Config, *, train: bool) -> None:
     check_folds(cfg)
     check_field_names(cfg.INPUT.ANNOTATION_FIELDS)
     check_evaluators(cfg)
+    check_augmentation(cfg)
     get_registered(MAPPER_REGISTRY, cfg.INPUT.DATASET_MAPPER_NAME, "INPUT.DATASET_MAPPER_NAME")
     register_all(cfg=cfg)  # A panoptic model asks its datasets which classes are things.
     _check_model(cfg, train=train)

@@ -35,13 +35,14 @@ from dimaskdino.engine.own_hooks import build_own_hooks
 from dimaskdino.engine.pictures import DrawPredictions
 from dimaskdino.engine.precision import evaluation_autocast, training_dtype
 from dimaskdino.engine.resumable import ResumableTrainer
-from dimaskdino.engine.run_folder import inference_folder, read_run_id, write_config
+from dimaskdino.engine.run_folder import in_subfolder, inference_folder, read_run_id, write_config
 from dimaskdino.engine.train_step import TrainStep
 from dimaskdino.engine.validation_loss import validation_losses
 from dimaskdino.engine.writers import build_writers
 from dimaskdino.evaluation import ForwardTimer, SpeedEvaluator, build_evaluator, class_names, timed, write_results
 from dimaskdino.modeling.meta_arch import build_model, needs_masks
 from dimaskdino.modeling.policies import checkpoint_activations
+from dimaskdino.prediction.augmented import AugmentedModel, whole_images
 from dimaskdino.solver import GradientClipper, build_lr_scheduler, build_optimizer, freeze_parameters
 
 logger = logging.getLogger(__name__)
@@ -111,10 +112,11 @@ class Trainer(ResumableTrainer):
         return RepeatablePreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, cfg.TEST.PRECISE_BN.NUM_ITER)
 
     def _evaluate(self) -> dict[str, Any]:
-        results = self.test(self.cfg, self.model)
+        test = self.test_with_views if self.iter >= self.max_iter else self.test
+        results = test(self.cfg, self.model)
         if self._average:
             with self._average.applied():
-                results = {**results, "ema": self.test(in_ema_folder(self.cfg), self.model)}
+                results = {**results, "ema": test(in_ema_folder(self.cfg), self.model)}
         self._last_eval_results = results
         return results
 
@@ -193,7 +195,8 @@ class Trainer(ResumableTrainer):
         results: dict[str, Any] = OrderedDict()
         with timed(model) as timer:
             for index, name in enumerate(cfg.DATASETS.TEST):
-                loader = cls.build_test_loader(cfg, name)
+                views = isinstance(model, AugmentedModel)
+                loader = cls.build_test_loader(whole_images(cfg) if views else cfg, name)
                 evaluator = evaluators[index] if evaluators else cls._evaluator_with_speed(cfg, name, timer)
                 with evaluation_autocast(cfg):
                     results[name] = inference_on_dataset(model, loader, evaluator)
@@ -207,6 +210,24 @@ class Trainer(ResumableTrainer):
             write_results(results, str(folder / "results.json"))
             write_config(cfg, folder)
         return results
+
+    @classmethod
+    def test_with_views(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
+        """As :meth:`test`, and again with test-time augmentation where TEST.AUG.ENABLED.
+
+        Returns:
+            The results of :meth:`test`, and those of :meth:`test_with_TTA`.
+        """
+        results = cls.test(cfg, model)
+        return {**results, **cls.test_with_TTA(cfg, model)} if cfg.TEST.AUG.ENABLED else results
+
+    @classmethod
+    def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:  # noqa: N802 (detectron2's name)
+        """As :meth:`test` with the views of TEST.AUG; files are under OUTPUT_DIR/tta, and names end in ``_TTA``."""
+        cfg = in_subfolder(cfg, "tta")
+        cfg.TEST.EVAL_LAYERS, cfg.TEST.LOSS = [], False  # These are of the model's single view.
+        results = cls.test(cfg, AugmentedModel(cfg, model=model))
+        return {f"{name}_TTA": scores for name, scores in results.items()}
 
     @classmethod
     def _evaluator_with_speed(cls, cfg: CfgNode, dataset_name: str, timer: ForwardTimer) -> DatasetEvaluator:

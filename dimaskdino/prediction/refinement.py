@@ -2,16 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import cv2
 import numpy as np
 import torch
 from detectron2.structures import Boxes, Instances
-from pycocotools import mask as mask_util
 from torch import Tensor
 
 from dimaskdino.errors import ConfigError
+from dimaskdino.prediction.fusion import by_class, overlaps, suppressed
 from dimaskdino.structures import RleMasks
 from dimaskdino.structures.rle_masks import Rle, crop_of, place_crop
 
@@ -104,23 +103,7 @@ def clean_mask(mask: np.ndarray, keep_largest: bool, min_area: int) -> np.ndarra
 
 def _suppress(found: Instances, threshold: float) -> Tensor:
     """(N,) bool: the detections that no better one of their class covers."""
-    shapes = _shapes(found)
-    classes = found.pred_classes.cpu().numpy()
-    keep = np.ones(len(found), dtype=bool)
-    for label in np.unique(classes):
-        (members,) = np.nonzero(classes == label)
-        own = [shapes[member] for member in members.tolist()]
-        overlaps = mask_util.iou(own, own, [0] * len(own))
-        for place in range(len(members)):
-            if keep[members[place]]:
-                keep[members[place + 1 :][overlaps[place, place + 1 :] > threshold]] = False
-    return torch.from_numpy(keep).to(found.scores.device)
-
-
-def _shapes(found: Instances) -> Sequence[Any]:
-    """Masks as RLE, or boxes (x, y, width, height), as pycocotools compares them."""
-    if found.has("pred_masks"):
-        return RleMasks.of(found.pred_masks).rles
-    boxes = found.pred_boxes.tensor.cpu().double().numpy().copy()
-    boxes[:, 2:] -= boxes[:, :2]
-    return boxes
+    scores = found.scores.cpu().double().numpy()
+    for members, shapes in by_class(found):
+        scores[members] = suppressed(scores[members], overlaps(shapes, shapes), threshold)
+    return torch.from_numpy(scores >= 0).to(found.scores.device)

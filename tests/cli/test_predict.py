@@ -72,6 +72,17 @@ def test_a_second_run_does_what_is_left(run, job, tmp_path) -> None:
     assert {result["image_id"] for result in read(tmp_path)} == {1, 2, 3, 4}
 
 
+def test_augment_joins_several_views(run, job, tmp_path) -> None:
+    run("tools/predict.py", *job)
+    plain = read(tmp_path)
+    job[job.index("--output") + 1] = str(tmp_path / "augmented")
+    done = run("tools/predict.py", *job, "--augment", "--opts", "TEST.AUG.MIN_SIZES", "(64,)")
+    assert done.status == 3  # of the file that cannot be read
+    joined = json.loads((tmp_path / "augmented" / "coco_results.json").read_text())
+    assert len(joined) == len(plain)
+    assert max(result["score"] for result in joined) < max(result["score"] for result in plain)
+
+
 def test_options_choose_what_is_reported(run, job, tmp_path) -> None:
     run("tools/predict.py", *job, "--classes", "star", "ring", "--max-detections", "2", "--boxes-from-masks")
     found = read(tmp_path)

@@ -154,6 +154,24 @@ def test_evaluation_repeats_that_of_the_training(toy_cfg: Config) -> None:
         assert scores == pytest.approx(trained[task], nan_ok=True)
 
 
+def test_results_of_several_views_stand_beside_those_of_one(toy_cfg: Config) -> None:
+    toy_cfg.TEST.AUG.ENABLED, toy_cfg.TEST.AUG.MIN_SIZES = True, (32, 64)
+    toy_cfg.SOLVER.EMA.ENABLED, toy_cfg.TEST.EVAL_PERIOD = True, 5
+    trained = train(toy_cfg)._last_eval_results
+    assert set(trained) == {"bbox", "segm", "bbox_TTA", "segm_TTA", "ema"}
+    assert set(trained["ema"]) == {"bbox", "segm", "bbox_TTA", "segm_TTA"}
+    folder = Path(toy_cfg.OUTPUT_DIR)
+    assert set(json.loads((folder / "inference" / "results.json").read_text())) == {"bbox", "segm"}
+    of_views = json.loads((folder / "tta" / "inference" / "results.json").read_text())
+    assert of_views["bbox"]["AP"] == trained["bbox_TTA"]["AP"]
+    assert (folder / "ema" / "tta" / "inference" / "coco_instances_results.json").is_file()
+    # The views are looked at once, after the training.
+    records = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    assert "bbox/AP" in records[0]
+    assert [record["iteration"] for record in records if "bbox_TTA/AP" in record] == [records[-1]["iteration"]]
+    assert set(evaluate(toy_cfg, resume=True)) == set(trained)
+
+
 def test_evaluation_verifies_expected_results(toy_cfg: Config) -> None:
     toy_cfg.SOLVER.MAX_ITER, toy_cfg.SOLVER.STEPS = 1, ()
     ap = train(toy_cfg)._last_eval_results["bbox"]["AP"]

@@ -1,0 +1,139 @@
+"""Test-time augmentation: what a model finds in scaled and flipped views of an image, joined."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.data import transforms as T
+from detectron2.structures import Boxes, Instances
+from torch import nn
+
+from dimaskdino.data.transforms import KeepAPixel
+from dimaskdino.errors import ConfigError
+from dimaskdino.prediction.fusion import Fusion
+from dimaskdino.structures import RleMasks
+from dimaskdino.structures.rle_masks import Rle, crop_of, place_crop
+
+
+class AugmentedModel(nn.Module):
+    """A model in evaluation that looks at several views of each image: every size, and every size mirrored.
+
+    Args:
+        model: images to "instances", "sem_seg", or both, in detectron2's format.
+        resizes: from the image of the file to each view.
+        flip: also mirror each view left to right.
+        max_detections: instances of an image after the views are joined.
+    """
+
+    @configurable
+    def __init__(self, *, model: nn.Module, resizes: Sequence[T.Augmentation], flip: bool, max_detections: int) -> None:
+        super().__init__()
+        self.model = model
+        self.views = [(resize, flipped) for resize in resizes for flipped in ((False, True) if flip else (False,))]
+        self.fusion = Fusion(max_detections=max_detections)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
+        """Read TEST.AUG; see :func:`check_augmentation`."""
+        check_augmentation(cfg)
+        node = cfg.TEST.AUG
+        return {
+            "model": model,
+            "resizes": [KeepAPixel(T.ResizeShortestEdge(size, node.MAX_SIZE)) for size in node.MIN_SIZES],
+            "flip": node.FLIP,
+            "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
+        }
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Evaluate a batch, one view at a time.
+
+        Args:
+            batched_inputs: as the model takes them, with images that were not resized (see :func:`whole_images`).
+
+        Returns:
+            For each image, as the model gives them: "instances", joined by :class:`Fusion`; "sem_seg" (K, H, W) and
+            "image_feature" (C,), means of the views'.
+        """
+        return [self._joined(given) for given in batched_inputs]
+
+    def _joined(self, given: dict[str, Any]) -> dict[str, Any]:
+        pixels = given["image"].cpu().numpy().transpose(1, 2, 0)
+        size = {"height": given.get("height", pixels.shape[0]), "width": given.get("width", pixels.shape[1])}
+        found: list[Instances] = []
+        sums: dict[str, torch.Tensor] = {}
+        joined: dict[str, Any] = {}
+        for resize, flipped in self.views:
+            (result,) = self.model([{**given, **size, "image": view(pixels, resize, flipped)}])
+            for name in {"sem_seg", "image_feature"} & result.keys():
+                values = result[name].flip(-1) if flipped and name == "sem_seg" else result[name]
+                sums[name] = sums[name].add_(values) if name in sums else values.clone()
+            if "instances" in result:
+                joined["instances"] = result["instances"]
+                found.append(_on_host(result["instances"], flipped))
+        if found:
+            joined["instances"] = _as_given(self.fusion(found), joined["instances"])
+        return joined | {name: total / len(self.views) for name, total in sums.items()}
+
+
+def check_augmentation(cfg: CfgNode) -> None:
+    """Check TEST.AUG, if it is on.
+
+    Raises:
+        ConfigError: there is no size, or the model gives panoptic results, which cannot be joined.
+    """
+    node = cfg.TEST.AUG
+    if not node.ENABLED:
+        return
+    if not node.MIN_SIZES or min(node.MIN_SIZES) < 1 or node.MAX_SIZE < 1:
+        raise ConfigError(
+            f"TEST.AUG.MIN_SIZES is {node.MIN_SIZES} and MAX_SIZE {node.MAX_SIZE}; give one or more sizes of the "
+            "shortest edge, and the largest of the longest, in pixels."
+        )
+    if cfg.MODEL.META_ARCHITECTURE != "DINO" and cfg.MODEL.MaskDINO.TEST.PANOPTIC_ON:
+        raise ConfigError(
+            "TEST.AUG.ENABLED joins objects and semantic maps of several views, not panoptic ones; set it to False, or "
+            "MODEL.MaskDINO.TEST.PANOPTIC_ON."
+        )
+
+
+def whole_images(cfg: CfgNode) -> CfgNode:
+    """``cfg`` for a loader of images as they are in their files."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.INPUT.MIN_SIZE_TEST = 0  # detectron2's word for no resize
+    return cfg
+
+
+def view(pixels: np.ndarray, resize: T.Augmentation, flipped: bool) -> torch.Tensor:
+    """A view (C, h, w) of an image (H, W, C), uint8 or float32."""
+    resized = resize.get_transform(pixels).apply_image(np.ascontiguousarray(pixels))
+    return torch.from_numpy(np.ascontiguousarray((resized[:, ::-1] if flipped else resized).transpose(2, 0, 1)))
+
+
+def _on_host(found: Instances, flipped: bool) -> Instances:
+    """Detections on the CPU, masks as RLE, mirrored back where the view was mirrored."""
+    moved = Instances(found.image_size, **found.get_fields()).to("cpu")
+    if moved.has("pred_masks"):
+        moved.pred_masks = RleMasks.of(found.pred_masks)
+    if not flipped:
+        return moved
+    width = moved.image_size[1]
+    left, top, right, bottom = moved.pred_boxes.tensor.unbind(1)
+    moved.pred_boxes = Boxes(torch.stack((width - right, top, width - left, bottom), dim=1))
+    if moved.has("pred_masks"):
+        moved.pred_masks = RleMasks([_mirrored(rle) for rle in moved.pred_masks.rles], moved.image_size)
+    return moved
+
+
+def _mirrored(rle: Rle) -> Rle:
+    crop, top, left = crop_of(rle)
+    return place_crop(crop[:, ::-1], top, rle["size"][1] - left - crop.shape[1], rle["size"])
+
+
+def _as_given(joined: Instances, given: Instances) -> Instances:
+    """Joined detections where the model gives its own, masks in the same form."""
+    if joined.has("pred_masks") and not isinstance(given.pred_masks, RleMasks):
+        joined.pred_masks = joined.pred_masks.tensor
+    return joined.to(given.scores.device)
