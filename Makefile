@@ -81,7 +81,7 @@ package: $(STAMP)
 	$(BIN)/python -m build --quiet --no-isolation --sdist --wheel --outdir build/dist
 	$(BIN)/python -m pytest -q -m package tests/test_package.py
 
-# The RUN lines of the Dockerfile in a copy of the repository with an environment of its own: gigabytes, and ten minutes.
+# The RUN lines of the Dockerfile in a copy of the repository with an environment of its own: gigabytes, minutes.
 docker-check: $(STAMP)
 	$(BIN)/python -m pytest -q -s -m docker tests/test_dockerfile.py
 
