@@ -1,7 +1,7 @@
-// What every form of the op demands of its arguments, whatever the device.
+// Checks of the op's arguments, the same for every form and device.
 //
-// The Python functions check first and speak of their own arguments; these checks keep a direct call of
-// torch.ops.dimaskdino.* from reading outside a tensor.
+// The Python functions check first, and their messages name their own arguments. The checks here keep a direct call
+// of torch.ops.dimaskdino.* from reading outside a tensor.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -50,7 +50,7 @@ inline void check_device(const at::Tensor& tensor, const char* name, const at::T
                     value.device(), ".");
 }
 
-// Sizes from value (B, S, H, D), the flat (height, width, ...) and a (B, Q, H, L, P, 2) tensor of locations or offsets.
+// Reads the sizes from value (B, S, H, D), flat (height, width, ...), and locations or offsets (B, Q, H, L, P, 2).
 inline Problem read_problem(const at::Tensor& value, at::IntArrayRef spatial_shapes, const at::Tensor& locations,
                             const char* locations_name, const char* op) {
   TORCH_CHECK_VALUE(value.dim() == 4, op, ": value must be (B, S, H, D), got ", value.sizes(), ".");
@@ -71,7 +71,7 @@ inline Problem read_problem(const at::Tensor& value, at::IntArrayRef spatial_sha
   int64_t area = 0;
   for (size_t i = 0; i < spatial_shapes.size(); i += 2) {
     const int64_t height = spatial_shapes[i], width = spatial_shapes[i + 1];
-    // Beyond 2^30 the products below could overflow, and kernels that count rows and columns in 32 bits too.
+    // Beyond 2^30 the products below could overflow; so could the kernels, which count rows and columns in 32 bits.
     constexpr int64_t limit = int64_t{1} << 30;
     TORCH_CHECK_VALUE(height >= 0 && width >= 0 && height < limit && width < limit, op,
                       ": heights and widths must lie in 0 to 2^30, got ", spatial_shapes, ".");
@@ -108,8 +108,8 @@ inline Problem check_locations_form(const at::Tensor& value, at::IntArrayRef spa
   return problem;
 }
 
-// Reference (B, Q, 2 or 4) in the accumulating dtype; offsets (B, Q, H, L, P, 2) and logits (B, Q, H, L, P) in one
-// dtype, the accumulating one or that of value.
+// Reference (B, Q, 2 or 4) in the accumulating dtype; offsets (B, Q, H, L, P, 2) and logits (B, Q, H, L, P) in the
+// same dtype, either the accumulating one or that of value.
 inline Problem check_fused_form(const at::Tensor& value, at::IntArrayRef spatial_shapes, const at::Tensor& reference,
                                 const at::Tensor& offsets, const at::Tensor& logits) {
   constexpr const char* op = "dimaskdino::ms_deform_attn_fused";
@@ -130,7 +130,7 @@ inline Problem check_fused_form(const at::Tensor& value, at::IntArrayRef spatial
   return problem;
 }
 
-// The gradient that arrives: (B, Q, H * D) in the dtype of value.
+// The incoming gradient: (B, Q, H * D) in the dtype of value.
 inline void check_grad_output(const at::Tensor& grad_output, const at::Tensor& value, const Problem& problem,
                               const char* op) {
   const std::array<int64_t, 3> expected{problem.batch, problem.queries, problem.heads * problem.channels};

@@ -1,6 +1,6 @@
-// The ops of dimaskdino._C: their schemas, their autocast rule, and the module that brings them in.
+// The ops of dimaskdino._C: their schemas, their autocast rules, and the Python module that loads them.
 //
-// Autograd, the shapes that torch.compile sees and vmap are registered in dimaskdino/layers/ms_deform_attn_ops.py.
+// dimaskdino/layers/ms_deform_attn_ops.py registers autograd, vmap, and the shapes that torch.compile sees.
 #include <Python.h>
 
 #include <ATen/autocast_mode.h>
@@ -27,8 +27,8 @@ namespace {
 
 using at::Tensor;
 
-// Under autocast the values are sampled in the low precision. Locations, weights and references stay in float32: half a
-// pixel of a level of 256 is more than bfloat16 can tell apart.
+// Under autocast the values are sampled in low precision. Locations, weights and references stay in float32, because
+// bfloat16 cannot resolve half a pixel on a level of 256.
 template <c10::DispatchKey key, c10::DeviceType device>
 Tensor autocast_locations(const Tensor& value, c10::SymIntArrayRef spatial_shapes, const Tensor& locations,
                           const Tensor& weights) {
@@ -70,7 +70,7 @@ TORCH_LIBRARY_IMPL(dimaskdino, AutocastCUDA, m) {
 
 }  // namespace dimaskdino
 
-// Importing dimaskdino._C loads the library, whose initialisers register the ops above; the module itself is empty.
+// Importing dimaskdino._C loads the library, whose initializers register the ops above; the module itself is empty.
 extern "C" PyObject* PyInit__C() {
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);

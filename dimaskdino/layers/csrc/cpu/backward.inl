@@ -1,6 +1,6 @@
 // The backward pass. Included by kernels.inl inside the namespace of one instruction set.
 
-// Vector constants of lane numbers.
+// Lane numbers as vector constants.
 template <int... I>
 struct Indices {};
 template <int N, int... I>
@@ -10,8 +10,8 @@ struct Counting<0, I...> {
   typedef Indices<I...> type;
 };
 
-// Lane of (a, b) that goes to lane j when every segment of `length` lanes is halved: the lower halves of the segments of
-// a, then of b; with `upper` their upper halves.
+// The lane of (a, b) that moves to lane j when every segment of `length` lanes is split in half: first come the lower
+// halves of a's segments, then those of b's; with `upper`, the upper halves.
 constexpr int halved_lane(int j, int width, int length, bool upper) {
   const int half = length / 2, segment = j / half, segments = width / length;
   return (segment < segments ? 0 : width) + segment % segments * length + j % half + (upper ? half : 0);
@@ -27,7 +27,7 @@ inline V halves(V a, V b, Indices<I...>) {
 #endif
 }
 
-// The sums over the lanes of W vectors, in one vector: pairs are folded until every lane holds one vector's sum.
+// Sums each of W vectors over its lanes, into one vector: folds pairs until every lane holds the sum of one vector.
 template <class A, int W, int Length = W>
 struct Fold {
   static inline Vec<A, W> sums(const Vec<A, W>* vectors) {
@@ -62,8 +62,8 @@ struct Backward {
     return bytes;
   }
 
-  // Adds one sample's part to the gradient of its four tokens and leaves the products of their values with grad_output,
-  // still spread over the lanes.
+  // Adds one sample's share to the gradients of its four tokens. `dots` gets the products of their values and
+  // grad_output, not yet summed over the lanes.
   template <int W, int V, bool Framed>
   static inline void add_sample(const Block<A>& block, int64_t i, const A* grad, int64_t channels, const T* value, A* sums,
                                 int64_t step, Vec<A, W>* dots) {
@@ -111,7 +111,7 @@ struct Backward {
     }
   }
 
-  // From the four dots of a sample: the gradients of x and y in pixels and of the attention weight, in their places.
+  // Turns a sample's four dots into the gradients of x and y (in pixels) and of the attention weight, in place.
   static void finish_samples(const Block<A>& block, int64_t count) {
     A *__restrict x = block.x, *__restrict y = block.y, *__restrict weight = block.weight;
     const A* __restrict dots = block.dots;
@@ -158,7 +158,7 @@ struct Backward {
     }
   }
 
-  // Sums over the points of a level; the caller sums over heads and levels.
+  // Sums over the points of a level. The caller sums over heads and levels.
   template <class C>
   static void write_references(const Arguments& args, const Rows& rows, int64_t queries, const Block<A>& block) {
     const A share = A(0.5) / static_cast<A>(args.points);
@@ -198,7 +198,7 @@ struct Backward {
     }
   }
 
-  // The inner rows and columns of the framed sums, in the dtype and places of value.
+  // Copies the framed sums, without their frame, to grad_value, in its dtype and layout.
   static void unpack(const Arguments& args, int64_t batch, int64_t head, const LevelShape& shape, const A* frame) {
     T* to = static_cast<T*>(args.grad_value) + ((batch * args.tokens + shape.start) * args.heads + head) * args.channels;
     for (int64_t line = 0; line < shape.height; ++line) {
@@ -246,7 +246,7 @@ struct Backward {
     }
   }
 
-  // Tokens of the frames of the levels first to last.
+  // The number of tokens in the frames of levels first to last (exclusive).
   static int64_t frame_end(const Arguments& args, int64_t first, int64_t last) {
     const LevelShape& shape = args.levels[last - 1];
     return shape.frame_start + frame_size(shape.height, shape.width) - args.levels[first].frame_start;

@@ -1,4 +1,4 @@
-// Loops that are compiled for AVX2 as well, where the dynamic linker takes what the processor has, and their exponential.
+// For loops that are also compiled for AVX2 (the dynamic linker picks what the processor has), and their exponential.
 #pragma once
 
 #include <stdint.h>
@@ -12,10 +12,10 @@
 
 namespace dimaskdino {
 
-// exp(x) for x <= 0, to three units in the last place; -87 and less give about 1e-38.
+// exp(x) for x <= 0, within 3 units in the last place; -87 and below give about 1e-38.
 inline float exp_of_negative(float x) {
   x = x > -87.0f ? x : -87.0f;
-  const float power = static_cast<float>(static_cast<int32_t>(x * 1.44269504f - 0.5f));  // truncation rounds to the nearest
+  const float power = static_cast<float>(static_cast<int32_t>(x * 1.44269504f - 0.5f));  // truncation rounds to nearest
   const float rest = (x - power * 0.693359375f) + power * 2.12194440e-4f;
   float sum = 1.9875691500e-4f;
   sum = sum * rest + 1.3981999507e-3f;

@@ -1,4 +1,4 @@
-// The forward pass, and the framed copies of the values that both passes read. Included by kernels.inl inside the
+// The forward pass, and the framed copies of the values, which both passes read. Included by kernels.inl inside the
 // namespace of one instruction set.
 
 // Sums one query's samples into V vectors of W channels each.
@@ -30,7 +30,7 @@ struct Forward {
     return query_block(args) * args.num_levels * args.points;
   }
 
-  // Whether a task makes the framed copy of its head by itself, rather than find it in args.frames.
+  // Whether a task makes the framed copy of its head itself instead of finding it in args.frames.
   static bool frames_own(const Arguments& args) {
     return args.framed && !args.frames;
   }
@@ -40,7 +40,7 @@ struct Forward {
            (frames_own(args) ? Scratch::bytes<T>(args.frame_tokens * args.channels) : 0);
   }
 
-  // One row of tokens of one head into its frame. `line` counts from the first row of zeros.
+  // Copies one row of a head's tokens into its frame. `line` counts from the first row of zeros.
   static void pack_row(const Arguments& args, int64_t batch, int64_t head, const LevelShape& shape, int64_t line, T* frame) {
     const int64_t row = frame_row(shape.width), step = args.heads * args.channels;
     T* to = frame + line * row * args.channels;
@@ -58,7 +58,7 @@ struct Forward {
     }
   }
 
-  // Levels first to last (exclusive) of one head into frames that begin with the first.
+  // Copies levels first to last (exclusive) of one head into frames that start with level first.
   static void pack_levels(const Arguments& args, int64_t batch, int64_t head, int64_t first, int64_t last, T* frames) {
     for (int64_t level = first; level < last; ++level) {
       const LevelShape& shape = args.levels[level];
@@ -135,7 +135,7 @@ struct Forward {
     }
   }
 
-  // One block of queries.
+  // Computes one block of queries.
   template <int W, int V, bool Framed>
   static void queries_of_head(const Arguments& args, int64_t batch, int64_t head, int64_t first, Block<A>& block,
                               const T* value) {

@@ -1,7 +1,7 @@
-// Deformable attention on the CPU: what the binding hands to the kernels, one table of kernels per instruction set.
+// Deformable attention on the CPU: the kernels' arguments, and one table of kernels per instruction set.
 //
-// Nothing here or in the kernels knows torch, and no kernel file includes a C++ standard header: their inline functions
-// would be compiled for that file's instruction set and could be linked into code that runs everywhere.
+// Neither this file nor the kernels use torch, and no kernel file includes a C++ standard header: its inline functions
+// would be compiled for that file's instruction set, and the linker could keep that copy for code that runs everywhere.
 #pragma once
 
 #include <stddef.h>
@@ -17,12 +17,12 @@ struct LevelShape {
   int64_t height;
   int64_t width;
   int64_t start;        // the first token of the level in value
-  int64_t frame_start;  // and in the framed copy
+  int64_t frame_start;  // the same in the framed copy
 };
 
-// A framed copy holds one head's levels, each with two rows of zeros above and below and two zeros after every row (and
-// before the first): a sample anywhere reads four tokens that exist, so that the loops have no branch, and the tokens of
-// a head lie side by side rather than H * D apart, where they would share a few sets of the caches.
+// A framed copy holds the levels of one head. Each has two rows of zeros above and below, and two zeros after every row
+// and before the first. Four tokens exist wherever a sample lies, so the loops need no branch; and a head's tokens are
+// adjacent instead of H * D apart, where they would compete for a few sets of the caches.
 constexpr int64_t kFrame = 2;
 
 inline int64_t frame_row(int64_t width) {
@@ -33,7 +33,7 @@ inline int64_t frame_size(int64_t height, int64_t width) {
   return (height + 2 * kFrame) * frame_row(width) + kFrame;
 }
 
-// T is the dtype of value, A the accumulating one, C that of offsets and logits: A, or T where low_precision is set.
+// T is the dtype of value, A the accumulating dtype, C the dtype of offsets and logits: T with low_precision, else A.
 struct Arguments {
   int64_t batch;
   int64_t tokens;
@@ -47,9 +47,9 @@ struct Arguments {
   bool framed;
 
   const void* value;      // T (B, S, H, D)
-  void* frames;           // T (B, H, frame_tokens, D), of the forward pass; null: each task frames its head itself
+  void* frames;           // T (B, H, frame_tokens, D), for the forward pass; if null, each task frames its head itself
   const void* locations;  // A (B, Q, H, L, P, 2), or null in the fused form
-  const void* weights;    // A (B, Q, H, L, P); in the fused form of the backward pass the softmax of the logits
+  const void* weights;    // A (B, Q, H, L, P); in the fused backward pass, the softmax of the logits
 
   bool low_precision;
   int64_t reference_size;  // 2 or 4
@@ -60,8 +60,8 @@ struct Arguments {
   void* output;             // T (B, Q, H * D)
   const void* grad_output;  // T (B, Q, H * D)
   int64_t level_splits;     // tasks of the backward pass per batch element and head: 1 or L
-  void* grad_sums;          // A (B, S, H, D) zeros, where not framed
-  void* grad_value;         // T (B, S, H, D), where framed
+  void* grad_sums;          // A (B, S, H, D) zeros, if not framed
+  void* grad_value;         // T (B, S, H, D), if framed
   void* grad_locations;     // A (B, Q, H, L, P, 2)
   void* grad_weights;       // A (B, Q, H, L, P), in both forms
   void* grad_offsets;       // C (B, Q, H, L, P, 2)
@@ -69,25 +69,25 @@ struct Arguments {
   void* grad_reference;     // A (B, Q, H, L, 2 or 4), to be summed over H and L, or null
 };
 
-// Every kernel does the tasks [begin, end). Scratch memory is of the size that is asked for,
-// aligned to 64 bytes, one piece per call.
+// Every kernel does the tasks [begin, end). The scratch memory of a call is its own, aligned to 64 bytes, and as large
+// as forward_scratch or backward_scratch says.
 struct Kernels {
   // One task: a row of a framed level of one batch element and head.
   void (*pack)(const Arguments&, int64_t begin, int64_t end);
-  // One task: one batch element and head, or with args.frames up to query_block queries of it.
+  // One task: one batch element and head or, with args.frames, up to query_block of its queries.
   void (*forward)(const Arguments&, int64_t begin, int64_t end, void* scratch);
   int64_t (*query_block)(const Arguments&);
-  // One task: everything that reaches one batch element and head, or one level of it. Nothing else writes there, so
-  // that sums are made in one order however many threads there are.
+  // One task: all contributions to one batch element and head, or to one of its levels. No other task writes there, so
+  // the order of the additions does not depend on the number of threads.
   void (*backward)(const Arguments&, int64_t begin, int64_t end, void* scratch);
   size_t (*forward_scratch)(const Arguments&);
   size_t (*backward_scratch)(const Arguments&);
-  // One task: a query and head. Fused form: logits to weights, and grad_weights to grad_logits.
+  // One task: one query and head. In the fused form: logits to weights, and grad_weights to grad_logits.
   void (*softmax)(const Arguments&, void* weights, int64_t begin, int64_t end);
   void (*softmax_backward)(const Arguments&, int64_t begin, int64_t end);
 };
 
-// Tasks of Kernels::pack per batch element and head.
+// The number of tasks of Kernels::pack for each batch element and head.
 inline int64_t frame_rows(const Arguments& args) {
   int64_t rows = 0;
   for (int64_t level = 0; level < args.num_levels; ++level) rows += args.levels[level].height + 2 * kFrame;

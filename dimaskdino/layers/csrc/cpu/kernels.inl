@@ -1,8 +1,8 @@
-// The kernels, once per instruction set: the including file sets the compiler's target, DIMASKDINO_ISA (the namespace)
-// and DIMASKDINO_VECTOR_BYTES (the widest vector worth using).
+// The kernels, compiled once per instruction set. The including file sets the compiler's target, DIMASKDINO_ISA (the
+// namespace), and DIMASKDINO_VECTOR_BYTES (the widest vector worth using).
 //
-// A task takes a block of queries of one head. First it works out where all its samples lie (`locate`, loops over
-// arrays, one sample a lane), then it gathers (one sample after the other, channels in the lanes).
+// A task processes the queries of one head in blocks. It first locates all samples of a block (`locate` loops over
+// arrays, one sample per lane), then gathers them one after the other, with the channels in the lanes.
 
 #include <string.h>
 
@@ -20,7 +20,7 @@ namespace {
 #include "simd.h"
 #include "samples.inl"
 
-// Calls work(Lanes<width>, Lanes<vectors at once>) with the widest vectors that the channels fill.
+// Calls work(Lanes<width>, Lanes<vectors at a time>) with the widest vectors that the channels fill.
 template <int N>
 struct Lanes {
   static constexpr int value = N;

@@ -1,4 +1,4 @@
-// The kernels in the instruction set of the build, wide enough for SSE2 and NEON.
+// The kernels for the build's own instruction set, with vectors as wide as those of SSE2 and NEON.
 
 #define DIMASKDINO_ISA portable
 #define DIMASKDINO_VECTOR_BYTES 16

@@ -1,5 +1,5 @@
-// Mask logits to bitmaps at the asked size, on the CPU: interpolation, threshold, and the sum of the probabilities inside
-// each mask in one pass, without a tensor of the interpolated logits. dimaskdino/modeling/postprocessing/resized.py uses it.
+// Turns mask logits into bitmaps of a given size on the CPU: interpolates, thresholds, and sums the probabilities in
+// each mask in one pass, with no tensor of interpolated logits. Used by dimaskdino/modeling/postprocessing/resized.py.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -15,7 +15,7 @@ namespace {
 
 using at::Tensor;
 
-// Every pixel of an axis is a sum of `taps` cells of the logits with weights that are not negative.
+// Every pixel along an axis is a weighted sum of `taps` cells of the logits; no weight is negative.
 struct Axis {
   int64_t pixels;
   int64_t taps;
@@ -46,7 +46,7 @@ DIMASKDINO_CLONES void add_columns(const float* __restrict__ row, const int32_t*
   for (int64_t i = 0; i < count; ++i) values[i] += weights[i] * row[cells[i]];
 }
 
-// The bitmap of a row of logits, and the sigmoid of the positive ones summed up in eight lanes.
+// Writes the bitmap of a row of logits, and adds up the sigmoids of the positive ones in eight lanes.
 DIMASKDINO_CLONES void close_row(const float* __restrict__ logits, int64_t count, bool* __restrict__ mask, float* __restrict__ lanes,
                                  int64_t* __restrict__ area) {
   int64_t i = 0, positive = 0;
@@ -67,7 +67,7 @@ DIMASKDINO_CLONES void close_row(const float* __restrict__ logits, int64_t count
   *area += positive;
 }
 
-// For each cell the first pixel that it reaches, and one past the last.
+// For each cell, the first pixel that it contributes to, and one past the last.
 void reach(const Axis& axis, int64_t cells, std::vector<int64_t>* first, std::vector<int64_t>* last) {
   first->assign(cells, axis.pixels);
   last->assign(cells, 0);
@@ -80,7 +80,7 @@ void reach(const Axis& axis, int64_t cells, std::vector<int64_t>* first, std::ve
   }
 }
 
-// Fills masks (N, H, W) where the interpolated logits (N, h, w) are positive; gives (N, 2) sums: probabilities, pixels.
+// Sets masks (N, H, W) where the interpolated logits (N, h, w) are positive; returns (N, 2): probabilities, pixels.
 Tensor resized_masks(const Tensor& logits, const Tensor& row_cells, const Tensor& row_weights, const Tensor& column_cells,
                      const Tensor& column_weights, const Tensor& masks) {
   constexpr const char* op = "dimaskdino::resized_masks";
@@ -110,7 +110,7 @@ Tensor resized_masks(const Tensor& logits, const Tensor& row_cells, const Tensor
           const int64_t at = tap * rows.pixels + y;
           add_row(map + rows.cells[at] * width, rows.weights[at], width, across.data());
         }
-        // As no weight is negative, pixels without a positive cell are not in the mask.
+        // No weight is negative, so a pixel without a positive cell is not in the mask.
         int64_t left = columns.pixels, right = 0;
         for (int64_t x = 0; x < width; ++x) {
           if (across[x] > 0.0f) left = std::min(left, first[x]), right = std::max(right, last[x]);

@@ -1,4 +1,4 @@
-// The CPU's implementations of the four ops: buffers, threads, and the choice of the instruction set.
+// The four ops on the CPU: buffers, threads, and the choice of the instruction set.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -27,7 +27,7 @@ bool supported(const std::string& name) {
   return name == "portable";
 }
 
-// The widest instruction set of this processor, or what DIMASKDINO_CPU_CAPABILITY names.
+// The widest instruction set of this processor, or the one that DIMASKDINO_CPU_CAPABILITY names.
 std::string choose_capability() {
   const char* wanted = std::getenv("DIMASKDINO_CPU_CAPABILITY");
   if (wanted != nullptr && *wanted != '\0') {
@@ -62,7 +62,7 @@ const cpu::Kernels& kernels(at::ScalarType type) {
   return cpu::portable_kernels(dtype);
 }
 
-// The kernels' arguments with the tensors that they point into.
+// The kernels' arguments, and the tensors that they point into.
 struct Call {
   cpu::Arguments args{};
   c10::SmallVector<cpu::LevelShape, 8> levels;
@@ -87,7 +87,7 @@ struct Call {
     args.num_levels = static_cast<int64_t>(levels.size());
     args.levels = levels.data();
     args.frame_tokens = frame_tokens;
-    // A framed copy pays where its tokens are read often: four reads a sample.
+    // A framed copy pays off if its tokens are read often; each sample reads four.
     args.framed = 4 * problem.queries * problem.samples() > kFramedReads * frame_tokens;
     args.value = value.const_data_ptr();
   }
@@ -107,7 +107,7 @@ struct Call {
     args.logits = logits.const_data_ptr();
   }
 
-  // Work on [begin, end) with scratch memory of one's own.
+  // Each thread works on some [begin, end) with scratch memory of its own.
   template <class Work>
   static void in_parallel(int64_t tasks, size_t scratch_bytes, const Work& work) {
     at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
@@ -121,7 +121,7 @@ struct Call {
     Tensor output = at::empty({args.batch, args.queries, args.heads * args.channels}, value.options());
     args.output = output.mutable_data_ptr();
     const int64_t slices = args.batch * args.heads, threads = at::get_num_threads();
-    // Every thread frames one head after the other where that keeps all of them busy: it stays in the thread's cache.
+    // If there are heads for all threads, each frames one head at a time, which then stays in that thread's cache.
     const bool by_head = args.framed && (slices % threads == 0 || slices >= 4 * threads);
     if (args.framed && !by_head) {
       frames = at::empty({slices, args.frame_tokens, args.channels}, value.options());
@@ -134,7 +134,7 @@ struct Call {
     return output;
   }
 
-  // Fills the gradients that args points to, and returns that of value.
+  // Fills in the gradients that args points to, and returns the gradient of value.
   Tensor backward(const Tensor& value) {
     const auto sum_options = value.options().dtype(accumulate_type(value.scalar_type()));
     Tensor grad_value;

@@ -1,8 +1,8 @@
-// Masks at points, on the CPU: bilinear samples of bool masks, the choice of uncertain points, and what the matching cost
-// needs of logits at points. None has a gradient.
+// Point sampling on the CPU: bilinear samples of bool masks, the choice of uncertain points, and the sums over logits
+// at points that the matching cost needs. None of these has a gradient.
 //
-// In PyTorch's ops the first takes forty passes over tensors of all points, and the second random numbers of a slow
-// generator and indices of the whole order. dimaskdino/layers/points.py uses both.
+// With PyTorch's ops, the first takes forty passes over tensors of all points, and the second draws from a slow random
+// number generator and sorts all candidates. Used by dimaskdino/layers/points.py.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -20,10 +20,10 @@ namespace {
 
 using at::Tensor;
 
-constexpr int kBlock = 256;  // points that are worked on at a time, in the first cache
+constexpr int kBlock = 256;  // points at a time, so that a block fits in the L1 cache
 
-// Of each point of a block the pixels around it, and their shares: (upper, lower) x (left, right). Pixels outside the map
-// have a share of zero and the place of a pixel inside.
+// The four pixels around each point of a block, and their shares: (upper, lower) x (left, right). A pixel outside the
+// map has a share of zero and the place of a pixel inside.
 struct Corners {
   int32_t place[4][kBlock];
   float share[4][kBlock];
@@ -34,21 +34,21 @@ inline int32_t between(int32_t x, int32_t low, int32_t high) {
   return x < high ? x : high;
 }
 
-// 0 and 1 are the outer edges of a map of width x height; points are (x, y) pairs. No branches, for the vectorizer.
+// Points are (x, y) pairs; 0 and 1 are the outer edges of the map. Has no branches, so that it can be vectorized.
 DIMASKDINO_CLONES void find_corners(const float* __restrict__ points, int count, int32_t height, int32_t width,
                                     Corners* __restrict__ out) {
   const float columns = static_cast<float>(width), rows = static_cast<float>(height);
   for (int i = 0; i < count; ++i) {
     float x = points[2 * i] * columns - 0.5f, y = points[2 * i + 1] * rows - 0.5f;
-    // What is far outside, or not a number, counts as a pixel outside.
+    // Far outside, or NaN: count as one pixel outside.
     x = x > -2.0f ? x : -2.0f;
     y = y > -2.0f ? y : -2.0f;
     x = x < columns ? x : columns;
     y = y < rows ? y : rows;
-    // Truncation is the floor of what is not negative.
+    // For numbers that are not negative, truncation is the floor.
     const int32_t left = static_cast<int32_t>(x + 2.0f) - 2, upper = static_cast<int32_t>(y + 2.0f) - 2;
     const float x1 = x - static_cast<float>(left), y1 = y - static_cast<float>(upper), x0 = 1.0f - x1, y0 = 1.0f - y1;
-    // A pixel that does not exist is another one that exists, with a share of zero.
+    // In place of a pixel that does not exist stands one that does, with a share of zero.
     const int32_t column0 = between(left, 0, width - 1), column1 = between(left + 1, 0, width - 1);
     const int32_t row0 = between(upper, 0, height - 1), row1 = between(upper + 1, 0, height - 1);
     const float left_share = column0 == left ? x0 : 0.0f, right_share = column1 == left + 1 ? x1 : 0.0f;
@@ -126,7 +126,7 @@ Tensor sample_masks(const Tensor& masks, const Tensor& index, const Tensor& poin
   return out;
 }
 
-// SplitMix64 (Steele, Lea, Flood, 2014) as a function of a counter: any point can be made again without the ones before.
+// SplitMix64 (Steele, Lea, Flood, 2014) as a function of a counter, so that any point can be drawn again by itself.
 inline uint64_t mix(uint64_t x) {
   x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
   x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
@@ -140,7 +140,7 @@ inline void random_point(uint64_t stream, int64_t i, float* point) {
   point[1] = static_cast<float>(static_cast<int32_t>(bits >> 8 & 0xffffffu)) * 0x1p-24f;
 }
 
-// Counts of the upper 12 bits (floats that are not negative are ordered as their bits), where the k-th smallest is sought.
+// Finds the k-th smallest magnitude by counting the upper 12 bits: non-negative floats sort in the order of their bits.
 class Smallest {
  public:
   void clear(int64_t count) {
@@ -158,7 +158,7 @@ class Smallest {
     }
   }
 
-  // The k-th smallest (k from 1), and in `equal` how many of its value belong to the k smallest.
+  // The k-th smallest (k from 1). `equal` gets how many of the k smallest have that value.
   uint32_t find(int64_t k, int64_t* equal) {
     uint32_t bin = 0;
     while (bins_[bin] < k) k -= bins_[bin++];
@@ -182,8 +182,8 @@ class Smallest {
   std::vector<uint32_t> values_, inside_;
 };
 
-// Of `candidates` uniform points of each map the `uncertain` ones whose value is nearest to zero, then uniform points,
-// `total` altogether. Every map has a stream of its own, so that the result does not depend on the number of threads.
+// For each map, draws `candidates` uniform points, keeps the `uncertain` ones whose logits are nearest to zero, and
+// adds uniform points up to `total`. Each map has its own stream, so the number of threads does not change the result.
 Tensor uncertain_points(const Tensor& logits, int64_t seed, int64_t candidates, int64_t uncertain, int64_t total) {
   constexpr const char* op = "dimaskdino::uncertain_points";
   check_maps(logits, at::kFloat, op);
@@ -213,7 +213,7 @@ Tensor uncertain_points(const Tensor& logits, int64_t seed, int64_t candidates, 
         }
         int64_t equal = 0, kept = 0;
         const uint32_t last = smallest.find(uncertain, &equal);
-        // Without branches: a quarter of the candidates is kept, in no order that a processor could foresee.
+        // Without branches: a quarter of the candidates is kept, in an order that a processor cannot predict.
         for (int64_t i = 0; i < candidates; ++i) {
           random_point(stream, i, chosen.data() + 2 * kept);
           const bool is_last = smallest[i] == last;
@@ -230,7 +230,7 @@ Tensor uncertain_points(const Tensor& logits, int64_t seed, int64_t candidates, 
 
 constexpr int kLanes = 8;
 
-// Of 8 * blocks logits: the sigmoid in their place, and in lanes their sums of softplus and sigmoid.
+// Replaces 8 * blocks logits by their sigmoids, and sums softplus and sigmoid in lanes.
 // softplus(x) is max(x, 0) + log(1 + exp(-|x|)), and a sum of logarithms is the logarithm of a product.
 DIMASKDINO_CLONES void squash(float* __restrict__ x, int blocks, float* __restrict__ positive, float* __restrict__ product,
                               float* __restrict__ probability) {
@@ -246,7 +246,7 @@ DIMASKDINO_CLONES void squash(float* __restrict__ x, int blocks, float* __restri
   }
 }
 
-// Turns logits (N, P) into their sigmoid, in place, and gives (N, 2) sums over P: of softplus, of the sigmoid.
+// Replaces logits (N, P) by their sigmoids, and returns (N, 2) sums over P: of softplus and of the sigmoids.
 Tensor sigmoid_and_sums(const Tensor& logits) {
   constexpr const char* op = "dimaskdino::sigmoid_and_sums";
   TORCH_CHECK_VALUE(logits.dim() == 2 && logits.is_contiguous() && logits.scalar_type() == at::kFloat, op,
@@ -259,13 +259,13 @@ Tensor sigmoid_and_sums(const Tensor& logits) {
       float* x = all + row * count;
       double softplus = 0.0, sigmoid = 0.0;
       for (int64_t start = 0; start < count; start += kBlock) {
-        // Products of 32 numbers of at most 2.
+        // A product of 32 numbers, each at most 2, does not overflow.
         float positive[kLanes] = {0.0f}, probability[kLanes] = {0.0f}, product[kLanes], rest[kLanes];
         std::fill(product, product + kLanes, 1.0f);
         const int64_t here = std::min<int64_t>(kBlock, count - start), left = here % kLanes;
         squash(x + start, static_cast<int>(here / kLanes), positive, product, probability);
         if (left > 0) {
-          // The last ones in a block of their own, filled up with what counts nothing.
+          // The last ones get a block of their own, padded with logits that add nothing.
           std::fill(rest, rest + kLanes, -std::numeric_limits<float>::infinity());
           std::memcpy(rest, x + start + here - left, left * sizeof(float));
           squash(rest, 1, positive, product, probability);

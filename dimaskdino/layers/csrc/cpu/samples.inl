@@ -1,13 +1,13 @@
-// Where the samples of a block of queries lie and what they weigh: read, softmax, corners. Included by kernels.inl inside
+// Locations and weights of the samples of a block of queries: reading, softmax, corners. Included by kernels.inl inside
 // the namespace of one instruction set.
 
-constexpr int64_t kBlockSamples = 256;  // per task and block, so that their coefficients stay in the first cache
+constexpr int64_t kBlockSamples = 256;  // per task and block, so that their coefficients stay in the L1 cache
 
 inline int64_t smaller(int64_t a, int64_t b) {
   return a < b ? a : b;
 }
 
-// Cuts pieces off the scratch memory.
+// Hands out pieces of the scratch memory.
 struct Scratch {
   char* next;
   template <class X>
@@ -22,18 +22,18 @@ struct Scratch {
   }
 };
 
-// The samples of a block, as arrays: sample i belongs to query i / per_query of the block.
+// The samples of a block as arrays; sample i belongs to query i / per_query of the block.
 template <class A>
 struct Block {
-  // What depends on the level alone, the same for every query.
+  // These depend on the level alone and are the same for every query.
   A *width, *height;
   int32_t *row, *origin;
-  // What depends on the sample.
+  // These depend on the sample.
   A *x, *y, *weight;   // in pixels of the level; attention weight
   int32_t* index;      // of the upper left token
-  uint8_t* inside;     // bits of the four corners that lie inside; not used where framed
+  uint8_t* inside;     // a bit for each corner that lies inside; not used if framed
   A* corner[4];        // bilinear weights of the four corners times the attention weight
-  A* dots;             // four a sample: the corners' values times grad_output
+  A* dots;             // four per sample: the corners' values times grad_output
 
   static constexpr int64_t kSlack = DIMASKDINO_VECTOR_BYTES / sizeof(A);  // dots are stored in whole vectors
 
@@ -52,7 +52,7 @@ struct Block {
     inside = scratch.take<uint8_t>(capacity);
   }
 
-  // Levels first to last (exclusive), the pattern repeated for every query of a block.
+  // Repeats the sizes of levels first to last (exclusive) for every query of a block.
   void set_levels(const Arguments& args, int64_t first, int64_t last, int64_t queries) {
     int64_t i = 0;
     const int64_t frame_offset = args.levels[first].frame_start, offset = args.levels[first].start;
@@ -70,8 +70,8 @@ struct Block {
     }
   }
 
-  // Pixel coordinates to the upper left token and the weights of the corners; x and y become the distances from that
-  // token. A coordinate that is not finite or lies beyond the level is moved to where all four corners are outside.
+  // Turns pixel coordinates into the upper left token and the corners' weights; x and y become distances from that
+  // token. A coordinate that is not finite or lies beyond the level moves to where all four corners are outside.
   template <bool Framed>
   void locate(int64_t count) {
     if (!Framed) find_inside(count);
@@ -80,10 +80,10 @@ struct Block {
     typedef Vec<int32_t, W> Counts;
     typedef Vec<uint32_t, W> Bits;
     const Reals one = Reals{} + A(1), beyond = Reals{} - A(2);
-    for (int64_t i = 0; i < count; i += W) {  // the arrays end in whole vectors
+    for (int64_t i = 0; i < count; i += W) {  // the arrays are padded to whole vectors
       Reals px = load<W>(x + i), py = load<W>(y + i);
       const Reals far_x = load<W>(width + i), far_y = load<W>(height + i), share = load<W>(weight + i);
-      px = px > beyond ? px : beyond;  // not a number is not greater
+      px = px > beyond ? px : beyond;  // false for NaN
       py = py > beyond ? py : beyond;
       px = px < far_x ? px : far_x;
       py = py < far_y ? py : far_y;
@@ -94,7 +94,7 @@ struct Block {
       store<W>(upper * right, corner[1] + i);
       store<W>(lower * (one - right), corner[2] + i);
       store<W>(lower * right, corner[3] + i);
-      // Lanes past the last sample hold anything: unsigned numbers cannot overflow.
+      // Lanes past the last sample may hold anything, so use unsigned numbers: their overflow is defined.
       const Bits lines = (Bits)line * (Bits)load<W>(row + i);
       store<W>((Counts)((Bits)load<W>(origin + i) + lines + (Bits)column), index + i);
       store<W>(right, x + i);
@@ -112,7 +112,7 @@ struct Block {
   }
 };
 
-// Rows [query, query + queries) of (B, Q, H, L, P) tensors: where the levels from `first` on begin.
+// Where the levels from `first` on begin in rows [query, query + queries) of (B, Q, H, L, P) tensors.
 struct Rows {
   int64_t start, step, count;  // in samples
   Rows(const Arguments& args, int64_t batch, int64_t head, int64_t query, int64_t first, int64_t last) {
@@ -123,8 +123,8 @@ struct Rows {
   }
 };
 
-// The rows of one head lie far apart, which the processor does not foresee: asked for one block ahead. An address past
-// the end of the tensor does no harm.
+// Prefetches a block ahead, because the rows of one head lie too far apart for the processor's own prefetching. An
+// address past the end of the tensor does no harm.
 template <class X>
 inline void prefetch(const X* from, int64_t count) {
   const char* address = reinterpret_cast<const char*>(from);
@@ -133,7 +133,7 @@ inline void prefetch(const X* from, int64_t count) {
 
 template <class A>
 void read_locations(const Arguments& args, const Rows& rows, int64_t queries, Block<A>& block) {
-  // Promises that nothing overlaps, without which the loops do not become vector code.
+  // __restrict promises that nothing overlaps; without it the loops are not vectorized.
   A *__restrict x = block.x, *__restrict y = block.y;
   const A *__restrict width = block.width, *__restrict height = block.height;
   for (int64_t query = 0; query < queries; ++query, x += rows.count, y += rows.count) {
@@ -146,7 +146,7 @@ void read_locations(const Arguments& args, const Rows& rows, int64_t queries, Bl
   }
 }
 
-// reference + offset / size of the level, or reference + offset / points * half of the box, in pixels.
+// For points, reference + offset / size of the level; for boxes, reference + offset / P * half of the box. In pixels.
 template <class A, class C>
 void read_offsets(const Arguments& args, const Rows& rows, int64_t first_row, int64_t queries, Block<A>& block) {
   A *__restrict x = block.x, *__restrict y = block.y;
@@ -178,8 +178,8 @@ void read_weights(const Arguments& args, const Rows& rows, int64_t queries, Bloc
   }
 }
 
-// exp(logit - largest) / sum, as torch does: NaN where all are minus infinity or one is infinite or NaN. In vectors, the
-// last one filled up with logits that weigh nothing.
+// exp(logit - largest) / sum, as in torch: NaN if all are minus infinity, or if one is infinite or NaN. Works in
+// vectors, the last of which is padded with logits of no weight.
 template <class A, class C>
 void softmax_row(const C* logits, A* weights, int64_t count) {
   constexpr int W = DIMASKDINO_VECTOR_BYTES / sizeof(A);

@@ -1,5 +1,5 @@
-// Vectors of a chosen width in the compilers' own notation (GCC and Clang), conversions between the storage dtypes and
-// them, and the exponential. Included by kernels.inl inside the namespace of one instruction set.
+// Vectors of a given width as extensions of GCC and Clang, conversions between them and the storage dtypes, and the
+// exponential. Included by kernels.inl inside the namespace of one instruction set.
 
 template <class A, int W>
 struct VectorOf {
@@ -8,7 +8,7 @@ struct VectorOf {
 template <class A, int W>
 using Vec = typename VectorOf<A, W>::type;
 
-// The integer of a float's size, for masks and lane numbers.
+// The integer type of a float's size, for masks and lane numbers.
 template <class A>
 struct SameSize {
   typedef int32_t type;
@@ -42,7 +42,7 @@ inline To bit_cast(From from) {
   return to;
 }
 
-// Half to float: the exponent's bias changes by a multiplication, which also makes subnormal numbers right.
+// Half to float: a multiplication changes the exponent's bias, which also handles subnormal numbers.
 template <class U>
 inline U half_to_float_bits(U half) {
   return ((half & 0x8000u) << 16) | ((half & 0x7fffu) << 13);
@@ -59,7 +59,7 @@ inline float to_accumulate(BFloat16 x) {
 }
 inline float to_accumulate(Half x) {
   const float scaled = bit_cast<float>(half_to_float_bits<uint32_t>(x.bits)) * 0x1p112f;
-  const bool special = (x.bits & 0x7c00u) == 0x7c00u;  // infinite or not a number
+  const bool special = (x.bits & 0x7c00u) == 0x7c00u;  // infinite or NaN
   return special ? bit_cast<float>(bit_cast<uint32_t>(scaled) | 0x7f800000u) : scaled;
 }
 
@@ -69,7 +69,7 @@ inline void from_accumulate(float x, float* out) {
 inline void from_accumulate(double x, double* out) {
   *out = x;
 }
-// Both round to the nearest, ties to even.
+// Both round to nearest, ties to even.
 inline void from_accumulate(float x, BFloat16* out) {
   const uint32_t bits = bit_cast<uint32_t>(x);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -81,9 +81,9 @@ inline void from_accumulate(float x, Half* out) {
   uint32_t half;
   if (magnitude > 0x7f800000u) {
     half = 0x7e00u;
-  } else if (magnitude >= 0x477ff000u) {  // rounds to beyond 65504
+  } else if (magnitude >= 0x477ff000u) {  // would round to more than 65504
     half = 0x7c00u;
-  } else if (magnitude < 0x38800000u) {  // subnormal: adding 0.5 leaves the half's bits in the lowest places
+  } else if (magnitude < 0x38800000u) {  // subnormal: adding 0.5 leaves the half's bits in the lowest bits
     half = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
   } else {
     half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
@@ -109,7 +109,7 @@ inline Vec<int32_t, W> load(const int32_t* from) {
   memcpy(&vec, from, sizeof(vec));
   return vec;
 }
-// 16 bits to 32, one vector at once: GCC 12 makes three instructions of the portable form.
+// 16 bits to 32, a vector at a time: GCC 12 compiles the portable form to three instructions.
 template <int W>
 struct Widen {
   static inline Vec<uint32_t, W> load(const uint16_t* from) {
@@ -122,7 +122,7 @@ struct Widen {
 template <>
 struct Widen<16> {
   static inline Vec<uint32_t, 16> load(const uint16_t* from) {
-    // The form with a mask: GCC 12 warns of an uninitialised operand inside the one without.
+    // The form with a mask, because GCC 12 warns about an uninitialized operand in the form without.
     const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
     return bit_cast<Vec<uint32_t, 16>>(_mm512_maskz_cvtepu16_epi32(0xffff, narrow));
   }
@@ -148,7 +148,7 @@ inline Vec<float, W> load(const Half* from) {
   const Vec<uint32_t, W> special = bit_cast<Vec<uint32_t, W>>((wide & 0x7c00u) == 0x7c00u);
   return bit_cast<Vec<float, W>>(bits | (special & 0x7f800000u));
 }
-// Every processor with AVX2 or AVX-512 converts in one instruction.
+// Every processor with AVX2 or AVX-512 can convert in one instruction.
 #if DIMASKDINO_VECTOR_BYTES >= 64
 template <>
 inline Vec<float, 16> load<16>(const Half* from) {
@@ -200,7 +200,7 @@ inline void store(Vec<float, W> vec, BFloat16* to) {
   memcpy(to, &narrow, sizeof(narrow));
 }
 
-// The largest integers not above x, which must lie within 32 bits: truncated, less one where that went up.
+// The floor of x, which must fit in 32 bits: truncates, and subtracts one where that rounded up.
 template <class A, int W>
 inline Vec<int32_t, W> floor_of(Vec<A, W> x) {
   const Vec<int32_t, W> cut = __builtin_convertvector(x, Vec<int32_t, W>);
@@ -208,7 +208,7 @@ inline Vec<int32_t, W> floor_of(Vec<A, W> x) {
   return cut + __builtin_convertvector(went_up, Vec<int32_t, W>);
 }
 
-// The largest and the sum of a vector's lanes, by halves.
+// The maximum and the sum of a vector's lanes, by repeated halving.
 template <class A, int W>
 struct Across {
   typedef Vec<A, W / 2> HalfOf;
@@ -237,8 +237,8 @@ struct Across<A, 1> {
   }
 };
 
-// e to the x for x <= 0, within 2 units in the last place: 2^n times the series of the rest, which lies in
-// -ln 2 / 2 to ln 2 / 2.
+// exp(x) for x <= 0, within 2 units in the last place: 2^n times a polynomial in the remainder, which lies between
+// -ln 2 / 2 and ln 2 / 2.
 template <int W>
 inline Vec<float, W> exp_negative(Vec<float, W> x) {
   typedef Vec<float, W> Reals;

@@ -17,14 +17,14 @@ struct BackwardArgs {
   ValueGrad value_grad;
 };
 
-// Neighbouring floats that one atomic addition takes.
+// The number of neighboring floats in one atomic addition.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 constexpr int kFloatsPerAddition = 4;
 #else
 constexpr int kFloatsPerAddition = 1;
 #endif
 
-// Adds to grad_value in whatever order the queries come.
+// Adds to grad_value in any order of the queries.
 template <typename A>
 class AtomicSums {
  public:
@@ -35,7 +35,7 @@ class AtomicSums {
 
   __device__ Sum* sums() const { return sums_; }
 
-  // To as many neighbouring channels: 1 or kWidth.
+  // Adds to as many neighboring channels: 1 or kWidth.
   template <int kTogether>
   __device__ void add(Sum* place, const A* grads, A weight) const {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -53,7 +53,7 @@ class AtomicSums {
   A* sums_;
 };
 
-// Adds integers, so that the order makes no difference.
+// Adds integers, so that the order does not matter.
 template <typename A>
 class ExactSums {
  public:
@@ -69,7 +69,7 @@ class ExactSums {
   __device__ void add(Sum* place, const A* grads, A weight) const {
     static_assert(kTogether == 1, "one addition");
     const double scaled = static_cast<double>(weight) * static_cast<double>(grads[0]) * scale_;
-    // Two's complement: negative numbers add up as well.
+    // In two's complement, unsigned addition is right for negative numbers too.
     atomicAdd(place, static_cast<Sum>(__double2ll_rn(scaled)));
   }
 
@@ -78,24 +78,24 @@ class ExactSums {
   double scale_;
 };
 
-// grad_output in the channels of one lane, of kStep that the lanes hold at a time.
+// One lane's channels of grad_output, out of the kStep channels that the lanes hold at a time.
 //
-// A lane loads kVector neighbouring values of a token. To the token's gradient it adds in other channels, kWidth at a
-// time in turn with the other lanes: then one addition of all lanes fills whole sectors of the L2 cache, which takes as
-// long for a part of a sector as for all of it.
+// A lane loads kVector neighboring values of a token, but adds to other channels of the token's gradient: the lanes
+// take turns, kWidth channels each. One addition by all lanes then fills whole sectors of the L2 cache, which needs as
+// much time for part of a sector as for all of it.
 template <class C, int kWidth>
 struct GradOutput {
   using T = typename C::Value;
   using A = Acc<T>;
   static_assert(C::kVector % kWidth == 0, "whole additions");
 
-  A loaded[C::kVector];  // in the channels whose values the lane loads
-  A added[C::kVector];   // in those that it adds to
+  A loaded[C::kVector];  // of the channels whose values the lane loads
+  A added[C::kVector];   // of the channels that it adds to
 
-  // Where among the kStep channels added[i] is.
+  // The place of added[i] among the kStep channels.
   __device__ static int place(int lane, int i) { return (i / kWidth * C::kLanes + lane) * kWidth + i % kWidth; }
 
-  // channels: how many there are from grad_output on.
+  // channels: how many are left, starting at grad_output.
   __device__ void load(const T* grad_output, int lane, int channels, bool exists) {
     load_channels<T, C::kVector>(grad_output + lane * C::kVector, exists && lane * C::kVector < channels, loaded);
 #pragma unroll
@@ -109,7 +109,7 @@ struct GradOutput {
   }
 };
 
-// The gradients of one sample, from the dot products of grad_output with its four corners (0 for one outside).
+// The gradients of one sample, from the dot products of grad_output and its four corners (0 for a corner outside).
 template <typename A>
 struct SampleGrads {
   A x;  // per pixel
@@ -155,7 +155,7 @@ class LocationWriter {
 };
 
 // The gradient of a logit needs the gradients of all weights of its query-head. Each lane keeps those of its own
-// samples in shared memory until it has the sum; there is one place per sample, which only that lane uses.
+// samples in shared memory until the sum is known; every sample has a place there that only its lane uses.
 template <class C>
 class OffsetWriter {
   using T = typename C::Value;
@@ -234,7 +234,7 @@ class OffsetWriter {
   A reference_[4] = {0, 0, 0, 0};
 };
 
-// Of kHalf * 2 samples each lane keeps kHalf, and gets the other lane's share of those for its own share of the rest.
+// Each lane keeps kHalf of kHalf * 2 samples: it trades its share of the rest for the other lane's share of those.
 template <int kHalf, typename A>
 __device__ inline void swap_halves(int lane, A (*dots)[4]) {
   const bool upper = (lane & kHalf) != 0;
@@ -250,8 +250,8 @@ __device__ inline void swap_halves(int lane, A (*dots)[4]) {
   if constexpr (kHalf > 1) swap_halves<kHalf / 2>(lane, dots);
 }
 
-// Sums the dots of kSamples samples over the lanes of a query-head, so that lane i ends with the four sums of sample
-// i % kSamples in dots[0]: 16 shuffles for 4 samples and 8 lanes; summing each number in every lane would take 48.
+// Sums the dots of kSamples samples over the lanes of a query-head: lane i ends up with the four sums of sample
+// i % kSamples in dots[0]. Takes 16 shuffles for 4 samples and 8 lanes; summing every number in all lanes takes 48.
 template <class C, int kSamples, typename A>
 __device__ inline void sum_by_sample(int lane, A (&dots)[kSamples][4]) {
   if constexpr (kSamples > 1) swap_halves<kSamples / 2>(lane, dots);
@@ -262,11 +262,11 @@ __device__ inline void sum_by_sample(int lane, A (&dots)[kSamples][4]) {
   }
 }
 
-// Samples whose dots are in registers at a time. More would save shuffles, but take the registers of loads under way.
+// The number of samples whose dots are in registers at a time. More would save shuffles, but leave fewer for loads.
 template <class C>
 constexpr int kCount = C::kLanes < 4 ? C::kLanes : 4;
 
-// Blocks on a multiprocessor: 128 registers, and more where that would spill.
+// Blocks per multiprocessor: leaves 128 registers, or more where the kernel would spill.
 template <class C>
 constexpr int kBackwardBlocks = C::kChannels == 0 ? 2 : C::kVector == 8 && C::kChannels > 32 ? 3 : 4;
 
@@ -294,7 +294,7 @@ __global__ void __launch_bounds__(kMaxBackwardThreads, kBackwardBlocks<C>)
     if constexpr (C::kChannels != 0) grads.load(grad_outputs, lane, channels, query_head.exists);
 #pragma unroll 1
     for (int round = 0, base = 0; base < samples; ++round, base += C::kLanes) {
-      // Not a round ahead, as in the forward kernel: here the registers would spill.
+      // Unlike the forward kernel, does not load one round ahead: the registers would spill.
       const Sample<A> input = reader.load(base + lane);
       const bool mine = base + lane < samples;
       const Level& level = grid.level_of(mine ? base + lane : 0);
@@ -351,7 +351,7 @@ __global__ void __launch_bounds__(kMaxBackwardThreads, kBackwardBlocks<C>)
   });
 }
 
-// What the weights are bounded by, where it is not 1 as after a softmax.
+// The weights whose largest bounds the sums; null after a softmax, where none exceeds 1.
 inline const void* weights_of(const Locations& inputs) { return inputs.weights; }
 inline const void* weights_of(const Offsets&) { return nullptr; }
 

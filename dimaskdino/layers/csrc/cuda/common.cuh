@@ -1,4 +1,4 @@
-// What all kernels share: dtypes, 16-byte accesses, the cutting up of the work, and the choice of a specialisation.
+// Shared by all kernels: dtypes, 16-byte accesses, how the work is divided, and the choice of a specialization.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -34,8 +34,8 @@ __device__ inline T from_acc(Acc<T> x) {
   }
 }
 
-// The address of a token: 32-bit factors, so that it is a single multiply-add into 64 bits. For a negative token it
-// points anywhere.
+// The address of a token. The factors are 32-bit, so that it takes a single multiply-add into 64 bits. For a negative
+// token, the address is meaningless.
 template <typename T>
 __device__ inline T* at_token(T* first, int token, unsigned bytes_per_token) {
   using Byte = std::conditional_t<std::is_const<T>::value, const char, char>;
@@ -43,12 +43,12 @@ __device__ inline T* at_token(T* first, int token, unsigned bytes_per_token) {
                               static_cast<uint64_t>(static_cast<unsigned>(token)) * bytes_per_token);
 }
 
-// 16 bytes as channels.
+// 16 bytes, as channels.
 template <typename T, int N>
 __device__ inline void unpack(uint4 bits, Acc<T> (&out)[N]) {
   static_assert(N * sizeof(T) == sizeof(bits), "all of them");
   if constexpr (std::is_same<T, __nv_bfloat16>::value) {
-    // A bfloat16 is the upper half of a float: one instruction each, where the conversion takes two.
+    // A bfloat16 is the upper half of a float. This takes one instruction per number; the conversion takes two.
     const unsigned words[4] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -63,7 +63,7 @@ __device__ inline void unpack(uint4 bits, Acc<T> (&out)[N]) {
   }
 }
 
-// N neighbouring channels, in one access where they are 16 bytes; zeros, and nothing is read, where not wanted.
+// Loads N neighboring channels, in one access if they are 16 bytes. If not wanted, reads nothing and returns zeros.
 template <typename T, int N>
 __device__ inline void load_channels(const T* pointer, bool wanted, Acc<T> (&out)[N]) {
   if constexpr (N == 1) {
@@ -88,8 +88,8 @@ __device__ inline void store_channels(T* pointer, const Acc<T> (&values)[N]) {
   }
 }
 
-// What a kernel is compiled for. A query-head belongs to kLanes neighbouring lanes of a warp, each with kVector
-// neighbouring channels; where D is not known beforehand they go over the channels in steps. 0 means known at run time.
+// What a kernel is compiled for. kLanes neighboring lanes of a warp work on a query-head, each on kVector neighboring
+// channels; if D is not known at compile time, they step through the channels. 0 means known only at run time.
 template <typename T, int kVectorSize, int kNumLanes, int kFixedChannels, int kFixedSamples>
 struct Config {
   using Value = T;
@@ -102,7 +102,7 @@ struct Config {
   static_assert(kChannels == 0 || kChannels == kStep, "a fixed D is done in one step");
 };
 
-// The part of the arguments that every kernel takes.
+// The arguments that all kernels have in common.
 struct Grid {
   int batch;
   int tokens;
@@ -123,22 +123,22 @@ struct Grid {
   __device__ int num_samples() const {
     return C::kSamples ? C::kSamples : samples;
   }
-  // sample / P. Exact below 2^16: the reciprocal is too large by less than 2^-32.
+  // sample / P. Exact below 2^16, because the reciprocal is less than 2^-32 too large.
   __device__ const Level& level_of(int sample) const {
     const auto quotient = static_cast<unsigned>((static_cast<uint64_t>(sample) * points_reciprocal) >> 32);
     return levels[points == 1 ? sample : quotient];
   }
 };
 
-// A query and head, and the lanes that do it.
+// A query and head, and the lanes that work on it.
 struct QueryHead {
   int batch;
   int query;
   int head;
-  bool exists;  // false past the end: its lanes run along, for a warp's shuffles need all of them
+  bool exists;  // false past the end; its lanes still run, because a warp's shuffles need all lanes
   int lane;
 
-  // Its place in (B, Q), in (B, Q, H) and that of its values in (B, S, H).
+  // Its place in (B, Q) and in (B, Q, H), and the place of its values in (B, S, H).
   __device__ int64_t query_row(const Grid& grid) const { return static_cast<int64_t>(batch) * grid.queries + query; }
   __device__ int64_t row(const Grid& grid) const { return query_row(grid) * grid.heads + head; }
   __device__ int64_t value_row(const Grid& grid) const {
@@ -146,10 +146,10 @@ struct QueryHead {
   }
 };
 
-// Calls body for each query-head of this group of lanes: one, but for more than 65,535 heads or batch elements.
+// Calls body for each query-head of this group of lanes: once, unless there are over 65,535 heads or batch elements.
 //
-// A block takes neighbouring queries of one head (or of a few), and the blocks of a head follow one another: in the
-// encoder the queries are the pixels in raster order, neighbours sample the same places, and a token's channels of one
+// A block takes neighboring queries of one head (or of a few), and the blocks of a head come one after the other. In
+// the encoder, queries are pixels in raster order, neighbors sample the same places, and a token's channels of one
 // head are a cache line. Not yet measured on a GPU; Schedule changes it.
 template <class C, class Body>
 __device__ inline void for_each_query_head(const Grid& grid, Body body) {
@@ -167,7 +167,7 @@ __device__ inline void for_each_query_head(const Grid& grid, Body body) {
   }
 }
 
-// The one block of shared memory of a launch; kernels cut it up.
+// A launch's only block of shared memory; kernels divide it up.
 __device__ inline uint4* shared_memory() {
   extern __shared__ uint4 dimaskdino_shared_memory[];
   return dimaskdino_shared_memory;
@@ -176,8 +176,8 @@ __device__ inline uint4* shared_memory() {
 constexpr int kMaxSharedBytes = 48 * 1024;  // more would have to be asked for on each device
 
 inline bool fits(const Sizes& sizes) {
-  // Sizes and the bytes of a token are 32-bit in the kernels, with room for a block or grid more; what they are
-  // multiplied to is 64-bit.
+  // In the kernels, sizes and the bytes of a token are 32-bit, with room for another block or grid; their products
+  // are 64-bit.
   constexpr int64_t kMax = 1 << 30;
   return sizes.num_levels <= kMaxLevels && sizes.num_levels * sizes.points < 65536 && sizes.batch <= kMax &&
          sizes.queries <= kMax && sizes.tokens <= kMax && sizes.heads * sizes.channels <= kMax / 8;
@@ -199,12 +199,12 @@ inline dim3 grid_dimensions(const Sizes& sizes, const Schedule& schedule, int la
               limited(ceil_div(sizes.heads, schedule.heads_per_block)), limited(sizes.batch));
 }
 
-// Fills in what the caller left open. bytes_per_thread is what the kernel asks of shared memory.
+// Fills in what the caller left open. bytes_per_thread is the shared memory that the kernel needs.
 template <class C>
 Schedule choose(const Sizes& sizes, Schedule schedule, int max_threads, int64_t bytes_per_thread) {
   if (schedule.heads_per_block == 0) schedule.heads_per_block = 1;
   if (schedule.threads == 0) {
-    // Small blocks where there is little work, as in the decoder: two for each multiprocessor of a large GPU.
+    // Small blocks if there is little work, as in the decoder: two for each multiprocessor of a large GPU.
     constexpr int64_t kEnoughBlocks = 264;
     schedule.threads = max_threads;
     const int64_t threads = sizes.batch * sizes.queries * sizes.heads * C::kLanes;
@@ -246,7 +246,7 @@ cudaError_t launch(void (*kernel)(Args), Args args, const Sizes& sizes, Schedule
   return cudaLaunchKernelEx(&config, kernel, args);
 }
 
-// Calls run with a Config that takes any sizes.
+// Calls run with a Config that works for any sizes.
 template <typename T, class Run>
 cudaError_t with_any_config(const Sizes& sizes, Run run) {
   constexpr int kFull = 16 / sizeof(T);
@@ -254,8 +254,8 @@ cudaError_t with_any_config(const Sizes& sizes, Run run) {
   return run(Config<T, 1, 16, 0, 0>{});
 }
 
-// Calls run with the best Config for these sizes. D = 32 is the width of a head in nearly every published model, and
-// there L * P is 12, 16 or 20 (3, 4 or 5 levels).
+// Calls run with the best Config for these sizes. In nearly every published model, D (the width of a head) is 32, and
+// L * P is 12, 16 or 20 (3, 4 or 5 levels).
 template <typename T, class Run>
 cudaError_t with_config(const Sizes& sizes, Run run) {
   constexpr int kFull = 16 / sizeof(T);

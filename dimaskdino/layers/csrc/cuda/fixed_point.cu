@@ -6,7 +6,7 @@ namespace gpu {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kMaxBlocks = 1024;  // the kernels here walk on in steps of the grid
+constexpr int64_t kMaxBlocks = 1024;  // the kernels in this file use grid-stride loops
 
 template <typename T>
 struct LargestArgs {
@@ -35,11 +35,11 @@ __global__ void find_largest_kernel(const __grid_constant__ LargestArgs<T> args)
 struct ScaleArgs {
   FixedPoint* fixed_point;
   double contributions;
-  bool weights_known;  // else none is above 1
+  bool weights_known;  // if not, none exceeds 1
 };
 
-// |sum| <= contributions * max|grad_output| * max|weight| < 2^exponent; scaled it stays below 2^61, which leaves room
-// for the rounding of the contributions.
+// |sum| <= contributions * max|grad_output| * max|weight| < 2^exponent. After scaling it stays below 2^61, which leaves
+// room for the rounding of the contributions.
 __global__ void choose_scale_kernel(const __grid_constant__ ScaleArgs args) {
   FixedPoint& fixed_point = *args.fixed_point;
   const double grad = __longlong_as_double(static_cast<long long>(fixed_point.largest_grad));
@@ -51,7 +51,7 @@ __global__ void choose_scale_kernel(const __grid_constant__ ScaleArgs args) {
   int shift = 61 - exponent;
   shift = shift > 1000 ? 1000 : shift;
   fixed_point.scale = ldexp(1.0, shift);
-  // Inf - Inf and NaN - NaN are NaN, x - x is 0.
+  // Inf - Inf and NaN - NaN are NaN; for any other x, x - x is 0.
   fixed_point.unit = ldexp(1.0, -shift) + (bound - bound);
 }
 

@@ -14,8 +14,8 @@ struct ForwardArgs {
   void* output;
 };
 
-// Blocks on a multiprocessor. Four leave 64 registers: the loads of some samples under way, and half of all threads.
-// The general kernels need a few registers more.
+// Blocks per multiprocessor. Four leave 64 registers: enough to keep some samples' loads in flight, at half of all
+// threads. The general kernels need a few more registers.
 template <class C>
 constexpr int kForwardBlocks = C::kChannels ? 4 : 2;
 

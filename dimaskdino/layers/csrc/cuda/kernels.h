@@ -1,7 +1,7 @@
-// Deformable attention on the GPU: what the binding (or a benchmark) asks of the kernels. Knows CUDA, but not torch.
+// Deformable attention on the GPU: the interface between the binding (or a benchmark) and the kernels. Has no torch.
 //
-// T is the dtype of value; A the one that locations and sums are kept in: double for double, else float. All pointers
-// are device memory, contiguous and aligned to 16 bytes. Every function only queues work on the stream.
+// T is the dtype of value; A is the dtype of locations and sums: double for double, otherwise float. All pointers are
+// to device memory, contiguous and aligned to 16 bytes. Functions only queue work on the stream.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,7 +12,7 @@ namespace gpu {
 
 enum class Dtype { kFloat32, kFloat64, kFloat16, kBFloat16 };
 
-// Level shapes travel in the kernel's arguments, so that nothing is copied to the device, nor waited for.
+// The kernels' arguments hold the level shapes, so that nothing has to be copied to the device or waited for.
 constexpr int kMaxLevels = 16;
 
 struct Level {
@@ -32,10 +32,10 @@ struct Sizes {
   Level levels[kMaxLevels];
 };
 
-// How the work is cut up; zeros let the launch choose. Here so that a benchmark can try others.
+// How the work is divided; zeros let the launch choose. A benchmark can try others.
 struct Schedule {
-  int threads = 0;          // of a block: a multiple of 32, up to the kernel's limit
-  int heads_per_block = 0;  // a power of two; the rest of a block's query-heads are neighbouring queries
+  int threads = 0;          // per block: a multiple of 32, up to the kernel's limit
+  int heads_per_block = 0;  // a power of two; the block's other query-heads belong to neighboring queries
 };
 
 constexpr int kMaxForwardThreads = 256;
@@ -51,11 +51,11 @@ struct LocationGrads {
   void* weights;
 };
 
-// The fused form: locations and weights are made in the kernel.
+// The fused form: the kernel computes locations and weights.
 struct Offsets {
   const void* reference;  // A (B, Q, 2 or 4)
   int reference_size;     // 2 or 4
-  const void* offsets;    // (B, Q, H, L, P, 2), of T where low_precision is set, else of A
+  const void* offsets;    // (B, Q, H, L, P, 2), of dtype T with low_precision, otherwise A
   const void* logits;     // (B, Q, H, L, P), the same dtype
   bool low_precision;
 };
@@ -66,11 +66,11 @@ struct OffsetGrads {
   void* logits;
 };
 
-// Where grad_value is summed. Zeros when handed over.
+// Where grad_value is summed. The caller fills it with zeros.
 struct ValueGrad {
   void* sums;          // A (B, S, H, D); the caller converts it to T
-  int64_t* exact_sums;  // or int64 (B, S, H, D), where the result must not depend on the order of the additions
-  void* scale;         // and kScaleBytes of scratch for them
+  int64_t* exact_sums;  // or int64 (B, S, H, D), if the result must not depend on the order of the additions
+  void* scale;         // with exact_sums, kScaleBytes of scratch memory
 };
 
 constexpr int kScaleBytes = 32;
@@ -84,9 +84,9 @@ cudaError_t backward(Dtype, const Sizes&, const void* grad_output, const void* v
 cudaError_t backward(Dtype, const Sizes&, const void* grad_output, const void* value, const Offsets&,
                      const OffsetGrads&, const ValueGrad&, cudaStream_t, Schedule = {});
 
-// The exact sums in the dtype of value. They are multiples of a power of two, chosen so that no sum can overflow:
-// at least 61 - log2(Q * P) bits below the largest possible contribution, max|grad_output| * max|weight|, are kept of
-// each one (44 bits for 21,760 queries of 4 points; a float has 24). Where grad_output or the weights hold an Inf or
+// Converts the exact sums to the dtype of value. They are multiples of a power of two, chosen so that no sum can
+// overflow: each contribution keeps at least 61 - log2(Q * P) bits below the largest possible one, max|grad_output| *
+// max|weight| (44 bits for 21,760 queries of 4 points; a float has 24). If grad_output or the weights hold an Inf or a
 // NaN, all of grad_value is NaN.
 cudaError_t exact_sums_to_grad(Dtype, const Sizes&, const ValueGrad&, void* grad_value, cudaStream_t);
 

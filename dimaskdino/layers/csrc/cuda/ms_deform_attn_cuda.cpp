@@ -1,4 +1,4 @@
-// The GPU's implementations of the four ops: buffers, stream and device. Nothing here waits for the GPU.
+// The four ops on the GPU: buffers, stream and device. Nothing here waits for the GPU.
 #include <ATen/Context.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -29,7 +29,7 @@ gpu::Dtype dtype_of(const Tensor& value) {
       return gpu::Dtype::kFloat64;
     case at::kHalf:
       return gpu::Dtype::kFloat16;
-    default:  // the checks let nothing else through
+    default:  // the checks rule out all other dtypes
       return gpu::Dtype::kBFloat16;
   }
 }
@@ -52,13 +52,13 @@ gpu::Sizes sizes_of(const Problem& problem, const char* op) {
   return sizes;
 }
 
-// What the kernels read: contiguous, at an address that 16 divides, which a view into another tensor may not be at.
+// A tensor that the kernels can read: contiguous and aligned to 16 bytes, which a view may not be.
 Tensor readable(const Tensor& tensor) {
   const Tensor contiguous = tensor.contiguous();
   return reinterpret_cast<uintptr_t>(contiguous.const_data_ptr()) % 16 == 0 ? contiguous : contiguous.clone();
 }
 
-// DIMASKDINO_CUDA_SCHEDULE=threads,heads_per_block tries another way to cut up the work, for benchmarks.
+// DIMASKDINO_CUDA_SCHEDULE=threads,heads_per_block divides the work in another way, for benchmarks.
 gpu::Schedule schedule() {
   gpu::Schedule result;
   const char* text = std::getenv("DIMASKDINO_CUDA_SCHEDULE");
@@ -71,7 +71,7 @@ gpu::Schedule schedule() {
 
 void check_launch(cudaError_t error, const char* op, const gpu::Sizes& sizes) {
   if (error == cudaSuccess) return;
-  static_cast<void>(cudaGetLastError());  // said here; not once more by whatever is launched next
+  static_cast<void>(cudaGetLastError());  // reported here, so that the next launch does not
   TORCH_CHECK_VALUE(error != cudaErrorInvalidValue, op, ": the CUDA kernels are not made for these sizes (batch ",
                     sizes.batch, ", tokens ", sizes.tokens, ", heads ", sizes.heads, ", channels ", sizes.channels,
                     ", queries ", sizes.queries, ", levels ", sizes.num_levels, ", points ", sizes.points, ").");
@@ -81,7 +81,7 @@ void check_launch(cudaError_t error, const char* op, const gpu::Sizes& sizes) {
                   : ".");
 }
 
-// The gradient of value while it is being summed.
+// The gradient of value, while it is summed.
 class ValueGradient {
  public:
   explicit ValueGradient(const Tensor& value) : value_(value) {
@@ -161,7 +161,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
   return {grad_value.finish(sizes, stream, op), grad_locations, grad_weights};
 }
 
-// Offsets and logits as the kernels take them. Both are of one dtype, which the checks see to.
+// Offsets and logits in the form that the kernels take. The checks made sure that both have the same dtype.
 struct FusedInputs {
   FusedInputs(const Tensor& value, const Tensor& reference, const Tensor& offsets, const Tensor& logits)
       : reference(readable(reference)), offsets(readable(offsets)), logits(readable(logits)) {

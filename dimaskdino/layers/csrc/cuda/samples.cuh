@@ -1,7 +1,7 @@
-// From a sample's location to the four tokens around it, and who knows the locations.
+// From a sample's location to the four tokens around it, and the readers of locations.
 //
-// The lanes of a query-head take its samples in turn: lane i makes the tokens and weights of sample base + i and puts
-// them on a table in shared memory, from which all lanes read them. Only one warp touches its part of the table.
+// The lanes of a query-head share its samples: lane i computes tokens and weights of sample base + i and writes them to
+// a table in shared memory, from which all lanes read. Each warp has a part of the table to itself.
 #pragma once
 
 #include "common.cuh"
@@ -9,7 +9,7 @@
 namespace dimaskdino {
 namespace gpu {
 
-// One sample as the inputs have it: x, y a location or an offset, weight an attention weight or a logit.
+// One sample as in the inputs: x and y are a location or an offset, weight is an attention weight or a logit.
 template <typename A>
 struct Sample {
   A x;
@@ -17,16 +17,16 @@ struct Sample {
   A weight;
 };
 
-// Where a sample lies between its corners: 0 at the left (upper) ones, 1 at the right (lower) ones.
+// The place of a sample between its corners: 0 at the left (upper) ones, 1 at the right (lower) ones.
 template <typename A>
 struct Place {
   A right;
   A below;
 
-  __device__ bool outside() const { return right < 0; }  // all corners are
+  __device__ bool outside() const { return right < 0; }  // whether all corners are
 };
 
-// The corners above left, above right, below left and below right.
+// The corners: upper left, upper right, lower left, lower right.
 template <typename A>
 struct Corners {
   int tokens[4];  // -1 outside
@@ -34,7 +34,7 @@ struct Corners {
   Place<A> place;
 };
 
-// x and y are in pixels, 0 at the centre of the first. Comparisons with NaN are false, which puts it outside.
+// x and y are in pixels, with 0 at the center of the first. Comparisons with NaN are false, so NaN is outside.
 template <typename A>
 __device__ inline Corners<A> make_corners(A x, A y, A weight, const Level& level) {
   Corners<A> corners{{-1, -1, -1, -1}, {0, 0, 0, 0}, {-1, 0}};
@@ -70,7 +70,7 @@ struct alignas(16) Quad {
   A values[4];
 };
 
-// One entry of padding after a query-head's kLanes: then the query-heads of a warp read from different banks.
+// A query-head's kLanes entries are padded by one, so that the query-heads of a warp read from different banks.
 template <class C>
 class CornerTable {
   using A = Acc<typename C::Value>;
@@ -87,7 +87,7 @@ class CornerTable {
     weights_ = reinterpret_cast<Quad<A>*>(reinterpret_cast<int4*>(shared_memory()) + groups * kStride) + first;
   }
 
-  // Every lane its own; then all are readable.
+  // Every lane writes its own entry; after that, all can be read.
   __device__ void write(int lane, const Corners<A>& corners) {
     __syncwarp();  // the others may still be reading what was there
     tokens_[lane] = make_int4(corners.tokens[0], corners.tokens[1], corners.tokens[2], corners.tokens[3]);
@@ -108,7 +108,7 @@ class CornerTable {
   Quad<A>* weights_;
 };
 
-// Sums over the lanes of a query-head; every lane gets the result.
+// The sum over the lanes of a query-head, in every lane.
 template <class C, typename A>
 __device__ inline A sum_of_lanes(A x) {
 #pragma unroll
@@ -131,8 +131,8 @@ __device__ inline Sample<A> no_sample() {
   return {static_cast<A>(-INFINITY), 0, 0};
 }
 
-// Reads the samples of one query-head from locations and weights. load() and corners() are two steps, so that the next
-// samples can be on their way while these are worked on.
+// Reads the samples of one query-head from locations and weights. load() and corners() are separate, so that the next
+// samples can be loaded while these are processed.
 template <class C>
 class LocationReader {
  public:
@@ -166,8 +166,8 @@ class LocationReader {
   int count_;
 };
 
-// The same from reference, offsets and logits. The softmax is over all samples of the query-head, hence its largest
-// logit and its sum come first; the logits are read again from the cache afterwards.
+// The same from reference, offsets and logits. The softmax is over all samples of the query-head, so the constructor
+// computes its largest logit and its sum; the logits are read again, from the cache, later.
 template <class C>
 class OffsetReader {
  public:
@@ -208,7 +208,7 @@ class OffsetReader {
 
   __device__ A weight(const Sample<A>& sample) const { return exp(sample.weight - largest_) * inverse_sum_; }
 
-  // Offsets are in pixels of the level for points, and in halves of the box divided by P for boxes.
+  // For points, offsets are in pixels of the level; for boxes, in halves of the box divided by P.
   __device__ Corners<A> corners(const Sample<A>& sample, const Level& level) const {
     const A half = 0.5;
     const A x = center_x_ * level.width + sample.x * pixels_per_offset_x(level) - half;
@@ -240,7 +240,7 @@ class OffsetReader {
   int count_;
   A center_x_ = 0;
   A center_y_ = 0;
-  A offset_width_ = 0;  // what an offset of 1 is of the level, for boxes
+  A offset_width_ = 0;  // for boxes: the part of the level that an offset of 1 is
   A offset_height_ = 0;
   A largest_;
   A inverse_sum_;
