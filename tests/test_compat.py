@@ -24,7 +24,8 @@ def _report_ranks(rank: int, folder: Path) -> None:
 
 
 def test_local_ranks_start_at_zero_on_each_machine(tmp_path: Path) -> None:
-    mp.spawn(_report_ranks, args=(tmp_path,), nprocs=2)
+    # Forked processes need not import torch anew.
+    mp.start_processes(_report_ranks, args=(tmp_path,), nprocs=2, start_method="fork")
     expected = repr([(0, 0, 1), (1, 0, 1)])
     assert [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)] == [expected] * 2
 

@@ -46,7 +46,7 @@ def fit_channels(
 def _filters(given: Tensor, channels: int) -> Tensor:
     if channels == 1:
         return given.sum(1, keepdim=True)
-    if channels < _COLORS:
-        return given[:, :channels] * (_COLORS / channels)
+    if channels == 2:
+        return given[:, :2] * (_COLORS / 2)
     more = given.new_zeros(given.shape[0], channels - _COLORS, *given.shape[2:])
     return torch.cat((given, more), dim=1)

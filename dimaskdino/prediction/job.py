@@ -114,7 +114,7 @@ class Job:
             self._note({"number": source.number, "error": str(error), "file": source.path})
             return
         tracker = None if self.track_score is None else Tracker(frames.rate, self.track_score)
-        progress = tqdm(total=frames.count or None, unit="frame", desc=source.name, leave=False, disable=None)
+        progress = tqdm(total=frames.count, unit="frame", desc=source.name, leave=False, disable=None)
         count = 0
         with file_errors_in_one_line(), progress:
             with VideoWriter(self.outputs, source, frames.rate, pictures=self.pictures) as writer:

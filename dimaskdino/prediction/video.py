@@ -38,7 +38,8 @@ class Frames:
         self._first: np.ndarray = first
         rate = self._capture.get(cv2.CAP_PROP_FPS)
         self.rate = rate if 0 < rate < 1000 else FALLBACK_RATE
-        self.count = max(0, int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT)))
+        count = int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT))
+        self.count = min(count, limit or count) if count > 0 else None
 
     def __iter__(self) -> Iterator[np.ndarray]:
         frame = self._first

@@ -1,5 +1,6 @@
 """The benchmark of deformable attention: its table, and what it does with a form that computes something else."""
 
+import gc
 import sys
 
 import pytest
@@ -10,6 +11,16 @@ from dimaskdino.layers import ms_deform_attn_ops
 from dimaskdino.layers.ms_deform_attn_reference import ms_deform_attn_reference
 
 pytestmark = pytest.mark.skipif(not ms_deform_attn_ops.COMPILED, reason="the benchmark measures the compiled op")
+
+
+@pytest.fixture(autouse=True)
+def _small_levels(monkeypatch):
+    shapes = [(16, 16), (8, 8), (4, 4), (2, 2)]
+    monkeypatch.setattr(benchmark, "SHAPES_1024", shapes)
+    monkeypatch.setattr(benchmark, "TOKENS", sum(height * width for height, width in shapes))
+    gc.freeze()  # each measurement collects garbage, which takes long among all modules of a test run
+    yield
+    gc.unfreeze()
 
 
 def test_command_prints_a_row_for_each_case_dtype_and_pass(monkeypatch, capsys):

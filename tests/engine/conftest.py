@@ -1,17 +1,21 @@
 """A tiny ``shapes`` dataset and configurations for it, and the results of one job of two processes."""
 
 import argparse
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from dimaskdino.command_line import import_modules
 from dimaskdino.config import Config, get_cfg
 from dimaskdino.data.datasets import register_all
 from dimaskdino.data.validation.start import check_datasets
-from dimaskdino.engine import launch
+from dimaskdino.engine import HOOK_REGISTRY, launch
+from dimaskdino.evaluation import EVALUATOR_REGISTRY
+from tests.documentation import example
 from tests.engine import job, toy  # noqa: F401  toy registers ToyDetector
 
 
@@ -45,6 +49,22 @@ def make_toy_cfg(shapes_root: Path, output_dir: Path) -> Config:
 def toy_cfg(shapes_root: Path, tmp_path: Path) -> Config:
     """See :func:`make_toy_cfg`; the run is ``tmp_path / "run"``."""
     return make_toy_cfg(shapes_root, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def own_parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Import the modules of the documentation; what they register is forgotten afterwards."""
+    folder, path = tmp_path_factory.mktemp("own_parts"), list(sys.path)
+    sys.path.insert(0, str(folder))
+    for name in ("my_dice", "my_hook"):
+        (folder / f"{name}.py").write_text(example("docs/extend.md", name))
+        import_modules([name])
+    yield
+    sys.path[:] = path
+    for registry, name in ((EVALUATOR_REGISTRY, "Dice"), (HOOK_REGISTRY, "CountObjects")):
+        registry._obj_map.pop(name)
+    for name in ("my_dice", "my_hook"):
+        del sys.modules[name]
 
 
 @pytest.fixture(scope="session")

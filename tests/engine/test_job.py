@@ -7,10 +7,18 @@ import pytest
 import torch
 from torch import nn
 
-from dimaskdino.config import get_cfg
+from dimaskdino.config import Config, get_cfg
 from dimaskdino.engine.hooks import average_running_statistics
 from tests.engine.conftest import make_toy_cfg
-from tests.engine.job import EVAL_PERIOD, MAX_ITER, Buffers, buffers_of, evaluate_together, segmentation_scores
+from tests.engine.job import (
+    EVAL_PERIOD,
+    MAX_ITER,
+    Buffers,
+    buffers_of,
+    dice_of,
+    evaluate_together,
+    segmentation_scores,
+)
 
 
 def test_processes_know_each_other(of_two_processes) -> None:
@@ -40,6 +48,15 @@ def test_two_processes_score_like_one_to_the_last_digit(of_two_processes, shapes
         assert repr(two[task]) == repr(one[task])
         assert 1 < one[task]["AP"] < 99
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)  # sums in another order
+
+
+@pytest.mark.usefixtures("own_parts")
+def test_own_evaluator_measures_in_two_processes_what_it_does_in_one(
+    toy_cfg: Config, tmp_path: Path, of_two_processes
+) -> None:
+    first, second = of_two_processes("evaluate_own")
+    assert first["Dice"] == dice_of(toy_cfg, tmp_path)["Dice"]
+    assert not second.get("Dice")
 
 
 def test_processes_skip_a_step_together(of_two_processes) -> None:

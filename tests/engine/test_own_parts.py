@@ -1,36 +1,17 @@
 """Hooks and evaluators of a user's own, as the documentation shows them."""
 
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from dimaskdino.command_line import import_modules
 from dimaskdino.config import Config
 from dimaskdino.engine import HOOK_REGISTRY, Trainer, evaluate
 from dimaskdino.engine.own_hooks import build_own_hooks
 from dimaskdino.errors import ConfigError
 from dimaskdino.evaluation import EVALUATOR_REGISTRY, build_evaluator
-from tests.documentation import example
-from tests.engine.job import dice_of
 
-
-@pytest.fixture(scope="module", autouse=True)
-def own_parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Import the modules of the documentation; what they register is forgotten afterwards."""
-    folder, path = tmp_path_factory.mktemp("own_parts"), list(sys.path)
-    sys.path.insert(0, str(folder))
-    for name in ("my_dice", "my_hook"):
-        (folder / f"{name}.py").write_text(example("docs/extend.md", name))
-        import_modules([name])
-    yield
-    sys.path[:] = path
-    for registry, name in ((EVALUATOR_REGISTRY, "Dice"), (HOOK_REGISTRY, "CountObjects")):
-        registry._obj_map.pop(name)
-    for name in ("my_dice", "my_hook"):
-        del sys.modules[name]
+pytestmark = pytest.mark.usefixtures("own_parts")
 
 
 def results_of(folder: str) -> dict:
@@ -49,12 +30,6 @@ def test_own_parts_are_in_the_files_of_a_run(toy_cfg: Config) -> None:
     assert written["images_seen"] == 2 * toy_cfg.SOLVER.IMS_PER_BATCH
     assert written["Dice/dice"] == trained["Dice"]["dice"]
     assert evaluate(toy_cfg, resume=True)["Dice"] == trained["Dice"]
-
-
-def test_two_processes_measure_what_one_does(toy_cfg: Config, tmp_path: Path, of_two_processes) -> None:
-    first, second = of_two_processes("evaluate_own")
-    assert first["Dice"] == dice_of(toy_cfg, tmp_path)["Dice"]
-    assert not second.get("Dice")
 
 
 def test_dice_counts_pixels(toy_cfg: Config, tmp_path: Path) -> None:

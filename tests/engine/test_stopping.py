@@ -1,10 +1,10 @@
 """Runs that end early: signals, a best score that is long ago, locked folders."""
 
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -158,14 +158,24 @@ def test_contradicting_keys_are_refused(cfg: Config, options: list[Any], keys: s
 
 
 def test_locked_folder_names_the_process(tmp_path: Path) -> None:
-    hold = "import sys, time, pathlib; from dimaskdino.engine.signals import folder_lock\n"
-    hold += "with folder_lock(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
-    with subprocess.Popen([sys.executable, "-c", hold, tmp_path], stdout=subprocess.PIPE) as other:
-        assert other.stdout.readline() == b"held\n"
+    fork = multiprocessing.get_context("fork")
+    held = fork.Event()
+
+    def hold() -> None:
+        with folder_lock(tmp_path):
+            held.set()
+            time.sleep(60)
+
+    other = fork.Process(target=hold)
+    other.start()
+    try:
+        assert held.wait(60)
         for take in (lambda: check_not_locked(tmp_path), lambda: folder_lock(tmp_path).__enter__()):
             with pytest.raises(UserError, match=rf"process {other.pid} on .*OUTPUT_DIR"):
                 take()
+    finally:
         other.kill()
+        other.join()
     check_not_locked(tmp_path)
     with folder_lock(tmp_path):
         assert str(os.getpid()) in (tmp_path / "run.lock").read_text()

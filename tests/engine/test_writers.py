@@ -47,6 +47,17 @@ def test_tensorboard_has_pictures_of_each_evaluation(cfg: Config) -> None:
     assert trainer.model.training
 
 
+def test_tensorboard_hides_what_a_resumed_run_repeats(cfg: Config) -> None:
+    for start, steps in ((0, range(10)), (5, (5, 6))):
+        writer = WRITER_REGISTRY.get("tensorboard")(cfg, start)
+        for step in steps:
+            writer._writer.add_scalar("loss", step + 100 * start, step)
+        writer.close()
+    events = EventAccumulator(cfg.OUTPUT_DIR).Reload().Scalars("loss")
+    assert [event.step for event in events] == list(range(7))
+    assert [event.value for event in events] == [0, 1, 2, 3, 4, 505, 506]
+
+
 @pytest.mark.parametrize("config", ["dimaskdino_panoptic_shapes", "maskdino_semantic_shapes", "dino_shapes"])
 def test_pictures_of_every_task_have_truth_and_prediction(config: str, shapes_root: Path) -> None:
     cfg = get_cfg()
@@ -146,6 +157,8 @@ def test_wandb_gets_scalars_pictures_and_a_resumed_run(cfg: Config, fake_wandb: 
     cfg.SOLVER.MAX_ITER = 12
     train(cfg, resume=True)
     assert fake_wandb.inits[1]["id"] == "abc"
+    WRITER_REGISTRY.get("wandb")(cfg, 0)  # a new run in the same folder
+    assert fake_wandb.inits[2]["id"] is None
 
 
 def test_mlflow_gets_scalars_pictures_and_parameters(cfg: Config, fake_mlflow: Fake) -> None:

@@ -1,5 +1,6 @@
 import math
 import os
+import runpy
 import subprocess
 import sys
 
@@ -198,29 +199,41 @@ def test_references_must_be_points_or_boxes_of_the_queries():
             ms_deform_attn_fused(value, SHAPES, torch.rand(shape, dtype=torch.float64), offsets, logits)
 
 
-def form_that_runs(**environment):
-    """What a new process logs of the form that it uses, or its error."""
+def test_a_new_process_logs_once_that_plain_pytorch_is_forced():
     code = (
         "import logging, torch; logging.basicConfig(level='INFO')\n"
         "from dimaskdino.layers import ms_deform_attn\n"
         "for _ in range(2): ms_deform_attn(torch.rand(1, 1, 1, 1), [(1, 1)], torch.rand(1, 1, 1, 1, 1, 2), "
         "torch.rand(1, 1, 1, 1, 1))"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False
-    )
-    return result.stderr
+    environment = os.environ | {"DIMASKDINO_MSDA": "reference"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stderr.count("Deformable attention on cpu: plain PyTorch, as DIMASKDINO_MSDA asks") == 1
 
 
-def test_form_that_runs_is_logged_once_and_can_be_forced():
-    told = form_that_runs(DIMASKDINO_MSDA="reference")
-    assert told.count("Deformable attention on cpu: plain PyTorch, as DIMASKDINO_MSDA asks") == 1
-    assert "must be reference, compiled, or not set" in form_that_runs(DIMASKDINO_MSDA="fast")
-    forced = form_that_runs(DIMASKDINO_MSDA="compiled")
-    if ms_deform_attn_ops.MISSING is None:
-        assert forced.count("Deformable attention on cpu: the compiled op") == 1
-    else:
-        assert "DIMASKDINO_MSDA is compiled, but" in forced
+@pytest.mark.parametrize(
+    ("wanted", "missing", "message"),
+    [
+        ("fast", None, "DIMASKDINO_MSDA is 'fast'.*reference, compiled"),
+        ("compiled", "dimaskdino._C", "DIMASKDINO_MSDA is compiled, but .*pip install"),
+    ],
+)
+def test_form_that_cannot_be_had_is_refused(wanted, missing, message, monkeypatch):
+    monkeypatch.setenv("DIMASKDINO_MSDA", wanted)
+    if missing:
+        monkeypatch.setitem(sys.modules, missing, None)  # importing it fails
+    with pytest.raises((ValueError, ImportError), match=message):
+        runpy.run_path(ms_deform_attn_ops.__file__)
+
+
+@pytest.mark.skipif(not ms_deform_attn_ops.COMPILED, reason="the compiled op is not in use")
+def test_compiled_form_is_logged_once(monkeypatch, caplog):
+    monkeypatch.setattr(ms_deform_attn_ops, "_told", set())
+    monkeypatch.setattr(ms_deform_attn_ops, "WANTED", "compiled")
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            assert ms_deform_attn_ops.use_compiled(torch.device("cpu"))
+    assert caplog.text.count("Deformable attention on cpu: the compiled op") == 1
 
 
 def test_without_the_op_plain_pytorch_says_how_to_build_it():

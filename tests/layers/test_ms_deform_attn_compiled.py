@@ -46,6 +46,8 @@ def test_matches_the_reference_form():
 
 @pytest.mark.parametrize("capability", ["avx2", "portable"])
 def test_every_instruction_set_matches_the_reference_form(capability):
+    if capability == torch.ops.dimaskdino.cpu_capability():
+        pytest.skip("test_matches_the_reference_form checks it")
     code = (
         "import torch; from dimaskdino.layers import ms_deform_attn_ops\n"
         f"assert torch.ops.dimaskdino.cpu_capability() == '{capability}'\n"

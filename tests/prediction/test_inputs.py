@@ -59,7 +59,7 @@ def test_nothing_to_predict_is_an_error(folder, tmp_path) -> None:
     (tmp_path / "empty").mkdir()
     for given, named in (
         (tmp_path / "*.png", r"\*\.png"),
-        (f"@{tmp_path / 'absent'}", "absent"),
+        (f"@{tmp_path / 'absent'}", f" {tmp_path / 'absent'} "),
         (tmp_path / "empty",) * 2,
     ):
         with pytest.raises(UserError, match=str(named)):

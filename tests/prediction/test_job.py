@@ -17,7 +17,7 @@ from dimaskdino.prediction.job import Job
 from dimaskdino.prediction.outputs import Outputs, mask_map
 from dimaskdino.prediction.records import Records, Share
 from dimaskdino.prediction.results import Classes, Prediction
-from dimaskdino.prediction.video import Frames, Tracker
+from dimaskdino.prediction.video import FALLBACK_RATE, Frames, Tracker
 from dimaskdino.structures import RleMasks
 
 CLASSES = Classes(["blob"], [1])
@@ -134,7 +134,27 @@ def test_a_video_keeps_its_rate_and_length(tmp_path) -> None:
 
 def test_a_limit_ends_a_video_early(tmp_path) -> None:
     (source,) = sources(video(tmp_path / "v.mp4"))
-    assert len(list(Frames(source, 3))) == 3
+    frames = Frames(source, 3)
+    assert (len(list(frames)), frames.count, Frames(source).count) == (3, 3, 9)
+
+
+def test_camera_without_rate_and_length_gets_the_usual_rate(monkeypatch) -> None:
+    class Camera:
+        def __init__(self, index: int) -> None:
+            pass
+
+        def read(self) -> tuple[bool, np.ndarray]:
+            return True, np.zeros((2, 3, 3), np.uint8)
+
+        def get(self, what: int) -> float:
+            return 0.0 if what == cv2.CAP_PROP_FPS else -1.0
+
+        def release(self) -> None:
+            pass
+
+    monkeypatch.setattr(cv2, "VideoCapture", Camera)
+    frames = Frames(Source("0", "camera", "camera_0", 0), 2)
+    assert (frames.rate, frames.count, len(list(frames))) == (FALLBACK_RATE, None, 2)
 
 
 def test_half_a_video_leaves_no_file(tmp_path) -> None:

@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 
 import cv2
@@ -149,6 +150,15 @@ def test_a_picture_beyond_the_limit_of_pil_can_be_read(tmp_path, monkeypatch) ->
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     assert open_canvas(tmp_path / "a.png").size == (30, 40)
     assert Image.MAX_IMAGE_PIXELS == 100
+
+
+def test_tiff_without_rasterio_is_read_by_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rasterio", None)  # importing it fails
+    image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    Image.fromarray(image).save(tmp_path / "a.tif")
+    canvas = open_canvas(tmp_path / "a.tif")
+    assert np.array_equal(pieces(canvas), image)
+    assert canvas.to_map is None
 
 
 def test_geotiff_is_read_with_its_place(tmp_path: Path) -> None:

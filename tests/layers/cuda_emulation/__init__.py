@@ -1,6 +1,9 @@
 """The CUDA kernels of deformable attention compiled for the CPU, and called as the binding calls them."""
 
 import ctypes
+import fcntl
+import hashlib
+import os
 import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +19,8 @@ KERNELS = HERE.parents[2] / "dimaskdino" / "layers" / "csrc" / "cuda"
 _DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 _SCALE_BYTES = 32
 _EMULATION = "emulation.cpp"
+# Objects stay here for as long as their preprocessed source is the same; the processes of `make test` share them.
+_OBJECTS = Path(os.environ.get("EMULATION_OBJECTS", HERE.parents[2] / "build" / "emulation"))
 # The emulation's own work is not that of the threads which ThreadSanitizer is to see.
 _UNCHECKED = {"-fsanitize=thread": "-DFOR_THREAD_SANITIZER"}
 
@@ -30,7 +35,7 @@ def build(folder: Path, compiler: str, flags: Sequence[str] = ("-O1",), extra: S
     """
     sources = sorted([*KERNELS.glob("*.cu"), *HERE.glob("*.cpp"), *extra])
     with ThreadPoolExecutor(max_workers=2) as pool:
-        objects = list(pool.map(lambda source: _compile(source, folder, compiler, flags), sources))
+        objects = list(pool.map(lambda source: _compile(source, compiler, flags), sources))
     library = folder / "emulated.so"
     _run([compiler, *flags, "-shared", "-o", str(library), *objects])
     return library
@@ -44,7 +49,7 @@ def build_binding(folder: Path, compiler: str, flags: Sequence[str], library: Pa
     source = HERE / "binding" / "binding.cpp"
     torch_folder = Path(torch.__file__).parent
     headers = [f"-isystem{torch_folder / 'include' / part}" for part in (".", "torch/csrc/api/include")]
-    compiled = _compile(source, folder, compiler, [*flags, f"-I{source.parent}", *headers])
+    compiled = _compile(source, compiler, [*flags, f"-I{source.parent}", *headers])
     binding = folder / "binding.so"
     torch_libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
     _run([compiler, *flags, "-shared", "-o", str(binding), compiled, str(library), *torch_libraries])
@@ -53,25 +58,37 @@ def build_binding(folder: Path, compiler: str, flags: Sequence[str], library: Pa
 
 def build_program(folder: Path, compiler: str, flags: Sequence[str], source: str) -> Path:
     """A file here with kernels and a ``main`` of its own as a program; arguments and errors as for ``build``."""
-    objects = [_compile(HERE / name, folder, compiler, flags) for name in (source, _EMULATION)]
+    objects = [_compile(HERE / name, compiler, flags) for name in (source, _EMULATION)]
     program = folder / Path(source).stem
     _run([compiler, *flags, "-o", str(program), *objects])
     return program
 
 
-def _compile(source: Path, folder: Path, compiler: str, flags: Sequence[str]) -> str:
+def _compile(source: Path, compiler: str, flags: Sequence[str]) -> str:
     if source.name == _EMULATION:
         flags = [_UNCHECKED.get(flag, flag) for flag in flags]
-    target = str(folder / f"{source.stem}.o")
     common = ["-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *flags]
-    _run([compiler, *common, f"-I{HERE}", f"-I{KERNELS}", "-x", "c++", "-c", str(source), "-o", target])
-    return target
+    command = [compiler, *common, f"-I{HERE}", f"-I{KERNELS}", "-x", "c++"]
+    version, code = _run([compiler, "--version"]), _run([*command, "-E", str(source)])
+    options = [flag for flag in command if not flag.startswith(("-D", "-I"))]  # those have had their effect
+    target = _OBJECTS / f"{source.stem}-{hashlib.sha256(repr((version, options, code)).encode()).hexdigest()[:16]}.o"
+    _OBJECTS.mkdir(parents=True, exist_ok=True)
+    with target.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            partial = target.with_suffix(".part")
+            _run([*command, "-c", str(source), "-o", str(partial)])
+            partial.rename(target)
+    return str(target)
 
 
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def _run(command: list[str]) -> str:
+    # A sanitizer that is loaded into Python would slow the compiler down as well.
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    return done.stdout
 
 
 class Kernels:
