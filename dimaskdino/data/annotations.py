@@ -76,34 +76,41 @@ def annotations_to_instances(
     objects = [annotation for annotation in annotations if not annotation.get("iscrowd", 0)]
     rules = Rules(categories=dict.fromkeys(range(num_classes), ""), with_masks=with_masks)
     _check(annotations, rules, source_size, file_name)
-    regions = list(_regions(objects, transforms, source_size, target_size, with_masks=with_masks))
-    if annotated_boxes:
-        regions = [
-            region._replace(box=_region_of_box(each, transforms, target_size).box) if "bbox" in each else region
-            for each, region in zip(objects, regions, strict=True)
-        ]
-    kept = [
-        (each, region)
-        for each, region in zip(objects, regions, strict=True)
-        if Shape(region.box, 0, [], region.rle).has_pixel(target_size)
-    ]
+    kept: list[Annotation] = []
+    regions: list[Region] = []
+    found = _regions(objects, transforms, source_size, target_size, with_masks=with_masks)
+    for each, region in zip(objects, found, strict=True):
+        if annotated_boxes and "bbox" in each:
+            region = region._replace(box=_region_of_box(each, transforms, target_size).box)
+        if Shape(region.box, 0, [], region.rle).has_pixel(target_size):
+            kept.append(each)
+            regions.append(region)
     instances = Instances(target_size)
-    instances.gt_classes = torch.tensor([each["category_id"] for each, _ in kept], dtype=torch.int64)
-    boxes = torch.tensor([region.box for _, region in kept], dtype=torch.float32)
+    instances.gt_classes = torch.tensor([each["category_id"] for each in kept], dtype=torch.int64)
+    boxes = torch.tensor([region.box for region in regions], dtype=torch.float32)
     instances.gt_boxes = Boxes(boxes.reshape(-1, 4))
     if with_masks:
-        rles = [region.rle for _, region in kept]
+        rles = [region.rle for region in regions]
         instances.gt_masks = BitMasks(_unpack(rles, target_size))
         if None in rles:
             instances.gt_mask_supervised = torch.tensor([rle is not None for rle in rles])
-    if any("box_supervised" in annotation for annotation in annotations):
-        supervised = [bool(each.get("box_supervised", True)) for each, _ in kept]
-        instances.gt_box_supervised = torch.tensor(supervised, dtype=torch.bool)
-    if any("box_weight" in annotation for annotation in annotations):
-        instances.gt_box_weight = torch.tensor([_box_weight(each, file_name) for each, _ in kept], dtype=torch.float32)
-    for name, values in fields_of([each for each, _ in kept], fields, file_name).items():
+    for name, values in _optional_fields(annotations, kept, fields, file_name).items():
         instances.set(name, values)
     return instances
+
+
+def _optional_fields(
+    annotations: list[Annotation], kept: list[Annotation], fields: Sequence[str], file_name: str
+) -> dict[str, torch.Tensor]:
+    """The fields that only some datasets have; an image has one if any of its annotations has the key."""
+    found: dict[str, torch.Tensor] = {}
+    if any("box_supervised" in each for each in annotations):
+        supervised = [bool(each.get("box_supervised", True)) for each in kept]
+        found["gt_box_supervised"] = torch.tensor(supervised, dtype=torch.bool)
+    if any("box_weight" in each for each in annotations):
+        weights = [_box_weight(each, file_name) for each in kept]
+        found["gt_box_weight"] = torch.tensor(weights, dtype=torch.float32)
+    return found | fields_of(kept, fields, file_name)
 
 
 def crowd_regions(annotations: list[Annotation], **arguments: Any) -> Instances:

@@ -146,13 +146,28 @@ def coco_detection_detr(
     return coco_instance_detr(cfg, is_train=is_train, with_instances=with_instances, with_masks=with_masks)
 
 
-def augmentations_of(
-    cfg: CfgNode, default: Callable[[CfgNode], list[T.Augmentation]], is_train: bool
-) -> list[T.Augmentation]:
-    """What INPUT.AUGMENTATIONS lists, else ``default(cfg)``, in training; the resize of testing otherwise."""
-    if not is_train:
-        return test_resize(cfg)
-    return own_augmentations(cfg) if cfg.INPUT.AUGMENTATIONS else default(cfg)
+def mapper_arguments(
+    cfg: CfgNode,
+    default: Callable[[CfgNode], list[T.Augmentation]],
+    is_train: bool,
+    with_instances: bool,
+    with_masks: bool,
+) -> dict[str, Any]:
+    """Arguments of :class:`InstanceMapper` that mappers of every task take.
+
+    Augmentations are, in training, what INPUT.AUGMENTATIONS lists, else ``default(cfg)``; otherwise the resize of
+    testing.
+    """
+    own = own_augmentations if cfg.INPUT.AUGMENTATIONS else default
+    return {
+        "augmentations": own(cfg) if is_train else test_resize(cfg),
+        "image_format": cfg.INPUT.FORMAT,
+        "num_classes": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
+        "with_instances": with_instances,
+        "with_masks": with_masks,
+        "apply_exif": cfg.INPUT.APPLY_EXIF,
+        "reader": image_reader(cfg),
+    }
 
 
 def _instance_mapper(
@@ -164,18 +179,12 @@ def _instance_mapper(
 ) -> InstanceMapper:
     pastes = is_train and with_instances
     return InstanceMapper(
-        augmentations=augmentations_of(cfg, default, is_train),
         copy_paste=copy_paste(cfg, with_masks=with_masks) if pastes else None,
-        image_format=cfg.INPUT.FORMAT,
-        num_classes=cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
-        with_instances=with_instances,
-        with_masks=with_masks,
-        apply_exif=cfg.INPUT.APPLY_EXIF,
         fields=cfg.INPUT.ANNOTATION_FIELDS,
-        reader=image_reader(cfg),
         annotated_boxes=cfg.INPUT.BOXES_OF_ANNOTATIONS,
         partial_labels=cfg.INPUT.PARTIAL_LABELS,
         crowd=cfg.MODEL.IGNORE_CROWD_SHARE > 0,
+        **mapper_arguments(cfg, default, is_train, with_instances, with_masks),
     )
 
 

@@ -9,8 +9,8 @@ from detectron2.data import transforms as T
 from dimaskdino.data.annotations import Annotation
 from dimaskdino.data.augmentations import copy_paste
 from dimaskdino.data.label_maps import panoptic_annotations, read_segments, read_semantic, semantic_annotations
-from dimaskdino.data.mapper import MAPPER_REGISTRY, InstanceMapper, augmentations_of
-from dimaskdino.data.readers import image_reader, pad_value
+from dimaskdino.data.mapper import MAPPER_REGISTRY, InstanceMapper, mapper_arguments
+from dimaskdino.data.readers import pad_value
 from dimaskdino.data.transforms import PAD_VALUE, KeepAPixel, color_and_flip, large_scale_jitter
 from dimaskdino.errors import ConfigError, DatasetError
 
@@ -52,9 +52,10 @@ class SemanticMapper(InstanceMapper):
 @MAPPER_REGISTRY.register()
 def coco_panoptic_lsj(cfg: CfgNode, *, is_train: bool, with_instances: bool, with_masks: bool = True) -> PanopticMapper:
     """Panoptic labels, large-scale jitter on a square canvas in training."""
-    augmentations = augmentations_of(cfg, large_scale_jitter, is_train)
     paste = copy_paste(cfg, with_masks=with_masks) if is_train and with_instances else None
-    return PanopticMapper(copy_paste=paste, **_arguments(cfg, augmentations, with_instances, with_masks))
+    return PanopticMapper(
+        copy_paste=paste, **mapper_arguments(cfg, large_scale_jitter, is_train, with_instances, with_masks)
+    )
 
 
 @MAPPER_REGISTRY.register()
@@ -64,9 +65,8 @@ def mask_former_semantic(
     """Semantic labels, MaskFormer's resize, crop and padding in training."""
     if is_train and copy_paste(cfg):
         raise ConfigError("INPUT.AUGMENTATIONS lists CopyPaste, which needs objects, not a map of classes; remove it.")
-    augmentations = augmentations_of(cfg, semantic_crop, is_train)
-    ignore = cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
-    return SemanticMapper(ignore=ignore, **_arguments(cfg, augmentations, with_instances, with_masks))
+    arguments = mapper_arguments(cfg, semantic_crop, is_train, with_instances, with_masks)
+    return SemanticMapper(ignore=cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE, **arguments)
 
 
 def semantic_crop(cfg: CfgNode) -> list[T.Augmentation]:
@@ -94,17 +94,3 @@ def semantic_crop(cfg: CfgNode) -> list[T.Augmentation]:
     if side > 0:
         augmentations.append(T.FixedSizeCrop((side, side), pad_value=pad_value(cfg, PAD_VALUE)))
     return augmentations
-
-
-def _arguments(
-    cfg: CfgNode, augmentations: list[T.Augmentation], with_instances: bool, with_masks: bool
-) -> dict[str, Any]:
-    return {
-        "augmentations": augmentations,
-        "image_format": cfg.INPUT.FORMAT,
-        "num_classes": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
-        "with_instances": with_instances,
-        "with_masks": with_masks,
-        "apply_exif": cfg.INPUT.APPLY_EXIF,
-        "reader": image_reader(cfg),
-    }

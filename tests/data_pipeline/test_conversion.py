@@ -41,8 +41,9 @@ def convert(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         monkeypatch.setattr(sys, "argv", ["convert_dataset.py", *map(str, [*arguments, *options])])
         with contextlib.suppress(SystemExit):
             run_cli(convert_dataset.main)
-        error = capsys.readouterr().err.strip()
-        if error:
+        printed = capsys.readouterr()
+        run.notes = [line for line in printed.out.splitlines() if line[:1].isdigit()]
+        if error := printed.err.strip():
             return error
         path = root / "out" / "annotations.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -83,7 +84,7 @@ def test_yolo_boxes_polygons_and_background(root: Path, convert) -> None:
         root,
         {
             "data.yaml": "names: {0: cat, 1: '狗'}\n",
-            "labels/a b.txt": "1 0.5 0.5 0.5 1.001\n0 0.1 0.1 0.6 0.1 0.6 0.5\n",
+            "labels/a b.txt": "1 0.5 0.5 0.5 1.001 0.9\n0 0.1 0.1 0.6 0.1 0.6 0.5\n",
             "labels/größe 大.txt": "\n",
         },
     )
@@ -95,6 +96,12 @@ def test_yolo_boxes_polygons_and_background(root: Path, convert) -> None:
     assert (polygon["class"], polygon["segmentation"]) == ("cat", [[4, 2, 24, 2, 24, 10]])
     assert polygon["bbox"] == [4, 2, 20, 8]
     assert objects_of(coco, "größe 大.png") == objects_of(coco, "sub/c.png") == []
+    assert convert.notes == [
+        "1 scores after a box, left out",
+        "1 images without a label file",
+        "2 coordinates a hair outside the image, cut",
+        "2 images without objects (background)",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -244,6 +251,7 @@ def test_masks_of_classes_and_of_objects(root: Path, convert) -> None:
     found = objects_of(coco, "a b.png")
     assert [each["class"] for each in found] == ["cat", "dog", "dog"]
     assert np.array_equal(mask(found[1]) | mask(found[2]), ring())
+    assert "2 images without a label map" in convert.notes
     whole = objects_of(convert("masks", "--classes", "cat", "--instances", source=root / "maps"), "a b.png")
     assert [int(mask(each).sum()) for each in whole] == [9, int(ring().sum()), 1]
     assert "value 2 is of class 2, which is unknown" in convert("masks", "--classes", "cat", source=root / "maps")
