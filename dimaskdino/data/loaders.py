@@ -59,7 +59,14 @@ def build_train_loader(
     """
     check_sampler(cfg)
     register_all(cfg=cfg)
-    entries = _train_entries(cfg)
+    entries = _entries(cfg, cfg.DATASETS.TRAIN, train=True)
+    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and any("annotations" in entry for entry in entries[:1]):
+        entries = filter_images_with_only_crowd_annotations(entries)
+    if not entries:
+        raise DatasetError(
+            f"No image with an object (apart from crowd regions) in {', '.join(cfg.DATASETS.TRAIN)}; check the "
+            "annotations, or set DATALOADER.FILTER_EMPTY_ANNOTATIONS False to train on background."
+        )
     mapper = build_mapper(cfg, is_train=True, with_masks=with_masks)
     logger.info("Augmentations: %s", getattr(mapper, "augmentations", mapper))
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
@@ -73,28 +80,19 @@ def build_train_loader(
         rank=comm.get_rank(),
         num_processes=comm.get_world_size(),
     )
-    collate = partial(
-        _checked_batch,
-        mapper_name=cfg.INPUT.DATASET_MAPPER_NAME,
-        needs_instances=cfg.MODEL.META_ARCHITECTURE in ("DIMaskDINO", "MaskDINO", "DINO"),
+    loader = DataLoader(
+        Samples(entries, mapper, seed),
+        batch_sampler=batches,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        collate_fn=partial(
+            _checked_batch,
+            mapper_name=cfg.INPUT.DATASET_MAPPER_NAME,
+            needs_instances=cfg.MODEL.META_ARCHITECTURE in ("DIMaskDINO", "MaskDINO", "DINO"),
+        ),
     )
-    samples, num_workers = Samples(entries, mapper, seed), cfg.DATALOADER.NUM_WORKERS
     forget_files()
     forget_panoptic_files()
-    return DataLoader(samples, batch_sampler=batches, num_workers=num_workers, collate_fn=collate)
-
-
-def _train_entries(cfg: CfgNode) -> list[dict[str, Any]]:
-    """The images of DATASETS.TRAIN that training draws from."""
-    entries = _entries(cfg, cfg.DATASETS.TRAIN, train=True)
-    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and any("annotations" in entry for entry in entries[:1]):
-        entries = filter_images_with_only_crowd_annotations(entries)
-    if not entries:
-        raise DatasetError(
-            f"No image with an object (apart from crowd regions) in {', '.join(cfg.DATASETS.TRAIN)}; check the "
-            "annotations, or set DATALOADER.FILTER_EMPTY_ANNOTATIONS False to train on background."
-        )
-    return entries
+    return loader
 
 
 def _checked_batch(batch: list[dict[str, Any]], mapper_name: str, needs_instances: bool) -> list[dict[str, Any]]:
