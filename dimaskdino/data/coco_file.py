@@ -109,7 +109,8 @@ def _check_entries(kind: str, entries: Any, types: dict[str, tuple[type, ...]]) 
         if {type(entry.get(key)) for entry in entries} <= set(wanted):
             continue
         position = next(index for index, entry in enumerate(entries) if type(entry.get(key)) not in wanted)
-        entry, names = entries[position], " or ".join(_TYPE_NAMES[each] for each in wanted)
+        entry = entries[position]
+        names = " or ".join(_TYPE_NAMES[each] for each in wanted if each is not int or float not in wanted)
         which = f"number {position} (counted from 0) of {kind}, with id {entry.get('id')!r:.40},"
         raise ValueError(f"{which} has the {key} {entry.get(key)!r:.40}, not {names}")
 

@@ -72,7 +72,7 @@ DAMAGES: dict[str, tuple[Change, str, str]] = {
         "two.png: 6x8 (width x height), listed as 8x6",
     ),
     "image twice": (
-        lambda coco, _: coco["images"].append({**coco["images"][1], "id": 3}),
+        lambda coco, _: coco["images"].append({**coco["images"][1], "id": 3, "file_name": "./two.png"}),
         "image file_name: listed more than once",
         "two.png",
     ),

@@ -287,6 +287,19 @@ def test_test_dataset_with_other_class_names_gives_one_warning(mine: Config, cap
     assert "class 1 is 'box' in mine and 'crate' in renamed" in record.message
 
 
+def test_images_that_two_datasets_share_are_noted(mine: Config, caplog: pytest.LogCaptureFixture) -> None:
+    register_with_classes("again", "ball", "box")
+    mine.DATASETS.TEST = ("mine", "again")
+    check_datasets(mine)
+    (record,) = [record for record in caplog.records if "new images" in record.message]
+    assert record.message.startswith(f"1 images of again, such as {image_path('one.png')}, are in mine as well")
+    caplog.clear()
+    mine.DATASETS.TRAIN, mine.DATASETS.TEST = ("mine", "again"), ()
+    check_datasets(mine)
+    (record,) = [record for record in caplog.records if "background" in record.message]
+    assert f"{image_path('one.png')}, are in again and in mine" in record.message
+
+
 NORMALIZED = {"segmentation": [[0.1, 0.2, 0.5, 0.2, 0.5, 0.6, 0.1, 0.6]], "bbox": [0.1, 0.2, 0.4, 0.4], "area": 1}
 AS_CORNERS = {"segmentation": [[3, 3, 6, 3, 6, 5, 3, 5]], "bbox": [3, 3, 6, 5]}
 
@@ -423,12 +436,16 @@ def test_headers_are_read_evenly_and_then_in_time(
     monkeypatch.setattr(PilReader, "header", lambda self, path: read.append(Path(path).name) or header(self, path))
     monkeypatch.setattr(start, "LEAST_HEADERS", 3)
     monkeypatch.setattr(start, "MOST_SECONDS", seconds)
+    mine.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
     with caplog.at_level(logging.INFO):
-        check_datasets(mine, train=False)
+        check_datasets(mine, test=False)
     assert read[:3] == ["one.png", "5.png", "9.png"]
     assert len(read) == len({*read}) == number
     assert f"the headers of {number} of 9 images" in caplog.text
     assert ("tools/check_dataset.py mine" in caplog.text) == (number < 9)
+    read.clear()
+    check_datasets(mine)
+    assert read == ["one.png", "two.png", *(f"{number}.png" for number in range(3, 10))]  # tested on: all, once
 
 
 def test_gray_images_have_no_colors_to_distort(mine: Config) -> None:

@@ -96,7 +96,7 @@ def of_size(height: int, width: int) -> list[dict]:
 def test_compiled_layers_are_not_compiled_again_for_other_sizes() -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    plain, compiled = (tiny_model(DEC_LAYERS=1).train() for _ in range(2))
+    plain, compiled = (tiny_model(DEC_LAYERS=2).train() for _ in range(2))
     compile_layers(tiny_cfg({"MODEL.COMPILE": ["encoder", "decoder"]}), compiled, counter)
     assert plain.state_dict().keys() == compiled.state_dict().keys()
     first, *sizes = ([*of_size(*size), *of_size(*size)] for size in ((64, 96), (96, 64), (128, 160)))

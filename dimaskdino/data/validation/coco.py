@@ -1,7 +1,7 @@
 """The rules for the lists of images, categories and annotations of a COCO file."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from dimaskdino.data.coco_file import Json
@@ -31,7 +31,7 @@ def listing_problems(coco: Json, path: str, registered: list[str] | None) -> Ite
         remedy = "number the images anew, as after merging files, or labels land on other images"
         both = f"{first['file_name']} and {second['file_name']}"
         yield f"image id {value!r} of {both}", Problem("image id: used more than once", Level.REFUSED, "", remedy)
-    for value, _, _ in _repeated(coco["images"], "file_name"):
+    for value, _, _ in _repeated(coco["images"], "file_name", os.path.normpath):
         yield value, Problem("image file_name: listed more than once", Level.NOTE)
     annotations = coco.get("annotations", [])
     # COCO 2014's minival files list some annotations twice, which detectron2 lets pass.
@@ -68,14 +68,20 @@ def _class_problem(names: list[str], registered: list[str]) -> Problem:
     return Problem("categories: not the registered classes", Level.REFUSED, detail, remedy)
 
 
-def _repeated(entries: Iterable[Json], key: str) -> Iterator[tuple[Any, Json, Json]]:
-    """Every value of ``key`` that occurs again, with the first entry that has it and one that has it again."""
+def _repeated(
+    entries: Iterable[Json], key: str, plain: Callable[[Any], Any] = lambda value: value
+) -> Iterator[tuple[Any, Json, Json]]:
+    """Every value of ``key`` that occurs again, with the first entry that has it and one that has it again.
+
+    Values are the same if ``plain`` makes the same of them.
+    """
     entries = list(entries)
-    if len({entry[key] for entry in entries}) == len(entries):
+    values = [plain(entry[key]) for entry in entries]
+    if len({*values}) == len(entries):
         return
     first: dict[Any, Json] = {}
     again: dict[Any, Json] = {}
-    for entry in entries:
-        if first.setdefault(entry[key], entry) is not entry:
-            again.setdefault(entry[key], entry)
+    for value, entry in zip(values, entries, strict=True):
+        if first.setdefault(value, entry) is not entry:
+            again.setdefault(value, entry)
     yield from ((value, first[value], entry) for value, entry in again.items())

@@ -1,6 +1,8 @@
 """The check at the start: the datasets of a job, before anything is built, each mistake in one line."""
 
+import itertools
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -24,7 +26,8 @@ from dimaskdino.errors import ConfigError, DatasetError
 logger = logging.getLogger(__name__)
 
 # Image files whose headers the check reads in any case, evenly spread over a dataset, and the seconds after which it
-# stops reading the others; tools/check_dataset.py reads all.
+# stops reading the others; tools/check_dataset.py reads all. Of images to test on it reads all as well: one that cannot
+# be used would be met after the whole training.
 LEAST_HEADERS = 5000
 MOST_SECONDS = 4.0
 
@@ -59,6 +62,7 @@ def check_datasets(cfg: CfgNode, *, train: bool = True, test: bool = True, with_
         check_color_distortion(cfg)
     trained, tested = cfg.DATASETS.TRAIN if train else (), cfg.DATASETS.TEST if test else ()
     classes: dict[str, tuple[str, ...]] = {}
+    images: dict[str, tuple[set[str], set[str]]] = {}
     left = cfg.DATASETS.MAX_IMAGES or None
     for name in dict.fromkeys((*trained, *tested)):
         find_dataset(name)
@@ -69,15 +73,16 @@ def check_datasets(cfg: CfgNode, *, train: bool = True, test: bool = True, with_
             classes[name] = tuple(names)
             continue
         dataset = _check_dataset(cfg, name, trained=name in trained, tested=name in tested, with_masks=with_masks)
-        used: list[Picture] = []
+        to_test = dataset.pictures[: cfg.DATASETS.MAX_IMAGES or None] if name in tested else []
+        to_train: list[Picture] = []
         if name in trained:
-            used += _trained_on(dataset.pictures[:left], cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+            to_train = _trained_on(dataset.pictures[:left], cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
             left = left and max(left - len(dataset.pictures), 0)
-        if name in tested:
-            used += dataset.pictures[: cfg.DATASETS.MAX_IMAGES or None]
-        _check_files(cfg, dataset, list({picture.path: picture for picture in used}.values()))
+        _check_files(cfg, dataset, to_train, to_test)
+        images[name] = _paths(to_train), _paths(to_test)
         classes[name] = tuple(dataset.classes.values())
     _check_same_classes(classes, trained)
+    _note_shared_images(images)
 
 
 def _check_dataset(cfg: CfgNode, name: str, *, trained: bool, tested: bool, with_masks: bool) -> Dataset:
@@ -169,14 +174,18 @@ def _trained_on(pictures: Sequence[Picture], filter_empty: bool) -> list[Picture
     return [each for each in pictures if any(not one.get("iscrowd", 0) for one in each.annotations)]
 
 
-def _check_files(cfg: CfgNode, dataset: Dataset, used: Sequence[Picture]) -> None:
+def _check_files(cfg: CfgNode, dataset: Dataset, to_train: Sequence[Picture], to_test: Sequence[Picture]) -> None:
     """Look whether the images exist, read the headers of many, and decode one."""
     reader = image_reader(cfg)
+    tested = {picture.path: picture for picture in to_test}
+    trained = {picture.path: picture for picture in to_train if picture.path not in tested}
+    used = [*tested.values(), *trained.values()]
     check_files_exist(dataset.name, [reader.file(each.path) for each in used])
     local = [each for each in used if "://" not in each.path]
     turned: list[tuple[Picture, Header]] = []
     number = 0
-    for picture in _spread_first(local):
+    of_test = [each for each in local if each.path in tested]
+    for picture in itertools.chain(of_test, _spread_first(local[len(of_test) :])):
         header = reader.header(picture.path)
         problem = size_problem(header, picture.size, apply_exif=cfg.INPUT.APPLY_EXIF) if picture.size else ""
         if problem:
@@ -203,6 +212,26 @@ def _spread_first(pictures: Sequence[Picture]) -> Iterator[Picture]:
         if time.monotonic() > start + MOST_SECONDS:
             return
         yield pictures[index]
+
+
+def _paths(pictures: Sequence[Picture]) -> set[str]:
+    return {os.path.normpath(picture.path) for picture in pictures}
+
+
+def _note_shared_images(images: dict[str, tuple[set[str], set[str]]]) -> None:
+    """Warn of images that two datasets share, by name the paths that are trained and tested on."""
+    for first, second in itertools.permutations(images, 2):
+        (trained, _), (trained_too, tested) = images[first], images[second]
+        if shared := trained & tested:
+            logger.warning(
+                "%d images of %s, such as %s, are in %s as well: the scores on them say little about new images.",
+                *(len(shared), second, min(shared), first),
+            )
+        if first < second and (shared := trained & trained_too):
+            logger.warning(
+                "%d images, such as %s, are in %s and in %s: what only one of them labels is background in the other.",
+                *(len(shared), min(shared), first, second),
+            )
 
 
 def _check_same_classes(classes: dict[str, tuple[str, ...]], trained: Collection[str]) -> None:
