@@ -3,7 +3,7 @@
 Each row is one case, dtype and pass. A form's column is how many times faster it is than the form named under "against"
 (grid_sample, or on a GPU the classical kernel where nvcc is at hand and the kernel does that dtype), whose milliseconds
 and peak memory stand there too. Results are compared with those of the reference form in
-float64 while at it: a form of ours that is wrong ends the run, one of another package is told of.
+float64 along the way: a wrong form of ours ends the run; a wrong form of another package is reported.
 """
 
 import argparse
@@ -96,7 +96,7 @@ class Form:
 
     ``function`` takes value, shapes and the other tensors: offsets and logits where it is ``fused``, else locations and
     weights. ``schedule`` is how the CUDA kernels cut up the work (threads and heads per block); empty as they choose.
-    What another package computes or cannot do is told and does not end the measurement: ``ours`` is False.
+    ``ours`` is False for another package: what it gets wrong or cannot do is reported and does not end the run.
     """
 
     function: Callable[..., Tensor]

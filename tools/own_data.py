@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train on photos of one's own: from a folder and a COCO file to a checkpoint, a table and drawings.
+"""Train on photos of your own: from a folder and a COCO file to a checkpoint, a table and drawings.
 
   tools/own_data.py photos/ labels.json
   tools/own_data.py photos/ labels.json --val-images more/ --val-json more.json --weights dimaskdino_r50_12ep.pth

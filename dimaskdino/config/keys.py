@@ -43,14 +43,14 @@ KEYS: dict[str, Any] = {
     # pixels without a class.
     "INPUT.CROP.SINGLE_CATEGORY_MAX_AREA": 1.0,
     "INPUT.SIZE_DIVISIBILITY": -1,
-    # A dataset of one's own in COCO's format: the annotation files, and the folders that their file names are relative
+    # A dataset of your own in COCO's format: the annotation files, and the folders that their file names are relative
     # to, of own_train and own_val. TRAIN_JSON also sets DATASETS.TRAIN and TEST and the number of classes; without
     # VAL_JSON, the training images are evaluated.
     "DATASETS.TRAIN_JSON": "",
     "DATASETS.TRAIN_IMAGES": "",
     "DATASETS.VAL_JSON": "",
     "DATASETS.VAL_IMAGES": "",
-    # A panoptic dataset of one's own in COCO's form: the JSON file, the folder of PNGs, and the folder of images of
+    # A panoptic dataset of your own in COCO's form: the JSON file, the folder of PNGs, and the folder of images of
     # panoptic_train and panoptic_val.
     "DATASETS.PANOPTIC.TRAIN_JSON": "",
     "DATASETS.PANOPTIC.TRAIN_LABELS": "",
@@ -58,7 +58,7 @@ KEYS: dict[str, Any] = {
     "DATASETS.PANOPTIC.VAL_JSON": "",
     "DATASETS.PANOPTIC.VAL_LABELS": "",
     "DATASETS.PANOPTIC.VAL_IMAGES": "",
-    # A semantic dataset of one's own: the class names by label, from 0 on, and the folders of images and of label maps
+    # A semantic dataset of your own: the class names by label, from 0 on, and the folders of images and of label maps
     # (PNGs of the same names, with the class number of each pixel) of semantic_train and semantic_val.
     "DATASETS.SEMANTIC.CLASSES": [],
     "DATASETS.SEMANTIC.TRAIN_IMAGES": "",

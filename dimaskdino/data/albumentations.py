@@ -17,7 +17,7 @@ def find(name: str, unknown: str) -> Callable[..., T.Augmentation]:
 
     Args:
         name: of a class, such as GaussNoise.
-        unknown: the start of the error for a name that is none.
+        unknown: the start of the error for an unknown name.
 
     Raises:
         ConfigError: Albumentations is not installed, or has no such transform.

@@ -23,7 +23,7 @@ each time it is iterated over: a run that is resumed skips what it has drawn.
 
 
 def check_sampler(cfg: CfgNode) -> None:
-    """Raise ConfigError for a name that is no sampler, and a share that is none."""
+    """Raise ConfigError for an unknown sampler, or a share outside 0 to 1."""
     known = [*training_samplers(cfg), *(name for name, _ in SAMPLER_REGISTRY)]
     check_choice("DATALOADER.SAMPLER_TRAIN", cfg.DATALOADER.SAMPLER_TRAIN, known)
     share = cfg.DATALOADER.NEGATIVE_SHARE

@@ -66,7 +66,7 @@ class DrawPredictions(HookBase):
             for index, row in enumerate(picture_rows(self._cfg, unwrapped(self._model), name, self._inputs)):
                 picture = np.concatenate(row[1:], axis=1)
                 self.trainer.storage.put_image(f"{name}/{index}", picture.transpose(2, 0, 1))
-        except Exception:  # A model of one's own may give results of another form; the run is worth more than pictures.
+        except Exception:  # A model of your own may give results of another form; the run is worth more than pictures.
             logger.warning("No pictures of %s are drawn; LOG.PICTURES 0 does not try.", name, exc_info=True)
 
 

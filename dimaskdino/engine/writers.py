@@ -1,4 +1,4 @@
-"""Where the records of a run go: metrics.json, TensorBoard, Weights & Biases, MLflow, or a writer of one's own."""
+"""Where the records of a run go: metrics.json, TensorBoard, Weights & Biases, MLflow, or a writer of your own."""
 
 import importlib.util
 import os

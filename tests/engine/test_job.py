@@ -51,9 +51,7 @@ def test_two_processes_score_like_one_to_the_last_digit(of_two_processes, shapes
 
 
 @pytest.mark.usefixtures("own_parts")
-def test_own_evaluator_measures_in_two_processes_what_it_does_in_one(
-    toy_cfg: Config, tmp_path: Path, of_two_processes
-) -> None:
+def test_own_evaluator_scores_two_processes_like_one(toy_cfg: Config, tmp_path: Path, of_two_processes) -> None:
     first, second = of_two_processes("evaluate_own")
     assert first["Dice"] == dice_of(toy_cfg, tmp_path)["Dice"]
     assert not second.get("Dice")

@@ -20,7 +20,7 @@ from tests.engine.killing import Killed
 
 
 class ScriptedTrainer(Trainer):
-    """Gets a signal in one iteration, and scores as it is told."""
+    """Gets a signal in one iteration, and returns the scores that a test sets."""
 
     scores: dict[int, float] = {}
     signals: dict[int, int] = {}

@@ -68,7 +68,7 @@ def test_the_loss_terms_are_the_recorded_ones(runs, case):
 @pytest.mark.parametrize("case", CASES)
 def test_every_weighted_term_is_the_same(runs, case):
     # Without noise, loss_bbox_dn_0 and loss_giou_dn_0 compare boxes with themselves and hold nothing but rounding,
-    # which differs between CPUs: hence the absolute floor.
+    # which differs between CPUs; the absolute floor allows for it.
     different = {
         key: (runs[case].losses[key], value)
         for key, value in recorded_losses(case).items()

@@ -32,7 +32,7 @@ def register_all(root: str | Path | None = None, *, cfg: CfgNode | None = None) 
         root: folder of all datasets, remembered for later calls; None leaves it as :func:`data_root` says.
         cfg: its DATASETS.SHAPES and OUTPUT_DIR decide where the synthetic dataset lies and what it holds; None means
             the defaults.
-            DATASETS.TRAIN_JSON, DATASETS.PANOPTIC and DATASETS.SEMANTIC name datasets of one's own.
+            DATASETS.TRAIN_JSON, DATASETS.PANOPTIC and DATASETS.SEMANTIC name datasets of your own.
     """
     global _given_root
     if root is not None:

@@ -1,4 +1,4 @@
-"""A dataset of one's own in COCO's format: own_train and own_val, by DATASETS.TRAIN_JSON and its relatives."""
+"""A dataset of your own in COCO's format: own_train and own_val, by DATASETS.TRAIN_JSON and its relatives."""
 
 from pathlib import Path
 

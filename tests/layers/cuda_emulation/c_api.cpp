@@ -1,4 +1,4 @@
-// The launch functions for ctypes. Knows kernels.h alone, hence also fits a build by nvcc.
+// The launch functions for ctypes. Includes kernels.h alone, so it also works with a build by nvcc.
 #include "kernels.h"
 
 namespace {

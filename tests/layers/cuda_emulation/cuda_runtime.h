@@ -3,7 +3,7 @@
 // The threads of a block are fibers, and the blocks run one after the other. A fiber runs until a barrier or shuffle,
 // and goes on when all 32 threads of its warp have come to the same one (all of the block, for __syncthreads); a thread
 // that is missing there, which a GPU may not notice, ends the process with a message. Memory is the host's, so that a
-// sanitiser sees every access. For ThreadSanitizer the fibers are threads, which only barriers and shuffles put in order:
+// sanitizer sees every access. For ThreadSanitizer, fibers are threads that only barriers and shuffles put in order:
 // it finds the races of a block and, in global memory, those between blocks.
 #pragma once
 

@@ -40,7 +40,7 @@ constexpr size_t kStackBytes = 64 * 1024;
 constexpr unsigned kWarpSize = 32;
 constexpr unsigned kMaxThreads = 1024;
 
-// New pages, at a place that is free (nullptr) or not; what was there is forgotten, by a sanitiser as well.
+// New pages, at a free place (nullptr) or at a given one; whatever was there is forgotten, by sanitizers as well.
 char* map_pages(void* place, size_t bytes) {
   const int fixed = place == nullptr ? 0 : MAP_FIXED;
   void* pages = mmap(place, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | fixed, -1, 0);
@@ -84,7 +84,7 @@ std::unique_ptr<Handovers> handovers;
 char start_of_block;
 char end_of_launch;
 
-// A sanitiser has to be told of every change of the stack.
+// A sanitizer must be notified of every change of the stack.
 #if defined(__SANITIZE_ADDRESS__)
 const void* scheduler_stack = nullptr;
 size_t scheduler_stack_bytes = 0;
@@ -130,7 +130,7 @@ void entered_fiber() {}
 void hand_on(char& place) { __tsan_release(&place); }
 void get(char& place) { __tsan_acquire(&place); }
 
-// Making one takes a millisecond, hence they are used in turn. Neighbouring blocks get different ones: what a thread has
+// Making one takes a millisecond, so they are used in turn. Neighboring blocks get different ones: what a thread has
 // seen in one block comes before all that it does in another.
 void new_thread(Fiber& fiber) {
   static void* threads[kMaxThreads] = {};
