@@ -103,7 +103,7 @@ bench: $(STAMP)
 # an error. Leak detection is off, because Python does not free everything at exit. pytest must not capture the report.
 # g++ compiles the CUDA kernels for the CPU, and ThreadSanitizer finds races between their threads; if it reports an
 # "unexpected memory mapping", run `setarch -R make sanitize`. torch runs one thread, because ThreadSanitizer does not see
-# into its threading library.
+# into its threading library; tests of float64, whose threads do what those of float32 do, and of rounding are left out.
 SANITIZED := build/sanitize/tree
 # Compiling takes longer than running: without optimization and with line numbers alone it takes a quarter.
 SANITIZER_FLAGS := -O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all
@@ -120,7 +120,8 @@ sanitize: $(STAMP)
 	cd $(SANITIZED) && $(PRELOAD) EMULATION_FLAGS="$(SANITIZER_FLAGS)" "$(CURDIR)/$(BIN)/python" -m pytest -q -s \
 	    tests/layers/test_ms_deform_attn*.py tests/layers/test_points.py tests/modeling/postprocessing/test_resized.py
 	LD_PRELOAD="$$($(CXX) -print-file-name=libtsan.so)" OMP_NUM_THREADS=1 TSAN_OPTIONS=halt_on_error=1:history_size=4 \
-	    EMULATION_FLAGS="-O1 -g1 -fsanitize=thread" $(BIN)/python -m pytest -q -s tests/layers/test_ms_deform_attn_cuda_emulated.py
+	    EMULATION_FLAGS="-O1 -g1 -fsanitize=thread" $(BIN)/python -m pytest -q -s -k "not float64 and not round" \
+	    tests/layers/test_ms_deform_attn_cuda_emulated.py
 
 # Loading the result shows that it links with everything it needs; running it needs a GPU.
 cuda-check: $(STAMP)
