@@ -31,6 +31,7 @@ _STAGE_COLORS = {"box_AP": _BOX_COLOR, "mask_AP": _MASK_COLOR, "PQ": _PANOPTIC_C
 _PAPER_STYLE: dict[str, Any] = {"fill": True, "alpha": 0.25, "hatch": "////", "linewidth": 0.8}
 RUN_STYLES = ("o-", "s--", "^:", "D-.")
 _THICKNESS = 0.36
+_LINES_WIDTH = 4.4  # of the panel of lines, in inches
 PICTURE_SUFFIXES = (".png", ".pdf", ".svg")
 NOT_MEASURED = "n/a"  # in place of a bar
 
@@ -194,9 +195,11 @@ def draw_imbalance(runs: Sequence[StageResults], path: Path, *, with_paper: bool
         raise UserError(f"The paper's bars belong to {' and '.join(models)}; name the runs so with --labels.")
     step = 1.45 if with_paper else 1.0
     width = 1.3 + 2 * (1.35 if with_paper else 1.0) * len(runs)
-    figure = Figure(figsize=(max(width, 3.6) + (4.4 if lines else 0.0), 3.6), layout="constrained")
+    figure = Figure(figsize=(max(width, 3.6) + (_LINES_WIDTH if lines else 0.0), 3.6), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 2 if lines else 1, squeeze=False, width_ratios=[width, 4.4] if lines else [1])[0]
+    panels = figure.subplots(1, 2 if lines else 1, squeeze=False, width_ratios=[width, _LINES_WIDTH] if lines else [1])[
+        0
+    ]
     keys = [key for key in _STAGE_COLORS if any(key in row for run in runs for row in run.stages)]
     ticks: dict[float, str] = {}
     for index, run in enumerate(runs):

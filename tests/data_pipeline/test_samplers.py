@@ -160,6 +160,9 @@ def test_share_that_cannot_be_drawn_is_refused() -> None:
         cfg.DATALOADER.merge_from_list(options)
         with pytest.raises(ConfigError, match=said):
             check_sampler(cfg)
+    cfg = get_cfg()
+    cfg.DATALOADER.merge_from_list(["NEGATIVE_SHARE", 0.0, "FILTER_EMPTY_ANNOTATIONS", True])
+    check_sampler(cfg)  # draws no image without objects
     with pytest.raises(ConfigError, match="no training image is without objects"):
         drawn_by(labeled([0]), 1, NEGATIVE_SHARE=0.5)
 

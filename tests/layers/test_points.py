@@ -14,6 +14,15 @@ def sample_one(mask: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     return sample_binary_masks(mask[None], torch.zeros(1, dtype=torch.int64), points[None])[0]
 
 
+def test_traces_hold_no_compiled_loops(monkeypatch):
+    tensor = torch.zeros(1)
+    assert ops.use_loops(tensor) == ops.LOOPS_COMPILED
+    for module, name in ((torch.compiler, "is_compiling"), (torch.jit, "is_tracing")):
+        with monkeypatch.context() as traced:
+            traced.setattr(module, name, lambda: True)
+            assert not ops.use_loops(tensor)
+
+
 def test_pixel_centers_give_the_pixels_exactly():
     maps = torch.randn(2, 3, 4, 6)
     sampled = sample_points(maps, pixel_centers(4, 6).expand(2, -1, -1))

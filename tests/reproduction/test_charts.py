@@ -1,5 +1,7 @@
 """Which bars and texts the charts show."""
 
+import re
+
 import pytest
 
 from dimaskdino.errors import UserError
@@ -39,6 +41,8 @@ def test_lines_show_every_stage_in_order(tmp_path):
     text = drawn(tmp_path, "one", lines=True)
     places = [text.index(f"<!-- {name} -->") for name in ("interm", "initial", "layer.0", "layer.1")]
     assert places == sorted(places)
+    width, alone = (float(re.search(r'width="([\d.]+)pt"', each)[1]) for each in (text, drawn(tmp_path, "one")))
+    assert width - alone == pytest.approx(72 * 4.4)  # the second panel takes nothing from the first
 
 
 def test_later_selections_come_before_the_queries(tmp_path):
