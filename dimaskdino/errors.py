@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
@@ -32,6 +33,18 @@ def check_choice(key: str, value: object, known: Sequence[object]) -> None:
     """
     if value not in known:
         raise ConfigError(f"{key} is {value!r}; it must be one of {', '.join(str(choice) for choice in known)}.")
+
+
+def check_range(key: str, value: float, least: float, most: float = math.inf, meaning: str = "") -> None:
+    """Check a configuration key that is a finite number.
+
+    Raises:
+        ConfigError: the value is below ``least`` or above ``most``.
+    """
+    if not (least <= value <= most and math.isfinite(value)):
+        bounds = [f"at least {least}"] * (least > -math.inf) + [f"at most {most}"] * (most < math.inf)
+        note = f" ({meaning})" if meaning else ""
+        raise ConfigError(f"{key} is {value}; it must be {' and '.join(bounds)}{note}.")
 
 
 @contextlib.contextmanager

@@ -259,10 +259,25 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def usable_device(name: str | None) -> str:
+    """The device that a user names, or :func:`default_device`.
+
+    Raises:
+        UserError: torch has no such device here.
+    """
+    name = name or default_device()
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"The device {name!r} cannot be used ({reason}); give cpu, or cuda:0 for a GPU.") from error
+    return name
+
+
 def _prepare(cfg: Config, device: str | None, refinement: Refinement) -> None:
     """Set the keys that prediction decides."""
     node = cfg.MODEL.MaskDINO.TEST
-    cfg.MODEL.DEVICE = device or default_device()
+    cfg.MODEL.DEVICE = usable_device(device)
     cfg.MODEL.WEIGHTS = ""
     if not cfg.SOLVER.CHECKPOINT_WITHOUT_FROZEN:
         cfg.MODEL.TIMM.PRETRAINED = cfg.MODEL.VIT.PRETRAINED = False

@@ -153,6 +153,11 @@ def test_several_views_are_joined_by_key(run, pixels) -> None:
         Predictor(run, device="cpu", options=options, layers=["all"])
 
 
+def test_device_that_is_not_there_is_named(run) -> None:
+    with pytest.raises(UserError, match=r"'gpu' cannot be used .*cuda:0"):
+        Predictor(run, device="gpu")
+
+
 def test_unknown_classes_and_channels_are_named(run) -> None:
     with pytest.raises(UserError, match="yak.*cat, dog"):
         Predictor(run, device="cpu", classes=["yak"])

@@ -24,7 +24,7 @@ from dimaskdino.errors import run_cli
 from dimaskdino.evaluation.speed import device_name
 from dimaskdino.modeling.meta_arch import build_model
 from dimaskdino.prediction.images import to_model_input, to_rgb
-from dimaskdino.predictor import default_device
+from dimaskdino.predictor import usable_device
 
 
 def parse_args() -> argparse.Namespace:
@@ -81,7 +81,7 @@ def main() -> None:
 
 def configuration(args: argparse.Namespace) -> Config:
     """The configuration, for prediction alone."""
-    device = args.device or default_device()
+    device = usable_device(args.device)
     fixed = ("MODEL.DEVICE", device, "MODEL.WEIGHTS", "", "MODEL.TIMM.PRETRAINED", False, "TEST.EVAL_LAYERS", [])
     cfg = get_cfg()
     cfg.merge_from_file(str(args.config_file))

@@ -4,6 +4,7 @@ import copy
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -62,6 +63,9 @@ def _files(path: str, readers: tuple[str, ...]) -> Iterator[dict[str, Any]]:
 
 def _read(path: str) -> dict[str, Any]:
     try:
+        # A shell's `<(command)` is a pipe as well, but one that ends.
+        if Path(path).is_fifo() and not path.startswith(("/dev/", "/proc/")):
+            raise ValueError("it is a named pipe, not a file")
         with g_pathmgr.open(path, "rb") as file:
             content = file.read(_MAX_BYTES + 1)
         if len(content) > _MAX_BYTES:

@@ -28,6 +28,8 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     Raises:
         DatasetError: if it cannot be read, is not valid JSON, or is nested too deep.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise DatasetError(f"Annotation file {path} is not a regular file; give the path of a JSON file.")
     collecting = gc.isenabled()
     gc.disable()  # millions of new objects and no cycles: collecting takes longer than parsing
     try:

@@ -7,7 +7,9 @@ from typing import Any, Protocol
 
 import numpy as np
 from detectron2.config import CfgNode
+from detectron2.data.detection_utils import convert_PIL_to_numpy
 from fvcore.common.registry import Registry
+from PIL import Image
 
 from dimaskdino.data.images import Header, Size, read_header, read_image
 from dimaskdino.errors import ConfigError, DatasetError, UserError, check_choice
@@ -150,7 +152,7 @@ def image_reader(cfg: CfgNode) -> Reader:
     """The reader that INPUT.READER names; PIL where it is empty.
 
     Raises:
-        ConfigError: no reader has that name, or a package that it needs is missing.
+        ConfigError: no reader has that name, a package that it needs is missing, or a key for pixels cannot be meant.
     """
     pil = PilReader(cfg.INPUT.FORMAT, apply_exif=cfg.INPUT.APPLY_EXIF)
     name, num_channels = cfg.INPUT.READER, len(cfg.MODEL.PIXEL_MEAN)
@@ -159,6 +161,12 @@ def image_reader(cfg: CfgNode) -> Reader:
             f"MODEL.PIXEL_MEAN has {num_channels} numbers, MODEL.PIXEL_STD {len(cfg.MODEL.PIXEL_STD)}; give each a "
             "number for every channel."
         )
+    if min(cfg.MODEL.PIXEL_STD) <= 0:
+        raise ConfigError(f"MODEL.PIXEL_STD is {list(cfg.MODEL.PIXEL_STD)}; give positive numbers.")
+    try:
+        convert_PIL_to_numpy(Image.new("RGB", (1, 1)), cfg.INPUT.FORMAT)
+    except ValueError as error:
+        raise ConfigError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}; give RGB, BGR, L, or another mode of PIL.") from error
     if not name:
         return pil
     check_choice("INPUT.READER", name, ["", AUTO, *(known for known, _ in READER_REGISTRY)])

@@ -1,7 +1,9 @@
 """From the command line to a frozen configuration, a run folder, loggers and seeds."""
 
 import contextlib
+import functools
 import logging
+import math
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
@@ -24,6 +26,7 @@ from dimaskdino.data.folds import check_folds
 from dimaskdino.data.loaders import images_in_a_group
 from dimaskdino.data.mapper import MAPPER_REGISTRY
 from dimaskdino.data.orders import check_sampler
+from dimaskdino.data.readers import image_reader
 from dimaskdino.data.validation.start import check_datasets
 from dimaskdino.engine.best import check_best
 from dimaskdino.engine.launch import set_process_timeout
@@ -34,7 +37,7 @@ from dimaskdino.engine.precision import check_precision
 from dimaskdino.engine.run_folder import setup_loggers
 from dimaskdino.engine.signals import check_not_locked
 from dimaskdino.engine.writers import check_writers
-from dimaskdino.errors import ConfigError, UserError, check_choice, file_errors_in_one_line
+from dimaskdino.errors import ConfigError, UserError, check_choice, check_range, file_errors_in_one_line
 from dimaskdino.evaluation import check_evaluators
 from dimaskdino.modeling.meta_arch import needs_masks
 from dimaskdino.modeling.policies import check_policies
@@ -84,6 +87,17 @@ def setup(args: Namespace) -> Config:
     return cfg
 
 
+# The smallest and the largest value of numbers outside SOLVER. A negative SEED draws one.
+RANGES = {
+    "SEED": (-math.inf, 2**31 - 1),
+    "DATALOADER.NUM_WORKERS": (0, math.inf),
+    "INPUT.IMAGE_SIZE": (1, 65536),
+    "INPUT.MIN_SCALE": (0.0, math.inf),
+    "INPUT.MAX_SCALE": (0.0, math.inf),
+    "TEST.DETECTIONS_PER_IMAGE": (1, math.inf),
+}
+
+
 def load_config(args: Namespace) -> Config:
     """The keys of ``--config-file``, of ``KEY VALUE``, of the flags that set keys, and what follows from one's data."""
     cfg = get_cfg()
@@ -113,6 +127,8 @@ def _check(cfg: Config, *, train: bool) -> None:
     """Check everything that needs no data."""
     if cfg.SOLVER.PROCESS_TIMEOUT <= 0:
         raise ConfigError(f"SOLVER.PROCESS_TIMEOUT is {cfg.SOLVER.PROCESS_TIMEOUT}; it must be above 0 (seconds).")
+    for key, (least, most) in RANGES.items():
+        check_range(key, functools.reduce(getattr, key.split("."), cfg), least, most)
     check_precision(cfg)
     if train:
         check_solver(cfg, comm.get_world_size())
@@ -124,6 +140,7 @@ def _check(cfg: Config, *, train: bool) -> None:
         check_hooks(cfg)
         own_augmentations(cfg)
         copy_paste(cfg)
+    image_reader(cfg)
     check_folds(cfg)
     check_field_names(cfg.INPUT.ANNOTATION_FIELDS)
     check_evaluators(cfg)

@@ -53,7 +53,9 @@ def _read_file(path: Path, exif: bool) -> np.ndarray:
 
 @contextmanager
 def errors_of_file(path: Path) -> Iterator[None]:
-    """Turn what PIL raises for a file that it cannot read into a :class:`UserError`."""
+    """Turn what PIL raises for a file into a :class:`UserError`; refuse pipes and devices, which may never end."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a regular file; give the path of an image.")
     try:
         yield
     except FileNotFoundError as error:

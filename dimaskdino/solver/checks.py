@@ -1,11 +1,10 @@
 """Checks of the SOLVER keys, for the start of a run: before any data is read."""
 
-import math
 from typing import Any
 
 from detectron2.config import CfgNode
 
-from dimaskdino.errors import ConfigError, check_choice
+from dimaskdino.errors import ConfigError, check_choice, check_range
 from dimaskdino.solver.optimizer import OPTIMIZERS, GradientClipper
 from dimaskdino.solver.parameters import parameter_rules
 from dimaskdino.solver.schedule import schedule_names
@@ -50,7 +49,7 @@ def check_solver(cfg: CfgNode, num_processes: int) -> None:
     check_choice("SOLVER.LR_SCHEDULER_NAME", solver.LR_SCHEDULER_NAME, schedule_names(cfg))
     check_choice("SOLVER.WARMUP_METHOD", solver.WARMUP_METHOD, WARMUP_METHODS)
     for name, least in AT_LEAST.items():
-        _check_at_least(name, solver[name], least)
+        check_range(f"SOLVER.{name}", solver[name], least, meaning=MEANINGS.get(name, ""))
     _check_steps(list(solver.STEPS))
     _check_batch(cfg, num_processes)
     if solver.REFERENCE_BATCH_SIZE and solver.REFERENCE_WORLD_SIZE:
@@ -62,12 +61,6 @@ def check_solver(cfg: CfgNode, num_processes: int) -> None:
         raise ConfigError(f"SOLVER.EMA.DECAY is {solver.EMA.DECAY}; it must be at least 0 and below 1.")
     parameter_rules(cfg)
     GradientClipper.from_config(cfg)
-
-
-def _check_at_least(name: str, value: float, least: float) -> None:
-    if not least <= value < math.inf:
-        meaning = f" ({MEANINGS[name]})" if name in MEANINGS else ""
-        raise ConfigError(f"SOLVER.{name} is {value}; it must be at least {least}{meaning}.")
 
 
 def _check_steps(steps: list[Any]) -> None:

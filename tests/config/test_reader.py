@@ -1,6 +1,7 @@
 """Keys, their defaults, and what is said about a key or value that cannot be used."""
 
 import logging
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -235,6 +236,12 @@ def test_unquoted_no_is_a_word_in_a_file(tmp_path: Path, key: str) -> None:
     assert (cfg.SOLVER.BASE_LR, cfg.SOLVER.AMP.ENABLED) == (1.0, False)
     with pytest.raises(ConfigError, match=re.escape(key)):
         load(tmp_path, f"{top}: {{{node}: {{{name}: yes}}}}")
+
+
+def test_named_pipe_is_refused_instead_of_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(ConfigError, match=r"pipe\.yaml: it is a named pipe"):
+        get_cfg().merge_from_file(str(tmp_path / "pipe.yaml"))
 
 
 def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import base64
 import contextlib
 import io
 import json
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -16,8 +17,8 @@ from pycocotools import mask as mask_util
 
 from dimaskdino.data.conversion.labels import Images, LabeledImage, LabeledObject
 from dimaskdino.data.conversion.split import stratified
-from dimaskdino.data.conversion.writing import outline, write_labelme, write_yolo
-from dimaskdino.errors import UserError, run_cli
+from dimaskdino.data.conversion.writing import outline, read_objects, write_labelme, write_yolo
+from dimaskdino.errors import DatasetError, UserError, run_cli
 
 WIDTH, HEIGHT = 40, 20
 NAMES = ["a b.png", "größe 大.png", "sub/c.png"]
@@ -240,6 +241,38 @@ def test_cvat_boxes_groups_and_masks(root: Path, convert) -> None:
     assert "annotations.xml, line 7: the runs of the mask" in convert("cvat")
     write(root, {"annotations.xml": CVAT.format(runs=runs()).replace('"dog" xtl', '"cow" xtl')})
     assert "annotations.xml, line 4: class 'cow' is unknown; there are cat, dog" in convert("cvat")
+
+
+@pytest.mark.parametrize(
+    ("results", "said"),
+    [
+        ({"a": 1}, "not a list of results"),
+        ([None], "None is not a dictionary"),
+        ([{"image_id": [1], "category_id": 1}], "image_id, [1], is not among the images"),
+        ([{"image_id": 1, "category_id": 9}], "category: unknown (category_id 9)"),
+        ([{"image_id": 1, "category_id": 1, "score": "0.9"}], "score, '0.9', is not a number"),
+        ([{"image_id": 1, "category_id": 1, "score": float("nan")}], "score, nan, is not a number"),
+        ([{"image_id": 1, "category_id": 1}], "box: missing"),
+        ([{"image_id": 1, "category_id": 1, "bbox": [0, 0, 1e12, 5]}], "box: far outside the image"),
+        ([{"image_id": 1, "category_id": 1, "bbox": [0, 0, 5, 5], "segmentation": {"size": [1, 9]}}], "an RLE without"),
+    ],
+)
+def test_results_that_cannot_be_written_are_named(results: object, said: str, tmp_path: Path) -> None:
+    image = {"id": 1, "file_name": "a.png", "width": 20, "height": 10}
+    coco = {"images": [image], "categories": [{"id": 1, "name": "cat"}], "annotations": []}
+    for name, content in (("coco.json", coco), ("results.json", results)):
+        (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(DatasetError) as raised:
+        list(read_objects(tmp_path / "coco.json", tmp_path / "results.json", 0.0))
+    assert str(raised.value).startswith(str(tmp_path / "results.json"))
+    assert said in str(raised.value)
+
+
+def test_pipe_in_place_of_results_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "coco.json").write_text(json.dumps({"images": [], "categories": [], "annotations": []}))
+    os.mkfifo(tmp_path / "results.json")
+    with pytest.raises(DatasetError, match=r"results\.json is not a regular file"):
+        list(read_objects(tmp_path / "coco.json", tmp_path / "results.json", 0.0))
 
 
 def test_masks_of_classes_and_of_objects(root: Path, convert) -> None:

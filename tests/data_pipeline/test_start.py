@@ -88,6 +88,12 @@ def test_unknown_name_is_answered_with_the_closest(mine: Config) -> None:
     assert "did you mean shapes_val?" in message(mine, train=False)
 
 
+def test_names_that_are_no_text_name_the_key(mine: Config) -> None:
+    mine.DATASETS.TEST = ("mine", 3)
+    with pytest.raises(ConfigError, match=r"DATASETS\.TEST is .*3"):
+        check_datasets(mine)
+
+
 def test_only_datasets_of_the_job_are_checked(mine: Config) -> None:
     mine.DATASETS.TRAIN = ("nowhere",)
     check_datasets(mine, train=False)

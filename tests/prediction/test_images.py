@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import numpy as np
@@ -6,6 +7,7 @@ import torch
 from PIL import Image
 
 from dimaskdino.errors import UserError
+from dimaskdino.prediction.canvases import open_canvas
 from dimaskdino.prediction.images import to_rgb
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
@@ -45,6 +47,13 @@ def test_files_that_are_no_images_are_named(tmp_path: Path) -> None:
     for name in (*content, "deep.png", "missing.png"):
         with pytest.raises(UserError, match=name):
             to_rgb(tmp_path / name)
+
+
+def test_pipes_are_refused_instead_of_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    for read in (to_rgb, open_canvas):
+        with pytest.raises(UserError, match=r"pipe\.png is not a regular file"):
+            read(tmp_path / "pipe.png")
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ import base64
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from pycocotools import mask as mask_util
 
 from dimaskdino.data.coco_file import read_coco, read_json
 from dimaskdino.data.conversion.labels import Json
-from dimaskdino.data.validation.rules import read_mask
+from dimaskdino.data.validation.rules import Level, Rules, has_mask, read_mask
 from dimaskdino.errors import DatasetError
 
 
@@ -26,20 +27,37 @@ def read_objects(annotations: Path, predictions: Path | None, score: float) -> I
         annotations: the COCO file.
         predictions: a results file (coco_instances_results.json); None for the annotations.
         score: the least.
+
+    Raises:
+        DatasetError: a file, or an object in it, cannot be used.
     """
     coco = read_coco(str(annotations))
     objects = coco.get("annotations", []) if predictions is None else read_json(predictions)
+    if not isinstance(objects, list):
+        raise DatasetError(f"{predictions} holds a {type(objects).__name__}, not a list of results in COCO's format.")
     names = {category["id"]: category["name"] for category in coco["categories"]}
-    of_image: dict[Any, list[Json]] = {image["id"]: [] for image in coco["images"]}
+    sizes = {image["id"]: (image["height"], image["width"]) for image in coco["images"]}
+    of_image: dict[Any, list[Json]] = {key: [] for key in sizes}
     for index, each in enumerate(objects):
-        if each.get("image_id") not in of_image or each.get("category_id") not in names:
-            raise DatasetError(
-                f"{predictions or annotations}, object {index}, counted from 0: its image or category is not in "
-                f"{annotations}."
-            )
+        if wrong := _problem(each, sizes, names):
+            raise DatasetError(f"{predictions or annotations}, object {index}, counted from 0: {wrong}.")
         if each.get("score", 1.0) >= score:
             of_image[each["image_id"]].append({**each, "label": names[each["category_id"]]})
     yield from ((image, of_image[image["id"]]) for image in coco["images"])
+
+
+def _problem(item: Any, sizes: Mapping[Any, tuple[int, int]], names: Mapping[Any, str]) -> str:
+    """Why an object cannot be written; "" if it can."""
+    if not isinstance(item, dict):
+        return f"{item!r:.40} is not a dictionary"
+    if not isinstance(key := item.get("image_id"), int | str) or key not in sizes:
+        return f"its image_id, {key!r:.40}, is not among the images"
+    score = item.get("score", 1.0)
+    if not isinstance(score, int | float) or not math.isfinite(score):
+        return f"its score, {score!r:.40}, is not a number"
+    rules = Rules(names, with_masks=has_mask(item), scored=True, in_file=True)
+    refused = (problem for problem in rules.problems(item, sizes[key]) if problem.level is Level.REFUSED)
+    return str(next(refused, ""))
 
 
 def write_labelme(images: Iterator[tuple[Json, list[Json]]], output: Path) -> int:
@@ -142,10 +160,5 @@ def write_csv(images: Iterator[tuple[Json, list[Json]]], output: Path) -> int:
 
 def mask_of(item: Json, size: tuple[int, int]) -> np.ndarray | None:
     """The mask (H, W) bool of an annotation or a result; None where it has a box alone."""
-    if not item.get("segmentation"):
-        return None
-    try:
-        mask = read_mask(item["segmentation"], size)
-    except ValueError as error:
-        raise DatasetError(f"Object {item.get('id', '')} of image {item['image_id']}: {error}.") from error
+    mask = read_mask(item["segmentation"], size) if has_mask(item) else None
     return mask_util.decode(mask.rasterized(size)).astype(bool) if mask else None

@@ -58,6 +58,9 @@ def check_datasets(cfg: CfgNode, *, train: bool = True, test: bool = True, with_
         raise ConfigError("DATASETS.TRAIN names no dataset; set it, for example to ('coco_2017_train',).")
     if test and not train and not cfg.DATASETS.TEST:
         raise ConfigError("DATASETS.TEST names no dataset to evaluate on; set it, for example to ('coco_2017_val',).")
+    for key in ("TRAIN", "TEST"):
+        if not all(isinstance(name, str) for name in cfg.DATASETS[key]):
+            raise ConfigError(f"DATASETS.{key} is {cfg.DATASETS[key]}; give names of datasets as text.")
     if train:
         check_color_distortion(cfg)
     trained, tested = cfg.DATASETS.TRAIN if train else (), cfg.DATASETS.TEST if test else ()
