@@ -47,8 +47,8 @@ class _Network(nn.Module):
         self._ignores_padding = model.ignores_padding
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        size = (image.shape[-2], image.shape[-1])
-        given = {"batch": PaddedBatch([size], size)} if self._ignores_padding else {}
+        height, width = image.shape[-2:]
+        given = {"batch": PaddedBatch([(height, width)], (height, width))} if self._ignores_padding else {}
         last = self.sem_seg_head(self.backbone(image), **given).stages[-1]
         return last.logits, last.boxes, *(() if last.masks is None else (last.masks.dense(),))
 

@@ -159,8 +159,10 @@ def mapper_arguments(
     testing.
     """
     own = own_augmentations if cfg.INPUT.AUGMENTATIONS else default
+    pastes = is_train and with_instances
     return {
         "augmentations": own(cfg) if is_train else test_resize(cfg),
+        "copy_paste": copy_paste(cfg, with_masks=with_masks) if pastes else None,
         "image_format": cfg.INPUT.FORMAT,
         "num_classes": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
         "with_instances": with_instances,
@@ -177,9 +179,7 @@ def _instance_mapper(
     with_instances: bool,
     with_masks: bool,
 ) -> InstanceMapper:
-    pastes = is_train and with_instances
     return InstanceMapper(
-        copy_paste=copy_paste(cfg, with_masks=with_masks) if pastes else None,
         fields=cfg.INPUT.ANNOTATION_FIELDS,
         annotated_boxes=cfg.INPUT.BOXES_OF_ANNOTATIONS,
         partial_labels=cfg.INPUT.PARTIAL_LABELS,

@@ -52,10 +52,7 @@ class SemanticMapper(InstanceMapper):
 @MAPPER_REGISTRY.register()
 def coco_panoptic_lsj(cfg: CfgNode, *, is_train: bool, with_instances: bool, with_masks: bool = True) -> PanopticMapper:
     """Panoptic labels, large-scale jitter on a square canvas in training."""
-    paste = copy_paste(cfg, with_masks=with_masks) if is_train and with_instances else None
-    return PanopticMapper(
-        copy_paste=paste, **mapper_arguments(cfg, large_scale_jitter, is_train, with_instances, with_masks)
-    )
+    return PanopticMapper(**mapper_arguments(cfg, large_scale_jitter, is_train, with_instances, with_masks))
 
 
 @MAPPER_REGISTRY.register()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dimaskdino.analysis.examples import _region
+from dimaskdino.analysis.examples import _SIDE_PX, _cut, _region
 from dimaskdino.analysis.explanation import Explained, by_class, by_size, by_stage, outcome_rows
 from dimaskdino.analysis.missed import Limits, Outcome, Verdict
 from dimaskdino.analysis.scores import score_results
@@ -35,6 +35,11 @@ def rectangles(*boxes, size=(128, 192), masks=True) -> TrueObjects:
         bitmap[y : y + height, x : x + width] = True
     rles = RleMasks.of(bitmaps).rles if masks else None
     return TrueObjects(classes=[0] * len(boxes), boxes=np.array(boxes, dtype=float).reshape(-1, 4), rles=rles)
+
+
+def test_pictures_of_objects_keep_their_proportions() -> None:
+    picture = _cut(np.zeros((60, 80, 3), np.uint8), (30, 10, 50, 20), 0, "", None, None, None)
+    assert picture.shape == (_SIDE_PX // 2, _SIDE_PX, 3)
 
 
 def test_stages_are_compared_in_the_frame_of_the_result() -> None:

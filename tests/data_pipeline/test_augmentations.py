@@ -1,5 +1,6 @@
 """Augmentations by key: labels follow the pixels, wrong entries are named, copy-paste."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -175,6 +176,15 @@ def instances(*boxes: tuple[int, int, int, int], size: tuple[int, int] = (10, 12
     made = Instances(size, gt_boxes=Boxes(torch.tensor(boxes).float().reshape(-1, 4)), gt_masks=BitMasks(masks))
     made.gt_classes = torch.full((len(boxes),), label)
     return made
+
+
+@pytest.mark.parametrize("name", ["coco_instance_lsj", "coco_panoptic_lsj"])
+def test_objects_are_pasted_in_training_alone(name: str) -> None:
+    cfg = aug_cfg("CopyPaste")
+    cfg.INPUT.DATASET_MAPPER_NAME = name
+    for is_train, with_instances in itertools.product((True, False), repeat=2):
+        mapper = build_mapper(cfg, is_train, with_instances=with_instances)
+        assert (mapper.copy_paste is not None) == (is_train and with_instances)
 
 
 def test_pasted_objects_hide_those_below() -> None:

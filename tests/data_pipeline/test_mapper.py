@@ -11,6 +11,7 @@ from PIL import Image
 
 from dimaskdino.config import Config
 from dimaskdino.data import build_mapper
+from dimaskdino.data.partial_labels import unlabeled_classes
 from dimaskdino.errors import ConfigError, DatasetError
 
 GRAY = 128
@@ -199,3 +200,9 @@ def test_unknown_name_is_answered_with_the_known_ones(cfg: Config, key: str, val
     with pytest.raises(ConfigError, match=words) as error:
         build_mapper(cfg, is_train=True)
     assert key in str(error.value)
+
+
+def test_classes_that_nobody_looked_for_are_unlabeled() -> None:
+    entry = {"neg_category_ids": [0], "not_exhaustive_category_ids": [1]}
+    assert unlabeled_classes(entry, [{"category_id": 1}, {"category_id": 2}], 5) == [1, 3, 4]
+    assert unlabeled_classes({}, [{"category_id": 2}], 5) == []

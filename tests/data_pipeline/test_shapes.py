@@ -48,6 +48,7 @@ def test_files_depend_only_on_the_seed(tmp_path: Path) -> None:
     spec = ShapesSpec(num_train=6, num_val=2, image_size=48, seed=5)
     alone = contents(make_shapes(tmp_path / "alone", spec))
     assert len(alone) == 6 + 2 + 2
+    assert {f"train/{number:06d}.png" for number in range(1, 7)} < alone.keys()
     assert contents(make_shapes(tmp_path / "two", spec, num_workers=2)) == alone
     other = contents(make_shapes(tmp_path / "alone", ShapesSpec(num_train=6, num_val=2, image_size=48, seed=6)))
     assert all(other[name] != alone[name] for name in alone)

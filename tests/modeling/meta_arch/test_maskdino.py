@@ -7,10 +7,11 @@ import torch
 from detectron2.modeling import build_model
 
 from dimaskdino.errors import ConfigError, DatasetError
-from dimaskdino.modeling.meta_arch import DIMaskDINO
+from dimaskdino.modeling.meta_arch import DIMaskDINO, needs_masks
 from tests.tiny_model import (
     NUM_CLASSES,
     ONE_STAGE,
+    TINY_DINO,
     image,
     instances,
     predict,
@@ -26,6 +27,13 @@ BOXES = [[0, 0, 32, 32], [16, 8, 48, 40], [36, 40, 60, 48]]
 @pytest.fixture(scope="module")
 def model() -> DIMaskDINO:
     return tiny_model()
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"), [({}, True), ({"MODEL.MaskDINO.PREDICT_MASKS": False}, False), (TINY_DINO, False)], ids=str
+)
+def test_models_with_masks_alone_need_them(options: dict, wanted: bool) -> None:
+    assert needs_masks(tiny_cfg(options)) is wanted
 
 
 def assert_same(one, two) -> None:
