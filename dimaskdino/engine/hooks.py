@@ -1,4 +1,4 @@
-"""The trainer's own hooks: progress on the console, evaluation, and the running statistics of batch norm."""
+"""The trainer's hooks: progress on the console, evaluation, running statistics of batch norm, and those of a user."""
 
 import datetime
 import logging
@@ -8,16 +8,26 @@ import time
 
 import torch
 import torch.distributed as dist
+from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.engine.hooks import EvalHook, PeriodicWriter, PreciseBN
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, EventWriter
+from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
 from dimaskdino.engine.run_state import WINDOW
+from dimaskdino.errors import ConfigError, check_choice
 from dimaskdino.structures import is_final_loss
 
 logger = logging.getLogger(__name__)
+
+HOOK_REGISTRY = Registry("HOOK")
+HOOK_REGISTRY.__doc__ = """
+Builders of hooks by the names in SOLVER.HOOKS. Each is called as ``builder(cfg)`` in every process and returns one of
+detectron2's ``HookBase``. They run after evaluation and before the records are written, so what they put into
+``self.trainer.storage`` is in metrics.json. A hook with ``state_dict`` and ``load_state_dict`` is resumed as well.
+"""
 
 
 class ProgressLog(HookBase):
@@ -207,3 +217,26 @@ def _average(values: Tensor) -> Tensor:
     total = values.clone()
     dist.all_reduce(total)
     return total / comm.get_world_size()
+
+
+def check_hooks(cfg: CfgNode) -> None:
+    """Raise ConfigError if SOLVER.HOOKS names what is not registered."""
+    for name in cfg.SOLVER.HOOKS:
+        check_choice("An entry of SOLVER.HOOKS", name, [known for known, _ in HOOK_REGISTRY])
+
+
+def build_own_hooks(cfg: CfgNode) -> list[HookBase]:
+    """The hooks that SOLVER.HOOKS names.
+
+    Raises:
+        ConfigError: a name is not registered, or what is registered makes no hook.
+    """
+    check_hooks(cfg)
+    hooks = [HOOK_REGISTRY.get(name)(cfg) for name in cfg.SOLVER.HOOKS]
+    for name, hook in zip(cfg.SOLVER.HOOKS, hooks, strict=True):
+        if not isinstance(hook, HookBase):
+            raise ConfigError(
+                f"SOLVER.HOOKS {name} ({HOOK_REGISTRY.get(name).__module__}) gives a {type(hook).__name__}, not one of "
+                "detectron2's HookBase."
+            )
+    return hooks

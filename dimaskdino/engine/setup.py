@@ -29,10 +29,10 @@ from dimaskdino.data.orders import check_sampler
 from dimaskdino.data.readers import image_reader
 from dimaskdino.data.validation.start import check_datasets
 from dimaskdino.engine.best import check_best
+from dimaskdino.engine.hooks import check_hooks
 from dimaskdino.engine.launch import set_process_timeout
 from dimaskdino.engine.nonfinite import check_nonfinite
 from dimaskdino.engine.own_data import merge_cpu_file, set_keys_of_own_data
-from dimaskdino.engine.own_hooks import check_hooks
 from dimaskdino.engine.precision import check_precision
 from dimaskdino.engine.run_folder import setup_loggers
 from dimaskdino.engine.signals import check_not_locked

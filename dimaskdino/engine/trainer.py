@@ -30,8 +30,8 @@ from dimaskdino.engine.hooks import (
     ProgressLog,
     RepeatablePreciseBN,
     WriteRecords,
+    build_own_hooks,
 )
-from dimaskdino.engine.own_hooks import build_own_hooks
 from dimaskdino.engine.pictures import DrawPredictions
 from dimaskdino.engine.precision import evaluation_autocast, training_dtype
 from dimaskdino.engine.resumable import ResumableTrainer

@@ -7,7 +7,7 @@ import pytest
 
 from dimaskdino.config import Config
 from dimaskdino.engine import HOOK_REGISTRY, Trainer, evaluate
-from dimaskdino.engine.own_hooks import build_own_hooks
+from dimaskdino.engine.hooks import build_own_hooks
 from dimaskdino.errors import ConfigError
 from dimaskdino.evaluation import EVALUATOR_REGISTRY, build_evaluator
 
