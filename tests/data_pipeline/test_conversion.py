@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as mask_util
 
+from dimaskdino.data.coco_file import read_json
 from dimaskdino.data.conversion.labels import Images, LabeledImage, LabeledObject
 from dimaskdino.data.conversion.split import stratified
 from dimaskdino.data.conversion.writing import outline, read_objects, write_labelme, write_yolo
@@ -269,10 +270,9 @@ def test_results_that_cannot_be_written_are_named(results: object, said: str, tm
 
 
 def test_pipe_in_place_of_results_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "coco.json").write_text(json.dumps({"images": [], "categories": [], "annotations": []}))
     os.mkfifo(tmp_path / "results.json")
     with pytest.raises(DatasetError, match=r"results\.json is not a regular file"):
-        list(read_objects(tmp_path / "coco.json", tmp_path / "results.json", 0.0))
+        read_json(tmp_path / "results.json")
 
 
 def test_masks_of_classes_and_of_objects(root: Path, convert) -> None:

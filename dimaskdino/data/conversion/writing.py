@@ -55,7 +55,7 @@ def _problem(item: Any, sizes: Mapping[Any, tuple[int, int]], names: Mapping[Any
     score = item.get("score", 1.0)
     if not isinstance(score, int | float) or not math.isfinite(score):
         return f"its score, {score!r:.40}, is not a number"
-    rules = Rules(names, with_masks=has_mask(item), scored=True, in_file=True)
+    rules = Rules(categories=names, with_masks=has_mask(item), scored=True, in_file=True)
     refused = (problem for problem in rules.problems(item, sizes[key]) if problem.level is Level.REFUSED)
     return str(next(refused, ""))
 
