@@ -388,3 +388,8 @@ def _command_without_torch(error: ImportError) -> type[build_ext]:
             )
 
     return NoTorch
+
+
+if __name__ == "__main__":
+    print(__doc__)
+    print("It has no command line of its own: `python -m pip install --no-build-isolation -e .` builds the op.")

@@ -12,7 +12,7 @@ FOLDER = "folder"
 
 
 def check_folds(cfg: CfgNode) -> None:
-    """Raise ConfigError if DATASETS.FOLDS cannot be meant."""
+    """Raise ConfigError if the keys of DATASETS.FOLDS contradict each other."""
     node = cfg.DATASETS.FOLDS
     if node.NUM == 0:
         return

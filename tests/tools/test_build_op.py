@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -296,3 +297,10 @@ def test_interrupted_build_leaves_the_old_library(tmp_path, monkeypatch):
     assert target.read_text() == "new"
     assert target.stat().st_mtime > 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["_C.so", "built.so"]
+
+
+def test_run_as_a_script_it_says_how_to_build(capsys):
+    runpy.run_path(build_op.__file__, run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "DIMASKDINO_BUILD_OP" in printed
+    assert "pip install --no-build-isolation -e ." in printed
