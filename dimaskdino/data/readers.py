@@ -152,7 +152,7 @@ def image_reader(cfg: CfgNode) -> Reader:
     """The reader that INPUT.READER names; PIL where it is empty.
 
     Raises:
-        ConfigError: no reader has that name, a package that it needs is missing, or a key that describes pixels is not valid.
+        ConfigError: no reader has that name, a package that it needs is missing, or a key about pixels is not valid.
     """
     pil = PilReader(cfg.INPUT.FORMAT, apply_exif=cfg.INPUT.APPLY_EXIF)
     name, num_channels = cfg.INPUT.READER, len(cfg.MODEL.PIXEL_MEAN)
