@@ -1,5 +1,6 @@
 """Loading, saving and resuming: our own checkpoints, both releases', and others' backbones."""
 
+import functools
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,7 @@ from fvcore.common.checkpoint import Checkpointer as FvcoreCheckpointer
 from torch import Tensor, nn
 
 from dimaskdino.checkpoint.backbones import match_backbone
+from dimaskdino.checkpoint.background import BackgroundWriter, copied
 from dimaskdino.checkpoint.channels import fit_channels
 from dimaskdino.checkpoint.dino import COCO_IDS, COCO_NAMES, COCO_OUTPUTS, pick_coco_rows
 from dimaskdino.checkpoint.fitting import BACKBONE, Misfit, num_classes
@@ -20,6 +22,7 @@ from dimaskdino.checkpoint.names import is_class_key
 from dimaskdino.checkpoint.reading import AUTHOR, CLASS_NAMES, class_names_of, read_weights, replacing, write_weights
 from dimaskdino.checkpoint.releases import from_release, is_release
 from dimaskdino.errors import CheckpointError
+from dimaskdino.layers.shards import gathered, part_of
 
 # The entry of a checkpoint with the moving average of the weights, and the ending of a file of that average alone.
 AVERAGE, AVERAGE_ENDING = "model_ema", "_ema"
@@ -69,6 +72,10 @@ class Checkpointer(DetectionCheckpointer):
         self.average: Callable[[], Mapping[str, Tensor]] | None = None
         # Whether checkpoints leave out frozen weights, and the file that those are from.
         self.leaves_out_frozen, self.base = False, ""
+        # Whether the processes share out weights or optimizer, so that all of them must call :meth:`save`.
+        self.is_shared_out = False
+        # Whether a copy is written in a thread; then :meth:`finish` waits for the last one.
+        self.in_background, self._background = False, BackgroundWriter()
         # Names of the loaded weights, in the order of the model that saved them.
         self.loaded_names: list[str] = []
         self._path = ""
@@ -82,27 +89,50 @@ class Checkpointer(DetectionCheckpointer):
             CheckpointError: a weight is not finite, or the file cannot be written; an earlier one of that name, or
                 another, is still whole.
         """
-        if not (self.save_dir and self.save_to_disk):
-            return
-        self.write(name, **kwargs)
-        self.tag_last_checkpoint(f"{name}.pth")
+        self._write(name, kwargs, tag=f"{name}.pth")
 
     def write(self, name: str, **kwargs: Any) -> None:
         """As :meth:`save`, but a run does not go on from this file."""
+        self._write(name, kwargs)
+
+    def finish(self) -> None:
+        """Wait for a checkpoint that is being written in the background; raises what :meth:`save` raises."""
+        self._background.wait()
+
+    def _write(self, name: str, kwargs: dict[str, Any], tag: str = "") -> None:
+        """Write ``name``.pth, and then, if it is given, ``tag`` to last_checkpoint."""
+        if not (self.save_dir and (self.save_to_disk or self.is_shared_out)):
+            return
         path = Path(self.save_dir, f"{name}.pth")
-        weights = self.model.state_dict()
+        weights = gathered(self.model.state_dict(), keep=self.save_to_disk)
+        average = gathered(self.average(), keep=self.save_to_disk) if self.average else {}
+        state = {key: each.state_dict() for key, each in self.checkpointables.items()}
+        state = gathered(state, keep=self.save_to_disk)
+        if not self.save_to_disk:
+            return
         _check_finite(path, weights)
         content = without_frozen(self.model, weights, self.base) if self.leaves_out_frozen else {"model": weights}
-        average = self.average() if self.average else {}
         average = {key: value for key, value in average.items() if key in content["model"]}
-        state = {key: each.state_dict() for key, each in self.checkpointables.items()}
         about: dict[str, Any] = {CLASS_NAMES: self.class_names} if self.class_names else {}
         about |= {"run_id": self.run_id} if self.run_id else {}
         self.logger.info("Saving checkpoint to %s", path)
+        files: dict[Path, dict[str, Any]] = {}
         if average and f"{name}.pth" in (FINAL, f"{BEST}.pth"):
-            write_weights(path.with_name(f"{name}{AVERAGE_ENDING}.pth"), {**content, "model": average, **about})
+            files[path.with_name(f"{name}{AVERAGE_ENDING}.pth")] = {**content, "model": average, **about}
         content |= {AVERAGE: average} if average else {}
-        write_weights(path, {**content, **state, **about, **kwargs})
+        files[path] = {**content, **state, **about, **kwargs}
+        if self.in_background:
+            self.finish()  # before the copy, so that there is never more than one
+            self._background.start(functools.partial(self._write_files, copied(files), tag))
+            self._last = Path(self.save_dir, tag) if tag else self._last
+        else:
+            self._write_files(files, tag)
+
+    def _write_files(self, files: Mapping[Path, Mapping[str, Any]], tag: str) -> None:
+        for path, content in files.items():
+            write_weights(path, content)
+        if tag:
+            self.tag_last_checkpoint(tag)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Write the name of the last checkpoint to ``last_checkpoint``."""
@@ -215,7 +245,8 @@ class Checkpointer(DetectionCheckpointer):
         except CheckpointError as error:
             raise CheckpointError(f"{self._path}: {error}") from error
         self.loaded_names = list(weights)
-        self.model.load_state_dict(weights, strict=False)
+        own = self.model.state_dict()
+        self.model.load_state_dict({key: part_of(value, own[key]) for key, value in weights.items()}, strict=False)
 
     def _with_frozen(self, state: Mapping[str, Tensor], about: dict[str, Any]) -> Mapping[str, Tensor]:
         """The weights of a file that leaves frozen ones out, with these from the file that they are from."""

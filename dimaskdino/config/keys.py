@@ -117,12 +117,17 @@ KEYS: dict[str, Any] = {
     # Keep the last checkpoints of SOLVER.CHECKPOINT_PERIOD only, this many; 0 keeps all. The final one and the best one
     # are kept as well.
     "SOLVER.CHECKPOINT_KEEP": 0,
+    # Write checkpoints in a thread beside the training, from a copy in the memory of the CPU, one at a time.
+    "SOLVER.CHECKPOINT_ASYNC": False,
     # With SOLVER.AMP.ENABLED: float16 (with loss scaling; on GPUs alone) or bfloat16 (also on CPUs and in evaluation).
     "SOLVER.AMP.DTYPE": "float16",
     # Compute the IMS_PER_BATCH images of an iteration in this many parts, one after the other, to save memory.
     "SOLVER.ACCUMULATION_STEPS": 1,
     # Parts whose layers are computed again in the backward pass, to save memory: backbone, encoder, decoder.
     "SOLVER.ACTIVATION_CHECKPOINTING": [],
+    # What the processes of a job share out among them: "" nothing, "optimizer" its moments (ZeRO, stage 1), or "full"
+    # weights, gradients and moments (FSDP2). Checkpoints are the same.
+    "SOLVER.SHARDING": "",
     # Moving average of the weights: evaluated as well, and saved beside them. An average has decay 0.1 after the first
     # iteration, and comes to DECAY in the course of training: it is at most (1 + iteration) / (10 + iteration).
     "SOLVER.EMA.ENABLED": False,

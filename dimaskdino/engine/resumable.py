@@ -41,6 +41,7 @@ from dimaskdino.engine.run_state import (
     record_of,
     restore_scalars,
 )
+from dimaskdino.engine.sharding import shares_out
 from dimaskdino.engine.signals import StopSignals, folder_lock
 from dimaskdino.engine.train_step import TrainStep
 from dimaskdino.errors import CheckpointError, file_errors_in_one_line
@@ -144,7 +145,9 @@ class ResumableTrainer(TrainerBase):
             On the main process, the results of the last evaluation if there is a test set.
         """
         self.step.data_loader = self._build_seeded_loader(self._first_batch)
-        self.step.seed, self.step.agrees_on_failures = self.seed, self.nonfinite.skips
+        # Where the weights are shared out, all processes are needed to write them down.
+        self.step.seed = self.seed
+        self.step.agrees_on_failures = self.nonfinite.skips or shares_out(self.cfg, "full")
         # If any process cannot start, the folder stays as it is.
         comm.synchronize()
         folder = Path(self.cfg.OUTPUT_DIR)
@@ -255,7 +258,8 @@ class ResumableTrainer(TrainerBase):
         """Save, unless this iteration was saved, and end the run."""
         average_running_statistics(self.model)
         name = f"model_{self.iter:07d}"
-        if comm.is_main_process() and self.checkpointer.get_checkpoint_file() != self._path_of(name):
+        last = self.checkpointer.get_checkpoint_file() if comm.is_main_process() else ""
+        if comm.all_gather(last)[0] != self._path_of(name):
             self.save(name, self.iter)
         raise _Stopped(f"a signal asked for it; go on after iteration {self.iter + 1} with --resume")
 
@@ -267,6 +271,7 @@ class ResumableTrainer(TrainerBase):
         self.iter = min(self.iter, self.max_iter)  # detectron2 counts one more where nothing was left to train.
         with full_disk_in_one_line(Path(self.cfg.OUTPUT_DIR)):
             super().after_train()
+            self.checkpointer.finish()
 
     def state_dict(self) -> dict[str, Any]:
         """Iteration, hooks (with the schedule), step (with the optimizer), and what makes the run repeatable."""
