@@ -88,5 +88,5 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for part in parts:
-            part.set_reshard_after_forward(part is not model, recurse=False)
+            part.set_reshard_after_forward(part is not parts[0], recurse=False)  # as FSDP2 has it by default
             part.reshard()
