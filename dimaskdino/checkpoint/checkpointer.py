@@ -1,6 +1,5 @@
 """Loading, saving and resuming: our own checkpoints, both releases', and others' backbones."""
 
-import functools
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +11,6 @@ from fvcore.common.checkpoint import Checkpointer as FvcoreCheckpointer
 from torch import Tensor, nn
 
 from dimaskdino.checkpoint.backbones import match_backbone
-from dimaskdino.checkpoint.background import BackgroundWriter, copied
 from dimaskdino.checkpoint.channels import fit_channels
 from dimaskdino.checkpoint.dino import COCO_IDS, COCO_NAMES, COCO_OUTPUTS, pick_coco_rows
 from dimaskdino.checkpoint.fitting import BACKBONE, Misfit, num_classes
@@ -74,8 +72,6 @@ class Checkpointer(DetectionCheckpointer):
         self.leaves_out_frozen, self.base = False, ""
         # Whether the processes share out weights or optimizer, so that all of them must call :meth:`save`.
         self.is_shared_out = False
-        # Whether a copy is written in a thread; then :meth:`finish` waits for the last one.
-        self.in_background, self._background = False, BackgroundWriter()
         # Names of the loaded weights, in the order of the model that saved them.
         self.loaded_names: list[str] = []
         self._path = ""
@@ -89,18 +85,12 @@ class Checkpointer(DetectionCheckpointer):
             CheckpointError: a weight is not finite, or the file cannot be written; an earlier one of that name, or
                 another, is still whole.
         """
-        self._write(name, kwargs, tag=f"{name}.pth")
+        self.write(name, **kwargs)
+        if self.save_dir and self.save_to_disk:
+            self.tag_last_checkpoint(f"{name}.pth")
 
     def write(self, name: str, **kwargs: Any) -> None:
         """As :meth:`save`, but a run does not go on from this file."""
-        self._write(name, kwargs)
-
-    def finish(self) -> None:
-        """Wait for a checkpoint that is being written in the background; raises what :meth:`save` raises."""
-        self._background.wait()
-
-    def _write(self, name: str, kwargs: dict[str, Any], tag: str = "") -> None:
-        """Write ``name``.pth, and then, if it is given, ``tag`` to last_checkpoint."""
         if not (self.save_dir and (self.save_to_disk or self.is_shared_out)):
             return
         path = Path(self.save_dir, f"{name}.pth")
@@ -116,23 +106,10 @@ class Checkpointer(DetectionCheckpointer):
         about: dict[str, Any] = {CLASS_NAMES: self.class_names} if self.class_names else {}
         about |= {"run_id": self.run_id} if self.run_id else {}
         self.logger.info("Saving checkpoint to %s", path)
-        files: dict[Path, dict[str, Any]] = {}
         if average and f"{name}.pth" in (FINAL, f"{BEST}.pth"):
-            files[path.with_name(f"{name}{AVERAGE_ENDING}.pth")] = {**content, "model": average, **about}
+            write_weights(path.with_name(f"{name}{AVERAGE_ENDING}.pth"), {**content, "model": average, **about})
         content |= {AVERAGE: average} if average else {}
-        files[path] = {**content, **state, **about, **kwargs}
-        if self.in_background:
-            self.finish()  # before the copy, so that there is never more than one
-            self._background.start(functools.partial(self._write_files, copied(files), tag))
-            self._last = Path(self.save_dir, tag) if tag else self._last
-        else:
-            self._write_files(files, tag)
-
-    def _write_files(self, files: Mapping[Path, Mapping[str, Any]], tag: str) -> None:
-        for path, content in files.items():
-            write_weights(path, content)
-        if tag:
-            self.tag_last_checkpoint(tag)
+        write_weights(path, {**content, **state, **about, **kwargs})
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Write the name of the last checkpoint to ``last_checkpoint``."""
@@ -245,6 +222,9 @@ class Checkpointer(DetectionCheckpointer):
         except CheckpointError as error:
             raise CheckpointError(f"{self._path}: {error}") from error
         self.loaded_names = list(weights)
+        self._take(weights)
+
+    def _take(self, weights: Mapping[str, Tensor]) -> None:
         own = self.model.state_dict()
         self.model.load_state_dict({key: part_of(value, own[key]) for key, value in weights.items()}, strict=False)
 
@@ -255,7 +235,7 @@ class Checkpointer(DetectionCheckpointer):
             of_base = read_weights(self._local_path(self.base), trust=self.trust)
             was = self.finetune, self._is_resuming
             self.finetune, self._is_resuming = True, False
-            self.model.load_state_dict(self._weights(of_base.pop("model"), of_base), strict=False)
+            self._take(self._weights(of_base.pop("model"), of_base))
             self.finetune, self._is_resuming = was
         filled = fill_frozen(self.model, state, about)
         about.pop(BASE)

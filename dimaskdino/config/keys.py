@@ -117,8 +117,6 @@ KEYS: dict[str, Any] = {
     # Keep the last checkpoints of SOLVER.CHECKPOINT_PERIOD only, this many; 0 keeps all. The final one and the best one
     # are kept as well.
     "SOLVER.CHECKPOINT_KEEP": 0,
-    # Write checkpoints in a thread beside the training, from a copy in the memory of the CPU, one at a time.
-    "SOLVER.CHECKPOINT_ASYNC": False,
     # With SOLVER.AMP.ENABLED: float16 (with loss scaling; on GPUs alone) or bfloat16 (also on CPUs and in evaluation).
     "SOLVER.AMP.DTYPE": "float16",
     # Compute the IMS_PER_BATCH images of an iteration in this many parts, one after the other, to save memory.

@@ -103,11 +103,6 @@ def check_best(cfg: CfgNode) -> None:
     if patience < 0 or cfg.SOLVER.CHECKPOINT_KEEP < 0:
         key = "TEST.EARLY_STOP_PATIENCE" if patience < 0 else "SOLVER.CHECKPOINT_KEEP"
         raise ConfigError(f"{key} is {min(patience, cfg.SOLVER.CHECKPOINT_KEEP)}; it must be at least 0.")
-    if cfg.SOLVER.CHECKPOINT_ASYNC and cfg.SOLVER.CHECKPOINT_KEEP == 1:
-        raise ConfigError(
-            "SOLVER.CHECKPOINT_ASYNC needs the checkpoint before until the new one is on the disk, but "
-            "SOLVER.CHECKPOINT_KEEP is 1; set it to at least 2, or to 0."
-        )
     if metric and not cfg.DATASETS.TEST:
         raise ConfigError(f"TEST.BEST_METRIC is {metric!r}, but DATASETS.TEST is empty; name a dataset, or unset it.")
     if metric and (reason := _why_never_computed(cfg, metric)):

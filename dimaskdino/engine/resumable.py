@@ -271,7 +271,6 @@ class ResumableTrainer(TrainerBase):
         self.iter = min(self.iter, self.max_iter)  # detectron2 counts one more where nothing was left to train.
         with full_disk_in_one_line(Path(self.cfg.OUTPUT_DIR)):
             super().after_train()
-            self.checkpointer.finish()
 
     def state_dict(self) -> dict[str, Any]:
         """Iteration, hooks (with the schedule), step (with the optimizer), and what makes the run repeatable."""

@@ -69,7 +69,6 @@ class Trainer(ResumableTrainer):
         self.checkpointer.run_id = read_run_id(Path(cfg.OUTPUT_DIR))
         self.checkpointer.average = self._average.state_dict if self._average else None
         self.checkpointer.is_shared_out = shares_out(cfg)
-        self.checkpointer.in_background = cfg.SOLVER.CHECKPOINT_ASYNC
         self.checkpointer.leaves_out_frozen = cfg.SOLVER.CHECKPOINT_WITHOUT_FROZEN
         self.register_hooks(self.build_hooks())
 
