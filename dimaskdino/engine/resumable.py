@@ -1,6 +1,7 @@
 """The part of the trainer that makes a run one run, however often it is interrupted."""
 
 import contextlib
+import functools
 import logging
 import os
 import uuid
@@ -272,6 +273,10 @@ class ResumableTrainer(TrainerBase):
         with full_disk_in_one_line(Path(self.cfg.OUTPUT_DIR)):
             super().after_train()
 
+    @functools.cached_property
+    def _config_text(self) -> str:
+        return self._given_cfg.dump()  # As YAML it takes a twentieth of a second, and it stays what it is.
+
     def state_dict(self) -> dict[str, Any]:
         """Iteration, hooks (with the schedule), step (with the optimizer), and what makes the run repeatable."""
         batches = self._first_batch + self.iter + 1 - self.start_iter
@@ -279,7 +284,7 @@ class ResumableTrainer(TrainerBase):
             "seed": self.seed,
             "images_drawn": batches * self.cfg.SOLVER.IMS_PER_BATCH,
             "group_size": self._group_size,
-            "config": self._given_cfg.dump(),
+            "config": self._config_text,
             "periodic": [os.path.basename(path) for path in self._periodic.recent_checkpoints]
             if self._periodic
             else [],
