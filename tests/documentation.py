@@ -18,7 +18,7 @@ def command(page: str, text: str) -> list[str]:
     """
     blocks = re.findall(r"```bash\n(.*?)```", (REPOSITORY / page).read_text(), re.DOTALL)
     (block,) = [each for each in blocks if text in each]
-    return shlex.split(block, comments=True)[2:]
+    return shlex.split(block.replace("\\\n", " "), comments=True)[2:]
 
 
 def example(page: str, module: str) -> str:
