@@ -1,11 +1,24 @@
 """The examples of the documentation, and copies of the repository, for tests that run them."""
 
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
+
+
+def command(page: str, text: str) -> list[str]:
+    """The arguments of the shown command that holds ``text``, after the program's name.
+
+    Args:
+        page: path in the repository.
+        text: as above; one command of the page has it.
+    """
+    blocks = re.findall(r"```bash\n(.*?)```", (REPOSITORY / page).read_text(), re.DOTALL)
+    (block,) = [each for each in blocks if text in each]
+    return shlex.split(block.replace("\\\n", " "), comments=True)[2:]
 
 
 def example(page: str, module: str) -> str:

@@ -20,6 +20,7 @@ from dimaskdino.checkpoint.names import is_class_key
 from dimaskdino.checkpoint.reading import AUTHOR, CLASS_NAMES, class_names_of, read_weights, replacing, write_weights
 from dimaskdino.checkpoint.releases import from_release, is_release
 from dimaskdino.errors import CheckpointError
+from dimaskdino.layers.shards import gathered, part_of
 
 # The entry of a checkpoint with the moving average of the weights, and the ending of a file of that average alone.
 AVERAGE, AVERAGE_ENDING = "model_ema", "_ema"
@@ -69,6 +70,8 @@ class Checkpointer(DetectionCheckpointer):
         self.average: Callable[[], Mapping[str, Tensor]] | None = None
         # Whether checkpoints leave out frozen weights, and the file that those are from.
         self.leaves_out_frozen, self.base = False, ""
+        # Whether the processes share out weights or optimizer, so that all of them must call :meth:`save`.
+        self.is_shared_out = False
         # Names of the loaded weights, in the order of the model that saved them.
         self.loaded_names: list[str] = []
         self._path = ""
@@ -82,20 +85,24 @@ class Checkpointer(DetectionCheckpointer):
             CheckpointError: a weight is not finite, or the file cannot be written; an earlier one of that name, or
                 another, is still whole.
         """
-        if not (self.save_dir and self.save_to_disk):
-            return
         self.write(name, **kwargs)
-        self.tag_last_checkpoint(f"{name}.pth")
+        if self.save_dir and self.save_to_disk:
+            self.tag_last_checkpoint(f"{name}.pth")
 
     def write(self, name: str, **kwargs: Any) -> None:
         """As :meth:`save`, but a run does not go on from this file."""
+        if not (self.save_dir and (self.save_to_disk or self.is_shared_out)):
+            return
         path = Path(self.save_dir, f"{name}.pth")
-        weights = self.model.state_dict()
+        weights = gathered(self.model.state_dict(), keep=self.save_to_disk)
+        average = gathered(self.average(), keep=self.save_to_disk) if self.average else {}
+        state = {key: each.state_dict() for key, each in self.checkpointables.items()}
+        state = gathered(state, keep=self.save_to_disk)
+        if not self.save_to_disk:
+            return
         _check_finite(path, weights)
         content = without_frozen(self.model, weights, self.base) if self.leaves_out_frozen else {"model": weights}
-        average = self.average() if self.average else {}
         average = {key: value for key, value in average.items() if key in content["model"]}
-        state = {key: each.state_dict() for key, each in self.checkpointables.items()}
         about: dict[str, Any] = {CLASS_NAMES: self.class_names} if self.class_names else {}
         about |= {"run_id": self.run_id} if self.run_id else {}
         self.logger.info("Saving checkpoint to %s", path)
@@ -215,7 +222,11 @@ class Checkpointer(DetectionCheckpointer):
         except CheckpointError as error:
             raise CheckpointError(f"{self._path}: {error}") from error
         self.loaded_names = list(weights)
-        self.model.load_state_dict(weights, strict=False)
+        self._take(weights)
+
+    def _take(self, weights: Mapping[str, Tensor]) -> None:
+        own = self.model.state_dict()
+        self.model.load_state_dict({key: part_of(value, own[key]) for key, value in weights.items()}, strict=False)
 
     def _with_frozen(self, state: Mapping[str, Tensor], about: dict[str, Any]) -> Mapping[str, Tensor]:
         """The weights of a file that leaves frozen ones out, with these from the file that they are from."""
@@ -224,7 +235,7 @@ class Checkpointer(DetectionCheckpointer):
             of_base = read_weights(self._local_path(self.base), trust=self.trust)
             was = self.finetune, self._is_resuming
             self.finetune, self._is_resuming = True, False
-            self.model.load_state_dict(self._weights(of_base.pop("model"), of_base), strict=False)
+            self._take(self._weights(of_base.pop("model"), of_base))
             self.finetune, self._is_resuming = was
         filled = fill_frozen(self.model, state, about)
         about.pop(BASE)

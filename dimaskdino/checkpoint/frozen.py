@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dimaskdino.errors import CheckpointError
+from dimaskdino.layers.shards import gathered
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def fill_frozen(model: nn.Module, state: Mapping[str, Tensor], about: Mapping[st
         CheckpointError: the model has others than the run that wrote the file.
     """
     missing = [name for name in frozen_names(model) if name not in state]
-    own = model.state_dict()
+    own = gathered(model.state_dict(), keep=True)
     filled = {**state, **{name: own[name] for name in missing}}
     if digest({name: own[name] for name in missing}) != about[DIGEST]:
         source = about[BASE] or "the pretrained weights (MODEL.VIT.PRETRAINED, MODEL.TIMM.PRETRAINED)"

@@ -11,6 +11,7 @@ from detectron2.utils import comm
 
 from dimaskdino.checkpoint import BEST, Checkpointer
 from dimaskdino.errors import ConfigError
+from dimaskdino.modeling.meta_arch import needs_masks
 
 
 class KeepBest(HookBase):
@@ -61,7 +62,7 @@ class KeepBest(HookBase):
             raise ConfigError(
                 f"TEST.BEST_METRIC is {self._metric!r}, but the evaluation gives only {', '.join(sorted(results))}."
             )
-        if self.count(results, iteration) and comm.is_main_process():
+        if self.count(results, iteration):
             self._checkpointer.write(BEST, iteration=iteration)
 
     def count(self, results: Mapping[str, float], iteration: int) -> bool:
@@ -104,8 +105,28 @@ def check_best(cfg: CfgNode) -> None:
         raise ConfigError(f"{key} is {min(patience, cfg.SOLVER.CHECKPOINT_KEEP)}; it must be at least 0.")
     if metric and not cfg.DATASETS.TEST:
         raise ConfigError(f"TEST.BEST_METRIC is {metric!r}, but DATASETS.TEST is empty; name a dataset, or unset it.")
+    if metric and (reason := _why_never_computed(cfg, metric)):
+        raise ConfigError(f"TEST.BEST_METRIC is {metric!r}, but no evaluation gives it: {reason}.")
     if patience and not (metric and cfg.TEST.EVAL_PERIOD > 0):
         raise ConfigError(
             f"TEST.EARLY_STOP_PATIENCE is {patience}, but nothing is measured during training; set TEST.BEST_METRIC "
             "and TEST.EVAL_PERIOD, or set it to 0."
         )
+
+
+def _why_never_computed(cfg: CfgNode, metric: str) -> str:
+    """The key that keeps a score from being computed; "" where it may be one, of an evaluator of one's own too."""
+    first, _, rest = metric.partition("/")
+    if first == "ema":
+        return _why_never_computed(cfg, rest) if cfg.SOLVER.EMA.ENABLED else "SOLVER.EMA.ENABLED is False"
+    if first in cfg.DATASETS.TEST:
+        return _why_never_computed(cfg, rest) if len(cfg.DATASETS.TEST) > 1 else f"with one test set it is {rest!r}"
+    if len(cfg.DATASETS.TEST) > 1:
+        return f"it begins with one of DATASETS.TEST, {', '.join(cfg.DATASETS.TEST)}"
+    if first == "loss":
+        return "" if cfg.TEST.LOSS else "TEST.LOSS is False"
+    if first == "segm" and not needs_masks(cfg):
+        return f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} as configured predicts no masks"
+    if first == "panoptic_seg" and not cfg.MODEL.MaskDINO.TEST.PANOPTIC_ON:
+        return "MODEL.MaskDINO.TEST.PANOPTIC_ON is False"
+    return ""

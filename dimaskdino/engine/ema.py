@@ -9,6 +9,7 @@ from detectron2.engine import HookBase
 from torch import Tensor, nn
 
 from dimaskdino.engine.run_folder import in_subfolder
+from dimaskdino.layers.shards import local, part_of
 
 
 class AveragedWeights:
@@ -16,6 +17,7 @@ class AveragedWeights:
 
     Args:
         model: not wrapped for distribution; its parameters are the same in all processes, and so is their average.
+            Where they are shared out (SOLVER.SHARDING full), so is the average.
         decay: the part of the average that stays, in [0, 1).
     """
 
@@ -23,6 +25,9 @@ class AveragedWeights:
         self._model, self._decay = model, decay
         self._parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
         self._average = {name: p.clone() for name, p in self._parameters.items()}
+        # What this process has of both, in the same memory.
+        self._own = [local(p) for p in self._parameters.values()]
+        self._own_average = [local(p) for p in self._average.values()]
 
     @torch.no_grad()
     def update(self, iteration: int) -> None:
@@ -32,7 +37,7 @@ class AveragedWeights:
             iteration: of the training, from 0 on; early averages forget faster, or they would hold the initial weights.
         """
         decay = min(self._decay, (1 + iteration) / (10 + iteration))
-        torch._foreach_lerp_(list(self._average.values()), list(self._parameters.values()), 1 - decay)
+        torch._foreach_lerp_(self._own_average, self._own, 1 - decay)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The weights of the averaged model."""
@@ -42,19 +47,19 @@ class AveragedWeights:
     def restart(self, saved: Mapping[str, Tensor] | None) -> None:
         """Go on from a saved :meth:`state_dict`, or from the model's own weights if there is none."""
         for name, average in self._average.items():
-            average.copy_(self._parameters[name] if saved is None else saved[name])
+            average.copy_(self._parameters[name] if saved is None else part_of(saved[name], average))
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """While it is entered, the model has the averaged weights."""
-        own = [parameter.clone() for parameter in self._parameters.values()]
+        own = [parameter.clone() for parameter in self._own]
         with torch.no_grad():
-            torch._foreach_copy_(list(self._parameters.values()), list(self._average.values()))
+            torch._foreach_copy_(self._own, self._own_average)
         try:
             yield
         finally:
             with torch.no_grad():
-                torch._foreach_copy_(list(self._parameters.values()), own)
+                torch._foreach_copy_(self._own, own)
 
 
 class UpdateAverage(HookBase):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dimaskdino.checkpoint import replacing
 from dimaskdino.errors import check_choice
+from dimaskdino.layers.shards import gathered, local
 
 logger = logging.getLogger(__name__)
 
@@ -87,9 +88,10 @@ class NonFiniteSteps:
         if self._files > MOST_FILES:
             return ""
         path = Path(self._cfg.OUTPUT_DIR, FOLDER, f"iteration_{step.iter:07d}.process{comm.get_rank()}.pth")
+        weights = gathered(unwrapped(step.model).state_dict(), keep=True)
         content = {
             "config": self._cfg.dump(),
-            "model": {name: value.cpu() for name, value in unwrapped(step.model).state_dict().items()},
+            "model": {name: value.cpu() for name, value in weights.items()},
             "batch": encode(step.batch),
             "seed": step.seed,
             "iteration": step.iter,
@@ -128,7 +130,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def nonfinite_weights(model: nn.Module) -> list[str]:
     """The names of the parameters that are not finite."""
-    return [name for name, each in unwrapped(model).named_parameters() if not each.isfinite().all()]
+    return [name for name, each in unwrapped(model).named_parameters() if not local(each).isfinite().all()]
 
 
 def encode(batch: Batch) -> list[dict[str, Any]]:

@@ -10,12 +10,14 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import HookBase
+from detectron2.utils import comm
 from torch import nn
 
 from dimaskdino.checkpoint import Checkpointer
 from dimaskdino.data import build_mapper, register_all
 from dimaskdino.data.datasets.registration import load_dataset
 from dimaskdino.engine.nonfinite import unwrapped
+from dimaskdino.engine.sharding import whole_weights
 from dimaskdino.modeling.meta_arch import build_model
 from dimaskdino.prediction.results import Classes, Prediction, on_cpu
 from dimaskdino.visualization import Objects, draw_objects, save_grid
@@ -35,7 +37,8 @@ Input = dict[str, Any]
 class DrawPredictions(HookBase):
     """Puts pictures of predictions beside truth among the records, after each evaluation.
 
-    Register it on the main process, after the hook that evaluates and before that of the writers.
+    Register it on the main process, after the hook that evaluates and before that of the writers; in every process
+    where these share out the weights.
 
     Args:
         cfg: of the run; LOG.PICTURES images of the first DATASETS.TEST are drawn.
@@ -59,6 +62,11 @@ class DrawPredictions(HookBase):
         self._inputs = None
 
     def _draw(self) -> None:
+        with whole_weights(self._model):
+            if comm.is_main_process():
+                self._draw_alone()
+
+    def _draw_alone(self) -> None:
         name = self._cfg.DATASETS.TEST[0]
         try:
             if self._inputs is None:

@@ -1,6 +1,7 @@
 """The part of the trainer that makes a run one run, however often it is interrupted."""
 
 import contextlib
+import functools
 import logging
 import os
 import uuid
@@ -41,6 +42,7 @@ from dimaskdino.engine.run_state import (
     record_of,
     restore_scalars,
 )
+from dimaskdino.engine.sharding import shares_out
 from dimaskdino.engine.signals import StopSignals, folder_lock
 from dimaskdino.engine.train_step import TrainStep
 from dimaskdino.errors import CheckpointError, file_errors_in_one_line
@@ -144,7 +146,9 @@ class ResumableTrainer(TrainerBase):
             On the main process, the results of the last evaluation if there is a test set.
         """
         self.step.data_loader = self._build_seeded_loader(self._first_batch)
-        self.step.seed, self.step.agrees_on_failures = self.seed, self.nonfinite.skips
+        # Where the weights are shared out, all processes are needed to write them down.
+        self.step.seed = self.seed
+        self.step.agrees_on_failures = self.nonfinite.skips or shares_out(self.cfg, "full")
         # If any process cannot start, the folder stays as it is.
         comm.synchronize()
         folder = Path(self.cfg.OUTPUT_DIR)
@@ -255,7 +259,8 @@ class ResumableTrainer(TrainerBase):
         """Save, unless this iteration was saved, and end the run."""
         average_running_statistics(self.model)
         name = f"model_{self.iter:07d}"
-        if comm.is_main_process() and self.checkpointer.get_checkpoint_file() != self._path_of(name):
+        last = self.checkpointer.get_checkpoint_file() if comm.is_main_process() else ""
+        if comm.all_gather(last)[0] != self._path_of(name):
             self.save(name, self.iter)
         raise _Stopped(f"a signal asked for it; go on after iteration {self.iter + 1} with --resume")
 
@@ -268,6 +273,10 @@ class ResumableTrainer(TrainerBase):
         with full_disk_in_one_line(Path(self.cfg.OUTPUT_DIR)):
             super().after_train()
 
+    @functools.cached_property
+    def _config_text(self) -> str:
+        return self._given_cfg.dump()  # As YAML it takes a twentieth of a second, and it stays what it is.
+
     def state_dict(self) -> dict[str, Any]:
         """Iteration, hooks (with the schedule), step (with the optimizer), and what makes the run repeatable."""
         batches = self._first_batch + self.iter + 1 - self.start_iter
@@ -275,7 +284,7 @@ class ResumableTrainer(TrainerBase):
             "seed": self.seed,
             "images_drawn": batches * self.cfg.SOLVER.IMS_PER_BATCH,
             "group_size": self._group_size,
-            "config": self._given_cfg.dump(),
+            "config": self._config_text,
             "periodic": [os.path.basename(path) for path in self._periodic.recent_checkpoints]
             if self._periodic
             else [],

@@ -35,6 +35,7 @@ from dimaskdino.engine.nonfinite import check_nonfinite
 from dimaskdino.engine.own_data import merge_cpu_file, set_keys_of_own_data
 from dimaskdino.engine.precision import check_precision
 from dimaskdino.engine.run_folder import setup_loggers
+from dimaskdino.engine.sharding import check_sharding
 from dimaskdino.engine.signals import check_not_locked
 from dimaskdino.engine.writers import check_writers
 from dimaskdino.errors import ConfigError, UserError, check_choice, check_range, file_errors_in_one_line
@@ -134,6 +135,7 @@ def _check(cfg: Config, *, train: bool) -> None:
         check_solver(cfg, comm.get_world_size())
         check_best(cfg)
         check_nonfinite(cfg)
+        check_sharding(cfg)
         check_writers(cfg)
         images_in_a_group(cfg)
         check_sampler(cfg)

@@ -17,7 +17,6 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from dimaskdino.checkpoint import Checkpointer
@@ -36,6 +35,7 @@ from dimaskdino.engine.pictures import DrawPredictions
 from dimaskdino.engine.precision import evaluation_autocast, training_dtype
 from dimaskdino.engine.resumable import ResumableTrainer
 from dimaskdino.engine.run_folder import in_subfolder, inference_folder, read_run_id, write_config
+from dimaskdino.engine.sharding import distribute, shares_out, whole_weights
 from dimaskdino.engine.train_step import TrainStep
 from dimaskdino.engine.validation_loss import validation_losses
 from dimaskdino.engine.writers import build_writers
@@ -68,6 +68,7 @@ class Trainer(ResumableTrainer):
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, class_names=names, trainer=weakref.proxy(self))
         self.checkpointer.run_id = read_run_id(Path(cfg.OUTPUT_DIR))
         self.checkpointer.average = self._average.state_dict if self._average else None
+        self.checkpointer.is_shared_out = shares_out(cfg)
         self.checkpointer.leaves_out_frozen = cfg.SOLVER.CHECKPOINT_WITHOUT_FROZEN
         self.register_hooks(self.build_hooks())
 
@@ -82,10 +83,11 @@ class Trainer(ResumableTrainer):
             # Only the main process saves, but all take part in the average.
             AverageRunningStatistics(self.model, periods=(cfg.TEST.EVAL_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD)),
         ]
-        if comm.is_main_process():
+        if comm.is_main_process() or shares_out(cfg):
             # The hook divides by its period; it saves the last checkpoint in any case.
-            period, keep = cfg.SOLVER.CHECKPOINT_PERIOD or sys.maxsize, cfg.SOLVER.CHECKPOINT_KEEP or None
-            self._periodic = PeriodicCheckpointer(self.checkpointer, period, max_to_keep=keep)
+            period = cfg.SOLVER.CHECKPOINT_PERIOD or sys.maxsize
+            keep = cfg.SOLVER.CHECKPOINT_KEEP if comm.is_main_process() else 0  # The main process removes.
+            self._periodic = PeriodicCheckpointer(self.checkpointer, period, max_to_keep=keep or None)
             hooks.append(self._periodic)
         # After the checkpointer, so that an evaluation that fails can be repeated.
         hooks.append(EvaluateWhenTrained(cfg.TEST.EVAL_PERIOD, self._evaluate))
@@ -94,9 +96,9 @@ class Trainer(ResumableTrainer):
             self._best = KeepBest(cfg.TEST.BEST_METRIC, checkpointer=self.checkpointer, **options)
             hooks.append(self._best)
         hooks += build_own_hooks(cfg)
+        if cfg.LOG.PICTURES and cfg.DATASETS.TEST and (comm.is_main_process() or shares_out(cfg, "full")):
+            hooks.append(DrawPredictions(cfg, self.model))
         if comm.is_main_process():
-            if cfg.LOG.PICTURES and cfg.DATASETS.TEST:
-                hooks.append(DrawPredictions(cfg, self.model))
             writers = WriteRecords(self.build_writers(), eval_period=cfg.TEST.EVAL_PERIOD)
             hooks += [writers, ProgressLog(images=cfg.SOLVER.IMS_PER_BATCH)]
         return hooks
@@ -141,7 +143,7 @@ class Trainer(ResumableTrainer):
         checkpoint_activations(cfg, model)
         dtype = training_dtype(cfg)
         return TrainStep(
-            model=_distribute(model),
+            model=distribute(cfg, model),  # before the optimizer, which has its parameters
             optimizer=cls.build_optimizer(cfg, model),
             clipper=GradientClipper.from_config(cfg),
             amp=dtype is not None,
@@ -193,7 +195,7 @@ class Trainer(ResumableTrainer):
         if isinstance(evaluators, DatasetEvaluator):
             evaluators = [evaluators]
         results: dict[str, Any] = OrderedDict()
-        with timed(model) as timer:
+        with timed(model) as timer, whole_weights(model):
             for index, name in enumerate(cfg.DATASETS.TEST):
                 views = isinstance(model, AugmentedModel)
                 loader = cls.build_test_loader(whole_images(cfg) if views else cfg, name)
@@ -235,12 +237,3 @@ class Trainer(ResumableTrainer):
         if cfg.TEST.EVAL_LAYERS:
             return evaluator
         return DatasetEvaluators([evaluator, SpeedEvaluator(timer, inference_folder(cfg, dataset_name))])
-
-
-def _distribute(model: nn.Module) -> nn.Module:
-    """Wrap ``model`` to average gradients if the job has several processes."""
-    if comm.get_world_size() == 1:
-        return model
-    device = next(model.parameters()).device
-    device_ids = None if device.type == "cpu" else [device.index]
-    return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)

@@ -84,6 +84,11 @@ def _layers_of(model: nn.Module, part: str) -> list[nn.Module]:
     return blocks_of(root) if part == "backbone" else [each for each in root.modules() if isinstance(each, FeedForward)]
 
 
+def repeated_layers(model: nn.Module) -> list[nn.Module]:
+    """The blocks of the backbone, and the layers of encoder and decoder, as far as the model has them."""
+    return list(dict.fromkeys(layer for part in PARTS for layer in _layers_of(model, part)))
+
+
 def _updates_statistics(layer: nn.Module) -> bool:
     return any(
         isinstance(each, nn.modules.batchnorm._NormBase) and each.track_running_stats for each in layer.modules()

@@ -1,16 +1,20 @@
 """The optimizer of the releases: AdamW with a slower backbone and no decay on norms and embeddings."""
 
+import functools
 import logging
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from detectron2.config import CfgNode
+from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dimaskdino.errors import CheckpointError, check_choice
+from dimaskdino.layers.shards import is_shared_out, local, part_of
 from dimaskdino.solver.parameters import ParameterGroups, parameter_groups
 
 logger = logging.getLogger(__name__)
@@ -40,6 +44,11 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     groups = parameter_groups(cfg, model)
     for group in groups:
         logger.info("%d parameters: lr %g, weight decay %g", len(group["params"]), group["lr"], group["weight_decay"])
+    if cfg.SOLVER.SHARDING == "optimizer" and comm.get_world_size() > 1:
+        from dimaskdino.solver.sharded import ShardedOptimizer  # takes a second to import
+
+        build: Any = functools.partial(OPTIMIZERS[cfg.SOLVER.OPTIMIZER], cfg=cfg)
+        return ShardedOptimizer(groups, build)
     return OPTIMIZERS[cfg.SOLVER.OPTIMIZER](groups, cfg)
 
 
@@ -73,6 +82,8 @@ class GradientClipper:
             The global norm of the gradients before clipping, a scalar.
         """
         gradients = [p.grad for p in parameters if p.grad is not None]
+        if any(is_shared_out(gradient) for gradient in gradients):
+            return self._clip_parts([local(gradient) for gradient in gradients])
         norm = nn.utils.get_total_norm(gradients, self.norm_type)
         if self.clip_type == "full_model" and self.limit < math.inf:
             nn.utils.clip_grads_with_norm_(parameters, self.limit, norm)
@@ -81,6 +92,29 @@ class GradientClipper:
         elif self.clip_type == "value":
             nn.utils.clip_grad_value_(parameters, self.limit)
         return norm
+
+    def _clip_parts(self, gradients: list[Tensor]) -> Tensor:
+        """The same for gradients of which each process has a part."""
+        norms = _norms_of_parts(gradients, self.norm_type)
+        norm = torch.linalg.vector_norm(norms, self.norm_type)
+        if self.clip_type == "value":
+            torch._foreach_clamp_min_(gradients, -self.limit)
+            torch._foreach_clamp_max_(gradients, self.limit)
+        elif self.clip_type == "norm" or self.limit < math.inf:
+            each = norms if self.clip_type == "norm" else norm.expand(len(gradients))
+            torch._foreach_mul_(gradients, list((self.limit / (each + 1e-6)).clamp(max=1.0).unbind()))
+        return norm
+
+
+def _norms_of_parts(gradients: list[Tensor], norm_type: float) -> Tensor:
+    """The norm of each gradient from the parts of all processes."""
+    if math.isinf(norm_type):
+        norms = torch.stack([part.abs().max() if part.numel() else part.new_zeros(()) for part in gradients])
+        dist.all_reduce(norms, dist.ReduceOp.MAX)
+        return norms
+    powers = torch.stack(torch._foreach_norm(gradients, norm_type)) ** norm_type
+    dist.all_reduce(powers)
+    return powers ** (1 / norm_type)
 
 
 def _scale_each(gradients: list[Tensor], limit: float, norm_type: float) -> None:
@@ -126,6 +160,21 @@ def reorder_state(
         ],
         "state": state["state"],
     }
+
+
+def shared_out_state(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """The part that this process has of a whole ``state_dict``, where the parameters are shared out; else all of it."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    parts = {
+        number: {
+            name: part_of(value, parameter) if getattr(value, "shape", None) == parameter.shape else value
+            for name, value in state["state"].get(number, {}).items()
+        }
+        for number, parameter in zip(numbers, parameters, strict=True)
+        if is_shared_out(parameter) and number in state["state"]
+    }
+    return {**state, "state": {**state["state"], **parts}}
 
 
 def check_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:

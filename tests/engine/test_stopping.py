@@ -148,6 +148,12 @@ def test_score_that_is_not_computed_names_the_others(cfg: Config) -> None:
         (["TEST.EARLY_STOP_PATIENCE", -1], "EARLY_STOP_PATIENCE is -1"),
         (["SOLVER.CHECKPOINT_KEEP", -1], "CHECKPOINT_KEEP is -1"),
         (["TEST.BEST_METRIC", "bbox/AP", "DATASETS.TEST", ()], r"BEST_METRIC.*DATASETS\.TEST"),
+        (["TEST.BEST_METRIC", "ema/bbox/AP"], r"SOLVER\.EMA\.ENABLED"),
+        (["TEST.BEST_METRIC", "loss/total_loss"], r"TEST\.LOSS"),
+        (["TEST.BEST_METRIC", "segm/AP", "MODEL.META_ARCHITECTURE", "DINO"], "DINO .*no masks"),
+        (["TEST.BEST_METRIC", "panoptic_seg/PQ"], "PANOPTIC_ON"),
+        (["TEST.BEST_METRIC", "bbox/AP", "DATASETS.TEST", ("one", "two")], "one, two"),
+        (["TEST.BEST_METRIC", "one/bbox/AP", "DATASETS.TEST", ("one",)], "'bbox/AP'"),
     ],
 )
 def test_contradicting_keys_are_refused(cfg: Config, options: list[Any], keys: str) -> None:

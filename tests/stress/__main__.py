@@ -24,10 +24,11 @@ from tabulate import tabulate
 
 from dimaskdino.config import Config
 from dimaskdino.data.validation.start import check_datasets
-from tests.stress.jobs import Ended, Job, outcome, same, stress_cfg
+from tests.stress.jobs import Ended, Job, outcome, progress, same, stress_cfg
 
 KINDS = ("injected", "survived", "lost", "hung")
 LONGEST_END_S = 60.0  # from the death of a process to the end of its job
+MOST_KILLS = 5  # of one run
 
 
 class LostError(Exception):
@@ -83,15 +84,25 @@ class Stress:
             raise LostError(f"after --resume, {', '.join(differing)} differ from those of a run that was left alone")
         shutil.rmtree(cfg.OUTPUT_DIR)
 
-    def kill(self) -> None:
-        """Kill -9 at a random time, once to three times."""
+    def kill(self, most: int = 2) -> int:
+        """Kill -9 at a random time of what is left of a run, again and again until it ends, but not more than ``most``.
+
+        Returns how often it was still running.
+        """
+        hits = 0
         with self.run() as cfg:
-            for attempt in range(self.random.choice((1, 1, 1, 2, 3))):
+            for attempt in range(most):
                 cfg.DATALOADER.NUM_WORKERS = self.random.choice((0, 0, 0, 1))
                 job = Job(cfg, resume=attempt > 0).start()
-                time.sleep(self.random.uniform(0, self.reference(1)[1]))
-                _checked(job.end(lambda job=job: _kill(job.pid, signal.SIGKILL)))
+                job.wait(self.random.uniform(0, self.reference(1)[1] * (1 - 0.9 * progress(cfg))))
+                ended = _checked(job.end(lambda job=job: _kill(job.pid, signal.SIGKILL)))
+                if ended.status == 0:
+                    break
+                hits += 1
+                if ended.status != -signal.SIGKILL:
+                    raise LostError(f"it ended with status {ended.status}: {ended.errors[-500:]}")
             cfg.DATALOADER.NUM_WORKERS = 0
+        return hits
 
     def signal(self) -> None:
         """SIGTERM, SIGUSR1 or Ctrl-C while it trains."""
@@ -215,42 +226,53 @@ def _wait_for(job: Job) -> None:
 def main() -> None:
     """Run the scenarios, print the figures, and exit with status 1 if anything was lost or hung."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--points", type=int, default=100, help="runs that are killed and resumed (default: 100)")
+    parser.add_argument("--points", type=int, default=100, help="kills with a resume after each (default: 100)")
     parser.add_argument("--others", type=int, help="runs of each other scenario (default: a fifth of the points)")
     parser.add_argument("--seed", type=int, default=0, help="of the choices (default: 0)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     others = max(1, args.points // 5) if args.others is None else args.others
     counts: dict[str, Counter[str]] = {}
+    seconds: dict[str, float] = {}
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         stress = Stress(Path(folder), args.seed)
-        scenarios = [(stress.kill, args.points)]
+        scenarios: list[tuple[Callable[..., int | None], int]] = [(stress.kill, args.points)]
         for scenario in (stress.signal, stress.damage, stress.full_disk, stress.bad_data):
             scenarios.append((scenario, others))
         scenarios += [(scenario, max(1, others // 2)) for scenario in (stress.dying_rank, stress.stopped_rank)]
         for scenario, number in scenarios:
+            begun = time.monotonic()
             counts[scenario.__name__] = _count(scenario, number)
+            seconds[scenario.__name__] = (time.monotonic() - begun) / max(1, counts[scenario.__name__]["injected"])
     total = sum(counts.values(), Counter())
-    rows = [[name, *(count[kind] for kind in KINDS)] for name, count in (counts | {"all": total}).items()]
-    print(tabulate(rows, ["", *KINDS]))
+    seconds["all"] = (time.monotonic() - started) / max(1, total["injected"])
+    rows = [
+        [name, *(count[kind] for kind in KINDS), seconds[name]] for name, count in (counts | {"all": total}).items()
+    ]
+    print(tabulate(rows, ["", *KINDS, "seconds each"], floatfmt=".1f"))
     print(f"{(time.monotonic() - started) / 60:.1f} min")
     sys.exit(1 if total["lost"] or total["hung"] else 0)
 
 
-def _count(scenario: Callable[[], None], number: int) -> Counter[str]:
+def _count(scenario: Callable[..., int | None], number: int) -> Counter[str]:
+    """Run a scenario until ``number`` injuries are done; one that returns a number has done so many, any other one."""
     count: Counter[str] = Counter()
-    for _ in range(number):
-        count["injected"] += 1
+    while (left := number - count["injected"]) > 0:
+        options = (min(left, MOST_KILLS),) if scenario.__name__ == "kill" else ()
         try:
-            scenario()
-            count["survived"] += 1
+            done = scenario(*options)
+            done = 1 if done is None else done
+            count["injected"] += done
+            count["survived"] += done
+            continue
         except HungError:
             count["hung"] += 1
             print(f"{scenario.__name__}: hung", flush=True)
         except LostError as reason:
             count["lost"] += 1
             print(f"{scenario.__name__}: lost: {reason}", flush=True)
+        count["injected"] += 1
     return count
 
 

@@ -6,6 +6,7 @@ import functools
 import json
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import sys
@@ -94,6 +95,10 @@ class Job:
         self.pid = self._process.pid or 0
         return self
 
+    def wait(self, seconds: float) -> None:
+        """Wait until it ends, but not longer than ``seconds``."""
+        self._process.join(seconds)
+
     def end(self, hurt: Callable[[], object] = lambda: None) -> Ended:
         """Hurt it, and wait for its end."""
         hurt()
@@ -150,6 +155,13 @@ def _train(args: argparse.Namespace) -> None:
     trainer = ToyTrainer(cfg)
     trainer.resume_or_load(resume=args.job.resume)
     trainer.train()
+
+
+def progress(cfg: Config) -> float:
+    """The part of a run that its last checkpoint holds, from 0 to 1."""
+    tag = Path(cfg.OUTPUT_DIR, "last_checkpoint")
+    number = re.fullmatch(r"model_(\d+)\.pth", tag.read_text()) if tag.is_file() else None
+    return (int(number[1]) + 1) / cfg.SOLVER.MAX_ITER if number else float(tag.is_file())
 
 
 def outcome(cfg: Config) -> dict[str, Any]:

@@ -1,0 +1,43 @@
+"""Tensors of which each process of a job has a part (DTensor; SOLVER.SHARDING full): the part, and the whole."""
+
+from typing import Any
+
+from torch import Tensor
+
+
+def is_shared_out(tensor: Tensor) -> bool:
+    """Whether the processes share the tensor out among them; asks for no import of torch's DTensor."""
+    return hasattr(tensor, "full_tensor")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of this process, in the same memory; the tensor itself if it is whole."""
+    return tensor.detach().to_local() if is_shared_out(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def part_of(whole: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, the same in all processes, shared out as ``like`` is; itself if that is whole."""
+    if not is_shared_out(like) or is_shared_out(whole):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    # Each process cuts its part out; nothing is sent.
+    whole = whole.to(like.device)
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)  # type: ignore[attr-defined]
+
+
+def gathered(content: Any, *, keep: bool) -> Any:
+    """Nested mappings and lists with all tensors whole; all processes must call it with the same content.
+
+    Args:
+        content: as above.
+        keep: whether this process wants the tensors that had to be gathered; they are then on the CPU.
+    """
+    if isinstance(content, dict):
+        return {key: gathered(value, keep=keep) for key, value in content.items()}
+    if isinstance(content, list):
+        return [gathered(value, keep=keep) for value in content]
+    if not isinstance(content, Tensor) or not is_shared_out(content):
+        return content
+    whole = content.full_tensor()  # type: ignore[attr-defined]
+    return whole.cpu() if keep else None
