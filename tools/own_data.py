@@ -9,6 +9,7 @@ The same as train_net.py with configs/own_data.yaml and DATASETS.TRAIN_JSON, and
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from dimaskdino.engine import Trainer, argument_parser, launch, setup
 from dimaskdino.engine.launch import num_cores
 from dimaskdino.engine.pictures import save_pictures
 from dimaskdino.engine.setup import load_config
-from dimaskdino.errors import run_cli
+from dimaskdino.errors import UserError, run_cli
 from dimaskdino.evaluation import coco_table
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "own_data.yaml"
@@ -46,6 +47,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Train, evaluate, report, draw."""
     own = parse_args()
+    check_paths(own)
     started = time.perf_counter()
     args = run_arguments(own)
     launch(work, args, cpu_processes=min(MAX_CPU_PROCESSES, num_cores()))
@@ -57,6 +59,18 @@ def main() -> None:
     print(f"results:    {results}")
     print(f"pictures:   {picture}")
     print(f"time:       {(time.perf_counter() - started) / 60:.1f} min")
+
+
+def check_paths(own: argparse.Namespace) -> None:
+    """Refuse what is not there before processes start, which takes many seconds."""
+    for key, path, kind, is_there in (
+        ("TRAIN_JSON", own.json, "file", os.path.isfile),
+        ("VAL_JSON", own.val_json, "file", os.path.isfile),
+        ("TRAIN_IMAGES", own.images, "folder", os.path.isdir),
+        ("VAL_IMAGES", own.val_images, "folder", os.path.isdir),
+    ):
+        if path and "://" not in path and not is_there(path):
+            raise UserError(f"DATASETS.{key} names {path}, which is not a {kind}; correct the path.")
 
 
 def run_arguments(own: argparse.Namespace) -> argparse.Namespace:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from dimaskdino.data.images import upright
 from dimaskdino.errors import UserError
-from dimaskdino.prediction.images import check_depth, errors_of_file, to_rgb
+from dimaskdino.prediction.images import check_depth, errors_of_file, local_path, to_rgb
 
 LARGEST_COPY_PX = 2400  # longest side of the copy that is drawn on
 GEO_SUFFIXES = frozenset((".tif", ".tiff"))
@@ -55,10 +55,11 @@ def open_canvas(source: Any, *, channels: str = "RGB", exif: bool = True) -> Can
         UserError: as :func:`to_rgb`.
     """
     if isinstance(source, str | Path):
-        with errors_of_file(Path(source)):
-            if Path(source).suffix.lower() in GEO_SUFFIXES and (canvas := _open_raster(Path(source))):
+        path = local_path(source)
+        with errors_of_file(path):
+            if path.suffix.lower() in GEO_SUFFIXES and (canvas := _open_raster(path)):
                 return canvas
-            return _of_pil(_decode(Path(source)), exif, str(source))
+            return _of_pil(_decode(path), exif, str(path))
     if isinstance(source, Image.Image):
         return _of_pil(source, exif, "The PIL image")
     array = to_rgb(source, channels=channels)

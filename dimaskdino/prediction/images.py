@@ -35,7 +35,7 @@ def to_rgb(source: Any, *, channels: str = "RGB", exif: bool = True) -> np.ndarr
         UserError: the file is missing or not an image, or the values are not those of one.
     """
     if isinstance(source, str | os.PathLike):
-        return _read_file(Path(source), exif)
+        return _read_file(local_path(source), exif)
     if isinstance(source, Image.Image):
         return _from_pil(source, exif, "The PIL image")
     if isinstance(source, Tensor):
@@ -44,6 +44,13 @@ def to_rgb(source: Any, *, channels: str = "RGB", exif: bool = True) -> np.ndarr
     if isinstance(source, np.ndarray):
         return _from_array(source, channels)
     raise UserError(f"An image is a path, a PIL image, an array or a tensor, not a {type(source).__name__}.")
+
+
+def local_path(source: str | os.PathLike[str]) -> Path:
+    """The path of an image; raises UserError for an address, which only readers of a user's own may take."""
+    if "://" in str(source):
+        raise UserError(f"{source} is an address, not a path; download the image first.")
+    return Path(source)
 
 
 def _read_file(path: Path, exif: bool) -> np.ndarray:

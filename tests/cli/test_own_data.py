@@ -42,6 +42,15 @@ def test_photos_become_a_checkpoint_a_table_and_drawings(run, tmp_path: Path, mo
     with Image.open(output / "predictions.png") as picture:
         assert min(picture.size) > 400
 
-    refused = run(SCRIPT, tmp_path / "nowhere", labels, *flags)
-    assert refused.status == 2
-    assert "DATASETS.TRAIN_IMAGES" in refused.err.splitlines()[-1]
+
+def test_paths_are_checked_before_processes_start(run, tmp_path: Path) -> None:
+    labels = tmp_path / "labels.json"
+    labels.write_text("{}")
+    for paths, key in (
+        ((tmp_path / "nowhere", labels), "TRAIN_IMAGES"),
+        ((tmp_path, tmp_path / "none.json"), "TRAIN_JSON"),
+        ((tmp_path, labels, "--val-json", tmp_path), "VAL_JSON"),
+    ):
+        refused = run(SCRIPT, *paths)
+        assert refused.status == 2
+        assert f"DATASETS.{key} names " in refused.err.splitlines()[-1]

@@ -1,6 +1,7 @@
 """Small COCO datasets written into a test's own folder, and configurations for them."""
 
 import json
+import multiprocessing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from dimaskdino.config import Config, get_cfg
-from dimaskdino.data import datasets, register_all
+from dimaskdino.data import datasets, parallel, register_all
+from dimaskdino.data.datasets import shapes, shapes_stuff
 
 Json = dict[str, Any]
 
@@ -31,6 +33,13 @@ def registrations(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         MetadataCatalog.remove(name)
     monkeypatch.undo()
     register_all()
+
+
+@pytest.fixture
+def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that need not import the libraries anew; test_bdd100k.py has real ones."""
+    for module in (parallel, shapes, shapes_stuff):
+        monkeypatch.setattr(module, "get_context", lambda method: multiprocessing.get_context("fork"))
 
 
 @pytest.fixture

@@ -12,6 +12,8 @@ from dimaskdino.data.label_maps import read_label_map
 from tests.data_pipeline.label_maps import SEGMENTS, label_map, write_panoptic
 from tests.data_pipeline.scripts import run_script
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:

@@ -44,6 +44,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_files_depend_only_on_the_seed(tmp_path: Path) -> None:
     spec = ShapesSpec(num_train=6, num_val=2, image_size=48, seed=5)
     alone = contents(make_shapes(tmp_path / "alone", spec))
@@ -269,6 +270,7 @@ def test_stuff_leaves_the_pictures_of_shapes_as_they_are(tmp_path: Path) -> None
     assert contents(folder) == before
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_pictures_with_stuff_depend_only_on_the_seed(stuff_folder: Path, tmp_path: Path) -> None:
     spec = ShapesSpec(num_train=6, num_val=12, image_size=64, seed=3)
     again = make_shapes_with_stuff(tmp_path, spec, num_workers=2)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from dimaskdino.export.check import differences
+from dimaskdino.export.evaluation import to_detectron2
 
 
 def result(**changes: object) -> dict:
@@ -43,3 +44,17 @@ def test_segments_and_maps_are_compared():
     assert differences(expected | {"panoptic": np.roll(ids, 1, axis=0)}, expected) != []
     assert differences(expected | {"segments": segments[:1]}, expected) != []
     assert differences(expected | {"semantic": scores + 2e-3}, expected) != []
+
+
+def test_arrays_become_what_detectron2_evaluates() -> None:
+    found = to_detectron2(result(size=(20, 20), labels=np.array([1, 2])))
+    assert found.keys() == {"instances"}
+    assert found["instances"].image_size == (20, 20)
+    assert found["instances"].pred_boxes.tensor.tolist() == result()["boxes"].tolist()
+    assert found["instances"].pred_masks.sum((1, 2)).tolist() == [200, 200]
+    segments = to_detectron2(
+        {"panoptic": np.ones((2, 3), np.int32), "segments": [{"id": 1}], "semantic": np.zeros((4, 2, 3))}
+    )
+    assert segments.keys() == {"panoptic_seg", "sem_seg"}
+    assert segments["panoptic_seg"][1] == [{"id": 1}]
+    assert segments["sem_seg"].shape == (4, 2, 3)

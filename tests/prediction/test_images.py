@@ -49,11 +49,13 @@ def test_files_that_are_no_images_are_named(tmp_path: Path) -> None:
             to_rgb(tmp_path / name)
 
 
-def test_pipes_are_refused_instead_of_waited_for(tmp_path: Path) -> None:
+def test_pipes_and_addresses_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     for read in (to_rgb, open_canvas):
         with pytest.raises(UserError, match=r"pipe\.png is not a regular file"):
             read(tmp_path / "pipe.png")
+        with pytest.raises(UserError, match="hf://owner/a.png is an address"):
+            read("hf://owner/a.png")
 
 
 @pytest.mark.parametrize(
