@@ -154,19 +154,9 @@ def image_reader(cfg: CfgNode) -> Reader:
     Raises:
         ConfigError: no reader has that name, a package that it needs is missing, or a key about pixels is not valid.
     """
+    _check_pixel_keys(cfg)
     pil = PilReader(cfg.INPUT.FORMAT, apply_exif=cfg.INPUT.APPLY_EXIF)
-    name, num_channels = cfg.INPUT.READER, len(cfg.MODEL.PIXEL_MEAN)
-    if len(cfg.MODEL.PIXEL_STD) != num_channels:
-        raise ConfigError(
-            f"MODEL.PIXEL_MEAN has {num_channels} numbers, MODEL.PIXEL_STD {len(cfg.MODEL.PIXEL_STD)}; give each a "
-            "number for every channel."
-        )
-    if min(cfg.MODEL.PIXEL_STD) <= 0:
-        raise ConfigError(f"MODEL.PIXEL_STD is {list(cfg.MODEL.PIXEL_STD)}; give positive numbers.")
-    try:
-        convert_PIL_to_numpy(Image.new("RGB", (1, 1)), cfg.INPUT.FORMAT)
-    except ValueError as error:
-        raise ConfigError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}; give RGB, BGR, L, or another mode of PIL.") from error
+    name = cfg.INPUT.READER
     if not name:
         return pil
     check_choice("INPUT.READER", name, ["", AUTO, *(known for known, _ in READER_REGISTRY)])
@@ -178,6 +168,20 @@ def image_reader(cfg: CfgNode) -> Reader:
         for extension in getattr(build, "extensions", ())
     }
     return ByExtension(makers, pil)
+
+
+def _check_pixel_keys(cfg: CfgNode) -> None:
+    mean, std = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
+    if len(std) != len(mean):
+        raise ConfigError(
+            f"MODEL.PIXEL_MEAN has {len(mean)} numbers, MODEL.PIXEL_STD {len(std)}; give each one for every channel."
+        )
+    if min(std) <= 0:
+        raise ConfigError(f"MODEL.PIXEL_STD is {list(std)}; give positive numbers.")
+    try:
+        convert_PIL_to_numpy(Image.new("RGB", (1, 1)), cfg.INPUT.FORMAT)
+    except ValueError as error:
+        raise ConfigError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}; give RGB, BGR, L, or another mode of PIL.") from error
 
 
 def _own_reader(name: str, cfg: CfgNode) -> OwnReader:

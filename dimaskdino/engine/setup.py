@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import logging
 import math
 import sys
@@ -88,14 +89,28 @@ def setup(args: Namespace) -> Config:
     return cfg
 
 
-# The smallest and the largest value of numbers outside SOLVER. A negative SEED draws one.
-RANGES = {
+# The smallest and the largest value of numbers that nothing else checks. A negative SEED draws one.
+RANGES: dict[str, tuple[float, float]] = {
     "SEED": (-math.inf, 2**31 - 1),
     "DATALOADER.NUM_WORKERS": (0, math.inf),
     "INPUT.IMAGE_SIZE": (1, 65536),
     "INPUT.MIN_SCALE": (0.0, math.inf),
     "INPUT.MAX_SCALE": (0.0, math.inf),
+    "INPUT.MIN_SIZE_TEST": (0, math.inf),
+    "INPUT.MAX_SIZE_TEST": (1, math.inf),
     "TEST.DETECTIONS_PER_IMAGE": (1, math.inf),
+    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": (0.0, math.inf),
+    "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS": (0, math.inf),
+    **{f"MODEL.{node}.NHEADS": (1, math.inf) for node in ("MaskDINO", "DINO")},
+    **{f"MODEL.{node}.DROPOUT": (0.0, 1.0) for node in ("MaskDINO", "DINO")},
+    **{
+        f"MODEL.{node}.{of}{term}_WEIGHT": (0.0, math.inf)
+        for node, terms in {
+            "MaskDINO": ("CLASS", "DICE", "MASK", "BOX", "GIOU"),
+            "DINO": ("CLASS", "BOX", "GIOU"),
+        }.items()
+        for of, term in itertools.product(("", "COST_"), terms)
+    },
 }
 
 
