@@ -115,10 +115,12 @@ class CrowdRegions:
 
     Attributes:
         labels: (m,) int64 in [0, K), the class of each; -1 for any class.
+        masks: (m, H, W) bool, the pixels of each on the padded canvas.
         integral: (m, H + 1, W + 1) float32, pixels of a region above and left of each corner of the canvas' pixels.
     """
 
     labels: Tensor
+    masks: Tensor
     integral: Tensor
 
     @classmethod
@@ -127,7 +129,7 @@ class CrowdRegions:
         masks = _padded_masks(regions, height, width, device)
         assert masks is not None
         labels = regions.gt_classes.masked_fill(regions.gt_any_class, -1).to(device)
-        return cls(labels, F.pad(masks.float().cumsum(1).cumsum(2), (1, 0, 1, 0)))
+        return cls(labels, masks, F.pad(masks.float().cumsum(1).cumsum(2), (1, 0, 1, 0)))
 
     def share(self, boxes: Tensor) -> Tensor:
         """(Q, m) share of each box (Q, 4), cxcywh in parts of the canvas, that lies in each region."""
@@ -139,6 +141,18 @@ class CrowdRegions:
         at = self.integral
         inside = at[:, bottom, right] - at[:, top, right] - at[:, bottom, left] + at[:, top, left]
         return (inside / ((right - left) * (bottom - top)).clamp(min=1)).T
+
+    def share_of_masks(self, logits: Tensor) -> Tensor:
+        """(Q, m) share of the positive cells of mask logits (Q, h, w), which cover the canvas, in each region."""
+        positive = (logits > 0).flatten(1).float()
+        height, width = logits.shape[-2:]
+        covered = F.adaptive_avg_pool2d(self.masks.float(), (height, width)).flatten(1)
+        return positive @ covered.T / positive.sum(1, keepdim=True).clamp(min=1)
+
+    def of_classes(self, classes: Tensor) -> Tensor:
+        """(n, H, W) bool: for each of the classes (n,) int64 the pixels of its regions and of those of any class."""
+        applies = (self.labels == classes[:, None]) | (self.labels < 0)
+        return torch.stack([(self.masks & each[:, None, None]).any(0) for each in applies])
 
 
 def _class_mask(classes: Sequence[int], num_classes: int, device: torch.device) -> Tensor:
@@ -165,6 +179,9 @@ class JoinedTargets:
         fields: (n, ...) by name, those that every image with objects has.
         masks: (m, H, W) bool, of the images that have masks.
         mask_supervised: (m,) bool, which of these are the masks of objects.
+        unjudged: (r, H, W) bool, the pixels of crowds of some classes in some images, the first one empty; None where
+            no image has a crowd.
+        unjudged_of: (m,) int64, the place in ``unjudged`` of each mask.
     """
 
     def __init__(self, targets: Sequence[Targets]) -> None:
@@ -188,6 +205,7 @@ class JoinedTargets:
             if target.masks is not None
         ]
         self.mask_supervised = torch.cat(have_masks) if have_masks else self.box_supervised[:0]
+        self.unjudged, self.unjudged_of = unjudged_regions([each for each in targets if each.masks is not None])
         self._starts: list[int] = []
         self._mask_starts: list[int | None] = []
         num_objects = num_masks = 0
@@ -205,6 +223,29 @@ class JoinedTargets:
         """Places in :attr:`masks` of objects (N,) of one image; None where the image has no masks."""
         start = self._mask_starts[image]
         return None if start is None else obj + start
+
+
+def unjudged_regions(targets: Sequence[Targets]) -> tuple[Tensor | None, Tensor]:
+    """Where masks are not judged, as :class:`JoinedTargets` has it; the objects of a class in an image share regions.
+
+    Args:
+        targets: of images with masks.
+    """
+    if not any(target.crowd and len(target) for target in targets):
+        return None, torch.zeros(0, dtype=torch.int64)
+    regions: list[Tensor] = []
+    places: list[Tensor] = []
+    for target in targets:
+        masks, labels = target.masks, target.labels
+        assert masks is not None
+        regions = regions or [masks.new_zeros((1, *masks.shape[1:]))]
+        place = torch.zeros_like(labels)
+        if target.crowd and len(target):
+            classes, class_of = torch.unique(labels, return_inverse=True)
+            place = class_of + sum(map(len, regions))
+            regions.append(target.crowd.of_classes(classes))
+        places.append(place)
+    return torch.cat(regions), torch.cat(places)
 
 
 def _padded_masks(instances: Instances, height: int, width: int, device: torch.device) -> Tensor | None:
