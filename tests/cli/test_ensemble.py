@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
@@ -16,7 +17,7 @@ BOXES = {1: [[5, 5, 20, 20], [30, 10, 20, 20]], 2: [[10, 4, 30, 30]]}  # by imag
 
 
 def mask(box: list[float]) -> dict[str, Any]:
-    rle = mask_util.frPyObjects([box], *SIZE)[0]
+    rle = mask_util.frPyObjects(np.array([box], dtype=float), *SIZE)[0]
     return {"size": SIZE, "counts": rle["counts"].decode()}
 
 

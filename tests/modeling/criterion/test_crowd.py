@@ -98,8 +98,8 @@ def test_matching_does_not_count_pixels_of_a_crowd() -> None:
     ):
         cost = MaskCost(ce_weight=ce, dice_weight=dice, sampler=GridSampler(), ignore_crowd=True)
         torch.testing.assert_close(cost([stage], 0, target), torch.tensor(expected), rtol=1e-4, atol=1e-4)
-    (((query, _),),) = HungarianMatcher([MaskCost(**WEIGHTS, ignore_crowd=True)])([stage], [target])
-    assert query.tolist() == [1, 0]  # the full mask goes to the object beside the crowd
+    (((_, objects),),) = HungarianMatcher([MaskCost(**WEIGHTS, ignore_crowd=True)])([stage], [target])
+    assert objects.tolist() == [1, 0]  # the full mask goes to the object beside the crowd
 
 
 def test_a_mask_in_a_crowd_is_no_false_positive() -> None:
@@ -126,9 +126,9 @@ def test_an_image_that_is_all_crowd_teaches_nothing(model: dict[str, Any]) -> No
     given["image"] = given["image"].new_zeros(3, 64, 64)
     given["instances"] = given["instances"][:0]
     losses = net([given])
-    assert all(float(value) == 0 for value in losses.values())
+    assert all(value.item() == 0 for value in losses.values())
     net.criterion.terms[0].options = ClassOptions()
-    assert float(net([given])["loss_ce"]) > 0
+    assert net([given])["loss_ce"].item() > 0
 
 
 @pytest.mark.parametrize("model", [{}, TINY_DINO], ids=["DI-MaskDINO", "DINO"])
