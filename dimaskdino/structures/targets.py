@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -179,9 +180,6 @@ class JoinedTargets:
         fields: (n, ...) by name, those that every image with objects has.
         masks: (m, H, W) bool, of the images that have masks.
         mask_supervised: (m,) bool, which of these are the masks of objects.
-        unjudged: (r, H, W) bool, the pixels of crowds of some classes in some images, the first one empty; None where
-            no image has a crowd.
-        unjudged_of: (m,) int64, the place in ``unjudged`` of each mask.
     """
 
     def __init__(self, targets: Sequence[Targets]) -> None:
@@ -205,7 +203,7 @@ class JoinedTargets:
             if target.masks is not None
         ]
         self.mask_supervised = torch.cat(have_masks) if have_masks else self.box_supervised[:0]
-        self.unjudged, self.unjudged_of = unjudged_regions([each for each in targets if each.masks is not None])
+        self._with_masks = [target for target in targets if target.masks is not None]
         self._starts: list[int] = []
         self._mask_starts: list[int | None] = []
         num_objects = num_masks = 0
@@ -214,6 +212,11 @@ class JoinedTargets:
             self._mask_starts.append(None if target.masks is None else num_masks)
             num_objects += len(target)
             num_masks += 0 if target.masks is None else len(target)
+
+    @cached_property
+    def unjudged(self) -> tuple[Tensor | None, Tensor]:
+        """:func:`unjudged_regions` of :attr:`masks`."""
+        return unjudged_regions(self._with_masks)
 
     def objects(self, matches: Matches) -> Tensor:
         """(N,) int64: the objects of all matched pairs, image after image, by their place in the row."""
@@ -226,10 +229,14 @@ class JoinedTargets:
 
 
 def unjudged_regions(targets: Sequence[Targets]) -> tuple[Tensor | None, Tensor]:
-    """Where masks are not judged, as :class:`JoinedTargets` has it; the objects of a class in an image share regions.
+    """Where the masks of objects are not judged, as a crowd is there.
 
     Args:
         targets: of images with masks.
+
+    Returns:
+        (r, H, W) bool, the regions of some classes in some images, the first one empty, or None where no image has a
+        crowd; and the place (m,) int64 in it of each mask of the images.
     """
     if not any(target.crowd and len(target) for target in targets):
         return None, torch.zeros(0, dtype=torch.int64)

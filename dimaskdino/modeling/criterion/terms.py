@@ -350,8 +350,7 @@ class MaskLoss:
         logits = logits.float()
         points = self.sampler.per_mask(logits.detach())
         labels = sample_binary_masks(targets.masks, place, points)
-        judged = None
-        if self.ignore_crowd and targets.unjudged is not None:
-            judged = judged_points(targets.unjudged, targets.unjudged_of[place], points, labels)
+        regions, region_of = targets.unjudged if self.ignore_crowd else (None, place)
+        judged = None if regions is None else judged_points(regions, region_of[place], points, labels)
         losses = torch.stack(mask_losses(sample_points(logits[:, None], points)[:, 0], labels, judged))
         return losses * targets.mask_supervised[place]
