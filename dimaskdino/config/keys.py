@@ -220,8 +220,8 @@ KEYS: dict[str, Any] = {
     # --- Long tails, and what was not labeled; of every model ---
     # Weight of each class in the class loss, in their order; [] means 1.
     "MODEL.CLASS_WEIGHTS": [],
-    # Predictions of which at least this share of the box lies in a crowd region are no false positives of its class (of
-    # any class for a region with "ignored"); 0 is off.
+    # Predictions of which at least this share of the box, or of the mask, lies in a crowd region are no false positives
+    # of its class (of any class for a region with "ignored"), and masks of its class are not judged there; 0 is off.
     "MODEL.IGNORE_CROWD_SHARE": 0.0,
     # --- Parts of a user's own beside those of the model, by registered name ---
     # Heads of every stage's queries (HEAD_REGISTRY), terms of the criterion (LOSS_REGISTRY) and costs of the matcher

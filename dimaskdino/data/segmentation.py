@@ -52,7 +52,8 @@ class SemanticMapper(InstanceMapper):
 @MAPPER_REGISTRY.register()
 def coco_panoptic_lsj(cfg: CfgNode, *, is_train: bool, with_instances: bool, with_masks: bool = True) -> PanopticMapper:
     """Panoptic labels, large-scale jitter on a square canvas in training."""
-    return PanopticMapper(**mapper_arguments(cfg, large_scale_jitter, is_train, with_instances, with_masks))
+    arguments = mapper_arguments(cfg, large_scale_jitter, is_train, with_instances, with_masks)
+    return PanopticMapper(crowd=cfg.MODEL.IGNORE_CROWD_SHARE > 0, **arguments)
 
 
 @MAPPER_REGISTRY.register()

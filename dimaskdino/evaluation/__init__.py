@@ -10,7 +10,7 @@ from dimaskdino.evaluation.build import (
 from dimaskdino.evaluation.coco import CocoEvaluator
 from dimaskdino.evaluation.layerwise import LayerwiseEvaluator
 from dimaskdino.evaluation.own import ImageEvaluator
-from dimaskdino.evaluation.report import class_table, coco_table, layer_table, write_results
+from dimaskdino.evaluation.report import class_table, coco_table, layer_table, run_table, write_results
 from dimaskdino.evaluation.speed import ForwardTimer, SpeedEvaluator, timed
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "class_table",
     "coco_table",
     "layer_table",
+    "run_table",
     "timed",
     "write_results",
 ]

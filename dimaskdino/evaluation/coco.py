@@ -164,7 +164,31 @@ class CocoEvaluator(DatasetEvaluator):
             logger.info("The dataset has no annotations: predictions are written, not scored.")
             return {}
         seen = sorted(map(self._image_number, itertools.chain.from_iterable(image_ids))) if self._seen_only else None
-        tasks = ["bbox", "segm"] if all(predict_masks) and self._truth.has_masks else ["bbox"]
+        return self._scores_of_tasks(results, seen, with_masks=all(predict_masks))
+
+    def score_results(self, results: list[Result]) -> dict[str, Scores]:
+        """Score detections on the whole dataset, as :meth:`score` does.
+
+        Args:
+            results: as ``coco_instances_results.json`` holds them; masks are scored if all have one.
+
+        Raises:
+            DatasetError: a detection is of an image or class that the dataset does not have, the dataset has no
+                annotations, or nothing was measured although there are objects.
+        """
+        known = {*self._category_ids(), *self._truth.category_numbers}
+        for result in results:
+            self._image_number(result["image_id"])
+            if result["category_id"] not in known:
+                raise DatasetError(
+                    f"A prediction is of category {result['category_id']!r}, which {self._metadata.name} does not have."
+                )
+        if self._truth.annotations is None:
+            raise DatasetError(f"{self._metadata.name} has no annotations to score predictions against.")
+        return self._scores_of_tasks(results, None, with_masks=all("segmentation" in result for result in results))
+
+    def _scores_of_tasks(self, results: list[Result], seen: list[int] | None, *, with_masks: bool) -> dict[str, Scores]:
+        tasks = ["bbox", "segm"] if with_masks and self._truth.has_masks else ["bbox"]
         return {task: self._scores(results, task, seen) for task in tasks}
 
     def _with_category_ids(self, results: Iterable[Result]) -> list[Result]:

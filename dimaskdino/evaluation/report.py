@@ -91,6 +91,14 @@ def layer_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return _table(cells, heads, formats)
 
 
+def run_table(rows: Mapping[str, Results]) -> str:
+    """AP, AP50 and AP75 (percent) of boxes and masks, a row for each run by its name."""
+    tasks = [task for task in TASK_NAMES if any(task in results for results in rows.values())]
+    columns = [(task, metric) for task in tasks for metric in ("AP", "AP50", "AP75")]
+    cells = [[name, *(results.get(task, {}).get(metric) for task, metric in columns)] for name, results in rows.items()]
+    return _table(cells, ["", *(f"{TASK_NAMES[task]} {metric}" for task, metric in columns)])
+
+
 def write_results(results: Any, path: str) -> None:
     """Write nested results as JSON, with null for what cannot be measured (nan)."""
     os.makedirs(os.path.dirname(path), exist_ok=True)

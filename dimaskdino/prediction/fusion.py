@@ -12,7 +12,6 @@ from pycocotools import mask as mask_util
 from dimaskdino.structures import RleMasks
 from dimaskdino.structures.rle_masks import Rle, crop_of, place_crop
 
-METHODS = ("wbf", "nms", "soft-nms")
 _LEAST_SHARE = 1e-12  # a detection with a score of zero still has a box to average
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dimaskdino.structures.stages import Stage
@@ -119,17 +120,16 @@ class DenoisingQueries:
         return self.num_groups * self.group_size
 
     def attention_mask(self, num_matching: int) -> Tensor:
-        """(padding + P + Q, padding + P + Q) bool, True where a query must not see another.
+        """(padding + P, padding + P + Q) bool, True where a query of padding or denoising must not see another.
 
-        Groups do not see each other, matching queries see no denoising query; denoising queries see the matching ones.
-        Nothing sees the padding but itself.
+        Groups do not see each other; denoising queries see the matching ones. Nothing sees the padding but itself.
+        Matching queries, which have no row, see all matching queries and no other: a mask of all pairs would be the
+        one tensor that grows with the square of their number.
         """
         device = self.tokens.content.device
         group = torch.arange(self.num_queries, device=device) // max(self.group_size, 1)
-        padding, matching = group.new_full((self.num_padding,), -2), group.new_full((num_matching,), -1)
-        group = torch.cat((padding, group, matching))
-        other_group = group[:, None] != group[None, :]
-        return other_group & (group[None, :] != -1)
+        group = torch.cat((group.new_full((self.num_padding,), -2), group))
+        return F.pad(group[:, None] != group[None, :], (0, num_matching))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -115,10 +116,12 @@ class CrowdRegions:
 
     Attributes:
         labels: (m,) int64 in [0, K), the class of each; -1 for any class.
+        masks: (m, H, W) bool, the pixels of each on the padded canvas.
         integral: (m, H + 1, W + 1) float32, pixels of a region above and left of each corner of the canvas' pixels.
     """
 
     labels: Tensor
+    masks: Tensor
     integral: Tensor
 
     @classmethod
@@ -127,7 +130,7 @@ class CrowdRegions:
         masks = _padded_masks(regions, height, width, device)
         assert masks is not None
         labels = regions.gt_classes.masked_fill(regions.gt_any_class, -1).to(device)
-        return cls(labels, F.pad(masks.float().cumsum(1).cumsum(2), (1, 0, 1, 0)))
+        return cls(labels, masks, F.pad(masks.float().cumsum(1).cumsum(2), (1, 0, 1, 0)))
 
     def share(self, boxes: Tensor) -> Tensor:
         """(Q, m) share of each box (Q, 4), cxcywh in parts of the canvas, that lies in each region."""
@@ -139,6 +142,18 @@ class CrowdRegions:
         at = self.integral
         inside = at[:, bottom, right] - at[:, top, right] - at[:, bottom, left] + at[:, top, left]
         return (inside / ((right - left) * (bottom - top)).clamp(min=1)).T
+
+    def share_of_masks(self, logits: Tensor) -> Tensor:
+        """(Q, m) share of the positive cells of mask logits (Q, h, w), which cover the canvas, in each region."""
+        positive = (logits > 0).flatten(1).float()
+        height, width = logits.shape[-2:]
+        covered = F.adaptive_avg_pool2d(self.masks.float(), (height, width)).flatten(1)
+        return positive @ covered.T / positive.sum(1, keepdim=True).clamp(min=1)
+
+    def of_classes(self, classes: Tensor) -> Tensor:
+        """(n, H, W) bool: for each of the classes (n,) int64 the pixels of its regions and of those of any class."""
+        applies = (self.labels == classes[:, None]) | (self.labels < 0)
+        return torch.stack([(self.masks & each[:, None, None]).any(0) for each in applies])
 
 
 def _class_mask(classes: Sequence[int], num_classes: int, device: torch.device) -> Tensor:
@@ -188,6 +203,7 @@ class JoinedTargets:
             if target.masks is not None
         ]
         self.mask_supervised = torch.cat(have_masks) if have_masks else self.box_supervised[:0]
+        self._with_masks = [target for target in targets if target.masks is not None]
         self._starts: list[int] = []
         self._mask_starts: list[int | None] = []
         num_objects = num_masks = 0
@@ -197,6 +213,11 @@ class JoinedTargets:
             num_objects += len(target)
             num_masks += 0 if target.masks is None else len(target)
 
+    @cached_property
+    def unjudged(self) -> tuple[Tensor | None, Tensor]:
+        """:func:`unjudged_regions` of :attr:`masks`."""
+        return unjudged_regions(self._with_masks)
+
     def objects(self, matches: Matches) -> Tensor:
         """(N,) int64: the objects of all matched pairs, image after image, by their place in the row."""
         return torch.cat([obj + start for (_, obj), start in zip(matches, self._starts, strict=True)])
@@ -205,6 +226,33 @@ class JoinedTargets:
         """Places in :attr:`masks` of objects (N,) of one image; None where the image has no masks."""
         start = self._mask_starts[image]
         return None if start is None else obj + start
+
+
+def unjudged_regions(targets: Sequence[Targets]) -> tuple[Tensor | None, Tensor]:
+    """Where the masks of objects are not judged, as a crowd is there.
+
+    Args:
+        targets: of images with masks.
+
+    Returns:
+        (r, H, W) bool, the regions of some classes in some images, the first one empty, or None where no image has a
+        crowd; and the place (m,) int64 in it of each mask of the images.
+    """
+    if not any(target.crowd and len(target) for target in targets):
+        return None, torch.zeros(0, dtype=torch.int64)
+    regions: list[Tensor] = []
+    places: list[Tensor] = []
+    for target in targets:
+        masks, labels = target.masks, target.labels
+        assert masks is not None
+        regions = regions or [masks.new_zeros((1, *masks.shape[1:]))]
+        place = torch.zeros_like(labels)
+        if target.crowd and len(target):
+            classes, class_of = torch.unique(labels, return_inverse=True)
+            place = class_of + sum(map(len, regions))
+            regions.append(target.crowd.of_classes(classes))
+        places.append(place)
+    return torch.cat(regions), torch.cat(places)
 
 
 def _padded_masks(instances: Instances, height: int, width: int, device: torch.device) -> Tensor | None:

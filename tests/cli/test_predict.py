@@ -122,12 +122,13 @@ def test_the_demo_model_is_used_unless_another_is_named(run, job, tmp_path, monk
 
 
 def test_the_documentation_names_flags_that_exist(run) -> None:
-    known, of_benchmark = (
-        set(re.findall(r"--[a-z-]+", run(f"tools/{tool}.py", "--help").out)) for tool in ("predict", "benchmark")
+    known, *of_others = (
+        set(re.findall(r"--[a-z-]+", run(f"tools/{tool}.py", "--help").out))
+        for tool in ("predict", "benchmark", "ensemble")
     )
     page = (REPO / "docs" / "inference.md").read_text()
     commands = re.findall(r"tools/predict\.py.*", page)
     assert commands
     named = {flag for line in commands for flag in re.findall(r" (--[a-z-]+)", line)} - {"--array", "--wrap"}
     assert named <= known
-    assert set(re.findall(r"`(--[a-z-]+)", page)) <= known | of_benchmark
+    assert set(re.findall(r"`(--[a-z-]+)", page)) <= known.union(*of_others)

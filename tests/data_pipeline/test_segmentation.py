@@ -94,6 +94,16 @@ def test_segments_are_objects_with_the_boxes_of_their_masks(panoptic):
     assert second.gt_boxes.tensor.tolist() == [[3, 2, 15, 9], [0, 0, 24, 2]]
 
 
+def test_crowd_segments_are_regions_by_key(panoptic):
+    panoptic.MODEL.IGNORE_CROWD_SHARE = 0.5
+    mapper = build_mapper(panoptic, is_train=False, with_instances=True)
+    first, second = (mapper(entry)["crowd_regions"] for entry in load_dataset("panoptic_train"))
+    assert len(first) == 0
+    assert second.gt_classes.tolist() == [0]
+    assert second.gt_masks.tensor[0, 10:16, :6].all()
+    assert second.gt_masks.tensor.sum() == 36
+
+
 def test_a_class_is_one_object_of_a_semantic_image(semantic):
     mapper = build_mapper(semantic, is_train=False, with_instances=True)
     first, second = (mapper(entry)["instances"] for entry in load_dataset("semantic_train"))

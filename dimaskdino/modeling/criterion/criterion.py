@@ -74,12 +74,12 @@ class Criterion(nn.Module):
     def from_config(cls, cfg: CfgNode, sampler: PointSampler | None = None) -> dict[str, Any]:
         """Read the terms of MODEL.MaskDINO; ``sampler`` replaces the random one."""
         node = cfg.MODEL.MaskDINO
-        sampler = sampler or RandomPointSampler(cfg)
+        at_points = {"sampler": sampler or RandomPointSampler(cfg), "ignore_crowd": cfg.MODEL.IGNORE_CROWD_SHARE > 0}
         focal = {"alpha": node.FOCAL_ALPHA, "gamma": node.FOCAL_GAMMA}
         costs: list[CostTerm] = [
             FocalClassCost(weight=node.COST_CLASS_WEIGHT, **focal),
             BoxCost(l1_weight=node.COST_BOX_WEIGHT, giou_weight=node.COST_GIOU_WEIGHT),
-            MaskCost(ce_weight=node.COST_MASK_WEIGHT, dice_weight=node.COST_DICE_WEIGHT, sampler=sampler),
+            MaskCost(ce_weight=node.COST_MASK_WEIGHT, dice_weight=node.COST_DICE_WEIGHT, **at_points),
             *extra_costs(cfg),
         ]
         num_classes = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
@@ -93,7 +93,7 @@ class Criterion(nn.Module):
         if node.BOX_LOSS:
             terms.append(BoxLoss(l1_weight=node.BOX_WEIGHT, giou_weight=node.GIOU_WEIGHT))
         if node.PREDICT_MASKS:
-            terms.append(MaskLoss(ce_weight=node.MASK_WEIGHT, dice_weight=node.DICE_WEIGHT, sampler=sampler))
+            terms.append(MaskLoss(ce_weight=node.MASK_WEIGHT, dice_weight=node.DICE_WEIGHT, **at_points))
         elif not node.BOX_LOSS:
             raise ConfigError("MODEL.MaskDINO.BOX_LOSS and PREDICT_MASKS are both False; set one of them.")
         return {

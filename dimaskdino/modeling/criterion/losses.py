@@ -33,14 +33,17 @@ def box_losses(boxes: Tensor, target_boxes: Tensor) -> tuple[Tensor, Tensor]:
     return (boxes - target_boxes).abs().sum(-1), 1 - overlap
 
 
-def mask_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def mask_losses(logits: Tensor, labels: Tensor, judged: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Binary cross entropy (mean over points) and dice loss, each (N,).
 
     Args:
         logits: (N, P) at the sampled points.
         labels: (N, P) in [0, 1].
+        judged: (N, P) float32, 0 at points that count in neither loss, else 1; None for 1.
     """
-    cross_entropy = F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1)
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, labels, weight=judged, reduction="none").mean(1)
     probability = logits.sigmoid()
+    if judged is not None:
+        probability, labels = probability * judged, labels * judged
     dice = 1 - (2 * (probability * labels).sum(-1) + 1) / (probability.sum(-1) + labels.sum(-1) + 1)
     return cross_entropy, dice

@@ -14,8 +14,9 @@ from dimaskdino.errors import ConfigError
 from dimaskdino.layers.boxes import cxcywh_to_xyxy, generalized_iou
 from dimaskdino.layers.points import sample_binary_masks, sample_points, sigmoid_and_sums
 from dimaskdino.layers.precision import float32_block
-from dimaskdino.modeling.criterion.points import PointSampler
+from dimaskdino.modeling.criterion.points import PointSampler, judged_points
 from dimaskdino.structures import Matches, StagePrediction, Targets, group_by_mask_features
+from dimaskdino.structures.targets import unjudged_regions
 
 # Queries whose masks are compared at a time: at 12,544 points each, what a processor's last cache holds.
 _QUERIES_PER_CHUNK = 256
@@ -77,12 +78,16 @@ class MaskCost:
         ce_weight: of the cross entropy.
         dice_weight: of the dice loss.
         sampler: gives the points.
+        ignore_crowd: leave out the points of :func:`judged_points`.
 
     Deviation: the releases draw new points for every stage; here the stages of an image share them.
     """
 
-    def __init__(self, *, ce_weight: float, dice_weight: float, sampler: PointSampler) -> None:
+    def __init__(
+        self, *, ce_weight: float, dice_weight: float, sampler: PointSampler, ignore_crowd: bool = False
+    ) -> None:
         self.ce_weight, self.dice_weight, self.sampler = ce_weight, dice_weight, sampler
+        self.ignore_crowd = ignore_crowd
 
     def __call__(self, stages: Sequence[StagePrediction], image: int, target: Targets) -> Tensor:
         """Weighted cost (Q of all stages, n)."""
@@ -92,22 +97,31 @@ class MaskCost:
             return torch.cat(costs)
         points = self.sampler.shared(target.labels.device)
         everything = torch.arange(len(target), device=points.device)
-        labels = sample_binary_masks(target.masks, everything, points.expand(len(target), -1, -1))
+        points_of_each = points.expand(len(target), -1, -1)
+        labels = sample_binary_masks(target.masks, everything, points_of_each)
+        regions, region_of = unjudged_regions([target]) if self.ignore_crowd else (None, everything)
+        judged = None if regions is None else judged_points(regions, region_of, points_of_each, labels)
         for group in groups:
             masks = [masks for index in group if (masks := stages[index].masks) is not None]
             features = sample_points(masks[0].features[image][None].float(), points[None])[0]
             embeds = torch.cat([each.embed[image] for each in masks]).float()
-            cost = torch.cat([self._cost(embed @ features, labels) for embed in embeds.split(_QUERIES_PER_CHUNK)])
+            chunks = embeds.split(_QUERIES_PER_CHUNK)
+            cost = torch.cat([self._cost(embed @ features, labels, judged) for embed in chunks])
             cost = cost if target.mask_supervised is None else cost * target.mask_supervised
             for index, of_stage in zip(group, cost.split([each.embed.shape[1] for each in masks]), strict=True):
                 costs[index] = of_stage
         return torch.cat(costs)
 
-    def _cost(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """(Q, n) from mask logits (Q, P) and labels (n, P) at the points."""
+    def _cost(self, logits: Tensor, labels: Tensor, judged: Tensor | None) -> Tensor:
+        """(Q, n) from mask logits (Q, P) and labels (n, P) at the points, of which those that ``judged`` has count."""
         # Cross entropy with label t is softplus(x) - x t.
+        labels = labels if judged is None else labels * judged
         products = logits @ labels.T
-        probability, softplus, total = sigmoid_and_sums(logits)
+        if judged is None:
+            probability, softplus, total = sigmoid_and_sums(logits)
+        else:
+            probability = logits.sigmoid()
+            softplus, total = F.softplus(logits) @ judged.T, probability @ judged.T
         cross_entropy = (softplus - products) / labels.shape[1]
         dice = 1 - (2 * probability @ labels.T + 1) / (total + labels.sum(-1) + 1)
         return self.ce_weight * cross_entropy + self.dice_weight * dice

@@ -7,7 +7,7 @@ from detectron2.config import CfgNode, configurable
 from torch import Tensor
 
 from dimaskdino.errors import ConfigError
-from dimaskdino.layers.points import uncertain_points
+from dimaskdino.layers.points import sample_binary_masks, uncertain_points
 
 
 class PointSampler(Protocol):
@@ -59,3 +59,18 @@ class RandomPointSampler:
     def per_mask(self, logits: Tensor) -> Tensor:
         """The most uncertain of the candidates, then uniform points, (N, P, 2)."""
         return uncertain_points(logits, self.num_candidates, self.num_uncertain, self.num_points)
+
+
+def judged_points(regions: Tensor, index: Tensor, points: Tensor, labels: Tensor) -> Tensor:
+    """Where masks are judged: everywhere but in a crowd's region; an object's own pixels there are its own.
+
+    Args:
+        regions: (r, H, W) bool.
+        index: (N,) int64, the region of each mask.
+        points: (N, P, 2) as (x, y); 0 and 1 are the outer edges.
+        labels: (N, P) in [0, 1], the object's mask at the points.
+
+    Returns:
+        (N, P) float32, 1 where a point counts, else 0.
+    """
+    return ((sample_binary_masks(regions, index, points) < 0.5) | (labels >= 0.5)).float()

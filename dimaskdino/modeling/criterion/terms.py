@@ -13,7 +13,7 @@ from dimaskdino.errors import ConfigError
 from dimaskdino.layers.points import sample_binary_masks, sample_points
 from dimaskdino.layers.precision import to_autocast_dtype
 from dimaskdino.modeling.criterion.losses import box_losses, focal_loss, mask_losses
-from dimaskdino.modeling.criterion.points import PointSampler
+from dimaskdino.modeling.criterion.points import PointSampler, judged_points
 from dimaskdino.structures import (
     JoinedTargets,
     Matches,
@@ -22,6 +22,7 @@ from dimaskdino.structures import (
     group_by_mask_features,
     mask_logits,
 )
+from dimaskdino.structures.targets import CrowdRegions
 
 # Bounds the mask logits and the candidate points that are in memory beside those kept for the backward pass.
 _MASKS_PER_CHUNK = 256
@@ -115,21 +116,37 @@ class SupervisedStages:
 
         Args:
             num_classes: K.
-            crowd_share: share of a box in a crowd region from which on its class is not judged; 0 judges it.
+            crowd_share: share of a box, or of a mask where there are masks, in a crowd region from which on its class
+                is not judged; 0 judges it.
         """
         if not any(each.unlabeled is not None or (each.crowd and crowd_share) for each in self.of_images):
             return None
         boxes = torch.cat([prediction.boxes for prediction in self.predictions], dim=1).detach().float()
         excused = torch.zeros(*boxes.shape[:2], num_classes, dtype=torch.bool, device=boxes.device)
-        for of_image, box, target in zip(excused, boxes, self.of_images, strict=True):
+        for image, (of_image, box, target) in enumerate(zip(excused, boxes, self.of_images, strict=True)):
             if target.unlabeled is not None:
                 of_image |= target.unlabeled
             if target.crowd and crowd_share:
-                inside = target.crowd.share(box) >= crowd_share
+                share = torch.maximum(target.crowd.share(box), self._share_of_masks(image, target.crowd))
+                inside = share >= crowd_share
                 for label, of_region in zip(target.crowd.labels.tolist(), inside.unbind(1), strict=True):
                     columns = slice(None) if label < 0 else slice(label, label + 1)
                     of_image[:, columns] |= of_region[:, None]
         return excused
+
+    @torch.no_grad()
+    def _share_of_masks(self, image: int, crowd: CrowdRegions) -> Tensor:
+        """(Q of all stages, m) share of each predicted mask of an image in each region; 0 in stages without masks."""
+        shares = []
+        for prediction in self.predictions:
+            masks = prediction.masks
+            if masks is None:
+                shares.append(crowd.integral.new_zeros(prediction.logits.shape[1], len(crowd.labels)))
+                continue
+            features = masks.features[image].float()
+            chunks = masks.embed[image].float().split(_MASKS_PER_CHUNK)
+            shares += [crowd.share_of_masks(mask_logits(embed, features)) for embed in chunks]
+        return torch.cat(shares)
 
     def sum_queries(self, values: Tensor) -> Tensor:
         """(S,) sums by stage of values (B, Q of all stages)."""
@@ -285,13 +302,17 @@ class MaskLoss:
         ce_weight: of the cross entropy.
         dice_weight: of the dice loss.
         sampler: gives the points.
+        ignore_crowd: leave out the points of :func:`judged_points`.
     """
 
     names: tuple[str, ...] = ("loss_mask", "loss_dice")
     needs_masks = True
 
-    def __init__(self, *, ce_weight: float, dice_weight: float, sampler: PointSampler) -> None:
+    def __init__(
+        self, *, ce_weight: float, dice_weight: float, sampler: PointSampler, ignore_crowd: bool = False
+    ) -> None:
         self.ce_weight, self.dice_weight, self.sampler = ce_weight, dice_weight, sampler
+        self.ignore_crowd = ignore_crowd
 
     def __call__(self, stages: SupervisedStages) -> Mapping[str, Tensor]:
         """Weighted losses (S,)."""
@@ -329,5 +350,7 @@ class MaskLoss:
         logits = logits.float()
         points = self.sampler.per_mask(logits.detach())
         labels = sample_binary_masks(targets.masks, place, points)
-        losses = torch.stack(mask_losses(sample_points(logits[:, None], points)[:, 0], labels))
+        regions, region_of = targets.unjudged if self.ignore_crowd else (None, place)
+        judged = None if regions is None else judged_points(regions, region_of[place], points, labels)
+        losses = torch.stack(mask_losses(sample_points(logits[:, None], points)[:, 0], labels, judged))
         return losses * targets.mask_supervised[place]

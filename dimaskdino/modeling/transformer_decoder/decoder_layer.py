@@ -1,5 +1,6 @@
 """One refining layer of the decoder (Eq. 9; layer 0 is Eq. 4)."""
 
+import torch
 from torch import Tensor, nn
 
 from dimaskdino.layers import FeedForward, MSDeformAttn, MultiheadAttention
@@ -40,10 +41,20 @@ class DecoderLayer(FeedForward):
             boxes: (B, Q, 4) cxcywh in [0, 1], where the queries look.
             tokens: (B, N, C) feature tokens.
             spatial_shapes: (height, width) of each level.
-            attn_mask: (Q, Q) bool, True where a query must not see another; None when all see all.
+            attn_mask: (P, Q) bool, True where one of the first P queries must not see another; the others see all but
+                the first P. None when all see all.
             valid: the tokens on the images, where padding is to be ignored; ``boxes`` are then parts of the image.
         """
         query = content + position
-        content = self.norm2(content + self.self_attn(query, query, content, attn_mask))
+        content = self.norm2(content + self._attend(query, content, attn_mask))
         content = self.norm1(content + self.cross_attn(content + position, boxes, tokens, spatial_shapes, valid))
         return self.feed_forward(content, self.norm3)
+
+    def _attend(self, query: Tensor, content: Tensor, attn_mask: Tensor | None) -> Tensor:
+        """Self-attention of ``query`` (B, Q, C) to ``content`` (B, Q, C)."""
+        if attn_mask is None:
+            return self.self_attn(query, query, content)
+        first = len(attn_mask)
+        masked = self.self_attn(query[:, :first], query, content, attn_mask)
+        others = query[:, first:]
+        return torch.cat((masked, self.self_attn(others, others, content[:, first:])), dim=1)

@@ -32,7 +32,8 @@ class Queries:
         content: (B, Q, C).
         reference: (B, Q, 4) cxcywh in [0, 1], the boxes that the next layer looks at, cut from the graph.
         previous: the same boxes in the graph, from which the next stage's supervised boxes start (look forward twice).
-        attn_mask: (Q, Q) bool, True where a query must not see another; None when all see all.
+        attn_mask: (P, Q) bool, True where one of the P denoising queries, which come first, must not see another; the
+            others see all but those. None when all see all.
     """
 
     content: Tensor

@@ -21,6 +21,7 @@ from dimaskdino.structures import (
 
 _BASE_SIZE = 0.05
 _MARGIN = 0.01
+_MASKS_PER_CHUNK = 256
 
 
 def grid_proposals(
@@ -110,10 +111,15 @@ def boxes_of_masks(masks: MaskLogits, *, inclusive: bool) -> Tensor:
     height, width = masks.features.shape[-2:]
     if export_form():  # A loop would fix the size of the batch.
         boxes = masks_to_boxes(masks.dense() > 0, inclusive=inclusive)
-    else:  # One image at a time: the dense masks of all queries are the largest tensor of the model.
+    else:  # A few at a time: the dense masks of all queries are the largest tensor of the model.
         boxes = torch.stack(
             [
-                masks_to_boxes(mask_logits(embed, features) > 0, inclusive=inclusive)
+                torch.cat(
+                    [
+                        masks_to_boxes(mask_logits(part, features) > 0, inclusive=inclusive)
+                        for part in embed.split(_MASKS_PER_CHUNK)
+                    ]
+                )
                 for embed, features in zip(masks.embed, masks.features, strict=True)
             ]
         )

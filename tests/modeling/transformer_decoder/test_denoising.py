@@ -70,9 +70,6 @@ def test_attention_mask_by_hand():
         [0, 0, 1, 1, 0, 0, 0],
         [1, 1, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0, 0],
-        [1, 1, 1, 1, 0, 0, 0],
-        [1, 1, 1, 1, 0, 0, 0],
-        [1, 1, 1, 1, 0, 0, 0],
     ]
     assert queries.attention_mask(3).int().tolist() == expected
 

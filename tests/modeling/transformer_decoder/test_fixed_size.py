@@ -67,7 +67,8 @@ def test_padding_sees_and_is_seen_by_nothing() -> None:
     masked = queries.attention_mask(2)
     assert masked[1:, 0].all()
     assert masked[0].tolist() == [False, True, True, True, False, False]
-    assert torch.equal(masked[1:, 1:], torch.tensor([[0, 0, 0, 0, 0]] * 3 + [[1, 1, 1, 0, 0]] * 2, dtype=torch.bool))
+    assert masked.shape == (4, 6)
+    assert not masked[1:, 1:].any()
 
 
 def test_contrastive_denoising_takes_as_many_objects_as_fit() -> None:

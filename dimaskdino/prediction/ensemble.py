@@ -1,0 +1,125 @@
+"""The results of several runs on the same images, joined to those of one."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.structures import Boxes, Instances
+from pycocotools import mask as mask_util
+
+from dimaskdino.data.coco_file import read_json
+from dimaskdino.errors import DatasetError, UserError
+from dimaskdino.prediction.fusion import Fusion
+from dimaskdino.structures import RleMasks, instances_to_coco
+
+Result = dict[str, Any]
+
+RESULTS_FILE = "coco_instances_results.json"
+# Where a folder may hold its results: a run, an evaluation, or tools/predict.py's.
+_PLACES = ("inference/{dataset}/" + RESULTS_FILE, "inference/" + RESULTS_FILE, RESULTS_FILE, "coco_results.json")
+
+
+def find_results(path: Path, dataset: str | None) -> Path:
+    """The results file of a run, or the file itself.
+
+    Args:
+        path: a results file, or a folder with one.
+        dataset: whose results are wanted of a run that was evaluated on several.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not path.is_dir():
+        return path
+    places = [path / place.format(dataset=dataset) for place in _PLACES if dataset or "{" not in place]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        several = sorted(each.parent.name for each in path.glob(f"inference/*/{RESULTS_FILE}"))
+        hint = f"name one of {', '.join(several)} with --dataset" if several else "evaluate the run (--eval-only) first"
+        raise UserError(f"{path} holds no results (inference/{RESULTS_FILE}); {hint}.")
+    return found
+
+
+def read_results(path: Path) -> list[Result]:
+    """Read detections in COCO's results format, each with a box, a mask (RLE), or both; a missing box is the mask's.
+
+    Raises:
+        UserError: the file, or an entry of it, is something else; the message names it.
+    """
+    content = read_json(path)
+    if not isinstance(content, list):
+        raise UserError(f"{path} holds no list of detections, as COCO's results are; give {RESULTS_FILE} of a run.")
+    return [_checked(each, f"{path}: detection number {number}") for number, each in enumerate(content, start=1)]
+
+
+def _checked(result: Any, name: str) -> Result:
+    missing = [key for key in ("image_id", "category_id", "score") if not isinstance(result, dict) or key not in result]
+    if missing:
+        raise UserError(f"{name} has no {missing[0]}; give detections in COCO's results format.")
+    if not isinstance(result["score"], int | float) or not 0 <= result["score"] <= 1:
+        raise UserError(f"{name} has the score {result['score']!r:.40}; scores are numbers from 0 to 1.")
+    mask = result.get("segmentation")
+    if mask is not None and not (isinstance(mask, dict) and {"size", "counts"} <= mask.keys()):
+        raise UserError(f"{name} has a mask that is no RLE (size and counts); convert it first.")
+    if mask is not None and isinstance(mask["counts"], list):
+        rle = mask_util.frPyObjects(mask, *mask["size"])
+        mask = {"size": rle["size"], "counts": rle["counts"].decode()}
+    box = result.get("bbox", mask and mask_util.toBbox(mask).tolist())
+    numbers = isinstance(box, list) and all(isinstance(side, int | float) and math.isfinite(side) for side in box)
+    if not numbers or len(box) != 4:
+        raise UserError(f"{name} has neither a box of four numbers (x, y, width, height) nor a mask.")
+    kept = {key: result[key] for key in ("image_id", "category_id", "score")} | {"bbox": box}
+    return kept if mask is None else kept | {"segmentation": mask}
+
+
+def join_results(sources: Sequence[Sequence[Result]], fusion: Fusion) -> list[Result]:
+    """Join the detections of several runs, image by image.
+
+    Args:
+        sources: the detections of each run, of :func:`read_results`.
+        fusion: how.
+
+    Returns:
+        Detections in COCO's results format, with masks if all of them have one.
+
+    Raises:
+        DatasetError: the runs have no image in common, or masks of one image have different sizes.
+    """
+    by_image: dict[Any, list[list[Result]]] = {}
+    for number, source in enumerate(sources):
+        for result in source:
+            by_image.setdefault(result["image_id"], [[] for _ in sources])[number].append(result)
+    if by_image and not any(all(parts) for parts in by_image.values()):
+        raise DatasetError(
+            "The runs have no image in common (image_id): they were evaluated on different images, so there is nothing "
+            "to join."
+        )
+    with_masks = all("segmentation" in result for source in sources for result in source)
+    categories = list({result["category_id"]: None for source in sources for result in source})
+    index_of = {category: index for index, category in enumerate(categories)}
+    joined: list[Result] = []
+    for image, parts in by_image.items():
+        sizes = {tuple(each["segmentation"]["size"]) for part in parts for each in part} if with_masks else {(0, 0)}
+        if len(sizes) > 1:
+            raise DatasetError(
+                f"Masks of image {image!r} have different sizes, {sorted(sizes)}; join runs on one dataset."
+            )
+        size = sizes.pop()
+        found = fusion([_instances(part, index_of, size, with_masks=with_masks) for part in parts])
+        joined += instances_to_coco(found, image, categories)
+    return joined
+
+
+def _instances(results: Sequence[Result], index_of: dict[Any, int], size: Any, *, with_masks: bool) -> Instances:
+    """Detections of one image of ``size`` (height, width), which boxes alone do not need."""
+    boxes = torch.tensor([result["bbox"] for result in results], dtype=torch.float32).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    found = Instances(size, pred_boxes=Boxes(boxes))
+    found.scores = torch.tensor([float(result["score"]) for result in results])
+    found.pred_classes = torch.tensor([index_of[result["category_id"]] for result in results], dtype=torch.int64)
+    if with_masks:
+        counts = [result["segmentation"]["counts"].encode() for result in results]
+        found.pred_masks = RleMasks([{"size": list(size), "counts": each} for each in counts], size)
+    return found
