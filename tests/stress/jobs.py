@@ -139,6 +139,8 @@ def _run(job: Job, log: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job.file_limit, resource.RLIM_INFINITY))
     mp.spawn = functools.partial(mp.start_processes, start_method="fork")  # which need not import torch anew
     sys.modules[launch.__module__].WAIT_FOR_OTHERS_S = 2.0  # type: ignore[attr-defined]
+    # A process that was stopped does not see SIGTERM; torch waits 30 seconds before it sends SIGKILL.
+    mp.ProcessContext.join = functools.partialmethod(mp.ProcessContext.join, grace_period=2.0)
     args = argparse.Namespace(num_gpus=0, num_machines=1, machine_rank=0, dist_url="auto", job=job)
     launch(_train, args, cpu_processes=job.processes)
     sys.stderr.flush()
