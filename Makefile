@@ -1,5 +1,5 @@
 # make install | demo | demo-all | reproduce-demo | test | cases | journeys | stress | bench | lint | clean
-# make stress        hurts trainings in every way that we know, on the CPU, and counts what they survive (20 minutes)
+# make stress        hurts trainings in every way that we know, on the CPU, and counts what they survive (10 minutes)
 # make browser-check the page of tools/browse.py in a browser
 # make package       builds an sdist and a wheel and tries both; make docker-check runs the Dockerfile's lines without Docker
 # make docs          builds the site of the documentation; make notebook runs docs/demo.ipynb

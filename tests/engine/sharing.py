@@ -21,7 +21,7 @@ OPTIONS = TINY_OPTIONS | {
     "MODEL.MaskDINO.DEC_LAYERS": 2,
     "SOLVER.MAX_ITER": 2,
     "SOLVER.STEPS": (1,),
-    "SOLVER.CHECKPOINT_PERIOD": 1,
+    "SOLVER.CHECKPOINT_PERIOD": 0,
     "SOLVER.BASE_LR": 0.001,
     "SOLVER.CLIP_GRADIENTS.ENABLED": True,
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": "full_model",
@@ -46,14 +46,16 @@ PARTS = {
     "SOLVER.AMP.DTYPE": "bfloat16",
 }
 # Three images: one process has another number of them.
-EVALUATED = {"DATASETS.TEST": ("shapes_val",), "TEST.BEST_METRIC": "ema/bbox/AP", "LOG.PICTURES": 1}
+EVALUATED = {"DATASETS.TEST": ("shapes_val",), "LOG.PICTURES": 1}
+LONGER = {"SOLVER.MAX_ITER": 3}
 GRADIENTS = ([[3.0, -4.0], [0.0, 12.0], [0.5, 0.0]], [-84.0])
 CLIPPERS = (("full_model", 2.0), ("norm", 2.0), ("value", 2.0), ("full_model", torch.inf))
 
 
 def share_out(cfg: Config, folder: Path) -> dict[str, Any]:
-    """Train in each way, go on in the next way from the first checkpoint; returns what each process held."""
+    """Train in each way, and go on in the next one from its checkpoint; returns what each process held."""
     found = {}
+    train(_cfg(cfg, folder / "longer", "", **LONGER))
     for kind in KINDS:
         whole = folder / f"shared_{kind}"
         trainer = train(_cfg(cfg, whole, kind, **EVALUATED if kind == "full" else {}))
@@ -64,9 +66,8 @@ def share_out(cfg: Config, folder: Path) -> dict[str, Any]:
         resumed = folder / f"resumed_{kind}"
         if comm.is_main_process():
             shutil.copytree(whole, resumed)
-            (resumed / "last_checkpoint").write_text("model_0000000.pth")
         comm.synchronize()
-        train(_cfg(cfg, resumed, KINDS[(KINDS.index(kind) + 1) % len(KINDS)]), resume=True)
+        train(_cfg(cfg, resumed, KINDS[(KINDS.index(kind) + 1) % len(KINDS)], **LONGER), resume=True)
     return found
 
 

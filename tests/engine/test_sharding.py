@@ -41,7 +41,7 @@ def test_sharding_trains_and_saves_as_without(name: str, saved: Callable[[str], 
 
 
 def test_run_goes_on_with_another_sharding(saved: Callable[[str], dict[str, Any]]) -> None:
-    plain = state_of(saved("shared_"))
+    plain = state_of(saved("longer"))
     torch.testing.assert_close(state_of(saved("resumed_")), plain, rtol=0, atol=0)  # in the way "optimizer"
     torch.testing.assert_close(state_of(saved("resumed_optimizer")), plain, **ROUNDING)
     torch.testing.assert_close(state_of(saved("resumed_full")), plain, **ROUNDING)
@@ -56,10 +56,9 @@ def test_each_process_has_half_of_the_moments(of_two_processes: Results) -> None
         assert max(shares) < 0.6 * whole
 
 
-def test_processes_evaluate_other_numbers_of_images(of_two_processes: Results, job_folder: Path) -> None:
+def test_processes_evaluate_other_numbers_of_images(of_two_processes: Results) -> None:
     results = of_two_processes("share_out")[0]["full"]["results"]
     assert {"bbox", "segm", "ema"} <= set(results)
-    assert (job_folder / "shared_full" / "model_best_ema.pth").is_file()
 
 
 def test_one_process_can_use_the_whole_weights_alone(of_two_processes: Results) -> None:
