@@ -53,7 +53,7 @@ CLIPPERS = (("full_model", 2.0), ("norm", 2.0), ("value", 2.0), ("full_model", t
 
 
 def share_out(cfg: Config, folder: Path) -> dict[str, Any]:
-    """Train in each way, and go on in the next one from its checkpoint; returns what each process held."""
+    """Train in each way, also from the checkpoint of the way before; returns what each process held."""
     found = {}
     train(_cfg(cfg, folder / "longer", "", **LONGER))
     for kind in KINDS:
@@ -62,12 +62,14 @@ def share_out(cfg: Config, folder: Path) -> dict[str, Any]:
         found[kind] = {"moments": _moments(trainer), "results": trainer._last_eval_results}
         if kind == "full":
             found[kind]["scores"] = _scores_alone(trainer, whole / "model_final.pth")
-        train(_cfg(cfg, folder / f"parts_{kind}", kind, **PARTS))
-        resumed = folder / f"resumed_{kind}"
-        if comm.is_main_process():
-            shutil.copytree(whole, resumed)
-        comm.synchronize()
-        train(_cfg(cfg, resumed, KINDS[(KINDS.index(kind) + 1) % len(KINDS)], **LONGER), resume=True)
+        if kind != "optimizer":
+            train(_cfg(cfg, folder / f"parts_{kind}", kind, **PARTS))
+        if kind:
+            resumed = folder / f"resumed_{kind}"
+            if comm.is_main_process():
+                shutil.copytree(folder / f"shared_{KINDS[KINDS.index(kind) - 1]}", resumed)
+            comm.synchronize()
+            train(_cfg(cfg, resumed, kind, **LONGER), resume=True)
     return found
 
 
