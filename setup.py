@@ -66,6 +66,7 @@ setup(
         "hotcoco>=1.3,<2",
         "iopath>=0.1.7",
         "matplotlib>=3.5",
+        "msgspec>=0.18",
         "numpy>=1.23",
         "opencv-python-headless>=4.6",  # detectron2 imports it without requiring it
         "Pillow>=9.1",

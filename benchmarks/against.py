@@ -6,6 +6,8 @@
 
 import json
 import os
+import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -68,7 +70,8 @@ def checkout(commit: str) -> Iterator[Path]:
     known = _git("rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}")
     if known.returncode:
         raise UserError(f"--against {commit}: this repository has no such commit (in a shallow clone: git fetch).")
-    with tempfile.TemporaryDirectory(prefix="dimaskdino-") as folder:
+    _remove_left_behind()
+    with tempfile.TemporaryDirectory(prefix=f"dimaskdino-{os.getpid()}-") as folder:
         tree = Path(folder) / known.stdout.strip()[:12]
         added = _git("worktree", "add", "--detach", str(tree), known.stdout.strip())
         if added.returncode:
@@ -78,6 +81,26 @@ def checkout(commit: str) -> Iterator[Path]:
             yield tree
         finally:
             _git("worktree", "remove", "--force", str(tree))
+
+
+def _remove_left_behind() -> None:
+    """Remove the worktrees of runs that were killed; their folders name the process."""
+    for line in _git("worktree", "list", "--porcelain").stdout.splitlines():
+        tree = Path(line.removeprefix("worktree "))
+        owner = re.match(r"dimaskdino-(\d+)-", tree.parent.name)
+        if owner and not _is_running(int(owner[1])):
+            _git("worktree", "remove", "--force", str(tree))
+            shutil.rmtree(tree.parent, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
 
 
 def _add_op(tree: Path, commit: str) -> None:

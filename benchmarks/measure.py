@@ -71,12 +71,14 @@ def peak_bytes(work: Work, device: torch.device) -> int | None:
         Path("/proc/self/clear_refs").write_text("5")  # sets the process's peak to what it has now
     except (OSError, AttributeError):
         return None
-    before = _status("VmRSS")
+    before = memory_bytes()
     work()
-    return max(0, _status("VmHWM") - before)
+    return max(0, memory_bytes(peak=True) - before)
 
 
-def _status(field: str) -> int:
+def memory_bytes(*, peak: bool = False) -> int:
+    """Of this process, now or at most so far; 0 where the system does not tell."""
+    field = "VmHWM" if peak else "VmRSS"
     match = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     return int(match[1]) * 1024 if match else 0
 

@@ -112,10 +112,11 @@ def separate_steps(value: Tensor, shapes: SpatialShapes, reference: Tensor, offs
 
 
 def forms_for(device: torch.device, schedules: Sequence[str]) -> dict[str, Form]:
-    """The forms by name; the first is what the others are compared with."""
+    """The forms by name; the first of ours, or the classical kernel, is what the others are compared with."""
     forms: dict[str, Form] = {}
     if device.type == "cuda":
-        forms |= _classical() | _deformops()
+        forms |= _classical()
+    forms |= _deformops() | _torch_ms_deform_attn()
     forms["grid_sample"] = Form(ms_deform_attn_reference, fused=False)
     forms["compiled"] = Form(ms_deform_attn, fused=False)
     forms["softmax + grid_sample"] = Form(ms_deform_attn_fused_reference, fused=True)
@@ -163,6 +164,21 @@ def _deformops() -> dict[str, Form]:
         return output.reshape(value.shape[0], locations.shape[1], -1)
 
     return {"deformops": Form(function, fused=False, ours=False)}
+
+
+def _torch_ms_deform_attn() -> dict[str, Form]:
+    """The PyPI package, where it is installed. It takes all tensors in one dtype."""
+    try:
+        package_op = importlib.import_module("torch_ms_deform_attn").ms_deform_attn
+    except (ImportError, AttributeError) as error:
+        print(f"without torch-ms-deform-attn: {error}", file=sys.stderr)
+        return {}
+
+    def function(value: Tensor, shapes: SpatialShapes, locations: Tensor, weights: Tensor) -> Tensor:
+        sizes, starts = _sizes(tuple(shapes), value.device)
+        return package_op(value, sizes, starts, locations.to(value.dtype), weights.to(value.dtype))
+
+    return {"torch-ms-deform-attn": Form(function, fused=False, ours=False)}
 
 
 _kept_sizes: dict[Any, tuple[Tensor, Tensor]] = {}
@@ -289,11 +305,14 @@ def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
             case = make_case(name, dtype, device)
             for passes in PASSES:
                 results = measure(case, forms, dtype, passes, args.rounds)
-                first = next(iter(results))
+                first = next(name for name in results if forms[name].ours)
+                packages = [result["s"] for form, result in results.items() if not forms[form].ours]
                 row: dict[str, Any] = {"case": name, "dtype": str(dtype)[6:], "pass": passes, "against": first}
                 row["ms"] = f"{results[first]['s'] * 1e3:.3g}"
                 for form, result in results.items():
                     row[form] = f"{results[first]['s'] / result['s']:.2f}x"
+                if packages:
+                    row["fused against the best package"] = f"{min(packages) / results['fused']['s']:.2f}x"
                 moved, loaded = floors(case, passes)
                 row["fused / memory floor"] = f"{results['fused']['s'] / (moved / bandwidth):.1f}"
                 if loads:

@@ -36,11 +36,13 @@ def sample(height: int, width: int, objects: int) -> dict[str, Any]:
     return {"image": torch.rand(3, height, width, generator=generator) * 255, "instances": instances}
 
 
-def make_model(config_file: str, *, train: bool) -> nn.Module:
+def make_model(config_file: str, *, train: bool, queries: int = 0) -> nn.Module:
     """With random weights, on the CPU."""
     cfg = get_cfg()
     cfg.merge_from_file(config_file)
     cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""])
+    if queries:
+        cfg.MODEL.MaskDINO.NUM_OBJECT_QUERIES = queries
     torch.manual_seed(0)
     try:
         from dimaskdino.modeling.meta_arch import build_model
@@ -56,6 +58,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, required=True)
     parser.add_argument("--objects", type=int, default=0, help="of a training step; 0 measures inference")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--queries", type=int, default=0, help="0 means as configured")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--cpu-time", action="store_true")
@@ -63,7 +66,7 @@ def main() -> None:
     keep_freed_memory()
     if args.threads:
         torch.set_num_threads(args.threads)
-    model = make_model(args.config_file, train=args.objects > 0)
+    model = make_model(args.config_file, train=args.objects > 0, queries=args.queries)
     batch = [sample(args.height, args.width, args.objects)]
     low = args.precision == "bfloat16"
 

@@ -59,6 +59,11 @@ def create_local_process_group(num_processes_per_machine: int) -> None:
             comm._LOCAL_PROCESS_GROUP = group
 
 
+def knows_local_processes() -> bool:
+    """Whether :func:`create_local_process_group` was called, or detectron2's launcher has done the same."""
+    return comm._LOCAL_PROCESS_GROUP is not None
+
+
 def process_groups() -> list[Any]:
     """Every group in which the processes of this job wait for each other; all of them must call this."""
     groups = [dist.group.WORLD, comm._LOCAL_PROCESS_GROUP, comm._get_global_gloo_group()]

@@ -8,18 +8,8 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
-from tabulate import tabulate
-
-from dimaskdino.analysis.flops import CONVENTION, Part, parts_of
 from dimaskdino.command_line import add_model_flags, at_least, import_modules
-from dimaskdino.config import get_cfg
-from dimaskdino.data.datasets import register_all
 from dimaskdino.errors import ConfigError, run_cli
-from dimaskdino.modeling.meta_arch import build_model
-
-# GFLOPs and millions of parameters: Mask DINO, Table 1 (R50, 300 queries); DINO, Table 1 (4 scales).
-PAPERS = {"Mask DINO, R50, 300 queries": (286, 52), "DINO, R50, 4 scales": (279, 47)}
 
 
 def parse_args() -> argparse.Namespace:
@@ -32,6 +22,21 @@ def parse_args() -> argparse.Namespace:
     add("--json", type=Path, metavar="FILE", help="write the parts to a file as well")
     add_model_flags(parser, device=False)
     return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes end here, before the imports that take seconds
+
+import torch
+from tabulate import tabulate
+
+from dimaskdino.analysis.flops import CONVENTION, Part, parts_of
+from dimaskdino.config import get_cfg
+from dimaskdino.data.datasets import register_all
+from dimaskdino.modeling.meta_arch import build_model
+
+# GFLOPs and millions of parameters: Mask DINO, Table 1 (R50, 300 queries); DINO, Table 1 (4 scales).
+PAPERS = {"Mask DINO, R50, 300 queries": (286, 52), "DINO, R50, 4 scales": (279, 47)}
 
 
 def main() -> None:

@@ -10,21 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from tabulate import tabulate
-
-from dimaskdino.analysis.timing import Times, compiled, time_exported, time_model, time_parts
-from dimaskdino.checkpoint import Checkpointer
 from dimaskdino.command_line import add_model_flags, at_least, import_modules
-from dimaskdino.config import Config, get_cfg
 from dimaskdino.cpu import keep_freed_memory
-from dimaskdino.data.datasets import register_all
-from dimaskdino.data.transforms import test_resize
 from dimaskdino.errors import run_cli
-from dimaskdino.evaluation.speed import device_name
-from dimaskdino.modeling.meta_arch import build_model
-from dimaskdino.prediction.images import to_model_input, to_rgb
-from dimaskdino.predictor import usable_device
 
 
 def parse_args() -> argparse.Namespace:
@@ -43,6 +31,23 @@ def parse_args() -> argparse.Namespace:
     add("--json", type=Path, metavar="FILE", help="write the numbers to a file as well")
     add_model_flags(parser)
     return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes end here, before the imports that take seconds
+
+import torch
+from tabulate import tabulate
+
+from dimaskdino.analysis.timing import Times, compiled, time_exported, time_model, time_parts
+from dimaskdino.checkpoint import Checkpointer
+from dimaskdino.config import Config, get_cfg
+from dimaskdino.data.datasets import register_all
+from dimaskdino.data.transforms import test_resize
+from dimaskdino.evaluation.speed import device_name
+from dimaskdino.modeling.meta_arch import build_model
+from dimaskdino.prediction.images import to_model_input, to_rgb
+from dimaskdino.predictor import usable_device
 
 
 def main() -> None:

@@ -12,19 +12,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
-from dimaskdino import Predictor
 from dimaskdino.command_line import add_model_flags, at_least, fraction, import_modules
 from dimaskdino.cpu import keep_freed_memory
 from dimaskdino.errors import UserError, run_cli
-from dimaskdino.prediction.refinement import Refinement
-from dimaskdino.prediction.results import Prediction
-
-TASKS = {"objects": "instances", "panoptic": "panoptic_seg", "semantic": "sem_seg"}
-LAST = "last"
-NO_RUN = "none"
 
 
 def parse_args() -> argparse.Namespace:
@@ -36,6 +26,21 @@ def parse_args() -> argparse.Namespace:
     add("--port", type=at_least(1), default=7860, help="of the page (default: 7860)")
     add_model_flags(parser)
     return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes end here, before the imports that take seconds
+
+import numpy as np
+from PIL import Image
+
+from dimaskdino import Predictor
+from dimaskdino.prediction.refinement import Refinement
+from dimaskdino.prediction.results import Prediction
+
+TASKS = {"objects": "instances", "panoptic": "panoptic_seg", "semantic": "sem_seg"}
+LAST = "last"
+NO_RUN = "none"
 
 
 class Browser:

@@ -8,15 +8,9 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
-from dimaskdino import Predictor
-from dimaskdino.analysis.dataset import drawn_truth, read_dataset, true_objects
 from dimaskdino.command_line import add_model_flags, at_least, fraction, import_modules
 from dimaskdino.cpu import keep_freed_memory
 from dimaskdino.errors import UserError, run_cli
-from dimaskdino.prediction.images import to_rgb
-from dimaskdino.visualization import Objects, draw_objects, save_grid
 
 
 def parse_args() -> argparse.Namespace:
@@ -33,6 +27,17 @@ def parse_args() -> argparse.Namespace:
     add("--output", type=Path, default=Path("comparison.png"), help="picture (default: comparison.png)")
     add_model_flags(parser)
     return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes end here, before the imports that take seconds
+
+import numpy as np
+
+from dimaskdino import Predictor
+from dimaskdino.analysis.dataset import drawn_truth, read_dataset, true_objects
+from dimaskdino.prediction.images import to_rgb
+from dimaskdino.visualization import Objects, draw_objects, save_grid
 
 
 def main() -> None:

@@ -12,16 +12,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from tabulate import tabulate
-
 from dimaskdino.command_line import at_least
-from dimaskdino.data.conversion import labelme, masks, tables, writing, xml_files, yolo
-from dimaskdino.data.conversion.labels import Images, LabeledImage, Problems, by_class, checked, to_coco, write_json
-from dimaskdino.data.conversion.split import stratified
 from dimaskdino.errors import UserError, run_cli
-
-SPLIT_NAMES = ("train", "val", "test")
-BAD_LISTED = 20
 
 
 def parse_args() -> argparse.Namespace:
@@ -53,6 +45,19 @@ def parse_args() -> argparse.Namespace:
     add("--predictions", type=Path, metavar="FILE", help="coco: results to write in place of annotations")
     add("--score", type=float, default=0.0, metavar="X", help="of predictions, the least")
     return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes end here, before the imports that take seconds
+
+from tabulate import tabulate
+
+from dimaskdino.data.conversion import labelme, masks, tables, writing, xml_files, yolo
+from dimaskdino.data.conversion.labels import Images, LabeledImage, Problems, by_class, checked, to_coco, write_json
+from dimaskdino.data.conversion.split import stratified
+
+SPLIT_NAMES = ("train", "val", "test")
+BAD_LISTED = 20
 
 
 def main() -> None:

@@ -10,6 +10,31 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dimaskdino.command_line import add_model_flags, at_least, fraction, import_modules
+from dimaskdino.cpu import keep_freed_memory
+from dimaskdino.errors import UserError, run_cli
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="run folder, saved model, or configuration (then give --weights)")
+    add("--weights", type=Path, help="weight file (default: the run's last one)")
+    add("--dataset", metavar="NAME", help="registered dataset with boxes or masks (default: the run's test set)")
+    add("--output", type=Path, default=Path("output/explain"), help="folder (default: output/explain)")
+    add("--score", type=fraction, default=0.35, help="of a detection that counts (default: 0.35)")
+    add("--fit", type=fraction, default=0.5, help="IoU of a detection that is right (default: 0.5)")
+    add("--near", type=fraction, default=0.3, help="IoU of a token or query that is near an object (default: 0.3)")
+    add("--max-images", type=at_least(1), default=500, help="the first ones (default: 500)")
+    add("--examples", type=at_least(0), default=4, help="objects of each cause in the report (default: 4)")
+    add_model_flags(parser)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes end here, before the imports that take seconds
+
 import torch
 from tabulate import tabulate
 from tqdm import tqdm
@@ -30,30 +55,10 @@ from dimaskdino.analysis.missed import Limits
 from dimaskdino.analysis.report import write_report
 from dimaskdino.analysis.scores import score_results
 from dimaskdino.analysis.stages import compare_stages, watched
-from dimaskdino.command_line import add_model_flags, at_least, fraction, import_modules
-from dimaskdino.cpu import keep_freed_memory
 from dimaskdino.data import build_mapper
-from dimaskdino.errors import UserError, run_cli
 from dimaskdino.evaluation.truth import Truth
 from dimaskdino.prediction.images import to_rgb
 from dimaskdino.structures import instances_to_coco
-
-
-def parse_args() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("run", type=Path, metavar="RUN", help="run folder, saved model, or configuration (then give --weights)")
-    add("--weights", type=Path, help="weight file (default: the run's last one)")
-    add("--dataset", metavar="NAME", help="registered dataset with boxes or masks (default: the run's test set)")
-    add("--output", type=Path, default=Path("output/explain"), help="folder (default: output/explain)")
-    add("--score", type=fraction, default=0.35, help="of a detection that counts (default: 0.35)")
-    add("--fit", type=fraction, default=0.5, help="IoU of a detection that is right (default: 0.5)")
-    add("--near", type=fraction, default=0.3, help="IoU of a token or query that is near an object (default: 0.3)")
-    add("--max-images", type=at_least(1), default=500, help="the first ones (default: 500)")
-    add("--examples", type=at_least(0), default=4, help="objects of each cause in the report (default: 4)")
-    add_model_flags(parser)
-    return parser.parse_args()
 
 
 def main() -> None:

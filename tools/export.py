@@ -12,34 +12,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from predict_onnx import Model, open_onnx
-
-from dimaskdino import Predictor
 from dimaskdino.command_line import add_model_flags, at_least, import_modules
 from dimaskdino.errors import UserError, run_cli
-from dimaskdino.export.check import differences, reference_results
-from dimaskdino.export.description import describe
-from dimaskdino.export.evaluation import dataset_entries, evaluate
-from dimaskdino.export.formats import FORMATS, OPSET, OPSETS, Export, require
-from dimaskdino.export.graph import ExportGraph, check_exportable, has_enough_tokens, predict
-from dimaskdino.layers.exporting import FORMS
+from dimaskdino.export.choices import FORMS, OPSET, OPSETS, SUFFIXES
 
-DEMO_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo" / "dimaskdino_shapes.yaml"
-DEMO_WEIGHTS = Path(__file__).resolve().with_name("demo_model.pth")
 CHECKED_IMAGES = 2
-CHECK_FAILED_STATUS = 1
 
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--format", choices=FORMATS, required=True, help="of the file")
+    add("--format", choices=SUFFIXES, required=True, help="of the file")
     add("--weights", type=Path, help="run folder, saved model, or weight file (default: the demo's model)")
     add("--config-file", type=Path, help="configuration of a weight file")
-    add("--output", type=Path, required=True, help=f"file; {', '.join(each.suffix for each in FORMATS.values())}")
+    add("--output", type=Path, required=True, help=f"file; {', '.join(SUFFIXES.values())}")
     add("--size", type=at_least(1), nargs=2, metavar=("H", "W"), help="fixed canvas in px (default: any size)")
     add("--batch", type=at_least(1), default=1, help="images at a time of a fixed canvas (default: 1)")
     add("--deformable-attention", choices=FORMS, default="grid_sample", help="its form (default: grid_sample)")
@@ -48,6 +35,25 @@ def parse_args() -> argparse.Namespace:
     add("--evaluate", action="store_true", help="also measure AP and time on DATASETS.TEST beside PyTorch's")
     add_model_flags(parser, device=False)
     return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes end here, before the imports that take seconds
+
+import numpy as np
+import torch
+from predict_onnx import Model, open_onnx
+
+from dimaskdino import Predictor
+from dimaskdino.export.check import differences, reference_results
+from dimaskdino.export.description import describe
+from dimaskdino.export.evaluation import dataset_entries, evaluate
+from dimaskdino.export.formats import FORMATS, Export, require
+from dimaskdino.export.graph import ExportGraph, check_exportable, has_enough_tokens, predict
+
+DEMO_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo" / "dimaskdino_shapes.yaml"
+DEMO_WEIGHTS = Path(__file__).resolve().with_name("demo_model.pth")
+CHECK_FAILED_STATUS = 1
 
 
 def main() -> None:

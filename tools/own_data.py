@@ -14,16 +14,9 @@ import time
 from pathlib import Path
 
 from dimaskdino.command_line import at_least
-from dimaskdino.engine import Trainer, argument_parser, launch, setup
-from dimaskdino.engine.launch import num_cores
-from dimaskdino.engine.pictures import save_pictures
-from dimaskdino.engine.setup import load_config
 from dimaskdino.errors import UserError, run_cli
-from dimaskdino.evaluation import coco_table
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "own_data.yaml"
-# Two processes that average gradients use two cores better than two threads do.
-MAX_CPU_PROCESSES = 2
 
 
 def parse_args() -> argparse.Namespace:
@@ -42,6 +35,19 @@ def parse_args() -> argparse.Namespace:
     add("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
     add("opts", nargs="*", metavar="KEY VALUE", help="keys of the configuration and their values")
     return parser.parse_intermixed_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes end here, before the imports that take seconds
+
+from dimaskdino.engine import Trainer, argument_parser, launch, setup
+from dimaskdino.engine.launch import num_cores
+from dimaskdino.engine.pictures import save_pictures
+from dimaskdino.engine.setup import load_config
+from dimaskdino.evaluation import coco_table
+
+# Two processes that average gradients use two cores better than two threads do.
+MAX_CPU_PROCESSES = 2
 
 
 def main() -> None:

@@ -9,12 +9,8 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
 from dimaskdino.command_line import at_least
 from dimaskdino.errors import UserError, run_cli
-from dimaskdino.reproduction.charts import picture_path
-from dimaskdino.reproduction.epochs import Curve, distance_curves, draw_curves, score_curve
 
 
 def parse_args() -> argparse.Namespace:
@@ -31,6 +27,15 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, default=Path("epochs.png"), help="picture: .png, .pdf, or .svg")
     return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes end here, before the imports that take seconds
+
+from tqdm import tqdm
+
+from dimaskdino.reproduction.charts import picture_path
+from dimaskdino.reproduction.epochs import Curve, distance_curves, draw_curves, score_curve
 
 
 def main() -> None:

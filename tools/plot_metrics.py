@@ -11,17 +11,27 @@ dashed line is the loss of the validation (TEST.LOSS).
 import argparse
 from pathlib import Path
 
-from dimaskdino.engine.curves import Group, default_metrics, draw_curves, read_groups
 from dimaskdino.errors import run_cli
 
 
-def main() -> None:
-    """Read the runs, and draw."""
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run (OUTPUT_DIR)")
     parser.add_argument("--metrics", nargs="+", metavar="NAME", help="names in metrics.json (default: losses and AP)")
     parser.add_argument("--output", type=Path, default=Path("metrics.png"), help="picture (default: metrics.png)")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes end here, before the imports that take seconds
+
+from dimaskdino.engine.curves import Group, default_metrics, draw_curves, read_groups
+
+
+def main() -> None:
+    """Read the runs, and draw."""
+    args = parse_args()
     groups = read_groups(args.runs)
     draw_curves(groups, args.metrics or default_metrics(groups), args.output)
     for group in groups:

@@ -11,21 +11,31 @@ import argparse
 import sys
 from pathlib import Path
 
-from tabulate import tabulate
-from torch import Tensor
-
 from dimaskdino.command_line import add_import_flag, import_modules
-from dimaskdino.engine.replay import replay
 from dimaskdino.errors import run_cli
 
 
-def main() -> None:
-    """Replay, and print the losses of both times."""
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="the replay file")
     add_import_flag(parser)
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="keys over the run's configuration")
-    args = parser.parse_intermixed_args()
+    return parser.parse_intermixed_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes end here, before the imports that take seconds
+
+from tabulate import tabulate
+from torch import Tensor
+
+from dimaskdino.engine.replay import replay
+
+
+def main() -> None:
+    """Replay, and print the losses of both times."""
+    args = parse_args()
     import_modules(args.modules)
     recorded, again = replay(args.file, args.opts)
     images = [str(image.get("file_name", image.get("image_id", "?"))) for image in recorded["batch"]]

@@ -10,15 +10,8 @@ import argparse
 import json
 from pathlib import Path
 
-from PIL import Image
-from tqdm import tqdm
-
 from dimaskdino.command_line import at_least
-from dimaskdino.data.coco_file import Json, annotations_by_image, read_coco
-from dimaskdino.data.cutting import cut_annotation
 from dimaskdino.errors import DatasetError, run_cli
-from dimaskdino.prediction.canvases import Canvas, open_canvas
-from dimaskdino.prediction.tiles import Tile, Tiling
 
 
 def parse_args() -> argparse.Namespace:
@@ -33,6 +26,18 @@ def parse_args() -> argparse.Namespace:
     add("--least-share", type=float, default=0.05, metavar="SHARE", help="of an object in a tile (default: 0.05)")
     add("--no-exif", action="store_true", help="labels were drawn on photos as stored (INPUT.APPLY_EXIF False)")
     return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes end here, before the imports that take seconds
+
+from PIL import Image
+from tqdm import tqdm
+
+from dimaskdino.data.coco_file import Json, annotations_by_image, read_coco
+from dimaskdino.data.cutting import cut_annotation
+from dimaskdino.prediction.canvases import Canvas, open_canvas
+from dimaskdino.prediction.tiles import Tile, Tiling
 
 
 def main() -> None:

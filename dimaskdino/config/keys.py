@@ -292,6 +292,8 @@ KEYS: dict[str, Any] = {
     # --- Inference ---
     # Also compute the losses of each DATASETS.TEST, averaged over its images, with the same random draws each time.
     "TEST.LOSS": False,
+    # Score the results of a batch in a thread while the model computes the next one.
+    "TEST.SCORE_IN_BACKGROUND": True,
     # Save model_best.pth whenever this score of an evaluation is the highest so far, for example segm/AP; "" never.
     "TEST.BEST_METRIC": "",
     # Stop after this many evaluations in a row without a higher TEST.BEST_METRIC; 0 means never.

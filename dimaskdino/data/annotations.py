@@ -7,6 +7,7 @@ unpacked only once its object is known to be kept.
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 import torch
 from detectron2.data.transforms import NoOpTransform, TransformList
@@ -17,6 +18,7 @@ from dimaskdino.data.fields import fields_of
 from dimaskdino.data.rle import Rle, Size
 from dimaskdino.data.validation.rules import MISSING_MASK, Level, Rules, Shape, has_mask, read_mask
 from dimaskdino.errors import DatasetError
+from dimaskdino.structures.rle_masks import crop_of
 
 Annotation = dict[str, Any]
 Box = tuple[float, float, float, float]  # xyxy in pixels
@@ -262,10 +264,12 @@ def _box_of_rle(rle: Rle) -> Box:
 
 
 def _unpack(rles: list[Rle | None], size: Size) -> torch.Tensor:
-    """(n, H, W) bool, contiguous. Decoded masks lie column by column, and transposing only the box is cheap."""
+    """(n, H, W) bool, contiguous. RLEs go down the columns; only boxes are decoded, and OpenCV transposes in blocks."""
     masks = np.zeros((len(rles), *size), dtype=bool)
     for mask, rle in zip(masks, rles, strict=True):
         if rle is not None:
-            left, top, right, bottom = (int(edge) for edge in _box_of_rle(rle))
-            mask[top:bottom, left:right] = mask_util.decode(rle)[top:bottom, left:right]
+            crop, top, left = crop_of(rle)
+            if crop.size:
+                rows = cv2.transpose(np.ascontiguousarray(crop.T).view(np.uint8)).view(bool)
+                mask[top : top + crop.shape[0], left : left + crop.shape[1]] = rows
     return torch.from_numpy(masks)

@@ -14,15 +14,16 @@ from detectron2.utils import comm
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dimaskdino.data.coco_file import forget_files
+from dimaskdino.data.coco_file import forget_files, without_collecting
 from dimaskdino.data.datasets import register_all
 from dimaskdino.data.datasets.panoptic import forget_panoptic_files
-from dimaskdino.data.datasets.registration import load_dataset
+from dimaskdino.data.datasets.registration import is_coco_file, load_dataset, share_classes
 from dimaskdino.data.folds import check_folds, image_keys, take_fold
 from dimaskdino.data.mapper import build_mapper
 from dimaskdino.data.orders import check_sampler
 from dimaskdino.data.readers import image_reader
 from dimaskdino.data.samplers import BatchSampler, Samples, endless_order
+from dimaskdino.data.shared import PackedEntries, once_a_machine
 from dimaskdino.errors import ConfigError, DatasetError
 
 logger = logging.getLogger(__name__)
@@ -59,28 +60,20 @@ def build_train_loader(
     """
     check_sampler(cfg)
     register_all(cfg=cfg)
-    entries = _entries(cfg, cfg.DATASETS.TRAIN, train=True)
-    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and any("annotations" in entry for entry in entries[:1]):
-        entries = filter_images_with_only_crowd_annotations(entries)
-    if not entries:
-        raise DatasetError(
-            f"No image with an object (apart from crowd regions) in {', '.join(cfg.DATASETS.TRAIN)}; check the "
-            "annotations, or set DATALOADER.FILTER_EMPTY_ANNOTATIONS False to train on background."
-        )
+    entries, group_of = _train_entries(cfg)
     mapper = build_mapper(cfg, is_train=True, with_masks=with_masks)
     logger.info("Augmentations: %s", getattr(mapper, "augmentations", mapper))
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
-    grouping = cfg.DATALOADER.ASPECT_RATIO_GROUPING
     batches = BatchSampler(
         make_sampler(len(entries)) if make_sampler else endless_order(cfg, entries, seed),
         batch_size=cfg.SOLVER.IMS_PER_BATCH,
-        group_of=[_is_wide(entry, cfg) for entry in entries] if grouping else (),
+        group_of=group_of,
         group_size=group_size or images_in_a_group(cfg),
         first=first_batch,
         rank=comm.get_rank(),
         num_processes=comm.get_world_size(),
     )
-    loader = DataLoader(
+    return DataLoader(
         Samples(entries, mapper, seed),
         batch_sampler=batches,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
@@ -90,9 +83,41 @@ def build_train_loader(
             needs_instances=cfg.MODEL.META_ARCHITECTURE in ("DIMaskDINO", "MaskDINO", "DINO"),
         ),
     )
+
+
+@without_collecting()
+def _train_entries(cfg: CfgNode) -> tuple[PackedEntries, list[bool]]:
+    """The images to train on, and for DATALOADER.ASPECT_RATIO_GROUPING which of them are wide.
+
+    One process of a machine reads COCO files for all. What a user's function lists, each process calls it for.
+
+    Raises:
+        DatasetError: no image is left.
+    """
+    group_of: list[bool] = []
+
+    def entries() -> list[dict[str, Any]]:
+        listed = _entries(cfg, cfg.DATASETS.TRAIN, train=True)
+        if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and any("annotations" in entry for entry in listed[:1]):
+            listed = filter_images_with_only_crowd_annotations(listed)
+        if not listed:
+            raise DatasetError(
+                f"No image with an object (apart from crowd regions) in {', '.join(cfg.DATASETS.TRAIN)}; check the "
+                "annotations, or set DATALOADER.FILTER_EMPTY_ANNOTATIONS False to train on background."
+            )
+        if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
+            group_of[:] = [_is_wide(entry, cfg) for entry in listed]
+        return listed
+
+    if not all(map(is_coco_file, cfg.DATASETS.TRAIN)):
+        packed = PackedEntries(entries())
+    else:
+        packed = PackedEntries.once_a_machine(entries)
+        group_of = once_a_machine(lambda: group_of)
+        share_classes(cfg.DATASETS.TRAIN)
     forget_files()
     forget_panoptic_files()
-    return loader
+    return packed, group_of
 
 
 def _checked_batch(batch: list[dict[str, Any]], mapper_name: str, needs_instances: bool) -> list[dict[str, Any]]:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from detectron2.utils.registry import Registry
@@ -14,6 +13,7 @@ from dimaskdino.data.augmentations import copy_paste, own_augmentations
 from dimaskdino.data.copy_paste import CopyPaste
 from dimaskdino.data.images import size_problem
 from dimaskdino.data.partial_labels import unlabeled_classes
+from dimaskdino.data.pixels import augment
 from dimaskdino.data.readers import PilReader, Reader, image_reader
 from dimaskdino.data.rle import Size
 from dimaskdino.data.transforms import large_scale_jitter, shortest_edge, test_resize
@@ -89,14 +89,12 @@ class InstanceMapper:
         self._check_size(entry, source_size)
         annotations, label_map = self.read_labels(entry, source_size) if self.with_instances else ([], None)
         boxes = boxes_of(annotations, source_size) if self._needs_boxes else None
-        augmented = T.AugInput(image, boxes=boxes, sem_seg=label_map)
-        transforms = self.augmentations(augmented)
+        transforms, pixels = augment(self.augmentations, image, boxes=boxes, sem_seg=label_map)
         mapped = {key: value for key, value in entry.items() if key != "annotations"}
         mapped["height"], mapped["width"] = source_size
-        # A copy: the pixels may be PIL's, which cannot be written to.
-        mapped["image"] = torch.from_numpy(np.array(augmented.image.transpose(2, 0, 1), order="C"))
+        mapped["image"] = pixels
         if self.with_instances:
-            frame = {"transforms": transforms, "source_size": source_size, "target_size": augmented.image.shape[:2]}
+            frame = {"transforms": transforms, "source_size": source_size, "target_size": tuple(pixels.shape[1:])}
             mapped |= self._targets(entry, annotations, **frame)
         return mapped
 

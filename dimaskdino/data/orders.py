@@ -122,11 +122,17 @@ def _by_name(cfg: CfgNode, entries: Entries, seed: int) -> Iterable[int]:
     if name == "TrainingSampler":
         return whole(TrainingSampler(len(entries), seed=seed))
     if name == "RepeatFactorTrainingSampler":
+        # It looks at nothing but the classes of each image, and would keep everything else in memory.
+        objects = [{"annotations": _one_of_each_class(objects_of(entry))} for entry in entries]
         factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-            [{"annotations": objects_of(entry)} for entry in entries], cfg.DATALOADER.REPEAT_THRESHOLD
+            objects, cfg.DATALOADER.REPEAT_THRESHOLD
         )
         return whole(RepeatFactorTrainingSampler(factors, seed=seed))
     return whole(newer_training_sampler(cfg, len(entries), seed))
+
+
+def _one_of_each_class(objects: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"category_id": category} for category in dict.fromkeys(each["category_id"] for each in objects)]
 
 
 def whole(sampler: Any) -> Iterable[int]:

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList
 from detectron2.utils.serialize import PicklableWrapper
 from torch.utils.data import Dataset, Sampler
 
 from dimaskdino.data.orders import make_order
+from dimaskdino.data.shared import PackedEntries
 from dimaskdino.errors import DatasetError
 from dimaskdino.seeds import SAMPLE, seeded
 
@@ -88,8 +88,8 @@ class Samples(Dataset):
         seed: of the run.
     """
 
-    def __init__(self, entries: list[dict[str, Any]], mapper: Callable[[dict[str, Any]], Any], seed: int) -> None:
-        self._entries = DatasetFromList(entries, copy=False)
+    def __init__(self, entries: Sequence[Any], mapper: Callable[[dict[str, Any]], Any], seed: int) -> None:
+        self._entries = entries if isinstance(entries, PackedEntries) else PackedEntries(entries)
         self._mapper = PicklableWrapper(mapper)
         self._seed = seed
 

@@ -79,7 +79,7 @@ def color_and_flip(cfg: CfgNode) -> list[T.Augmentation]:
     augmentations: list[T.Augmentation] = []
     if cfg.INPUT.COLOR_AUG_SSD:
         check_color_distortion(cfg)
-        # Imported here because it needs OpenCV, which nothing else in this package does.
+        # Imported here because the project of detectron2 takes a second to load.
         from detectron2.projects.point_rend import ColorAugSSDTransform
 
         augmentations.append(ColorAugSSDTransform(img_format=cfg.INPUT.FORMAT))

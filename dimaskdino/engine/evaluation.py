@@ -33,6 +33,8 @@ def evaluate(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
     if not resume and not cfg.MODEL.WEIGHTS:
         raise UserError("--eval-only needs weights: set MODEL.WEIGHTS to a file, or give --resume.")
     content = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    if set_precision := getattr(model, "set_precision", None):  # a model of the user's own may have none
+        set_precision(cfg.MODEL.MaskDINO.TEST.PRECISION)
     with full_disk_in_one_line(Path(cfg.OUTPUT_DIR)):
         results = Trainer.test_with_views(cfg, model)
         if resume and AVERAGE in content:

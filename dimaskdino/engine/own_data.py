@@ -8,7 +8,8 @@ from typing import Any
 
 from dimaskdino.config import Config
 from dimaskdino.data.coco_file import Json, category_names
-from dimaskdino.data.datasets.own import own_name, read_own
+from dimaskdino.data.datasets.own import own_name, read_own, register_own
+from dimaskdino.data.shared import once_a_machine
 from dimaskdino.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -48,19 +49,19 @@ def set_keys_of_own_data(cfg: Config, given: Collection[str]) -> None:
         ConfigError: a key that cannot be used.
         DatasetError: the annotation file cannot be used.
     """
-    coco = read_own(cfg, "train")
-    if coco is None:
+    found = once_a_machine(lambda: _names_and_number(cfg))
+    if found is None:
         if cfg.DATASETS.VAL_JSON:
             raise ConfigError("DATASETS.VAL_JSON is set and DATASETS.TRAIN_JSON is empty; name the training file too.")
         return
-    names = list(category_names(coco).values())
+    names, num_images = found
+    register_own(cfg, {"train": names})
     tested = own_name("val" if cfg.DATASETS.VAL_JSON else "train")
     keys: dict[str, Any] = {
         "DATASETS.TRAIN": (own_name("train"),),
         "DATASETS.TEST": (tested,),
         "MODEL.SEM_SEG_HEAD.NUM_CLASSES": len(names),
     }
-    num_images = _num_trained(cfg, coco)
     if cfg.SOLVER.AUTO_SCHEDULE.EPOCHS and "SOLVER.MAX_ITER" not in given:
         keys |= _schedule(cfg, num_images)
     keys = {key: value for key, value in keys.items() if key not in given}
@@ -79,6 +80,12 @@ def set_keys_of_own_data(cfg: Config, given: Collection[str]) -> None:
             "DATASETS.VAL_JSON is empty: the model is evaluated on the images that it is trained on, so its AP says "
             "nothing about others."
         )
+
+
+def _names_and_number(cfg: Config) -> tuple[list[str], int] | None:
+    """The classes to train on, and the number of images; None if no file is named."""
+    coco = read_own(cfg, "train")
+    return None if coco is None else (list(category_names(coco).values()), _num_trained(cfg, coco))
 
 
 def _num_trained(cfg: Config, coco: Json) -> int:

@@ -12,6 +12,7 @@ from logging.handlers import MemoryHandler
 from pathlib import Path
 
 import torch
+from detectron2.data import DatasetCatalog
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
@@ -22,12 +23,14 @@ from dimaskdino.config import Config, get_cfg, report_unused_keys
 from dimaskdino.cpu import keep_freed_memory
 from dimaskdino.data import register_all
 from dimaskdino.data.augmentations import copy_paste, own_augmentations
+from dimaskdino.data.datasets.registration import is_coco_file, share_classes
 from dimaskdino.data.fields import check_field_names
 from dimaskdino.data.folds import check_folds
 from dimaskdino.data.loaders import images_in_a_group
 from dimaskdino.data.mapper import MAPPER_REGISTRY
 from dimaskdino.data.orders import check_sampler
 from dimaskdino.data.readers import image_reader
+from dimaskdino.data.shared import is_first_of_machine
 from dimaskdino.data.validation.start import check_datasets
 from dimaskdino.engine.best import check_best
 from dimaskdino.engine.hooks import check_hooks
@@ -41,6 +44,7 @@ from dimaskdino.engine.signals import check_not_locked
 from dimaskdino.engine.writers import check_writers
 from dimaskdino.errors import ConfigError, UserError, check_choice, check_range, file_errors_in_one_line
 from dimaskdino.evaluation import check_evaluators
+from dimaskdino.layers.precision import evaluation_dtype
 from dimaskdino.modeling.meta_arch import needs_masks
 from dimaskdino.modeling.policies import check_policies
 from dimaskdino.modeling.registry import get_registered
@@ -85,7 +89,7 @@ def setup(args: Namespace) -> Config:
             keep_freed_memory()
         if not args.eval_only:
             torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
-        _check_datasets_once(cfg, train=not args.eval_only)
+        check_datasets_once(cfg, train=not args.eval_only)
     return cfg
 
 
@@ -146,6 +150,8 @@ def _check(cfg: Config, *, train: bool) -> None:
     for key, (least, most) in RANGES.items():
         check_range(key, functools.reduce(getattr, key.split("."), cfg), least, most)
     check_precision(cfg)
+    if not train:
+        evaluation_dtype(cfg.MODEL.MaskDINO.TEST.PRECISION, torch.device(cfg.MODEL.DEVICE))
     if train:
         check_solver(cfg, comm.get_world_size())
         check_best(cfg)
@@ -213,13 +219,20 @@ def _prepare_folder(folder: Path) -> None:
     logger.debug("Command line: %s", " ".join(sys.argv))
 
 
-def _check_datasets_once(cfg: Config, *, train: bool) -> None:
-    """Check on the main process first: it may generate a dataset that the others then find."""
+def check_datasets_once(cfg: Config, *, train: bool) -> None:
+    """Check on the main process first, which may generate a dataset that the others then find.
+
+    Another machine checks once as well, since its files may differ. Datasets that a user's function lists are loaded by
+    every process, which checks them.
+    """
+    names = [*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST]
     if not comm.is_main_process():
         comm.synchronize()
-    check_datasets(cfg, train=train, with_masks=needs_masks(cfg))
+    if is_first_of_machine() or not all(name in DatasetCatalog and is_coco_file(name) for name in names):
+        check_datasets(cfg, train=train, with_masks=needs_masks(cfg))
     if comm.is_main_process():
         comm.synchronize()
+    share_classes(name for name in names if is_coco_file(name))
 
 
 @contextlib.contextmanager

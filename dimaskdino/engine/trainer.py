@@ -39,7 +39,15 @@ from dimaskdino.engine.sharding import distribute, shares_out, whole_weights
 from dimaskdino.engine.train_step import TrainStep
 from dimaskdino.engine.validation_loss import validation_losses
 from dimaskdino.engine.writers import build_writers
-from dimaskdino.evaluation import ForwardTimer, SpeedEvaluator, build_evaluator, class_names, timed, write_results
+from dimaskdino.evaluation import (
+    BackgroundEvaluator,
+    ForwardTimer,
+    SpeedEvaluator,
+    build_evaluator,
+    class_names,
+    timed,
+    write_results,
+)
 from dimaskdino.modeling.meta_arch import build_model, needs_masks
 from dimaskdino.modeling.policies import checkpoint_activations
 from dimaskdino.prediction.augmented import AugmentedModel, whole_images
@@ -234,6 +242,8 @@ class Trainer(ResumableTrainer):
     @classmethod
     def _evaluator_with_speed(cls, cfg: CfgNode, dataset_name: str, timer: ForwardTimer) -> DatasetEvaluator:
         evaluator = cls.build_evaluator(cfg, dataset_name)
+        if cfg.TEST.SCORE_IN_BACKGROUND:
+            evaluator = BackgroundEvaluator(evaluator, context=lambda: evaluation_autocast(cfg))
         if cfg.TEST.EVAL_LAYERS:
             return evaluator
         return DatasetEvaluators([evaluator, SpeedEvaluator(timer, inference_folder(cfg, dataset_name))])

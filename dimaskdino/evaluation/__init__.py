@@ -1,5 +1,6 @@
 """Evaluation: COCO's AP of boxes and masks, of the final result and of every stage; inference speed."""
 
+from dimaskdino.evaluation.background import BackgroundEvaluator
 from dimaskdino.evaluation.build import (
     EVALUATOR_REGISTRY,
     build_evaluator,
@@ -15,6 +16,7 @@ from dimaskdino.evaluation.speed import ForwardTimer, SpeedEvaluator, timed
 
 __all__ = [
     "EVALUATOR_REGISTRY",
+    "BackgroundEvaluator",
     "CocoEvaluator",
     "ForwardTimer",
     "ImageEvaluator",

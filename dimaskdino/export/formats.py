@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from dimaskdino.errors import UserError
+from dimaskdino.export.choices import OPSET, SUFFIXES
 from dimaskdino.export.description import KEY
 from dimaskdino.export.graph import ExportGraph
 from dimaskdino.layers.exporting import exporting
 
 Run = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
-OPSET = 17
-OPSETS = range(16, 21)  # from the first with GridSample to the last that torch's tracing exporter knows
 _EXTRA_FILE = f"{KEY}.json"
 _AXES = {"images": {2: "height", 3: "width"}, "masks": {2: "mask_height", 3: "mask_width"}}
 
@@ -163,10 +162,12 @@ class Format:
 
 
 FORMATS = {
-    "onnx": Format(".onnx", write_onnx, packages=("onnx", "onnxruntime")),
-    "torchscript": Format(".pt", write_torchscript, open_torchscript),
-    "torch-export": Format(".pt2", write_torch_export, open_torch_export, dynamic=False),
-    "openvino": Format(".xml", write_openvino, open_openvino, ("onnx", "openvino"), files=(".xml", ".bin")),
+    "onnx": Format(SUFFIXES["onnx"], write_onnx, packages=("onnx", "onnxruntime")),
+    "torchscript": Format(SUFFIXES["torchscript"], write_torchscript, open_torchscript),
+    "torch-export": Format(SUFFIXES["torch-export"], write_torch_export, open_torch_export, dynamic=False),
+    "openvino": Format(
+        SUFFIXES["openvino"], write_openvino, open_openvino, ("onnx", "openvino"), files=(".xml", ".bin")
+    ),
 }
 
 

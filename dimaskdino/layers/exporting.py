@@ -6,21 +6,18 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-FORMS = ("grid_sample", "gather")
-"""How deformable attention is written: one ``grid_sample`` a level, or gathers of the four pixels around a sample."""
-
 # No context variable: torch.compile cannot read one, and would compile the layers in pieces.
 _form: str | None = None
 
 
 def export_form() -> str | None:
-    """One of :data:`FORMS` while a model is exported, else None."""
+    """grid_sample or gather while a model is exported, else None."""
     return _form
 
 
 @contextmanager
 def exporting(form: str) -> Iterator[None]:
-    """Write deformable attention as ``form`` says, one of :data:`FORMS`, inside the block."""
+    """Write deformable attention as ``form`` says (``dimaskdino.export.choices.FORMS``) inside the block."""
     global _form
     before, _form = _form, form
     try:

@@ -1,6 +1,8 @@
 """`python -m benchmarks.whole_model --against COMMIT`: commits that cannot be compared with."""
 
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,20 @@ def test_commit_that_cannot_be_built_is_one_line(repository):
         pass
     listed = subprocess.run(["git", "worktree", "list"], cwd=repository, capture_output=True, text=True).stdout
     assert len(listed.splitlines()) == 1
+
+
+def test_worktrees_of_killed_runs_are_removed(repository, tmp_path):
+    (repository / "dimaskdino" / "_C.so").touch()
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left, running = (tmp_path / f"dimaskdino-{process}-x" / "tree" for process in (ended.pid, os.getpid()))
+    for tree in (left, running):
+        subprocess.run(["git", "worktree", "add", "-q", "--detach", str(tree), "HEAD"], cwd=repository, check=True)
+    with against.checkout("HEAD"):
+        assert not left.parent.exists()
+        assert running.is_dir()
+    listed = subprocess.run(["git", "worktree", "list"], cwd=repository, capture_output=True, text=True).stdout
+    assert str(left) not in listed
 
 
 def test_a_commit_with_the_same_op_takes_its_library(repository):

@@ -24,6 +24,8 @@ def _small_levels(monkeypatch):
 
 
 def test_command_prints_a_row_for_each_case_dtype_and_pass(monkeypatch, capsys):
+    package = {"torch-ms-deform-attn": benchmark.Form(ms_deform_attn_reference, fused=False, ours=False)}
+    monkeypatch.setattr(benchmark, "_torch_ms_deform_attn", lambda: package)
     arguments = ["--device", "cpu", "--cases", "decoder 3", "decoder 5", "--dtypes", "float32", "--rounds", "1"]
     monkeypatch.setattr(sys, "argv", ["ms_deform_attn", *arguments])
     benchmark.main()
@@ -35,7 +37,11 @@ def test_command_prints_a_row_for_each_case_dtype_and_pass(monkeypatch, capsys):
     ]
     for row in rows:
         assert row["grid_sample"] == "1.00x"
-        assert all(float(row[form].removesuffix("x")) > 0 for form in ("compiled", "softmax + compiled", "fused"))
+        forms = ("compiled", "softmax + compiled", "fused", "torch-ms-deform-attn")
+        times = {form: float(row[form].removesuffix("x")) for form in forms}
+        assert min(times.values()) > 0
+        ratio = float(row["fused against the best package"].removesuffix("x"))
+        assert ratio == pytest.approx(times["fused"] / times["torch-ms-deform-attn"], rel=0.05, abs=0.02)
 
 
 def doubled(*args):

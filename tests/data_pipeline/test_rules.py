@@ -17,6 +17,7 @@ from dimaskdino.data.datasets.registration import load_dataset
 from dimaskdino.data.rle import checked_rle, run_lengths
 from dimaskdino.data.validation.inspection import inspect_dataset
 from dimaskdino.data.validation.rules import Level, Rules
+from dimaskdino.data.validation.screen import surely_fine
 from dimaskdino.data.validation.start import check_datasets
 from dimaskdino.errors import DatasetError
 from tests.data_pipeline.conftest import HEIGHT, POLYGON, WIDTH, Json
@@ -112,6 +113,33 @@ DAMAGES: list[tuple[Json, str, Level, Level]] = [
     ({"area": 0}, "area: missing or not positive", NOTE, NOTE),
     ({"area": 30}, "area: is not its mask's", NOTE, NOTE),
 ]
+
+
+def test_the_quick_look_passes_nothing_that_the_rules_object_to() -> None:
+    several: Json = {"segmentation": [POLYGON, [5, 1, 7, 1, 7, 4, 5, 4]], "bbox": [1, 1, 6, 3], "area": 12}
+    changes = [{}, several, {"iscrowd": 1}, *(change for change, *_ in DAMAGES)]
+    annotations = [{**SOUND, **change} for change in changes]
+    for one in annotations[3:]:  # each fault alone, as some make the quick look give up
+        for with_masks in (True, False):
+            rules = Rules(categories=CATEGORIES, with_masks=with_masks, scored=True, in_file=True)
+            fine = surely_fine([*annotations[:3], one], [SIZE] * 4, rules).tolist()
+            assert not (fine[3] and rules.problems(one, SIZE))
+            assert fine[:3] == [True] * 3 or not any(fine)
+
+
+def test_the_quick_look_passes_what_is_sound() -> None:
+    generator = np.random.default_rng(0)
+    annotations = []
+    for _ in range(50):
+        left, top, width, height = generator.uniform(1, 20, 4).round(2).tolist()
+        box, corners = [left, top, width, height], [left, top, left + width, top, left + width, top + height]
+        annotations.append({**SOUND, "segmentation": [corners], "bbox": box, "area": width * height / 2})
+    without = [{**each, "segmentation": []} for each in annotations]
+    for with_masks, listed in ((True, annotations), (False, annotations), (False, without)):
+        rules = Rules(categories=CATEGORIES, with_masks=with_masks, scored=True, in_file=True)
+        least = np.array([each["area"] * (1 if with_masks else 2) > 4.1 for each in listed])
+        assert surely_fine(listed, [(50, 50)] * 50, rules).tolist() == least.tolist()
+        assert not surely_fine(listed, [None] * 50, rules).any()
 
 
 @pytest.mark.parametrize(("change", "kind", "scored", "trained"), DAMAGES)

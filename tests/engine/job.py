@@ -10,10 +10,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import META_ARCH_REGISTRY
@@ -24,11 +25,13 @@ from torch import Tensor, nn
 
 from dimaskdino import command_line
 from dimaskdino.config import Config, get_cfg
+from dimaskdino.data import build_train_loader, coco_file
 from dimaskdino.data.datasets import register_all
 from dimaskdino.data.datasets.registration import load_dataset
 from dimaskdino.data.label_maps import read_segments
 from dimaskdino.engine import Trainer, argument_parser, evaluate, setup
 from dimaskdino.engine.hooks import average_running_statistics
+from dimaskdino.engine.setup import check_datasets_once
 from dimaskdino.engine.validation_loss import validation_losses
 from dimaskdino.errors import UserError
 from dimaskdino.evaluation import build_evaluator
@@ -305,7 +308,23 @@ def dice_of(cfg: Config, output: Path) -> dict[str, Any]:
     return Trainer.test(cfg, Trainer.build_model(cfg).eval())
 
 
+def start_with_shared_files(cfg: Config, folder: Path) -> dict[str, Any]:
+    """How many files this process reads for the check and the loader of a training, and what it then has."""
+    cfg.DATASETS.TEST, cfg.DATALOADER.ASPECT_RATIO_GROUPING = (), True
+    coco_file.forget_files()
+    with patch.object(coco_file, "read_json", wraps=coco_file.read_json) as read:
+        check_datasets_once(cfg, train=True)
+        loader: Any = build_train_loader(cfg)
+    return {
+        "reads": read.call_count,
+        "entries": repr(list(loader.dataset._entries)),
+        "indices": MetadataCatalog.get("shapes_train").thing_dataset_id_to_contiguous_id,
+        "groups": loader.batch_sampler._group_of,
+    }
+
+
 FUNCTIONS = (
+    start_with_shared_files,
     evaluate_own,
     evaluate_together,
     skip_together,

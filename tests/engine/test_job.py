@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dimaskdino.config import Config, get_cfg
+from dimaskdino.data.datasets.registration import load_dataset
 from dimaskdino.engine.hooks import average_running_statistics
 from tests.engine.conftest import make_toy_cfg
 from tests.engine.job import (
@@ -24,6 +25,15 @@ from tests.engine.job import (
 def test_processes_know_each_other(of_two_processes) -> None:
     for rank, found in enumerate(of_two_processes("ranks")):
         assert found == {"rank": rank, "local": rank, "local_size": 2, "all": [0, 1]}
+
+
+def test_one_process_reads_the_files_of_all(of_two_processes, shapes_root: Path) -> None:
+    first, second = of_two_processes("start_with_shared_files")
+    assert (first.pop("reads"), second.pop("reads")) == (1, 0)
+    assert first == second
+    entries = [entry for entry in load_dataset("shapes_train") if entry["annotations"]]
+    assert first["entries"] == repr(entries)
+    assert len(first["groups"]) == len(entries) > 1
 
 
 def test_every_process_imports_the_modules(of_two_processes) -> None:

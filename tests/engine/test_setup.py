@@ -29,7 +29,7 @@ def configured(*options: object) -> Config:
 
 def set_up(monkeypatch: pytest.MonkeyPatch, *command: str) -> Config:
     """Set up a run on the CPU, without its folder and datasets."""
-    for name in ("_prepare_folder", "_check_datasets_once"):
+    for name in ("_prepare_folder", "check_datasets_once"):
         monkeypatch.setattr(engine_setup, name, lambda *_, **__: None)
     return engine_setup.setup(argument_parser().parse_args(["--num-gpus", "0", *command]))
 
@@ -131,3 +131,11 @@ def test_things_of_keyed_datasets_are_known_before_the_model(monkeypatch, tmp_pa
     assert thing_classes(set_up(monkeypatch, *command), "a test") == [0, 1]
     with pytest.raises(ConfigError, match=r"PANOPTIC_ON .* shapes_none .*THING_CLASSES"):
         set_up(monkeypatch, *command, "DATASETS.TRAIN", "('shapes_none',)", "DATASETS.TEST", "()")
+
+
+def test_evaluation_in_a_precision_that_the_device_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dimaskdino.layers.precision.computes_in_bfloat16", lambda device: False)
+    options = ["MODEL.MaskDINO.TEST.PRECISION", "bfloat16"]
+    with pytest.raises(ConfigError, match=r"TEST\.PRECISION is bfloat16"):
+        set_up(monkeypatch, "--eval-only", *options)
+    set_up(monkeypatch, "--eval-only", *options[:1], "auto")

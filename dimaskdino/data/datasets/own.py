@@ -1,6 +1,8 @@
 """A dataset of your own in COCO's format: own_train and own_val, by DATASETS.TRAIN_JSON and its relatives."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from detectron2.config import CfgNode
 
@@ -39,8 +41,12 @@ def read_own(cfg: CfgNode, split: str) -> Json | None:
     return read_coco(str(json_file))
 
 
-def register_own(cfg: CfgNode) -> None:
+def register_own(cfg: CfgNode, known: Mapping[str, list[str]] = MappingProxyType({})) -> None:
     """Register own_train and own_val where the keys name files that are there; prediction does without them.
+
+    Args:
+        cfg: reads DATASETS.{TRAIN,VAL}_{JSON,IMAGES}.
+        known: class names of a split, whose file is then not read.
 
     Raises:
         DatasetError: a file is not in COCO's format.
@@ -50,7 +56,7 @@ def register_own(cfg: CfgNode) -> None:
         if json_file is None or images is None or not json_file.is_file():
             continue
         if not is_registered_at(own_name(split), json_file):
-            names = list(category_names(read_coco(str(json_file))).values())
+            names = known.get(split) or list(category_names(read_coco(str(json_file))).values())
             register_coco_format(own_name(split), json_file, images, names)
 
 

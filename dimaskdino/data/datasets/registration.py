@@ -1,9 +1,8 @@
 """Registers COCO-format datasets with detectron2, and loads what is registered."""
 
 import contextlib
-import gc
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,9 @@ from typing import Any
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
-from dimaskdino.data.coco_file import annotations_by_image, category_names, read_coco
+from dimaskdino.data.coco_file import annotations_by_image, category_names, read_coco, without_collecting
 from dimaskdino.data.rle import checked_rle
+from dimaskdino.data.shared import once_a_machine
 from dimaskdino.errors import DatasetError
 
 Json = dict[str, Any]
@@ -109,35 +109,50 @@ def load_dataset(name: str, fields: Sequence[str] = (), image_keys: Sequence[str
     raise DatasetError(f"Dataset {name} {message}.")
 
 
+@without_collecting()
 def _load_coco(name: str, fields: Sequence[str] = (), image_keys: Sequence[str] = ()) -> list[Json]:
     """What detectron2's ``load_coco_json`` returns, and adds to the metadata; annotations are as in the file."""
     metadata = MetadataCatalog.get(name)
     if metadata.get("make") is not None:
         metadata.make()
     coco = read_coco(metadata.json_file)
-    names = category_names(coco)
-    metadata.thing_classes = list(names.values())
-    indices = {key: index for index, key in enumerate(names)}
+    indices = set_classes(name, category_names(coco))
     kept = tuple(dict.fromkeys((*KEPT_KEYS, *fields)))
-    metadata.thing_dataset_id_to_contiguous_id = indices
-    collecting = gc.isenabled()
-    gc.disable()  # as in read_json
-    try:
-        return [
-            {
-                "file_name": os.path.join(metadata.image_root, image["file_name"]),
-                "height": image["height"],
-                "width": image["width"],
-                "image_id": image["id"],
-                **_category_lists(image, indices),
-                **{key: image[key] for key in image_keys if key in image},
-                "annotations": [_entry(annotation, indices, image, kept) for annotation in annotations],
-            }
-            for image, annotations in annotations_by_image(coco)
-        ]
-    finally:
-        if collecting:
-            gc.enable()
+    return [
+        {
+            "file_name": os.path.join(metadata.image_root, image["file_name"]),
+            "height": image["height"],
+            "width": image["width"],
+            "image_id": image["id"],
+            **_category_lists(image, indices),
+            **{key: image[key] for key in image_keys if key in image},
+            "annotations": [_entry(annotation, indices, image, kept) for annotation in annotations],
+        }
+        for image, annotations in annotations_by_image(coco)
+    ]
+
+
+def set_classes(name: str, names: dict[Any, str]) -> dict[Any, int]:
+    """Tell detectron2's metadata the classes of a COCO file, and return the class index by category id.
+
+    Args:
+        name: of the dataset.
+        names: category id -> class name, in the order of the class indices.
+    """
+    metadata = MetadataCatalog.get(name)
+    metadata.thing_classes = list(names.values())
+    metadata.thing_dataset_id_to_contiguous_id = {key: index for index, key in enumerate(names)}
+    return metadata.thing_dataset_id_to_contiguous_id
+
+
+def share_classes(names: Iterable[str]) -> None:
+    """Tell the processes of a machine the classes of COCO files that its first process has read; all call this."""
+
+    def known() -> dict[str, dict[Any, str]]:
+        return {name: category_names(read_coco(MetadataCatalog.get(name).json_file)) for name in names}
+
+    for name, classes in once_a_machine(known).items():
+        set_classes(name, classes)
 
 
 def _category_lists(image: Json, indices: dict[Any, int]) -> Json:

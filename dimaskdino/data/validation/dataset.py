@@ -1,8 +1,9 @@
 """A registered dataset as the rules see it, and everything that is wrong with it."""
 
 import difflib
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,10 @@ from dimaskdino.data.rle import Size
 from dimaskdino.data.validation.coco import Found, listing_problems
 from dimaskdino.data.validation.report import Counts
 from dimaskdino.data.validation.rules import Json, Level, Problem, Rules, has_mask
+from dimaskdino.data.validation.screen import surely_fine
 from dimaskdino.errors import DatasetError
+
+PORTION = 20_000  # objects that are looked at together
 
 
 @dataclass(frozen=True)
@@ -73,20 +77,53 @@ class Dataset:
             counts: to which every object is added.
         """
         yield from self.listing
-        for picture in self.pictures:
-            seen: dict[Any, Json] = {}
-            judged = []
-            for index, annotation in enumerate(picture.annotations):
-                found = rules.problems(annotation, picture.size)
-                judged.append((annotation, found))
-                if _is_repeated(annotation, seen):
-                    found.append(Problem("object: annotated more than once", Level.NOTE))
-                if found:
-                    which = annotation.get("id", f"number {index}, counted from 0,")
-                    where = f"annotation {which} of {os.path.basename(picture.path)}"
-                    yield from ((where, problem) for problem in found)
-            if counts is not None:
-                counts.add_image(judged)
+        for pictures in _portions(self.pictures):
+            annotations = [annotation for picture in pictures for annotation in picture.annotations]
+            sizes = [picture.size for picture in pictures for _ in picture.annotations]
+            fine = iter(surely_fine(annotations, sizes, rules).tolist())
+            for picture in pictures:
+                passed = list(itertools.islice(fine, len(picture.annotations)))
+                if all(passed) and _are_different_objects(picture.annotations):
+                    if counts is not None:
+                        counts.add_kept([annotation["category_id"] for annotation in picture.annotations])
+                    continue
+                yield from _problems_of(picture, passed, rules, counts)
+
+
+def _problems_of(picture: Picture, passed: Sequence[bool], rules: Rules, counts: Counts | None) -> Iterator[Found]:
+    """What is wrong with the objects of an image; no rule objects to those that have ``passed``."""
+    seen: dict[Any, Json] = {}
+    judged: list[tuple[Json, Sequence[Problem]]] = []
+    for index, annotation in enumerate(picture.annotations):
+        found = [] if passed[index] else rules.problems(annotation, picture.size)
+        judged.append((annotation, found))
+        if _is_repeated(annotation, seen):
+            found.append(Problem("object: annotated more than once", Level.NOTE))
+        if found:
+            which = annotation.get("id", f"number {index}, counted from 0,")
+            where = f"annotation {which} of {os.path.basename(picture.path)}"
+            yield from ((where, problem) for problem in found)
+    if counts is not None:
+        counts.add_image(judged)
+
+
+def _are_different_objects(annotations: Sequence[Json]) -> bool:
+    """Whether annotations that have passed are objects, none of them with the class and box of another."""
+    different = {(annotation["category_id"], *annotation["bbox"]) for annotation in annotations}
+    return len(different) == len(annotations) and not any(annotation.get("iscrowd") for annotation in annotations)
+
+
+def _portions(pictures: Sequence[Picture]) -> Iterator[list[Picture]]:
+    """Pictures in lists that are small beside a dataset, and large enough to be looked at together."""
+    portion: list[Picture] = []
+    objects = 0
+    for picture in pictures:
+        portion.append(picture)
+        objects += len(picture.annotations)
+        if objects >= PORTION:
+            yield portion
+            portion, objects = [], 0
+    yield portion
 
 
 def _is_repeated(annotation: Json, seen: dict[Any, Json]) -> bool:

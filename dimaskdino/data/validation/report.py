@@ -48,6 +48,12 @@ class Counts:
         self.images.update(labels)
         self.images_with_any += bool(labels)
 
+    def add_kept(self, labels: Sequence[Any]) -> None:
+        """Count the objects of an image, all of them kept, by their category ids."""
+        self.objects.update((label, KEPT) for label in labels)
+        self.images.update({*labels})
+        self.images_with_any += bool(labels)
+
     def total(self) -> "Counter[str]":
         """Objects of all classes by outcome."""
         total: Counter[str] = Counter()

@@ -1,0 +1,106 @@
+"""An image through its augmentations, to a tensor: the same pixels as by detectron2's transforms, in half the time."""
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from detectron2.data import transforms as T
+from fvcore.transforms.transform import CropTransform, HFlipTransform, NoOpTransform, PadTransform, VFlipTransform
+from PIL import Image
+from torch import Tensor
+
+from dimaskdino.data.rle import Size
+from dimaskdino.data.transforms import KeepAPixel
+
+# Augmentations that look at the size of an image alone, so that its pixels can wait for those that follow.
+_BY_SIZE = (T.RandomFlip, KeepAPixel, T.FixedSizeCrop)
+_FLIPS = {HFlipTransform: Image.Transpose.FLIP_LEFT_RIGHT, VFlipTransform: Image.Transpose.FLIP_TOP_BOTTOM}
+# What can follow flips; other sequences of transforms are applied one by one.
+_QUICK = ((T.ResizeTransform,), (T.ResizeTransform, CropTransform, PadTransform))
+
+
+def augment(
+    augmentations: T.AugmentationList,
+    image: np.ndarray,
+    *,
+    boxes: np.ndarray | None = None,
+    sem_seg: np.ndarray | None = None,
+) -> tuple[T.TransformList, Tensor]:
+    """Draw and apply augmentations.
+
+    Args:
+        augmentations: applied in order.
+        image: (H, W, C).
+        boxes: (n, 4) xyxy px, for augmentations that look at them.
+        sem_seg: (H, W), likewise.
+
+    Returns:
+        The transforms, and the image (C, H, W) in its own memory.
+    """
+    count = len(list(itertools.takewhile(lambda each: type(each) in _BY_SIZE, reversed(augmentations.augs))))
+    first = len(augmentations.augs) - count
+    augmented = T.AugInput(image, boxes=boxes, sem_seg=sem_seg)
+    before = T.AugmentationList(augmentations.augs[:first])(augmented)
+    waiting: list[T.Transform] = []
+    height, width = augmented.image.shape[:2]
+    for each in augmentations.augs[first:]:
+        drawn = T.TransformList([each.get_transform(np.broadcast_to(np.uint8(0), (height, width)))]).transforms
+        for transform in drawn:
+            height, width = _size_after(transform, (height, width))
+        waiting += drawn
+    return before + T.TransformList(waiting), pixels_after(augmented.image, waiting)
+
+
+def _size_after(transform: T.Transform, size: Size) -> Size:
+    if isinstance(transform, T.ResizeTransform):
+        return transform.new_h, transform.new_w
+    if isinstance(transform, CropTransform):
+        height, width = (max(side, 0) for side in (size[0] - transform.y0, size[1] - transform.x0))
+        return min(transform.h, height), min(transform.w, width)
+    if isinstance(transform, PadTransform):
+        return size[0] + transform.y0 + transform.y1, size[1] + transform.x0 + transform.x1
+    return size
+
+
+def pixels_after(image: np.ndarray, transforms: Sequence[T.Transform]) -> Tensor:
+    """An image (H, W, C) after transforms, as (C, H, W)."""
+    steps = [each for each in transforms if type(each) is not NoOpTransform]
+    flips = list(itertools.takewhile(lambda each: type(each) in _FLIPS, steps))
+    rest = steps[len(flips) :]
+    if image.dtype != np.uint8 or image.shape[2:] != (3,) or tuple(map(type, rest)) not in _QUICK:
+        moved = T.TransformList(list(transforms)).apply_image(image)
+        # A copy: the pixels may be PIL's, which cannot be written to.
+        return torch.from_numpy(np.array(moved.transpose(2, 0, 1), order="C"))
+    picture = Image.fromarray(image)
+    for flip in flips:
+        picture = picture.transpose(_FLIPS[type(flip)])
+    resize, *crop_and_pad = rest
+    if not crop_and_pad:
+        picture = picture.resize((resize.new_w, resize.new_h), resize.interp)
+        return _to_tensor(picture, np.empty((3, picture.height, picture.width), dtype=np.uint8))
+    crop, pad = crop_and_pad
+    picture = _resized_window(picture, resize, crop)
+    size = (pad.y0 + picture.height + pad.y1, pad.x0 + picture.width + pad.x1)
+    canvas = np.full((3, *size), pad.pad_value, dtype=np.uint8)
+    return _to_tensor(picture, canvas, left=pad.x0, top=pad.y0)
+
+
+def _resized_window(picture: Image.Image, resize: T.ResizeTransform, crop: CropTransform) -> Image.Image:
+    """What a crop leaves of a resized image, without computing most of the rest.
+
+    PIL resizes rows first, rounds, then columns, so that either can be cut in between without changing a pixel.
+    """
+    right, bottom = min(crop.x0 + crop.w, resize.new_w), min(crop.y0 + crop.h, resize.new_h)
+    if right - crop.x0 < resize.new_w:
+        picture = picture.resize((resize.new_w, picture.height), resize.interp)
+        picture = picture.crop((crop.x0, 0, right, picture.height))
+    picture = picture.resize((right - crop.x0, resize.new_h), resize.interp)
+    return picture.crop((0, crop.y0, picture.width, bottom))
+
+
+def _to_tensor(picture: Image.Image, canvas: np.ndarray, *, left: int = 0, top: int = 0) -> Tensor:
+    """Write an image into ``canvas`` (3, H, W)."""
+    for plane, band in zip(canvas, picture.split(), strict=True):
+        plane[top : top + picture.height, left : left + picture.width] = np.asarray(band)
+    return torch.from_numpy(canvas)

@@ -1,0 +1,84 @@
+"""Entries that lie in memory as bytes, and files that one process reads for all."""
+
+import errno
+import json
+import os
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dimaskdino.data import shared
+from dimaskdino.data.coco_file import read_json
+from dimaskdino.data.shared import PackedEntries
+from dimaskdino.errors import DatasetError
+
+ENTRIES: list[Any] = [{"file_name": "é.png", "annotations": [{"bbox": [1.5, 2, 3, 4]}]}, {}, {"image_id": "a"}]
+
+
+def test_packed_entries_are_a_sequence() -> None:
+    packed = PackedEntries(ENTRIES)
+    assert len(packed) == 3
+    assert list(packed) == [*packed[:]] == ENTRIES
+    assert packed[-1] == {"image_id": "a"}
+    assert packed[::2] == ENTRIES[::2]
+    assert packed[0] is not packed[0]  # what a mapper changes is its own
+    with pytest.raises(IndexError):
+        packed[3]
+    assert list(PackedEntries([])) == []
+
+
+def test_packed_entries_reach_workers_that_are_not_forked() -> None:
+    assert list(pickle.loads(pickle.dumps(PackedEntries(ENTRIES)))) == ENTRIES
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is shared on Linux")
+def test_packed_entries_leave_no_file_even_when_killed() -> None:
+    packed = PackedEntries(ENTRIES)
+    assert os.readlink(packed._path).startswith("/memfd:")
+
+
+def test_entries_are_packed_where_files_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str) -> int:
+        raise OSError(errno.EFBIG, "File too large")
+
+    monkeypatch.setattr(os, "memfd_create", refuse, raising=False)
+    packed = PackedEntries(ENTRIES)
+    assert list(packed) == ENTRIES
+    assert packed[1:] == ENTRIES[1:]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is shared on Linux")
+@pytest.mark.parametrize("hidden", [False, True])
+def test_another_process_maps_them_or_makes_its_own(hidden: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = PackedEntries(ENTRIES)
+    path = "/proc/hidden" if hidden else first._path
+    monkeypatch.setattr(shared, "_shares", lambda: True)
+    monkeypatch.setattr(shared, "is_first_of_machine", lambda: False)
+    monkeypatch.setattr(shared, "once_a_machine", lambda make: (path, first._ends))
+    made: list[int] = []
+    second = PackedEntries.once_a_machine(lambda: made.append(1) or ENTRIES)  # type: ignore[func-returns-value]
+    assert list(second) == ENTRIES
+    assert len(made) == hidden
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"a": [1, 2.5, -0.0, 1e2], "é": "\\u00e9", "a": 3}', "[123456789012345678901234567890]", "[NaN, 1e999]", "null"],
+    ids=["plain", "large number", "not finite", "null"],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_files_read_as_by_python(tmp_path: Path, text: str, encoding: str) -> None:
+    file = tmp_path / "file.json"
+    file.write_text(text, encoding=encoding)
+    assert repr(read_json(file)) == repr(json.loads(text))
+
+
+@pytest.mark.parametrize("content", [b"", b"[1,", b'["\xff"]', b"[" * 100_000])
+def test_broken_files_are_named(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "broken.json"
+    file.write_bytes(content)
+    with pytest.raises(DatasetError, match=r"broken\.json"):
+        read_json(file)
