@@ -25,6 +25,13 @@ def test_extras_are_those_of_setup() -> None:
     assert first_cells("Extras") == extras()
 
 
+def test_extras_that_code_and_pages_recommend_exist() -> None:
+    files = [path for folder in ("dimaskdino", "tools", "docs") for path in (REPOSITORY / folder).rglob("*.[pm][yd]")]
+    named = {name for path in files for name in re.findall(r"dimaskdino\[([a-z]\w+)\]", path.read_text())}
+    assert "export" in named
+    assert named <= extras()
+
+
 def test_build_arguments_are_those_of_the_dockerfile() -> None:
     arguments = re.findall(r"^ARG (\w+)=", (REPOSITORY / "Dockerfile").read_text(), re.MULTILINE)
     assert first_cells("Docker") == {*arguments} - {"PIP_NO_CACHE_DIR"}

@@ -125,7 +125,7 @@ def _onnx_session(path: Path, size: tuple[int, int], threads: int) -> Callable[[
     try:
         import onnxruntime
     except ImportError as error:
-        raise UserError(f'Timing {path} needs the package onnxruntime: pip install "dimaskdino[onnx]".') from error
+        raise UserError(f'Timing {path} needs the package onnxruntime: pip install "dimaskdino[export]".') from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -138,7 +138,7 @@ def _openvino_session(path: Path, size: tuple[int, int], threads: int) -> Callab
     try:
         import openvino
     except ImportError as error:
-        raise UserError(f'Timing {path} needs the package openvino: pip install "dimaskdino[openvino]".') from error
+        raise UserError(f'Timing {path} needs the package openvino: pip install "dimaskdino[export]".') from error
     model = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_NUM_THREADS": threads})
     inputs = [
         example_input(
