@@ -70,8 +70,8 @@ class Checkpointer(DetectionCheckpointer):
         self.average: Callable[[], Mapping[str, Tensor]] | None = None
         # Whether checkpoints leave out frozen weights, and the file that those are from.
         self.leaves_out_frozen, self.base = False, ""
-        # Whether the processes share out weights or optimizer, so that all of them must call :meth:`save`.
-        self.is_shared_out = False
+        # Whether weights or optimizer are sharded, so that all processes must call :meth:`save`.
+        self.is_sharded = False
         # Names of the loaded weights, in the order of the model that saved them.
         self.loaded_names: list[str] = []
         self._path = ""
@@ -91,7 +91,7 @@ class Checkpointer(DetectionCheckpointer):
 
     def write(self, name: str, **kwargs: Any) -> None:
         """As :meth:`save`, but a run does not go on from this file."""
-        if not (self.save_dir and (self.save_to_disk or self.is_shared_out)):
+        if not (self.save_dir and (self.save_to_disk or self.is_sharded)):
             return
         path = Path(self.save_dir, f"{name}.pth")
         weights = gathered(self.model.state_dict(), keep=self.save_to_disk)

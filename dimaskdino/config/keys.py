@@ -123,7 +123,7 @@ KEYS: dict[str, Any] = {
     "SOLVER.ACCUMULATION_STEPS": 1,
     # Parts whose layers are computed again in the backward pass, to save memory: backbone, encoder, decoder.
     "SOLVER.ACTIVATION_CHECKPOINTING": [],
-    # What the processes of a job share out among them: "" nothing, "optimizer" its moments (ZeRO, stage 1), or "full"
+    # What is sharded across the processes of a job: "" nothing, "optimizer" its moments (ZeRO, stage 1), or "full"
     # weights, gradients and moments (FSDP2). Checkpoints are the same.
     "SOLVER.SHARDING": "",
     # Moving average of the weights: evaluated as well, and saved beside them. An average has decay 0.1 after the first

@@ -17,7 +17,7 @@ class AveragedWeights:
 
     Args:
         model: not wrapped for distribution; its parameters are the same in all processes, and so is their average.
-            Where they are shared out (SOLVER.SHARDING full), so is the average.
+            Where they are sharded (SOLVER.SHARDING full), so is the average.
         decay: the part of the average that stays, in [0, 1).
     """
 

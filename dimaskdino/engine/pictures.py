@@ -38,7 +38,7 @@ class DrawPredictions(HookBase):
     """Puts pictures of predictions beside truth among the records, after each evaluation.
 
     Register it on the main process, after the hook that evaluates and before that of the writers; in every process
-    where these share out the weights.
+    where these hold shards of the weights.
 
     Args:
         cfg: of the run; LOG.PICTURES images of the first DATASETS.TEST are drawn.

@@ -42,7 +42,7 @@ from dimaskdino.engine.run_state import (
     record_of,
     restore_scalars,
 )
-from dimaskdino.engine.sharding import shares_out
+from dimaskdino.engine.sharding import is_sharding
 from dimaskdino.engine.signals import StopSignals, folder_lock
 from dimaskdino.engine.train_step import TrainStep
 from dimaskdino.errors import CheckpointError, file_errors_in_one_line
@@ -146,9 +146,9 @@ class ResumableTrainer(TrainerBase):
             On the main process, the results of the last evaluation if there is a test set.
         """
         self.step.data_loader = self._build_seeded_loader(self._first_batch)
-        # Where the weights are shared out, all processes are needed to write them down.
+        # Where the weights are sharded, all processes are needed to write them down.
         self.step.seed = self.seed
-        self.step.agrees_on_failures = self.nonfinite.skips or shares_out(self.cfg, "full")
+        self.step.agrees_on_failures = self.nonfinite.skips or is_sharding(self.cfg, "full")
         # If any process cannot start, the folder stays as it is.
         comm.synchronize()
         folder = Path(self.cfg.OUTPUT_DIR)

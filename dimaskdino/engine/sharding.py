@@ -1,4 +1,4 @@
-"""Models and optimizers that the processes of a job share out among them (SOLVER.SHARDING)."""
+"""Models and optimizers sharded across the processes of a job (SOLVER.SHARDING)."""
 
 import contextlib
 import logging
@@ -39,7 +39,7 @@ def check_sharding(cfg: CfgNode) -> None:
         raise ConfigError(f"SOLVER.SHARDING full does not go with {', '.join(found)}; {remedy}, or use 'optimizer'.")
 
 
-def shares_out(cfg: CfgNode, kind: str = "") -> bool:
+def is_sharding(cfg: CfgNode, kind: str = "") -> bool:
     """Whether this job shares something out, or what ``kind`` says; with one process there is nothing to share."""
     wanted = cfg.SOLVER.SHARDING
     return comm.get_world_size() > 1 and (wanted == kind if kind else bool(wanted))
@@ -48,20 +48,20 @@ def shares_out(cfg: CfgNode, kind: str = "") -> bool:
 def distribute(cfg: CfgNode, model: nn.Module) -> nn.Module:
     """``model`` for a job of several processes, which average its gradients; itself for one.
 
-    With SOLVER.SHARDING full, the same module, whose parameters are now shared out; see :func:`whole_weights`.
+    With SOLVER.SHARDING full, the same module, whose parameters are now sharded; see :func:`whole_weights`.
     """
     if comm.get_world_size() == 1:
         if cfg.SOLVER.SHARDING:
             logger.info("SOLVER.SHARDING %s has no effect with one process.", cfg.SOLVER.SHARDING)
         return model
-    if shares_out(cfg, "full"):
-        return _share_out(model)
+    if is_sharding(cfg, "full"):
+        return _shard(model)
     device = next(model.parameters()).device
     device_ids = None if device.type == "cpu" else [device.index]
     return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
 
 
-def _share_out(model: nn.Module) -> nn.Module:
+def _shard(model: nn.Module) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh  # These take a second to import.
     from torch.distributed.fsdp import fully_shard
 
@@ -76,7 +76,7 @@ def _share_out(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def whole_weights(model: nn.Module) -> Iterator[None]:
-    """While it is entered, each process has all weights of a model that is shared out, and can use it alone.
+    """While it is entered, each process has all weights of a model that is sharded, and can use it alone.
 
     All processes must enter it. It changes nothing for other models.
     """

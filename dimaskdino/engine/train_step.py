@@ -17,7 +17,7 @@ from dimaskdino.engine.hooks import running_statistics
 from dimaskdino.engine.nonfinite import Batch, NonFiniteError
 from dimaskdino.errors import DatasetError
 from dimaskdino.seeds import STEP, seed_from
-from dimaskdino.solver import GradientClipper, check_optimizer_state, reorder_state, shared_out_state
+from dimaskdino.solver import GradientClipper, check_optimizer_state, reorder_state, sharded_state
 
 
 class TrainStep:
@@ -245,6 +245,6 @@ class TrainStep:
         if saved_names:
             saved = reorder_state(self.optimizer, self._bare_model, saved, saved_names)
         check_optimizer_state(self.optimizer, saved)
-        self.optimizer.load_state_dict(shared_out_state(self.optimizer, saved))
+        self.optimizer.load_state_dict(sharded_state(self.optimizer, saved))
         if self._scaler.is_enabled() and state["grad_scaler"]:
             self._scaler.load_state_dict(state["grad_scaler"])

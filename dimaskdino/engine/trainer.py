@@ -35,7 +35,7 @@ from dimaskdino.engine.pictures import DrawPredictions
 from dimaskdino.engine.precision import evaluation_autocast, training_dtype
 from dimaskdino.engine.resumable import ResumableTrainer
 from dimaskdino.engine.run_folder import in_subfolder, inference_folder, read_run_id, write_config
-from dimaskdino.engine.sharding import distribute, shares_out, whole_weights
+from dimaskdino.engine.sharding import distribute, is_sharding, whole_weights
 from dimaskdino.engine.train_step import TrainStep
 from dimaskdino.engine.validation_loss import validation_losses
 from dimaskdino.engine.writers import build_writers
@@ -76,7 +76,7 @@ class Trainer(ResumableTrainer):
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, class_names=names, trainer=weakref.proxy(self))
         self.checkpointer.run_id = read_run_id(Path(cfg.OUTPUT_DIR))
         self.checkpointer.average = self._average.state_dict if self._average else None
-        self.checkpointer.is_shared_out = shares_out(cfg)
+        self.checkpointer.is_sharded = is_sharding(cfg)
         self.checkpointer.leaves_out_frozen = cfg.SOLVER.CHECKPOINT_WITHOUT_FROZEN
         self.register_hooks(self.build_hooks())
 
@@ -91,7 +91,7 @@ class Trainer(ResumableTrainer):
             # Only the main process saves, but all take part in the average.
             AverageRunningStatistics(self.model, periods=(cfg.TEST.EVAL_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD)),
         ]
-        if comm.is_main_process() or shares_out(cfg):
+        if comm.is_main_process() or is_sharding(cfg):
             # The hook divides by its period; it saves the last checkpoint in any case.
             period = cfg.SOLVER.CHECKPOINT_PERIOD or sys.maxsize
             keep = cfg.SOLVER.CHECKPOINT_KEEP if comm.is_main_process() else 0  # The main process removes.
@@ -104,7 +104,7 @@ class Trainer(ResumableTrainer):
             self._best = KeepBest(cfg.TEST.BEST_METRIC, checkpointer=self.checkpointer, **options)
             hooks.append(self._best)
         hooks += build_own_hooks(cfg)
-        if cfg.LOG.PICTURES and cfg.DATASETS.TEST and (comm.is_main_process() or shares_out(cfg, "full")):
+        if cfg.LOG.PICTURES and cfg.DATASETS.TEST and (comm.is_main_process() or is_sharding(cfg, "full")):
             hooks.append(DrawPredictions(cfg, self.model))
         if comm.is_main_process():
             writers = WriteRecords(self.build_writers(), eval_period=cfg.TEST.EVAL_PERIOD)

@@ -5,19 +5,19 @@ from typing import Any
 from torch import Tensor
 
 
-def is_shared_out(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> bool:
     """Whether the processes share the tensor out among them; asks for no import of torch's DTensor."""
     return hasattr(tensor, "full_tensor")
 
 
 def local(tensor: Tensor) -> Tensor:
     """The part of this process, in the same memory; the tensor itself if it is whole."""
-    return tensor.detach().to_local() if is_shared_out(tensor) else tensor  # type: ignore[attr-defined]
+    return tensor.detach().to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def part_of(whole: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, the same in all processes, shared out as ``like`` is; itself if that is whole."""
-    if not is_shared_out(like) or is_shared_out(whole):
+    """A whole tensor, the same in all processes, sharded as ``like`` is; itself if that is whole."""
+    if not is_sharded(like) or is_sharded(whole):
         return whole
     from torch.distributed.tensor import distribute_tensor
 
@@ -37,7 +37,7 @@ def gathered(content: Any, *, keep: bool) -> Any:
         return {key: gathered(value, keep=keep) for key, value in content.items()}
     if isinstance(content, list):
         return [gathered(value, keep=keep) for value in content]
-    if not isinstance(content, Tensor) or not is_shared_out(content):
+    if not isinstance(content, Tensor) or not is_sharded(content):
         return content
     whole = content.full_tensor()  # type: ignore[attr-defined]
     return whole.cpu() if keep else None

@@ -8,7 +8,7 @@ from dimaskdino.solver.optimizer import (
     check_optimizer_state,
     reorder_state,
     restored_settings,
-    shared_out_state,
+    sharded_state,
     warn_of_kept_settings,
 )
 from dimaskdino.solver.parameters import freeze_parameters, parameter_groups
@@ -27,7 +27,7 @@ __all__ = [
     "reorder_state",
     "restored_settings",
     "scale_learning_rate",
-    "shared_out_state",
+    "sharded_state",
     "take_configured_rates",
     "warn_of_kept_settings",
 ]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dimaskdino.errors import CheckpointError, check_choice
-from dimaskdino.layers.shards import is_shared_out, local, part_of
+from dimaskdino.layers.shards import is_sharded, local, part_of
 from dimaskdino.solver.parameters import ParameterGroups, parameter_groups
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class GradientClipper:
             The global norm of the gradients before clipping, a scalar.
         """
         gradients = [p.grad for p in parameters if p.grad is not None]
-        if any(is_shared_out(gradient) for gradient in gradients):
+        if any(is_sharded(gradient) for gradient in gradients):
             return self._clip_parts([local(gradient) for gradient in gradients])
         norm = nn.utils.get_total_norm(gradients, self.norm_type)
         if self.clip_type == "full_model" and self.limit < math.inf:
@@ -162,8 +162,8 @@ def reorder_state(
     }
 
 
-def shared_out_state(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """The part that this process has of a whole ``state_dict``, where the parameters are shared out; else all of it."""
+def sharded_state(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """The part that this process has of a whole ``state_dict``, where the parameters are sharded; else all of it."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     parts = {
@@ -172,7 +172,7 @@ def shared_out_state(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, A
             for name, value in state["state"].get(number, {}).items()
         }
         for number, parameter in zip(numbers, parameters, strict=True)
-        if is_shared_out(parameter) and number in state["state"]
+        if is_sharded(parameter) and number in state["state"]
     }
     return {**state, "state": {**state["state"], **parts}}
 

@@ -1,4 +1,4 @@
-"""An optimizer whose state is shared out among the processes (SOLVER.SHARDING optimizer: ZeRO, stage 1)."""
+"""An optimizer whose state is sharded across the processes (SOLVER.SHARDING optimizer: ZeRO, stage 1)."""
 
 from typing import Any
 

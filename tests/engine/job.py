@@ -38,7 +38,7 @@ from dimaskdino.evaluation import build_evaluator
 from dimaskdino.modeling.registry import BATO_REGISTRY
 from tests.documentation import REPOSITORY, example
 from tests.engine.killing import Killed, train
-from tests.engine.sharing import clip_shared_out, share_out
+from tests.engine.sharded import clip_sharded, shard
 from tests.engine.toy import ToyDetector
 
 Buffers = dict[str, Tensor]
@@ -335,8 +335,8 @@ FUNCTIONS = (
     import_modules,
     kill_and_resume,
     segmentation_scores,
-    clip_shared_out,
-    share_out,
+    clip_sharded,
+    shard,
 )
 
 

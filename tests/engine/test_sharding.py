@@ -1,4 +1,4 @@
-"""What two processes share out among them (SOLVER.SHARDING) changes neither what a run computes nor what it saves."""
+"""What two processes shard (SOLVER.SHARDING) changes neither what a run computes nor what it saves."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +22,7 @@ ROUNDING = {"rtol": 1e-4, "atol": 1e-7}
 @pytest.fixture
 def saved(of_two_processes: Results, job_folder: Path) -> Callable[[str], dict[str, Any]]:
     """Reads the final checkpoint of one of the trainings."""
-    of_two_processes("share_out")
+    of_two_processes("shard")
     return lambda name: torch.load(job_folder / name / "model_final.pth")
 
 
@@ -50,7 +50,7 @@ def test_run_goes_on_with_another_sharding(saved: Callable[[str], dict[str, Any]
 
 
 def test_each_process_has_half_of_the_moments(of_two_processes: Results) -> None:
-    found = of_two_processes("share_out")
+    found = of_two_processes("shard")
     whole = found[0][""]["moments"]
     for kind in ("optimizer", "full"):
         shares = [each[kind]["moments"] for each in found]
@@ -59,18 +59,18 @@ def test_each_process_has_half_of_the_moments(of_two_processes: Results) -> None
 
 
 def test_processes_evaluate_other_numbers_of_images(of_two_processes: Results) -> None:
-    results = of_two_processes("share_out")[0]["full"]["results"]
+    results = of_two_processes("shard")[0]["full"]["results"]
     assert {"bbox", "segm", "ema"} <= set(results)
 
 
 def test_one_process_can_use_the_whole_weights_alone(of_two_processes: Results) -> None:
-    found, expected = of_two_processes("share_out")[0]["full"]["scores"]
+    found, expected = of_two_processes("shard")[0]["full"]["scores"]
     assert len(found) == 6
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_gradients_in_parts_are_clipped_as_whole_ones(of_two_processes: Results) -> None:
-    for found in of_two_processes("clip_shared_out"):
+    for found in of_two_processes("clip_sharded"):
         given = iter(found)
         for kind, limit in CLIPPERS:
             for norm_type in (2.0, torch.inf):

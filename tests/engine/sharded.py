@@ -1,4 +1,4 @@
-"""Trainings of the tiny model whose weights or moments two processes share out among them; see tests/engine/job.py."""
+"""Trainings of the tiny model whose weights or moments are sharded across two processes; see tests/engine/job.py."""
 
 import shutil
 from pathlib import Path
@@ -52,7 +52,7 @@ GRADIENTS = ([[3.0, -4.0], [0.0, 12.0], [0.5, 0.0]], [-84.0])
 CLIPPERS = (("full_model", 2.0), ("norm", 2.0), ("value", 2.0), ("full_model", torch.inf))
 
 
-def share_out(cfg: Config, folder: Path) -> dict[str, Any]:
+def shard(cfg: Config, folder: Path) -> dict[str, Any]:
     """Train in each way, also from the checkpoint of the way before; returns what each process held."""
     found = {}
     train(_cfg(cfg, folder / "longer", "", **LONGER))
@@ -102,7 +102,7 @@ def _moments(trainer: Trainer) -> int:
     return sum(local(value).numel() for value in values if value.dim())
 
 
-def clip_shared_out(cfg: Config, folder: Path) -> list[tuple[Tensor, list[Tensor]]]:
+def clip_sharded(cfg: Config, folder: Path) -> list[tuple[Tensor, list[Tensor]]]:
     """The norm, and the gradients after clipping, of gradients of which each process has a part."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
