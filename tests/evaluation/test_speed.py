@@ -10,7 +10,7 @@ import torch
 from detectron2.evaluation import inference_on_dataset
 from torch import nn
 
-from dimaskdino.evaluation.speed import NUM_WARMUP_BATCHES, SpeedEvaluator, device_name, timed
+from dimaskdino.evaluation.speed import SpeedEvaluator, device_name, timed
 
 
 class Clock:
@@ -62,7 +62,7 @@ def measure(clock: Clock, folder: Path, batches: list[list[float]]) -> dict[str,
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
-WARM_UP = [[9.0]] * NUM_WARMUP_BATCHES
+WARM_UP = [[9.0]] * 5
 
 
 def test_speed_leaves_out_the_first_five_batches(clock: Clock, tmp_path: Path) -> None:
