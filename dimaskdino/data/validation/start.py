@@ -5,9 +5,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Collection, Iterator, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -16,7 +14,6 @@ from dimaskdino.data.coco_file import without_collecting
 from dimaskdino.data.datasets import register_all
 from dimaskdino.data.fields import check_fields
 from dimaskdino.data.images import Header, size_problem
-from dimaskdino.data.parallel import in_background
 from dimaskdino.data.readers import image_reader
 from dimaskdino.data.transforms import check_color_distortion
 from dimaskdino.data.validation.coco import UNLISTED, Found
@@ -34,7 +31,6 @@ logger = logging.getLogger(__name__)
 # be used would be met after the whole training.
 LEAST_HEADERS = 5000
 MOST_SECONDS = 4.0
-MANY_IMAGES = 20_000  # whose headers a process of its own reads beside the check of the objects
 
 # What objects look like whose coordinates mean something else.
 _CAUSES = {
@@ -81,26 +77,23 @@ def check_datasets(cfg: CfgNode, *, train: bool = True, test: bool = True, with_
             image_reader(cfg).read(entries[0]["file_name"])
             classes[name] = tuple(names)
             continue
-        dataset = _open_dataset(cfg, name, trained=name in trained, tested=name in tested)
+        dataset = _check_dataset(cfg, name, trained=name in trained, tested=name in tested, with_masks=with_masks)
         to_test = dataset.pictures[: cfg.DATASETS.MAX_IMAGES or None] if name in tested else []
         to_train: list[Picture] = []
         if name in trained:
             to_train = _trained_on(dataset.pictures[:left], cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
             left = left and max(left - len(dataset.pictures), 0)
-        used = list({picture.path: picture for picture in (*to_test, *to_train)}.values())
-        read = partial(_read_headers, cfg, used, len({picture.path for picture in to_test}))
-        with in_background(read, worth_it=len(used) >= MANY_IMAGES) as headers:
-            _check_all_objects(cfg, dataset, trained=name in trained, tested=name in tested, with_masks=with_masks)
-            _check_files(cfg, dataset, used, headers)
+        _check_files(cfg, dataset, to_train, to_test)
         images[name] = _paths(to_train), _paths(to_test)
         classes[name] = tuple(dataset.classes.values())
     _check_same_classes(classes, trained)
     _note_shared_images(images)
 
 
-def _open_dataset(cfg: CfgNode, name: str, *, trained: bool, tested: bool) -> Dataset:
-    """Read one dataset, and check its lists and classes."""
+def _check_dataset(cfg: CfgNode, name: str, *, trained: bool, tested: bool, with_masks: bool) -> Dataset:
+    """Check the lists, classes and objects of one dataset."""
     dataset = open_dataset(name, tested=tested)
+    truth = "" if dataset.source else MetadataCatalog.get(name).get("json_file", "")
     _refuse_first(dataset, dataset.listing)
     if trained and not dataset.annotated:
         raise DatasetError(f"Dataset {name} has no annotations, so it can be predicted but not trained on.")
@@ -110,12 +103,6 @@ def _open_dataset(cfg: CfgNode, name: str, *, trained: bool, tested: bool) -> Da
             f"MODEL.SEM_SEG_HEAD.NUM_CLASSES is {num_classes}, but dataset {name} has {len(dataset.classes)} "
             f"categories; set it to {len(dataset.classes)}."
         )
-    return dataset
-
-
-def _check_all_objects(cfg: CfgNode, dataset: Dataset, *, trained: bool, tested: bool, with_masks: bool) -> None:
-    name = dataset.name
-    truth = "" if dataset.source else MetadataCatalog.get(name).get("json_file", "")
     if trained:
         annotations = [each for picture in dataset.pictures for each in picture.annotations]
         check_fields(annotations, cfg.INPUT.ANNOTATION_FIELDS, name)
@@ -123,6 +110,7 @@ def _check_all_objects(cfg: CfgNode, dataset: Dataset, *, trained: bool, tested:
         _check_objects(cfg, dataset, with_masks=with_masks, scored=tested and not truth)
     if tested and truth:  # predictions are compared with a file in place of the annotations that the function lists
         _check_objects(cfg, open_file(name, truth, ""), with_masks=with_masks, scored=True)
+    return dataset
 
 
 def _check_objects(cfg: CfgNode, dataset: Dataset, *, with_masks: bool, scored: bool) -> None:
@@ -191,66 +179,44 @@ def _trained_on(pictures: Sequence[Picture], filter_empty: bool) -> list[Picture
     return [each for each in pictures if any(not one.get("iscrowd", 0) for one in each.annotations)]
 
 
-class Headers(NamedTuple):
-    """What the headers of images say.
-
-    Attributes:
-        number: of headers that were read.
-        turned: places and headers of images with an EXIF orientation.
-        wrong: path of the first image whose size is another than listed, and what is wrong with it.
-    """
-
-    number: int
-    turned: list[tuple[int, Header]]
-    wrong: tuple[str, str] | None = None
-
-
-def _read_headers(cfg: CfgNode, used: Sequence[Picture], num_tested: int) -> Headers:
-    """Read those of the first ``num_tested`` images and many of the others, up to the first of another size."""
+def _check_files(cfg: CfgNode, dataset: Dataset, to_train: Sequence[Picture], to_test: Sequence[Picture]) -> None:
+    """Look whether the images exist, read the headers of many, and decode one."""
     reader = image_reader(cfg)
-    turned: list[tuple[int, Header]] = []
+    tested = {picture.path: picture for picture in to_test}
+    trained = {picture.path: picture for picture in to_train if picture.path not in tested}
+    used = [*tested.values(), *trained.values()]
+    check_files_exist(dataset.name, [reader.file(each.path) for each in used])
+    local = [each for each in used if "://" not in each.path]
+    turned: list[tuple[Picture, Header]] = []
     number = 0
-    local = [index for index, each in enumerate(used) if "://" not in each.path]
-    of_test = [index for index in local if index < num_tested]
-    for index in itertools.chain(of_test, _spread_first(local[len(of_test) :])):
-        picture = used[index]
+    of_test = [each for each in local if each.path in tested]
+    for picture in itertools.chain(of_test, _spread_first(local[len(of_test) :])):
         header = reader.header(picture.path)
-        number += 1
-        turned += [(index, header)] * (header.orientation != 1)
         problem = size_problem(header, picture.size, apply_exif=cfg.INPUT.APPLY_EXIF) if picture.size else ""
         if problem:
-            return Headers(number, turned, (picture.path, problem))
-    return Headers(number, turned)
-
-
-def _check_files(cfg: CfgNode, dataset: Dataset, used: Sequence[Picture], headers: Callable[[], Headers]) -> None:
-    """Look whether the images exist, judge the headers of many, and decode one."""
-    reader = image_reader(cfg)
-    check_files_exist(dataset.name, [reader.file(each.path) for each in used])
-    found = headers()
-    if found.wrong:
-        path, problem = found.wrong
-        raise DatasetError(f"Image {path} of dataset {dataset.name} is {problem}. {_list_all(dataset.name)}")
-    local = sum("://" not in each.path for each in used)
-    rest = "" if found.number == local else f"; {_list_all(dataset.name)}"
-    logger.info("Dataset %s: read the headers of %d of %d images%s", dataset.name, found.number, local, rest)
-    if found.turned:
+            raise DatasetError(
+                f"Image {picture.path} of dataset {dataset.name} is {problem}. {_list_all(dataset.name)}"
+            )
+        turned += [(picture, header)] * (header.orientation != 1)
+        number += 1
+    rest = "" if number == len(local) else f"; {_list_all(dataset.name)}"
+    logger.info("Dataset %s: read the headers of %d of %d images%s", dataset.name, number, len(local), rest)
+    if turned:
         rules = dataset.rules(with_masks=False, scored=False)
-        turned = [(used[index], header) for index, header in found.turned]
         logger.warning("Dataset %s: %s", dataset.name, exif_note(turned, rules))
     if used:
         reader.read(used[0].path)
 
 
-def _spread_first(places: Sequence[int]) -> Iterator[int]:
-    """Places spread evenly over all, then the others until the time is up."""
+def _spread_first(pictures: Sequence[Picture]) -> Iterator[Picture]:
+    """Pictures spread evenly over all, then the others until the time is up."""
     start = time.monotonic()
-    spread = evenly_spread(len(places), LEAST_HEADERS)
-    yield from (places[index] for index in spread)
-    for index in sorted({*range(len(places))} - {*spread}):
+    spread = evenly_spread(len(pictures), LEAST_HEADERS)
+    yield from (pictures[index] for index in spread)
+    for index in sorted({*range(len(pictures))} - {*spread}):
         if time.monotonic() > start + MOST_SECONDS:
             return
-        yield places[index]
+        yield pictures[index]
 
 
 def _paths(pictures: Sequence[Picture]) -> set[str]:
