@@ -69,10 +69,10 @@ def main() -> None:
 
 
 def build(args: argparse.Namespace) -> CocoEvaluator:
-    """What scores the dataset, which the first run's configuration may describe."""
+    """What scores the dataset, which the configuration of the first run's evaluation, or of the run, may describe."""
     cfg = get_cfg()
-    described = args.runs[0] / "config.yaml"
-    if described.is_file():
+    written = [args.runs[0] / "inference" / "config.yaml", args.runs[0] / "config.yaml"]
+    for described in [path for path in written if path.is_file()][:1]:
         cfg.merge_from_file(str(described))
     cfg.merge_from_list(args.opts)
     cfg.TEST.EVAL_LAYERS, cfg.TEST.EVALUATORS, cfg.TEST.DETECTIONS_PER_IMAGE = [], [], args.max_detections

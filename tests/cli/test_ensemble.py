@@ -12,6 +12,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from pycocotools import mask as mask_util
 
+from dimaskdino.config import get_cfg
+
 SIZE = [40, 60]
 BOXES = {1: [[5, 5, 20, 20], [30, 10, 20, 20]], 2: [[10, 4, 30, 30]]}  # by image
 
@@ -78,6 +80,16 @@ def test_two_halves_find_everything(run, farm: Path, method: str, masks: bool) -
     found = json.loads((output / "coco_instances_results.json").read_text())
     assert len(found) == 5
     assert all(("segmentation" in each) == masks for each in found)
+
+
+def test_the_first_runs_evaluation_describes_the_dataset(run, farm: Path) -> None:
+    runs, cfg = half_runs(farm), get_cfg()
+    cfg.DATASETS.TRAIN_JSON, cfg.DATASETS.TRAIN_IMAGES = str(farm / "farm.json"), str(farm)
+    (farm / "a" / "inference" / "config.yaml").write_text(cfg.dump())
+    (farm / "a" / "config.yaml").write_text(get_cfg().dump())
+    done = run("tools/ensemble.py", *runs, "--dataset", "own_train", "--output", farm / "out")
+    assert done.status == 0, done.err
+    assert json.loads((farm / "out" / "results.json").read_text())["ensemble"]["bbox"]["AP"] == pytest.approx(100)
 
 
 def test_weights_and_limit_of_results_files(run, tmp_path: Path) -> None:
