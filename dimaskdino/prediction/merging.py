@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, Instances, pairwise_iou
 from pycocotools import mask as mask_util
 
 from dimaskdino.prediction.tiling import Tile
@@ -50,40 +50,40 @@ def merge_tiles(found: Instances, tile_of: np.ndarray, tiles: Sequence[Tile]) ->
     )
     shapes = _Shapes(found, extents)
     groups = _Groups(tile_of)
-    for _, first, second in sorted(_pairs(found, tile_of, extents, tiles, neighbors, shapes), reverse=True):
+    for _, first, second in sorted(_pairs(found, tile_of, extents, cut, tiles, neighbors, shapes), reverse=True):
         groups.join(first, second)
     return _joined(found, list(groups.members()), cut, shapes, tiles)
 
 
 def _extents(found: Instances) -> np.ndarray:
-    """Boxes around masks, or the predicted boxes of a model without masks."""
-    boxes = found.pred_masks.get_bounding_boxes() if found.has("pred_masks") else found.pred_boxes
-    return boxes.tensor.numpy().astype(np.float64)
+    """The predicted boxes, which stray pixels of a mask do not enlarge."""
+    return found.pred_boxes.tensor.numpy().astype(np.float64)
 
 
 def _pairs(
     found: Instances,
     tile_of: np.ndarray,
     extents: np.ndarray,
+    cut: np.ndarray,
     tiles: Sequence[Tile],
     neighbors: dict[int, list[int]],
     shapes: "_Shapes",
 ) -> Iterator[tuple[float, int, int]]:
     """(agreement, first, second) of detections in neighboring tiles that are one object."""
-    classes = found.pred_classes.numpy()
+    classes, boxes = found.pred_classes.numpy(), torch.from_numpy(extents)
     members = {number: np.nonzero(tile_of == number)[0] for number in neighbors}
     for number, others in neighbors.items():
         for other in (other for other in others if other > number and other in members):
             region = tiles[number].overlap(tiles[other])
             assert region is not None
             first, second = members[number], members[other]
-            low = np.maximum(extents[first, None, :2], extents[None, second, :2])
-            high = np.minimum(extents[first, None, 2:], extents[None, second, 2:])
+            ious = pairwise_iou(Boxes(boxes[first]), Boxes(boxes[second])).numpy()
+            may_be_one = (ious > 0) & (classes[first, None] == classes[None, second])
             frame = shapes.frame(region)
-            may_be_one = (low < high).all(2) & (classes[first, None] == classes[None, second])
             for row, column in zip(*np.nonzero(may_be_one), strict=True):
                 pair = int(first[row]), int(second[column])
-                agreement = shapes.iou_inside(*pair, frame)
+                # Of two that no seam cuts, the boxes must agree; of others what both tiles see of them.
+                agreement = shapes.iou_inside(*pair, frame) if cut[list(pair)].any() else float(ious[row, column])
                 if agreement >= _SAME_OBJECT_IOU:
                     yield agreement, *pair
 
