@@ -219,14 +219,15 @@ class _Canvas:
     def outline(self, picture: np.ndarray) -> None:
         """Draw the rims of masks and boxes into the picture, each over a wider dark line; boxes of masks are thin."""
         line = max(2, round(min(self.size) / 350))
-        box_line = line if self.masks is None else max(1, line // 2)
+        # A thin box beside a mask has a shadow instead of a halo, which would outweigh its color.
+        box_line, box_wider = (line, 2) if self.masks is None else (max(1, line // 2), 1)
         for index in self.largest_first:
             rims = () if self.masks is None else _rims(*self.patches[index])
-            for color, wider in ((HALO, 2), (self.colors[index], 0)):
+            for color, wider, halo in ((HALO, 2, box_wider), (self.colors[index], 0, 0)):
                 if (box := self.box(index)) is not None:
                     # OpenCV's coordinates overflow far outside the picture.
                     x0, y0, x1, y1 = np.clip(box, -9999, 32767).round().astype(int).tolist()
-                    cv2.rectangle(picture, (x0, y0), (x1, y1), color, box_line + wider)
+                    cv2.rectangle(picture, (x0, y0), (x1, y1), color, box_line + halo)
                 cv2.drawContours(picture, rims, -1, color, line + wider, cv2.LINE_AA)
 
     def add_labels(self, picture: np.ndarray, objects: Objects) -> np.ndarray:

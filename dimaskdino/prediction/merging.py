@@ -14,6 +14,7 @@ from dimaskdino.structures.rle_masks import Rle, crop_of, place_crop
 
 _COVERED = 0.7  # a part of an object goes if a better detection covers this share of it
 _SAME_OBJECT_IOU = 0.5  # of two detections where both of their tiles see them
+_AGREES = 0.75  # IoU with a whole view from which a detection at a seam is a view as well
 _MISSED = 0.5  # what a tile counts in the score of an object that it holds whole and does not find
 
 
@@ -34,7 +35,7 @@ def merge_tiles(found: Instances, tile_of: np.ndarray, tiles: Sequence[Tile]) ->
     """
     extents = _extents(found)
     cut = np.zeros(len(found), dtype=bool)
-    redundant = np.zeros(len(found), dtype=bool)
+    whole_elsewhere = np.zeros(len(found), dtype=bool)
     neighbors = {
         number: [other for other, tile in enumerate(tiles) if other != number and tile.overlap(tiles[number])]
         for number in np.unique(tile_of).tolist()
@@ -43,16 +44,13 @@ def merge_tiles(found: Instances, tile_of: np.ndarray, tiles: Sequence[Tile]) ->
         (own,) = np.nonzero(tile_of == number)
         cut[own] = tiles[number].touches_seam(extents[own])
         for other in others:
-            redundant[own] |= cut[own] & ~tiles[other].touches_seam(extents[own])
-    found, tile_of, extents, cut = (
-        found[torch.from_numpy(~redundant)],
-        *(a[~redundant] for a in (tile_of, extents, cut)),
-    )
+            whole_elsewhere[own] |= ~tiles[other].touches_seam(extents[own])
+    open_ended = cut & ~whole_elsewhere
     shapes = _Shapes(found, extents)
     groups = _Groups(tile_of)
-    for _, first, second in sorted(_pairs(found, tile_of, extents, cut, tiles, neighbors, shapes), reverse=True):
+    for _, first, second in sorted(_pairs(found, tile_of, extents, open_ended, tiles, neighbors, shapes), reverse=True):
         groups.join(first, second)
-    return _joined(found, list(groups.members()), cut, shapes, tiles)
+    return _joined(found, list(groups.members()), cut, open_ended, shapes, tile_of, tiles)
 
 
 def _extents(found: Instances) -> np.ndarray:
@@ -64,7 +62,7 @@ def _pairs(
     found: Instances,
     tile_of: np.ndarray,
     extents: np.ndarray,
-    cut: np.ndarray,
+    open_ended: np.ndarray,
     tiles: Sequence[Tile],
     neighbors: dict[int, list[int]],
     shapes: "_Shapes",
@@ -82,8 +80,9 @@ def _pairs(
             frame = shapes.frame(region)
             for row, column in zip(*np.nonzero(may_be_one), strict=True):
                 pair = int(first[row]), int(second[column])
-                # Of two that no seam cuts, the boxes must agree; of others what both tiles see of them.
-                agreement = shapes.iou_inside(*pair, frame) if cut[list(pair)].any() else float(ious[row, column])
+                # Of two that may be whole, the boxes must agree; of others what both tiles see of them.
+                whole = not open_ended[list(pair)].any()
+                agreement = float(ious[row, column]) if whole else shapes.iou_inside(*pair, frame)
                 if agreement >= _SAME_OBJECT_IOU:
                     yield agreement, *pair
 
@@ -160,14 +159,22 @@ class _Groups:
 
 
 def _joined(
-    found: Instances, groups: list[list[int]], cut: np.ndarray, shapes: "_Shapes", tiles: Sequence[Tile]
+    found: Instances,
+    groups: list[list[int]],
+    cut: np.ndarray,
+    open_ended: np.ndarray,
+    shapes: "_Shapes",
+    tile_of: np.ndarray,
+    tiles: Sequence[Tile],
 ) -> Instances:
     """One detection for each group, by descending score."""
     scores, boxes = (np.array(each, dtype=np.float64) for each in (found.scores, found.pred_boxes.tensor))
+    own_tile = [tiles[number] for number in tile_of.tolist()]
     chosen = np.zeros(len(groups), dtype=np.int64)
     views = np.zeros(len(groups), dtype=np.int64)  # that see the object whole
+    has_whole = np.array([not cut[group].all() for group in groups], dtype=bool)
     for place, group in enumerate(groups):
-        whole = [index for index in group if not cut[index]]
+        whole = _views([index for index in group if not open_ended[index]], boxes, scores, cut, own_tile)
         best = max(whole, key=scores.__getitem__) if whole else max(group, key=shapes.area)
         chosen[place], views[place] = best, len(whole)
         if len(whole) > 1:
@@ -177,9 +184,9 @@ def _joined(
         elif not whole and len(group) > 1:
             shapes.replace(best, group)
             boxes[best] = np.concatenate((boxes[group, :2].min(0), boxes[group, 2:].max(0)))
-    boxes, scores, parts = boxes[chosen], scores[chosen], views == 0
+    boxes, scores, parts = boxes[chosen], scores[chosen], ~has_whole
     could_see = sum((~tile.touches_seam(boxes)).astype(np.int64) for tile in tiles)
-    scores /= np.sqrt(1 + _MISSED * np.maximum(could_see - views, 0) / np.maximum(views, 1) * ~parts)
+    scores /= np.sqrt(1 + _MISSED * np.maximum(could_see - views, 0) / np.maximum(views, 1))
     order = np.argsort(-scores, kind="stable")
     found = found[torch.from_numpy(chosen[order])]
     found.pred_boxes = Boxes(torch.from_numpy(boxes[order]).float())
@@ -187,6 +194,22 @@ def _joined(
     if shapes.rles is not None:
         found.pred_masks = RleMasks([shapes.rles[index] for index in chosen[order].tolist()], found.image_size)
     return found[torch.from_numpy(~_covered(found, parts[order]))]
+
+
+def _views(
+    members: list[int], boxes: np.ndarray, scores: np.ndarray, cut: np.ndarray, tile_of: Sequence[Tile]
+) -> list[int]:
+    """The members that see an object whole: those that no seam cuts, and those at a seam that agree with them."""
+    uncut = [index for index in members if not cut[index]]
+    if not uncut or len(uncut) == len(members):
+        return members
+    best = boxes[[max(uncut, key=scores.__getitem__)]]
+    ious = pairwise_iou(Boxes(torch.from_numpy(boxes[members])), Boxes(torch.from_numpy(best)))[:, 0].tolist()
+    return [
+        index
+        for index, iou in zip(members, ious, strict=True)
+        if not cut[index] or (iou >= _AGREES and not tile_of[index].touches_seam(best, gap_px=-0.5)[0])
+    ]
 
 
 def _vote(rles: Sequence[Rle], weights: np.ndarray) -> Rle:

@@ -61,13 +61,13 @@ class Tile:
     right: int
     inner: tuple[bool, bool, bool, bool]
 
-    def touches_seam(self, boxes: np.ndarray) -> np.ndarray:
-        """(N,) bool: whether boxes (N, 4) xyxy px reach a seam, or lie beyond it."""
+    def touches_seam(self, boxes: np.ndarray, *, gap_px: float = _TOUCH_PX) -> np.ndarray:
+        """(N,) bool: whether boxes (N, 4) xyxy px come closer to a seam than a gap, or lie beyond it."""
         gaps = np.stack(
             (boxes[:, 1] - self.top, boxes[:, 0] - self.left, self.bottom - boxes[:, 3], self.right - boxes[:, 2]),
             axis=1,
         )
-        return ((gaps < _TOUCH_PX) & np.array(self.inner)).any(1)
+        return ((gaps < gap_px) & np.array(self.inner)).any(1)
 
     def overlap(self, other: "Tile") -> tuple[int, int, int, int] | None:
         """What two tiles have in common, (left, top, right, bottom); None if nothing."""
