@@ -215,8 +215,9 @@ def _views(
 def _vote(rles: Sequence[Rle], weights: np.ndarray) -> Rle:
     """The pixels that masks of at least half of the ``weights`` hold."""
     crops = [crop_of(rle) for rle in rles]
-    top, left = (min(crop[place] for crop in crops) for place in (1, 2))
-    bottom, right = (max(crop[1 + axis] + crop[0].shape[axis] for crop in crops) for axis in (0, 1))
+    top, left = min(y for _, y, _ in crops), min(x for _, _, x in crops)
+    bottom = max(y + crop.shape[0] for crop, y, _ in crops)
+    right = max(x + crop.shape[1] for crop, _, x in crops)
     votes = np.zeros((bottom - top, right - left))
     for (crop, y, x), weight in zip(crops, weights.tolist(), strict=True):
         votes[y - top : y - top + crop.shape[0], x - left : x - left + crop.shape[1]] += weight * crop
