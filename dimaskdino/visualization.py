@@ -30,7 +30,6 @@ _GOLDEN_RATIO = (5**0.5 - 1) / 2  # turning a hue by this keeps it far from the 
 _TONES = ((0.85, 1.0), (0.6, 1.0), (0.9, 0.8))  # saturation and value, in turn
 _LONGEST_LABEL = 28
 _SMOOTHING = 0.6  # standard deviation in px of the mask, of the blur before an enlarged mask is cut at one half
-_RIM_PX = 0.7  # how far a drawn rim may be from the mask's
 _GRID_MARGIN_PX, _GRID_BACKGROUND = 8, (255, 255, 255)
 
 
@@ -289,8 +288,7 @@ def _patch(mask: np.ndarray, size: tuple[int, int]) -> Patch:
 def _rims(x: int, y: int, patch: np.ndarray) -> Sequence[np.ndarray]:
     if not patch.size:
         return ()
-    rims = cv2.findContours(patch, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE, offset=(x, y))[0]
-    return [cv2.approxPolyDP(rim, _RIM_PX, True) for rim in rims]  # few corners are quick to draw
+    return cv2.findContours(patch, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE, offset=(x, y))[0]
 
 
 def _label(objects: Objects, index: int) -> str:
