@@ -26,8 +26,7 @@ from dimaskdino.prediction.canvases import Canvas, open_canvas
 from dimaskdino.prediction.images import CHANNEL_ORDERS, of_own_kind, to_model_input, to_rgb
 from dimaskdino.prediction.refinement import Refinement
 from dimaskdino.prediction.results import Classes, Prediction, on_cpu
-from dimaskdino.prediction.tiles import predict_tiles
-from dimaskdino.prediction.tiling import Tiling
+from dimaskdino.prediction.tiles import Tiling, predict_tiles
 from dimaskdino.visualization import to_picture
 
 logger = logging.getLogger(__name__)
@@ -92,9 +91,7 @@ class Predictor:
         if self.tiling:
             self.cfg.merge_from_list(list(TILE_OPTIONS))
         self.cfg.merge_from_list(list(options))
-        # Of an object that several tiles see, views that score less count as well.
-        least_score = self.refine.least_score * (0.5 if self.tiling else 1)
-        _prepare(self.cfg, device, self.refine, least_score)
+        _prepare(self.cfg, device, self.refine)
         check_augmentation(self.cfg)
         if layers and self.cfg.TEST.AUG.ENABLED:
             raise ConfigError("TEST.AUG.ENABLED joins the final results alone; set it to False, or leave layers out.")
@@ -277,7 +274,7 @@ def usable_device(name: str | None) -> str:
     return name
 
 
-def _prepare(cfg: Config, device: str | None, refinement: Refinement, least_score: float) -> None:
+def _prepare(cfg: Config, device: str | None, refinement: Refinement) -> None:
     """Set the keys that prediction decides."""
     node = cfg.MODEL.MaskDINO.TEST
     cfg.MODEL.DEVICE = usable_device(device)
@@ -285,7 +282,7 @@ def _prepare(cfg: Config, device: str | None, refinement: Refinement, least_scor
     if not cfg.SOLVER.CHECKPOINT_WITHOUT_FROZEN:
         cfg.MODEL.TIMM.PRETRAINED = cfg.MODEL.VIT.PRETRAINED = False
     if not cfg.TEST.AUG.ENABLED:  # What one view finds with a low score, another one may find with a high one.
-        node.MIN_SCORE = max(node.MIN_SCORE, least_score)
+        node.MIN_SCORE = max(node.MIN_SCORE, refinement.least_score)
     cfg.TEST.DETECTIONS_PER_IMAGE = max(cfg.TEST.DETECTIONS_PER_IMAGE, refinement.max_detections or 0)
 
 

@@ -37,7 +37,7 @@ from tqdm import tqdm
 from dimaskdino.data.coco_file import Json, annotations_by_image, read_coco
 from dimaskdino.data.cutting import cut_annotation
 from dimaskdino.prediction.canvases import Canvas, open_canvas
-from dimaskdino.prediction.tiling import Tile, Tiling
+from dimaskdino.prediction.tiles import Tile, Tiling
 
 
 def main() -> None:

@@ -5,16 +5,14 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Instances
 from PIL import Image
 
 from dimaskdino.errors import ConfigError, UserError
 from dimaskdino.prediction.canvases import Canvas, open_canvas
-from dimaskdino.prediction.merging import merge_tiles
 from dimaskdino.prediction.outputs import geojson
 from dimaskdino.prediction.results import Classes, Prediction
-from dimaskdino.prediction.tiles import predict_tiles
-from dimaskdino.prediction.tiling import Tiling
+from dimaskdino.prediction.tiles import Tiling, predict_tiles
 from dimaskdino.structures import RleMasks
 
 SIZE = (150, 200)
@@ -96,36 +94,6 @@ def test_an_object_across_many_tiles_is_whole(masks) -> None:
     assert boxes(found) == [[3, 60, 197, 80], [90, 5, 110, 20]]
     if masks:
         assert sorted(found.pred_masks.area().tolist()) == [300, 194 * 20]
-
-
-def two_views(scores: list[float], boxes: list[list[int]], tile_of: list[int]) -> Instances:
-    """What is left of detections in tiles (0, 0, 64, 64) and (48, 0, 112, 64), xyxy px, of one class."""
-    masks = torch.zeros(len(boxes), 64, 112, dtype=torch.bool)
-    for mask, (x0, y0, x1, y1) in zip(masks, boxes, strict=True):
-        mask[y0:y1, x0:x1] = True
-    found = Instances((64, 112), scores=torch.tensor(scores), pred_classes=torch.zeros(len(boxes), dtype=torch.int64))
-    found.pred_boxes, found.pred_masks = Boxes(torch.tensor(boxes, dtype=torch.float32)), RleMasks.of(masks)
-    return merge_tiles(found, np.array(tile_of), Tiling(64, 0.25).tiles((64, 112)))
-
-
-def test_views_of_an_object_are_averaged() -> None:
-    found = two_views([0.8, 0.4], [[50, 10, 60, 20], [51, 10, 60, 23]], [0, 1])
-    assert found.scores.tolist() == pytest.approx([((0.64 + 0.16) / 2) ** 0.5])
-    np.testing.assert_allclose(found.pred_boxes.tensor, [[50 + 1 / 3, 10, 60, 21]], rtol=1e-6)
-    assert found.pred_masks.get_bounding_boxes().tensor.tolist() == [[50, 10, 60, 20]]  # two thirds of the votes
-
-
-def test_a_tile_that_misses_an_object_counts_half() -> None:
-    seen_by_one, seen_by_both = [4, 10, 20, 30], [50, 40, 60, 60]
-    found = two_views([0.6, 0.6], [seen_by_one, seen_by_both], [0, 0])
-    assert found.pred_boxes.tensor.tolist() == [seen_by_one, seen_by_both]
-    assert found.scores.tolist() == pytest.approx([0.6, 0.6 / 1.5**0.5])
-
-
-def test_a_cut_part_does_not_change_a_whole_view() -> None:
-    found = two_views([0.5, 0.9], [[40, 10, 60, 20], [48, 10, 60, 20]], [0, 1])
-    assert found.pred_boxes.tensor.tolist() == [[40, 10, 60, 20]]
-    assert found.scores.tolist() == pytest.approx([0.5])
 
 
 def test_neighbors_of_another_class_stay_apart() -> None:
