@@ -29,6 +29,7 @@ HALO: Color = (16, 16, 16)
 _GOLDEN_RATIO = (5**0.5 - 1) / 2  # turning a hue by this keeps it far from the hues before it
 _TONES = ((0.85, 1.0), (0.6, 1.0), (0.9, 0.8))  # saturation and value, in turn
 _LONGEST_LABEL = 28
+_SMOOTHING = 0.6  # standard deviation in px of the mask, of the blur before an enlarged mask is cut at one half
 _GRID_MARGIN_PX, _GRID_BACKGROUND = 8, (255, 255, 255)
 
 
@@ -206,24 +207,28 @@ class _Canvas:
         """Blend the colors of the masks into a copy of the picture."""
         if self.masks is None:
             return picture
-        blended = picture.astype(np.float32)
+        blended = picture.copy()
         for index in self.largest_first:
             x, y, patch = self.patches[index]
-            inside, region = patch > 0, blended[y : y + patch.shape[0], x : x + patch.shape[1]]
-            region[inside] += MASK_OPACITY * (np.array(self.colors[index], np.float32) - region[inside])
-        return blended.round().astype(np.uint8)
+            if patch.size:
+                region = blended[y : y + patch.shape[0], x : x + patch.shape[1]]
+                color = np.full_like(region, self.colors[index])
+                cv2.copyTo(cv2.addWeighted(color, MASK_OPACITY, region, 1 - MASK_OPACITY, 0), patch, region)
+        return blended
 
     def outline(self, picture: np.ndarray) -> None:
-        """Draw the rims of masks and boxes into the picture, each over a wider dark line."""
+        """Draw the rims of masks and boxes into the picture, each over a wider dark line; boxes of masks are thin."""
         line = max(2, round(min(self.size) / 350))
+        # A thin box beside a mask has a shadow instead of a halo, which would outweigh its color.
+        box_line, box_wider = (line, 2) if self.masks is None else (max(1, line // 2), 1)
         for index in self.largest_first:
             rims = () if self.masks is None else _rims(*self.patches[index])
-            for color, thickness in ((HALO, line + 2), (self.colors[index], line)):
-                cv2.drawContours(picture, rims, -1, color, thickness, cv2.LINE_AA)
+            for color, wider, halo in ((HALO, 2, box_wider), (self.colors[index], 0, 0)):
                 if (box := self.box(index)) is not None:
                     # OpenCV's coordinates overflow far outside the picture.
                     x0, y0, x1, y1 = np.clip(box, -9999, 32767).round().astype(int).tolist()
-                    cv2.rectangle(picture, (x0, y0), (x1, y1), color, thickness)
+                    cv2.rectangle(picture, (x0, y0), (x1, y1), color, box_line + halo)
+                cv2.drawContours(picture, rims, -1, color, line + wider, cv2.LINE_AA)
 
     def add_labels(self, picture: np.ndarray, objects: Objects) -> np.ndarray:
         """Add labels to a copy of the picture, highest scores first, each where it covers no other."""
@@ -274,7 +279,10 @@ def _patch(mask: np.ndarray, size: tuple[int, int]) -> Patch:
     smooth = cv2.warpAffine(
         255 * mask, matrix, (right - left, bottom - top), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
     )
-    return left, top, (smooth > 127).astype(np.uint8)
+    if min(scales) > 1:  # the steps of enlarged pixels
+        smooth = cv2.GaussianBlur(smooth, (0, 0), _SMOOTHING * min(scales), borderType=cv2.BORDER_REPLICATE)
+    # A single pixel stays, however smooth.
+    return left, top, (smooth > min(127, int(smooth.max()) // 2)).astype(np.uint8)
 
 
 def _rims(x: int, y: int, patch: np.ndarray) -> Sequence[np.ndarray]:

@@ -208,12 +208,29 @@ def test_patch_is_the_nonempty_part_of_the_resized_mask(size) -> None:
     rows, columns = np.mgrid[:48, :64]
     for y, x, radius in ((10, 12, 8), (47, 63, 15), (24, 32, 60), (0, 0, 0)):
         mask = (rows - y) ** 2 + (columns - x) ** 2 <= radius**2
-        expected = cv2.resize(mask.astype(np.float32), size, interpolation=cv2.INTER_LINEAR) > 0.5
+        expected = cv2.resize(mask.astype(np.float32), size, interpolation=cv2.INTER_LINEAR)
+        if size[0] > 64:  # enlarged ones are smooth
+            sigma = visualization._SMOOTHING * size[0] / 64
+            expected = cv2.GaussianBlur(expected, (0, 0), sigma, borderType=cv2.BORDER_REPLICATE)
+        expected = expected > min(0.5, expected.max() / 2)
         left, top, patch = _patch(mask, size)
         whole = np.zeros((size[1], size[0]), dtype=np.uint8)
         whole[top : top + patch.shape[0], left : left + patch.shape[1]] = patch
         # The positions of interpolation are rounded to a 32nd of a pixel.
         assert (whole != expected).mean() < 0.004
+
+
+def test_steps_of_an_enlarged_mask_are_smooth() -> None:
+    rows, columns = np.mgrid[:60, :60]
+    mask = rows + 2 * columns < 90  # an edge of slope two, which pixels render as steps
+    left, top, patch = _patch(mask, (480, 480))
+    edge = patch[160:320].sum(axis=1)  # of 160 rows, where it reaches from the left
+    straight = np.polyval(np.polyfit(np.arange(160), edge, 1), np.arange(160))
+    assert (left, top) == (0, 0)
+    assert np.abs(edge - straight).max() <= 1.5
+    one = np.zeros((60, 60), dtype=bool)
+    one[30, 30] = True
+    assert _patch(one, (480, 480))[2].sum() >= 32
 
 
 def test_an_empty_mask_has_no_patch() -> None:

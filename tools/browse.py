@@ -60,6 +60,11 @@ class Browser:
         names = (stage.name for predictor in self.predictors.values() for stage in predictor.model.stages)
         return [LAST, *dict.fromkeys(names)]
 
+    @property
+    def tasks(self) -> list[str]:
+        """Tasks that some run has."""
+        return [task for task, key in TASKS.items() if any(key in _given(each) for each in self.predictors.values())]
+
     def _predict(self, run: str, shape: tuple[int, ...], pixels: bytes) -> Prediction:
         return self.predictors[run](np.frombuffer(pixels, np.uint8).reshape(shape))
 
@@ -85,6 +90,13 @@ class Browser:
         if task == "objects":
             result["instances"] = Refinement(score=score)(result["instances"], found.classes.things)
         return found.with_result(result)
+
+
+def _given(predictor: Predictor) -> list[str]:
+    """The results that a model gives."""
+    node = predictor.cfg.MODEL.MaskDINO.TEST
+    on = {"instances": node.INSTANCE_ON, "panoptic_seg": node.PANOPTIC_ON, "sem_seg": node.SEMANTIC_ON}
+    return [key for key, given in on.items() if given]
 
 
 def build_page(browser: Browser, score: float) -> Any:
@@ -116,17 +128,17 @@ def build_page(browser: Browser, score: float) -> Any:
     runs = list(browser.predictors)
     with gradio.Blocks(title="dimaskdino") as page:
         with gradio.Row():
-            image = gradio.Image(label="image", type="numpy", image_mode="RGB")
-            with gradio.Column():
+            with gradio.Column(scale=1, min_width=280):
+                image = gradio.Image(label="image", type="numpy", image_mode="RGB", height=240)
                 first = gradio.Dropdown(runs, value=runs[0], label="run")
-                second = gradio.Dropdown([NO_RUN, *runs], value=NO_RUN, label="compare with")
+                second = gradio.Dropdown([NO_RUN, *runs], value=NO_RUN, label="compare with", visible=len(runs) > 1)
                 layer = gradio.Dropdown(browser.layers, value=LAST, label="decoder layer")
-                task = gradio.Radio(list(TASKS), value="objects", label="task")
+                task = gradio.Radio(browser.tasks, value=browser.tasks[0], label="task")
                 threshold = gradio.Slider(0, 1, value=score, step=0.01, label="threshold")
-        with gradio.Row():
-            left = gradio.Image(label="found", format="png", interactive=False)
-            right = gradio.Image(label="the other run", format="png", interactive=False, visible=False)
-        files = gradio.File(label="download", file_count="multiple")
+                files = gradio.File(label="download", file_count="multiple", height=140)
+            with gradio.Column(scale=3):
+                left = gradio.Image(label="found", format="png", interactive=False)
+                right = gradio.Image(label="the other run", format="png", interactive=False, visible=False)
         given, shown = [image, first, second, layer, task, threshold], [left, right, files]
         gradio.on([each.change for each in given], look, given, shown, api_name="look", show_progress="minimal")
     return page

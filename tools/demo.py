@@ -8,9 +8,8 @@ of every task, one after the other, and draw one picture that shows all tasks; t
 import argparse
 import json
 import time
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dimaskdino.command_line import at_least
 from dimaskdino.errors import UserError, run_cli
@@ -51,25 +50,18 @@ if __name__ == "__main__":
     parse_args()  # --help and mistakes end here, before the imports that take seconds
 
 import numpy as np
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from PIL import Image
 
-from dimaskdino import Predictor
-from dimaskdino.config import Config
-from dimaskdino.data import build_mapper
-from dimaskdino.data.label_maps import labels_present, read_segments, read_semantic
 from dimaskdino.engine import Trainer, argument_parser, evaluate, launch, setup
 from dimaskdino.engine.launch import num_cores
+from dimaskdino.engine.pictures import rows_of_checkpoint, save_pictures
+from dimaskdino.engine.setup import load_config
 from dimaskdino.evaluation import coco_table, layer_table
 from dimaskdino.evaluation.report import panoptic_table, semantic_table
 from dimaskdino.structures.stages import Stage
-from dimaskdino.visualization import Objects, draw_objects, save_grid
+from dimaskdino.visualization import save_grid
 
 # Two processes that average gradients use two cores better than two threads do.
 MAX_PROCESSES = 2
-MIN_SCORE = 0.35
-COLUMNS = ("input", "ground truth", "prediction")
-PICTURE_WIDTH_PX = 384
 # --quick evaluates on the pictures of the demo and trains on none.
 QUICK = ["DATASETS.SHAPES.NUM_TRAIN", "1"]
 SMOKE = [
@@ -114,9 +106,8 @@ def show_one(demo: argparse.Namespace) -> None:
     launch(work, args, cpu_processes=min(MAX_PROCESSES, num_cores()))
     print(f"\n{report(run)}\n")
     print("2. Drawing what the model finds", flush=True)
-    shown = drawn(args, MODEL if demo.quick else run / "model_final.pth", demo.pictures)
     picture = demo.output / "predictions.png"
-    save_grid(list(shown), COLUMNS, picture)
+    save_pictures(load_config(args), MODEL if demo.quick else run / "model_final.pth", picture, demo.pictures)
     print(f"pictures: {picture}")
     written = [path for name in ("results.json", "layers.csv") if (path := run / "inference" / name).is_file()]
     print(f"results:  {', '.join(map(str, written))}")
@@ -132,7 +123,8 @@ def show_all(demo: argparse.Namespace) -> None:
         launch(work, args, cpu_processes=min(MAX_PROCESSES, num_cores()))
         print(f"\n{report(run)}\n", flush=True)
         if task.column:
-            images, _, found = zip(*drawn(args, run / "model_final.pth", demo.pictures), strict=True)
+            rows = rows_of_checkpoint(load_config(args), run / "model_final.pth", demo.pictures)
+            images, _, found = zip(*rows, strict=True)
             # Models of boxes and instances see pictures without stuff.
             with_stuff = "panoptic" in task.config or "semantic" in task.config
             columns.setdefault("input with stuff" if with_stuff else "input", list(images))
@@ -190,38 +182,6 @@ def report(run: Path) -> str:
         gaps = [f"box minus mask AP at the {name} decoder layer: {row['gap']:+.1f}" for name, row in ends.items()]
         parts += [f"after every stage\n{layer_table(rows)}", *(["\n".join(gaps)] if gaps else [])]
     return "\n\n".join(parts)
-
-
-def drawn(args: argparse.Namespace, weights: Path, count: int) -> Iterator[list[np.ndarray]]:
-    """The first pictures of the test set that hold objects: as they are, with their truth, and with what is found."""
-    options = [*args.opts, "TEST.EVAL_LAYERS", "[]"]
-    predict = Predictor(args.config_file, weights, options=options, device="cpu", score=MIN_SCORE)
-    nothing = Objects(classes=[], names=[])
-    for entry in entries_with_objects(predict.cfg.DATASETS.TEST[0], count):
-        image = np.asarray(Image.open(entry["file_name"]).convert("RGB"))
-        pictures = [draw_objects(image, each, width=PICTURE_WIDTH_PX) for each in (nothing, truth(predict.cfg, entry))]
-        yield [*pictures, np.asarray(predict(image).draw(width=PICTURE_WIDTH_PX))]
-
-
-def entries_with_objects(dataset: str, count: int) -> Iterable[dict[str, Any]]:
-    """The first images of a dataset that are not known to be empty."""
-    return [entry for entry in DatasetCatalog.get(dataset) if entry.get("annotations", True)][:count]
-
-
-def truth(cfg: Config, entry: dict[str, Any]) -> Objects:
-    """What an image of the test set holds."""
-    metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
-    if "segments_info" in entry:
-        classes = {segment["id"]: segment["category_id"] for segment in entry["segments_info"]}
-        return Objects.from_segments(read_segments(entry), classes, metadata.stuff_classes)
-    if "sem_seg_file_name" in entry:
-        names, ignore = metadata.stuff_classes, metadata.ignore_label
-        labels = read_semantic(entry, num_classes=len(names), ignore=ignore)
-        return Objects.from_segments(
-            labels, {label: label for label in labels_present(labels) if label != ignore}, names
-        )
-    given = build_mapper(cfg, is_train=False, with_instances=True)(entry)
-    return Objects.from_instances(given["instances"], metadata.thing_classes)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,9 @@ from dimaskdino.cpu import keep_freed_memory
 from dimaskdino.errors import UserError, run_cli
 
 DEMO_RUN = Path("output/demo/run")
+# What stands in for it where make demo did not run.
+DEMO_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo" / "dimaskdino_shapes.yaml"
+DEMO_WEIGHTS = Path(__file__).resolve().with_name("demo_model.pth")
 
 
 def class_score(text: str) -> tuple[str, float]:
@@ -37,7 +40,11 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("inputs", nargs="*", metavar="INPUT", help="file, folder, glob, - for a list on stdin, @FILE for one in a file")
     add("--camera", type=at_least(0), metavar="N", help="also the camera of this number, until Ctrl-C")
-    add("--weights", type=Path, help=f"run folder, saved model, or weight file (default: the demo's, {DEMO_RUN})")
+    add(
+        "--weights",
+        type=Path,
+        help=f"run folder, saved model, or weight file (default: {DEMO_RUN}, else the repository's demo model)",
+    )
     add("--config-file", type=Path, help="configuration of a weight file")
     add("--output", type=Path, default=Path("output/predictions"), help="folder (default: output/predictions)")
     add(
@@ -118,11 +125,10 @@ def main() -> None:
 
 def build_predictor(args: argparse.Namespace) -> Predictor:
     """The predictor that the command line describes."""
-    run, weights = args.weights or DEMO_RUN, None
-    if args.weights is None and not DEMO_RUN.is_dir():
-        raise UserError(f"There is no demo model in {DEMO_RUN}; run make demo, or give --weights.")
-    if args.config_file:
-        run, weights = args.config_file, args.weights
+    if args.weights is None and args.config_file is None and not DEMO_RUN.is_dir():
+        args.config_file, args.weights = DEMO_CONFIG, DEMO_WEIGHTS
+        print(f"No --weights and no {DEMO_RUN}: this is the repository's small model of colored shapes, {DEMO_WEIGHTS}")
+    run, weights = (args.config_file, args.weights) if args.config_file else (args.weights or DEMO_RUN, None)
     keys = ["MODEL.MaskDINO.TEST.MASK_FORMAT", "rle", "MODEL.MaskDINO.TEST.QUERY_FEATURES", args.query_features]
     keys += ["TEST.AUG.ENABLED", True] if args.augment else []
     predictor = Predictor(

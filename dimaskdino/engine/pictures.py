@@ -79,12 +79,16 @@ class DrawPredictions(HookBase):
 
 
 def save_pictures(cfg: CfgNode, weights: Path, path: Path, number: int) -> None:
-    """Draw the first images of the first DATASETS.TEST that hold objects, on the CPU, and write them as one picture.
+    """Write the pictures of :func:`rows_of_checkpoint` as one; the suffix of ``path`` decides the format."""
+    save_grid(rows_of_checkpoint(cfg, weights, number), COLUMNS, path)
+
+
+def rows_of_checkpoint(cfg: CfgNode, weights: Path, number: int) -> list[list[np.ndarray]]:
+    """Draw the first images of the first DATASETS.TEST that hold objects, on the CPU: a row of :data:`COLUMNS` each.
 
     Args:
         cfg: of the model; the device, and stages to evaluate, are set.
         weights: a checkpoint.
-        path: of the picture; its suffix decides the format.
         number: of images.
     """
     cfg = cfg.clone()
@@ -92,7 +96,7 @@ def save_pictures(cfg: CfgNode, weights: Path, path: Path, number: int) -> None:
     register_all(cfg=cfg)
     model, name = build_model(cfg), cfg.DATASETS.TEST[0]
     Checkpointer(model).load(str(weights))
-    save_grid(list(picture_rows(cfg, model, name, picture_inputs(cfg, name, number))), COLUMNS, path)
+    return list(picture_rows(cfg, model, name, picture_inputs(cfg, name, number)))
 
 
 def picture_inputs(cfg: CfgNode, dataset_name: str, number: int) -> list[Input]:

@@ -114,11 +114,14 @@ def test_the_demo_model_is_used_unless_another_is_named(run, job, tmp_path, monk
     del job[1:3]
     monkeypatch.chdir(tmp_path)
     done = run("tools/predict.py", *job)
-    assert done.status == 2
-    assert "make demo" in done.err
+    assert done.status == 3
+    assert "demo_model.pth" in done.out
+    assert {result["image_id"] for result in read(tmp_path)} == {1, 2, 4}
     (tmp_path / "output" / "demo").mkdir(parents=True)
     (tmp_path / "run").rename(tmp_path / "output" / "demo" / "run")
-    assert run("tools/predict.py", *job).status == 3
+    done = run("tools/predict.py", *job, "--overwrite")
+    assert done.status == 3
+    assert "demo_model.pth" not in done.out
 
 
 def test_the_documentation_names_flags_that_exist(run) -> None:

@@ -1,5 +1,6 @@
 import io
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from PIL import Image
 from dimaskdino.errors import UserError
 from dimaskdino.prediction.images import to_rgb
 from dimaskdino.prediction.inputs import Source, find_sources
-from dimaskdino.prediction.job import Job
+from dimaskdino.prediction.job import Job, quick_turns
 from dimaskdino.prediction.outputs import Outputs, mask_map
 from dimaskdino.prediction.records import Records, Share
 from dimaskdino.prediction.results import Classes, Prediction
@@ -44,6 +45,13 @@ def picture(left: int, side: int = 64) -> np.ndarray:
     image = np.zeros((side, side, 3), dtype=np.uint8)
     image[20:30, left : left + 10] = 255
     return image
+
+
+def test_turns_are_quick_while_a_job_runs() -> None:
+    before = sys.getswitchinterval()
+    with quick_turns():
+        assert sys.getswitchinterval() <= before / 10
+    assert sys.getswitchinterval() == before
 
 
 @pytest.fixture
