@@ -21,7 +21,7 @@ from dimaskdino.config import get_cfg
 from dimaskdino.engine import keep_freed_memory
 
 
-def sample(height: int, width: int, objects: int) -> dict[str, Any]:
+def sample(height: int, width: int, objects: int, num_classes: int = 80) -> dict[str, Any]:
     """A random image, with random boxes as objects that are half covered by their masks."""
     generator = torch.Generator().manual_seed(0)
     corners = torch.rand(objects, 2, 2, generator=generator).sort(1).values
@@ -32,23 +32,25 @@ def sample(height: int, width: int, objects: int) -> dict[str, Any]:
     for mask, (x0, y0, x1, y1) in zip(masks, boxes.long().tolist(), strict=True):
         mask[y0 : y1 + 1, x0 : (x0 + x1) // 2 + 1] = True
     instances.gt_masks = BitMasks(masks)
-    instances.gt_classes = torch.randint(80, (objects,), generator=generator)
+    instances.gt_classes = torch.randint(num_classes, (objects,), generator=generator)
     return {"image": torch.rand(3, height, width, generator=generator) * 255, "instances": instances}
 
 
-def make_model(config_file: str, *, train: bool, queries: int = 0) -> nn.Module:
-    """With random weights, on the CPU."""
+def make_model(config_file: str, *, train: bool, queries: int = 0) -> tuple[nn.Module, int]:
+    """A model with random weights, on the CPU, and its number of classes."""
     cfg = get_cfg()
     cfg.merge_from_file(config_file)
     cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""])
     if queries:
-        cfg.MODEL.MaskDINO.NUM_OBJECT_QUERIES = queries
+        node = cfg.MODEL.MaskDINO
+        node.NUM_OBJECT_QUERIES = queries
+        node.FIRST_SELECTED_QUERIES = max(queries, node.FIRST_SELECTED_QUERIES)
     torch.manual_seed(0)
     try:
         from dimaskdino.modeling.meta_arch import build_model
     except ImportError:
         from detectron2.modeling import build_model
-    return build_model(cfg).train(train)
+    return build_model(cfg).train(train), cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
 
 
 def main() -> None:
@@ -66,8 +68,8 @@ def main() -> None:
     keep_freed_memory()
     if args.threads:
         torch.set_num_threads(args.threads)
-    model = make_model(args.config_file, train=args.objects > 0, queries=args.queries)
-    batch = [sample(args.height, args.width, args.objects)]
+    model, num_classes = make_model(args.config_file, train=args.objects > 0, queries=args.queries)
+    batch = [sample(args.height, args.width, args.objects, num_classes)]
     low = args.precision == "bfloat16"
 
     def train() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from benchmarks import scaling
+from benchmarks import one_pass, scaling
 from benchmarks.against import Case
 from dimaskdino.errors import UserError
 
@@ -50,3 +50,8 @@ def test_a_point_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys:
         scaling.main()
     assert ended.value.code == 2
     assert "out of memory" in capsys.readouterr().err
+
+
+def test_objects_are_of_the_classes_of_the_model() -> None:
+    classes = one_pass.sample(32, 32, objects=50, num_classes=3)["instances"].gt_classes
+    assert set(classes.tolist()) == {0, 1, 2}
