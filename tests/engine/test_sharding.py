@@ -12,7 +12,7 @@ from dimaskdino.config import Config
 from dimaskdino.engine import GradientClipper
 from dimaskdino.engine.sharding import check_sharding, distribute
 from dimaskdino.errors import ConfigError
-from tests.engine.sharing import CLIPPERS, GRADIENTS, KINDS
+from tests.engine.sharded import CLIPPERS, GRADIENTS, KINDS
 
 Results = Callable[[str], list[Any]]
 # The norm of all gradients is a sum in another order: clipping scales all of them by a factor that is off by rounding.
