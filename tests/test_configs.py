@@ -248,12 +248,12 @@ def test_ablations_of_dino_change_the_model_alone(dataset):
 
 
 def test_small_ablations_train_like_a_shorter_demo():
-    demo, short = load(CONFIGS / "demo" / "dimaskdino_shapes.yaml"), load(FULL["shapes"])
+    demo, short = load(CONFIGS / "demo" / "Base-shapes.yaml"), load(FULL["shapes"])
     assert short.SOLVER.MAX_ITER < demo.SOLVER.MAX_ITER / 2
     for config in (demo, short):
         assert sorted(config.SOLVER.STEPS) == list(config.SOLVER.STEPS)
         assert config.SOLVER.STEPS[-1] < config.SOLVER.MAX_ITER
-    changed = changes(FULL["shapes"], CONFIGS / "demo" / "dimaskdino_shapes.yaml")
+    changed = changes(FULL["shapes"], CONFIGS / "demo" / "Base-shapes.yaml")
     assert set(changed) == {"SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.CHECKPOINT_PERIOD", "OUTPUT_DIR"}
 
 
@@ -362,7 +362,7 @@ def test_configurations_are_short():
             file.parent.name, 8
         )
         assert len(lines) <= most, file
-        assert "_BASE_" in yaml.safe_load(file.read_text()) or file.stem in ("dimaskdino_shapes", "dino_shapes")
+        assert "_BASE_" in yaml.safe_load(file.read_text()) or file.stem in ("Base-shapes", "dino_shapes")
 
 
 def test_swin_l_has_as_many_parameters_as_the_public_one(monkeypatch):
