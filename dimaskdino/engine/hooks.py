@@ -132,8 +132,8 @@ class WriteRecords(PeriodicWriter):
             self.trainer.storage.clear_images()
 
     def after_train(self) -> None:
-        """Write the last record, unless the run will go on: one that was not interrupted has no record there."""
-        if self.trainer.iter < self.trainer.max_iter and self.trainer.step.stops:
+        """Write the last record of a run that is done; one that goes on later has no record where it broke off."""
+        if self.trainer.iter < self.trainer.max_iter:
             for writer in self._writers:
                 writer.close()
             return

@@ -18,7 +18,8 @@ class Killed(BaseException):
 class KillableTrainer(Trainer):
     """Dies in a given iteration: before the step, or before its evaluation or its records.
 
-    In the phase "signal", the last process of the job gets SIGTERM.
+    In the phase "signal", the last process of the job gets SIGTERM; in the phase "error", the step fails, and the run
+    ends as it does after an error.
     """
 
     kill_at, phase = -1, "step"
@@ -26,6 +27,7 @@ class KillableTrainer(Trainer):
     def run_step(self) -> None:
         """Die, or train."""
         self._die_in("step")
+        self._die_in("error")
         if self.iter == self.kill_at and self.phase == "signal" and comm.get_rank() == comm.get_world_size() - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         super().run_step()
@@ -44,7 +46,7 @@ class KillableTrainer(Trainer):
 
     def after_train(self) -> None:
         """Do nothing after death."""
-        if self.iter != self.kill_at or self.phase == "signal":
+        if self.iter != self.kill_at or self.phase in ("signal", "error"):
             super().after_train()
 
     def _die_in(self, phase: str) -> None:
