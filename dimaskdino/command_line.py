@@ -139,15 +139,15 @@ def import_modules(names: Sequence[str]) -> None:
                 f"--import {name}: there is no module {error.name} in the current folder {folder}, in PYTHONPATH, or "
                 "among the installed packages."
             ) from error
-        except Exception as error:  # a module of the user's may raise anything
+        except (Exception, SystemExit) as error:  # a module of the user's may raise anything
             raise _broken(name, error) from error
 
 
-def _broken(name: str, error: Exception) -> ConfigError:
+def _broken(name: str, error: BaseException) -> ConfigError:
     return ConfigError(f"--import {name}: the module does not import. {_where(error)}{' '.join(str(error).split())}")
 
 
-def _where(error: Exception) -> str:
+def _where(error: BaseException) -> str:
     """File and line of the user's code that an error comes from, and the error's kind."""
     kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
     if isinstance(error, SyntaxError) and error.filename:

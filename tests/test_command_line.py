@@ -84,9 +84,10 @@ def test_path_is_refused_with_the_name(name: str, remedy: str, here: Path) -> No
         ("1 / 0", ZeroDivisionError),
         ("def f(:", SyntaxError),
         ("raise UserWarning", UserWarning),
+        ("import sys; sys.exit(0)", SystemExit),
     ],
 )
-def test_error_inside_a_module_names_its_line(text: str, error: type[Exception], here: Path) -> None:
+def test_error_inside_a_module_names_its_line(text: str, error: type[BaseException], here: Path) -> None:
     (here / "own_wrong.py").write_text(f"\n\n{text}")
     with pytest.raises(ConfigError) as raised:
         import_modules(["own_wrong"])

@@ -179,6 +179,12 @@ def test_parts_of_wrong_shapes_are_named() -> None:
         tiny_model({"MODEL.EXTRA_COSTS": ["FarCost"], "SEED": 1}).train()(batch)
     with pytest.raises(ConfigError, match=r"BadLoss.*loss_bad"):
         tiny_model({"MODEL.EXTRA_LOSSES": ["BadLoss"]}).train()(batch)
+    for change, message in (({"names": ("loss_mask",)}, "BadLoss.*loss_mask"), ({"needs_masks": None}, "needs_masks")):
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in change.items():
+                patch.delattr(BadLoss, name) if value is None else patch.setattr(BadLoss, name, value)
+            with pytest.raises(ConfigError, match=message):
+                tiny_model({"MODEL.EXTRA_LOSSES": ["BadLoss"]})
     with pytest.raises(ConfigError, match=r"MODEL\.EXTRA_HEADS.*Oclusion.*Occlusion"):
         tiny_model({"MODEL.EXTRA_HEADS": ["Oclusion"]})
     with pytest.raises(ConfigError, match=r"occluded.*INPUT\.ANNOTATION_FIELDS"):

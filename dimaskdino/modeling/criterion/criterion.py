@@ -97,7 +97,7 @@ class Criterion(nn.Module):
         elif not node.BOX_LOSS:
             raise ConfigError("MODEL.MaskDINO.BOX_LOSS and PREDICT_MASKS are both False; set one of them.")
         return {
-            "terms": [*terms, *extra_terms(cfg)],
+            "terms": with_extra_terms(cfg, terms),
             "matcher": HungarianMatcher(costs),
             "denoising": node.DN,
             "deep_supervision": node.DEEP_SUPERVISION,
@@ -187,9 +187,26 @@ class Criterion(nn.Module):
         }
 
 
-def extra_terms(cfg: CfgNode) -> list[LossTerm]:
-    """The terms that MODEL.EXTRA_LOSSES names."""
-    return list(build_registered(LOSS_REGISTRY, cfg.MODEL.EXTRA_LOSSES, "MODEL.EXTRA_LOSSES", cfg).values())
+def with_extra_terms(cfg: CfgNode, terms: Sequence[LossTerm]) -> list[LossTerm]:
+    """The terms of a model, and those that MODEL.EXTRA_LOSSES names.
+
+    Raises:
+        ConfigError: one of the latter does not say what it computes, or has the name of another loss.
+    """
+    taken = {name for term in terms for name in term.names}
+    extra = build_registered(LOSS_REGISTRY, cfg.MODEL.EXTRA_LOSSES, "MODEL.EXTRA_LOSSES", cfg)
+    for registered, term in extra.items():
+        if missing := [name for name in ("names", "needs_masks") if not hasattr(term, name)]:
+            raise ConfigError(
+                f"MODEL.EXTRA_LOSSES: {registered} has no {' and no '.join(missing)}; see docs/extend.md."
+            )
+        if shared := sorted(taken & {*term.names}):
+            raise ConfigError(
+                f"MODEL.EXTRA_LOSSES: {registered} gives {', '.join(shared)}, which another loss of the model gives as "
+                "well; choose another name."
+            )
+        taken |= {*term.names}
+    return [*terms, *extra.values()]
 
 
 def extra_costs(cfg: CfgNode) -> list[CostTerm]:

@@ -6,9 +6,9 @@ from detectron2.config import CfgNode
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_backbone
 
 from dimaskdino.modeling.criterion import Criterion, HungarianMatcher, PointSampler
-from dimaskdino.modeling.criterion.criterion import extra_costs, extra_terms
+from dimaskdino.modeling.criterion.criterion import extra_costs, with_extra_terms
 from dimaskdino.modeling.criterion.matcher import BoxCost, FocalClassCost
-from dimaskdino.modeling.criterion.terms import BoxLoss, ClassOptions, FocalClassLoss
+from dimaskdino.modeling.criterion.terms import BoxLoss, ClassOptions, FocalClassLoss, LossTerm
 from dimaskdino.modeling.meta_arch.maskdino import DIMaskDINO
 from dimaskdino.modeling.meta_arch.maskdino_head import MaskDINOHead
 from dimaskdino.modeling.postprocessing import PostProcessor
@@ -59,17 +59,17 @@ class DINO(DIMaskDINO):
 def _criterion(cfg: CfgNode) -> Criterion:
     node = cfg.MODEL.DINO
     focal = {"alpha": node.FOCAL_ALPHA, "gamma": node.FOCAL_GAMMA}
+    terms: list[LossTerm] = [
+        FocalClassLoss(
+            weight=node.CLASS_WEIGHT,
+            num_classes=cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
+            options=ClassOptions.from_config(cfg),
+            **focal,
+        ),
+        BoxLoss(l1_weight=node.BOX_WEIGHT, giou_weight=node.GIOU_WEIGHT),
+    ]
     return Criterion(
-        terms=[
-            FocalClassLoss(
-                weight=node.CLASS_WEIGHT,
-                num_classes=cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
-                options=ClassOptions.from_config(cfg),
-                **focal,
-            ),
-            BoxLoss(l1_weight=node.BOX_WEIGHT, giou_weight=node.GIOU_WEIGHT),
-            *extra_terms(cfg),
-        ],
+        terms=with_extra_terms(cfg, terms),
         matcher=HungarianMatcher(
             [
                 FocalClassCost(weight=node.COST_CLASS_WEIGHT, **focal),
