@@ -9,6 +9,7 @@ Each run is a folder with results of an evaluation or of tools/predict.py, or a 
 
 import argparse
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ from dimaskdino.prediction.fusion import Fusion
 def main() -> None:
     """Read, join, write, evaluate."""
     args = parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
     import_modules(args.modules)
     weights = args.weights or [1.0] * len(args.runs)
     if len(weights) != len(args.runs) or not all(0 < weight < float("inf") for weight in weights):

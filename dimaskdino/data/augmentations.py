@@ -92,8 +92,16 @@ def _maybe(augmentation: Any, probability: float) -> Any:
 
 
 def _pair(value: Any) -> tuple[float, float]:
-    low, high = value if isinstance(value, list | tuple) else (value, value)
-    return float(low), float(high)
+    low, high = map(float, value if isinstance(value, list | tuple) else (value, value))
+    if low > high:
+        raise ValueError(f"the range {value} ends below its beginning")
+    return low, high
+
+
+def _two(size: Any) -> Sequence[Any]:
+    if not isinstance(size, list | tuple) or len(size) != 2:
+        raise ValueError(f"the size {size!r} is not a pair (height, width)")
+    return size
 
 
 @AUGMENTATION_REGISTRY.register()
@@ -205,6 +213,8 @@ class Blur(T.Augmentation):
     def __init__(self, cfg: CfgNode, sigma: Any = (0.1, 2.0), prob: float = 0.5) -> None:
         super().__init__()
         self.sigma, self.prob = _pair(sigma), prob
+        if self.sigma[0] < 0:
+            raise ValueError("sigma must not be negative")
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
         """The blur of one image; objects stay where they are."""
@@ -243,7 +253,7 @@ class Crop(T.Augmentation):
         tries: int = 10,
     ) -> None:
         super().__init__()
-        self.crop = T.RandomCrop(kind, list(size))
+        self.crop = T.RandomCrop(kind, [float(side) if "relative" in kind else int(side) for side in _two(size)])
         self.least_objects, self.least_share, self.tries = least_objects, least_share, tries
 
     def get_transform(self, image: np.ndarray, boxes: np.ndarray) -> T.Transform:

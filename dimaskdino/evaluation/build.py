@@ -10,7 +10,7 @@ from detectron2.utils.registry import Registry
 
 from dimaskdino.data.coco_file import category_names, read_json
 from dimaskdino.data.validation.segmentation import truth_of
-from dimaskdino.errors import DatasetError, check_choice
+from dimaskdino.errors import ConfigError, DatasetError, check_choice
 from dimaskdino.evaluation.coco import CocoEvaluator
 from dimaskdino.evaluation.coco_options import CocoOptions
 from dimaskdino.evaluation.layerwise import LayerwiseEvaluator
@@ -53,9 +53,16 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Data
 
 
 def check_evaluators(cfg: CfgNode) -> None:
-    """Raise ConfigError if TEST.EVALUATORS names what is not registered."""
+    """Raise ConfigError if TEST.EVALUATORS names what is not registered, or a class of something else."""
     for name in cfg.TEST.EVALUATORS:
         check_choice("An entry of TEST.EVALUATORS", name, [known for known, _ in EVALUATOR_REGISTRY])
+        made = EVALUATOR_REGISTRY.get(name)
+        missing = [each for each in ("reset", "process", "evaluate") if not hasattr(made, each)]
+        if isinstance(made, type) and missing:
+            raise ConfigError(
+                f"TEST.EVALUATORS {name} ({made.__module__}) has no {missing[0]}; derive it from ImageEvaluator, or "
+                "from detectron2's DatasetEvaluator."
+            )
 
 
 @EVALUATOR_REGISTRY.register()

@@ -14,6 +14,7 @@ from detectron2.utils import comm
 
 from dimaskdino.data.annotations import annotations_to_instances
 from dimaskdino.data.datasets.registration import load_dataset
+from dimaskdino.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,14 @@ class ImageEvaluator(DatasetEvaluator):
         for image, output in zip(inputs, outputs, strict=True):
             on_cpu = {key: value.to("cpu") if hasattr(value, "to") else value for key, value in output.items()}
             measured = self.measure(image, on_cpu, self.truth(image))
-            self._measured.append({name: float(value) for name, value in measured.items()})
+            try:
+                self._measured.append({name: float(value) for name, value in measured.items()})
+            except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+                kind = type(self)
+                raise ConfigError(
+                    f"TEST.EVALUATORS: measure of {kind.__module__}.{kind.__qualname__} gives {measured!r:.60}; let it "
+                    "give numbers by name."
+                ) from error
 
     def truth(self, image: dict[str, Any]) -> Instances:
         """The objects of an image at its own size."""

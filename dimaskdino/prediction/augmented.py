@@ -86,7 +86,8 @@ def check_augmentation(cfg: CfgNode) -> None:
     node = cfg.TEST.AUG
     if not node.ENABLED:
         return
-    if not node.MIN_SIZES or min(node.MIN_SIZES) < 1 or node.MAX_SIZE < 1:
+    sizes = (*node.MIN_SIZES, node.MAX_SIZE)
+    if not node.MIN_SIZES or not all(isinstance(size, int) and size >= 1 for size in sizes):
         raise ConfigError(
             f"TEST.AUG.MIN_SIZES is {node.MIN_SIZES} and MAX_SIZE {node.MAX_SIZE}; give one or more sizes of the "
             "shortest edge, and the largest of the longest, in pixels."
@@ -109,7 +110,8 @@ def whole_images(cfg: CfgNode) -> CfgNode:
 def view(pixels: np.ndarray, resize: T.Augmentation, flipped: bool) -> torch.Tensor:
     """A view (C, h, w) of an image (H, W, C), uint8 or float32."""
     resized = resize.get_transform(pixels).apply_image(np.ascontiguousarray(pixels))
-    return torch.from_numpy(np.ascontiguousarray((resized[:, ::-1] if flipped else resized).transpose(2, 0, 1)))
+    # A copy: of a view one pixel wide, a mirrored array counts as contiguous.
+    return torch.from_numpy(np.array((resized[:, ::-1] if flipped else resized).transpose(2, 0, 1), order="C"))
 
 
 def _on_host(found: Instances, flipped: bool) -> Instances:

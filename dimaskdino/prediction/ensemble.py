@@ -1,5 +1,6 @@
 """The results of several runs on the same images, joined to those of one."""
 
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +11,12 @@ from detectron2.structures import Boxes, Instances
 from pycocotools import mask as mask_util
 
 from dimaskdino.data.coco_file import read_json
+from dimaskdino.data.rle import checked_rle
 from dimaskdino.errors import DatasetError, UserError
 from dimaskdino.prediction.fusion import Fusion
 from dimaskdino.structures import RleMasks, instances_to_coco
+
+logger = logging.getLogger(__name__)
 
 Result = dict[str, Any]
 
@@ -61,11 +65,11 @@ def _checked(result: Any, name: str) -> Result:
     if not isinstance(result["score"], int | float) or not 0 <= result["score"] <= 1:
         raise UserError(f"{name} has the score {result['score']!r:.40}; scores are numbers from 0 to 1.")
     mask = result.get("segmentation")
-    if mask is not None and not (isinstance(mask, dict) and {"size", "counts"} <= mask.keys()):
-        raise UserError(f"{name} has a mask that is no RLE (size and counts); convert it first.")
-    if mask is not None and isinstance(mask["counts"], list):
-        rle = mask_util.frPyObjects(mask, *mask["size"])
-        mask = {"size": rle["size"], "counts": rle["counts"].decode()}
+    if mask is not None:
+        try:
+            mask = checked_rle(mask, tuple(mask["size"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{name} has a mask that cannot be used ({error}); masks are RLE.") from error
     box = result.get("bbox", mask and mask_util.toBbox(mask).tolist())
     numbers = isinstance(box, list) and all(isinstance(side, int | float) and math.isfinite(side) for side in box)
     if not numbers or len(box) != 4:
@@ -82,7 +86,7 @@ def join_results(sources: Sequence[Sequence[Result]], fusion: Fusion) -> list[Re
         fusion: how.
 
     Returns:
-        Detections in COCO's results format, with masks if all of them have one.
+        Detections in COCO's results format, with masks if all of them have one; else a warning says how many have none.
 
     Raises:
         DatasetError: the runs have no image in common, or masks of one image have different sizes.
@@ -96,7 +100,10 @@ def join_results(sources: Sequence[Sequence[Result]], fusion: Fusion) -> list[Re
             "The runs have no image in common (image_id): they were evaluated on different images, so there is nothing "
             "to join."
         )
-    with_masks = all("segmentation" in result for source in sources for result in source)
+    boxes_alone = [sum("segmentation" not in result for result in source) for source in sources]
+    with_masks = not any(boxes_alone)
+    if not with_masks and any("segmentation" in result for source in sources for result in source):
+        logger.warning("Masks are left out: in the runs, in their order, %s detections have none.", boxes_alone)
     categories = list({result["category_id"]: None for source in sources for result in source})
     index_of = {category: index for index, category in enumerate(categories)}
     joined: list[Result] = []
@@ -120,6 +127,5 @@ def _instances(results: Sequence[Result], index_of: dict[Any, int], size: Any, *
     found.scores = torch.tensor([float(result["score"]) for result in results])
     found.pred_classes = torch.tensor([index_of[result["category_id"]] for result in results], dtype=torch.int64)
     if with_masks:
-        counts = [result["segmentation"]["counts"].encode() for result in results]
-        found.pred_masks = RleMasks([{"size": list(size), "counts": each} for each in counts], size)
+        found.pred_masks = RleMasks([result["segmentation"] for result in results], size)
     return found

@@ -18,9 +18,9 @@ SIZE = [40, 60]
 BOXES = {1: [[5, 5, 20, 20], [30, 10, 20, 20]], 2: [[10, 4, 30, 30]]}  # by image
 
 
-def mask(box: list[float]) -> dict[str, Any]:
-    rle = mask_util.frPyObjects(np.array([box], dtype=float), *SIZE)[0]
-    return {"size": SIZE, "counts": rle["counts"].decode()}
+def mask(box: list[float], size: list[int] = SIZE) -> dict[str, Any]:
+    rle = mask_util.frPyObjects(np.array([box], dtype=float), *size)[0]
+    return {"size": size, "counts": rle["counts"].decode()}
 
 
 def detection(image: Any, box: list[float], score: float, category: Any = 7, *, masks: bool = True) -> dict[str, Any]:
@@ -104,6 +104,16 @@ def test_weights_and_limit_of_results_files(run, tmp_path: Path) -> None:
     assert found["segmentation"] == mask([0, 0, 20, 20])  # three of four shares
 
 
+def test_masks_that_some_runs_lack_are_left_out_aloud(run, tmp_path: Path, caplog) -> None:
+    one = write(tmp_path / "one.json", detection(5, [0, 0, 20, 20], 0.5))
+    other = write(tmp_path / "other.json", detection(5, [0, 0, 20, 20], 0.5, masks=False))
+    done = run("tools/ensemble.py", one, other, "--output", tmp_path / "out")
+    assert done.status == 0, done.err
+    assert "Masks are left out: in the runs, in their order, [0, 1] detections have none." in caplog.text
+    (found,) = json.loads((tmp_path / "out" / "coco_instances_results.json").read_text())
+    assert "segmentation" not in found
+
+
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
@@ -117,6 +127,7 @@ def test_weights_and_limit_of_results_files(run, tmp_path: Path) -> None:
         (["good.json", "shapeless.json"], "shapeless.json: detection number 2"),
         (["good.json", "score.json"], "score.json: detection number 1 has the score 1.5"),
         (["good.json", "polygons.json"], "polygons.json: detection number 1 has a mask"),
+        (["good.json", "garbage.json"], "garbage.json: detection number 1 has a mask.*runs do not cover"),
         (["good.json", "others.json", "--dataset", "ensemble_farm"], "others.json: .*image 9"),
         (["good.json", "category.json", "--dataset", "ensemble_farm"], "category.json: .*category 8.*ensemble_farm"),
         (["good.json", "--dataset", "ensemble_frm"], "ensemble_frm"),
@@ -128,10 +139,11 @@ def test_what_does_not_fit_is_named_in_one_line(run, farm: Path, flags: list[str
     write(farm / "good.json", good)
     (farm / "empty").mkdir()
     write(farm / "others.json", detection(9, [0, 0, 9, 9], 0.5))
-    write(farm / "larger.json", good | {"segmentation": {"size": [80, 60], "counts": mask([0, 0, 9, 9])["counts"]}})
+    write(farm / "larger.json", good | {"segmentation": mask([0, 0, 9, 9], [80, 60])})
     (farm / "dictionary.json").write_text('{"images": []}')
     write(farm / "shapeless.json", good, {"image_id": 1, "category_id": 7, "score": 0.5})
     write(farm / "score.json", good | {"score": 1.5})
+    write(farm / "garbage.json", good | {"segmentation": {"size": SIZE, "counts": "garbage!!"}})
     write(farm / "polygons.json", good | {"segmentation": [[0, 0, 9, 0, 9, 9]]})
     write(farm / "category.json", good | {"category_id": 8})
     paths = [farm / flag if flag.endswith(".json") or flag == "empty" else flag for flag in flags]

@@ -127,6 +127,14 @@ def test_bad_yolo_line_is_named(line: str, said: str, root: Path, convert) -> No
     assert len(objects_of(convert("yolo", "--skip-bad"), "a b.png")) == 1
 
 
+def test_image_without_a_usable_object_is_no_background(root: Path, convert) -> None:
+    write(root, {"classes.txt": "cat\ndog\n", "labels/a b.txt": "7 0.5 0.5 0.1 0.1\n", "labels/ghost.txt": "\n"})
+    coco = convert("yolo", "--skip-bad")
+    assert "a b.png" not in {image["file_name"] for image in coco["images"]}
+    assert "1 images left out, as none of their objects can be used" in convert.notes
+    assert "1 label files without an image" in convert.notes
+
+
 def test_yolo_without_classes_or_labels_is_named(root: Path, convert) -> None:
     assert "classes.txt" in convert("yolo")
     assert "has a label file" in convert("yolo", "--classes", "cat")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from dimaskdino.config import Config
 from dimaskdino.config.own_keys import _REGISTERED
@@ -21,7 +21,7 @@ from dimaskdino.data.datasets.registration import register_coco_format
 from dimaskdino.data.fields import check_fields, fields_of
 from dimaskdino.engine import Trainer
 from dimaskdino.errors import ConfigError, DatasetError
-from dimaskdino.evaluation import EVALUATOR_REGISTRY
+from dimaskdino.evaluation import EVALUATOR_REGISTRY, ImageEvaluator, check_evaluators
 from dimaskdino.modeling.registry import COST_REGISTRY, HEAD_REGISTRY, LOSS_REGISTRY
 from tests.documentation import REPOSITORY
 from tests.tiny_model import TINY_DINO, predict, tiny_cfg, tiny_model, train_batch
@@ -47,6 +47,20 @@ class FarCost:
         return torch.arange(len(target)).float().repeat(queries, 1)[:, self.columns]
 
 
+class NoEvaluator:
+    """Has nothing of an evaluator."""
+
+
+class BadHead(nn.Module):
+    """Gives one number for all queries."""
+
+    def __init__(self, cfg: Config, dim: int) -> None:
+        super().__init__()
+
+    def forward(self, queries: Tensor) -> Tensor:
+        return queries.mean()
+
+
 class BadLoss:
     """Gives a number in place of one for each stage."""
 
@@ -67,6 +81,8 @@ def example() -> Iterator[None]:
     importlib.import_module("docs.examples.attribute_head")
     COST_REGISTRY.register(FarCost)
     LOSS_REGISTRY.register(BadLoss)
+    HEAD_REGISTRY.register(BadHead)
+    EVALUATOR_REGISTRY.register(NoEvaluator)
     yield
     del sys.modules["docs.examples.attribute_head"]
     for registry, content in zip(registries, before, strict=True):
@@ -185,6 +201,8 @@ def test_parts_of_wrong_shapes_are_named() -> None:
                 patch.delattr(BadLoss, name) if value is None else patch.setattr(BadLoss, name, value)
             with pytest.raises(ConfigError, match=message):
                 tiny_model({"MODEL.EXTRA_LOSSES": ["BadLoss"]})
+    with pytest.raises(ConfigError, match=r"MODEL\.EXTRA_HEADS: BadHead gives \(\)"):
+        tiny_model({"MODEL.EXTRA_HEADS": ["BadHead"]}).train()(batch)
     with pytest.raises(ConfigError, match=r"MODEL\.EXTRA_HEADS.*Oclusion.*Occlusion"):
         tiny_model({"MODEL.EXTRA_HEADS": ["Oclusion"]})
     with pytest.raises(ConfigError, match=r"occluded.*INPUT\.ANNOTATION_FIELDS"):
@@ -209,3 +227,12 @@ def test_fields_are_numbers_or_lists_of_one_length() -> None:
     for broken in ([{"at": "x"}], [{"at": [1, 2]}, {"at": [1]}], [{"at": [[1]]}], [{"at": [1]}, {"at": 1}]):
         with pytest.raises(DatasetError, match=r"a\.png.*at"):
             fields_of(broken, ["at"], "a.png")
+
+
+def test_evaluators_of_another_form_are_named(data: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"TEST\.EVALUATORS NoEvaluator .* has no reset"):
+        check_evaluators(tiny_cfg({"TEST.EVALUATORS": ["NoEvaluator"]}))
+    evaluator = ImageEvaluator(tiny_cfg(), "occluded_things", "")
+    monkeypatch.setattr(evaluator, "measure", lambda *given: [1.0])
+    with pytest.raises(ConfigError, match=r"TEST\.EVALUATORS: measure of .*ImageEvaluator gives \[1\.0\]"):
+        evaluator.process([{"image_id": 1, "height": 48, "width": 64}], [{}])

@@ -2,13 +2,15 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from detectron2.data import transforms as T
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from dimaskdino.errors import ConfigError
-from dimaskdino.prediction.augmented import AugmentedModel, check_augmentation
+from dimaskdino.prediction.augmented import AugmentedModel, check_augmentation, view
 from dimaskdino.structures import RleMasks
 from tests.tiny_model import TINY_DINO, image, tiny_cfg, tiny_model
 
@@ -105,6 +107,7 @@ def test_semantic_maps_are_the_mean_of_the_views() -> None:
     [
         ({"TEST.AUG.MIN_SIZES": ()}, r"TEST\.AUG\.MIN_SIZES"),
         ({"TEST.AUG.MIN_SIZES": (64, 0)}, r"TEST\.AUG\.MIN_SIZES"),
+        ({"TEST.AUG.MIN_SIZES": (64, "a")}, r"TEST\.AUG\.MIN_SIZES"),
         ({"MODEL.MaskDINO.TEST.PANOPTIC_ON": True}, r"TEST\.AUG\.ENABLED.*PANOPTIC_ON"),
     ],
     ids=str,
@@ -113,3 +116,8 @@ def test_what_cannot_be_joined_is_refused(options: dict[str, Any], key: str) -> 
     with pytest.raises(ConfigError, match=key):
         check_augmentation(tiny_cfg(AUG | options))
     check_augmentation(tiny_cfg(options | {"TEST.AUG.ENABLED": False}))
+
+
+def test_view_one_pixel_wide_is_mirrored() -> None:
+    pixels = np.arange(15, dtype=np.uint8).reshape(5, 1, 3)
+    assert torch.equal(view(pixels, T.ResizeShortestEdge(1, 5), True), torch.from_numpy(pixels.transpose(2, 0, 1)))

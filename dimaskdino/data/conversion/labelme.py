@@ -47,8 +47,10 @@ def read_labelme(
         except ValueError as error:
             problems.add(str(file), str(error))
             continue
+        since = len(problems.found)
         image.objects.extend(_objects(content["shapes"], file, text, image.size, problems))
-        found.append(image)
+        if not problems.leave_out(image.objects, since):
+            found.append(image)
     return found, known_classes(found, classes, problems)
 
 

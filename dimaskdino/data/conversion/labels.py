@@ -77,6 +77,12 @@ class Problems:
         """Remember one."""
         self.found.append(f"{where}: {problem}")
 
+    def leave_out(self, objects: Sequence[LabeledObject], since: int) -> bool:
+        """Whether an image lost all of its objects to the problems after the first ``since``: it is no background."""
+        lost = not objects and len(self.found) > since
+        self.notes["images left out, as none of their objects can be used"] += lost
+        return lost
+
     def check(self) -> None:
         """Raise DatasetError, naming the first, unless they are skipped."""
         if self.found and not self.skip:

@@ -105,14 +105,15 @@ def read_voc(
             problems.add(str(file), str(error))
             continue
         image = images.labeled(path, [])
-        masks = _voc_masks(source / "SegmentationObject" / f"{file.stem}.png")
+        masks, since = _voc_masks(source / "SegmentationObject" / f"{file.stem}.png"), len(problems.found)
         for number, node in enumerate(root.all("object"), start=1):
             where = f"{file}, line {node.line}"
             try:
                 image.objects.append(_voc_object(node, where, one_based, None if masks is None else masks == number))
             except ValueError as error:
                 problems.add(where, str(error))
-        found.append(image)
+        if not problems.leave_out(image.objects, since):
+            found.append(image)
     return found, known_classes(found, classes, problems)
 
 

@@ -59,11 +59,15 @@ def read_yolo(
             problems.notes["images without a label file"] += 1
         else:
             used.add(file)
-        size = images.size(path)
+        size, since = images.size(path), len(problems.found)
         objects = [] if file is None else _objects(file, size, names, problems)
+        if problems.leave_out(objects, since):
+            continue
         found.append(LabeledImage(path.relative_to(images.root).as_posix(), size, objects))
     if not used:
         raise DatasetError(f"None of the {len(images.paths)} images below {images.root} has a label file .txt.")
+    beside = {file for folder in {each.parent for each in used} for file in folder.glob("*.txt")}
+    problems.notes["label files without an image"] += sum(each.name != "classes.txt" for each in beside - used)
     return found, names
 
 

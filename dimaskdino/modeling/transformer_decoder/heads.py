@@ -5,6 +5,7 @@ from types import MappingProxyType
 
 from torch import Tensor, nn
 
+from dimaskdino.errors import ConfigError
 from dimaskdino.layers import MLP
 from dimaskdino.layers.boxes import BOX_EPS, move_boxes
 from dimaskdino.structures import MaskLogits, Stage, StagePrediction
@@ -72,4 +73,10 @@ class PredictionHeads(nn.Module):
             masks = MaskLogits(self.mask_embed(normed), mask_features)
         queries = None if self.training else normed
         extra = {name: head(normed) for name, head in self.extra.items()}
+        for name, values in extra.items():
+            if values.shape[:2] != normed.shape[:2]:
+                raise ConfigError(
+                    f"MODEL.EXTRA_HEADS: {name} gives {tuple(values.shape)} for queries {tuple(normed.shape)}; it must "
+                    "begin with the number of images and of queries."
+                )
         return StagePrediction(stage, self.class_embed(normed), boxes, masks, queries, extra)
