@@ -40,6 +40,7 @@ from dimaskdino.engine.train_step import TrainStep
 from dimaskdino.engine.validation_loss import validation_losses
 from dimaskdino.engine.writers import build_writers
 from dimaskdino.evaluation import (
+    LAST_MEASURED_BATCH,
     BackgroundEvaluator,
     ForwardTimer,
     SpeedEvaluator,
@@ -243,7 +244,8 @@ class Trainer(ResumableTrainer):
     def _evaluator_with_speed(cls, cfg: CfgNode, dataset_name: str, timer: ForwardTimer) -> DatasetEvaluator:
         evaluator = cls.build_evaluator(cfg, dataset_name)
         if cfg.TEST.SCORE_IN_BACKGROUND:
-            evaluator = BackgroundEvaluator(evaluator, context=lambda: evaluation_autocast(cfg))
+            first = 0 if cfg.TEST.EVAL_LAYERS else LAST_MEASURED_BATCH
+            evaluator = BackgroundEvaluator(evaluator, context=lambda: evaluation_autocast(cfg), first=first)
         if cfg.TEST.EVAL_LAYERS:
             return evaluator
         return DatasetEvaluators([evaluator, SpeedEvaluator(timer, inference_folder(cfg, dataset_name))])

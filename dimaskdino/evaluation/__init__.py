@@ -12,10 +12,11 @@ from dimaskdino.evaluation.coco import CocoEvaluator
 from dimaskdino.evaluation.layerwise import LayerwiseEvaluator
 from dimaskdino.evaluation.own import ImageEvaluator
 from dimaskdino.evaluation.report import class_table, coco_table, layer_table, run_table, write_results
-from dimaskdino.evaluation.speed import ForwardTimer, SpeedEvaluator, timed
+from dimaskdino.evaluation.speed import LAST_MEASURED_BATCH, ForwardTimer, SpeedEvaluator, timed
 
 __all__ = [
     "EVALUATOR_REGISTRY",
+    "LAST_MEASURED_BATCH",
     "BackgroundEvaluator",
     "CocoEvaluator",
     "ForwardTimer",

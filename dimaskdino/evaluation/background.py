@@ -18,17 +18,22 @@ class BackgroundEvaluator(DatasetEvaluator):
     Args:
         evaluator: what scores.
         context: entered around its ``process``; gradients are off there in any case, and autocast is not inherited.
+        first: batch from which the thread is used; those before are scored in place, and leave the model alone.
     """
 
     def __init__(
-        self, evaluator: DatasetEvaluator, *, context: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self,
+        evaluator: DatasetEvaluator,
+        *,
+        context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        first: int = 0,
     ) -> None:
-        self._evaluator, self._context = evaluator, context
+        self._evaluator, self._context, self._first = evaluator, context, first
         self._running: Future[None] | None = None
 
     def reset(self) -> None:
         """Forget all predictions."""
-        self._running = None
+        self._running, self._seen = None, 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="evaluation")
         self._evaluator.reset()
 
@@ -37,6 +42,9 @@ class BackgroundEvaluator(DatasetEvaluator):
         self._wait()
         device = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # each thread has its own
         self._running = self._thread.submit(self._process, inputs, outputs, device)
+        self._seen += 1
+        if self._seen <= self._first:
+            self._wait()
 
     def evaluate(self) -> Any:
         """The scores of all batches."""

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 SPEED_FILE = "speed.json"
 # The first calls choose kernels and fill caches.
 NUM_WARMUP_BATCHES = 5
+# Speed is measured in the batches up to this one; later ones are scored beside the model, which takes time from it.
+LAST_MEASURED_BATCH = 305
 
 
 class ForwardTimer:
@@ -72,8 +74,8 @@ class SpeedEvaluator(DatasetEvaluator):
     """Writes ``speed.json``: images per second of the forward pass, and the device. It returns no scores.
 
     A forward pass goes from images in memory to results at the requested size: transfer to the device, network, boxes,
-    and masks, without loading and scoring. Speed is images over seconds of all batches but the first five. With several
-    processes it is the average of one process, not their sum.
+    and masks, without loading and scoring. Speed is images over seconds of the first 300 batches after five that do not
+    count. With several processes it is the average of one process, not their sum.
 
     Args:
         timer: of the evaluated model.
@@ -94,7 +96,7 @@ class SpeedEvaluator(DatasetEvaluator):
 
     def evaluate(self) -> dict[str, dict[str, float]]:
         """Write the speed on the main process if there were enough batches. Returns an empty dict."""
-        gathered = comm.gather(self._batches[NUM_WARMUP_BATCHES:])
+        gathered = comm.gather(self._batches[NUM_WARMUP_BATCHES:LAST_MEASURED_BATCH])
         batches = [batch for of_process in gathered for batch in of_process]
         if not comm.is_main_process():
             return {}

@@ -55,6 +55,25 @@ def test_batches_are_scored_in_order_in_one_other_thread() -> None:
     assert threading.get_ident() not in recorder.threads
 
 
+def test_first_batches_are_done_before_the_model_goes_on() -> None:
+    recorder, done = Recorder(), threading.Event()
+    evaluator = BackgroundEvaluator(recorder, first=2)
+    evaluator.reset()
+    process = recorder.process
+
+    def held(inputs: Batch, outputs: Batch) -> None:
+        if outputs[0]["number"] == 2:
+            done.wait(10)
+        process(inputs, outputs)
+
+    recorder.process = held  # type: ignore[method-assign]
+    for number, seen in enumerate(([0], [0, 1], [0, 1])):
+        evaluator.process([{}], [{"number": number}])
+        assert recorder.seen == seen
+    done.set()
+    assert evaluator.evaluate() == {"seen": [0, 1, 2]}
+
+
 @pytest.mark.parametrize("broken", [3, 8], ids=["in between", "last"])
 def test_an_error_of_the_thread_ends_the_evaluation(broken: int) -> None:
     recorder = Recorder()

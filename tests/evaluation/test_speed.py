@@ -76,6 +76,11 @@ def test_speed_leaves_out_the_first_five_batches(clock: Clock, tmp_path: Path) -
     }
 
 
+def test_speed_leaves_out_batches_that_are_scored_beside_the_model(clock: Clock, tmp_path: Path) -> None:
+    speed = measure(clock, tmp_path, [*WARM_UP, *[[0.5]] * 300, [9.0], [9.0]])
+    assert (speed["images_per_second"], speed["images"]) == (2.0, 300)
+
+
 def test_speed_counts_images_not_batches(clock: Clock, tmp_path: Path) -> None:
     speed = measure(clock, tmp_path, [*WARM_UP, [0.25, 0.25], [0.5]])
     assert (speed["images_per_second"], speed["images"], speed["images_per_batch"]) == (3.0, 3, 2)
