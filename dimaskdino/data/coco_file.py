@@ -57,7 +57,9 @@ def read_json(path: str | os.PathLike[str]) -> Any:
             return json.load(file)
     except RecursionError:
         raise DatasetError(f"Annotation file {path} is nested too deep to be a COCO file; export it again.") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise DatasetError(f"Annotation file {path} cannot be read ({error.strerror}); check the path.") from error
+    except ValueError as error:
         raise DatasetError(f"Annotation file {path} is not valid JSON ({error}); export it again.") from error
 
 

@@ -119,7 +119,7 @@ def test_masks_that_some_runs_lack_are_left_out_aloud(run, tmp_path: Path, caplo
     [
         (["good.json", "good.json", "--weights", "1"], "--weights has 1 numbers for 2 runs"),
         (["good.json", "--weights", "-1"], "--weights"),
-        (["good.json", "missing.json"], "missing.json"),
+        (["good.json", "missing.json"], "missing.json cannot be read"),
         (["empty", "good.json"], "empty holds no results"),
         (["good.json", "others.json"], "no image in common"),
         (["good.json", "larger.json"], "image 1 have different sizes"),
