@@ -25,11 +25,15 @@ def register_keys(keys: Mapping[str, Any]) -> None:
         keys: full dotted name -> default. Missing nodes are made. A value given later has the type of its default.
 
     Raises:
-        ConfigError: a key exists already, has the name of a node, or lies below another key; the message names the
-            module and the key.
+        ConfigError: a key exists already, has the name of a node, lies below another key, has a part that is no name,
+            or a default that YAML does not hold; the message names the module and the key.
     """
     module = sys._getframe(1).f_globals.get("__name__", "?")
-    for key in keys:
+    for key, default in keys.items():
+        if any(part.split() != [part] for part in key.split(".")):  # empty, or with a space
+            raise ConfigError(f"{module}: the configuration key {key!r} is not names with dots between them.")
+        if isinstance(default, dict) or not _is_plain(default):
+            raise ConfigError(f"{module}: the default of {key} is {default!r:.60}; give text, a number, or a list.")
         owner = _owner(key)
         if owner and owner != module:  # a module that is reloaded registers its keys once more
             raise ConfigError(f"{module} adds the configuration key {key}, which {owner} has; give it another name.")
@@ -40,6 +44,14 @@ def register_keys(keys: Mapping[str, Any]) -> None:
     except ConfigError as error:
         raise ConfigError(f"{module}: {error}") from error
     _REGISTERED.update({key: (default, module) for key, default in keys.items()})
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_plain, (*value, *value.values())))
+    return (
+        all(map(_is_plain, value)) if isinstance(value, list | tuple) else isinstance(value, str | int | float | None)
+    )
 
 
 def own_keys() -> dict[str, Any]:

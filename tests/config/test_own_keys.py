@@ -74,6 +74,16 @@ def test_key_that_breaks_the_tree_is_refused(key: str) -> None:
     assert key not in own_keys()
 
 
+@pytest.mark.parametrize(
+    ("key", "default"), [("MODEL..OWN", 1), ("SOLVER.MY OWN", 1), ("SOLVER.OWN", object()), ("SOLVER.OWN", {"A": 1})]
+)
+def test_key_that_no_file_can_hold_is_refused(key: str, default: object) -> None:
+    with pytest.raises(ConfigError, match=f"test_own_keys.*{key}"):
+        register_keys({key: default})
+    assert key not in own_keys()
+    register_keys({"SOLVER.OWN_LIST": [{"pattern": "*", "lr_factor": 0.1}, (1, None)]})
+
+
 def test_file_names_the_modules_that_it_needs(here: Path) -> None:
     config = here / "config.yaml"
     config.write_text("IMPORTS: [not_imported, sys]\nMODEL: {NOT_THERE: {WIDTH: 3}}\n")
