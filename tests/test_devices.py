@@ -183,7 +183,7 @@ def test_the_accelerator_refuses_what_a_gpu_refuses():
 # These choose a device, report it, or say what it can compute in; everything else takes it from its inputs.
 MAY_NAME_DEVICES = {
     "engine/launch.py",
-    "engine/precision.py",
+    "engine/devices.py",
     "env.py",
     "layers/precision.py",
     "predictor.py",

@@ -2,12 +2,11 @@
 
 from dimaskdino.command_line import argument_parser
 from dimaskdino.cpu import keep_freed_memory
-from dimaskdino.engine.evaluation import evaluate
 from dimaskdino.engine.hooks import HOOK_REGISTRY
 from dimaskdino.engine.launch import launch
 from dimaskdino.engine.setup import setup
 from dimaskdino.engine.train_step import TrainStep
-from dimaskdino.engine.trainer import Trainer
+from dimaskdino.engine.trainer import Trainer, evaluate
 from dimaskdino.solver import GradientClipper, build_lr_scheduler, build_optimizer
 
 __all__ = [

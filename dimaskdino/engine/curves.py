@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from dimaskdino.config import flatten
 from dimaskdino.engine.run_folder import CONFIG_FILE
-from dimaskdino.engine.run_state import FREE_KEYS, METRICS_FILE, records
+from dimaskdino.engine.writers import FREE_KEYS, METRICS_FILE, records
 from dimaskdino.errors import UserError
 from dimaskdino.structures import is_final_loss
 

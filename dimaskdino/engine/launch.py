@@ -23,7 +23,7 @@ import torch.multiprocessing as mp
 from detectron2.utils import comm
 
 from dimaskdino.compat import create_local_process_group, leave_process_group, process_groups, silence_gathering
-from dimaskdino.engine.signals import INTERRUPTED_STATUS, REQUEUE_STATUS
+from dimaskdino.engine.run_folder import INTERRUPTED_STATUS, REQUEUE_STATUS
 from dimaskdino.errors import USER_ERROR_STATUS, UserError
 
 Main = Callable[[Namespace], object]

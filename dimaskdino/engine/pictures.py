@@ -16,8 +16,8 @@ from torch import nn
 from dimaskdino.checkpoint import Checkpointer
 from dimaskdino.data import build_mapper, register_all
 from dimaskdino.data.datasets.registration import load_dataset
+from dimaskdino.engine.devices import whole_weights
 from dimaskdino.engine.nonfinite import unwrapped
-from dimaskdino.engine.sharding import whole_weights
 from dimaskdino.modeling.meta_arch import build_model
 from dimaskdino.prediction.results import Classes, Prediction, on_cpu
 from dimaskdino.visualization import Objects, draw_objects, save_grid

@@ -21,19 +21,28 @@ from torch.optim import Optimizer
 
 from dimaskdino.checkpoint import AVERAGE, FINAL, Checkpointer
 from dimaskdino.data.loaders import images_in_a_group
-from dimaskdino.engine.best import KeepBest
+from dimaskdino.engine.devices import is_sharding
 from dimaskdino.engine.ema import AveragedWeights
-from dimaskdino.engine.hooks import EvaluateWhenTrained, WriteRecords, average_running_statistics, is_record_due
+from dimaskdino.engine.hooks import (
+    EvaluateWhenTrained,
+    KeepBest,
+    WriteRecords,
+    average_running_statistics,
+    is_record_due,
+)
 from dimaskdino.engine.nonfinite import NonFiniteError, NonFiniteSteps
 from dimaskdino.engine.pictures import DrawPredictions
 from dimaskdino.engine.run_folder import (
+    StopSignals,
     check_free_space,
     check_same_checkpoint,
+    folder_lock,
     full_disk_in_one_line,
     set_earlier_run_aside,
     write_config,
 )
-from dimaskdino.engine.run_state import (
+from dimaskdino.engine.train_step import TrainStep
+from dimaskdino.engine.writers import (
     METRICS_FILE,
     changed_settings,
     cut_records,
@@ -42,9 +51,6 @@ from dimaskdino.engine.run_state import (
     record_of,
     restore_scalars,
 )
-from dimaskdino.engine.sharding import is_sharding
-from dimaskdino.engine.signals import StopSignals, folder_lock
-from dimaskdino.engine.train_step import TrainStep
 from dimaskdino.errors import CheckpointError, file_errors_in_one_line
 from dimaskdino.solver import (
     NEW_RUN,

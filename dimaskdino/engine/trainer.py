@@ -1,50 +1,63 @@
 """What a training is made of: model, optimizer, hooks, data and evaluation, each by a method to override."""
 
+import contextlib
 import logging
+import math
 import sys
 import weakref
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.engine.hooks import IterationTimer, LRScheduler, PeriodicCheckpointer
-from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators, inference_on_dataset
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators, inference_on_dataset, verify_results
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from fvcore.nn.precise_bn import get_bn_modules
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dimaskdino.checkpoint import Checkpointer
-from dimaskdino.data import build_test_loader, build_train_loader, register_all
-from dimaskdino.engine.best import KeepBest
+from dimaskdino.checkpoint import AVERAGE, Checkpointer
+from dimaskdino.data import build_mapper, build_test_loader, build_train_loader, register_all
+from dimaskdino.data.loaders import test_entries
+from dimaskdino.engine.devices import distribute, evaluation_autocast, is_sharding, training_dtype, whole_weights
 from dimaskdino.engine.ema import AveragedWeights, UpdateAverage, in_ema_folder
 from dimaskdino.engine.hooks import (
     AverageRunningStatistics,
     EvaluateWhenTrained,
+    KeepBest,
     ProgressLog,
     RepeatablePreciseBN,
     WriteRecords,
     build_own_hooks,
 )
+from dimaskdino.engine.nonfinite import unwrapped
 from dimaskdino.engine.pictures import DrawPredictions
-from dimaskdino.engine.precision import evaluation_autocast, training_dtype
 from dimaskdino.engine.resumable import ResumableTrainer
-from dimaskdino.engine.run_folder import in_subfolder, inference_folder, read_run_id, write_config
-from dimaskdino.engine.sharding import distribute, is_sharding, whole_weights
+from dimaskdino.engine.run_folder import (
+    check_same_checkpoint,
+    full_disk_in_one_line,
+    in_subfolder,
+    inference_folder,
+    read_run_id,
+    write_config,
+)
 from dimaskdino.engine.train_step import TrainStep
-from dimaskdino.engine.validation_loss import validation_losses
 from dimaskdino.engine.writers import build_writers
+from dimaskdino.errors import UserError
 from dimaskdino.evaluation import (
     LAST_MEASURED_BATCH,
     BackgroundEvaluator,
     ForwardTimer,
     SpeedEvaluator,
     build_evaluator,
+    check_classes,
     class_names,
     timed,
     write_results,
@@ -52,6 +65,7 @@ from dimaskdino.evaluation import (
 from dimaskdino.modeling.meta_arch import build_model, needs_masks
 from dimaskdino.modeling.policies import checkpoint_activations
 from dimaskdino.prediction.augmented import AugmentedModel, whole_images
+from dimaskdino.seeds import VALIDATION, seed_from
 from dimaskdino.solver import GradientClipper, build_lr_scheduler, build_optimizer, freeze_parameters
 
 logger = logging.getLogger(__name__)
@@ -249,3 +263,92 @@ class Trainer(ResumableTrainer):
         if cfg.TEST.EVAL_LAYERS:
             return evaluator
         return DatasetEvaluators([evaluator, SpeedEvaluator(timer, inference_folder(cfg, dataset_name))])
+
+
+def evaluate(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
+    """Evaluate MODEL.WEIGHTS, or the last checkpoint in OUTPUT_DIR if ``resume``, on every DATASETS.TEST.
+
+    Raises:
+        UserError: there are no weights to evaluate, or the processes find different ones.
+        SystemExit: on the main process, with status 1, if the results are not TEST.EXPECTED_RESULTS.
+    """
+    check_classes(cfg)
+    model = Trainer.build_model(cfg)
+    names = class_names(cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else ()
+    checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, class_names=names)
+    checkpointer.run_id = read_run_id(Path(cfg.OUTPUT_DIR))
+    check_same_checkpoint(checkpointer, resume=resume)
+    if resume and not checkpointer.has_checkpoint():
+        raise UserError(f"--eval-only --resume: no checkpoint in {cfg.OUTPUT_DIR}; train first, or set MODEL.WEIGHTS.")
+    if not resume and not cfg.MODEL.WEIGHTS:
+        raise UserError("--eval-only needs weights: set MODEL.WEIGHTS to a file, or give --resume.")
+    content = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    if set_precision := getattr(model, "set_precision", None):  # a model of the user's own may have none
+        set_precision(cfg.MODEL.MaskDINO.TEST.PRECISION)
+    with full_disk_in_one_line(Path(cfg.OUTPUT_DIR)):
+        results = Trainer.test_with_views(cfg, model)
+        if resume and AVERAGE in content:
+            model.load_state_dict(content[AVERAGE])
+            results = {**results, "ema": Trainer.test_with_views(in_ema_folder(cfg), model)}
+    if comm.is_main_process():
+        verify_results(cfg, results)
+    return results
+
+
+# What behaves otherwise in training than in evaluation, apart from the model itself: batch norm, dropout, and the
+# drop-path of backbones, which have classes of their own.
+_IN_EVALUATION = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, nn.MultiheadAttention)
+_DROP_PATH = "DropPath"
+
+
+@torch.no_grad()
+def validation_losses(cfg: CfgNode, model: nn.Module, dataset_name: str) -> dict[str, float]:
+    """The losses of a dataset in one image a batch, averaged over its images with objects; all processes must call it.
+
+    Batch norm, dropout and drop-path are in evaluation. Denoising and points are drawn from the number of an image, so
+    that two evaluations differ by the weights alone. Several processes normalize by the objects of all their batches,
+    as in training, so their losses differ from those of one process.
+
+    Args:
+        cfg: of the run.
+        model: may be wrapped for distribution.
+        dataset_name: registered, with labels.
+
+    Returns:
+        Loss -> value, and their sum as "total_loss".
+    """
+    entries = test_entries(cfg, dataset_name)
+    entries = [entry for entry in entries if entry.get("annotations") != []]
+    mapper = build_mapper(cfg, is_train=False, with_instances=True, with_masks=needs_masks(cfg))
+    model = unwrapped(model)
+    sums: dict[str, Tensor] = {}
+    with _loss_mode(model):
+        # Every process computes as many batches: the model sums up the objects of all.
+        for first in range(math.ceil(len(entries) / comm.get_world_size())):
+            index = first * comm.get_world_size() + comm.get_rank()
+            seed_from(0, VALIDATION, index)
+            losses = model([mapper(entries[index % len(entries)])])
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0 * value) + value * (index < len(entries))
+    if not sums:
+        return {}
+    values = torch.stack([sums[name].float() for name in sorted(sums)])
+    if comm.get_world_size() > 1:
+        dist.all_reduce(values)
+    averages = dict(zip(sorted(sums), (values / len(entries)).tolist(), strict=True))
+    return {"total_loss": sum(averages.values()), **averages}
+
+
+@contextlib.contextmanager
+def _loss_mode(model: nn.Module) -> Iterator[None]:
+    """Let a model compute losses without what training does at random or to its running statistics."""
+    modes = {module: module.training for module in model.modules()}
+    model.train()
+    for module in model.modules():
+        if isinstance(module, _IN_EVALUATION) or type(module).__name__ == _DROP_PATH:
+            module.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -32,7 +32,7 @@ from dimaskdino.data.label_maps import read_segments
 from dimaskdino.engine import Trainer, argument_parser, evaluate, setup
 from dimaskdino.engine.hooks import average_running_statistics
 from dimaskdino.engine.setup import check_datasets_once
-from dimaskdino.engine.validation_loss import validation_losses
+from dimaskdino.engine.trainer import validation_losses
 from dimaskdino.errors import UserError
 from dimaskdino.evaluation import build_evaluator
 from dimaskdino.modeling.registry import BATO_REGISTRY

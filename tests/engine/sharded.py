@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dimaskdino.config import Config
 from dimaskdino.engine import GradientClipper, Trainer
-from dimaskdino.engine.sharding import whole_weights
+from dimaskdino.engine.devices import whole_weights
 from dimaskdino.layers.shards import local
 from tests.engine.toy import train
 from tests.tiny_model import TINY_OPTIONS, image

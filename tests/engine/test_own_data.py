@@ -17,8 +17,8 @@ from dimaskdino.checkpoint.dino import COCO_NAMES
 from dimaskdino.config import Config
 from dimaskdino.data.datasets import register_all
 from dimaskdino.data.datasets.registration import load_dataset
-from dimaskdino.engine.run_state import changed_settings
 from dimaskdino.engine.setup import load_config
+from dimaskdino.engine.writers import changed_settings
 from dimaskdino.errors import ConfigError, DatasetError
 from tests.documentation import REPOSITORY
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from dimaskdino.config import Config
 from dimaskdino.engine import GradientClipper, Trainer, TrainStep
-from dimaskdino.engine.precision import check_precision, evaluation_autocast, training_dtype
+from dimaskdino.engine.devices import check_precision, evaluation_autocast, training_dtype
 from dimaskdino.errors import ConfigError
 from tests.tiny_model import tiny_cfg, tiny_model, train_batch
 

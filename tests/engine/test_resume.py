@@ -12,7 +12,7 @@ import torch
 from dimaskdino.checkpoint.folder import damage
 from dimaskdino.config import Config
 from dimaskdino.engine import Trainer, run_folder
-from dimaskdino.engine.run_state import changed_settings, cut_records, last_record
+from dimaskdino.engine.writers import changed_settings, cut_records, last_record
 from dimaskdino.errors import UserError
 from tests.engine import killing
 from tests.engine.killing import Killed

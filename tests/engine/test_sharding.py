@@ -10,7 +10,7 @@ from torch import nn
 
 from dimaskdino.config import Config
 from dimaskdino.engine import GradientClipper
-from dimaskdino.engine.sharding import check_sharding, distribute
+from dimaskdino.engine.devices import check_sharding, distribute
 from dimaskdino.errors import ConfigError
 from tests.engine.sharded import CLIPPERS, GRADIENTS, KINDS
 

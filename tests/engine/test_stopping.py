@@ -13,8 +13,8 @@ import torch
 
 from dimaskdino.config import Config
 from dimaskdino.engine import Trainer
-from dimaskdino.engine.best import check_best
-from dimaskdino.engine.signals import check_not_locked, folder_lock
+from dimaskdino.engine.hooks import check_best
+from dimaskdino.engine.run_folder import check_not_locked, folder_lock
 from dimaskdino.errors import ConfigError, UserError
 from tests.engine.killing import Killed
 

@@ -21,7 +21,7 @@ from dimaskdino.data.datasets.registration import load_dataset
 from dimaskdino.engine.curves import default_metrics, draw_curves, read_groups
 from dimaskdino.engine.hooks import ProgressLog, peak_memory, progress_line
 from dimaskdino.engine.pictures import picture_inputs, picture_rows
-from dimaskdino.engine.validation_loss import validation_losses
+from dimaskdino.engine.trainer import validation_losses
 from dimaskdino.engine.writers import WRITER_REGISTRY, check_writers
 from dimaskdino.errors import ConfigError, UserError
 from dimaskdino.modeling.meta_arch import build_model
