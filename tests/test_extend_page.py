@@ -11,7 +11,7 @@ import yaml
 import dimaskdino.data.augmentations
 import dimaskdino.data.readers
 from dimaskdino.config import get_cfg
-from dimaskdino.config.own_keys import _REGISTERED
+from dimaskdino.config.reader import _REGISTERED
 from dimaskdino.data.augmentations import copy_paste, own_augmentations
 from dimaskdino.engine import HOOK_REGISTRY, argument_parser
 from dimaskdino.evaluation import EVALUATOR_REGISTRY

@@ -56,10 +56,10 @@ from dimaskdino.data.coco_file import Json
 from dimaskdino.data.datasets.registration import load_dataset
 from dimaskdino.data.images import read_image
 from dimaskdino.data.label_maps import read_label_map, read_segment_ids
+from dimaskdino.data.orders import Samples
 from dimaskdino.data.parallel import Progress
 from dimaskdino.data.readers import PilReader, Reader, image_reader
 from dimaskdino.data.rle import Size
-from dimaskdino.data.samplers import Samples
 from dimaskdino.data.validation.dataset import Dataset, find_dataset
 from dimaskdino.data.validation.inspection import inspect_dataset
 from dimaskdino.data.validation.report import Finding, problem_table, region_kind

@@ -35,7 +35,7 @@ if __name__ == "__main__":
 import numpy as np
 
 from dimaskdino import Predictor
-from dimaskdino.analysis.dataset import drawn_truth, read_dataset, true_objects
+from dimaskdino.analysis.stages import drawn_truth, read_dataset, true_objects
 from dimaskdino.prediction.images import to_rgb
 from dimaskdino.visualization import Objects, draw_objects, save_grid
 

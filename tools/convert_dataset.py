@@ -53,8 +53,16 @@ if __name__ == "__main__":
 from tabulate import tabulate
 
 from dimaskdino.data.conversion import labelme, masks, tables, writing, xml_files, yolo
-from dimaskdino.data.conversion.labels import Images, LabeledImage, Problems, by_class, checked, to_coco, write_json
-from dimaskdino.data.conversion.split import stratified
+from dimaskdino.data.conversion.labels import (
+    Images,
+    LabeledImage,
+    Problems,
+    by_class,
+    checked,
+    stratified,
+    to_coco,
+    write_json,
+)
 
 SPLIT_NAMES = ("train", "val", "test")
 BAD_LISTED = 20

@@ -40,7 +40,6 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from dimaskdino import Predictor
-from dimaskdino.analysis.dataset import read_dataset, true_objects
 from dimaskdino.analysis.examples import Examples
 from dimaskdino.analysis.explanation import (
     Explained,
@@ -50,11 +49,10 @@ from dimaskdino.analysis.explanation import (
     outcome_rows,
     write_objects,
 )
-from dimaskdino.analysis.figures import draw_outcomes, png
+from dimaskdino.analysis.figures import draw_outcomes, png, score_results
 from dimaskdino.analysis.missed import Limits
 from dimaskdino.analysis.report import write_report
-from dimaskdino.analysis.scores import score_results
-from dimaskdino.analysis.stages import compare_stages, watched
+from dimaskdino.analysis.stages import compare_stages, read_dataset, true_objects, watched
 from dimaskdino.data import build_mapper
 from dimaskdino.evaluation.truth import Truth
 from dimaskdino.prediction.images import to_rgb

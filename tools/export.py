@@ -46,10 +46,9 @@ from predict_onnx import Model, open_onnx
 
 from dimaskdino import Predictor
 from dimaskdino.export.check import differences, reference_results
-from dimaskdino.export.description import describe
 from dimaskdino.export.evaluation import dataset_entries, evaluate
 from dimaskdino.export.formats import FORMATS, Export, require
-from dimaskdino.export.graph import ExportGraph, check_exportable, has_enough_tokens, predict
+from dimaskdino.export.graph import ExportGraph, check_exportable, describe, has_enough_tokens, predict
 
 DEMO_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo" / "dimaskdino_shapes.yaml"
 DEMO_WEIGHTS = Path(__file__).resolve().with_name("demo_model.pth")

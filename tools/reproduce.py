@@ -64,8 +64,7 @@ if __name__ == "__main__":
 
 from dimaskdino.reproduction.charts import StageResults, draw_imbalance, draw_table
 from dimaskdino.reproduction.costs import cost_table, measure_folder, speeds
-from dimaskdino.reproduction.effects import effects, effects_csv, effects_markdown
-from dimaskdino.reproduction.intervals import ap_interval
+from dimaskdino.reproduction.effects import ap_interval, effects, effects_csv, effects_markdown
 from dimaskdino.reproduction.jobs import Job, Launcher, check_submission, measure_all, run_jobs, submit, unfinished
 from dimaskdino.reproduction.report import compare, markdown, to_csv
 from dimaskdino.reproduction.runs import Run

@@ -24,6 +24,7 @@ from dimaskdino.analysis.explanation import (
     outcome_rows,
 )
 from dimaskdino.analysis.figures import (
+    TaskScores,
     draw_calibration,
     draw_confusion,
     draw_curves,
@@ -32,7 +33,6 @@ from dimaskdino.analysis.figures import (
     png,
 )
 from dimaskdino.analysis.missed import Limits
-from dimaskdino.analysis.scores import TaskScores
 
 # The module's own text, without the marks of its markup.
 _DEFINITIONS = (missed.__doc__ or "").replace(":class:`Limits`", "above").replace("``", "")

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dimaskdino.checkpoint.channels import fit_channels
-from dimaskdino.checkpoint.fitting import BACKBONE, describe_backbone, group
+from dimaskdino.checkpoint.fitting import BACKBONE, describe_backbone, fit_channels, group
 from dimaskdino.errors import CheckpointError
 
 logger = logging.getLogger(__name__)

@@ -11,11 +11,18 @@ from fvcore.common.checkpoint import Checkpointer as FvcoreCheckpointer
 from torch import Tensor, nn
 
 from dimaskdino.checkpoint.backbones import match_backbone
-from dimaskdino.checkpoint.channels import fit_channels
 from dimaskdino.checkpoint.dino import COCO_IDS, COCO_NAMES, COCO_OUTPUTS, pick_coco_rows
-from dimaskdino.checkpoint.fitting import BACKBONE, Misfit, num_classes
+from dimaskdino.checkpoint.fitting import (
+    BACKBONE,
+    BASE,
+    DIGEST,
+    Misfit,
+    fill_frozen,
+    fit_channels,
+    num_classes,
+    without_frozen,
+)
 from dimaskdino.checkpoint.folder import FINAL, TAG_FILE, newest_good
-from dimaskdino.checkpoint.frozen import BASE, DIGEST, fill_frozen, without_frozen
 from dimaskdino.checkpoint.names import is_class_key
 from dimaskdino.checkpoint.reading import AUTHOR, CLASS_NAMES, class_names_of, read_weights, replacing, write_weights
 from dimaskdino.checkpoint.releases import from_release, is_release

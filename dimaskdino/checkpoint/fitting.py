@@ -1,13 +1,21 @@
-"""Whether a file's weights fit a model, and if they do not, the likely cause."""
+"""Fitting the weights of a file to a model: names, shapes, channels, and frozen weights that the file leaves out."""
 
+import hashlib
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from dimaskdino.checkpoint.names import DECODER, ENCODER, is_class_key, is_dino
+from dimaskdino.errors import CheckpointError
+from dimaskdino.layers.shards import gathered
+
+logger = logging.getLogger(__name__)
 
 State = Mapping[str, Tensor]
 
@@ -204,3 +212,96 @@ _CAUSES: tuple[Callable[[Misfit], str], ...] = (
     _two_stage,
     _shared_heads,
 )
+
+
+_COLORS = 3
+
+
+def fit_channels(
+    state: Mapping[str, Tensor], model_state: Mapping[str, Tensor], names: Mapping[str, str] | None = None
+) -> dict[str, Tensor]:
+    """Give filters on three channels the number of channels of the model's images.
+
+    The first three of more channels get the file's filters, the others zeros: where these are the colors, or the others
+    are zero, the outputs are those of the file. One channel gets the sum of the filters, so that gray gives what it
+    gave as three equal colors; two channels get the first two filters, times 3/2.
+
+    Args:
+        state: weights of a file.
+        model_state: weights of the model.
+        names: keys of the file to keys of the model; None where they are the same.
+
+    Returns:
+        ``state``, with those filters replaced.
+    """
+    fitted = dict(state)
+    for theirs in state:
+        ours = theirs if names is None else names.get(theirs, "")
+        given, wanted = state[theirs], model_state.get(ours)
+        if wanted is None or given.ndim != 4 or given.shape[1] != _COLORS or wanted.ndim != 4:
+            continue
+        channels = wanted.shape[1]
+        if channels == _COLORS or wanted.shape[:1] + wanted.shape[2:] != given.shape[:1] + given.shape[2:]:
+            continue
+        fitted[theirs] = _filters(given, channels)
+        how = "zeros for the others" if channels > _COLORS else "summed" if channels == 1 else "the first two times 3/2"
+        logger.warning("%s: its filters on 3 channels are used for %d (%s).", ours, channels, how)
+    return fitted
+
+
+def _filters(given: Tensor, channels: int) -> Tensor:
+    if channels == 1:
+        return given.sum(1, keepdim=True)
+    if channels == 2:
+        return given[:, :2] * (_COLORS / 2)
+    more = given.new_zeros(given.shape[0], channels - _COLORS, *given.shape[2:])
+    return torch.cat((given, more), dim=1)
+
+
+# Entries of a checkpoint: the file of the other weights ("" where the model's construction gives them); their digest.
+BASE, DIGEST = "frozen_weights", "frozen_digest"
+
+
+def frozen_names(model: nn.Module) -> list[str]:
+    """The parameters that are not trained."""
+    return [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+
+
+def without_frozen(model: nn.Module, state: Mapping[str, Tensor], base: str) -> dict[str, Any]:
+    """Entries of a checkpoint that leaves out the frozen parameters.
+
+    Args:
+        model: in training.
+        state: its weights.
+        base: the file that the frozen ones are from.
+    """
+    frozen = set(frozen_names(model))
+    kept = {name: value for name, value in state.items() if name not in frozen}
+    return {"model": kept, BASE: base, DIGEST: digest({name: state[name] for name in sorted(frozen)})}
+
+
+def digest(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 of weights, by which another run knows that it has the same."""
+    found = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        found.update(name.encode())
+        found.update(value.detach().cpu().float().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def fill_frozen(model: nn.Module, state: Mapping[str, Tensor], about: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights of a file, with the frozen ones that it left out as the model has them.
+
+    Raises:
+        CheckpointError: the model has others than the run that wrote the file.
+    """
+    missing = [name for name in frozen_names(model) if name not in state]
+    own = gathered(model.state_dict(), keep=True)
+    filled = {**state, **{name: own[name] for name in missing}}
+    if digest({name: own[name] for name in missing}) != about[DIGEST]:
+        source = about[BASE] or "the pretrained weights (MODEL.VIT.PRETRAINED, MODEL.TIMM.PRETRAINED)"
+        raise CheckpointError(
+            f"The file leaves out the frozen weights, and the model's are not those of its training: {source}. "
+            "Set the same keys as in that run's config.yaml."
+        )
+    return filled

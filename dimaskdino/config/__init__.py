@@ -1,11 +1,9 @@
 """Configuration: every key with its default, the reader, and what the releases' files need."""
 
 from dimaskdino.config.keys import KEYS, add_dimaskdino_config, add_keys
-from dimaskdino.config.own_keys import own_keys, register_keys
-from dimaskdino.config.reader import Config, flatten, get_cfg
-from dimaskdino.config.releases import IGNORED_KEYS
+from dimaskdino.config.reader import Config, flatten, get_cfg, own_keys, register_keys
 from dimaskdino.config.unused_keys import report_unused_keys
-from dimaskdino.config.yaml_files import read_yaml
+from dimaskdino.config.yaml_files import IGNORED_KEYS, read_yaml
 
 __all__ = [
     "IGNORED_KEYS",

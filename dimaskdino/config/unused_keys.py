@@ -5,8 +5,7 @@ from collections.abc import Iterator
 
 from detectron2.config import CfgNode
 
-from dimaskdino.config.own_keys import own_keys
-from dimaskdino.config.reader import flatten, get_cfg
+from dimaskdino.config.reader import flatten, get_cfg, own_keys
 
 logger = logging.getLogger(__name__)
 

@@ -18,11 +18,17 @@ from dimaskdino.data.coco_file import forget_files, without_collecting
 from dimaskdino.data.datasets import register_all
 from dimaskdino.data.datasets.panoptic import forget_panoptic_files
 from dimaskdino.data.datasets.registration import is_coco_file, load_dataset, share_classes
-from dimaskdino.data.folds import check_folds, image_keys, take_fold
 from dimaskdino.data.mapper import build_mapper
-from dimaskdino.data.orders import check_sampler
+from dimaskdino.data.orders import (
+    BatchSampler,
+    Samples,
+    check_folds,
+    check_sampler,
+    endless_order,
+    image_keys,
+    take_fold,
+)
 from dimaskdino.data.readers import image_reader
-from dimaskdino.data.samplers import BatchSampler, Samples, endless_order
 from dimaskdino.data.shared import PackedEntries, once_a_machine
 from dimaskdino.errors import ConfigError, DatasetError
 
@@ -44,7 +50,7 @@ def build_train_loader(
     Images without objects, or with only crowd regions, are left out if DATALOADER.FILTER_EMPTY_ANNOTATIONS says so;
     detectron2 logs how many. Crowd regions, and with them BDD100K's ignored regions, are never trained on.
 
-    Batches and augmentations follow from SEED (see :mod:`dimaskdino.data.samplers`); a negative one draws a seed.
+    Batches and augmentations follow from SEED (see :mod:`dimaskdino.data.orders`); a negative one draws a seed.
 
     Args:
         cfg: the configuration.

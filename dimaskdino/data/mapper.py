@@ -11,8 +11,8 @@ from detectron2.utils.registry import Registry
 from dimaskdino.data.annotations import Annotation, annotations_to_instances, boxes_of, crowd_regions
 from dimaskdino.data.augmentations import copy_paste, own_augmentations
 from dimaskdino.data.copy_paste import CopyPaste
+from dimaskdino.data.fields import unlabeled_classes
 from dimaskdino.data.images import size_problem
-from dimaskdino.data.partial_labels import unlabeled_classes
 from dimaskdino.data.pixels import augment
 from dimaskdino.data.readers import PilReader, Reader, image_reader
 from dimaskdino.data.rle import Size

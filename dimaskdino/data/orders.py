@@ -1,16 +1,179 @@
-"""The orders in which a training draws images, by the name in DATALOADER.SAMPLER_TRAIN."""
+"""Which images a run trains on, and in which order."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+import os
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
+from detectron2.utils.serialize import PicklableWrapper
 from fvcore.common.registry import Registry
+from torch.utils.data import Dataset, Sampler
 
 from dimaskdino.compat import newer_training_sampler, training_samplers
-from dimaskdino.errors import ConfigError, check_choice
+from dimaskdino.data.shared import PackedEntries
+from dimaskdino.errors import ConfigError, DatasetError, check_choice
+from dimaskdino.seeds import SAMPLE, seeded
+
+FOLDER = "folder"
+
+
+def check_folds(cfg: CfgNode) -> None:
+    """Raise ConfigError if the keys of DATASETS.FOLDS contradict each other."""
+    node = cfg.DATASETS.FOLDS
+    if node.NUM == 0:
+        return
+    if node.NUM < 2 or not 0 <= node.FOLD < node.NUM:
+        raise ConfigError(
+            f"DATASETS.FOLDS.NUM is {node.NUM} and FOLD {node.FOLD}; give at least 2 folds, and one of 0 to NUM - 1 to "
+            "test on (or NUM 0 for none)."
+        )
+    if not set(cfg.DATASETS.TEST) & set(cfg.DATASETS.TRAIN):
+        raise ConfigError(
+            "DATASETS.FOLDS divides the datasets of DATASETS.TRAIN; name one of them in DATASETS.TEST as well, to test "
+            "on the fold that is not trained on."
+        )
+
+
+def image_keys(cfg: CfgNode) -> list[str]:
+    """Keys of images that the folds need."""
+    node = cfg.DATASETS.FOLDS
+    return [node.GROUP] if node.NUM and node.GROUP not in ("", FOLDER) else []
+
+
+def take_fold(cfg: CfgNode, name: str, entries: list[dict[str, Any]], *, train: bool) -> list[dict[str, Any]]:
+    """The images of a dataset that a run trains on, or is tested on.
+
+    Images of one group (DATASETS.FOLDS.GROUP) are in one fold. The folds depend on the groups' names and the seed, not
+    on the order of the images.
+
+    Args:
+        cfg: reads DATASETS.{FOLDS, TRAIN}.
+        name: of the dataset; one that is not trained on is not divided.
+        entries: its images.
+        train: whether they are for training.
+
+    Raises:
+        DatasetError: an image does not have the key of its group, or there are fewer groups than folds.
+    """
+    node = cfg.DATASETS.FOLDS
+    if not node.NUM or name not in cfg.DATASETS.TRAIN:
+        return entries
+    groups = [_group(entry, node.GROUP) for entry in entries]
+    names = sorted(set(groups))
+    if len(names) < node.NUM:
+        raise DatasetError(f"DATASETS.FOLDS.NUM is {node.NUM}, but dataset {name} has {len(names)} groups of images.")
+    order = np.random.default_rng(node.SEED).permutation(len(names)).tolist()
+    fold_of = {names[index]: place % node.NUM for place, index in enumerate(order)}
+    return [entry for entry, group in zip(entries, groups, strict=True) if (fold_of[group] == node.FOLD) is not train]
+
+
+def _group(entry: dict[str, Any], key: str) -> str:
+    if key == FOLDER:
+        return os.path.dirname(entry["file_name"])
+    value = entry.get(key or "file_name")
+    if value is None:
+        raise DatasetError(f"Image {entry['file_name']} has no {key!r}, which DATASETS.FOLDS.GROUP names; add the key.")
+    return str(value)
+
+
+# The place of a sample in the endless order of the run, and the index of its image.
+Draw = tuple[int, int]
+
+_MAX_TRIES = 1000
+
+
+def endless_order(cfg: CfgNode, entries: Sequence[dict[str, Any]], seed: int) -> Iterable[int]:
+    """Indices of ``entries`` as DATALOADER.{SAMPLER_TRAIN, NEGATIVE_SHARE} draw them, for all processes together."""
+    return make_order(cfg, entries, seed)
+
+
+class BatchSampler(Sampler[list[Draw]]):
+    """The batches of one process: its share of the batches of all processes.
+
+    Args:
+        order: indices of images for all processes together.
+        batch_size: images of a batch of all processes, a multiple of ``num_processes``.
+        group_of: for each image, the group that it shares a batch with; empty for no groups.
+        group_size: images that come together from one group. Where it is the share of a process, as detectron2 groups
+            them, no process has images of two groups in a batch.
+        first: batches of all processes that were drawn before.
+        rank: of this process.
+        num_processes: processes of the job.
+    """
+
+    def __init__(
+        self,
+        order: Iterable[int],
+        *,
+        batch_size: int,
+        group_of: Sequence[Any] = (),
+        group_size: int = 1,
+        first: int = 0,
+        rank: int = 0,
+        num_processes: int = 1,
+    ) -> None:
+        self._order, self._group_of, self._group_size = order, group_of, group_size
+        self._batch_size, self._first = batch_size, first
+        share = batch_size // num_processes
+        self._share = slice(rank * share, (rank + 1) * share)
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        draws: Iterator[Draw] = enumerate(self._order)
+        if self._group_of:
+            draws = self._grouped(draws)
+        draws = itertools.islice(draws, self._first * self._batch_size, None)
+        while len(batch := list(itertools.islice(draws, self._batch_size))) == self._batch_size:
+            yield batch[self._share]
+
+    def _grouped(self, draws: Iterator[Draw]) -> Iterator[Draw]:
+        """The same draws, as soon as there are ``group_size`` of a group."""
+        waiting: dict[Any, list[Draw]] = {}
+        for draw in draws:
+            group = waiting.setdefault(self._group_of[draw[1]], [])
+            group.append(draw)
+            if len(group) == self._group_size:
+                yield from group
+                group.clear()
+
+
+class Samples(Dataset):
+    """Mapped images by :data:`Draw`; the place of a draw alone decides on the mapper's random numbers.
+
+    Args:
+        entries: the dataset.
+        mapper: maps an entry to the model's input; where it returns None, another image is drawn.
+        seed: of the run.
+    """
+
+    def __init__(self, entries: Sequence[Any], mapper: Callable[[dict[str, Any]], Any], seed: int) -> None:
+        self._entries = entries if isinstance(entries, PackedEntries) else PackedEntries(entries)
+        self._mapper = PicklableWrapper(mapper)
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, draw: Draw) -> Any:
+        place, index = draw
+        with seeded(self._seed, SAMPLE, place):
+            for _ in range(_MAX_TRIES):
+                if (mapped := self._mapper(self._entries[index])) is not None:
+                    return self._pasted(mapped)
+                index = random.randrange(len(self))
+        raise DatasetError(f"The mapper returned None for {_MAX_TRIES} images; check INPUT.DATASET_MAPPER_NAME.")
+
+    def _pasted(self, mapped: Any) -> Any:
+        """With objects of another image where the mapper has a copy-paste."""
+        paste = getattr(self._mapper, "copy_paste", None)
+        if paste is None or np.random.random() >= paste.prob:
+            return mapped
+        other = self._mapper(self._entries[random.randrange(len(self))])
+        return mapped if other is None else paste(mapped, other)
+
 
 Entries = Sequence[dict[str, Any]]
 

@@ -1,4 +1,4 @@
-"""The trainer's hooks: progress, evaluation, records, the best checkpoint, statistics of batch norm, and those of a user."""
+"""The trainer's hooks: progress, evaluation, records, the best checkpoint, batch norm, and those of a user."""
 
 import datetime
 import logging

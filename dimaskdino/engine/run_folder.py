@@ -1,4 +1,4 @@
-"""The folder of a run (OUTPUT_DIR): its lock, logs and records, what an earlier run left there, and signals that end a run."""
+"""The folder of a run (OUTPUT_DIR): its lock, logs and records, an earlier run's; and the signals that end a run."""
 
 import contextlib
 import errno

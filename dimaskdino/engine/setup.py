@@ -28,10 +28,9 @@ from dimaskdino.data.coco_file import Json, category_names
 from dimaskdino.data.datasets.own import own_name, read_own, register_own
 from dimaskdino.data.datasets.registration import is_coco_file, share_classes
 from dimaskdino.data.fields import check_field_names
-from dimaskdino.data.folds import check_folds
 from dimaskdino.data.loaders import images_in_a_group
 from dimaskdino.data.mapper import MAPPER_REGISTRY
-from dimaskdino.data.orders import check_sampler
+from dimaskdino.data.orders import check_folds, check_sampler
 from dimaskdino.data.readers import image_reader
 from dimaskdino.data.shared import is_first_of_machine, once_a_machine
 from dimaskdino.data.validation.start import check_datasets

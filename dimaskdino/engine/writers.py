@@ -1,4 +1,4 @@
-"""Where the records of a run go: metrics.json, TensorBoard, Weights & Biases, MLflow, or your own; and what a resumed run reads."""
+"""Where the records of a run go (metrics.json, TensorBoard, ..., or your own), and what a resumed run reads there."""
 
 import importlib.util
 import json

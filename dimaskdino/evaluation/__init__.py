@@ -1,6 +1,5 @@
 """Evaluation: COCO's AP of boxes and masks, of the final result and of every stage; inference speed."""
 
-from dimaskdino.evaluation.background import BackgroundEvaluator
 from dimaskdino.evaluation.build import (
     EVALUATOR_REGISTRY,
     build_evaluator,
@@ -9,10 +8,16 @@ from dimaskdino.evaluation.build import (
     class_names,
 )
 from dimaskdino.evaluation.coco import CocoEvaluator
-from dimaskdino.evaluation.layerwise import LayerwiseEvaluator
 from dimaskdino.evaluation.own import ImageEvaluator
-from dimaskdino.evaluation.report import class_table, coco_table, layer_table, run_table, write_results
-from dimaskdino.evaluation.speed import LAST_MEASURED_BATCH, ForwardTimer, SpeedEvaluator, timed
+from dimaskdino.evaluation.report import (
+    LayerwiseEvaluator,
+    class_table,
+    coco_table,
+    layer_table,
+    run_table,
+    write_results,
+)
+from dimaskdino.evaluation.speed import LAST_MEASURED_BATCH, BackgroundEvaluator, ForwardTimer, SpeedEvaluator, timed
 
 __all__ = [
     "EVALUATOR_REGISTRY",

@@ -13,8 +13,8 @@ from dimaskdino.data.validation.segmentation import truth_of
 from dimaskdino.errors import ConfigError, DatasetError, check_choice
 from dimaskdino.evaluation.coco import CocoEvaluator
 from dimaskdino.evaluation.coco_options import CocoOptions
-from dimaskdino.evaluation.layerwise import LayerwiseEvaluator
 from dimaskdino.evaluation.lvis import LvisEvaluator
+from dimaskdino.evaluation.report import LayerwiseEvaluator
 from dimaskdino.evaluation.segmentation import (
     EvaluatorGroup,
     PanopticEvaluator,

@@ -1,11 +1,12 @@
-"""Inference speed: images per second of the model alone, measured during evaluation."""
+"""How fast a model is in an evaluation, and scoring beside the model."""
 
 import logging
 import os
 import platform
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +133,58 @@ def _cpu_name() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+class BackgroundEvaluator(DatasetEvaluator):
+    """Runs another evaluator's ``process`` in a thread, one batch after the other.
+
+    A batch waits until the one before is done, so no more results are in memory than without the thread. What goes
+    wrong in the thread is raised by the next call here.
+
+    Args:
+        evaluator: what scores.
+        context: entered around its ``process``; gradients are off there in any case, and autocast is not inherited.
+        first: batch from which the thread is used; those before are scored in place, and leave the model alone.
+    """
+
+    def __init__(
+        self,
+        evaluator: DatasetEvaluator,
+        *,
+        context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        first: int = 0,
+    ) -> None:
+        self._evaluator, self._context, self._first = evaluator, context, first
+        self._running: Future[None] | None = None
+
+    def reset(self) -> None:
+        """Forget all predictions."""
+        self._running, self._seen = None, 0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="evaluation")
+        self._evaluator.reset()
+
+    def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
+        """Begin with a batch once the one before is done."""
+        self._wait()
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # each thread has its own
+        self._running = self._thread.submit(self._process, inputs, outputs, device)
+        self._seen += 1
+        if self._seen <= self._first:
+            self._wait()
+
+    def evaluate(self) -> Any:
+        """The scores of all batches."""
+        self._wait()
+        self._thread.shutdown()
+        return self._evaluator.evaluate()
+
+    def _wait(self) -> None:
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+    def _process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]], device: int | None) -> None:
+        if device is not None:
+            torch.cuda.set_device(device)
+        with torch.no_grad(), self._context():
+            self._evaluator.process(inputs, outputs)

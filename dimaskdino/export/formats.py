@@ -17,8 +17,7 @@ from torch import Tensor
 
 from dimaskdino.errors import UserError
 from dimaskdino.export.choices import OPSET, SUFFIXES
-from dimaskdino.export.description import KEY
-from dimaskdino.export.graph import ExportGraph
+from dimaskdino.export.graph import KEY, ExportGraph
 from dimaskdino.layers.exporting import exporting
 
 Run = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]

@@ -1,4 +1,4 @@
-"""What is exported: a model's own parts, from images to a fixed number of results."""
+"""What is exported: a model's own parts, from images to a fixed number of results, and what the file says of itself."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ from dimaskdino.layers.exporting import tensor_of_sizes
 from dimaskdino.layers.ms_deform_attn import SpatialShapes
 from dimaskdino.layers.padding import PaddedBatch, ValidCells
 from dimaskdino.modeling.meta_arch import DIMaskDINO
+from dimaskdino.predictor import Predictor
 from dimaskdino.structures import StagePrediction, take
 
 
@@ -128,3 +129,52 @@ def has_enough_tokens(model: DIMaskDINO, height: int, width: int) -> bool:
     with torch.no_grad():
         levels = head.pixel_decoder(model.backbone(torch.zeros(1, 3, height, width))).levels
     return sum(level.shape[-2] * level.shape[-1] for level in levels) >= head.predictor.num_first_selected
+
+
+KEY = "dimaskdino"  # of the description in a file's metadata
+VERSION = 1  # raise when the meaning of an entry changes: tools/predict_onnx.py refuses other versions
+
+
+def describe(
+    predictor: Predictor, graph: ExportGraph, *, canvas: tuple[int, int] | None, batch: int | None, form: str
+) -> dict[str, Any]:
+    """The description of an exported model, which tools/predict_onnx.py reads.
+
+    Args:
+        predictor: of the model.
+        graph: that is exported.
+        canvas: (height, width) in px that a graph of fixed size takes; None for any.
+        batch: images that it takes at a time; None for any number.
+        form: of deformable attention.
+    """
+    cfg, model, classes = predictor.cfg, graph.model, predictor.classes
+    post = model.post_processor
+    options = post.instance_options
+    results = {"instances": post.instances, "panoptic": post.panoptic, "semantic": post.semantic}
+    return {
+        "version": VERSION,
+        "architecture": cfg.MODEL.META_ARCHITECTURE,
+        "results": [name for name, given in results.items() if given],
+        "classes": list(classes.things),
+        "category_ids": list(classes.category_ids),
+        "segment_classes": list(classes.segments),
+        "is_thing": post.is_thing.tolist(),
+        "format": cfg.INPUT.FORMAT,
+        "exif": predictor.exif,
+        "min_size": cfg.INPUT.MIN_SIZE_TEST,
+        "max_size": cfg.INPUT.MAX_SIZE_TEST,
+        "divisibility": model.size_divisibility,
+        "pad_value": model.pixel_mean.flatten().tolist(),
+        "canvas": None if canvas is None else list(canvas),
+        "batch": batch,
+        "ignores_padding": model.ignores_padding,
+        "max_detections": options["max_detections"],
+        "min_score": options["min_score"],
+        "score_by_mask": options["score_by_mask"],
+        "temperature": post.temperature,
+        "no_object_class": post.no_object_class,
+        "crop_first": post.crop_first,
+        **post.panoptic_options,
+        "deformable_attention": form,
+        "torch": torch.__version__,
+    }

@@ -1,7 +1,6 @@
 """Building blocks that know nothing of detection."""
 
-from dimaskdino.layers.attention import AttentionLayer, FeedForward, MultiheadAttention
-from dimaskdino.layers.mlp import MLP
+from dimaskdino.layers.attention import MLP, AttentionLayer, FeedForward, MultiheadAttention
 from dimaskdino.layers.ms_deform_attn import MSDeformAttn, ms_deform_attn, ms_deform_attn_fused
 
 __all__ = [

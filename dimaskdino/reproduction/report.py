@@ -9,7 +9,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from dimaskdino.reproduction.intervals import Interval
+from dimaskdino.reproduction.effects import Interval
 from dimaskdino.reproduction.runs import Run
 from dimaskdino.reproduction.tables import DATASET_NAMES, SPEED, Table, metric_name
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from dimaskdino.config.own_keys import _REGISTERED
+from dimaskdino.config.reader import _REGISTERED
 from tests.cli.conftest import REPO
 
 SCRIPT = "train_net.py"

@@ -8,7 +8,7 @@ import pytest
 
 from dimaskdino.command_line import import_modules
 from dimaskdino.config import get_cfg, own_keys, register_keys, report_unused_keys
-from dimaskdino.config.own_keys import _REGISTERED
+from dimaskdino.config.reader import _REGISTERED
 from dimaskdino.errors import ConfigError
 
 MODULE = """

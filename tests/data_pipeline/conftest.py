@@ -13,7 +13,6 @@ from PIL import Image
 
 from dimaskdino.config import Config, get_cfg
 from dimaskdino.data import datasets, parallel, register_all
-from dimaskdino.data.datasets import shapes, shapes_stuff
 
 Json = dict[str, Any]
 
@@ -38,8 +37,7 @@ def registrations(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers that need not import the libraries anew; test_bdd100k.py has real ones."""
-    for module in (parallel, shapes, shapes_stuff):
-        monkeypatch.setattr(module, "get_context", lambda method: multiprocessing.get_context("fork"))
+    monkeypatch.setattr(parallel, "get_context", lambda method: multiprocessing.get_context("fork"))
 
 
 @pytest.fixture

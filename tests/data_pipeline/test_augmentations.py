@@ -16,7 +16,7 @@ from dimaskdino.data.annotations import annotations_to_instances
 from dimaskdino.data.augmentations import AUGMENTATION_REGISTRY, Turn, copy_paste, own_augmentations
 from dimaskdino.data.copy_paste import CopyPaste
 from dimaskdino.data.mapper import InstanceMapper, build_mapper
-from dimaskdino.data.samplers import Samples
+from dimaskdino.data.orders import Samples
 from dimaskdino.errors import ConfigError
 
 SIZE = (20, 30)

@@ -16,8 +16,7 @@ from PIL import Image
 from pycocotools import mask as mask_util
 
 from dimaskdino.data.coco_file import read_json
-from dimaskdino.data.conversion.labels import Images, LabeledImage, LabeledObject
-from dimaskdino.data.conversion.split import stratified
+from dimaskdino.data.conversion.labels import Images, LabeledImage, LabeledObject, stratified
 from dimaskdino.data.conversion.writing import outline, read_objects, write_labelme, write_yolo
 from dimaskdino.errors import DatasetError, UserError, run_cli
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from dimaskdino.config import Config, get_cfg
-from dimaskdino.data.folds import check_folds, image_keys, take_fold
+from dimaskdino.data.orders import check_folds, image_keys, take_fold
 from dimaskdino.errors import ConfigError, DatasetError
 
 

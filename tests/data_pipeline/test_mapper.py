@@ -11,7 +11,7 @@ from PIL import Image
 
 from dimaskdino.config import Config
 from dimaskdino.data import build_mapper
-from dimaskdino.data.partial_labels import unlabeled_classes
+from dimaskdino.data.fields import unlabeled_classes
 from dimaskdino.errors import ConfigError, DatasetError
 
 GRAY = 128

@@ -13,7 +13,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_backbone
 
 from dimaskdino.checkpoint import Checkpointer
-from dimaskdino.checkpoint.channels import fit_channels
+from dimaskdino.checkpoint.fitting import fit_channels
 from dimaskdino.config import Config, get_cfg
 from dimaskdino.data import build_test_loader, build_train_loader
 from dimaskdino.data.datasets.registration import register_coco_format

@@ -13,8 +13,7 @@ from torch.utils.data import DataLoader
 
 from dimaskdino.config import get_cfg
 from dimaskdino.data.loaders import images_in_a_group
-from dimaskdino.data.orders import SAMPLER_REGISTRY, check_sampler
-from dimaskdino.data.samplers import BatchSampler, Samples, endless_order
+from dimaskdino.data.orders import SAMPLER_REGISTRY, BatchSampler, Samples, check_sampler, endless_order
 from dimaskdino.errors import ConfigError
 from dimaskdino.seeds import STEP, seed_from, seeded
 

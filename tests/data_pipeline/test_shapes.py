@@ -16,10 +16,9 @@ from dimaskdino.config import Config
 from dimaskdino.data import build_mapper, register_all
 from dimaskdino.data.datasets import shapes
 from dimaskdino.data.datasets.registration import load_dataset
-from dimaskdino.data.datasets.shapes import ShapesSpec, annotation_file, make_shapes
+from dimaskdino.data.datasets.shapes import ShapesSpec, annotation_file, make_shapes, make_shapes_with_stuff
 from dimaskdino.data.datasets.shapes_drawing import MIN_VISIBLE_PIXELS, SHAPES, draw_picture
 from dimaskdino.data.datasets.shapes_labels import trace_outlines, visible_object
-from dimaskdino.data.datasets.shapes_stuff import make_shapes_with_stuff
 from dimaskdino.data.label_maps import read_label_map, read_segment_ids, relabel
 from dimaskdino.data.validation.start import check_datasets
 from dimaskdino.errors import ConfigError, DatasetError

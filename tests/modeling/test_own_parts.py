@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dimaskdino.config import Config
-from dimaskdino.config.own_keys import _REGISTERED
+from dimaskdino.config.reader import _REGISTERED
 from dimaskdino.data import build_train_loader
 from dimaskdino.data.datasets.registration import register_coco_format
 from dimaskdino.data.fields import check_fields, fields_of

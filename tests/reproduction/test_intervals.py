@@ -10,7 +10,7 @@ from pycocotools import mask as mask_util
 
 from dimaskdino.data.datasets import register_all
 from dimaskdino.data.datasets.registration import load_dataset
-from dimaskdino.reproduction.intervals import ap_interval
+from dimaskdino.reproduction.effects import ap_interval
 from dimaskdino.reproduction.report import compare, markdown, to_csv
 from dimaskdino.reproduction.tables import paper_tables
 from tests.reproduction.fakes import open_run, write_run

@@ -1,7 +1,9 @@
-"""detectron2's COCO datasets under a chosen root, with annotation ids kept for error messages."""
+"""Public datasets in COCO's format under a chosen root: COCO, LVIS and Objects365."""
 
 from pathlib import Path
 
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 from detectron2.data.datasets.builtin import _PREDEFINED_SPLITS_COCO
 from detectron2.data.datasets.builtin_meta import _get_builtin_metadata
 
@@ -17,3 +19,32 @@ def register_coco(root: Path) -> None:
     for name, (image_root, json_file) in _PREDEFINED_SPLITS_COCO["coco"].items():
         if not is_registered_at(name, root / json_file):
             register_coco_format(name, root / json_file, root / image_root, **_get_builtin_metadata("coco"))
+
+
+def register_lvis(root: Path) -> None:
+    """Register lvis_v1_train and lvis_v1_val, in place of detectron2's, which need another package.
+
+    Args:
+        root: the folder that holds ``lvis/lvis_v1_train.json`` and ``coco/train2017``.
+    """
+    for split in ("train", "val"):
+        name, json_file = f"lvis_v1_{split}", root / "lvis" / f"lvis_v1_{split}.json"
+        if not is_registered_at(name, json_file):
+            register_coco_format(name, json_file, root / "coco", None, evaluator_type="lvis")
+
+
+def register_objects365(root: Path) -> None:
+    """Register objects365_train and objects365_val; their class names are read with the annotations.
+
+    Args:
+        root: the folder that holds ``objects365/``.
+    """
+    for split in ("train", "val"):
+        name, folder = f"objects365_{split}", root / "objects365"
+        json_file = str(folder / "annotations" / f"zhiyuan_objv2_{split}.json")
+        if name in DatasetCatalog.list():
+            if MetadataCatalog.get(name).json_file == json_file:
+                continue
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
+        register_coco_instances(name, {}, json_file, str(folder / split))

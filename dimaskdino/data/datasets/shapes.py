@@ -1,16 +1,18 @@
-"""The synthetic dataset ``shapes``: made from a seed on first use, in COCO format, as shapes_train and shapes_val."""
+"""The synthetic datasets, made from a seed on first use: shapes_{train,val}, and the same with stuff behind the shapes.
+
+shapes_panoptic_{train,val} and shapes_semantic_{train,val} cut the background into regions, each of a class of stuff,
+which is a texture of about a hue, or of no class.
+"""
 
 import json
 import logging
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,20 @@ from detectron2.config import CfgNode
 from iopath.common.file_io import file_lock
 from PIL import Image
 
+from dimaskdino.data.datasets.panoptic import register_panoptic
 from dimaskdino.data.datasets.registration import is_registered_at, register_coco_format
-from dimaskdino.data.datasets.shapes_drawing import SHAPES, draw_picture
+from dimaskdino.data.datasets.semantic import register_semantic
+from dimaskdino.data.datasets.shapes_drawing import (
+    SHAPES,
+    STUFF,
+    Picture,
+    colored_texture,
+    draw_picture,
+    random_color,
+    regions,
+)
 from dimaskdino.data.datasets.shapes_labels import visible_object
+from dimaskdino.data.parallel import parallel_map
 from dimaskdino.errors import ConfigError, DatasetError
 
 logger = logging.getLogger(__name__)
@@ -29,6 +42,11 @@ logger = logging.getLogger(__name__)
 DRAWING_VERSION = 3  # raise when the pictures of a seed change: folders of older versions are then ignored
 SPLITS = ("train", "val")
 SMALLEST_SIDE = 32
+STUFF_VERSION = 1  # of the pictures with stuff; as above
+NO_CLASS_SHARE = 0.15  # of the regions
+IGNORE = 255
+CLASSES = (*SHAPES, *STUFF)
+_STUFF_SEED = 7  # tells the generator of the stuff from that of the shapes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +83,10 @@ class ShapesSpec:
     def num_images(self, split: str) -> int:
         """Pictures in ``train`` or ``val``."""
         return {"train": self.num_train, "val": self.num_val}[split]
+
+    def seeds(self, split: str) -> tuple[int, int]:
+        """What the generators of a split's pictures are made from, with the index of each."""
+        return self.seed, SPLITS.index(split)
 
 
 def annotation_file(folder: Path, split: str) -> Path:
@@ -143,22 +165,29 @@ def _make_then_rename(folder: Path, spec: ShapesSpec, write: Callable[[Path], No
     logger.info("Made it in %.1f s", time.perf_counter() - started)
 
 
+def _draw_splits(
+    draw: Callable[[tuple[str, int]], list[dict[str, Any]]], spec: ShapesSpec, num_workers: int
+) -> Iterator[tuple[str, list[list[dict[str, Any]]]]]:
+    """Draw all pictures; yields each split with what ``draw`` returns for its pictures."""
+    tasks = [(split, index) for split in SPLITS for index in range(spec.num_images(split))]
+    drawn = parallel_map(draw, tasks, num_workers=num_workers, chunk=32)
+    for split in SPLITS:
+        yield split, list(islice(drawn, spec.num_images(split)))
+
+
 def _write_dataset(folder: Path, spec: ShapesSpec, num_workers: int) -> None:
-    annotation_file(folder, SPLITS[0]).parent.mkdir(parents=True)
-    pool = ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) if num_workers else None
-    with pool or nullcontext():
-        for split in SPLITS:
-            (folder / split).mkdir()
-            draw = partial(_write_picture, folder / split, (spec.seed, SPLITS.index(split)), spec.image_size)
-            indices = range(spec.num_images(split))
-            coco = _coco_json(spec, pool.map(draw, indices, chunksize=32) if pool else map(draw, indices))
-            annotation_file(folder, split).write_text(json.dumps(coco, separators=(",", ":")), encoding="utf-8")
+    for made in ("annotations", *SPLITS):
+        (folder / made).mkdir(parents=True)
+    for split, labels in _draw_splits(partial(_write_picture, folder, spec), spec, num_workers):
+        content = json.dumps(_coco_json(spec, labels), separators=(",", ":"))
+        annotation_file(folder, split).write_text(content, encoding="utf-8")
 
 
-def _write_picture(folder: Path, seeds: tuple[int, int], size: int, index: int) -> list[dict[str, Any]]:
-    """Draw picture ``index`` from a generator of its own, save it, and return its labels, back to front."""
-    picture = draw_picture(np.random.default_rng([*seeds, index]), size)
-    Image.fromarray(picture.image).save(folder / file_name(index), compress_level=1)
+def _write_picture(folder: Path, spec: ShapesSpec, task: tuple[str, int]) -> list[dict[str, Any]]:
+    """Draw a picture from a generator of its own, save it, and return its labels, back to front."""
+    split, index = task
+    picture = draw_picture(np.random.default_rng([*spec.seeds(split), index]), spec.image_size)
+    Image.fromarray(picture.image).save(folder / split / file_name(index), compress_level=1)
     return [
         {"category_id": label + 1, **visible_object(picture.owner == shape)}
         for shape, label in enumerate(picture.classes)
@@ -185,3 +214,103 @@ def _coco_json(spec: ShapesSpec, labels_per_picture: Iterable[list[dict[str, Any
         "annotations": annotations,
         "categories": [{"id": index + 1, "name": name} for index, name in enumerate(SHAPES)],
     }
+
+
+def stuff_folder(root: Path, spec: ShapesSpec) -> Path:
+    """Where the pictures with stuff lie, beside those of shapes alone."""
+    return root / f"{spec.folder_name}-stuff{STUFF_VERSION}"
+
+
+def register_shapes_with_stuff(root: Path, spec: ShapesSpec) -> None:
+    """Register the four datasets for one spec under ``root``; nothing is drawn before they are first used."""
+    folder = stuff_folder(root, spec)
+    make = partial(make_shapes_with_stuff, root, spec)
+    numbers = {index + 1: index for index in range(len(CLASSES))}
+    is_thing = {number: index < len(SHAPES) for number, index in numbers.items()}
+    metadata = {
+        "thing_classes": list(CLASSES),
+        "stuff_classes": list(CLASSES),
+        "thing_dataset_id_to_contiguous_id": {key: index for key, index in numbers.items() if is_thing[key]},
+        "stuff_dataset_id_to_contiguous_id": {key: index for key, index in numbers.items() if not is_thing[key]},
+        "make": make,
+    }
+    for split in SPLITS:
+        register_panoptic(
+            f"shapes_panoptic_{split}",
+            json_file=folder / "annotations" / f"panoptic_{split}.json",
+            panoptic_root=folder / f"panoptic_{split}",
+            image_root=folder / split,
+            metadata=metadata,
+        )
+        register_semantic(
+            f"shapes_semantic_{split}",
+            image_root=folder / split,
+            label_root=folder / f"semantic_{split}",
+            classes=list(CLASSES),
+            hint="remove the folder of the synthetic dataset, and it is made again",
+            make=make,
+        )
+
+
+def make_shapes_with_stuff(root: Path, spec: ShapesSpec, *, num_workers: int = 0) -> Path:
+    """Make the datasets unless they are there; see :func:`dimaskdino.data.datasets.shapes.make_shapes`."""
+    return make_folder(stuff_folder(root, spec), spec, partial(_write_with_stuff, spec=spec, num_workers=num_workers))
+
+
+def _write_with_stuff(folder: Path, spec: ShapesSpec, num_workers: int) -> None:
+    for made in ("annotations", *(f"{kind}{split}" for kind in ("", "panoptic_", "semantic_") for split in SPLITS)):
+        (folder / made).mkdir(parents=True)
+    for split, segments in _draw_splits(partial(_write_picture_with_stuff, folder, spec), spec, num_workers):
+        content = json.dumps(_panoptic_json(spec.image_size, segments), separators=(",", ":"))
+        (folder / "annotations" / f"panoptic_{split}.json").write_text(content, encoding="utf-8")
+
+
+def _write_picture_with_stuff(folder: Path, spec: ShapesSpec, task: tuple[str, int]) -> list[dict[str, Any]]:
+    """Draw a picture, save it with its label maps, and return its segments."""
+    split, index = task
+    picture, stuff = draw_with_stuff(spec.seeds(split), index, spec.image_size)
+    labels = np.where(picture.owner < 0, stuff, np.array([*picture.classes, 0])[picture.owner])
+    # Shapes have the ids from 1 on, the classes of stuff those after them.
+    first_stuff = len(picture.classes) + 1 - len(SHAPES)
+    ids = np.where(picture.owner >= 0, picture.owner + 1, np.where(stuff == IGNORE, 0, stuff + first_stuff))
+    name = file_name(index)
+    Image.fromarray(picture.image).save(folder / split / name, compress_level=1)
+    Image.fromarray(labels.astype(np.uint8)).save(folder / f"semantic_{split}" / name)
+    channels = np.stack((ids, np.zeros_like(ids), np.zeros_like(ids)), axis=-1).astype(np.uint8)
+    Image.fromarray(channels).save(folder / f"panoptic_{split}" / name)
+    classes = {
+        **dict(enumerate(picture.classes, start=1)),
+        **{k + first_stuff: k for k in range(len(SHAPES), len(CLASSES))},
+    }
+    present, areas = np.unique(ids[ids > 0], return_counts=True)
+    return [
+        {"id": key, "category_id": classes[key] + 1, "area": area, "iscrowd": 0}
+        for key, area in zip(present.tolist(), areas.tolist(), strict=True)
+    ]
+
+
+def draw_with_stuff(seeds: tuple[int, int], index: int, size: int) -> tuple[Picture, np.ndarray]:
+    """Picture ``index`` of a split, and the class (S, S) int64 of the stuff behind it, IGNORE for none."""
+    rng = np.random.default_rng([*seeds, index, _STUFF_SEED])
+    cells = regions(rng, size)
+    canvas, stuff = np.zeros((size, size, 3), dtype=np.float32), np.full((size, size), IGNORE)
+    for cell in range(int(cells.max()) + 1):
+        label = int(rng.integers(len(STUFF)))
+        if rng.random() < NO_CLASS_SHARE:
+            canvas[cells == cell] = random_color(rng, max_saturation=0.3)
+            continue
+        canvas[cells == cell] = colored_texture(rng, label, size)[cells == cell]
+        stuff[cells == cell] = len(SHAPES) + label
+    return draw_picture(np.random.default_rng([*seeds, index]), size, canvas), stuff
+
+
+def _panoptic_json(size: int, segments_per_picture: Iterable[list[dict[str, Any]]]) -> dict[str, Any]:
+    images, annotations = [], []
+    for index, segments in enumerate(segments_per_picture):
+        name = file_name(index)
+        images.append({"id": index + 1, "file_name": name, "width": size, "height": size})
+        annotations.append({"image_id": index + 1, "file_name": name, "segments_info": segments})
+    categories = [
+        {"id": index + 1, "name": name, "isthing": int(index < len(SHAPES))} for index, name in enumerate(CLASSES)
+    ]
+    return {"images": images, "annotations": annotations, "categories": categories}

@@ -9,8 +9,7 @@ from dimaskdino.modeling.criterion import Criterion, HungarianMatcher, PointSamp
 from dimaskdino.modeling.criterion.criterion import extra_costs, with_extra_terms
 from dimaskdino.modeling.criterion.matcher import BoxCost, FocalClassCost
 from dimaskdino.modeling.criterion.terms import BoxLoss, ClassOptions, FocalClassLoss, LossTerm
-from dimaskdino.modeling.meta_arch.maskdino import DIMaskDINO
-from dimaskdino.modeling.meta_arch.maskdino_head import MaskDINOHead
+from dimaskdino.modeling.meta_arch.maskdino import DIMaskDINO, MaskDINOHead
 from dimaskdino.modeling.postprocessing import PostProcessor
 from dimaskdino.modeling.registry import PIXEL_DECODER_REGISTRY, TRANSFORMER_DECODER_REGISTRY, get_registered
 

@@ -13,7 +13,7 @@ from pycocotools import mask as mask_util
 
 from dimaskdino.data import build_train_loader
 from dimaskdino.data.datasets.registration import register_coco_format
-from dimaskdino.data.partial_labels import unlabeled_classes
+from dimaskdino.data.fields import unlabeled_classes
 from dimaskdino.errors import ConfigError, DatasetError
 from dimaskdino.modeling.criterion.losses import focal_loss
 from dimaskdino.modeling.criterion.terms import BoxLoss, ClassOptions, FocalClassLoss, SupervisedStages, Supervision

@@ -6,7 +6,7 @@ import torch
 from dimaskdino.layers import ms_deform_attn_ops
 from dimaskdino.modeling.postprocessing import Frame, MaskRendering
 from dimaskdino.modeling.postprocessing import masks as rendering
-from dimaskdino.modeling.postprocessing.resized import resized_masks
+from dimaskdino.modeling.postprocessing.masks import resized_masks
 from dimaskdino.structures import MaskLogits
 
 pytestmark = pytest.mark.skipif(not ms_deform_attn_ops.LOOPS_COMPILED, reason="the op was built without it")
