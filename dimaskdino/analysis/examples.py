@@ -19,16 +19,11 @@ _AROUND = 2.2  # side of what is shown, in sides of the object
 
 @dataclass(kw_only=True)
 class Examples:
-    """Collects pictures of objects that were not found.
+    """Collects pictures of objects that were not found."""
 
-    Attributes:
-        names: class names.
-        limit: objects of an outcome.
-        pictures: pairs (truth, nearest query) of (H, W, 3) uint8 RGB, by outcome.
-    """
-
-    names: Sequence[str]
-    limit: int = 4
+    names: Sequence[str]  # class names
+    limit: int = 4  # objects of an outcome
+    # pairs (truth, nearest query) of (H, W, 3) uint8 RGB, by outcome
     pictures: dict[Outcome, list[tuple[np.ndarray, np.ndarray]]] = field(default_factory=dict)
 
     def add(self, image: np.ndarray, truth: TrueObjects, last: SeenStage, explained: Sequence[Explained]) -> None:

@@ -19,22 +19,15 @@ SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, float("
 
 @dataclass(frozen=True, kw_only=True)
 class Explained:
-    """What became of an object.
+    """What became of an object."""
 
-    Attributes:
-        image_id: of its image.
-        index: of the object among those of the image.
-        label: its class index.
-        area: of its mask, or of its box, px^2.
-        verdicts: by the name of the stage, in the order of the stages; the last one is the model's result.
-        nearest: score for its class, box IoU and mask IoU (nan without masks) of the query of the last verdict.
-    """
-
-    image_id: Any
-    index: int
-    label: int
-    area: float
+    image_id: Any  # of its image
+    index: int  # of the object among those of the image
+    label: int  # its class index
+    area: float  # of its mask, or of its box, px^2
+    # by the name of the stage, in the order of the stages; the last one is the model's result
     verdicts: Mapping[str, Verdict]
+    # score for its class, box IoU and mask IoU (nan without masks) of the query of the last verdict
     nearest: tuple[float, float, float] | None
 
     @property

@@ -25,26 +25,19 @@ TIDE_NAMES = {
 
 @dataclass(frozen=True, kw_only=True)
 class TaskScores:
-    """Scores of boxes or masks.
+    """Scores of boxes or masks."""
 
-    Attributes:
-        task: "box" or "mask".
-        metrics: AP, AP50 and others, in percent, nan where there is nothing to measure.
-        tide: points of AP50 that each kind of error costs, by TIDE's name, and how often it occurs.
-        curves: precision at 101 recalls from 0 to 1, averaged over classes, by IoU threshold.
-        confusion: (K + 1, K + 1) objects by true (row) and predicted (column) class; the last is background. Of
-            detections that score at least the threshold.
-        calibration: rows of (mean score, share that is right, number) of detections, by score in tenths.
-        calibration_error: mean distance of both, weighted by the number.
-    """
-
-    task: str
-    metrics: dict[str, float]
+    task: str  # "box" or "mask"
+    metrics: dict[str, float]  # AP, AP50 and others, in percent, nan where there is nothing to measure
+    # points of AP50 that each kind of error costs, by TIDE's name, and how often it occurs
     tide: dict[str, tuple[float, int]]
-    curves: dict[str, np.ndarray]
+    curves: dict[str, np.ndarray]  # precision at 101 recalls from 0 to 1, averaged over classes, by IoU threshold
+    # (K + 1, K + 1) objects by true (row) and predicted (column) class; the last is background. Of detections that
+    # score at least the threshold.
     confusion: np.ndarray
+    # rows of (mean score, share that is right, number) of detections, by score in tenths
     calibration: list[tuple[float, float, int]]
-    calibration_error: float
+    calibration_error: float  # mean distance of both, weighted by the number
 
 
 def score_results(truth: hotcoco.COCO, results: Sequence[dict[str, Any]], task: str, score: float) -> TaskScores:

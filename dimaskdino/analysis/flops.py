@@ -25,17 +25,11 @@ CONVENTION = (
 
 @dataclass(frozen=True)
 class Part:
-    """Cost of a part of a model.
+    """Cost of a part of a model."""
 
-    Attributes:
-        name: path of the module.
-        flops: multiply-adds of one image.
-        parameters: number of weights; those that parts share count in the first one.
-    """
-
-    name: str
-    flops: float
-    parameters: int
+    name: str  # path of the module
+    flops: float  # multiply-adds of one image
+    parameters: int  # number of weights; those that parts share count in the first one
 
 
 class _Network(nn.Module):

@@ -40,36 +40,22 @@ class Outcome(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """The numbers that decide.
+    """The numbers that decide."""
 
-    Attributes:
-        score: of a detection that is reported.
-        fit: least IoU of box and mask of a detection that is right.
-        near: least IoU of box or mask of a token or query that is near an object.
-        max_detections: reported of an image.
-    """
-
-    score: float = 0.35
-    fit: float = 0.5
-    near: float = 0.3
-    max_detections: int = 100
+    score: float = 0.35  # of a detection that is reported
+    fit: float = 0.5  # least IoU of box and mask of a detection that is right
+    near: float = 0.3  # least IoU of box or mask of a token or query that is near an object
+    max_detections: int = 100  # reported of an image
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageView:
-    """What the Q queries of a stage predict in an image with G objects.
+    """What the Q queries of a stage predict in an image with G objects."""
 
-    Attributes:
-        scores: (Q, K) of the classes, in [0, 1].
-        quality: (Q,) that scores are multiplied by, once the best are chosen; ones where masks do not count.
-        box_iou: (Q, G).
-        mask_iou: (Q, G); None for a model without masks.
-    """
-
-    scores: np.ndarray
-    quality: np.ndarray
-    box_iou: np.ndarray
-    mask_iou: np.ndarray | None = None
+    scores: np.ndarray  # (Q, K) of the classes, in [0, 1]
+    quality: np.ndarray  # (Q,) that scores are multiplied by, once the best are chosen; ones where masks do not count
+    box_iou: np.ndarray  # (Q, G)
+    mask_iou: np.ndarray | None = None  # (Q, G); None for a model without masks
 
     def near(self, limits: Limits) -> np.ndarray:
         """(Q, G) bool: whose box or mask is near which object."""
@@ -84,15 +70,10 @@ class StageView:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of an object at a stage.
+    """What became of an object at a stage."""
 
-    Attributes:
-        outcome: the cause.
-        query: the query that found it, or the nearest one; None where none is near.
-    """
-
-    outcome: Outcome
-    query: int | None
+    outcome: Outcome  # the cause
+    query: int | None  # the query that found it, or the nearest one; None where none is near
 
 
 def judge(

@@ -31,36 +31,22 @@ _RENDERED_IOU = 0.1  # masks are made of queries whose boxes have at least this 
 
 @dataclass(frozen=True)
 class TrueObjects:
-    """The G objects of an image, without crowd regions.
+    """The G objects of an image, without crowd regions."""
 
-    Attributes:
-        classes: (G,) class index of each.
-        boxes: (G, 4) xywh px.
-        rles: mask of each; None if not every object has one.
-        image_id: of the image.
-    """
-
-    classes: Sequence[int]
-    boxes: np.ndarray
-    rles: Sequence[Rle] | None
-    image_id: Any = 0
+    classes: Sequence[int]  # (G,) class index of each
+    boxes: np.ndarray  # (G, 4) xywh px
+    rles: Sequence[Rle] | None  # mask of each; None if not every object has one
+    image_id: Any = 0  # of the image
 
 
 @dataclass(frozen=True)
 class SeenStage:
-    """A stage of an image.
+    """A stage of an image."""
 
-    Attributes:
-        stage: which.
-        view: its comparison with the truth.
-        boxes: (Q, 4) xyxy px of the result.
-        rles: masks by query, of queries near an object.
-    """
-
-    stage: Stage
-    view: StageView
-    boxes: np.ndarray
-    rles: Mapping[int, Rle] = field(default_factory=dict)
+    stage: Stage  # which
+    view: StageView  # its comparison with the truth
+    boxes: np.ndarray  # (Q, 4) xyxy px of the result
+    rles: Mapping[int, Rle] = field(default_factory=dict)  # masks by query, of queries near an object
 
 
 @contextmanager

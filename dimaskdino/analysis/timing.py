@@ -28,13 +28,9 @@ REST = "preparation"
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of some runs.
+    """Seconds of some runs."""
 
-    Attributes:
-        seconds: (N,) of each run.
-    """
-
-    seconds: np.ndarray
+    seconds: np.ndarray  # (N,) of each run
 
     @property
     def median(self) -> float:

@@ -26,21 +26,13 @@ _DERIVED = re.compile(r"(?:num_batches_tracked|relative_position_index)$|^pixel_
 
 @dataclass(frozen=True)
 class Misfit:
-    """How a file's weights, under our names, differ from a model's.
+    """How a file's weights, under our names, differ from a model's."""
 
-    Attributes:
-        state: the file's weights.
-        model_state: the model's weights.
-        missing: keys that only the model has.
-        unexpected: keys that only the file has.
-        reshaped: keys whose shapes differ.
-    """
-
-    state: State
-    model_state: State
-    missing: list[str]
-    unexpected: list[str]
-    reshaped: list[str]
+    state: State  # the file's weights
+    model_state: State  # the model's weights
+    missing: list[str]  # keys that only the model has
+    unexpected: list[str]  # keys that only the file has
+    reshaped: list[str]  # keys whose shapes differ
 
     @classmethod
     def between(cls, state: State, model_state: State) -> "Misfit":

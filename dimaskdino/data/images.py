@@ -27,15 +27,10 @@ _UPRIGHT = {
 
 
 class Header(NamedTuple):
-    """What an image file says of itself.
+    """What an image file says of itself."""
 
-    Attributes:
-        stored: (height, width) of the pixels as stored.
-        orientation: of EXIF, 2 to 8 where an upright picture needs the pixels turned or mirrored, else 1.
-    """
-
-    stored: Size
-    orientation: int
+    stored: Size  # (height, width) of the pixels as stored
+    orientation: int  # of EXIF, 2 to 8 where an upright picture needs the pixels turned or mirrored, else 1
 
     def size(self, *, apply_exif: bool) -> Size:
         """(height, width) of the picture as read."""

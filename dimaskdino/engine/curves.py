@@ -31,15 +31,10 @@ Series = dict[int, float]  # value by iteration
 
 @dataclass(frozen=True)
 class Group:
-    """Runs whose settings differ by the seed alone.
+    """Runs whose settings differ by the seed alone."""
 
-    Attributes:
-        name: of its folders.
-        runs: series by metric, one dictionary for each run.
-    """
-
-    name: str
-    runs: list[dict[str, Series]]
+    name: str  # of its folders
+    runs: list[dict[str, Series]]  # series by metric, one dictionary for each run
 
     def curve(self, metric: str) -> np.ndarray:
         """(n, 4): iteration, mean, lowest and highest value, at the iterations that all runs with the metric have."""

@@ -23,17 +23,11 @@ _NEEDED = ("config", "model", "batch", "seed", "iteration", "process", "processe
 
 @dataclass
 class Replay:
-    """A step that was computed again.
+    """A step that was computed again."""
 
-    Attributes:
-        terms: what is not finite now, the first first; empty if all is.
-        losses: by name, as far as the step came.
-        first_module: the first module whose output is not finite, by name; "" if all are.
-    """
-
-    terms: list[str] = field(default_factory=list)
-    losses: dict[str, Tensor] = field(default_factory=dict)
-    first_module: str = ""
+    terms: list[str] = field(default_factory=list)  # what is not finite now, the first first; empty if all is
+    losses: dict[str, Tensor] = field(default_factory=dict)  # by name, as far as the step came
+    first_module: str = ""  # the first module whose output is not finite, by name; "" if all are
 
     def differences(self, recorded: dict[str, Any]) -> list[str]:
         """The losses whose bits are not those of the recorded step."""

@@ -282,15 +282,11 @@ class CocoEvaluator(DatasetEvaluator):
 
 
 class Curves(NamedTuple):
-    """What COCO's evaluation accumulates; -1 where there are no objects.
+    """What COCO's evaluation accumulates; -1 where there are no objects."""
 
-    Attributes:
-        precision: interpolated, (IoU threshold 10, recall 101, category in the order of the ids, area range, limit).
-        recall: the highest, (IoU threshold 10, category, area range, limit).
-    """
-
+    # interpolated, (IoU threshold 10, recall 101, category in the order of the ids, area range, limit)
     precision: np.ndarray
-    recall: np.ndarray
+    recall: np.ndarray  # the highest, (IoU threshold 10, category, area range, limit)
 
 
 def coco_precision(

@@ -13,14 +13,10 @@ AREA_RANGES = (("all", 0.0, 1e10), ("s", 0.0, 32.0**2), ("m", 32.0**2, 96.0**2),
 
 @dataclass(frozen=True)
 class CocoOptions:
-    """Further numbers.
+    """Further numbers."""
 
-    Attributes:
-        limits: numbers of detections of a class in an image at which AP and AR are reported as well.
-        area_ranges: name, least and largest area in px^2, each of which gives ``AP_<name>`` and ``AR_<name>``.
-    """
-
-    limits: tuple[int, ...] = ()
+    limits: tuple[int, ...] = ()  # numbers of detections of a class in an image at which AP and AR are reported as well
+    # name, least and largest area in px^2, each of which gives ``AP_<name>`` and ``AR_<name>``
     area_ranges: tuple[tuple[str, float, float], ...] = ()
 
     @classmethod

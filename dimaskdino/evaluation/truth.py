@@ -24,19 +24,12 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Truth:
-    """Ground truth of a dataset. Its own ids may be of any kind; the numbers here follow their order.
+    """Ground truth of a dataset. Its own ids may be of any kind; the numbers here follow their order."""
 
-    Attributes:
-        coco: the images, categories, and annotations, with ids counted from 1.
-        image_numbers: number by the dataset's image id.
-        category_numbers: number by the dataset's category id.
-        annotations: those in ``coco``; None if the dataset has no annotations and so cannot be scored.
-    """
-
-    coco: hotcoco.COCO
-    image_numbers: dict[Any, int]
-    category_numbers: dict[Any, int]
-    annotations: list[Json] | None
+    coco: hotcoco.COCO  # the images, categories, and annotations, with ids counted from 1
+    image_numbers: dict[Any, int]  # number by the dataset's image id
+    category_numbers: dict[Any, int]  # number by the dataset's category id
+    annotations: list[Json] | None  # those in ``coco``; None if the dataset has no annotations and so cannot be scored
 
     @cached_property
     def has_masks(self) -> bool:

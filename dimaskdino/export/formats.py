@@ -27,23 +27,14 @@ _AXES = {"images": {2: "height", 3: "width"}, "masks": {2: "mask_height", 3: "ma
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """A graph and how it is to be written.
+    """A graph and how it is to be written."""
 
-    Attributes:
-        graph: in evaluation.
-        inputs: that it is traced with; their sizes are those of the file where it is not ``dynamic``.
-        description: for the file's metadata.
-        dynamic: leave open the number and the size of the images.
-        form: of deformable attention.
-        opset: of ONNX.
-    """
-
-    graph: ExportGraph
-    inputs: tuple[Tensor, ...]
-    description: dict[str, Any]
-    dynamic: bool
-    form: str
-    opset: int = OPSET
+    graph: ExportGraph  # in evaluation
+    inputs: tuple[Tensor, ...]  # that it is traced with; their sizes are those of the file where it is not ``dynamic``
+    description: dict[str, Any]  # for the file's metadata
+    dynamic: bool  # leave open the number and the size of the images
+    form: str  # of deformable attention
+    opset: int = OPSET  # of ONNX
 
 
 def write_onnx(export: Export, path: Path) -> None:
@@ -128,24 +119,16 @@ def open_openvino(path: Path, threads: int) -> tuple[dict[str, Any], Callable[..
 
 @dataclass(frozen=True)
 class Format:
-    """A kind of file.
+    """A kind of file."""
 
-    Attributes:
-        suffix: that its files must have.
-        write: writes one.
-        open: gives the description and the graph of one, in ``threads``; None for ONNX, which tools/predict_onnx.py
-            opens without this package.
-        packages: that it needs.
-        dynamic: whether the number and size of images may be left open.
-        files: suffixes of all files that it consists of.
-    """
-
-    suffix: str
-    write: Callable[[Export, Path], None]
+    suffix: str  # that its files must have
+    write: Callable[[Export, Path], None]  # writes one
+    # gives the description and the graph of one, in ``threads``; None for ONNX, which tools/predict_onnx.py opens
+    # without this package
     open: Callable[[Path, int], tuple[dict[str, Any], Callable[..., Any]]] | None = None
-    packages: tuple[str, ...] = ()
-    dynamic: bool = True
-    files: tuple[str, ...] = ()
+    packages: tuple[str, ...] = ()  # that it needs
+    dynamic: bool = True  # whether the number and size of images may be left open
+    files: tuple[str, ...] = ()  # suffixes of all files that it consists of
 
     def load(self, path: Path, output_names: Sequence[str], threads: int) -> tuple[dict[str, Any], Run]:
         """The description of a file, and its graph as a function of arrays by name."""

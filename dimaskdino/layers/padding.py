@@ -13,17 +13,11 @@ from dimaskdino.layers.position import pixel_centers
 
 @dataclass(frozen=True)
 class ValidCells:
-    """The cells of each level that lie on the image; padding is below and to the right of them.
+    """The cells of each level that lie on the image; padding is below and to the right of them."""
 
-    Attributes:
-        counts: (B, L, 2) float32, columns and rows of each level that lie on the image, at least 1.
-        ratios: (B, L, 2) float32 in (0, 1], their part of the level's width and height.
-        spatial_shapes: (height, width) of each level.
-    """
-
-    counts: Tensor
-    ratios: Tensor
-    spatial_shapes: SpatialShapes
+    counts: Tensor  # (B, L, 2) float32, columns and rows of each level that lie on the image, at least 1
+    ratios: Tensor  # (B, L, 2) float32 in (0, 1], their part of the level's width and height
+    spatial_shapes: SpatialShapes  # (height, width) of each level
 
     @cached_property
     def is_padding(self) -> Tensor:
@@ -39,15 +33,10 @@ class ValidCells:
 
 @dataclass(frozen=True)
 class PaddedBatch:
-    """Images on a common canvas.
+    """Images on a common canvas."""
 
-    Attributes:
-        image_sizes: (height, width) of each image in px.
-        canvas: (height, width) of the canvas in px.
-    """
-
-    image_sizes: Sequence[tuple[int, int]]
-    canvas: tuple[int, int]
+    image_sizes: Sequence[tuple[int, int]]  # (height, width) of each image in px
+    canvas: tuple[int, int]  # (height, width) of the canvas in px
 
     def valid_cells(self, spatial_shapes: SpatialShapes, device: torch.device) -> ValidCells | None:
         """The cells of levels of these sizes that lie on the images; None where every image fills the canvas.

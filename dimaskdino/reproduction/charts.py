@@ -129,15 +129,11 @@ def _changes(cell: Compared, position: int, of_paper: bool) -> str:
 
 @dataclass(frozen=True)
 class StageResults:
-    """Results by stage of a run, or the mean of several.
+    """Results by stage of a run, or the mean of several."""
 
-    Attributes:
-        label: in the picture.
-        stages: rows of layers.json with ``stage`` and what was scored of ``box_AP``, ``mask_AP``, ``gap``, ``PQ``, and
-            ``mIoU`` in percent; None or nan if it could not be measured.
-    """
-
-    label: str
+    label: str  # in the picture
+    # rows of layers.json with ``stage`` and what was scored of ``box_AP``, ``mask_AP``, ``gap``, ``PQ``, and ``mIoU``
+    # in percent; None or nan if it could not be measured
     stages: StageRows
 
     @classmethod

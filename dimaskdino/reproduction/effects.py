@@ -65,20 +65,13 @@ NOT_THERE = "–"
 
 @dataclass(frozen=True, kw_only=True)
 class Effect:
-    """One effect on one metric.
+    """One effect on one metric."""
 
-    Attributes:
-        name: "DI", "BATO", or "DI x BATO".
-        metric: of the table.
-        ours: in points; None where a run is missing.
-        margin: half of the 95% interval over seeds; None with one seed a row.
-        paper: of the paper's numbers, which have no interval, on its smallest dataset if it has none on ours.
-    """
-
-    name: str
-    metric: str
-    ours: float | None
-    margin: float | None
+    name: str  # "DI", "BATO", or "DI x BATO"
+    metric: str  # of the table
+    ours: float | None  # in points; None where a run is missing
+    margin: float | None  # half of the 95% interval over seeds; None with one seed a row
+    # of the paper's numbers, which have no interval, on its smallest dataset if it has none on ours
     paper: float | None
 
 

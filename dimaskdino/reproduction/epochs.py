@@ -19,17 +19,11 @@ from dimaskdino.reproduction.tables import EPOCH_IMAGES
 
 @dataclass(frozen=True)
 class Curve:
-    """Scores of one run.
+    """Scores of one run."""
 
-    Attributes:
-        label: of the run.
-        epochs: at which it was evaluated.
-        scores: one for each.
-    """
-
-    label: str
-    epochs: Sequence[float]
-    scores: Sequence[float]
+    label: str  # of the run
+    epochs: Sequence[float]  # at which it was evaluated
+    scores: Sequence[float]  # one for each
 
 
 def score_curve(folder: Path, label: str, metric: str, epoch_images: int | None = None) -> Curve:

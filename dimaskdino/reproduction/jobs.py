@@ -38,15 +38,10 @@ def execute(command: Command) -> int:
 
 @dataclass(frozen=True)
 class Launcher:
-    """How trainings are started.
+    """How trainings are started."""
 
-    Attributes:
-        repository: absolute path of the folder of train_net.py.
-        num_gpus: ``train_net.py --num-gpus`` of runs whose batch that many can share; None means one, or the CPU
-            without any.
-    """
-
-    repository: Path
+    repository: Path  # absolute path of the folder of train_net.py
+    # ``train_net.py --num-gpus`` of runs whose batch that many can share; None means one, or the CPU without any
     num_gpus: int | None = None
 
     def gpus_of(self, run: Run) -> int | None:

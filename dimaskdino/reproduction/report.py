@@ -26,22 +26,17 @@ IntervalOf = Callable[[Run, Run, str], Interval | None]
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """One number of ours with the paper's.
+    """One number of ours with the paper's."""
 
-    Attributes:
-        ours: AP in percent or images per second, the mean over the finished runs, rounded as the paper's.
-        spread: standard deviation over the runs; None for a single one.
-        paper: on the same dataset.
-        change: of ours against the first row. Speed belongs to a device, so it has no change or difference.
-        paper_change: of the paper's against its first row, on the table's reference dataset if it has nothing on ours.
-        interval: of the change, in percent, over the images of the test set; None where it was not computed.
-    """
-
+    # AP in percent or images per second, the mean over the finished runs, rounded as the paper's
     ours: float | None = None
-    spread: float | None = None
-    paper: float | None = None
+    spread: float | None = None  # standard deviation over the runs; None for a single one
+    paper: float | None = None  # on the same dataset
+    # of ours against the first row. Speed belongs to a device, so it has no change or difference.
     change: float | None = None
+    # of the paper's against its first row, on the table's reference dataset if it has nothing on ours
     paper_change: float | None = None
+    # of the change, in percent, over the images of the test set; None where it was not computed
     interval: Interval | None = None
     is_speed: bool = False
 

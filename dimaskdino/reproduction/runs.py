@@ -47,19 +47,12 @@ _BY_STAGE = (
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """An experiment and the folder of its training, which may not exist yet.
+    """An experiment and the folder of its training, which may not exist yet."""
 
-    Attributes:
-        experiment: what is trained.
-        folder: OUTPUT_DIR.
-        cfg: the experiment's file with the options.
-        options: keys and values on top of the file, as on a command line.
-    """
-
-    experiment: Experiment
-    folder: Path
-    cfg: Config
-    options: tuple[str, ...]
+    experiment: Experiment  # what is trained
+    folder: Path  # OUTPUT_DIR
+    cfg: Config  # the experiment's file with the options
+    options: tuple[str, ...]  # keys and values on top of the file, as on a command line
 
     @classmethod
     def open(

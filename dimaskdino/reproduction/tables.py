@@ -52,61 +52,39 @@ _MAIN = {
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """One training on one dataset, which may fill rows of several tables.
+    """One training on one dataset, which may fill rows of several tables."""
 
-    Attributes:
-        dataset: one of DATASETS.
-        name: of the configuration file and of the run's folder.
-        config_file: the configuration to train.
-    """
-
-    dataset: str
-    name: str
-    config_file: Path
+    dataset: str  # one of DATASETS
+    name: str  # of the configuration file and of the run's folder
+    config_file: Path  # the configuration to train
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A row of a table.
+    """A row of a table."""
 
-    Attributes:
-        labels: its first columns.
-        experiment: name that :func:`find_experiment` resolves; rows of several tables may share one.
-        paper: its numbers by dataset, in the order of the table's metrics: AP in percent, speed in images per second,
-            None where the paper has none.
-    """
-
-    labels: tuple[str, ...]
-    experiment: str
+    labels: tuple[str, ...]  # its first columns
+    experiment: str  # name that :func:`find_experiment` resolves; rows of several tables may share one
+    # its numbers by dataset, in the order of the table's metrics: AP in percent, speed in images per second, None where
+    # the paper has none
     paper: Mapping[str, Values]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table or figure of a paper.
+    """A table or figure of a paper."""
 
-    Attributes:
-        name: on the command line: "table4", "figure1".
-        paper: the paper's model.
-        number: in the paper: "Table 4".
-        title: what it compares.
-        label_names: heads of the first columns.
-        metrics: "bbox/AP" and the like from a run's results, "first/box_AP" and "last/gap" from its results by decoder
-            layer, SPEED.
-        datasets: where it can be made.
-        rows: in the paper's order.
-        shows_effects: whether it shows the effects of two modules, from the four runs with and without each.
-    """
-
-    name: str
-    paper: str
-    number: str
-    title: str
-    label_names: tuple[str, ...]
+    name: str  # on the command line: "table4", "figure1"
+    paper: str  # the paper's model
+    number: str  # in the paper: "Table 4"
+    title: str  # what it compares
+    label_names: tuple[str, ...]  # heads of the first columns
+    # "bbox/AP" and the like from a run's results, "first/box_AP" and "last/gap" from its results by decoder layer,
+    # SPEED
     metrics: tuple[str, ...]
-    datasets: tuple[str, ...]
-    rows: tuple[Row, ...]
-    shows_effects: bool = False
+    datasets: tuple[str, ...]  # where it can be made
+    rows: tuple[Row, ...]  # in the paper's order
+    shows_effects: bool = False  # whether it shows the effects of two modules, from the four runs with and without each
 
     @property
     def needs_layers(self) -> bool:

@@ -30,19 +30,12 @@ UNDECAYED_NAMES = ("relative_position_bias_table", "absolute_pos_embed")
 
 @dataclass(frozen=True)
 class ParameterRule:
-    """An entry of SOLVER.PARAM_GROUPS; what is None stays as it is without the entry.
+    """An entry of SOLVER.PARAM_GROUPS; what is None stays as it is without the entry."""
 
-    Attributes:
-        pattern: the name of a module, or names of parameters with ``*``, ``?`` and ``[...]``.
-        lr_factor: on the learning rate, at least 0.
-        weight_decay: at least 0.
-        frozen: whether the parameters keep their values.
-    """
-
-    pattern: str
-    lr_factor: float | None = None
-    weight_decay: float | None = None
-    frozen: bool | None = None
+    pattern: str  # the name of a module, or names of parameters with ``*``, ``?`` and ``[...]``
+    lr_factor: float | None = None  # on the learning rate, at least 0
+    weight_decay: float | None = None  # at least 0
+    frozen: bool | None = None  # whether the parameters keep their values
 
     def matches(self, name: str) -> bool:
         """Whether the rule is about the parameter of this name."""

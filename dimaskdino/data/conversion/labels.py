@@ -25,53 +25,32 @@ SLACK = 0.01
 
 @dataclass(frozen=True)
 class LabeledObject:
-    """An object of an image, in pixels.
+    """An object of an image, in pixels."""
 
-    Attributes:
-        label: name of its class.
-        where: file and line, for messages.
-        box: x0, y0, x1, y1; None to take that of the mask.
-        polygons: parts, each [x, y, x, y, ...].
-        mask: (H, W) bool of the image, which may have holes; instead of polygons.
-        extra: further keys of the annotation.
-    """
-
-    label: str
-    where: str
-    box: tuple[float, float, float, float] | None = None
-    polygons: Sequence[Sequence[float]] = ()
-    mask: np.ndarray | None = None
-    extra: Json = field(default_factory=dict)
+    label: str  # name of its class
+    where: str  # file and line, for messages
+    box: tuple[float, float, float, float] | None = None  # x0, y0, x1, y1; None to take that of the mask
+    polygons: Sequence[Sequence[float]] = ()  # parts, each [x, y, x, y, ...]
+    mask: np.ndarray | None = None  # (H, W) bool of the image, which may have holes; instead of polygons
+    extra: Json = field(default_factory=dict)  # further keys of the annotation
 
 
 @dataclass(frozen=True)
 class LabeledImage:
-    """An image and its objects; without any it is background.
+    """An image and its objects; without any it is background."""
 
-    Attributes:
-        file_name: relative to the folder of images, with slashes.
-        size: (height, width).
-        objects: in the order of the label file.
-    """
-
-    file_name: str
-    size: tuple[int, int]
-    objects: list[LabeledObject]
+    file_name: str  # relative to the folder of images, with slashes
+    size: tuple[int, int]  # (height, width)
+    objects: list[LabeledObject]  # in the order of the label file
 
 
 @dataclass
 class Problems:
-    """What cannot be used: an error at the end, or, with ``skip``, left out and counted.
+    """What cannot be used: an error at the end, or, with ``skip``, left out and counted."""
 
-    Attributes:
-        skip: leave it out.
-        found: file and line, and what is wrong.
-        notes: what was put right, and how often.
-    """
-
-    skip: bool = False
-    found: list[str] = field(default_factory=list)
-    notes: Counter[str] = field(default_factory=Counter)
+    skip: bool = False  # leave it out
+    found: list[str] = field(default_factory=list)  # file and line, and what is wrong
+    notes: Counter[str] = field(default_factory=Counter)  # what was put right, and how often
 
     def add(self, where: str, problem: str) -> None:
         """Remember one."""

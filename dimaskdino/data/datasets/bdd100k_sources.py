@@ -22,17 +22,11 @@ class Finding(NamedTuple):
 
 
 class Task(NamedTuple):
-    """One image to convert.
+    """One image to convert."""
 
-    Attributes:
-        image: its path.
-        labels: path of its bitmask, or its Scalabel frame.
-        key: changes with the image and its labels.
-    """
-
-    image: str
-    labels: str | Frame
-    key: str
+    image: str  # its path
+    labels: str | Frame  # path of its bitmask, or its Scalabel frame
+    key: str  # changes with the image and its labels
 
 
 def find_tasks(folder: Path, split: str, source: str) -> tuple[list[Task], list[Finding]]:

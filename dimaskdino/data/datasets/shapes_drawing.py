@@ -162,17 +162,11 @@ SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 
 @dataclass(frozen=True)
 class Picture:
-    """One drawn picture.
+    """One drawn picture."""
 
-    Attributes:
-        image: (S, S, 3) uint8, RGB.
-        classes: class index of each shape, back to front.
-        owner: (S, S) int16, index of the shape that a pixel belongs to, -1 for the background.
-    """
-
-    image: np.ndarray
-    classes: tuple[int, ...]
-    owner: np.ndarray
+    image: np.ndarray  # (S, S, 3) uint8, RGB
+    classes: tuple[int, ...]  # class index of each shape, back to front
+    owner: np.ndarray  # (S, S) int16, index of the shape that a pixel belongs to, -1 for the background
 
 
 def draw_picture(rng: np.random.Generator, size: int, canvas: np.ndarray | None = None) -> Picture:

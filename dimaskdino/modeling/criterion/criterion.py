@@ -29,15 +29,10 @@ from dimaskdino.structures import DecoderOutput, DenoisingQueries, Matches, Stag
 
 @dataclass(frozen=True)
 class StepObjects:
-    """The objects of all images of an optimization step, where a batch is a part of it.
+    """The objects of all images of an optimization step, where a batch is a part of it."""
 
-    Attributes:
-        of_images: objects of each image.
-        denoised: those that one group of denoising queries has room for.
-    """
-
-    of_images: Sequence[int]
-    denoised: Sequence[int]
+    of_images: Sequence[int]  # objects of each image
+    denoised: Sequence[int]  # those that one group of denoising queries has room for
 
 
 class Criterion(nn.Module):

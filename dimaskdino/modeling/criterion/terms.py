@@ -30,20 +30,13 @@ _MASKS_PER_CHUNK = 256
 
 @dataclass(frozen=True)
 class Supervision:
-    """One stage with the objects that its queries stand for.
+    """One stage with the objects that its queries stand for."""
 
-    Attributes:
-        prediction: of the stage.
-        matches: (query, object) indices of each image.
-        num_objects: scalar that its losses are divided by.
-        use_masks: whether its masks are supervised.
-        elsewhere: its queries and matched pairs in the other batches of the same optimization step.
-    """
-
-    prediction: StagePrediction
-    matches: Matches
-    num_objects: Tensor
-    use_masks: bool
+    prediction: StagePrediction  # of the stage
+    matches: Matches  # (query, object) indices of each image
+    num_objects: Tensor  # scalar that its losses are divided by
+    use_masks: bool  # whether its masks are supervised
+    # its queries and matched pairs in the other batches of the same optimization step
     elsewhere: tuple[int, int] = (0, 0)
 
 
@@ -171,15 +164,10 @@ class LossTerm(Protocol):
 
 @dataclass(frozen=True)
 class ClassOptions:
-    """What the class loss weighs differently.
+    """What the class loss weighs differently."""
 
-    Attributes:
-        class_weights: of each class; empty for 1.
-        crowd_share: see :meth:`SupervisedStages.not_negative`.
-    """
-
-    class_weights: tuple[float, ...] = ()
-    crowd_share: float = 0.0
+    class_weights: tuple[float, ...] = ()  # of each class; empty for 1
+    crowd_share: float = 0.0  # see :meth:`SupervisedStages.not_negative`
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> "ClassOptions":

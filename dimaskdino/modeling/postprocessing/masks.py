@@ -58,17 +58,11 @@ _BYTES_PER_PIXEL = 20  # of a mask while it is made: logits of two sizes, probab
 
 @dataclass(frozen=True)
 class Frame:
-    """The sizes that a mask passes through, each (height, width) in px.
+    """The sizes that a mask passes through, each (height, width) in px."""
 
-    Attributes:
-        padded: of the padded batch, whose size the mask logits cover.
-        image: of the image before padding.
-        output: of the result.
-    """
-
-    padded: Size
-    image: Size
-    output: Size
+    padded: Size  # of the padded batch, whose size the mask logits cover
+    image: Size  # of the image before padding
+    output: Size  # of the result
 
     def on_canvas(self, maps: Tensor) -> Tensor:
         """Maps (N, h, w) at the padded size."""
@@ -106,18 +100,13 @@ def _resize(maps: Tensor, size: Size) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class MaskRendering:
-    """How masks are made.
+    """How masks are made."""
 
-    Attributes:
-        interpolation: ``two_step`` resizes the logits to the padded size, crops, and resizes to the asked size, as the
-            releases do; ``direct`` interpolates once, and only where a mask is, which differs in few pixels.
-        format: ``bitmask`` for a (N, H, W) bool tensor, or ``rle`` for :class:`RleMasks`.
-        memory_mb: masks are made in chunks that need about this much memory, in MiB.
-    """
-
+    # ``two_step`` resizes the logits to the padded size, crops, and resizes to the asked size, as the releases do;
+    # ``direct`` interpolates once, and only where a mask is, which differs in few pixels
     interpolation: str = "two_step"
-    format: str = "bitmask"
-    memory_mb: int = 256
+    format: str = "bitmask"  # ``bitmask`` for a (N, H, W) bool tensor, or ``rle`` for :class:`RleMasks`
+    memory_mb: int = 256  # masks are made in chunks that need about this much memory, in MiB
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> "MaskRendering":
@@ -200,17 +189,11 @@ def _direct(logits: Tensor, frame: Frame, canvas: "_Canvas", first: int, pixels:
 
 @dataclass(frozen=True)
 class _Axis:
-    """Linear interpolation along one axis, from cells of the logits to pixels of the result.
+    """Linear interpolation along one axis, from cells of the logits to pixels of the result."""
 
-    Attributes:
-        lower: (n,) int64, cell before the center of each pixel.
-        upper: (n,) int64, cell after it.
-        weight: (n,) float32, of the cell after it.
-    """
-
-    lower: Tensor
-    upper: Tensor
-    weight: Tensor
+    lower: Tensor  # (n,) int64, cell before the center of each pixel
+    upper: Tensor  # (n,) int64, cell after it
+    weight: Tensor  # (n,) float32, of the cell after it
 
     @classmethod
     def of(cls, cells: int, padded: int, image: int, output: int, device: torch.device) -> "_Axis":

@@ -26,35 +26,24 @@ from dimaskdino.structures import (
 
 @dataclass(frozen=True)
 class Queries:
-    """The queries between two layers.
+    """The queries between two layers."""
 
-    Attributes:
-        content: (B, Q, C).
-        reference: (B, Q, 4) cxcywh in [0, 1], the boxes that the next layer looks at, cut from the graph.
-        previous: the same boxes in the graph, from which the next stage's supervised boxes start (look forward twice).
-        attn_mask: (P, Q) bool, True where one of the P denoising queries, which come first, must not see another; the
-            others see all but those. None when all see all.
-    """
-
-    content: Tensor
-    reference: Tensor
+    content: Tensor  # (B, Q, C)
+    reference: Tensor  # (B, Q, 4) cxcywh in [0, 1], the boxes that the next layer looks at, cut from the graph
+    # the same boxes in the graph, from which the next stage's supervised boxes start (look forward twice)
     previous: Tensor
+    # (P, Q) bool, True where one of the P denoising queries, which come first, must not see another; the others see all
+    # but those. None when all see all.
     attn_mask: Tensor | None
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The tokens from which the queries are made.
+    """The tokens from which the queries are made."""
 
-    Attributes:
-        first: T_s1, those of the first selection.
-        last: those of the last selection; T_s2 with De-Imbalance, else T_s1.
-        predictions: of the selections, in order.
-    """
-
-    first: Tokens
-    last: Tokens
-    predictions: list[StagePrediction]
+    first: Tokens  # T_s1, those of the first selection
+    last: Tokens  # those of the last selection; T_s2 with De-Imbalance, else T_s1
+    predictions: list[StagePrediction]  # of the selections, in order
 
 
 class QueryDecoder(nn.Module):
