@@ -9,12 +9,7 @@ from types import ModuleType
 
 
 def after_import(name: str, call: Callable[[], object]) -> None:
-    """Call a function as soon as a module has been imported: at once if it has been already.
-
-    Args:
-        name: of the module.
-        call: the function.
-    """
+    """Call a function as soon as a module has been imported: at once if it has been already."""
     if name in sys.modules:
         call()
     else:

@@ -287,12 +287,7 @@ def _prepare(cfg: Config, device: str | None, refinement: Refinement) -> None:
 
 
 def classes_of(cfg: Config, trained: Sequence[str] | None = None) -> Classes:
-    """The classes of a configuration's datasets; where none of them is on this machine, those of the weights.
-
-    Args:
-        cfg: of the model.
-        trained: names in the weight file; None for "class 0", "class 1", ... Their category ids count from 1.
-    """
+    """The classes of a configuration's datasets; where none is on this machine, the weights', or "class 0", ...."""
     register_all(cfg=cfg)
     count = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):

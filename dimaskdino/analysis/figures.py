@@ -41,14 +41,7 @@ class TaskScores:
 
 
 def score_results(truth: hotcoco.COCO, results: Sequence[dict[str, Any]], task: str, score: float) -> TaskScores:
-    """Score detections.
-
-    Args:
-        truth: images, categories and annotations, with ids from 1.
-        results: detections in COCO's format with the same ids.
-        task: "box" or "mask".
-        score: threshold of the confusion matrix.
-    """
+    """Score boxes or masks ("box", "mask") by a truth with the same ids, from 1; ``score`` is for the confusion."""
     kind, shape = {"box": ("bbox", "bbox"), "mask": ("segm", "segmentation")}[task]
     alone = [{key: each[key] for key in ("image_id", "category_id", "score", shape)} for each in results]
     evaluation = hotcoco.COCOeval(truth, truth.load_res(alone), kind)

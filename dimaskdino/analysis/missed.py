@@ -85,11 +85,8 @@ def judge(
 ) -> list[Verdict]:
     """Judge every object of an image at a stage.
 
-    Args:
-        view: of the stage.
-        classes: (G,) class index of each object.
-        limits: the numbers that decide.
-        selections: of the first selection and, where there are more, of the last; none for a model without.
+    ``selections`` are the views of the first selection and, where there are more, of the last; none for a model
+    without.
     """
     reported = _reported(view, limits)
     found = _match(view, reported, classes, limits)

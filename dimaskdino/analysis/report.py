@@ -57,17 +57,7 @@ def write_report(
     examples: Examples,
     limits: Limits,
 ) -> None:
-    """Write the report.
-
-    Args:
-        path: of the HTML file.
-        title: its heading.
-        explained: all objects.
-        names: class names.
-        scores: of boxes, and of masks where there are any; none if nothing was scored.
-        examples: the contact sheet.
-        limits: that the objects were judged by.
-    """
+    """Write the report as HTML; ``scores`` are of boxes, and of masks where there are any."""
     stages = by_stage(explained)
     found = list(stages.values())[-1][missed.Outcome.FOUND] if stages else 0
     parts = [

@@ -72,14 +72,7 @@ def watched(model: DIMaskDINO) -> Iterator[list[Any]]:
 
 
 def compare_stages(output: DecoderOutput, frame: Frame, truth: TrueObjects, model: DIMaskDINO) -> list[SeenStage]:
-    """Compare every stage of the only image of a batch with its truth.
-
-    Args:
-        output: of the decoder, in evaluation.
-        frame: the sizes of the image.
-        truth: its objects, in px of the result.
-        model: that predicted; says how masks are made, and whether they count in scores.
-    """
+    """Compare every stage of the only image of a batch with its truth, which is in px of the result."""
     options = model.post_processor.instance_options
     rendering = replace(options["rendering"], format="rle", interpolation="direct")
     by_mask = options["score_by_mask"]

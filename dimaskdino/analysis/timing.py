@@ -47,11 +47,7 @@ class Times:
 def time_model(model: nn.Module, images: Sequence[dict[str, Any]], *, warmup: int, runs: int) -> Times:
     """Time a model in evaluation mode, one image at a time: from the image's tensor to instances.
 
-    Args:
-        model: takes a list of images.
-        images: as the model takes them, used in turn.
-        warmup: runs before those that count; they choose kernels, fill caches, and compile.
-        runs: that count.
+    The first ``warmup`` runs choose kernels, fill caches, and compile; they do not count.
     """
     seconds = []
     with timed(model) as timer, torch.inference_mode():
@@ -92,14 +88,9 @@ def compiled(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def time_exported(path: Path, size: tuple[int, int], *, threads: int, warmup: int, runs: int) -> Times:
-    """Time one session of an exported file, on the CPU: from the input to what the file gives.
+    """Time one session of an ONNX file, or of OpenVINO's .xml, on the CPU: from the input to what the file gives.
 
-    Args:
-        path: of an ONNX file, or of OpenVINO's .xml.
-        size: (height, width) of the image, where the file leaves it open.
-        threads: that compute.
-        warmup: as in :func:`time_model`.
-        runs: as in :func:`time_model`.
+    ``size`` is the (height, width) of the image where the file leaves it open.
 
     Raises:
         UserError: the file is missing or of another kind, or the package that runs it is missing.
@@ -151,13 +142,7 @@ _SESSIONS = {".onnx": _onnx_session, ".xml": _openvino_session}
 
 
 def example_input(shape: Sequence[Any], kind: Any, size: tuple[int, int]) -> np.ndarray:
-    """An input of an exported file: random pixels from 0 to 255 for an image, sizes for anything else.
-
-    Args:
-        shape: of the input; what is no number is open: one image, of ``size``.
-        kind: NumPy's dtype.
-        size: (height, width) px.
-    """
+    """An input of an exported file: sizes, or pixels from 0 to 255 of an image, of ``size`` where that is open."""
     if len(shape) < 3:
         return np.resize(np.array(size), [side if isinstance(side, int) else 1 for side in shape]).astype(kind)
     open_sides = [*[1] * (len(shape) - 3), 3, *size]

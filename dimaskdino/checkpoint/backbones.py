@@ -91,10 +91,7 @@ def match_backbone(
 ) -> dict[str, Tensor]:
     """Find the backbone's weights in a file that holds a backbone, a classifier, or a detector.
 
-    Args:
-        state: the file's weights.
-        model_state: the whole model's weights.
-        author: "Caffe2" if the file is Caffe2's, which merges running statistics into scale and shift.
+    An ``author`` "Caffe2" merges running statistics into scale and shift.
 
     Returns:
         The file's tensors under our keys, all of them below ``backbone.``.

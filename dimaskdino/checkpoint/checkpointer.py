@@ -150,13 +150,6 @@ class Checkpointer(DetectionCheckpointer):
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Load all of the folder's last checkpoint if ``resume`` and there is one, else only the weights of ``path``.
 
-        Args:
-            path: weights to start from where there is no last checkpoint, or ``resume`` is False.
-            resume: continue from the last checkpoint.
-
-        Returns:
-            As :meth:`load`.
-
         Raises:
             CheckpointError: as :meth:`load`, or no checkpoint of the folder is whole.
         """

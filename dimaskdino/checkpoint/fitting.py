@@ -90,13 +90,7 @@ def _depths(keys: Iterable[str], pattern: str) -> list[int]:
 
 
 def group(keys: Iterable[str], others: Iterable[str], *, at_most: int = 8) -> str:
-    """Name many keys in few words: "a.b.* (12), c.weight".
-
-    Args:
-        keys: the keys to name, by the largest modules that hold none of ``others``.
-        others: keys on the other side of a comparison.
-        at_most: number of groups to name before "and N more groups".
-    """
+    """Name many keys in few words, by the largest modules that hold none of ``others``: "a.b.* (12), c.weight"."""
     present = {prefix for key in others for prefix in _prefixes(key)}
     groups: Counter[str] = Counter()
     for key in keys:
@@ -218,13 +212,7 @@ def fit_channels(
     are zero, the outputs are those of the file. One channel gets the sum of the filters, so that gray gives what it
     gave as three equal colors; two channels get the first two filters, times 3/2.
 
-    Args:
-        state: weights of a file.
-        model_state: weights of the model.
-        names: keys of the file to keys of the model; None where they are the same.
-
-    Returns:
-        ``state``, with those filters replaced.
+    ``names`` gives the model's key for a key of the file; None where they are the same.
     """
     fitted = dict(state)
     for theirs in state:
@@ -260,13 +248,7 @@ def frozen_names(model: nn.Module) -> list[str]:
 
 
 def without_frozen(model: nn.Module, state: Mapping[str, Tensor], base: str) -> dict[str, Any]:
-    """Entries of a checkpoint that leaves out the frozen parameters.
-
-    Args:
-        model: in training.
-        state: its weights.
-        base: the file that the frozen ones are from.
-    """
+    """Entries of a checkpoint that leaves out the frozen parameters, which are from the file ``base``."""
     frozen = set(frozen_names(model))
     kept = {name: value for name, value in state.items() if name not in frozen}
     return {"model": kept, BASE: base, DIGEST: digest({name: state[name] for name in sorted(frozen)})}

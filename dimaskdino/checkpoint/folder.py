@@ -60,11 +60,7 @@ def tagged(folder: Path) -> str:
 def newest_good(folder: Path, run_id: str) -> Path | None:
     """The newest whole checkpoint of a run: the tagged one, else the one of the highest iteration.
 
-    Each file that is passed over is logged with its damage.
-
-    Args:
-        folder: of the run.
-        run_id: of the run; "" for a run of an earlier version. Other runs may have left checkpoints in the folder.
+    Each file that is passed over is logged with its damage. Runs of an earlier version have the ``run_id`` "".
     """
     name = ""
     try:

@@ -62,10 +62,6 @@ def local_path(path: str | Path) -> Path:
 def fetch(address: str, *, force: bool = False) -> Path:
     """The local copy of a file on the hub, from the cache of huggingface_hub or fetched into it.
 
-    Args:
-        address: ``hf://owner/name[@revision][/file]``.
-        force: fetch it again.
-
     Raises:
         CheckpointError: huggingface_hub is missing, there is no such repository, revision or file, or the hub cannot
             be reached and the file is not in the cache.

@@ -30,12 +30,7 @@ _numeric = importlib.import_module(f"{_NUMPY}.numeric")
 
 
 def unpickle(file: IO[bytes], *, plain: bool, trust: bool) -> Any:
-    """Unpickle a file of torch's, or a plain pickle.
-
-    Args:
-        file: the file, at its start.
-        plain: whether it is a plain pickle.
-        trust: let it run any code.
+    """Unpickle a file of torch's, or a plain pickle, from its start; ``trust`` lets it run any code.
 
     Raises:
         CheckpointError: it would run code, or take too long.
@@ -60,16 +55,7 @@ def refusal(what: str) -> str:
 
 
 def _check_pickles(file: IO[bytes], *, is_zip: bool, count: int = 5) -> None:
-    """Bound the time that unpickling takes, that is, the opcodes and what their tuples expand to.
-
-    Args:
-        file: a file of pickles, at its start.
-        is_zip: it is torch's zip; otherwise it starts with pickles.
-        count: how many; torch's older format has 5 before its data.
-
-    Raises:
-        CheckpointError: it is too long, or has tuples that contain each other so often that hashing one does not end.
-    """
+    """Bound the time of unpickling: opcodes, and what their tuples expand to; torch's older format has 5 pickles."""
     if is_zip:
         with zipfile.ZipFile(file) as archive:
             for name in archive.namelist():

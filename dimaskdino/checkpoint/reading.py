@@ -39,9 +39,7 @@ _MAX_TENSORS = 50_000
 def read_weights(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
     """Read a weight file: torch's own formats, safetensors, or a pickle of arrays.
 
-    Args:
-        path: a local file.
-        trust: unpickle whatever the file holds, which lets it run any code; logged as a warning.
+    ``trust`` lets whatever the file holds run any code, which is logged as a warning.
 
     Returns:
         The file's entries. "model" is its state dict on the CPU, without the prefixes of wrappers. "__author__" is

@@ -25,11 +25,7 @@ def from_release(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_release(state: Mapping[str, Tensor], *, detrex: bool = False) -> dict[str, Tensor]:
-    """Rename our state dict to the names of its model's release, with every alias that the release stores.
-
-    Args:
-        state: of one of our models.
-        detrex: take detrex's names for a DINO model, rather than those of DINO's release.
+    """Rename our state dict to the names of its model's release, or of detrex, with every alias that is stored there.
 
     Raises:
         CheckpointError: a model that detrex does not have.

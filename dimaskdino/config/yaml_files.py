@@ -45,17 +45,7 @@ _SCALED_SIZES = re.compile(r"\[int\(x \* 0\.1 \* (\d{1,5})\) for x in range\((\d
 
 
 def scaled_sizes(expression: str) -> list[int]:
-    """Compute ``[int(x * 0.1 * 640) for x in range(5, 21)]`` without running it.
-
-    Args:
-        expression: any three numbers may stand for 640, 5 and 21.
-
-    Returns:
-        The sizes in pixels.
-
-    Raises:
-        ValueError: any other expression.
-    """
+    """The sizes (px) of ``[int(x * 0.1 * 640) for x in range(5, 21)]``, with any numbers; else raise ValueError."""
     match = _SCALED_SIZES.fullmatch(expression)
     if match is None:
         raise ValueError(f"only [int(x * 0.1 * SIZE) for x in range(FIRST, END)] is evaluated, not {expression:.80}")
@@ -80,9 +70,6 @@ def read_yaml(path: str) -> dict[str, Any]:
     Args:
         path: the file. A ``_BASE_`` (one path or a list) is relative to it, absolute, or a URL that iopath knows; a
             later file overrides an earlier one.
-
-    Returns:
-        The merged tree of plain values.
 
     Raises:
         ConfigError: a file that is missing, is not a mapping, asks for code to run, or is too large or nested too

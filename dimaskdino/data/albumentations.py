@@ -13,11 +13,7 @@ from dimaskdino.errors import ConfigError
 
 
 def find(name: str, unknown: str) -> Callable[..., T.Augmentation]:
-    """A builder ``(cfg, **arguments)`` of the transform that Albumentations has under ``name``.
-
-    Args:
-        name: of a class, such as GaussNoise.
-        unknown: the start of the error for an unknown name.
+    """A builder ``(cfg, **arguments)`` of Albumentations' transform ``name``; ``unknown`` begins the error for another.
 
     Raises:
         ConfigError: Albumentations is not installed, or has no such transform.
@@ -42,12 +38,7 @@ def find(name: str, unknown: str) -> Callable[..., T.Augmentation]:
 
 
 class FromAlbumentations(T.Augmentation):
-    """Draws the random numbers of a transform once for an image, and applies the same to its objects.
-
-    Args:
-        name: of the transform, for errors.
-        transform: of Albumentations.
-    """
+    """Draws the random numbers of a transform once for an image, and applies the same to its objects."""
 
     def __init__(self, name: str, transform: Any) -> None:
         import albumentations as A

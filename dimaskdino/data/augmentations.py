@@ -257,12 +257,7 @@ class Crop(T.Augmentation):
         self.least_objects, self.least_share, self.tries = least_objects, least_share, tries
 
     def get_transform(self, image: np.ndarray, boxes: np.ndarray) -> T.Transform:
-        """The crop of one image.
-
-        Args:
-            image: (H, W, C).
-            boxes: (n, 4) xyxy px.
-        """
+        """The crop of one image (H, W, C) with boxes (n, 4) xyxy px."""
         needed = min(self.least_objects, len(boxes))
         area = np.maximum((boxes[:, 2:] - boxes[:, :2]).prod(1), 1e-6)
         for _ in range(self.tries):

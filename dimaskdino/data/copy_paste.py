@@ -35,11 +35,7 @@ class CopyPaste:
         self.prob, self.share, self.most, self.blend, self.least_left = prob, share, most, blend, least_left
 
     def __call__(self, mapped: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-        """Paste at random; both images as the mapper gives them, aligned at the upper left corner.
-
-        Returns:
-            ``mapped`` with another "image" and "instances".
-        """
+        """Paste at random into a copy; both images as the mapper gives them, aligned at the upper left corner."""
         pasted = self._chosen(other["instances"])
         if not len(pasted):
             return mapped

@@ -15,13 +15,7 @@ Json = dict[str, Any]
 def cut_annotation(
     annotation: Json, size: Size, window: tuple[int, int, int, int], least_share: float = 0.0
 ) -> Json | None:
-    """An annotation in a tile's frame; None where too little of it is inside.
-
-    Args:
-        annotation: of a COCO file, with a mask or a box; its other keys are kept.
-        size: (height, width) of the picture.
-        window: (top, left, bottom, right) of the tile, px.
-        least_share: of the object's area that must be inside.
+    """An annotation in the frame of a tile (top, left, bottom, right, px); None with too small a share inside.
 
     Returns:
         The annotation, with polygons where the whole object is inside, else with an RLE; with a box where it has one

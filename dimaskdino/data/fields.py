@@ -55,12 +55,7 @@ def check_fields(annotations: Sequence[Mapping[str, Any]], names: Sequence[str],
 
 
 def fields_of(annotations: Sequence[Mapping[str, Any]], names: Sequence[str], where: str) -> dict[str, torch.Tensor]:
-    """Fields of the objects of an image.
-
-    Args:
-        annotations: of n objects.
-        names: of the fields.
-        where: the image, for errors.
+    """Fields of the n objects of an image.
 
     Returns:
         ``gt_<name>`` -> (n,) float32, or (n, d) where the values are lists; NaN for an object without the field.

@@ -103,13 +103,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def size_problem(header: Header, listed: Size, *, apply_exif: bool) -> str:
-    """What is wrong with the size of an image; "" where it is as listed.
-
-    Args:
-        header: of its file.
-        listed: (height, width) in its dataset.
-        apply_exif: as in :func:`read_image`.
-    """
+    """What is wrong with the (height, width) that a dataset lists for an image; "" where it is that of the file."""
     size = header.size(apply_exif=apply_exif)
     if size == tuple(listed):
         return ""

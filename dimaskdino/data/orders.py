@@ -50,11 +50,7 @@ def take_fold(cfg: CfgNode, name: str, entries: list[dict[str, Any]], *, train: 
     Images of one group (DATASETS.FOLDS.GROUP) are in one fold. The folds depend on the groups' names and the seed, not
     on the order of the images.
 
-    Args:
-        cfg: reads DATASETS.{FOLDS, TRAIN}.
-        name: of the dataset; one that is not trained on is not divided.
-        entries: its images.
-        train: whether they are for training.
+    A dataset that is not in DATASETS.TRAIN is not divided.
 
     Raises:
         DatasetError: an image does not have the key of its group, or there are fewer groups than folds.
@@ -143,10 +139,7 @@ class BatchSampler(Sampler[list[Draw]]):
 class Samples(Dataset):
     """Mapped images by :data:`Draw`; the place of a draw alone decides on the mapper's random numbers.
 
-    Args:
-        entries: the dataset.
-        mapper: maps an entry to the model's input; where it returns None, another image is drawn.
-        seed: of the run.
+    Where the mapper returns None, another image is drawn.
     """
 
     def __init__(self, entries: Sequence[Any], mapper: Callable[[dict[str, Any]], Any], seed: int) -> None:

@@ -39,12 +39,7 @@ class Reader(Protocol):
 
 
 class PilReader:
-    """Reads what PIL can read, 8 bits a channel.
-
-    Args:
-        image_format: INPUT.FORMAT.
-        apply_exif: INPUT.APPLY_EXIF.
-    """
+    """Reads what PIL can read, 8 bits a channel, by INPUT.FORMAT and INPUT.APPLY_EXIF."""
 
     def __init__(self, image_format: str, *, apply_exif: bool = True) -> None:
         self.image_format, self.apply_exif = image_format, apply_exif
@@ -63,13 +58,7 @@ class PilReader:
 
 
 class OwnReader:
-    """A registered reader, with what it gives checked.
-
-    Args:
-        name: under which it is registered.
-        inner: the reader.
-        num_channels: that images must have.
-    """
+    """A registered reader, with the form of what it gives checked."""
 
     def __init__(self, name: str, inner: Any, num_channels: int) -> None:
         self.name, self.inner, self.num_channels = name, inner, num_channels

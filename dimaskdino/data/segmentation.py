@@ -31,9 +31,7 @@ class PanopticMapper(InstanceMapper):
 class SemanticMapper(InstanceMapper):
     """Reads an image and its label map; what a class covers in the image is one object.
 
-    Args:
-        ignore: the label of pixels without a class.
-        arguments: those of :class:`InstanceMapper`.
+    Pixels without a class have the label ``ignore``.
     """
 
     def __init__(self, *, ignore: int, **arguments: Any) -> None:

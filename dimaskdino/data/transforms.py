@@ -13,11 +13,7 @@ DETR_CROP_PROBABILITY = 0.5
 
 
 class KeepAPixel(T.Augmentation):
-    """A resize that leaves at least one pixel of each side of very long images.
-
-    Args:
-        resize: an augmentation whose transform is detectron2's ResizeTransform.
-    """
+    """A resize that leaves at least one pixel of each side of very long images."""
 
     def __init__(self, resize: T.Augmentation) -> None:
         super().__init__()

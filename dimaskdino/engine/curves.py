@@ -49,9 +49,6 @@ class Group:
 def read_groups(folders: Sequence[Path]) -> list[Group]:
     """Read the records of runs and group those that differ by the seed alone, in the order given.
 
-    Args:
-        folders: OUTPUT_DIR of each run.
-
     Raises:
         UserError: a folder has no records.
     """
@@ -116,11 +113,6 @@ def draw_curves(groups: Sequence[Group], metrics: Sequence[str], path: Path) -> 
 
     The line is the mean over the runs of a group, the band their lowest to highest value; a dashed line is the same
     loss of the validation (TEST.LOSS).
-
-    Args:
-        groups: of :func:`read_groups`.
-        metrics: names in metrics.json.
-        path: of the picture; its suffix decides the format.
 
     Raises:
         UserError: no run has a metric; names those that there are.

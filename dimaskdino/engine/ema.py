@@ -31,11 +31,7 @@ class AveragedWeights:
 
     @torch.no_grad()
     def update(self, iteration: int) -> None:
-        """Move the average towards the weights, in one pass over all of them.
-
-        Args:
-            iteration: of the training, from 0 on; early averages forget faster, or they would hold the initial weights.
-        """
+        """Move the average towards the weights; early averages forget faster, or they would hold initial weights."""
         decay = min(self._decay, (1 + iteration) / (10 + iteration))
         torch._foreach_lerp_(self._own_average, self._own, 1 - decay)
 

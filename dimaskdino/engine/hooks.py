@@ -39,12 +39,8 @@ detectron2's ``HookBase``. They run after evaluation and before the records are 
 class ProgressLog(HookBase):
     """Logs one line every ``period`` iterations, and every ``seconds`` when iterations are slow.
 
-    The line shows the total loss and the losses of the last stage; metrics.json and TensorBoard have every term.
-
-    Args:
-        period: iterations.
-        seconds: as above.
-        images: of an iteration, for the rate; 0 leaves it out.
+    The line shows the total loss and the losses of the last stage, and with ``images`` of an iteration, their rate;
+    metrics.json and TensorBoard have every term.
     """
 
     def __init__(self, *, period: int = 20, seconds: float = 10.0, images: int = 0) -> None:
@@ -68,14 +64,7 @@ class ProgressLog(HookBase):
 
 
 def progress_line(storage: EventStorage, done: int, max_iter: int, *, images: int = 0) -> str:
-    """Summarize the last iterations in one line.
-
-    Args:
-        storage: holds total_loss and, once measured, time, data_time, lr, grad_norm and skipped_steps.
-        done: number of finished iterations.
-        max_iter: number of iterations of the run.
-        images: of an iteration; 0 leaves out the rate.
-    """
+    """The last iterations in one line: total loss and, as far as they are measured, times, lr, grad_norm and others."""
     histories = storage.histories()
     parts = [f"{done}/{max_iter}"]
     if "time" in histories:
@@ -120,10 +109,6 @@ class WriteRecords(PeriodicWriter):
     """detectron2's PeriodicWriter, which also writes with each evaluation.
 
     So a checkpoint whose iteration is due but has no record was followed by an evaluation that did not finish.
-
-    Args:
-        writers: what writes the records.
-        eval_period: iterations between evaluations; 0 means only after the last iteration.
     """
 
     def __init__(self, writers: list[EventWriter], *, eval_period: int) -> None:

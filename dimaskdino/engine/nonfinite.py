@@ -27,13 +27,7 @@ _PLAIN = (str, int, float, bool, type(None))
 
 
 class NonFiniteError(FloatingPointError):
-    """A cost, loss, gradient, running statistic or weight of a step is not finite.
-
-    Args:
-        message: names iteration, process and images.
-        terms: what is not finite, the first first.
-        losses: of the step, as far as there are any.
-    """
+    """A cost, loss, gradient, running statistic or weight of a step is not finite."""
 
     def __init__(self, message: str, terms: list[str], losses: dict[str, Tensor] | None = None) -> None:
         super().__init__(message)
@@ -42,11 +36,7 @@ class NonFiniteError(FloatingPointError):
 
 
 class NonFiniteSteps:
-    """Stops the run at a step that is not finite, or skips it and counts (SOLVER.NONFINITE); writes a replay file.
-
-    Args:
-        cfg: of the run; goes into the file.
-    """
+    """Stops the run at a step that is not finite, or skips it and counts (SOLVER.NONFINITE); writes a replay file."""
 
     def __init__(self, cfg: CfgNode) -> None:
         self._cfg = cfg
@@ -57,10 +47,6 @@ class NonFiniteSteps:
 
     def handle(self, error: NonFiniteError, step: Any) -> None:
         """Write the step to a file, then undo it, or raise the error again, with the path.
-
-        Args:
-            error: what ``step`` raised before it changed a weight.
-            step: the :class:`dimaskdino.engine.TrainStep`.
 
         Raises:
             NonFiniteError: the run stops.

@@ -39,10 +39,6 @@ class DrawPredictions(HookBase):
 
     Register it on the main process, after the hook that evaluates and before that of the writers; in every process
     where these hold shards of the weights.
-
-    Args:
-        cfg: of the run; LOG.PICTURES images of the first DATASETS.TEST are drawn.
-        model: may be wrapped for distribution.
     """
 
     def __init__(self, cfg: CfgNode, model: nn.Module) -> None:
@@ -84,13 +80,7 @@ def save_pictures(cfg: CfgNode, weights: Path, path: Path, number: int) -> None:
 
 
 def rows_of_checkpoint(cfg: CfgNode, weights: Path, number: int) -> list[list[np.ndarray]]:
-    """Draw the first images of the first DATASETS.TEST that hold objects, on the CPU: a row of :data:`COLUMNS` each.
-
-    Args:
-        cfg: of the model; the device, and stages to evaluate, are set.
-        weights: a checkpoint.
-        number: of images.
-    """
+    """Draw the first images of the first DATASETS.TEST that hold objects, on the CPU: a row of :data:`COLUMNS` each."""
     cfg = cfg.clone()
     cfg.merge_from_list(["MODEL.DEVICE", "cpu", "TEST.EVAL_LAYERS", []])
     register_all(cfg=cfg)
@@ -116,14 +106,7 @@ def _in_one_frame(given: Input) -> Input:
 def picture_rows(
     cfg: CfgNode, model: nn.Module, dataset_name: str, inputs: Sequence[Input], *, min_score: float = MIN_SCORE
 ) -> Iterator[list[np.ndarray]]:
-    """Draw images; one row of :data:`COLUMNS` an image.
-
-    Args:
-        cfg: of the model.
-        model: not wrapped; in evaluation while its pictures are drawn.
-        dataset_name: registered; names the classes.
-        inputs: of :func:`picture_inputs`.
-        min_score: detections with a lower score are not drawn.
+    """Draw images of :func:`picture_inputs`; one row of :data:`COLUMNS` an image.
 
     Yields:
         Pictures (H, W, 3) uint8 RGB of :data:`WIDTH_PX`.

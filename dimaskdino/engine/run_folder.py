@@ -70,12 +70,7 @@ class _LogFile(logging.FileHandler):
 
 
 def setup_loggers(folder: Path, rank: int) -> None:
-    """Log to ``folder``/log.txt, on the main process also to the console; replaces the handlers of an earlier call.
-
-    Args:
-        folder: made if it does not exist.
-        rank: of this process; other processes than the main one log to log.txt.rankN.
-    """
+    """Log to ``folder``/log.txt, in other processes than the main one to log.txt.rankN without the console."""
     folder.mkdir(parents=True, exist_ok=True)
     handlers: list[logging.Handler] = [_LogFile(folder / (f"{LOG_FILE}.rank{rank}" if rank else LOG_FILE))]
     if rank == 0:
@@ -119,13 +114,7 @@ def set_earlier_run_aside(folder: Path) -> None:
 
 
 def write_config(cfg: CfgNode, folder: Path, run_id: str = "") -> None:
-    """Write the complete configuration to ``folder``/config.yaml; the folder is made if it does not exist.
-
-    Args:
-        cfg: the configuration.
-        folder: of the run, or of an evaluation.
-        run_id: goes into a comment; :func:`read_run_id` gives it back.
-    """
+    """Write the complete configuration to ``folder``/config.yaml, and the id that :func:`read_run_id` gives back."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / CONFIG_FILE
     path.write_text((f"{RUN_COMMENT}{run_id}\n" if run_id else "") + cfg.dump(), encoding="utf-8")

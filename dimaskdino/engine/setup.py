@@ -252,14 +252,7 @@ _SHOWN_NAMES = 10
 
 
 def merge_cpu_file(cfg: Config, config_file: str, given: Collection[str], *, num_gpus: int | None) -> None:
-    """Merge the file that MODEL.ON_CPU names, beside ``config_file``, where no GPU is used.
-
-    Args:
-        cfg: as ``config_file`` says; the key is empty afterwards, so that the run's config.yaml stands for itself.
-        config_file: path of the configuration.
-        given: keys of the command line.
-        num_gpus: that this machine uses.
-    """
+    """Merge the file of MODEL.ON_CPU, beside ``config_file``, where no GPU is used; the key is empty afterwards."""
     name, cfg.MODEL.ON_CPU = cfg.MODEL.ON_CPU, ""
     if not name or num_gpus:
         return
@@ -272,10 +265,6 @@ def merge_cpu_file(cfg: Config, config_file: str, given: Collection[str], *, num
 
 def set_keys_of_own_data(cfg: Config, given: Collection[str]) -> None:
     """Set what follows from DATASETS.TRAIN_JSON, if it is set; keys of the command line stay.
-
-    Args:
-        cfg: changed in place.
-        given: keys of the command line.
 
     Raises:
         ConfigError: a key that cannot be used.

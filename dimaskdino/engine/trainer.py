@@ -207,10 +207,7 @@ class Trainer(ResumableTrainer):
         The results also go to OUTPUT_DIR/inference/results.json, beside the config.yaml that produced them. The speed
         is measured as well, unless TEST.EVAL_LAYERS asks for more than the model's result.
 
-        Args:
-            cfg: the configuration.
-            model: the model to evaluate.
-            evaluators: a DatasetEvaluator for each dataset; by default :meth:`build_evaluator` makes them.
+        The evaluators, one for each dataset, are by default those of :meth:`build_evaluator`.
 
         Returns:
             Scores by task, by dataset and task if there are several datasets; empty on other processes than the main.
@@ -238,11 +235,7 @@ class Trainer(ResumableTrainer):
 
     @classmethod
     def test_with_views(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
-        """As :meth:`test`, and again with test-time augmentation where TEST.AUG.ENABLED.
-
-        Returns:
-            The results of :meth:`test`, and those of :meth:`test_with_TTA`.
-        """
+        """As :meth:`test`, with the results of :meth:`test_with_TTA` beside them where TEST.AUG.ENABLED."""
         results = cls.test(cfg, model)
         return {**results, **cls.test_with_TTA(cfg, model)} if cfg.TEST.AUG.ENABLED else results
 
@@ -308,11 +301,6 @@ def validation_losses(cfg: CfgNode, model: nn.Module, dataset_name: str) -> dict
     Batch norm, dropout and drop-path are in evaluation. Denoising and points are drawn from the number of an image, so
     that two evaluations differ by the weights alone. Several processes normalize by the objects of all their batches,
     as in training, so their losses differ from those of one process.
-
-    Args:
-        cfg: of the run.
-        model: may be wrapped for distribution.
-        dataset_name: registered, with labels.
 
     Returns:
         Loss -> value, and their sum as "total_loss".

@@ -227,11 +227,7 @@ def mlflow(cfg: CfgNode, start_iter: int) -> EventWriter:
 def build_writers(cfg: CfgNode, start_iter: Callable[[], int] = lambda: 0) -> list[EventWriter]:
     """The writers of LOG.WRITERS, each of which opens its files with the first record.
 
-    TensorBoard's is the last: it removes the pictures from the storage.
-
-    Args:
-        cfg: of the run.
-        start_iter: gives the iteration that a resumed run starts at.
+    TensorBoard's is the last: it removes the pictures from the storage. ``start_iter`` is asked when a writer opens.
     """
 
     def open_later(name: str) -> EventWriter:

@@ -34,13 +34,7 @@ them. Each is called as ``builder(cfg, dataset_name, output_folder)``. Datasets 
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> DatasetEvaluator:
-    """Build what a dataset is scored by.
-
-    Args:
-        cfg: of the model that is evaluated.
-        dataset_name: a registered dataset.
-        output_folder: where predictions and tables go.
-    """
+    """Build what a dataset is scored by; predictions and tables go to ``output_folder``."""
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
     if kind not in EVALUATOR_REGISTRY:
         logger.warning("%s is scored by COCO's AP; its own metric (%s) is not available.", dataset_name, kind)

@@ -217,11 +217,7 @@ class CocoEvaluator(DatasetEvaluator):
     ) -> tuple[float, float]:
         """The 95% interval of AP of ``other`` minus AP of ``one``, in percent, over images drawn with replacement.
 
-        Args:
-            one: detections as ``coco_instances_results.json`` holds them.
-            other: of another model on the same images.
-            task: ``"bbox"`` or ``"segm"``.
-            samples: how often images are drawn; always the same ones.
+        The images drawn are always the same; the detections are as ``coco_instances_results.json`` holds them.
         """
         before, after = (self._matched(results, task) for results in (one, other))
         interval = hotcoco.compare(before, after, n_bootstrap=samples, confidence=0.95)["ci"]["AP"]

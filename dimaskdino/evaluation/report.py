@@ -84,11 +84,7 @@ def stage_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def layer_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """AP (percent) of boxes and masks by stage, and box minus mask where both were scored; PQ and mIoU likewise.
-
-    Args:
-        rows: as :func:`stage_row` makes them.
-    """
+    """AP (percent) of boxes and masks by stage, and box minus mask where both were scored; PQ and mIoU likewise."""
     columns = stage_columns(rows)
     cells = [
         [row["stage"], Stage.from_name(row["stage"]).title, *(row.get(column) for column in columns)] for row in rows
@@ -134,11 +130,8 @@ def _without_nan(value: Any) -> Any:
 class LayerwiseEvaluator(DatasetEvaluator):
     """Evaluates the final results and those of every stage in the model's ``layers`` in one pass over the images.
 
-    Writes ``layers.json`` and ``layers.csv`` next to the final stage's results.
-
-    Args:
-        final: evaluator of the final results; each stage gets one like it from ``for_stage``, read by ``score``.
-        output_dir: where the tables go.
+    Writes ``layers.json`` and ``layers.csv`` next to the final stage's results. Each stage gets an evaluator from
+    ``for_stage`` of the final one, read by ``score``.
     """
 
     def __init__(self, *, final: Any, output_dir: str) -> None:

@@ -34,11 +34,8 @@ _GROUPS = {"All": "", "Things": "_th", "Stuff": "_st"}
 class PanopticEvaluator(DatasetEvaluator):
     """Collects predicted segments and computes panoptic, segmentation, and recognition quality (PQ, SQ, RQ).
 
-    Predictions go to ``panoptic/`` below the output folder, one PNG in COCO's form per image.
-
-    Args:
-        dataset_name: a registered panoptic dataset.
-        output_dir: where predictions go; all processes must see it.
+    Predictions go to ``panoptic/`` below the output folder, which all processes must see, one PNG in COCO's form per
+    image.
     """
 
     def __init__(self, *, dataset_name: str, output_dir: str) -> None:
@@ -214,12 +211,7 @@ class SemanticEvaluator(DatasetEvaluator):
 
 
 class ThingsEvaluator(DatasetEvaluator):
-    """AP of the instances of a panoptic model, which are those of thing classes.
-
-    Args:
-        coco: scores instances whose classes are numbered among the things.
-        things: class indices of the things in order.
-    """
+    """AP of the instances of a panoptic model: those of thing classes, numbered among the things."""
 
     def __init__(self, coco: CocoEvaluator, things: Sequence[int]) -> None:
         self._coco, self._things = coco, list(things)
@@ -291,11 +283,7 @@ def _things_of(name: str) -> list[Json]:
 
 
 class EvaluatorGroup(DatasetEvaluator):
-    """Several evaluators of the same images, whose results are joined.
-
-    Args:
-        parts: with ``for_stage`` and ``score``.
-    """
+    """Several evaluators of the same images, whose results are joined."""
 
     def __init__(self, parts: Sequence[Any]) -> None:
         self._parts = list(parts)

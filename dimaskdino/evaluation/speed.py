@@ -28,12 +28,7 @@ LAST_MEASURED_BATCH = 305
 
 
 class ForwardTimer:
-    """Measures the seconds of a model's last forward pass, with the device synchronized before and after.
-
-    Args:
-        model: the model, its wrapper of data-parallel training, or a part of it.
-        device: that it runs on; None for that of its weights.
-    """
+    """Measures the seconds of a model's last forward pass, with the device synchronized before and after."""
 
     def __init__(self, model: nn.Module, device: torch.device | None = None) -> None:
         self.model = model.module if isinstance(model, DistributedDataParallel) else model
@@ -77,10 +72,6 @@ class SpeedEvaluator(DatasetEvaluator):
     A forward pass goes from images in memory to results at the requested size: transfer to the device, network, boxes,
     and masks, without loading and scoring. Speed is images over seconds of the first 300 batches after five that do not
     count. With several processes it is the average of one process, not their sum.
-
-    Args:
-        timer: of the evaluated model.
-        output_dir: folder of the file.
     """
 
     def __init__(self, timer: ForwardTimer, output_dir: str) -> None:

@@ -52,14 +52,7 @@ def read_truth(path: str | Path) -> Truth:
 
 
 def truth_of_entries(entries: list[Json], name: str, class_names: Sequence[str], category_ids: Sequence[Any]) -> Truth:
-    """Make ground truth of images in detectron2's format, as a registered function lists them.
-
-    Args:
-        entries: the images; annotations may hold lists or NumPy arrays.
-        name: of the dataset.
-        class_names: by class index.
-        category_ids: by class index.
-    """
+    """Make ground truth of images in detectron2's format, as a registered function lists them."""
     images = [{"id": entry["image_id"], "height": entry["height"], "width": entry["width"]} for entry in entries]
     dataset: Json = {
         "images": images,
@@ -87,10 +80,6 @@ def make_truth(dataset: Json, source: str) -> Truth:
     COCO's evaluation treats the annotation id 0 as "no match", and fast implementations read whole numbers alone.
     A missing area is that of the mask, or of the box where there is no mask; a missing ``iscrowd`` is 0. Annotations
     of images or categories that the dataset does not list are left out, as COCO's evaluation does.
-
-    Args:
-        dataset: the content of a COCO file; it is not changed.
-        source: the file or dataset, for messages.
 
     Raises:
         DatasetError: there are annotations, but none of a listed image and category; or an object that no evaluation

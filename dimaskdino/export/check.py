@@ -17,14 +17,7 @@ BOX_PX, SCORE, MASK_IOU = 0.1, 1e-3, 0.99
 def reference_results(
     model: DIMaskDINO, inputs: dict[str, np.ndarray], inner: Sequence[tuple[int, int]], sizes: Sequence[tuple[int, int]]
 ) -> list[Result]:
-    """The model's own results, in the form of tools/predict_onnx.py.
-
-    Args:
-        model: in evaluation.
-        inputs: of the exported graph.
-        inner: (height, width) of each image on its canvas, px.
-        sizes: (height, width) of each result, px.
-    """
+    """The model's own results, in the form of tools/predict_onnx.py; all sizes are (height, width) in px."""
     tensors = [torch.from_numpy(value).to(model.device) for value in inputs.values()]
     with torch.no_grad():
         prediction = predict(model, tensors[0], tensors[1] if len(tensors) > 1 else None)

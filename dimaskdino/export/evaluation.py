@@ -38,18 +38,7 @@ def dataset_entries(cfg: Config) -> list[dict[str, Any]]:
 def evaluate(
     cfg: Config, predict: Predict, graph: Graph, folder: Path, entries: Sequence[dict[str, Any]]
 ) -> tuple[dict[str, float], float]:
-    """Score a graph on a dataset.
-
-    Args:
-        cfg: of the model.
-        predict: a path and a graph to the result of the image.
-        graph: to be scored and timed.
-        folder: for the evaluator's files.
-        entries: of the dataset.
-
-    Returns:
-        The main figure of each task in percent, and the median seconds of a run of the graph.
-    """
+    """Score a graph on a dataset: the main figure of each task in percent, and the median seconds of a run."""
     evaluator = build_evaluator(cfg, cfg.DATASETS.TEST[0], str(folder))
     evaluator.reset()
     seconds: list[float] = []

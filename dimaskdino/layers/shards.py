@@ -27,12 +27,7 @@ def part_of(whole: Tensor, like: Tensor) -> Tensor:
 
 
 def gathered(content: Any, *, keep: bool) -> Any:
-    """Nested mappings and lists with all tensors whole; all processes must call it with the same content.
-
-    Args:
-        content: as above.
-        keep: whether this process wants the tensors that had to be gathered; they are then on the CPU.
-    """
+    """Nested containers with all tensors whole, those gathered on the CPU, or None without ``keep``; collective."""
     if isinstance(content, dict):
         return {key: gathered(value, keep=keep) for key, value in content.items()}
     if isinstance(content, list):

@@ -28,10 +28,6 @@ _PLACES = ("inference/{dataset}/" + RESULTS_FILE, "inference/" + RESULTS_FILE, R
 def find_results(path: Path, dataset: str | None) -> Path:
     """The results file of a run, or the file itself.
 
-    Args:
-        path: a results file, or a folder with one.
-        dataset: whose results are wanted of a run that was evaluated on several.
-
     Raises:
         UserError: there is none.
     """
@@ -80,10 +76,6 @@ def _checked(result: Any, name: str) -> Result:
 
 def join_results(sources: Sequence[Sequence[Result]], fusion: Fusion) -> list[Result]:
     """Join the detections of several runs, image by image.
-
-    Args:
-        sources: the detections of each run, of :func:`read_results`.
-        fusion: how.
 
     Returns:
         Detections in COCO's results format, with masks if all of them have one; else a warning says how many have none.

@@ -87,11 +87,7 @@ def query_features(found: Prediction) -> dict[str, torch.Tensor]:
 
 
 def geojson(found: Prediction) -> dict[str, Any]:
-    """The objects of a picture with a place on the map, as polygons in longitude and latitude; needs rasterio.
-
-    Args:
-        found: objects with masks, in a picture whose ``to_map`` is known.
-    """
+    """The objects of a picture whose ``to_map`` is known, as polygons in longitude and latitude; needs rasterio."""
     from rasterio.features import shapes
     from rasterio.warp import transform_geom
 

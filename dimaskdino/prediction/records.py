@@ -43,11 +43,7 @@ class Records:
 
     Every process writes a file of its own, after the input's other outputs; a later run reads all of them and goes on.
 
-    Args:
-        folder: of the results; made if missing.
-        settings: of the job; a folder takes the results of one job alone.
-        share: which process this is.
-        overwrite: forget what the folder holds.
+    A folder takes the results of one job alone; ``overwrite`` forgets what it holds.
 
     Raises:
         UserError: the folder holds the results of other settings, or cannot be written.

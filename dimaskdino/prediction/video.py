@@ -93,14 +93,7 @@ class Tracker:
 
 
 class VideoWriter:
-    """Writes an MP4 file and, beside it, a line of JSON for each frame; both have their names once they are whole.
-
-    Args:
-        outputs: where they go.
-        source: of the video.
-        rate: frames per second.
-        pictures: whether to write the drawn video.
-    """
+    """Writes an MP4 file and, beside it, a line of JSON for each frame; both have their names once they are whole."""
 
     def __init__(self, outputs: Outputs, source: Source, rate: float, *, pictures: bool) -> None:
         self._rate, self._pictures = rate, pictures

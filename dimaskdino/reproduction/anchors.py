@@ -100,10 +100,6 @@ def object_distances(model: Any, images: Iterable[Mapping[str, Any]]) -> Iterato
 def measure_run(folder: Path, progress: Progress = no_progress) -> Distances:
     """Distances of every checkpoint of a run of DINO on its test set; checkpoints that were measured are not again.
 
-    Args:
-        folder: of the run.
-        progress: passes the images on and may draw a bar.
-
     Returns:
         By the name of the checkpoint ("model_0007374"), the distances of "all" and of "small" objects.
 

@@ -39,10 +39,6 @@ NOT_MEASURED = "n/a"  # in place of a bar
 def picture_path(path: Path, name: str) -> Path:
     """The picture that --output asks for, a PNG if it names no format.
 
-    Args:
-        path: of the picture.
-        name: of a picture, for the message if ``path`` is a folder.
-
     Raises:
         UserError: it is a folder, or another format.
     """
@@ -56,14 +52,7 @@ def picture_path(path: Path, name: str) -> Path:
 
 
 def draw_table(table: Table, dataset: str, rows: Sequence[ComparedRow], path: Path) -> None:
-    """Draw horizontal bars, a panel for each of box and mask AP that the table has, and write a picture.
-
-    Args:
-        table: of a paper.
-        dataset: of the rows.
-        rows: as :func:`dimaskdino.reproduction.report.compare` makes them.
-        path: of the picture; its suffix decides the format.
-    """
+    """Draw horizontal bars, a panel for each of box and mask AP that the table has, and write a picture."""
     of_paper = table.has_paper_values(dataset)
     metrics = [metric for metric in _TABLE_COLORS if metric in table.metrics]
     figure = Figure(figsize=(9.5, 1.5 + (0.62 if of_paper else 0.42) * len(rows)), layout="constrained")

@@ -29,12 +29,7 @@ def measure_folder(run: Run, output: Path) -> Path:
 
 
 def speeds(runs: Sequence[Run], output: Path) -> dict[Run, Speed]:
-    """The speed of every run whose speed is known: its own, or else the newest one measured among similar runs.
-
-    Args:
-        runs: opened under ``output``.
-        output: folder of all runs.
-    """
+    """The speed of every run whose speed is known: its own, or else the newest one measured among similar runs."""
     own: dict[Run, Speed] = {}
     newest: dict[Path, tuple[float, Speed]] = {}
     for run in runs:
@@ -53,13 +48,7 @@ def speeds(runs: Sequence[Run], output: Path) -> dict[Run, Speed]:
 
 
 def cost_table(runs: Sequence[Run], known: Mapping[Run, Speed], num_gpus: Mapping[Run, int] | None = None) -> str:
-    """What is left to train of every run and of all together, without evaluation.
-
-    Args:
-        runs: in the order of the rows.
-        known: :func:`speeds`.
-        num_gpus: of the runs that get another number than asked for, shown in a column of its own if there are any.
-    """
+    """What is left to train of every run and of all together, without evaluation; ``num_gpus`` where it is less."""
     rows: list[list[str | int]] = [_cost_row(run, known.get(run)) for run in runs]
     hours = [hours_left(run, known.get(run)) for run in runs]
     iterations, images = sum(run.iterations_left for run in runs), sum(images_left(run) for run in runs)

@@ -30,13 +30,7 @@ _PREDICTIONS = "coco_instances_results.json"
 def ap_interval(first: Run, other: Run, metric: str) -> Interval | None:
     """The 95% interval of AP of ``other`` minus AP of ``first``, in percent, over the images of the test set.
 
-    Args:
-        first: a finished run.
-        other: a finished run on the same dataset.
-        metric: "bbox/AP" or "segm/AP".
-
-    Returns:
-        None for another metric, or where predictions or the dataset are not on this machine.
+    None for another metric than box or mask AP, or where predictions or the dataset are not on this machine.
     """
     files = [run.folder / "inference" / _PREDICTIONS for run in (first, other)]
     if metric not in _TASKS or not all(file.is_file() for file in files):
@@ -81,10 +75,7 @@ def effects(table: Table, dataset: str, runs: Mapping[str, Sequence[Run]]) -> li
     A main effect is what a module adds on average over the other one being off and on. The interaction is what the
     first one adds beside the second one, minus what it adds alone.
 
-    Args:
-        table: of four rows whose labels are "yes" or "no" for each of two modules.
-        dataset: of the runs.
-        runs: by :attr:`Row.experiment`.
+    The table has four rows whose labels are "yes" or "no" for each of two modules.
     """
     found = []
     for column, metric in enumerate(table.metrics):
@@ -119,10 +110,6 @@ def _contrasts(table: Table) -> dict[str, list[float]]:
 
 def contrast(cells: Sequence[Sequence[float]], weights: Sequence[float]) -> tuple[float | None, float | None]:
     """A weighted sum of the means of cells, and half of its 95% interval.
-
-    Args:
-        cells: measurements; their number may differ.
-        weights: of the cells.
 
     Returns:
         The sum, None if a cell is empty; and by Student's t with the variance within the cells pooled, None if no cell

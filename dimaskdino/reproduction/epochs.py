@@ -27,13 +27,7 @@ class Curve:
 
 
 def score_curve(folder: Path, label: str, metric: str, epoch_images: int | None = None) -> Curve:
-    """Read a score of every evaluation during a training.
-
-    Args:
-        folder: of the run.
-        label: of the curve.
-        metric: as metrics.json names it: ``bbox/AP``, ``bbox/APs``, ``panoptic_seg/PQ``.
-        epoch_images: images of an epoch; None takes those of the training set if it is a known one.
+    """Read a score (``bbox/AP``, ``panoptic_seg/PQ``, as in metrics.json) of every evaluation during a training.
 
     Raises:
         UserError: the folder holds no run, no such score, or the images of an epoch are not known.
@@ -81,12 +75,7 @@ def _iterations_of_epoch(folder: Path, epoch_images: int | None) -> float:
 
 
 def draw_curves(panels: Mapping[str, Sequence[Curve]], path: Path) -> None:
-    """Draw curves over epochs, a panel for each score, and write a picture.
-
-    Args:
-        panels: curves of runs by the name of the score.
-        path: of the picture; its suffix decides the format.
-    """
+    """Draw curves over epochs, a panel for each score, and write a picture."""
     figure = Figure(figsize=(0.6 + 3.8 * len(panels), 3.4), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (score, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):

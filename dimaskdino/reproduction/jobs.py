@@ -203,11 +203,7 @@ def check_submission(launcher: Launcher, parameters: Mapping[str, Any]) -> None:
 def submit(jobs: Sequence[Job], launcher: Launcher, parameters: Mapping[str, Any], *, cluster: str) -> Iterator[str]:
     """Submit each job, unless it waits or runs already, when its line is asked for.
 
-    Args:
-        jobs: with something left to do.
-        launcher: gives each run its GPUs, all on one machine.
-        parameters: submitit's, such as ``timeout_min`` and ``slurm_partition``.
-        cluster: ``slurm``, or another of submitit's.
+    The parameters are submitit's, such as ``timeout_min`` and ``slurm_partition``.
 
     Yields:
         For every job a line that says what became of it.

@@ -60,14 +60,7 @@ class ComparedRow:
 def compare(
     table: Table, dataset: str, runs: Runs, interval_of: IntervalOf = lambda first, other, metric: None
 ) -> list[ComparedRow]:
-    """Fill a table with what runs measured.
-
-    Args:
-        table: of a paper.
-        dataset: of the runs.
-        runs: by :attr:`Row.experiment`, one for each seed; none if the dataset has no configuration of the row.
-        interval_of: gives the interval of a metric's change from a run to another one; asked where rows have one run.
-    """
+    """Fill a table with what runs measured; intervals are asked for where rows have one run."""
     first_run = _only_run(runs[table.rows[0].experiment])
     paper = _columns(table, dataset)
     changes = paper if table.has_paper_values(dataset) else _columns(table, table.reference_dataset)

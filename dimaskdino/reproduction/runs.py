@@ -58,13 +58,7 @@ class Run:
     def open(
         cls, experiment: Experiment, output: Path, options: Sequence[str] = (), *, seed: int | None = None
     ) -> "Run":
-        """Open the run of ``experiment`` under ``output``.
-
-        Args:
-            experiment: what is trained.
-            output: folder of all runs.
-            options: keys and values on top of the file.
-            seed: SEED of one of several runs of the experiment, each with a folder of its own; None for a single run.
+        """Open the run of ``experiment`` under ``output``; each ``seed`` of several has a folder of its own.
 
         Raises:
             ConfigError: the folder holds a run of another configuration.
@@ -183,9 +177,6 @@ def differences(of_run: Mapping[str, Any], cfg: Config) -> list[str]:
     """List the keys by which a run's recorded configuration differs from ``cfg`` in what is trained.
 
     A key that is newer than the run had its default value there. Keys that this version lacks are not compared.
-
-    Returns:
-        For each key, sorted, its name and both values.
     """
     given, wanted, defaults = dict(_leaves(of_run)), _plain(cfg), _defaults()
     unknown = sorted(given.keys() - wanted.keys())

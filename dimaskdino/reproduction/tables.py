@@ -142,13 +142,7 @@ def _table(paper: str, prefix: str, name: str, content: dict[str, Any]) -> Table
 
 
 def find_experiment(configs: Path, dataset: str, row: str) -> Experiment | None:
-    """Find the experiment that a row names; None if the dataset has no configuration of it.
-
-    Args:
-        configs: the repository's folder of configurations.
-        dataset: one of DATASETS.
-        row: :attr:`Row.experiment`.
-    """
+    """Find the experiment that a row (:attr:`Row.experiment`) names; None if the dataset has no configuration of it."""
     name = _MAIN.get((dataset, row), row)
     if "/" in name:
         return Experiment(dataset=dataset, name=name.replace("/", "_"), config_file=configs / f"{name}.yaml")
@@ -162,14 +156,7 @@ def find_experiment(configs: Path, dataset: str, row: str) -> Experiment | None:
 
 
 def choose_tables(names: Sequence[str], datasets: Sequence[str]) -> dict[str, list[Table]]:
-    """Choose the tables to make on each dataset.
-
-    Args:
-        names: of tables; "all" stands for every one.
-        datasets: none means those that the paper measured each table on.
-
-    Returns:
-        The tables by dataset, in the paper's order.
+    """Choose the tables to make on each dataset, in the paper's order; without any, on those that the paper measured.
 
     Raises:
         UserError: a table named here cannot be made on a dataset named here.

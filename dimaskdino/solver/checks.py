@@ -37,10 +37,6 @@ MEANINGS = {
 def check_solver(cfg: CfgNode, num_processes: int) -> None:
     """Check every SOLVER key that a training reads.
 
-    Args:
-        cfg: the configuration.
-        num_processes: processes of the job.
-
     Raises:
         ConfigError: names the key, its value and what it may be.
     """

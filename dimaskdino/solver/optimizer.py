@@ -76,11 +76,7 @@ class GradientClipper:
         return cls(clip_type=clip.CLIP_TYPE, limit=clip.CLIP_VALUE, norm_type=clip.NORM_TYPE)
 
     def __call__(self, parameters: list[nn.Parameter]) -> Tensor:
-        """Clip the gradients of ``parameters`` in place.
-
-        Returns:
-            The global norm of the gradients before clipping, a scalar.
-        """
+        """Clip the gradients of ``parameters`` in place; returns their global norm before that, a scalar."""
         gradients = [p.grad for p in parameters if p.grad is not None]
         if any(is_sharded(gradient) for gradient in gradients):
             return self._clip_parts([local(gradient) for gradient in gradients])
@@ -131,14 +127,8 @@ def reorder_state(
 ) -> dict[str, Any]:
     """Match a saved state to parameters that the model now has in another order; torch numbers them by their order.
 
-    Args:
-        optimizer: the optimizer that is to load the state.
-        model: the model of the optimizer.
-        state: the ``state_dict`` of an optimizer.
-        saved_names: names of the parameters in the order of the model that was saved; other names are skipped.
-
-    Returns:
-        The state in the order of ``optimizer``; as it is if its groups are not those of ``optimizer``.
+    The parameters are named in the order of the model that was saved; other names are skipped. A state whose groups are
+    not those of ``optimizer`` stays as it is.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     group_of = {p: index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
@@ -180,10 +170,6 @@ def sharded_state(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]
 def check_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Check that a saved state is of the same kind of optimizer, over the same parameter groups.
 
-    Args:
-        optimizer: the optimizer that is to load the state.
-        state: the ``state_dict`` of an optimizer.
-
     Raises:
         CheckpointError: says what differs.
     """
@@ -211,12 +197,7 @@ def restored_settings(optimizer: Optimizer) -> dict[str, list[float]]:
 
 
 def warn_of_kept_settings(configured: dict[str, list[float]], restored: dict[str, list[float]]) -> None:
-    """Warn of settings that a resumed run keeps although the configuration now sets other values.
-
-    Args:
-        configured: :func:`restored_settings` before the checkpoint was loaded.
-        restored: the same afterwards.
-    """
+    """Warn of settings (:func:`restored_settings`) that a resumed run keeps although the configuration sets others."""
     for name, asked in configured.items():
         if (kept := restored.get(name, asked)) != asked:
             what, keys = RESTORED[name]

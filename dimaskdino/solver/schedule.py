@@ -69,12 +69,7 @@ def scale_learning_rate(cfg: CfgNode) -> CfgNode:
 
 
 def take_configured_rates(scheduler: LRMultiplier, rates: Sequence[float]) -> None:
-    """Go on with other learning rates than those of the checkpoint, at the same place of the schedule.
-
-    Args:
-        scheduler: has the state of the checkpoint, and so has its optimizer.
-        rates: the initial one of each parameter group.
-    """
+    """Go on with other initial rates of the groups than the checkpoint's, at the same place of the schedule."""
     groups = scheduler.optimizer.param_groups
     logger.info(
         "--resume: the images per iteration are others than before, so the learning rates are those of the "

@@ -135,11 +135,7 @@ def run_lengths(counts: bytes) -> np.ndarray:
 
 
 def crop_of(rle: Rle) -> tuple[np.ndarray, int, int]:
-    """A mask cut to its bounding box, without decoding the rest of its canvas.
-
-    Returns:
-        (h, w) bool, and the row and the column of the canvas where it begins.
-    """
+    """A mask cut to its bounding box (h, w) bool, and the row and column where it begins; the rest is not decoded."""
     x, y, width, height = (int(side) for side in mask_util.toBbox(rle))
     canvas_height = rle["size"][0]
     begin, end = x * canvas_height, (x + width) * canvas_height

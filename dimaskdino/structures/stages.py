@@ -84,12 +84,7 @@ class Stage:
 
 
 def decoder_stages(num_layers: int, *, initial: bool) -> list[Stage]:
-    """The stages of a decoder's queries in order: "initial" if wanted, then one per layer.
-
-    Args:
-        num_layers: decoder layers, at least 1.
-        initial: whether the queries predict before layer 0 as well.
-    """
+    """The stages of a decoder's queries in order: "initial" if wanted, then one per layer."""
     stages = [Stage("initial")] if initial else []
     stages += [Stage("layer", index) for index in range(num_layers)]
     return [replace(stage, place=place) for place, stage in enumerate(stages[:-1])] + stages[-1:]

@@ -22,14 +22,7 @@ _CIRCLE_POINTS = 64
 def read_labelme(
     source: Path, images: Images, classes: Sequence[str], problems: Problems
 ) -> tuple[list[LabeledImage], list[str]]:
-    """The images of all JSON files below ``source``; shapes of one label and group_id are one object of many parts.
-
-    Args:
-        source: the folder of JSON files.
-        images: its images, by imagePath or the name of the JSON file.
-        classes: the names that there may be; none means those that occur, by the alphabet.
-        problems: to which what is wrong is added.
-    """
+    """The images of all JSON files below ``source``; shapes of one label and group_id are one object of many parts."""
     files = sorted(source.rglob("*.json"))
     if not files:
         raise DatasetError(f"{source} has no .json file.")

@@ -70,12 +70,7 @@ class Problems:
 
 
 class Images:
-    """The image files below a folder, by path and by name.
-
-    Args:
-        root: the folder.
-        apply_exif: take sizes as of upright photos.
-    """
+    """The image files below a folder, by path and by name; with ``apply_exif``, sizes are those of upright photos."""
 
     def __init__(self, root: Path, *, apply_exif: bool = True) -> None:
         if not root.is_dir():
@@ -248,15 +243,7 @@ def stratified(images: Sequence[LabeledImage], shares: Sequence[float], seed: in
     """Divide images so that each part has its share of the objects of every class, and of the images without any.
 
     The images of the rarest class that is left are dealt out first, each to the part that lacks most of that class,
-    then most images.
-
-    Args:
-        images: to divide.
-        shares: of each part; they sum up to 1.
-        seed: decides on the order in which images of a class are dealt out.
-
-    Returns:
-        The parts, each in the order of ``images``.
+    then most images. The ``shares`` sum up to 1; each part keeps the order of ``images``.
 
     Source: Sechidis et al., "On the Stratification of Multi-Label Data" (2011).
     """

@@ -20,12 +20,7 @@ def read_masks(
     (the v-th of ``classes``, counted from 1) is an object. With ``instances``, each value is an object, however many
     parts it has: of the only class, or, where there are several, of class number v // 1000, as in Cityscapes.
 
-    Args:
-        source: the folder of label maps.
-        images: the images; one without a map is background.
-        classes: the names, needed.
-        problems: to which what is wrong is added.
-        instances: whether values are objects.
+    An image without a map is background.
     """
     if not classes:
         raise DatasetError("Label maps hold numbers alone; give the names of the classes 1, 2, ... with --classes.")

@@ -34,12 +34,7 @@ def read_csv(
     polygon ("x y x y ..."). Other common names work as well. Without such a row, the columns are image, xmin, ymin,
     xmax, ymax, class.
 
-    Args:
-        source: the file, or a folder with one.
-        images: its images.
-        classes: the names that there may be; none means those that occur, by the alphabet.
-        problems: to which what is wrong is added.
-        normalized: coordinates are parts of the image.
+    With ``normalized``, coordinates are parts of the image.
     """
     files = [source] if source.is_file() else sorted(source.glob("*.csv"))
     if len(files) != 1:

@@ -21,12 +21,7 @@ from dimaskdino.errors import DatasetError
 
 
 def read_objects(annotations: Path, predictions: Path | None, score: float) -> Iterator[tuple[Json, list[Json]]]:
-    """Each image of a COCO file, with its annotations or with predictions of at least a score.
-
-    Args:
-        annotations: the COCO file.
-        predictions: a results file (coco_instances_results.json); None for the annotations.
-        score: the least.
+    """Each image of a COCO file, with its annotations or, from a results file, its predictions of at least a score.
 
     Raises:
         DatasetError: a file, or an object in it, cannot be used.

@@ -81,13 +81,7 @@ def read_voc(
     """The images of all files in ``source``/Annotations, or in ``source``.
 
     Masks are those of ``source``/SegmentationObject, where the pixels of the first object of a file are 1, and so on.
-
-    Args:
-        source: the folder of the data set.
-        images: its images.
-        classes: the names that there may be; none means those that occur, by the alphabet.
-        problems: to which what is wrong is added.
-        one_based: the first pixel is 1 and boxes include their last one, as in the challenge's own files.
+    With ``one_based``, the first pixel is 1 and boxes include their last one, as in the challenge's own files.
     """
     folder = source / "Annotations" if (source / "Annotations").is_dir() else source
     files = sorted(folder.glob("*.xml"))
@@ -138,14 +132,7 @@ def _voc_object(node: Node, where: str, one_based: bool, mask: np.ndarray | None
 def read_cvat(
     source: Path, images: Images, classes: Sequence[str], problems: Problems
 ) -> tuple[list[LabeledImage], list[str]]:
-    """The images of a file of "CVAT for images 1.1": boxes, polygons, and masks; a group is one object of many parts.
-
-    Args:
-        source: the file, or a folder with it as annotations.xml.
-        images: its images.
-        classes: the names that there may be; none means those that the file lists.
-        problems: to which what is wrong is added.
-    """
+    """The images of a file of "CVAT for images 1.1": boxes, polygons, masks; a group is one object of many parts."""
     file = source / "annotations.xml" if source.is_dir() else source
     root = parse_xml(file)
     listed = [node.value("name") for node in _below(root, "label") if any(node.all("name"))]

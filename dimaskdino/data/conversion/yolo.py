@@ -41,15 +41,6 @@ def read_yolo(
 
     The file has the image's name with the ending .txt. It lies where "labels" stands for "images" in the path, beside
     the image, or in ``source`` or its folder "labels". An image without a file, or with an empty one, is background.
-
-    Args:
-        source: the folder of the data set.
-        images: its images.
-        classes: names by number; none means those of data.yaml.
-        problems: to which what is wrong is added.
-
-    Returns:
-        The images and the class names.
     """
     names = list(classes) or class_names(source)
     found, used = [], set()

@@ -32,12 +32,7 @@ def convert_split(
     Converted images are kept in a journal beside the annotation file until that is written, so that an interrupted run
     resumes; an image whose files have changed since is converted again.
 
-    Args:
-        folder: the folder ``bdd100k`` in the official layout.
-        split: ``train`` or ``val``.
-        source: ``bitmasks``, ``rles`` or ``polygons``.
-        num_workers: processes that convert; 0 converts in this one. The file does not depend on it.
-        progress: passes on the converted images and may draw a bar.
+    The file does not depend on ``num_workers``; 0 converts in this process.
 
     Returns:
         What was written, and everything that was left out or strange.

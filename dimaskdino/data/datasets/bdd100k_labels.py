@@ -26,9 +26,6 @@ class PolygonPainter:
     """Paints polygons one after the other and returns the pixels that each covers.
 
     As in the official bitmasks, corners are rounded to whole pixels and a pixel belongs to a polygon that touches it.
-
-    Args:
-        size: height and width of the image.
     """
 
     def __init__(self, size: Size) -> None:
@@ -86,13 +83,10 @@ class ImageLabels:
 
 
 def labels_of_bitmask(bitmask: np.ndarray) -> ImageLabels:
-    """Read a bitmask.
+    """One annotation per instance of a bitmask, by instance id.
 
     Args:
         bitmask: (H, W, 4) uint8: category id, attribute bits, and the high and low byte of the instance id.
-
-    Returns:
-        One annotation per instance, by instance id.
 
     Deviation: where the pixels of one instance id differ in category or attributes, the toolkit's evaluation stops;
     here, as in its conversion, they become objects of their own.
@@ -118,15 +112,10 @@ def labels_of_bitmask(bitmask: np.ndarray) -> ImageLabels:
 
 
 def labels_of_frame(frame: Json, size: Size) -> ImageLabels:
-    """Read the labels of a Scalabel frame.
+    """One annotation per usable label of a Scalabel frame, in its order.
 
-    Args:
-        frame: with ``labels``, each with a ``category``, and ``rle`` or ``poly2d``; the polygons of a label cover those
-            of the labels before it.
-        size: size of the image.
-
-    Returns:
-        One annotation per usable label, in the frame's order.
+    Each label has a ``category``, and ``rle`` or ``poly2d``; the polygons of a label cover those of the labels before
+    it.
     """
     labels = ImageLabels()
     drawn = _draw_polygons(frame.get("labels") or (), size, labels.problems)

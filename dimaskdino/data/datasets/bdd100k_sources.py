@@ -32,11 +32,6 @@ class Task(NamedTuple):
 def find_tasks(folder: Path, split: str, source: str) -> tuple[list[Task], list[Finding]]:
     """Every image of a split that has labels.
 
-    Args:
-        folder: the folder ``bdd100k`` in the official layout.
-        split: ``train`` or ``val``.
-        source: one of ``SOURCES``.
-
     Returns:
         The images by name, and the images and labels that lack the other or occur twice.
 

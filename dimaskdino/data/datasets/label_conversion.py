@@ -40,16 +40,8 @@ def convert_all(
 ) -> int:
     """Make what is missing, and check what is there: that it can be read, and has the size of its source.
 
-    A file appears once it is whole, so that a second run continues where the first one ended.
-
-    Args:
-        conversions: what to make.
-        num_workers: processes that work; 0 works in this one. The files do not depend on it.
-        force: make again what is there.
-        progress: passes the results on and may draw a bar.
-
-    Returns:
-        How many were made.
+    A file appears once it is whole, so that a second run continues where the first one ended. Returns how many were
+    made; the files do not depend on ``num_workers``, and ``force`` makes again what is there.
 
     Raises:
         DatasetError: there is nothing to convert, or a source or an earlier target cannot be used.
@@ -139,12 +131,7 @@ def cityscapes_train_ids(path: Path) -> np.ndarray:
 
 
 def classes_of_segments(path: Path, *, segments: Sequence[dict[str, Any]], classes: Mapping[int, int]) -> np.ndarray:
-    """Classes of a panoptic PNG's segments, and 255 for pixels of no segment and for crowd regions.
-
-    Args:
-        path: of the PNG.
-        segments: its ``segments_info``.
-        classes: by category id.
+    """Classes, by category id, of a panoptic PNG's segments; 255 for pixels of no segment and for crowd regions.
 
     Raises:
         DatasetError: the PNG has a segment that is not listed, or cannot be read, or a segment has another category.

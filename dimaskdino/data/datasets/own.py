@@ -44,9 +44,7 @@ def read_own(cfg: CfgNode, split: str) -> Json | None:
 def register_own(cfg: CfgNode, known: Mapping[str, list[str]] = MappingProxyType({})) -> None:
     """Register own_train and own_val where the keys name files that are there; prediction does without them.
 
-    Args:
-        cfg: reads DATASETS.{TRAIN,VAL}_{JSON,IMAGES}.
-        known: class names of a split, whose file is then not read.
+    The file of a split whose class names are ``known`` is not read.
 
     Raises:
         DatasetError: a file is not in COCO's format.

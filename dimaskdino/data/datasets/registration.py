@@ -85,13 +85,9 @@ def take_over(name: str) -> None:
 def load_dataset(name: str, fields: Sequence[str] = (), image_keys: Sequence[str] = ()) -> list[Json]:
     """Load a registered dataset in detectron2's format.
 
-    Args:
-        name: in detectron2's catalog.
-        fields: further keys of the annotations of COCO files to keep.
-        image_keys: further keys of their images to keep.
-
-    COCO files are read by this package: in any Unicode encoding, with the ids of annotations, from memory where the
-    check at the start has read them. Everything else is loaded by the function that it is registered with.
+    COCO files are read by this package: in any Unicode encoding, with the ids of annotations and the further keys of
+    annotations (``fields``) and images, from memory where the check at the start has read them. Everything else is
+    loaded by the function that it is registered with.
 
     Raises:
         DatasetError: if a COCO file cannot be read, or a function needs a package or files that are missing.
@@ -133,12 +129,7 @@ def _load_coco(name: str, fields: Sequence[str] = (), image_keys: Sequence[str] 
 
 
 def set_classes(name: str, names: dict[Any, str]) -> dict[Any, int]:
-    """Tell detectron2's metadata the classes of a COCO file, and return the class index by category id.
-
-    Args:
-        name: of the dataset.
-        names: category id -> class name, in the order of the class indices.
-    """
+    """Tell detectron2 the classes, by category id, of a COCO file; returns the class index by category id."""
     metadata = MetadataCatalog.get(name)
     metadata.thing_classes = list(names.values())
     metadata.thing_dataset_id_to_contiguous_id = {key: index for index, key in enumerate(names)}

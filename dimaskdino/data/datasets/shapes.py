@@ -107,10 +107,7 @@ def register_shapes(root: Path, spec: ShapesSpec) -> None:
 def make_shapes(root: Path, spec: ShapesSpec, *, num_workers: int = 0) -> Path:
     """Make the dataset unless it is there; safe when several processes ask at once.
 
-    Args:
-        root: folder that the dataset's own folder goes into; made if missing.
-        spec: decides every byte.
-        num_workers: processes that draw; 0 draws in this one. The files do not depend on it.
+    The files depend on ``spec`` alone, not on ``num_workers``; 0 draws in this process.
 
     Returns:
         The dataset's folder: ``train/*.png``, ``val/*.png``, ``annotations/instances_{train,val}.json``.
@@ -123,11 +120,6 @@ def make_shapes(root: Path, spec: ShapesSpec, *, num_workers: int = 0) -> Path:
 
 def make_folder(folder: Path, spec: ShapesSpec, write: Callable[[Path], None]) -> Path:
     """Make a dataset's folder unless it is there.
-
-    Args:
-        folder: what to make; its parents are made if missing.
-        spec: what it holds, for the log.
-        write: writes the dataset into a folder that it makes.
 
     Raises:
         DatasetError: if the folder cannot be written.

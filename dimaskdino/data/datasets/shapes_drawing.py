@@ -19,11 +19,7 @@ HUE_SPREAD = 0.04  # standard deviation of the typical ones, of the whole circle
 
 
 def contrasting_color(rng: np.random.Generator, behind: np.ndarray, hue: float) -> np.ndarray:
-    """A color around ``hue`` (in [0, 1)), or now and then any, far enough from ``behind``.
-
-    Returns:
-        (3,) RGB in [0, 255], as are all colors here.
-    """
+    """A color (3,) in [0, 255], around ``hue`` (in [0, 1)) or now and then any, far enough from ``behind``."""
     is_typical = rng.random() < TYPICAL_SHARE
     for _ in range(COLOR_TRIES):
         color = _color_around(rng, hue) if is_typical else random_color(rng, max_saturation=0.95)

@@ -9,10 +9,7 @@ Corner = tuple[int, int]  # (x, y), a corner between pixels
 
 
 def visible_object(mask: np.ndarray) -> dict[str, Any]:
-    """The geometry of one COCO annotation.
-
-    Args:
-        mask: (H, W) bool with at least one pixel.
+    """The geometry of one COCO annotation, from a mask (H, W) bool with at least one pixel.
 
     Returns:
         ``segmentation`` (polygons, or a compressed RLE where the mask has a hole), ``area`` in pixels and ``bbox`` as
@@ -34,10 +31,7 @@ def visible_object(mask: np.ndarray) -> dict[str, Any]:
 
 
 def trace_outlines(mask: np.ndarray) -> list[list[Corner]]:
-    """Walk along the borders between the pixels of a mask and the rest.
-
-    Args:
-        mask: (H, W) bool.
+    """Walk along the borders between the pixels of a mask (H, W) bool and the rest.
 
     Returns:
         One closed polygon per border, as its turning corners: positive signed area around a piece of the mask, negative

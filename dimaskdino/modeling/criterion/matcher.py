@@ -30,13 +30,7 @@ class CostTerm(Protocol):
 
 
 class FocalClassCost:
-    """What predicting an object's class changes in the focal loss.
-
-    Args:
-        weight: of the cost.
-        alpha: see :func:`dimaskdino.modeling.criterion.losses.focal_loss`.
-        gamma: see there.
-    """
+    """What predicting an object's class changes in the focal loss."""
 
     def __init__(self, *, weight: float, alpha: float, gamma: float) -> None:
         self.weight, self.alpha, self.gamma = weight, alpha, gamma
@@ -51,12 +45,7 @@ class FocalClassCost:
 
 
 class BoxCost:
-    """L1 distance of cxcywh boxes, and their negative generalized IoU.
-
-    Args:
-        l1_weight: of the distance.
-        giou_weight: of the overlap.
-    """
+    """L1 distance of cxcywh boxes, and their negative generalized IoU."""
 
     def __init__(self, *, l1_weight: float, giou_weight: float) -> None:
         self.l1_weight, self.giou_weight = l1_weight, giou_weight
@@ -72,13 +61,8 @@ class BoxCost:
 class MaskCost:
     """Cross entropy and dice loss of masks at points that all masks of an image share.
 
-    Stages without masks, and objects without them, cost nothing.
-
-    Args:
-        ce_weight: of the cross entropy.
-        dice_weight: of the dice loss.
-        sampler: gives the points.
-        ignore_crowd: leave out the points of :func:`judged_points`.
+    Stages without masks, and objects without them, cost nothing. With ``ignore_crowd``, the points of
+    :func:`judged_points` are left out.
 
     Deviation: the releases draw new points for every stage; here the stages of an image share them.
     """
@@ -130,10 +114,8 @@ class MaskCost:
 class HungarianMatcher:
     """Matches every stage on its own: least total cost per image.
 
-    Args:
-        costs: the terms whose sum is minimized.
-
     Source: DETR (Carion et al., 2020); Mask DINO (Li et al., 2023), section 3.3, for the terms.
+
     Deviation: the releases add 1e-8 inside logarithms; here costs are computed from the logits.
     """
 
@@ -142,11 +124,7 @@ class HungarianMatcher:
 
     @torch.no_grad()
     def __call__(self, stages: Sequence[StagePrediction], targets: Sequence[Targets]) -> list[Matches]:
-        """Match every stage.
-
-        Args:
-            stages: predictions.
-            targets: of each image.
+        """Match every stage with the targets of each image.
 
         Returns:
             One :data:`dimaskdino.structures.Matches` per stage, on the device of the predictions.

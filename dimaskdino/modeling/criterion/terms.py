@@ -198,15 +198,7 @@ class ClassOptions:
 
 
 class FocalClassLoss:
-    """Focal loss of every query; the target of one without an object is no class. Divided by the objects.
-
-    Args:
-        weight: of the loss.
-        num_classes: K.
-        alpha: see :func:`focal_loss`.
-        gamma: see :func:`focal_loss`.
-        options: further weights, and what is not judged.
-    """
+    """Focal loss of every query; the target of one without an object is no class. Divided by the objects."""
 
     names: tuple[str, ...] = ("loss_ce",)
     needs_masks = False
@@ -227,11 +219,6 @@ class FocalClassLoss:
 
 class SoftmaxClassLoss:
     """Cross entropy over K classes and "no object": the weighted mean over all queries.
-
-    Args:
-        weight: of the loss.
-        num_classes: K; the class head has K + 1 logits.
-        no_object_weight: weight of a query without an object.
 
     Source: MaskFormer (Cheng et al., 2021); Mask DINO's semantic models.
     """
@@ -257,12 +244,7 @@ class SoftmaxClassLoss:
 
 
 class BoxLoss:
-    """L1 and generalized IoU of the objects whose box is supervised. Divided by all objects.
-
-    Args:
-        l1_weight: of the L1 loss.
-        giou_weight: of the generalized IoU loss.
-    """
+    """L1 and generalized IoU of the objects whose box is supervised. Divided by all objects."""
 
     names: tuple[str, ...] = ("loss_bbox", "loss_giou")
     needs_masks = False
@@ -284,13 +266,7 @@ class BoxLoss:
 class MaskLoss:
     """Cross entropy and dice loss of the matched masks at sampled points. Divided by all objects.
 
-    No mask of another query is ever computed.
-
-    Args:
-        ce_weight: of the cross entropy.
-        dice_weight: of the dice loss.
-        sampler: gives the points.
-        ignore_crowd: leave out the points of :func:`judged_points`.
+    No mask of another query is ever computed. With ``ignore_crowd``, the points of :func:`judged_points` are left out.
     """
 
     names: tuple[str, ...] = ("loss_mask", "loss_dice")

@@ -25,12 +25,7 @@ from dimaskdino.structures import DecoderOutput, Stage, Targets
 
 @SEM_SEG_HEADS_REGISTRY.register()
 class MaskDINOHead(nn.Module):
-    """Backbone features to predictions.
-
-    Args:
-        pixel_decoder: backbone features to feature levels and mask features.
-        predictor: those, and targets for denoising, to predictions.
-    """
+    """Backbone features to predictions."""
 
     @configurable
     def __init__(self, *, pixel_decoder: nn.Module, predictor: nn.Module) -> None:
@@ -293,15 +288,7 @@ class DIMaskDINO(nn.Module):
         image_size: tuple[int, int],
         given: dict[str, Any],
     ) -> dict[str, Any]:
-        """Results of one image: of the last stage, and of the stages that evaluation asks for.
-
-        Args:
-            output: of the decoder.
-            index: of the image in the batch.
-            frame: (height, width) in px of what boxes are parts of.
-            image_size: (height, width) in px of the image without padding.
-            given: the element of the batch.
-        """
+        """Results of an image of the batch: of the last stage, and of those that evaluation asks for; sizes in px."""
         sizes = Frame(frame, image_size, (given.get("height", image_size[0]), given.get("width", image_size[1])))
         stages = {stage.name: stage for stage in output.stages}
         final = output.stages[-1].name

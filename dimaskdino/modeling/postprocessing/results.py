@@ -149,10 +149,6 @@ def class_mask(classes: Sequence[int], num_classes: int) -> torch.Tensor:
 def thing_classes(cfg: CfgNode, key: str) -> list[int]:
     """The thing classes: MODEL.MaskDINO.THING_CLASSES, or what the metadata of the datasets says.
 
-    Args:
-        cfg: the configuration.
-        key: what needs them, for the message.
-
     Raises:
         ConfigError: neither says which classes are things.
     """

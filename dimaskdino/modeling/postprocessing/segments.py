@@ -114,13 +114,7 @@ def panoptic_of_image(
 def _contest(
     masks: MaskLogits, image: int, queries: Tensor, scores: Tensor, frame: Frame, memory_mb: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Who wins each pixel.
-
-    Returns:
-        winner: (H, W) int64, place in ``queries`` of the first with the largest score times probability.
-        inside: (H, W) bool, whether the pixel also belongs to the winner's own mask (probability of at least 0.5).
-        own: (N,) int64 pixels of each query's own mask.
-    """
+    """Winner (H, W) of each pixel, whether it is inside the winner's own mask, and the pixels (N,) of each own mask."""
     winner, inside = scores.new_zeros(frame.output, dtype=torch.int64), scores.new_zeros(frame.output, dtype=torch.bool)
     best = scores.new_full(frame.output, -1.0)
     own: list[Tensor] = []

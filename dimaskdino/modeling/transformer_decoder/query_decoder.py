@@ -103,15 +103,7 @@ class QueryDecoder(nn.Module):
         return self.heads  # type: ignore[return-value]
 
     def forward(self, encoded: EncoderOutput, targets: Sequence[Targets] | None = None) -> DecoderOutput:
-        """Predict from the encoder's output.
-
-        Args:
-            encoded: feature levels and mask features.
-            targets: of each image, for denoising; None in evaluation.
-
-        Returns:
-            The predictions of all stages.
-        """
+        """Predict all stages from the encoder's output; the targets are for denoising, None in evaluation."""
         t_i = self.feature_tokens(encoded)
         selection = self.select(t_i, encoded.mask_features, training=targets is not None)
         queries, attn_mask = self.matching_queries(selection.last), None

@@ -103,11 +103,7 @@ class FirstSelection(nn.Module):
 
 @torch.no_grad()
 def boxes_of_masks(masks: MaskLogits, *, inclusive: bool) -> Tensor:
-    """Boxes of the predicted masks (logit > 0).
-
-    Returns:
-        (B, Q, 4) cxcywh in (0, 1), kept off 0 and 1 by 1e-5.
-    """
+    """Boxes (B, Q, 4) cxcywh of the predicted masks (logit > 0), in (0, 1), kept off 0 and 1 by 1e-5."""
     height, width = masks.features.shape[-2:]
     if export_form():  # A loop would fix the size of the batch.
         boxes = masks_to_boxes(masks.dense() > 0, inclusive=inclusive)
