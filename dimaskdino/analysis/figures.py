@@ -8,7 +8,6 @@ from typing import Any
 
 import hotcoco
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from dimaskdino.analysis.missed import Outcome
@@ -71,7 +70,6 @@ _LEAST_LABELED = 0.03  # share of a bar whose number is written
 def png(figure: Figure) -> bytes:
     """The figure as a PNG file."""
     buffer = io.BytesIO()
-    FigureCanvasAgg(figure)
     figure.savefig(buffer, dpi=110, format="png")
     return buffer.getvalue()
 
@@ -95,8 +93,7 @@ def draw_outcomes(counts: Mapping[str, Counter[Outcome]]) -> Figure:
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
 

@@ -23,10 +23,6 @@ _PYRAMID_ONLY = re.compile(r"^norm\d\.|^pyramid\.|\.lora_[AB]\.")
 _RUNNING = re.compile(r"running_(?:mean|var)$")
 
 
-def _keep(key: str) -> str:
-    return key
-
-
 def _torchvision(key: str) -> str:
     """Rename torchvision's and timm's ResNet to detectron2's."""
     if not key.startswith("layer"):
@@ -70,7 +66,7 @@ def _move_downsample(step: int) -> Callable[[str], str]:
 
 
 _SCHEMES: dict[str, Callable[[str], str]] = {
-    "the model": _keep,
+    "the model": str,
     "torchvision": _torchvision,
     "Caffe2": _caffe2,
     "timm's Swin": _move_downsample(-1),

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import yaml
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -124,7 +123,7 @@ def draw_curves(groups: Sequence[Group], metrics: Sequence[str], path: Path) -> 
     columns = min(_COLUMNS, len(metrics))
     rows = math.ceil(len(metrics) / columns)
     figure = Figure(figsize=(4.2 * columns, 2.9 * rows + 0.6), layout="constrained")
-    FigureCanvasAgg(figure)
+
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes, metric in zip(panels, metrics, strict=False):
         _draw_panel(axes, groups, metric)

@@ -24,7 +24,7 @@ from dimaskdino.config import Config, get_cfg, report_unused_keys
 from dimaskdino.cpu import keep_freed_memory
 from dimaskdino.data import register_all
 from dimaskdino.data.augmentations import copy_paste, own_augmentations
-from dimaskdino.data.coco_file import Json, category_names
+from dimaskdino.data.coco_file import category_names
 from dimaskdino.data.datasets.own import own_name, read_own, register_own
 from dimaskdino.data.datasets.registration import is_coco_file, share_classes
 from dimaskdino.data.fields import check_field_names
@@ -50,8 +50,6 @@ from dimaskdino.prediction.augmented import check_augmentation
 from dimaskdino.solver import check_solver, parameter_groups
 
 logger = logging.getLogger(__name__)
-
-FLOAT32_PRECISIONS = ("highest", "high", "medium")
 
 
 def setup(args: Namespace) -> Config:
@@ -193,12 +191,10 @@ def _check_model(cfg: Config, *, train: bool) -> None:
 
 def _set_float32_precision(cfg: Config) -> None:
     """Set the precision of float32 matrix products (FLOAT32_PRECISION), as a newer detectron2's default_setup does."""
-    precision = cfg.FLOAT32_PRECISION
-    if not precision:
-        return
-    check_choice("FLOAT32_PRECISION", precision, FLOAT32_PRECISIONS)
-    torch.set_float32_matmul_precision(precision)
-    logger.info("Matrix products of float32 have %s precision.", precision)
+    if precision := cfg.FLOAT32_PRECISION:
+        check_choice("FLOAT32_PRECISION", precision, ("highest", "high", "medium"))
+        torch.set_float32_matmul_precision(precision)
+        logger.info("Matrix products of float32 have %s precision.", precision)
 
 
 def _prepare_folder(folder: Path) -> None:
@@ -304,17 +300,13 @@ def set_keys_of_own_data(cfg: Config, given: Collection[str]) -> None:
 
 
 def _names_and_number(cfg: Config) -> tuple[list[str], int] | None:
-    """The classes to train on, and the number of images; None if no file is named."""
-    coco = read_own(cfg, "train")
-    return None if coco is None else (list(category_names(coco).values()), _num_trained(cfg, coco))
-
-
-def _num_trained(cfg: Config, coco: Json) -> int:
-    """Images that training draws from."""
+    """The classes to train on, and the number of images that training draws from; None if no file is named."""
+    if (coco := read_own(cfg, "train")) is None:
+        return None
     number = len(coco["images"])
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
         number = len({each["image_id"] for each in coco.get("annotations", ()) if not each.get("iscrowd", 0)})
-    return min(number, cfg.DATASETS.MAX_IMAGES or number)
+    return list(category_names(coco).values()), min(number, cfg.DATASETS.MAX_IMAGES or number)
 
 
 def _schedule(cfg: Config, num_images: int) -> dict[str, Any]:

@@ -285,13 +285,6 @@ class Curves(NamedTuple):
     recall: np.ndarray  # the highest, (IoU threshold 10, category, area range, limit)
 
 
-def coco_precision(
-    truth: hotcoco.COCO, results: list[Result], task: str, *, limits: Sequence[int], image_ids: list[int] | None = None
-) -> np.ndarray:
-    """The precision of :func:`coco_curves`."""
-    return coco_curves(truth, results, task, limits=limits, image_ids=image_ids).precision
-
-
 def coco_curves(
     truth: hotcoco.COCO,
     results: list[Result],

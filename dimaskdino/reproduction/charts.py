@@ -8,7 +8,6 @@ from statistics import mean
 from typing import Any, TypeGuard
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -56,7 +55,6 @@ def draw_table(table: Table, dataset: str, rows: Sequence[ComparedRow], path: Pa
     of_paper = table.has_paper_values(dataset)
     metrics = [metric for metric in _TABLE_COLORS if metric in table.metrics]
     figure = Figure(figsize=(9.5, 1.5 + (0.62 if of_paper else 0.42) * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
     for axes, metric in zip(panels, metrics, strict=True):
         cells = [row.cells[table.metrics.index(metric)] for row in rows]
@@ -181,7 +179,6 @@ def draw_imbalance(runs: Sequence[StageResults], path: Path, *, with_paper: bool
     step = 1.45 if with_paper else 1.0
     width = 1.3 + 2 * (1.35 if with_paper else 1.0) * len(runs)
     figure = Figure(figsize=(max(width, 3.6) + (_LINES_WIDTH if lines else 0.0), 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2 if lines else 1, squeeze=False, width_ratios=[width, _LINES_WIDTH] if lines else [1])[
         0
     ]

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from dimaskdino.config import get_cfg
@@ -77,7 +76,7 @@ def _iterations_of_epoch(folder: Path, epoch_images: int | None) -> float:
 def draw_curves(panels: Mapping[str, Sequence[Curve]], path: Path) -> None:
     """Draw curves over epochs, a panel for each score, and write a picture."""
     figure = Figure(figsize=(0.6 + 3.8 * len(panels), 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
+
     for axes, (score, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for index, curve in enumerate(curves):
             style = RUN_STYLES[index % len(RUN_STYLES)]

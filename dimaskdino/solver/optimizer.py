@@ -3,7 +3,7 @@
 import functools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,16 +20,12 @@ from dimaskdino.solver.parameters import ParameterGroups, parameter_groups
 logger = logging.getLogger(__name__)
 
 
-def _adamw(groups: ParameterGroups, cfg: CfgNode) -> Optimizer:
-    return torch.optim.AdamW(groups, cfg.SOLVER.BASE_LR, fused=True)
-
-
-def _sgd(groups: ParameterGroups, cfg: CfgNode) -> Optimizer:
-    return torch.optim.SGD(groups, cfg.SOLVER.BASE_LR, momentum=cfg.SOLVER.MOMENTUM, nesterov=cfg.SOLVER.NESTEROV)
-
-
-OPTIMIZERS = {"ADAMW": _adamw, "SGD": _sgd}
-
+OPTIMIZERS: dict[str, Callable[[ParameterGroups, CfgNode], Optimizer]] = {
+    "ADAMW": lambda groups, cfg: torch.optim.AdamW(groups, cfg.SOLVER.BASE_LR, fused=True),
+    "SGD": lambda groups, cfg: torch.optim.SGD(
+        groups, cfg.SOLVER.BASE_LR, momentum=cfg.SOLVER.MOMENTUM, nesterov=cfg.SOLVER.NESTEROV
+    ),
+}
 NEW_RUN = "start a new run with MODEL.WEIGHTS set to the checkpoint"
 # Settings of a parameter group that a checkpoint restores: in words, and the keys that set them.
 RESTORED = {

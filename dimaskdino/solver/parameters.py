@@ -103,9 +103,10 @@ def parameter_groups(cfg: CfgNode, model: nn.Module) -> ParameterGroups:
     by_setting: dict[tuple[float, float], list[nn.Parameter]] = {}
     for module_name, module, name, parameter in _trainable_parameters(model):
         full_name = f"{module_name}.{name}" if module_name else name
+        rate = cfg.SOLVER.BASE_LR * (cfg.SOLVER.BACKBONE_MULTIPLIER if "backbone" in module_name else 1.0)
         factor = depth.get(parameter, 1.0) * _setting(rules, full_name, "lr_factor", default=1.0)
         decay = _setting(rules, full_name, "weight_decay", default=_weight_decay(cfg, module, name))
-        by_setting.setdefault((_learning_rate(cfg, module_name) * factor, decay), []).append(parameter)
+        by_setting.setdefault((rate * factor, decay), []).append(parameter)
     return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in by_setting.items()]
 
 
@@ -158,11 +159,6 @@ def _trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, st
             if parameter.requires_grad and parameter not in seen:
                 seen.add(parameter)
                 yield module_name, module, name, parameter
-
-
-def _learning_rate(cfg: CfgNode, module_name: str) -> float:
-    factor = cfg.SOLVER.BACKBONE_MULTIPLIER if "backbone" in module_name else 1.0
-    return cfg.SOLVER.BASE_LR * factor
 
 
 def _weight_decay(cfg: CfgNode, module: nn.Module, name: str) -> float:

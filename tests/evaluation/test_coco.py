@@ -32,7 +32,7 @@ from dimaskdino.evaluation import (
     build_evaluator,
     check_classes,
 )
-from dimaskdino.evaluation.coco import coco_precision
+from dimaskdino.evaluation.coco import coco_curves
 from dimaskdino.evaluation.coco_options import CocoOptions
 from dimaskdino.evaluation.truth import make_truth
 
@@ -524,7 +524,7 @@ def precision_of(truth: dict[str, Any], results: list[dict[str, Any]], task: str
         }
         for found in results
     ]
-    return coco_precision(made.coco, numbered, task, limits=limits)
+    return coco_curves(made.coco, numbered, task, limits=limits).precision
 
 
 @pytest.mark.parametrize(

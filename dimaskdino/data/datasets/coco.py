@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances
 from detectron2.data.datasets.builtin import _PREDEFINED_SPLITS_COCO
 from detectron2.data.datasets.builtin_meta import _get_builtin_metadata
 
@@ -29,10 +27,6 @@ def register_objects365(root: Path) -> None:
     """Register objects365_{train,val} of ``root``/objects365; their class names are read with the annotations."""
     for split in ("train", "val"):
         name, folder = f"objects365_{split}", root / "objects365"
-        json_file = str(folder / "annotations" / f"zhiyuan_objv2_{split}.json")
-        if name in DatasetCatalog.list():
-            if MetadataCatalog.get(name).json_file == json_file:
-                continue
-            DatasetCatalog.remove(name)
-            MetadataCatalog.remove(name)
-        register_coco_instances(name, {}, json_file, str(folder / split))
+        json_file = folder / "annotations" / f"zhiyuan_objv2_{split}.json"
+        if not is_registered_at(name, json_file):
+            register_coco_format(name, json_file, folder / split, None)

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.data.datasets.builtin import _PREDEFINED_SPLITS_COCO_PANOPTIC
 from detectron2.data.datasets.builtin_meta import _get_builtin_metadata
 
 from dimaskdino.data.coco_file import read_json
+from dimaskdino.data.datasets.registration import register
 from dimaskdino.errors import ConfigError, DatasetError
 
 Json = dict[str, Any]
@@ -85,21 +86,13 @@ def register_panoptic(
     found = MetadataCatalog.get(name)
     if found.get("panoptic_json") == str(json_file) and found.get("truth") == "panoptic":
         return
-    MetadataCatalog.remove(name)
-    if name in DatasetCatalog.list():
-        DatasetCatalog.remove(name)
-    DatasetCatalog.register(name, partial(load_panoptic, name))
-    MetadataCatalog.get(name).set(
-        truth="panoptic",
-        evaluator_type="coco_panoptic_seg",
-        panoptic_json=str(json_file),
-        panoptic_root=str(panoptic_root),
-        image_root=str(image_root),
-        json_file=None if instances_json is None else str(instances_json),
-        ignore_label=255,
-        label_divisor=1000,
+    metadata = {
+        **{"truth": "panoptic", "evaluator_type": "coco_panoptic_seg", "ignore_label": 255, "label_divisor": 1000},
+        **{"panoptic_json": str(json_file), "panoptic_root": str(panoptic_root), "image_root": str(image_root)},
+        "json_file": None if instances_json is None else str(instances_json),
         **metadata,
-    )
+    }
+    register(name, partial(load_panoptic, name), metadata)
 
 
 def categories_metadata(json_file: str) -> Json:

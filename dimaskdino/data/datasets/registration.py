@@ -54,19 +54,18 @@ def register_coco_format(
         evaluator_type: what it is scored by.
         metadata: anything else for detectron2's metadata.
     """
-    if name in DatasetCatalog.list():
-        DatasetCatalog.remove(name)
-    if name in MetadataCatalog.list():
-        MetadataCatalog.remove(name)
-    DatasetCatalog.register(name, partial(_load_coco, name))
-    MetadataCatalog.get(name).set(
-        json_file=str(json_file),
-        image_root=str(image_root),
-        evaluator_type=evaluator_type,
-        make=make,
-        **({} if thing_classes is None else {"thing_classes": thing_classes}),
-        **metadata,
-    )
+    metadata |= {"json_file": str(json_file), "image_root": str(image_root), "evaluator_type": evaluator_type}
+    metadata |= {"make": make} | ({} if thing_classes is None else {"thing_classes": thing_classes})
+    register(name, partial(_load_coco, name), metadata)
+
+
+def register(name: str, load: Callable[[], list[Json]], metadata: Json) -> None:
+    """Register what lists a dataset, and its metadata, in place of one of the same name."""
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        if name in catalog.list():
+            catalog.remove(name)
+    DatasetCatalog.register(name, load)
+    MetadataCatalog.get(name).set(**metadata)
 
 
 def is_coco_file(name: str) -> bool:

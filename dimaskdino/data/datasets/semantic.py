@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.data.datasets.builtin_meta import ADE20K_SEM_SEG_CATEGORIES, _get_builtin_metadata
 
+from dimaskdino.data.datasets.registration import register
 from dimaskdino.errors import ConfigError, DatasetError
 
 logger = logging.getLogger(__name__)
@@ -101,21 +102,12 @@ def register_semantic(
     source = (str(image_root), str(label_root), tuple(classes))
     if found.get("source") == source:
         return
-    MetadataCatalog.remove(name)
-    if name in DatasetCatalog.list():
-        DatasetCatalog.remove(name)
-    DatasetCatalog.register(name, partial(load_semantic, name, endings or {}))
-    MetadataCatalog.get(name).set(
-        truth="semantic",
-        source=source,
-        evaluator_type="sem_seg",
-        image_root=str(image_root),
-        sem_seg_root=str(label_root),
-        stuff_classes=classes,
-        ignore_label=255,
-        hint=hint,
-        make=make,
-    )
+    metadata = {
+        **{"truth": "semantic", "evaluator_type": "sem_seg", "ignore_label": 255, "stuff_classes": classes},
+        **{"image_root": str(image_root), "sem_seg_root": str(label_root)},
+        **{"source": source, "hint": hint, "make": make},
+    }
+    register(name, partial(load_semantic, name, endings or {}), metadata)
 
 
 def load_semantic(name: str, endings: dict[str, tuple[str, ...]]) -> list[dict[str, Any]]:

@@ -117,27 +117,10 @@ PLACEMENT_TRIES = 4
 MAX_STROKES = 6
 
 
-def _circle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return u**2 + v**2 <= 1
-
-
-def _square(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return np.maximum(np.abs(u), np.abs(v)) <= np.sqrt(0.5)
-
-
-def _triangle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return (v <= 0.5) & (np.sqrt(3) * np.abs(u) - v <= 1)
-
-
 def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """The pentagram: its points lie on the inner side of at least four of the five lines that draw it."""
     inner_sides = [np.cos(a) * u + np.sin(a) * v <= np.cos(2 * np.pi / 5) for a in 2 * np.pi * np.arange(5) / 5]
     return np.sum(inner_sides, axis=0) >= 4
-
-
-def _ring(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    squared = u**2 + v**2
-    return (squared <= 1) & (squared >= 0.55**2)
 
 
 def _cross(u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -147,11 +130,11 @@ def _cross(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 # Class name -> whether a point of the shape's own frame, where it fits the unit circle, lies inside. In class order.
 SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-    "circle": _circle,
-    "square": _square,
-    "triangle": _triangle,
+    "circle": lambda u, v: u**2 + v**2 <= 1,
+    "square": lambda u, v: np.maximum(np.abs(u), np.abs(v)) <= np.sqrt(0.5),
+    "triangle": lambda u, v: (v <= 0.5) & (np.sqrt(3) * np.abs(u) - v <= 1),
     "star": _star,
-    "ring": _ring,
+    "ring": lambda u, v: (u**2 + v**2 <= 1) & (u**2 + v**2 >= 0.55**2),
     "cross": _cross,
 }
 
