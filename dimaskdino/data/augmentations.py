@@ -65,17 +65,15 @@ def _entries(cfg: CfgNode) -> list[tuple[str, Mapping[str, Any]]]:
     """Name and arguments of each entry: NAME, {NAME: ARGUMENTS} or [NAME, ARGUMENTS]."""
     entries = []
     for each in cfg.INPUT.AUGMENTATIONS:
-        entry: Any = (each, {}) if isinstance(each, str) else next(iter(each.items()), ()) if _is_one(each) else each
+        entry: Any = (each, {}) if isinstance(each, str) else each
+        if isinstance(each, Mapping) and len(each) == 1:
+            (entry,) = each.items()
         name, arguments = entry if isinstance(entry, list | tuple) and len(entry) == 2 else (None, None)
         arguments = {} if arguments is None else arguments
         if not isinstance(name, str) or not isinstance(arguments, Mapping):
             raise ConfigError(f"INPUT.AUGMENTATIONS has {each!r}; write a name, or a name with its arguments.")
         entries.append((name, arguments))
     return entries
-
-
-def _is_one(entry: Any) -> bool:
-    return isinstance(entry, Mapping) and len(entry) == 1
 
 
 def _builder(name: str) -> Any:
@@ -85,10 +83,6 @@ def _builder(name: str) -> Any:
 
     known = ", ".join(sorted([PASTE, *(each for each, _ in AUGMENTATION_REGISTRY)]))
     return find(name, f"INPUT.AUGMENTATIONS names {name!r}; ours are {known}")
-
-
-def _maybe(augmentation: Any, probability: float) -> Any:
-    return augmentation if probability >= 1 else T.RandomApply(augmentation, prob=probability)
 
 
 def _pair(value: Any) -> tuple[float, float]:
@@ -128,7 +122,8 @@ def MultiScaleResize(cfg: CfgNode, *, sizes: Sequence[int], max_size: int = 1333
 @AUGMENTATION_REGISTRY.register()
 def Rotate(cfg: CfgNode, *, angle: Any = (-15, 15), expand: bool = True, prob: float = 1.0) -> Any:  # noqa: N802
     """Turn by an angle in degrees, drawn from a range; ``expand`` keeps the corners."""
-    return _maybe(_Rotation(_pair(angle), expand=expand), prob)
+    turn = _Rotation(_pair(angle), expand=expand)
+    return turn if prob >= 1 else T.RandomApply(turn, prob=prob)
 
 
 class _Rotation(T.RandomRotation):
@@ -173,12 +168,7 @@ class Turn(T.Transform):
 
 @AUGMENTATION_REGISTRY.register()
 class Rotate90(T.Augmentation):
-    """Turn by 0, 90, 180, or 270 degrees, each as likely.
-
-    Args:
-        cfg: the configuration.
-        prob: of turning at all.
-    """
+    """Turn by 0, 90, 180, or 270 degrees, each as likely; ``prob`` is that of turning at all."""
 
     def __init__(self, cfg: CfgNode, prob: float = 1.0) -> None:
         super().__init__()
@@ -205,7 +195,6 @@ class Blur(T.Augmentation):
     """Blur the image by a Gaussian.
 
     Args:
-        cfg: the configuration.
         sigma: range of its width in pixels.
         prob: of blurring.
     """
@@ -221,11 +210,7 @@ class Blur(T.Augmentation):
         if self._rand_range() >= self.prob:
             return T.NoOpTransform()
         sigma = max(np.random.uniform(*self.sigma), 1e-3)
-        return T.ColorTransform(lambda pixels: _blurred(pixels, sigma))
-
-
-def _blurred(pixels: np.ndarray, sigma: float) -> np.ndarray:
-    return cv2.GaussianBlur(pixels, (0, 0), sigma).reshape(pixels.shape)
+        return T.ColorTransform(lambda pixels: cv2.GaussianBlur(pixels, (0, 0), sigma).reshape(pixels.shape))
 
 
 @AUGMENTATION_REGISTRY.register()
@@ -233,7 +218,6 @@ class Crop(T.Augmentation):
     """Crop at random, and again until enough objects are inside; the whole image where none of the crops has them.
 
     Args:
-        cfg: the configuration.
         kind: as INPUT.CROP.TYPE, such as ``relative_range`` or ``absolute``.
         size: as INPUT.CROP.SIZE.
         least_objects: that must be inside. An image with fewer may lose none.

@@ -152,11 +152,6 @@ def _checked_batch(batch: list[dict[str, Any]], mapper_name: str, needs_instance
     return batch
 
 
-def images_per_process(cfg: CfgNode) -> int:
-    """Images of a batch of one process."""
-    return cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
-
-
 def images_in_a_group(cfg: CfgNode) -> int:
     """Images that DATALOADER.ASPECT_RATIO_GROUPING brings together.
 
@@ -169,22 +164,20 @@ def images_in_a_group(cfg: CfgNode) -> int:
             f"DATALOADER.ASPECT_RATIO_GROUP_SIZE is {size}; it must divide SOLVER.IMS_PER_BATCH "
             f"({cfg.SOLVER.IMS_PER_BATCH}), or be 0 for the share of a process."
         )
-    return size or images_per_process(cfg)
+    return size or cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
 
 
 def _is_wide(entry: dict[str, Any], cfg: CfgNode) -> bool:
-    if "width" not in entry or "height" not in entry:
-        header = image_reader(cfg).header(entry["file_name"])
-        height, width = header.size(apply_exif=cfg.INPUT.APPLY_EXIF)
-        return width > height
-    return entry["width"] > entry["height"]
+    if "width" in entry and "height" in entry:
+        return entry["width"] > entry["height"]
+    height, width = image_reader(cfg).header(entry["file_name"]).size(apply_exif=cfg.INPUT.APPLY_EXIF)
+    return width > height
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> Batches:
     """Every image of one dataset once, in order, one per batch, divided between the processes."""
-    register_all(cfg=cfg)
     loader = build_detection_test_loader(
-        dataset=_entries(cfg, [dataset_name], train=False),
+        dataset=test_entries(cfg, dataset_name),
         mapper=build_mapper(cfg, is_train=False),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )

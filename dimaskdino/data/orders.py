@@ -19,6 +19,10 @@ from dimaskdino.errors import ConfigError, DatasetError, check_choice
 from dimaskdino.seeds import SAMPLE, seeded
 
 FOLDER = "folder"
+Entries = Sequence[dict[str, Any]]
+# The place of a sample in the endless order of the run, and the index of its image.
+Draw = tuple[int, int]
+_MAX_TRIES = 1000
 
 
 def check_folds(cfg: CfgNode) -> None:
@@ -74,17 +78,6 @@ def _group(entry: dict[str, Any], key: str) -> str:
     if value is None:
         raise DatasetError(f"Image {entry['file_name']} has no {key!r}, which DATASETS.FOLDS.GROUP names; add the key.")
     return str(value)
-
-
-# The place of a sample in the endless order of the run, and the index of its image.
-Draw = tuple[int, int]
-
-_MAX_TRIES = 1000
-
-
-def endless_order(cfg: CfgNode, entries: Sequence[dict[str, Any]], seed: int) -> Iterable[int]:
-    """Indices of ``entries`` as DATALOADER.{SAMPLER_TRAIN, NEGATIVE_SHARE} draw them, for all processes together."""
-    return make_order(cfg, entries, seed)
 
 
 class BatchSampler(Sampler[list[Draw]]):
@@ -168,8 +161,6 @@ class Samples(Dataset):
         return mapped if other is None else paste(mapped, other)
 
 
-Entries = Sequence[dict[str, Any]]
-
 SAMPLER_REGISTRY = Registry("SAMPLER")
 SAMPLER_REGISTRY.__doc__ = """
 Orders of training images by DATALOADER.SAMPLER_TRAIN. Each is called as ``builder(cfg, entries, seed)`` and gives an
@@ -192,8 +183,8 @@ def check_sampler(cfg: CfgNode) -> None:
         )
 
 
-def make_order(cfg: CfgNode, entries: Entries, seed: int) -> Iterable[int]:
-    """The order that DATALOADER.{SAMPLER_TRAIN, NEGATIVE_SHARE} ask for.
+def endless_order(cfg: CfgNode, entries: Entries, seed: int) -> Iterable[int]:
+    """Indices of ``entries`` as DATALOADER.{SAMPLER_TRAIN, NEGATIVE_SHARE} draw them, for all processes together.
 
     Raises:
         ConfigError: the dataset has no images that they need.
@@ -279,16 +270,13 @@ def _by_name(cfg: CfgNode, entries: Entries, seed: int) -> Iterable[int]:
         return whole(TrainingSampler(len(entries), seed=seed))
     if name == "RepeatFactorTrainingSampler":
         # It looks at nothing but the classes of each image, and would keep everything else in memory.
-        objects = [{"annotations": _one_of_each_class(objects_of(entry))} for entry in entries]
+        classes = [dict.fromkeys(each["category_id"] for each in objects_of(entry)) for entry in entries]
+        objects = [{"annotations": [{"category_id": category} for category in found]} for found in classes]
         factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
             objects, cfg.DATALOADER.REPEAT_THRESHOLD
         )
         return whole(RepeatFactorTrainingSampler(factors, seed=seed))
     return whole(newer_training_sampler(cfg, len(entries), seed))
-
-
-def _one_of_each_class(objects: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{"category_id": category} for category in dict.fromkeys(each["category_id"] for each in objects)]
 
 
 def whole(sampler: Any) -> Iterable[int]:

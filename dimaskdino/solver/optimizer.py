@@ -15,12 +15,12 @@ from torch.optim import Optimizer
 
 from dimaskdino.errors import CheckpointError, check_choice
 from dimaskdino.layers.shards import is_sharded, local, part_of
-from dimaskdino.solver.parameters import ParameterGroups, parameter_groups
+from dimaskdino.solver.parameters import parameter_groups
 
 logger = logging.getLogger(__name__)
 
 
-OPTIMIZERS: dict[str, Callable[[ParameterGroups, CfgNode], Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "ADAMW": lambda groups, cfg: torch.optim.AdamW(groups, cfg.SOLVER.BASE_LR, fused=True),
     "SGD": lambda groups, cfg: torch.optim.SGD(
         groups, cfg.SOLVER.BASE_LR, momentum=cfg.SOLVER.MOMENTUM, nesterov=cfg.SOLVER.NESTEROV

@@ -185,7 +185,7 @@ def _shape(item: LabeledObject, size: tuple[int, int]) -> Json:
         rle = mask_util.encode(np.asfortranarray(item.mask, dtype=np.uint8))
         segmentation = {"size": list(size), "counts": rle["counts"].decode()}
         return {"bbox": mask_util.toBbox(rle).tolist(), "area": int(mask_util.area(rle)), "segmentation": segmentation}
-    box = item.box or _extent(item.polygons)
+    box = item.box or box_around(np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in item.polygons]))
     left, top, right, bottom = box
     shape: Json = {"bbox": [_rounded(v) for v in (left, top, right - left, bottom - top)]}
     if not item.polygons:
@@ -193,11 +193,6 @@ def _shape(item: LabeledObject, size: tuple[int, int]) -> Json:
     polygons = [[_rounded(value) for value in polygon] for polygon in item.polygons]
     rle = mask_util.merge(mask_util.frPyObjects(polygons, *size))
     return {**shape, "area": int(mask_util.area(rle)), "segmentation": polygons}
-
-
-def _extent(polygons: Sequence[Sequence[float]]) -> tuple[float, float, float, float]:
-    points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in polygons])
-    return box_around(points)
 
 
 def box_around(points: np.ndarray) -> tuple[float, float, float, float]:

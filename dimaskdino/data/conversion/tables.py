@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dimaskdino.data.conversion.labels import Images, LabeledImage, LabeledObject, Problems, read_text
-from dimaskdino.data.conversion.xml_files import known_classes
+from dimaskdino.data.conversion.xml_files import known_classes, to_number
 from dimaskdino.errors import DatasetError
 
 # What columns are called, in lower case.
@@ -85,18 +85,11 @@ def _object(values: dict[str, str], where: str, scale: tuple[int, int] | None) -
     height, width = scale or (1, 1)
     if values.get("polygon"):
         words = values["polygon"].replace(",", " ").replace(";", " ").strip("[]()").split()
-        points = [_number(word) * (height if index % 2 else width) for index, word in enumerate(words)]
+        points = [to_number(word) * (height if index % 2 else width) for index, word in enumerate(words)]
         return LabeledObject(values["class"], where, polygons=[points])
     if "x" in values and "width" in values:
-        left, top = _number(values["x"]), _number(values["y"])
-        right, bottom = left + _number(values["width"]), top + _number(values["height"])
+        left, top = to_number(values["x"]), to_number(values["y"])
+        right, bottom = left + to_number(values["width"]), top + to_number(values["height"])
     else:
-        left, top, right, bottom = (_number(values.get(name, "")) for name in ("left", "top", "right", "bottom"))
+        left, top, right, bottom = (to_number(values.get(name, "")) for name in ("left", "top", "right", "bottom"))
     return LabeledObject(values["class"], where, (left * width, top * height, right * width, bottom * height))
-
-
-def _number(word: str) -> float:
-    try:
-        return float(word)
-    except ValueError:
-        raise ValueError(f"{word!r:.40} is not a number") from None

@@ -99,7 +99,8 @@ def read_voc(
             problems.add(str(file), str(error))
             continue
         image = images.labeled(path, [])
-        masks, since = _voc_masks(source / "SegmentationObject" / f"{file.stem}.png"), len(problems.found)
+        map_file, since = source / "SegmentationObject" / f"{file.stem}.png", len(problems.found)
+        masks = np.asarray(Image.open(map_file)) if map_file.is_file() else None
         for number, node in enumerate(root.all("object"), start=1):
             where = f"{file}, line {node.line}"
             try:
@@ -111,16 +112,9 @@ def read_voc(
     return found, known_classes(found, classes, problems)
 
 
-def _voc_masks(path: Path) -> np.ndarray | None:
-    if not path.is_file():
-        return None
-    with Image.open(path) as image:
-        return np.asarray(image)
-
-
 def _voc_object(node: Node, where: str, one_based: bool, mask: np.ndarray | None) -> LabeledObject:
     label, box = node.value("name"), node.child("bndbox")
-    left, top, right, bottom = (_number(box.value(name)) for name in ("xmin", "ymin", "xmax", "ymax"))
+    left, top, right, bottom = (to_number(box.value(name)) for name in ("xmin", "ymin", "xmax", "ymax"))
     if one_based:
         left, top = left - 1, top - 1
     extra = {"difficult": 1} if node.value("difficult", "0") == "1" else {}
@@ -183,13 +177,13 @@ def _cvat_object(node: Node, where: str, size: tuple[int, int]) -> LabeledObject
     label = node.attribute("label")
     extra = {"occluded": 1} if node.attributes.get("occluded") == "1" else {}
     if node.tag == "box":
-        left, top, right, bottom = (_number(node.attribute(name)) for name in ("xtl", "ytl", "xbr", "ybr"))
+        left, top, right, bottom = (to_number(node.attribute(name)) for name in ("xtl", "ytl", "xbr", "ybr"))
         return LabeledObject(label, where, (left, top, right, bottom), extra=extra)
     if node.tag == "polygon":
-        points = [_number(word) for pair in node.attribute("points").split(";") for word in pair.split(",")]
+        points = [to_number(word) for pair in node.attribute("points").split(";") for word in pair.split(",")]
         return LabeledObject(label, where, polygons=[points], extra=extra)
-    left, top, width, height = (int(_number(node.attribute(name))) for name in ("left", "top", "width", "height"))
-    runs = [int(_number(word)) for word in node.attribute("rle").split(",")]
+    left, top, width, height = (int(to_number(node.attribute(name))) for name in ("left", "top", "width", "height"))
+    runs = [int(to_number(word)) for word in node.attribute("rle").split(",")]
     if min(runs) < 0 or sum(runs) != width * height:
         raise ValueError(f"the runs of the mask sum up to {sum(runs)}, not {width} times {height}")
     values = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(height, width)
@@ -227,7 +221,8 @@ def known_classes(images: Sequence[LabeledImage], classes: Sequence[str], proble
     return list(classes)
 
 
-def _number(word: str) -> float:
+def to_number(word: str) -> float:
+    """A number; raises ValueError that shows what else the word is."""
     try:
         return float(word)
     except ValueError:
