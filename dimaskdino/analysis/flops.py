@@ -60,10 +60,7 @@ def count_flops(model: DIMaskDINO, size: tuple[int, int]) -> FlopCountAnalysis:
         image = torch.zeros(1, 3, *size, device=model.device, dtype=model.dtype)
         counted = FlopCountAnalysis(_Network(model).eval(), image)
         counted.set_op_handle(
-            **{
-                "aten::grid_sampler": elementwise_flop_counter(0, 5),
-                "aten::scaled_dot_product_attention": _attention,
-            }
+            **{"aten::grid_sampler": elementwise_flop_counter(0, 5), "aten::scaled_dot_product_attention": _attention}
         )
         counted.total()
     finally:

@@ -77,11 +77,7 @@ class Verdict:
 
 
 def judge(
-    view: StageView,
-    classes: Sequence[int],
-    limits: Limits,
-    *,
-    selections: Sequence[StageView] = (),
+    view: StageView, classes: Sequence[int], limits: Limits, *, selections: Sequence[StageView] = ()
 ) -> list[Verdict]:
     """Judge every object of an image at a stage.
 

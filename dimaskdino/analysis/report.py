@@ -15,14 +15,7 @@ from tabulate import tabulate
 
 from dimaskdino.analysis import missed
 from dimaskdino.analysis.examples import Examples
-from dimaskdino.analysis.explanation import (
-    Explained,
-    by_class,
-    by_size,
-    by_stage,
-    outcome_heads,
-    outcome_rows,
-)
+from dimaskdino.analysis.explanation import Explained, by_class, by_size, by_stage, outcome_heads, outcome_rows
 from dimaskdino.analysis.figures import (
     TaskScores,
     draw_calibration,

@@ -32,11 +32,7 @@ RUN_COMMENT = "# Run "
 
 LOGGERS = ("dimaskdino", "detectron2", "fvcore")
 # What these log below a warning is for people; what else detectron2 logs goes to log.txt only.
-ON_CONSOLE = (
-    "dimaskdino",
-    "detectron2.engine",
-    "detectron2.evaluation.evaluator",
-)
+ON_CONSOLE = ("dimaskdino", "detectron2.engine", "detectron2.evaluation.evaluator")
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

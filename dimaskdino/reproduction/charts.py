@@ -194,11 +194,7 @@ def draw_imbalance(runs: Sequence[StageResults], path: Path, *, with_paper: bool
 
 
 def _draw_run(
-    axes: Axes,
-    run: StageResults,
-    keys: Sequence[str],
-    places: tuple[float, float],
-    paper: Mapping[str, float] | None,
+    axes: Axes, run: StageResults, keys: Sequence[str], places: tuple[float, float], paper: Mapping[str, float] | None
 ) -> dict[float, str]:
     """Draw the bars of one run and return the text under each of its two groups by place."""
     ticks = {}

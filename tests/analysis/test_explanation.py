@@ -93,11 +93,7 @@ def test_sums_by_stage_class_and_size() -> None:
 
 @pytest.mark.parametrize(
     ("box", "expected"),
-    [
-        ((40, 40, 60, 60), (28, 28, 72, 72)),
-        ((0, 40, 20, 60), (0, 28, 44, 72)),
-        ((0, 0, 100, 100), (0, 0, 120, 110)),
-    ],
+    [((40, 40, 60, 60), (28, 28, 72, 72)), ((0, 40, 20, 60), (0, 28, 44, 72)), ((0, 0, 100, 100), (0, 0, 120, 110))],
 )
 def test_an_example_is_a_square_inside_the_image(box, expected) -> None:
     assert _region(box, (110, 120)) == expected

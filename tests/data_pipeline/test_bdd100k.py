@@ -20,14 +20,7 @@ from dimaskdino.data.datasets.bdd100k_labels import labels_of_bitmask, labels_of
 from dimaskdino.data.datasets.bdd100k_sources import SOURCES
 from dimaskdino.data.validation.start import check_datasets
 from dimaskdino.errors import DatasetError
-from tests.data_pipeline.bdd100k import (
-    CATEGORY_IDS,
-    bitmask_of,
-    record,
-    write_bitmask,
-    write_frames,
-    write_images,
-)
+from tests.data_pipeline.bdd100k import CATEGORY_IDS, bitmask_of, record, write_bitmask, write_frames, write_images
 from tests.data_pipeline.scripts import run_script
 
 SIZE = (6, 8)
@@ -390,10 +383,7 @@ def test_training_leaves_crowd_and_ignored_regions_out(bdd: Config) -> None:
 
 
 def test_command_converts_once_and_counts(
-    folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture,
-    caplog: pytest.LogCaptureFixture,
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_bitmask(folder, "val", "lost.jpg", np.zeros((*record()["size"], 4), dtype=np.uint8))
 

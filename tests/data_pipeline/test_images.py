@@ -82,9 +82,6 @@ def test_exif_orientation_is_applied_or_ignored(tmp_path: Path, orientation: int
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "folder"])
 def test_what_is_not_a_file_is_refused(tmp_path: Path, make: Callable[[Path], None]) -> None:
     make(tmp_path / "one.png")
-    for attempt in (
-        lambda path: read_image(path, "RGB"),
-        lambda path: check_files_exist("mine", [path]),
-    ):
+    for attempt in (lambda path: read_image(path, "RGB"), lambda path: check_files_exist("mine", [path])):
         with pytest.raises(DatasetError, match=r"one\.png"):
             attempt(str(tmp_path / "one.png"))

@@ -90,10 +90,7 @@ def test_only_the_first_images_if_asked(mine: Config) -> None:
 
 def test_negative_number_of_images_is_refused(mine: Config) -> None:
     mine.DATASETS.MAX_IMAGES = -1
-    for build in (
-        lambda: build_train_loader(mine),
-        lambda: build_test_loader(mine, "mine"),
-    ):
+    for build in (lambda: build_train_loader(mine), lambda: build_test_loader(mine, "mine")):
         with pytest.raises(ConfigError, match=r"DATASETS\.MAX_IMAGES is -1; .* 0 for all"):
             build()
 

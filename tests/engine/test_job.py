@@ -11,15 +11,7 @@ from dimaskdino.config import Config, get_cfg
 from dimaskdino.data.datasets.registration import load_dataset
 from dimaskdino.engine.hooks import average_running_statistics
 from tests.engine.conftest import make_toy_cfg
-from tests.engine.job import (
-    EVAL_PERIOD,
-    MAX_ITER,
-    Buffers,
-    buffers_of,
-    dice_of,
-    evaluate_together,
-    segmentation_scores,
-)
+from tests.engine.job import EVAL_PERIOD, MAX_ITER, Buffers, buffers_of, dice_of, evaluate_together, segmentation_scores
 
 
 def test_processes_know_each_other(of_two_processes) -> None:

@@ -82,8 +82,7 @@ def test_gradients_in_parts_are_clipped_as_whole_ones(of_two_processes: Results)
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
-    [("MODEL.COMPILE", ["encoder"]), ("MODEL.CHANNELS_LAST", True), ("SOLVER.NONFINITE", "skip")],
+    ("key", "value"), [("MODEL.COMPILE", ["encoder"]), ("MODEL.CHANNELS_LAST", True), ("SOLVER.NONFINITE", "skip")]
 )
 def test_keys_that_do_not_go_together_are_refused(key: str, value: object, toy_cfg: Config) -> None:
     toy_cfg.merge_from_list(["SOLVER.SHARDING", "full", key, value])

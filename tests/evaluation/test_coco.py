@@ -25,13 +25,7 @@ from dimaskdino.config import get_cfg
 from dimaskdino.data.datasets.registration import load_dataset, register_coco_format
 from dimaskdino.data.validation.start import check_datasets
 from dimaskdino.errors import ConfigError, DatasetError, UserError
-from dimaskdino.evaluation import (
-    EVALUATOR_REGISTRY,
-    CocoEvaluator,
-    LayerwiseEvaluator,
-    build_evaluator,
-    check_classes,
-)
+from dimaskdino.evaluation import EVALUATOR_REGISTRY, CocoEvaluator, LayerwiseEvaluator, build_evaluator, check_classes
 from dimaskdino.evaluation.coco import coco_curves
 from dimaskdino.evaluation.coco_options import CocoOptions
 from dimaskdino.evaluation.truth import make_truth
@@ -40,11 +34,7 @@ CASES = Path(__file__).parents[1] / "data" / "cases"
 SIDE = 40
 CATEGORY_IDS = {3: 0, 7: 1}
 # (image id, class index, x0, y0, x1, y1, is crowd): image 2 holds a crowd region only, image 3 nothing.
-OBJECTS = [
-    (1, 0, 2, 2, 20, 20, False),
-    (1, 1, 20, 22, 38, 36, False),
-    (2, 0, 0, 0, 40, 30, True),
-]
+OBJECTS = [(1, 0, 2, 2, 20, 20, False), (1, 1, 20, 22, 38, 36, False), (2, 0, 0, 0, 40, 30, True)]
 IMAGE_IDS = [1, 2, 3]
 TASKS = ("bbox", "segm")
 

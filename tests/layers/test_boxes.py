@@ -3,13 +3,7 @@ import math
 import pytest
 import torch
 
-from dimaskdino.layers.boxes import (
-    cxcywh_to_xyxy,
-    generalized_iou,
-    inverse_sigmoid,
-    masks_to_boxes,
-    xyxy_to_cxcywh,
-)
+from dimaskdino.layers.boxes import cxcywh_to_xyxy, generalized_iou, inverse_sigmoid, masks_to_boxes, xyxy_to_cxcywh
 
 
 def test_conversions_by_hand():

@@ -167,12 +167,7 @@ def test_settings_that_cannot_work_name_the_key(node, key):
 
 def denoising(num_queries: int = 10, *, label: float = 0.0, box: float = 0.0, negatives: bool = True) -> nn.Module:
     return ContrastiveDenoising(
-        dim=DIM,
-        num_classes=NUM_CLASSES,
-        num_queries=num_queries,
-        label_noise=label,
-        box_noise=box,
-        negatives=negatives,
+        dim=DIM, num_classes=NUM_CLASSES, num_queries=num_queries, label_noise=label, box_noise=box, negatives=negatives
     )
 
 

@@ -32,11 +32,7 @@ class Conversion(NamedTuple):
 
 
 def convert_all(
-    conversions: Sequence[Conversion],
-    *,
-    num_workers: int = 0,
-    force: bool = False,
-    progress: Progress = no_progress,
+    conversions: Sequence[Conversion], *, num_workers: int = 0, force: bool = False, progress: Progress = no_progress
 ) -> int:
     """Make what is missing, and check what is there: that it can be read, and has the size of its source.
 

@@ -220,10 +220,6 @@ def load_panoptic(name: str) -> list[Json]:
 
     def segment_entry(segment: Json) -> Json:
         is_thing = segment["category_id"] in things
-        return {
-            **segment,
-            "category_id": (things if is_thing else stuff)[segment["category_id"]],
-            "isthing": is_thing,
-        }
+        return {**segment, "category_id": (things if is_thing else stuff)[segment["category_id"]], "isthing": is_thing}
 
     return [entry(each) for each in sorted(content["annotations"], key=lambda each: each["image_id"])]

@@ -122,10 +122,7 @@ def load_semantic(name: str, endings: dict[str, tuple[str, ...]]) -> list[dict[s
     images = _files(metadata.image_root, endings.get("images", IMAGE_ENDINGS))
     labels = _files(metadata.sem_seg_root, endings.get("labels", (".png",)))
     layout = "check its path, or DETECTRON2_DATASETS (layouts: datasets/README.md)"
-    for folder, files, hint in (
-        (metadata.image_root, images, layout),
-        (metadata.sem_seg_root, labels, metadata.hint),
-    ):
+    for folder, files, hint in ((metadata.image_root, images, layout), (metadata.sem_seg_root, labels, metadata.hint)):
         if not files:
             state = "holds no such files" if os.path.isdir(folder) else "does not exist"
             raise DatasetError(f"Dataset {name}: folder {folder} {state}; {hint}.")

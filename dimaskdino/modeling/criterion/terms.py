@@ -14,14 +14,7 @@ from dimaskdino.layers.points import sample_binary_masks, sample_points
 from dimaskdino.layers.precision import to_autocast_dtype
 from dimaskdino.modeling.criterion.losses import box_losses, focal_loss, mask_losses
 from dimaskdino.modeling.criterion.points import PointSampler, judged_points
-from dimaskdino.structures import (
-    JoinedTargets,
-    Matches,
-    StagePrediction,
-    Targets,
-    group_by_mask_features,
-    mask_logits,
-)
+from dimaskdino.structures import JoinedTargets, Matches, StagePrediction, Targets, group_by_mask_features, mask_logits
 from dimaskdino.structures.targets import CrowdRegions
 
 # Bounds the mask logits and the candidate points that are in memory beside those kept for the backward pass.

@@ -53,10 +53,7 @@ class MaskDINOHead(nn.Module):
         return {"pixel_decoder": encoder(cfg, input_shape), "predictor": predictor}
 
     def forward(
-        self,
-        features: Mapping[str, Tensor],
-        targets: Sequence[Targets] | None = None,
-        batch: PaddedBatch | None = None,
+        self, features: Mapping[str, Tensor], targets: Sequence[Targets] | None = None, batch: PaddedBatch | None = None
     ) -> DecoderOutput:
         """Predict.
 

@@ -67,11 +67,7 @@ class FirstSelection(nn.Module):
         self.initialize_box_type = initialize_box_type
 
     def forward(
-        self,
-        t_i: FeatureTokens,
-        mask_features: Tensor | None,
-        heads: PredictionHeads,
-        num_selected: int,
+        self, t_i: FeatureTokens, mask_features: Tensor | None, heads: PredictionHeads, num_selected: int
     ) -> tuple[Tokens, StagePrediction]:
         """Select tokens.
 

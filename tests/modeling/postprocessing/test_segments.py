@@ -3,12 +3,7 @@ import math
 import pytest
 import torch
 
-from dimaskdino.modeling.postprocessing import (
-    Frame,
-    class_probabilities,
-    panoptic_of_image,
-    semantic_of_image,
-)
+from dimaskdino.modeling.postprocessing import Frame, class_probabilities, panoptic_of_image, semantic_of_image
 from dimaskdino.structures import MaskLogits, Stage, StagePrediction
 
 LOW, HIGH = -20.0, 20.0
