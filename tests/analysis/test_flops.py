@@ -1,13 +1,29 @@
+"""What models cost and how long they take."""
+
 import sys
+import time
 
 import analyze_model
+import benchmark
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from dimaskdino.analysis.flops import _attention, count_flops, parts_of
+from dimaskdino.analysis.timing import (
+    PARTS,
+    REST,
+    Times,
+    compiled,
+    example_input,
+    time_exported,
+    time_model,
+    time_parts,
+)
+from dimaskdino.errors import UserError
 from tests.analysis.hand_count import Sizes, resnet50, total
-from tests.tiny_model import DIM, NUM_CLASSES, ToyBackbone, tiny_cfg, tiny_dino, tiny_model
+from tests.tiny_model import DIM, NUM_CLASSES, ToyBackbone, image, tiny_cfg, tiny_dino, tiny_model
 
 
 def tiny_sizes(guides: int, height: int, width: int) -> Sizes:
@@ -73,3 +89,116 @@ def test_the_tool_names_a_size_that_needs_padding(tmp_path, monkeypatch, capsys)
         else:
             with pytest.raises(ValueError, match=expected):
                 analyze_model.main()
+
+
+class Slow(nn.Module):
+    """Takes some seconds of a clock."""
+
+    def __init__(self, clock, seconds, *inner) -> None:
+        super().__init__()
+        self.clock, self.seconds, self.inner = clock, seconds, nn.ModuleList(inner)
+
+    def forward(self, images) -> None:
+        self.clock.now += self.seconds
+        for each in self.inner:
+            each(images)
+
+
+class SlowModel(Slow):
+    """Parts of 1, 2, 4 and 8 seconds; 16 of its own, and as many as the image says."""
+
+    def __init__(self, clock) -> None:
+        self_parts = [Slow(clock, 2.0**power) for power in range(4)]
+        super().__init__(clock, 16.0, *self_parts)
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.device = torch.device("cpu")
+        self.backbone, self.post_processor = self_parts[0], self_parts[3]
+        self.sem_seg_head = nn.Module()
+        self.sem_seg_head.pixel_decoder, self.sem_seg_head.predictor = self_parts[1:3]
+
+    def forward(self, images) -> None:
+        super().forward(images)
+        self.clock.now += images[0]["seconds"]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    class Clock:
+        now = 100.0
+
+    monkeypatch.setattr(time, "perf_counter", lambda: Clock.now)
+    return Clock
+
+
+def test_images_take_turns_and_the_first_runs_do_not_count(clock) -> None:
+    images = [{"seconds": seconds} for seconds in (1000.0, 1.0, 3.0)]
+    times = time_model(SlowModel(clock), images, warmup=1, runs=4)
+    assert times.seconds.tolist() == [32.0, 34.0, 1031.0, 32.0]
+    assert times.median == 33.0
+
+
+def test_parts_are_timed_apart_and_what_is_left_is_preparation(clock) -> None:
+    parts = time_parts(SlowModel(clock), [{"seconds": 5.0}], warmup=0, runs=2)
+    assert {name: each.median for name, each in parts.items()} == dict(
+        zip((*PARTS, REST), (1.0, 2.0, 4.0, 8.0, 21.0), strict=True)
+    )
+
+
+def test_the_spread_leaves_out_a_tenth_at_each_end() -> None:
+    times = Times(np.arange(11.0))
+    assert (times.median, times.spread) == (5.0, (1.0, 9.0))
+
+
+def test_the_parts_of_a_model_are_those_that_compute() -> None:
+    model = tiny_model()
+    parts = time_parts(model, [{"image": image(64, 96)}], warmup=0, runs=1)
+    assert all(each.median > 0 for each in parts.values())
+
+
+def test_compiled_model_finds_the_same_and_is_eager_afterwards(monkeypatch) -> None:
+    calls = []
+    monkeypatch.setattr(
+        torch, "compile", lambda forward: lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
+    )
+    model, given = tiny_model(), [{"image": image(64, 64)}]
+    with torch.no_grad():
+        expected = model(given)[0]["instances"].scores
+        with compiled(model):
+            assert torch.equal(model(given)[0]["instances"].scores, expected)
+        assert len(calls) == 3
+        model(given)
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind", "expected"),
+    [
+        ((1, 3, 800, 1216), np.float32, (1, 3, 800, 1216)),
+        (("batch", 3, "height", None), np.float32, (1, 3, 64, 96)),
+        (("height", "width", 3), np.uint8, (3, 64, 3)),
+        ((2,), np.int64, (2,)),
+    ],
+)
+def test_open_sides_of_an_input_are_those_of_the_image(shape, kind, expected) -> None:
+    made = example_input(shape, kind, (64, 96))
+    assert (made.shape, made.dtype) == (expected, kind)
+    if shape == (2,):
+        assert made.tolist() == [64, 96]
+
+
+def test_a_file_that_cannot_be_timed_is_named(tmp_path) -> None:
+    for name in ("model.pt", "missing.onnx"):
+        with pytest.raises(UserError, match=name):
+            time_exported(tmp_path / name, (64, 64), threads=1, warmup=0, runs=1)
+
+
+def test_the_tool_prints_forms_and_parts(tmp_path, monkeypatch, capsys) -> None:
+    config = tmp_path / "tiny.yaml"
+    config.write_text(tiny_cfg().dump())
+    arguments = [str(config), "--size", "64", "96", "--warmup", "0", "--runs", "2", "--device", "cpu", "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments, "--json", str(tmp_path / "a" / "times.json")])
+    benchmark.main()
+    printed = capsys.readouterr().out
+    assert "64 x 96" in printed
+    assert all(name in printed for name in ("PyTorch", *PARTS, REST))
+    assert (tmp_path / "a" / "times.json").is_file()

@@ -1,10 +1,16 @@
+"""Inputs and records of a job."""
+
+import csv
 import io
+import json
 from pathlib import Path
 
 import pytest
 
 from dimaskdino.errors import UserError
 from dimaskdino.prediction.inputs import find_sources
+from dimaskdino.prediction.records import Records, Share, write_coco, write_csv
+from dimaskdino.prediction.results import Classes
 
 NOTHING = io.StringIO()
 
@@ -66,3 +72,82 @@ def test_nothing_to_predict_is_an_error(folder, tmp_path) -> None:
             names(given)
     with pytest.raises(UserError, match="name images"):
         names()
+
+
+CLASSES = Classes(["cat", "dog"], [3, 7])
+
+
+def record(number: int, score: float = 0.5) -> dict:
+    result = {"image_id": number, "category_id": 7, "bbox": [1.0, 2.0, 3.0, 4.0], "score": score}
+    result["segmentation"] = {"size": [1, 4], "counts": "13"}  # one pixel of background, then three
+    return {"number": number, "id": number, "file": f"{number}.png", "height": 1, "width": 4, "results": [result]}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, (0, 1)),
+        ({"RANK": "2", "WORLD_SIZE": "4"}, (2, 4)),
+        ({"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_COUNT": "8"}, (2, 8)),
+        ({"SLURM_ARRAY_TASK_ID": "6", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_STEP": "2"}, (3, 4)),
+    ],
+)
+def test_the_share_is_read_from_the_environment(environment, expected) -> None:
+    share = Share.from_environment(environment)
+    assert (share.index, share.count) == expected
+
+
+def test_a_job_array_of_several_processes_each_shares_all() -> None:
+    array = {"SLURM_ARRAY_TASK_COUNT": "3", "WORLD_SIZE": "2"}
+    shares = [
+        Share.from_environment(array | {"SLURM_ARRAY_TASK_ID": str(task), "RANK": str(rank)})
+        for task in range(3)
+        for rank in range(2)
+    ]
+    assert [(share.index, share.count) for share in shares] == [(index, 6) for index in range(6)]
+
+
+def test_records_of_processes_and_runs_are_merged_in_order(tmp_path: Path) -> None:
+    first, second = (Records(tmp_path, {"score": 0.5}, Share(index, 2)) for index in range(2))
+    first.add(record(0))
+    first.add({"number": 2, "error": "bad", "file": "2.png"})
+    second.add(record(1))
+    second.add(record(3))
+    first.close()
+    (tmp_path / "parts" / "cut.jsonl").write_text(json.dumps(record(4))[:30])
+    again = Records(tmp_path, {"score": 0.5}, Share())
+    assert again.state() == {0: True, 1: True, 2: False, 3: True}
+    again.add(record(2))
+    assert [each["number"] for each in again.merged() if "error" not in each] == [0, 1, 2, 3]
+    assert again.state()[2]
+
+
+def test_merged_results_are_coco_and_csv(tmp_path: Path) -> None:
+    records = Records(tmp_path, {}, Share())
+    for number in range(2):
+        records.add(record(number))
+    records.add({"number": 2, "error": "bad", "file": "2.png"})
+    (tmp_path / "videos").mkdir()
+    frame = {"frame": 4, "results": [{"category_id": 3, "bbox": [0.0, 0, 1, 1], "score": 0.25, "track_id": 9}]}
+    (tmp_path / "videos" / "v.jsonl").write_text(json.dumps(frame) + "\n")
+    records.add({"number": 3, "file": "v.mp4", "frames": "videos/v.jsonl"})
+    write_coco(records, CLASSES)
+    write_csv(records, CLASSES)
+    assert json.loads((tmp_path / "coco_results.json").read_text()) == [*record(0)["results"], *record(1)["results"]]
+    images = json.loads((tmp_path / "coco_images.json").read_text())
+    assert images["categories"] == [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]
+    assert images["images"][1] == {"id": 1, "file_name": "1.png", "height": 1, "width": 4}
+    rows = list(csv.DictReader((tmp_path / "detections.csv").open()))
+    assert [row["file"] for row in rows] == ["0.png", "1.png", "v.mp4"]
+    assert (rows[0]["class"], rows[0]["x1"], rows[0]["y1"], rows[0]["area"]) == ("dog", "4.00", "6.00", "3")
+    assert (rows[2]["class"], rows[2]["frame"], rows[2]["track"]) == ("cat", "4", "9")
+
+
+def test_a_folder_takes_the_results_of_one_job(tmp_path: Path) -> None:
+    Records(tmp_path, {"score": 0.5}, Share()).add(record(0))
+    Records(tmp_path, {"score": 0.5}, Share(1, 2))
+    with pytest.raises(UserError, match=r"settings\.json.*--overwrite"):
+        Records(tmp_path, {"score": 0.6}, Share())
+    with pytest.raises(UserError, match="--overwrite"):
+        Records(tmp_path, {"score": 0.6}, Share(0, 2), overwrite=True)
+    assert Records(tmp_path, {"score": 0.6}, Share(), overwrite=True).state() == {}

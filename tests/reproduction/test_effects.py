@@ -1,13 +1,19 @@
-"""Main effects and interaction of two modules, against numbers computed by hand."""
+"""Effects of modules, and intervals of differences."""
 
 import csv
 import io
+import json
 
 import pytest
+from detectron2.data import MetadataCatalog
+from pycocotools import mask as mask_util
 
-from dimaskdino.reproduction.effects import Effect, contrast, effects, effects_csv, effects_markdown
+from dimaskdino.data.datasets import register_all
+from dimaskdino.data.datasets.registration import load_dataset
+from dimaskdino.reproduction.effects import Effect, ap_interval, contrast, effects, effects_csv, effects_markdown
+from dimaskdino.reproduction.report import compare, markdown, to_csv
 from dimaskdino.reproduction.tables import paper_tables
-from tests.reproduction.fakes import write_run
+from tests.reproduction.fakes import open_run, write_run
 from tests.reproduction.test_report import cells, runs_of
 
 TABLE = paper_tables()["interaction"]
@@ -60,3 +66,75 @@ def test_missing_runs_and_single_seeds_leave_gaps(tmp_path):
     listed = effects(TABLE, "coco", runs_of(TABLE, "coco", tmp_path))
     assert {effect.ours for effect in listed} == {None}
     assert "| –" in effects_markdown(TABLE, "coco", listed)
+
+
+SMALL = ("DATASETS.SHAPES.NUM_TRAIN", "1", "DATASETS.SHAPES.NUM_VAL", "12", "DATASETS.SHAPES.IMAGE_SIZE", "64")
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory) -> tuple[str, ...]:
+    return (*SMALL, "DATASETS.SHAPES.ROOT", str(tmp_path_factory.mktemp("shapes")))
+
+
+def rle(segmentation: list[list[float]] | dict) -> dict:
+    """A mask as results hold it."""
+    if isinstance(segmentation, dict):
+        return segmentation
+    mask = mask_util.merge(mask_util.frPyObjects(segmentation, 64, 64))
+    return {"size": mask["size"], "counts": mask["counts"].decode()}
+
+
+def write_predictions(output, row: str, options, shift_px: float) -> None:
+    """A finished run that finds every object of shapes_val, some px too far right."""
+    folder = write_run(output, "shapes", row, options=options, box=50.0)
+    register_all(cfg=open_run(output, row, options=options).cfg)
+    load_dataset("shapes_val")
+    with open(MetadataCatalog.get("shapes_val").json_file) as file:
+        objects = json.load(file)["annotations"]
+    found = [
+        {
+            "image_id": each["image_id"],
+            "category_id": each["category_id"],
+            "bbox": [each["bbox"][0] + shift_px * (number % 3), *each["bbox"][1:]],
+            "segmentation": rle(each["segmentation"]),
+            "score": 0.9,
+        }
+        for number, each in enumerate(objects)
+    ]
+    (folder / "inference" / "coco_instances_results.json").write_text(json.dumps(found))
+
+
+def test_interval_of_better_boxes_excludes_zero(tmp_path, options):
+    write_predictions(tmp_path, "neither", options, shift_px=2.0)
+    write_predictions(tmp_path, "di_only", options, shift_px=0.0)
+    first, other = (open_run(tmp_path, row, options=options) for row in ("neither", "di_only"))
+    low, high = ap_interval(first, other, "bbox/AP")
+    assert 5 < low < high < 95
+    assert ap_interval(other, first, "bbox/AP") == pytest.approx((-high, -low), abs=1.0)
+    assert ap_interval(first, other, "segm/AP") == (0.0, 0.0)
+    assert ap_interval(first, other, "bbox/AP50") is None
+
+
+def test_runs_without_predictions_have_no_interval(tmp_path, options):
+    write_predictions(tmp_path, "neither", options, shift_px=0.0)
+    write_run(tmp_path, "shapes", "di_only", options=options)
+    runs = [open_run(tmp_path, row, options=options) for row in ("neither", "di_only")]
+    assert ap_interval(*runs, "bbox/AP") is None
+
+
+def test_intervals_stand_under_a_table_of_single_runs_alone(tmp_path):
+    table = paper_tables()["table6"]
+    for seed in (None, 1, 2):
+        write_run(tmp_path, "bdd100k", "no_gtg", box=30.0, seed=seed)
+        write_run(tmp_path, "bdd100k", "dimaskdino", box=31.0, seed=seed)
+
+    def interval_of(first, other, metric):
+        assert first.experiment.name == "no_gtg"
+        return (0.25, 1.75) if metric == "bbox/AP" else None
+
+    rows = compare(table, "bdd100k", runs_of(table, "bdd100k", tmp_path), interval_of)
+    assert cells(markdown(table, "bdd100k", rows).split("Change against")[1]) == [["yes", "+1.0 [+0.2, +1.8]"]]
+    record = list(csv.DictReader(io.StringIO(to_csv(table, "bdd100k", rows))))[1]
+    assert (record["box AP change at least"], record["box AP change at most"]) == ("0.2", "1.8")
+    seeds = compare(table, "bdd100k", runs_of(table, "bdd100k", tmp_path, seeds=(1, 2)), interval_of)
+    assert "Change against" not in markdown(table, "bdd100k", seeds)

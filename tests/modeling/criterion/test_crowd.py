@@ -1,20 +1,37 @@
-"""Crowd regions are neither positive nor negative: in classes, masks, the matching, and denoising."""
+"""Crowd regions, and classes that were not labeled."""
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BitMasks, Boxes, Instances
+from PIL import Image
+from pycocotools import mask as mask_util
 
-from dimaskdino.modeling.criterion.losses import mask_losses
+from dimaskdino.data import build_train_loader
+from dimaskdino.data.datasets.registration import register_coco_format
+from dimaskdino.data.fields import unlabeled_classes
+from dimaskdino.errors import ConfigError, DatasetError
+from dimaskdino.modeling.criterion.losses import focal_loss, mask_losses
 from dimaskdino.modeling.criterion.matcher import HungarianMatcher, MaskCost
-from dimaskdino.modeling.criterion.terms import ClassOptions, FocalClassLoss, MaskLoss, SupervisedStages, Supervision
-from dimaskdino.structures import Targets
+from dimaskdino.modeling.criterion.terms import (
+    BoxLoss,
+    ClassOptions,
+    FocalClassLoss,
+    MaskLoss,
+    SupervisedStages,
+    Supervision,
+)
+from dimaskdino.structures import Stage, StagePrediction, Targets
 from dimaskdino.structures.targets import CrowdRegions
 from tests.modeling.criterion.stages import SIDE, GridSampler, box_mask, logits_of, make_stage, make_targets
-from tests.tiny_model import TINY_DINO, tiny_model, train_batch
+from tests.tiny_model import NUM_CLASSES, TINY_DINO, instances, tiny_cfg, tiny_model, train_batch
 
 LN2 = math.log(2)
 LEFT, RIGHT, WHOLE = [0.25, 0.5, 0.5, 1.0], [0.75, 0.5, 0.5, 1.0], [0.5, 0.5, 1.0, 1.0]
@@ -140,3 +157,171 @@ def test_regions_are_never_denoised(model: dict[str, Any]) -> None:
     assert with_regions.group_size == without.group_size
     assert set(with_regions.matches[0][1].tolist()) == {0, 1}
     assert denoising([with_crowd(make_targets([], []), (WHOLE, 1))]) is None
+
+
+BOX = [[8, 8, 24, 24]]
+
+
+def target(boxes: list[list[int]] = BOX, **options: Any) -> Targets:
+    return Targets.from_instances(instances(64, 64, boxes), 64, 64, NUM_CLASSES, **options)
+
+
+def region(
+    left: int, top: int, right: int, bottom: int, *, label: int = 2, any_class: bool = False, height: int = 64
+) -> Any:
+    made = instances(height, 64, [[left, top, right, bottom]], [label])
+    made.gt_any_class = torch.tensor([any_class])
+    return made
+
+
+def stages(of_image: Targets) -> SupervisedStages:
+    """One stage of three queries; the first one is matched to the object."""
+    boxes = torch.tensor([[0.25, 0.25, 0.2, 0.2], [0.75, 0.75, 0.25, 0.25], [0.5, 0.5, 1.0, 1.0]])[None]
+    logits = torch.randn(1, 3, NUM_CLASSES, generator=torch.Generator().manual_seed(0))
+    prediction = StagePrediction(Stage.from_name("layer.0"), logits, boxes)
+    matches = [(torch.tensor([0]), torch.tensor([0]))]
+    return SupervisedStages([Supervision(prediction, matches, torch.tensor(1.0), False)], [of_image])
+
+
+def class_loss(of_image: Targets, **options: Any) -> float:
+    term = FocalClassLoss(weight=1.0, num_classes=NUM_CLASSES, alpha=0.25, gamma=2.0, options=ClassOptions(**options))
+    return float(term(stages(of_image))["loss_ce"])
+
+
+def parts() -> torch.Tensor:
+    """(3, K): the focal loss of each logit, by hand."""
+    logits = stages(target()).logits()[0]
+    positive = torch.zeros(3, NUM_CLASSES, dtype=torch.bool)
+    positive[0, 0] = True  # the object's class
+    p = logits.sigmoid()
+    return torch.where(positive, -0.25 * (1 - p) ** 2 * p.log(), -0.75 * p**2 * (1 - p).log())
+
+
+def test_unlabeled_classes_are_neither_rewarded_nor_punished() -> None:
+    assert class_loss(target()) == pytest.approx(float(parts().sum()), rel=1e-5)
+    expected = parts()
+    expected[:, 3] = 0
+    expected[1:, 0] = 0  # an object that is there still counts
+    assert class_loss(target(unlabeled=[0, 3])) == pytest.approx(float(expected.sum()), rel=1e-5)
+
+
+def test_predictions_in_a_crowd_are_not_judged() -> None:
+    crowd = region(30, 30, 64, 64)
+    expected = parts()
+    expected[1, 2] = 0  # query 1 lies inside, query 2 with a third, query 0 does not
+    assert class_loss(target(crowd=crowd), crowd_share=0.5) == pytest.approx(float(expected.sum()), rel=1e-5)
+    expected[2, 2] = 0
+    assert class_loss(target(crowd=crowd), crowd_share=0.2) == pytest.approx(float(expected.sum()), rel=1e-5)
+    assert class_loss(target(crowd=crowd)) == pytest.approx(float(parts().sum()), rel=1e-5)
+    expected = parts()
+    expected[1] = 0
+    of_any = target(crowd=region(30, 30, 64, 64, any_class=True))
+    assert class_loss(of_any, crowd_share=0.5) == pytest.approx(float(expected.sum()), rel=1e-5)
+
+
+def test_share_of_a_box_in_a_region() -> None:
+    crowd = CrowdRegions.from_instances(region(0, 0, 32, 16), 64, 64, torch.device("cpu"))
+    boxes = torch.tensor([[0.25, 0.25, 0.5, 0.5], [0.1, 0.1, 0.1, 0.1], [0.9, 0.9, 0.1, 0.1], [0.5, 0.5, 0.0, 0.0]])
+    assert crowd.share(boxes)[:, 0].tolist() == [0.5, 1.0, 0.0, 0.0]
+
+
+def test_classes_are_weighed() -> None:
+    weights = [1.0, 2.0, 0.0, 0.5, 1.0]
+    expected = (parts() * torch.tensor(weights)).sum()
+    assert class_loss(target(), class_weights=tuple(weights)) == pytest.approx(float(expected), rel=1e-5)
+    logits, labels = torch.randn(2, 5), torch.tensor([1, 5])
+    plain = focal_loss(logits, labels, alpha=0.25, gamma=2.0)
+    assert torch.equal(focal_loss(logits, labels, alpha=0.25, gamma=2.0, weights=torch.ones(5)), plain)
+    for options, said in (
+        ({"MODEL.CLASS_WEIGHTS": [1.0]}, "has 1 numbers.*NUM_CLASSES is 5"),
+        ({"MODEL.CLASS_WEIGHTS": [1.0, 1.0, 1.0, 1.0, -1.0]}, "at least 0"),
+        ({"MODEL.IGNORE_CROWD_SHARE": 1.5}, "IGNORE_CROWD_SHARE is 1.5"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            tiny_model(options)
+
+
+def test_box_losses_are_weighed_by_object() -> None:
+    plain, heavy = instances(64, 64, BOX), instances(64, 64, BOX)
+    heavy.gt_box_weight = torch.tensor([2.5])
+    term = BoxLoss(l1_weight=1.0, giou_weight=1.0)
+    losses = [term(stages(Targets.from_instances(each, 64, 64, NUM_CLASSES))) for each in (plain, heavy)]
+    for name in ("loss_bbox", "loss_giou"):
+        assert losses[1][name] == pytest.approx(2.5 * losses[0][name])
+
+
+def test_partial_labels_follow_lvis() -> None:
+    objects = [{"category_id": 1}, {"category_id": 2}]
+    assert unlabeled_classes({}, objects, 5) == []
+    assert unlabeled_classes({"not_exhaustive_category_ids": [2]}, objects, 5) == [2]
+    entry = {"neg_category_ids": [4], "not_exhaustive_category_ids": [2]}
+    assert unlabeled_classes(entry, objects, 5) == [0, 2, 3]
+
+
+@pytest.mark.parametrize("model", [{}, TINY_DINO], ids=["DI-MaskDINO", "DINO"])
+def test_models_train_with_every_key(model: dict) -> None:
+    options = {"MODEL.IGNORE_CROWD_SHARE": 0.5, "MODEL.CLASS_WEIGHTS": [1.0, 2.0, 1.0, 1.0, 0.5]}
+    net = tiny_model(model | options).train()
+    batch = train_batch([[4, 4, 30, 40], [20, 10, 60, 44]], [])
+    batch[0] |= {"unlabeled_classes": [3], "crowd_regions": region(0, 0, 60, 40, height=48)}
+    losses = net(batch)
+    sum(losses.values()).backward()
+    assert all(value.isfinite() for value in losses.values())
+
+
+@pytest.fixture
+def data(tmp_path: Path):
+    """``data(image, *annotations)`` registers an image of 48 x 32 pixels and gives its training sample."""
+
+    def sample(image: dict, annotations: list[dict], **options: Any) -> dict:
+        Image.fromarray(np.zeros((32, 48, 3), dtype=np.uint8)).save(tmp_path / "1.png")
+        names = [f"class {number}" for number in range(NUM_CLASSES)]
+        content = {
+            "images": [{"id": 1, "file_name": "1.png", "height": 32, "width": 48, **image}],
+            "annotations": [{"id": n, "image_id": 1, "iscrowd": 0, **each} for n, each in enumerate(annotations)],
+            "categories": [{"id": 10 * number, "name": name} for number, name in enumerate(names)],
+        }
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
+        path.write_text(json.dumps(content))
+        register_coco_format("partly", path, tmp_path, names)
+        options = {"DATASETS.TRAIN": ("partly",), "SOLVER.IMS_PER_BATCH": 1, "INPUT.MIN_SIZE_TRAIN": (32,)} | options
+        options |= {"DATALOADER.NUM_WORKERS": 0, "INPUT.DATASET_MAPPER_NAME": "coco_instance_detr"}
+        options |= {"INPUT.RANDOM_FLIP": "none"}
+        return next(iter(build_train_loader(tiny_cfg(options))))[0]
+
+    yield sample
+    DatasetCatalog.remove("partly")
+    MetadataCatalog.remove("partly")
+
+
+TRIANGLE = {"category_id": 10, "bbox": [2, 3, 30, 20], "segmentation": [[4, 4, 14, 4, 14, 10]], "area": 30}
+
+
+def test_lists_and_regions_reach_the_model(data) -> None:
+    pixels = np.zeros((32, 48), dtype=np.uint8)
+    pixels[20:30, 20:40] = 1
+    rle = mask_util.encode(np.asfortranarray(pixels))
+    crowd = {"category_id": 20, "bbox": [20, 20, 20, 10], "area": 200, "iscrowd": 1}
+    crowd["segmentation"] = {"size": [32, 48], "counts": rle["counts"].decode()}
+    box = {"category_id": 20, "bbox": [0, 20, 8, 8], "area": 64, "iscrowd": 1, "ignored": True}
+    lists = {"neg_category_ids": [40], "not_exhaustive_category_ids": [10]}
+    options = {"INPUT.PARTIAL_LABELS": True, "MODEL.IGNORE_CROWD_SHARE": 0.5}
+    sample = data(lists, [TRIANGLE, crowd, box], **options)
+    assert sample["unlabeled_classes"] == [0, 1, 3]
+    regions = sample["crowd_regions"]
+    assert np.array_equal(regions.gt_masks.tensor[0], pixels)
+    assert regions.gt_masks.tensor[1].sum() == 64
+    assert regions.gt_any_class.tolist() == [False, True]
+    assert len(sample["instances"]) == 1
+    assert "crowd_regions" not in data(lists, [TRIANGLE, crowd])
+    with pytest.raises(DatasetError, match="neg_category_ids of 1.png has 41"):
+        data({"neg_category_ids": [41]}, [TRIANGLE])
+
+
+def test_annotated_boxes_and_weights_reach_the_model(data) -> None:
+    assert data({}, [TRIANGLE])["instances"].gt_boxes.tensor.tolist() == [[4, 4, 14, 10]]
+    found = data({}, [TRIANGLE | {"box_weight": 0.5}, TRIANGLE], **{"INPUT.BOXES_OF_ANNOTATIONS": True})["instances"]
+    assert found.gt_boxes.tensor.tolist() == [[2, 3, 32, 23]] * 2
+    assert found.gt_box_weight.tolist() == [0.5, 1.0]
+    with pytest.raises(DatasetError, match=r"1\.png.*box_weight is -1"):
+        data({}, [TRIANGLE | {"box_weight": -1}])
