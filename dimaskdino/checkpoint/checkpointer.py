@@ -16,6 +16,7 @@ from dimaskdino.checkpoint.dino import COCO_IDS, COCO_NAMES, COCO_OUTPUTS, pick_
 from dimaskdino.checkpoint.fitting import BACKBONE, Misfit, num_classes
 from dimaskdino.checkpoint.folder import FINAL, TAG_FILE, newest_good
 from dimaskdino.checkpoint.frozen import BASE, DIGEST, fill_frozen, without_frozen
+from dimaskdino.checkpoint.hub import local_path
 from dimaskdino.checkpoint.names import is_class_key
 from dimaskdino.checkpoint.reading import AUTHOR, CLASS_NAMES, class_names_of, read_weights, replacing, write_weights
 from dimaskdino.checkpoint.releases import from_release, is_release
@@ -182,16 +183,7 @@ class Checkpointer(DetectionCheckpointer):
         return self._last
 
     def _local_path(self, path: str) -> str:
-        try:
-            local = self.path_manager.get_local_path(path)
-        except CheckpointError:
-            raise
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise CheckpointError(
-                f"The weights {path} cannot be fetched ({reason}); set MODEL.WEIGHTS to a local file, or to "
-                '"" for random weights.'
-            ) from error
+        local = str(local_path(path, 'set MODEL.WEIGHTS to a local file, or to "" for random weights'))
         if not os.path.isfile(local):
             what = "is a folder, not a weight file" if os.path.isdir(local) else "does not exist"
             raise CheckpointError(f"The weight file {path} {what}; MODEL.WEIGHTS names it.")
