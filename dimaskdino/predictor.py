@@ -99,7 +99,8 @@ class Predictor:
         self.exif = self.cfg.INPUT.APPLY_EXIF if exif is None else exif
         if self.tiling and not self.cfg.MODEL.MaskDINO.TEST.INSTANCE_ON:
             raise ConfigError("Pictures are predicted in tiles by models of objects (MODEL.MaskDINO.TEST.INSTANCE_ON).")
-        self.reader = image_reader(self.cfg) if self.cfg.INPUT.READER else None
+        reader = image_reader(self.cfg)
+        self.reader = reader if self.cfg.INPUT.READER else None
         if self.tiling and self.reader:
             raise ConfigError("Images that INPUT.READER reads are predicted whole; leave tile out.")
         register_all(cfg=self.cfg)  # A panoptic model asks its datasets which classes are things.

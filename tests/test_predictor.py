@@ -2,8 +2,11 @@
 
 import json
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +120,21 @@ def test_a_saved_model_and_weights_may_be_on_the_hub(run, pixels, tmp_path, monk
     assert same(Predictor(tmp_path / "config.yaml", device="cpu", score=0)(pixels), expected)
     with pytest.raises(UserError, match=r"hf://owner/absent: .*HF_HUB_OFFLINE"):
         Predictor("hf://owner/absent")
+
+
+def test_weights_may_have_an_address(run, pixels, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "*")
+    handler = partial(SimpleHTTPRequestHandler, directory=str(run))
+    monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *_: None)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        loaded = Predictor(run / "config.yaml", Path(f"{address}/model_final.pth"), device="cpu", score=0)
+        with pytest.raises(UserError, match=rf"{address}/absent\.pth cannot be fetched .*local file"):
+            Predictor(f"{address}/absent.pth")
+        server.shutdown()
+    assert same(loaded(pixels), Predictor(run, device="cpu", score=0)(pixels))
 
 
 def test_a_configuration_and_weights_are_a_run(run, pixels) -> None:

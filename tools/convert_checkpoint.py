@@ -27,6 +27,7 @@ from dimaskdino.checkpoint import (
     DESCRIPTIONS,
     from_release,
     is_release,
+    local_path,
     pick_coco_rows,
     read_weights,
     to_release,
@@ -78,11 +79,12 @@ def main() -> None:
     """Convert what the command line names."""
     args = parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if not args.input.is_file():
+    path = local_path(args.input)
+    if not path.is_file():
         raise CheckpointError(f"The weight file {args.input} does not exist.")
-    if args.output.exists() and args.output.samefile(args.input):
+    if args.output.exists() and args.output.samefile(path):
         raise CheckpointError(f"{args.output} is the input itself; give another name for the output.")
-    read = read_weights(args.input, trust=args.trust)
+    read = read_weights(path, trust=args.trust)
     try:
         content, remark = convert(read, to=args.to, strip=args.strip)
     except CheckpointError as error:

@@ -23,6 +23,7 @@ from dimaskdino.checkpoint.fitting import (
     without_frozen,
 )
 from dimaskdino.checkpoint.folder import FINAL, TAG_FILE, newest_good
+from dimaskdino.checkpoint.hub import local_path
 from dimaskdino.checkpoint.names import is_class_key
 from dimaskdino.checkpoint.reading import AUTHOR, CLASS_NAMES, class_names_of, read_weights, replacing, write_weights
 from dimaskdino.checkpoint.releases import from_release, is_release
@@ -182,16 +183,7 @@ class Checkpointer(DetectionCheckpointer):
         return self._last
 
     def _local_path(self, path: str) -> str:
-        try:
-            local = self.path_manager.get_local_path(path)
-        except CheckpointError:
-            raise
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise CheckpointError(
-                f"The weights {path} cannot be fetched ({reason}); set MODEL.WEIGHTS to a local file, or to "
-                '"" for random weights.'
-            ) from error
+        local = str(local_path(path, 'set MODEL.WEIGHTS to a local file, or to "" for random weights'))
         if not os.path.isfile(local):
             what = "is a folder, not a weight file" if os.path.isdir(local) else "does not exist"
             raise CheckpointError(f"The weight file {path} {what}; MODEL.WEIGHTS names it.")

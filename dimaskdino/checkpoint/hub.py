@@ -1,7 +1,10 @@
-"""Weights on the Hugging Face Hub: ``hf://owner/name[@revision][/file]``, wherever a weight file is named."""
+"""Weights by address: ``hf://owner/name[@revision][/file]`` on the Hugging Face Hub, and what detectron2 fetches."""
 
+import contextlib
 import importlib
+import logging
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any, NamedTuple
@@ -11,8 +14,9 @@ from iopath.common.file_io import PathHandler
 
 from dimaskdino.errors import CheckpointError
 
-# A Path makes one slash of two.
 PREFIX = "hf:/"
+# A Path makes one slash of two. Windows' drives have one letter.
+_SCHEME = re.compile(r"([A-Za-z][\w+.-]+):/{1,2}(?!/)")
 _ADDRESS = re.compile(r"hf://?([\w.-]+/[\w.-]+)(?:@([^/@]+))?(?:/(.+))?")
 _WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".pkl", ".bin")
 
@@ -54,9 +58,27 @@ class HubHandler(PathHandler):
 PathManager.register_handler(HubHandler(), allow_override=True)
 
 
-def local_path(path: str | Path) -> Path:
-    """The file itself, or the local copy of one on the hub."""
-    return fetch(str(path)) if str(path).startswith(PREFIX) else Path(path)
+def local_path(path: str | Path, remedy: str = "name a local file") -> Path:
+    """The path itself, or the local copy of what an address names.
+
+    Args:
+        path: a path, also of a folder; or an address that detectron2's PathManager knows: hf://, http(s)://,
+            detectron2://, or one of a handler that the user has registered.
+        remedy: what the error of an address that cannot be fetched advises.
+
+    Raises:
+        CheckpointError: the address cannot be fetched.
+    """
+    address = _SCHEME.sub(r"\1://", str(path), count=1) if _SCHEME.match(str(path)) else ""
+    if not address:
+        return Path(path)
+    try:
+        return Path(PathManager.get_local_path(address))
+    except CheckpointError:
+        raise
+    except Exception as error:  # each handler has errors of its own
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"The weights {address} cannot be fetched ({reason}); {remedy}.") from error
 
 
 def fetch(address: str, *, force: bool = False) -> Path:
@@ -69,12 +91,27 @@ def fetch(address: str, *, force: bool = False) -> Path:
     repository, revision, file = HubAddress.parse(address)
     hub = _package(address)
     try:
-        file = file or _weight_file(hub, repository, revision)
-        return Path(hub.hf_hub_download(repository, file, revision=revision, force_download=force))
+        with _quiet():
+            files, online = _files(hub, repository, revision, file)
+            file = file or _weight_file(files)
+            options = {"force_download": force} if online else {"local_files_only": True}
+            return Path(hub.hf_hub_download(repository, file, revision=revision, **options))
     except CheckpointError as error:
         raise CheckpointError(f"{address}: {error}") from error
     except Exception as error:  # each version of the package has network errors of its own
         raise CheckpointError(f"{address}: {_reason(hub, error, repository, revision, file)}") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the package from logging each of its attempts; the error says what failed."""
+    package = logging.getLogger("huggingface_hub")
+    level = package.level
+    package.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        package.setLevel(level)
 
 
 def _package(address: str) -> ModuleType:
@@ -86,9 +123,9 @@ def _package(address: str) -> ModuleType:
         raise CheckpointError(f"{address} needs the package huggingface_hub: pip install 'dimaskdino[hub]'.") from error
 
 
-def _weight_file(hub: ModuleType, repository: str, revision: str | None) -> str:
+def _weight_file(files: list[str]) -> str:
     """The only weight file of a repository."""
-    files = sorted(name for name in _files(hub, repository, revision) if name.endswith(_WEIGHT_FILES))
+    files = sorted(name for name in files if name.endswith(_WEIGHT_FILES))
     if len(files) == 1:
         return files[0]
     if not files:
@@ -96,15 +133,20 @@ def _weight_file(hub: ModuleType, repository: str, revision: str | None) -> str:
     raise CheckpointError(f"the repository holds several weight files; add one to the address: {', '.join(files)}.")
 
 
-def _files(hub: ModuleType, repository: str, revision: str | None) -> list[str]:
-    """The files of a repository; where the hub cannot be reached, those in the cache."""
+def _files(hub: ModuleType, repository: str, revision: str | None, file: str) -> tuple[list[str], bool]:
+    """The files of a repository, and True; where the hub cannot be reached, those in the cache, and False.
+
+    One question without the package's retries tells whether there is a network.
+    """
     try:
-        return hub.HfApi().list_repo_files(repository, revision=revision)
+        found = hub.HfApi().model_info(repository, revision=revision)
+        return [each.rfilename for each in found.siblings or ()], True
     except (hub.errors.RepositoryNotFoundError, hub.errors.RevisionNotFoundError):
         raise
     except Exception:
-        if cached := _cached_files(hub, repository, revision or "main"):
-            return cached
+        cached = _cached_files(hub, repository, revision or "main")
+        if file in cached if file else cached:
+            return cached, False
         raise
 
 

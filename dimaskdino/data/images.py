@@ -56,20 +56,28 @@ def read_image(file_name: str, image_format: str, *, apply_exif: bool = True) ->
         return np.array(pixels)  # a copy: those of PIL cannot be written to, which torch warns of
 
 
-def read_header(file_name: str) -> Header:
-    """Read the size and orientation of an image without decoding it; raises as :func:`read_image`."""
-    with _opened(file_name) as image:
+def read_header(file_name: str, *, any_depth: bool = False) -> Header:
+    """Read the size and orientation of an image without decoding it.
+
+    Args:
+        file_name: path of the image.
+        any_depth: more than 8 bits a channel are no error.
+
+    Raises:
+        DatasetError: as :func:`read_image`.
+    """
+    with _opened(file_name, any_depth=any_depth) as image:
         return Header((image.height, image.width), _orientation(image))
 
 
 @contextmanager
-def _opened(file_name: str) -> Iterator[Image.Image]:
+def _opened(file_name: str, *, any_depth: bool = False) -> Iterator[Image.Image]:
     if "://" not in file_name and not os.path.isfile(file_name) and os.path.exists(file_name):
         raise DatasetError(f"Image {file_name} is not a regular file; replace it with an image.")
     try:
         with PathManager.open(file_name, "rb") as file, Image.open(file) as image:
             # PIL clips integers of 16 and 32 bits to 255, and rounds floating-point values, mostly 0 to 1, to integers.
-            if image.mode.startswith(("I", "F")):
+            if image.mode.startswith(("I", "F")) and not any_depth:
                 raise DatasetError(
                     f"Image {file_name} has more than 8 bits a channel (PIL's mode {image.mode}), so that almost all "
                     "of it would become white or black; convert it to 8 bits, or set INPUT.READER OpenCvReader."

@@ -26,11 +26,12 @@ from dimaskdino.data.orders import (
     check_sampler,
     endless_order,
     image_keys,
+    nothing_to_train_on,
     take_fold,
 )
 from dimaskdino.data.readers import image_reader
 from dimaskdino.data.shared import PackedEntries, once_a_machine
-from dimaskdino.errors import ConfigError, DatasetError
+from dimaskdino.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -107,10 +108,7 @@ def _train_entries(cfg: CfgNode) -> tuple[PackedEntries, list[bool]]:
         if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and any("annotations" in entry for entry in listed[:1]):
             listed = filter_images_with_only_crowd_annotations(listed)
         if not listed:
-            raise DatasetError(
-                f"No image with an object (apart from crowd regions) in {', '.join(cfg.DATASETS.TRAIN)}; check the "
-                "annotations, or set DATALOADER.FILTER_EMPTY_ANNOTATIONS False to train on background."
-            )
+            raise nothing_to_train_on(cfg.DATASETS.TRAIN)
         if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
             group_of[:] = [_is_wide(entry, cfg) for entry in listed]
         return listed

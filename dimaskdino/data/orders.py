@@ -65,10 +65,21 @@ def take_fold(cfg: CfgNode, name: str, entries: list[dict[str, Any]], *, train: 
     groups = [_group(entry, node.GROUP) for entry in entries]
     names = sorted(set(groups))
     if len(names) < node.NUM:
-        raise DatasetError(f"DATASETS.FOLDS.NUM is {node.NUM}, but dataset {name} has {len(names)} groups of images.")
+        what = f"groups of images (DATASETS.FOLDS.GROUP {node.GROUP})" if node.GROUP else "images"
+        raise DatasetError(
+            f"DATASETS.FOLDS.NUM is {node.NUM}, but dataset {name} has {len(names)} {what}; give that many or fewer."
+        )
     order = np.random.default_rng(node.SEED).permutation(len(names)).tolist()
     fold_of = {names[index]: place % node.NUM for place, index in enumerate(order)}
     return [entry for entry, group in zip(entries, groups, strict=True) if (fold_of[group] == node.FOLD) is not train]
+
+
+def nothing_to_train_on(names: Iterable[str]) -> DatasetError:
+    """The error for datasets of which DATALOADER.FILTER_EMPTY_ANNOTATIONS leaves no image."""
+    return DatasetError(
+        f"No image with an object (apart from crowd regions) in {', '.join(names)}; check the annotations, or set "
+        "DATALOADER.FILTER_EMPTY_ANNOTATIONS False to train on background."
+    )
 
 
 def _group(entry: dict[str, Any], key: str) -> str:

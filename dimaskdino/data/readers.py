@@ -39,13 +39,18 @@ class Reader(Protocol):
 
 
 class PilReader:
-    """Reads what PIL can read, 8 bits a channel, by INPUT.FORMAT and INPUT.APPLY_EXIF."""
+    """Reads what PIL can read, 8 bits a channel, by INPUT.FORMAT and INPUT.APPLY_EXIF.
 
-    def __init__(self, image_format: str, *, apply_exif: bool = True) -> None:
-        self.image_format, self.apply_exif = image_format, apply_exif
+    ``problem`` says why an image of this format cannot be used, "" if it can.
+    """
+
+    def __init__(self, image_format: str, *, apply_exif: bool = True, problem: str = "") -> None:
+        self.image_format, self.apply_exif, self.problem = image_format, apply_exif, problem
 
     def read(self, path: str) -> np.ndarray:
         """See :func:`read_image`."""
+        if self.problem:
+            raise DatasetError(f"Image {path}: {self.problem}")
         return read_image(path, self.image_format, apply_exif=self.apply_exif)
 
     def header(self, path: str) -> Header:
@@ -145,9 +150,11 @@ def image_reader(cfg: CfgNode) -> Reader:
     Raises:
         ConfigError: no reader has that name, a package that it needs is missing, or a key about pixels is not valid.
     """
-    _check_pixel_keys(cfg)
-    pil = PilReader(cfg.INPUT.FORMAT, apply_exif=cfg.INPUT.APPLY_EXIF)
+    problem = _check_pixel_keys(cfg)
+    pil = PilReader(cfg.INPUT.FORMAT, apply_exif=cfg.INPUT.APPLY_EXIF, problem=problem)
     name = cfg.INPUT.READER
+    if not name and problem:
+        raise ConfigError(problem)
     if not name:
         return pil
     check_choice("INPUT.READER", name, ["", AUTO, *(known for known, _ in READER_REGISTRY)])
@@ -161,7 +168,8 @@ def image_reader(cfg: CfgNode) -> Reader:
     return ByExtension(makers, pil)
 
 
-def _check_pixel_keys(cfg: CfgNode) -> None:
+def _check_pixel_keys(cfg: CfgNode) -> str:
+    """Check keys about pixels; returns why images that PIL reads cannot be used, which matters if there are any."""
     mean, std = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
     if len(std) != len(mean):
         raise ConfigError(
@@ -170,9 +178,17 @@ def _check_pixel_keys(cfg: CfgNode) -> None:
     if min(std) <= 0:
         raise ConfigError(f"MODEL.PIXEL_STD is {list(std)}; give positive numbers.")
     try:
-        convert_PIL_to_numpy(Image.new("RGB", (1, 1)), cfg.INPUT.FORMAT)
+        shape = convert_PIL_to_numpy(Image.new("RGB", (1, 1)), cfg.INPUT.FORMAT).shape
     except ValueError as error:
         raise ConfigError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}; give RGB, BGR, L, or another mode of PIL.") from error
+    if shape == (1, 1, len(mean)):
+        return ""
+    if len(shape) < 3:
+        return f"INPUT.FORMAT {cfg.INPUT.FORMAT} gives no channels of 8 bits; give RGB, BGR, or L."
+    return (
+        f"INPUT.FORMAT {cfg.INPUT.FORMAT} gives {shape[2]} channels, but MODEL.PIXEL_MEAN has {len(mean)} numbers; "
+        "give it and MODEL.PIXEL_STD a number for each channel, or change INPUT.FORMAT."
+    )
 
 
 def _own_reader(name: str, cfg: CfgNode) -> OwnReader:

@@ -36,7 +36,7 @@ from dimaskdino.data.shared import is_first_of_machine, once_a_machine
 from dimaskdino.data.validation.start import check_datasets
 from dimaskdino.engine.devices import check_precision, check_sharding
 from dimaskdino.engine.hooks import check_best, check_hooks
-from dimaskdino.engine.launch import set_process_timeout
+from dimaskdino.engine.launch import num_cores, set_process_timeout
 from dimaskdino.engine.nonfinite import check_nonfinite
 from dimaskdino.engine.run_folder import check_not_locked, setup_loggers
 from dimaskdino.engine.writers import check_writers
@@ -89,10 +89,12 @@ def setup(args: Namespace) -> Config:
     return cfg
 
 
+# Workers beyond the cores only cost memory, but a configuration made on a large machine still runs on a small one.
+MOST_WORKERS = max(64, 8 * num_cores())
 # The smallest and the largest value of numbers that nothing else checks. A negative SEED draws one.
 RANGES: dict[str, tuple[float, float]] = {
     "SEED": (-math.inf, 2**31 - 1),
-    "DATALOADER.NUM_WORKERS": (0, math.inf),
+    "DATALOADER.NUM_WORKERS": (0, MOST_WORKERS),
     "INPUT.IMAGE_SIZE": (1, 65536),
     "INPUT.MIN_SCALE": (0.0, math.inf),
     "INPUT.MAX_SCALE": (0.0, math.inf),
@@ -141,6 +143,8 @@ def _set_device(cfg: Config, num_gpus: int) -> None:
 
 def _check(cfg: Config, *, train: bool) -> None:
     """Check everything that needs no data."""
+    if not cfg.OUTPUT_DIR.strip():
+        raise ConfigError("OUTPUT_DIR is empty; name a folder for the run, such as output/run (. is the current one).")
     if cfg.SOLVER.PROCESS_TIMEOUT <= 0:
         raise ConfigError(f"SOLVER.PROCESS_TIMEOUT is {cfg.SOLVER.PROCESS_TIMEOUT}; it must be above 0 (seconds).")
     for key, (least, most) in RANGES.items():

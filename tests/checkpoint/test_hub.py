@@ -1,7 +1,9 @@
 """Weights of hf:// addresses, from a cache as huggingface_hub makes it; there is no network."""
 
+import logging
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -99,9 +101,29 @@ def test_answers_of_the_hub_are_one_line(monkeypatch: pytest.MonkeyPatch, name: 
     def refuse(*args: object, **kwargs: object) -> None:
         raise kind.__new__(kind)  # The constructor wants the server's answer.
 
+    def answer(*args: object, **kwargs: object) -> SimpleNamespace:
+        return SimpleNamespace(siblings=None)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", answer if "Entry" in name else refuse)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
     with pytest.raises(CheckpointError, match=rf"hf://owner/model@v1/model\.pth: .*{said}"):
         local_path("hf://owner/model@v1/model.pth")
+
+
+def test_one_quiet_question_tells_whether_there_is_a_network(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logs = []
+
+    def no_network(*args: object, **kwargs: object) -> None:
+        logs.append(logging.getLogger("huggingface_hub.utils._http").isEnabledFor(logging.ERROR))
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", no_network)
+    path = put(cache, "model.pth")
+    assert local_path("hf://owner/model/model.pth") == path
+    with pytest.raises(CheckpointError, match=r"hf://owner/model/b\.pth: .*no route.*hf download owner/model b\.pth"):
+        local_path("hf://owner/model/b.pth")
+    assert logs == [False, False]
 
 
 def test_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,13 +122,15 @@ def test_classes_are_counted_by_outcome(inspect: Callable[..., Inspection], coco
         {**SOUND, "id": 13, "image_id": 1, "iscrowd": 1, "ignored": 1, "category_id": 3},
         {**SOUND, "id": 14, "image_id": 2, "segmentation": [[1, 1, 4, 1, 2, 1]]},
     ]
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in inspect().counts.table().splitlines()]
+    inspection = inspect()
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in inspection.counts.table().splitlines()]
     assert lines[0] == ["class", "kept", "crowd", "ignored", "no pixel", "images"]
     assert lines[2:] == [
         ["ball", "0", "0", "1", "0", "1"],
         ["box", "1", "1", "0", "1", "2"],
         ["all", "1", "1", "1", "1", "2"],
     ]
+    assert Finding("class: all of its annotations are crowd regions", "class 'ball'") in inspection.findings
 
 
 def test_many_classes_are_counted_side_by_side(inspect: Callable[..., Inspection], coco: Json) -> None:

@@ -134,6 +134,31 @@ def test_image_without_a_usable_object_is_no_background(root: Path, convert) -> 
     assert "1 label files without an image" in convert.notes
 
 
+@pytest.mark.parametrize("kind", ["yolo", "csv", "masks"])
+def test_broken_image_is_left_out_with_what_labels_it(kind: str, root: Path, convert) -> None:
+    write(
+        root,
+        {
+            "classes.txt": "cat\n",
+            "labels/größe 大.txt": "0 0.5 0.5 0.1 0.1\n",
+            "labels/sub/c.txt": "0 0.5 0.5 0.1 x\n",
+            "l.csv": "image,xmin,ymin,xmax,ymax,class\ngröße 大.png,1,1,9,9,cat\nsub/c.png,1,1,x,9,cat\n",
+            "images/a b.png": "junk",
+        },
+    )
+    (root / "maps" / "sub").mkdir(parents=True)
+    Image.fromarray(ring().astype(np.uint8)).save(root / "maps" / "größe 大.png")
+    Image.new("RGB", (WIDTH, HEIGHT)).save(root / "maps" / "sub" / "c.png")
+    options = {"masks": ["--classes", "cat"]}.get(kind, [])
+    source = {"masks": root / "maps", "csv": root / "l.csv"}.get(kind)
+    error = convert(kind, *options, source=source)
+    assert f"{root / 'images' / 'a b.png'}: it cannot be read as an image" in error
+    assert "--skip-bad" in error
+    coco = convert(kind, *options, "--skip-bad", source=source)
+    assert [image["file_name"] for image in coco["images"]] == ["größe 大.png"]
+    assert "1 images left out, as none of their objects can be used" in convert.notes
+
+
 def test_yolo_without_classes_or_labels_is_named(root: Path, convert) -> None:
     assert "classes.txt" in convert("yolo")
     assert "has a label file" in convert("yolo", "--classes", "cat")

@@ -114,6 +114,14 @@ def test_unreadable_and_unknown_are_named(tmp_path: Path) -> None:
         image_reader(cfg)
 
 
+def test_other_files_need_as_many_channels_as_the_mean(tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((4, 4, 3), np.uint8))
+    with pytest.raises(DatasetError, match=r"a\.png.*INPUT\.FORMAT BGR gives 3 channels.*PIXEL_MEAN has 6"):
+        image_reader(reader_cfg("auto", 6)).read(str(tmp_path / "a.png"))
+    with pytest.raises(ConfigError, match=r"INPUT\.FORMAT BGR gives 3 channels.*PIXEL_MEAN has 6"):
+        image_reader(reader_cfg("", 6))
+
+
 @pytest.fixture
 def six_channels(tmp_path: Path) -> Iterator[Config]:
     """A dataset of two arrays of six channels, and the tiny model for it."""

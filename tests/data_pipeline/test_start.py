@@ -349,6 +349,35 @@ def test_dropped_objects_are_counted_by_class_and_reason(mine: Config, caplog: p
     assert "1 of 12 objects would be dropped (1 no pixel)" in message(mine)
 
 
+def test_crowd_regions_alone_are_no_training_set(mine: Config, caplog: pytest.LogCaptureFixture) -> None:
+    rewrite(lambda coco: coco["annotations"][0].update(iscrowd=1))
+    assert "No image with an object (apart from crowd regions) in mine" in message(mine)
+    assert "class: all of its annotations are crowd regions (1, first class 'box')" in caplog.text
+    check_datasets(mine, train=False)
+    mine.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
+    check_datasets(mine)
+
+
+def test_folds_are_checked_with_the_images(mine: Config) -> None:
+    mine.DATASETS.FOLDS.NUM = 3
+    assert "DATASETS.FOLDS.NUM is 3, but dataset mine has 2 images" in message(mine)
+    mine.DATASETS.FOLDS.GROUP = "patient"
+    assert "has no 'patient', which DATASETS.FOLDS.GROUP names" in message(mine, train=False)
+    mine.merge_from_list(["DATASETS.FOLDS.GROUP", "", "DATASETS.FOLDS.NUM", 2])
+    rewrite(lambda coco: coco["annotations"].append({**coco["annotations"][0], "id": 12, "image_id": 2}))
+    image_path("one.png").unlink()
+
+    def misses_it(fold: int) -> bool:
+        mine.DATASETS.FOLDS.FOLD = fold
+        try:
+            check_datasets(mine, test=False)
+        except DatasetError as error:
+            return "one.png" in str(error)
+        return False
+
+    assert sorted(map(misses_it, (0, 1))) == [False, True]
+
+
 def test_boxes_alone_suffice_without_masks(mine: Config) -> None:
     rewrite(lambda coco: coco["annotations"][0].pop("segmentation"))
     text = message(mine)

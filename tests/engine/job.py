@@ -235,9 +235,10 @@ class NoisyTruth(nn.Module):
 
 
 def evaluate_together(cfg: Config, folder: Path) -> dict[str, Any]:
-    """The scores of eight images, and the losses of a toy."""
+    """The scores of eight images, with and without more views of them, and the losses of a toy."""
     cfg.DATASETS.TEST, cfg.OUTPUT_DIR = ("shapes_train",), str(folder / "evaluated")
-    scores = Trainer.test(cfg, NoisyTruth(load_dataset("shapes_train")))
+    cfg.merge_from_list(["TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", (32,)])
+    scores = Trainer.test_with_views(cfg, NoisyTruth(load_dataset("shapes_train")))
     torch.manual_seed(3)
     return {**scores, "loss": validation_losses(cfg, Trainer.build_model(cfg), "shapes_train")}
 

@@ -44,9 +44,10 @@ def test_processes_with_different_checkpoints_are_refused(of_two_processes, job_
 def test_two_processes_score_like_one_to_the_last_digit(of_two_processes, shapes_root: Path, tmp_path: Path) -> None:
     two, none = of_two_processes("evaluate_together")
     one = evaluate_together(make_toy_cfg(shapes_root, tmp_path / "run"), tmp_path)
-    assert set(two) == {"bbox", "segm", "loss"}
+    tasks = {"bbox", "segm", "bbox_TTA", "segm_TTA"}
+    assert set(two) == {*tasks, "loss"}
     assert none == {"loss": two["loss"]}
-    for task in ("bbox", "segm"):
+    for task in tasks:
         assert repr(two[task]) == repr(one[task])
         assert 1 < one[task]["AP"] < 99
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)  # sums in another order

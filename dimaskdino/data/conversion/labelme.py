@@ -33,12 +33,14 @@ def read_labelme(
             content = json.loads(text)
             if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
                 raise ValueError("it has no list of shapes, so it is not labelme's")
-            image = images.labeled(_find(images, content, file), [])
+            image = images.read(_find(images, content, file), problems)
         except json.JSONDecodeError as error:
             problems.add(f"{file}, line {error.lineno}", f"not valid JSON ({error.msg})")
             continue
         except ValueError as error:
             problems.add(str(file), str(error))
+            continue
+        if image is None:
             continue
         since = len(problems.found)
         image.objects.extend(_objects(content["shapes"], file, text, image.size, problems))

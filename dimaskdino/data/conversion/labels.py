@@ -98,13 +98,14 @@ class Images:
                 raise ValueError(f"{len(found)} images below {self.root} have the name {candidate}")
         raise ValueError(f"image {name} is not below {self.root}")
 
-    def labeled(self, path: Path, objects: list[LabeledObject]) -> LabeledImage:
-        """An image with its objects; its size is read."""
-        return LabeledImage(path.relative_to(self.root).as_posix(), self.size(path), objects)
-
-    def size(self, path: Path) -> tuple[int, int]:
-        """(height, width)."""
-        return read_header(str(path)).size(apply_exif=self.apply_exif)
+    def read(self, path: Path, problems: Problems) -> LabeledImage | None:
+        """An image of the file's size, without objects yet; None and a problem where it cannot be read."""
+        try:
+            size = read_header(str(path), any_depth=True).size(apply_exif=self.apply_exif)
+        except DatasetError as error:
+            problems.add(str(path), f"it cannot be read as an image ({error.__cause__ or error})")
+            return None
+        return LabeledImage(path.relative_to(self.root).as_posix(), size, [])
 
 
 def check_inside(points: np.ndarray, size: tuple[int, int], problems: Problems) -> np.ndarray:
@@ -128,12 +129,14 @@ def checked(images: Sequence[LabeledImage], problems: Problems) -> list[LabeledI
     """Images whose objects lie inside and cover something; others are problems."""
     kept = []
     for image in images:
-        objects = []
+        objects, since = [], len(problems.found)
         for each in image.objects:
             try:
                 objects.append(_checked(each, image.size, problems))
             except ValueError as error:
                 problems.add(each.where, str(error))
+        if problems.leave_out(objects, since):
+            continue
         problems.notes["images without objects (background)"] += not objects
         kept.append(LabeledImage(image.file_name, image.size, objects))
     return kept

@@ -27,7 +27,9 @@ def read_masks(
     files = {path.relative_to(source).with_suffix("").as_posix(): path for path in sorted(source.rglob("*.png"))}
     found, used = [], 0
     for path in images.paths:
-        image = images.labeled(path, [])
+        image, since = images.read(path, problems), len(problems.found)
+        if image is None:
+            continue
         name = path.relative_to(images.root).with_suffix("").as_posix()
         file = files.get(name) or files.get(path.stem)
         if file is None or file == path:
@@ -38,7 +40,8 @@ def read_masks(
                 image.objects.extend(_objects(file, image.size, list(classes), instances=instances))
             except ValueError as error:
                 problems.add(str(file), str(error))
-        found.append(image)
+        if not problems.leave_out(image.objects, since):
+            found.append(image)
     if not used:
         raise DatasetError(f"None of the {len(images.paths)} images below {images.root} has a label map in {source}.")
     return found, list(classes)

@@ -39,7 +39,8 @@ def read_csv(
     files = [source] if source.is_file() else sorted(source.glob("*.csv"))
     if len(files) != 1:
         raise DatasetError(f"{source} has {len(files)} .csv files; name the file itself with --source.")
-    found = {path: images.labeled(path, []) for path in images.paths}
+    found = {path: images.read(path, problems) for path in images.paths}
+    spoiled: set[str] = set()  # images with a row that cannot be used
     reader = csv.reader(io.StringIO(_text(files[0]), newline=""), skipinitialspace=True)
     columns: dict[str, int] = {}
     for row in reader:
@@ -51,14 +52,18 @@ def read_csv(
             if columns:
                 continue
             columns = dict(zip(("image", "left", "top", "right", "bottom", "class"), range(6), strict=True))
+        image = None
         try:
             values = {name: row[place].strip() for name, place in columns.items() if place < len(row)}
             image = found[images.find(values.get("image", ""))]
-            if values.get("class"):
+            if image and values.get("class"):
                 image.objects.append(_object(values, where, image.size if normalized else None))
         except ValueError as error:
             problems.add(where, str(error))
-    listed = list(found.values())
+            if image:
+                spoiled.add(image.file_name)
+    read = [image for image in found.values() if image]
+    listed = [each for each in read if each.file_name not in spoiled or not problems.leave_out(each.objects, 0)]
     return listed, known_classes(listed, classes, problems)
 
 

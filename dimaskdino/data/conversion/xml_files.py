@@ -98,8 +98,10 @@ def read_voc(
         except ValueError as error:
             problems.add(str(file), str(error))
             continue
-        image = images.labeled(path, [])
-        map_file, since = source / "SegmentationObject" / f"{file.stem}.png", len(problems.found)
+        image, since = images.read(path, problems), len(problems.found)
+        if image is None:
+            continue
+        map_file = source / "SegmentationObject" / f"{file.stem}.png"
         masks = np.asarray(Image.open(map_file)) if map_file.is_file() else None
         for number, node in enumerate(root.all("object"), start=1):
             where = f"{file}, line {node.line}"
@@ -134,12 +136,16 @@ def read_cvat(
     for node in root.all("image"):
         where = f"{file}, line {node.line}"
         try:
-            image = images.labeled(images.find(node.attribute("name")), [])
+            image = images.read(images.find(node.attribute("name")), problems)
         except ValueError as error:
             problems.add(where, str(error))
             continue
+        if image is None:
+            continue
+        since = len(problems.found)
         image.objects.extend(_cvat_objects(node, file, image.size, problems))
-        found.append(image)
+        if not problems.leave_out(image.objects, since):
+            found.append(image)
     return found, known_classes(found, classes or listed, problems)
 
 
@@ -209,15 +215,18 @@ def joined(first: LabeledObject, second: LabeledObject, size: tuple[int, int]) -
     return LabeledObject(first.label, first.where, mask=covered, extra=extra)
 
 
-def known_classes(images: Sequence[LabeledImage], classes: Sequence[str], problems: Problems) -> list[str]:
-    """``classes``, or those that occur; objects of others are problems and are taken out."""
+def known_classes(images: list[LabeledImage], classes: Sequence[str], problems: Problems) -> list[str]:
+    """``classes``, or those that occur; objects of others are problems and are taken out, and images of them alone."""
     occurring = sorted({each.label for image in images for each in image.objects})
     if not classes:
         return occurring
-    for image in images:
+    for image in list(images):
+        since = len(problems.found)
         for each in [each for each in image.objects if each.label not in classes]:
             problems.add(each.where, f"class {each.label!r} is unknown; there are {', '.join(classes)}")
             image.objects.remove(each)
+        if problems.leave_out(image.objects, since):
+            images.remove(image)
     return list(classes)
 
 

@@ -50,11 +50,13 @@ def read_yolo(
             problems.notes["images without a label file"] += 1
         else:
             used.add(file)
-        size, since = images.size(path), len(problems.found)
-        objects = [] if file is None else _objects(file, size, names, problems)
-        if problems.leave_out(objects, since):
+        image, since = images.read(path, problems), len(problems.found)
+        if image is None:
             continue
-        found.append(LabeledImage(path.relative_to(images.root).as_posix(), size, objects))
+        if file is not None:
+            image.objects.extend(_objects(file, image.size, names, problems))
+        if not problems.leave_out(image.objects, since):
+            found.append(image)
     if not used:
         raise DatasetError(f"None of the {len(images.paths)} images below {images.root} has a label file .txt.")
     beside = {file for folder in {each.parent for each in used} for file in folder.glob("*.txt")}

@@ -88,6 +88,8 @@ class Dataset:
                         counts.add_kept([annotation["category_id"] for annotation in picture.annotations])
                     continue
                 yield from _problems_of(picture, passed, rules, counts)
+        for name in counts.crowd_alone() if counts is not None else ():
+            yield f"class {name!r}", Problem("class: all of its annotations are crowd regions", Level.NOTE)
 
 
 def _problems_of(picture: Picture, passed: Sequence[bool], rules: Rules, counts: Counts | None) -> Iterator[Found]:

@@ -76,6 +76,11 @@ class Counts:
             if not self.objects[key, KEPT] and any(label == key and outcome in lost for label, outcome in self.objects)
         ]
 
+    def crowd_alone(self) -> list[str]:
+        """Classes that have crowd or ignored regions, and nothing else."""
+        objects = {label for label, outcome in self.objects if outcome not in ("crowd", "ignored")}
+        return [name for key, name in self.classes.items() if self.images[key] and key not in objects]
+
     def table(self) -> str:
         """One row a class: objects by outcome, and images with any."""
         total = self.total()

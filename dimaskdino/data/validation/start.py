@@ -12,8 +12,10 @@ from detectron2.data import MetadataCatalog
 
 from dimaskdino.data.coco_file import without_collecting
 from dimaskdino.data.datasets import register_all
+from dimaskdino.data.datasets.registration import load_dataset
 from dimaskdino.data.fields import check_fields
 from dimaskdino.data.images import Header, size_problem
+from dimaskdino.data.orders import image_keys, nothing_to_train_on, take_fold
 from dimaskdino.data.readers import image_reader
 from dimaskdino.data.transforms import check_color_distortion
 from dimaskdino.data.validation.coco import UNLISTED, Found
@@ -74,19 +76,23 @@ def check_datasets(cfg: CfgNode, *, train: bool = True, test: bool = True, with_
         check_truth(cfg, name, trained=name in trained, tested=name in tested)
         if truth_of(name) != "instance":
             entries, names = check_segmentation(cfg, name)
+            take_fold(cfg, name, entries, train=name in trained)
             image_reader(cfg).read(entries[0]["file_name"])
             classes[name] = tuple(names)
             continue
         dataset = _check_dataset(cfg, name, trained=name in trained, tested=name in tested, with_masks=with_masks)
-        to_test = dataset.pictures[: cfg.DATASETS.MAX_IMAGES or None] if name in tested else []
+        to_test = _of_fold(cfg, dataset, train=False)[: cfg.DATASETS.MAX_IMAGES or None] if name in tested else []
         to_train: list[Picture] = []
         if name in trained:
-            to_train = _trained_on(dataset.pictures[:left], cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
-            left = left and max(left - len(dataset.pictures), 0)
+            pictures = _of_fold(cfg, dataset, train=True)
+            to_train = _trained_on(pictures[:left], cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+            left = left and max(left - len(pictures), 0)
         _check_files(cfg, dataset, to_train, to_test)
         images[name] = _paths(to_train), _paths(to_test)
         classes[name] = tuple(dataset.classes.values())
     _check_same_classes(classes, trained)
+    if trained and not any(images.get(name, ("semantic",))[0] for name in trained):
+        raise nothing_to_train_on(trained)
     _note_shared_images(images)
 
 
@@ -170,6 +176,15 @@ def _check_losses(dataset: Dataset, counts: Counts, notes: Counter[str], most: f
         f"Dataset {dataset.name}: {'; '.join(lost + causes)}. Correct the annotations, or raise "
         f"DATASETS.MAX_DROPPED_SHARE (now {most:g}; 1 accepts any loss). {_list_all(dataset.name)}"
     )
+
+
+def _of_fold(cfg: CfgNode, dataset: Dataset, *, train: bool) -> list[Picture]:
+    """The images that DATASETS.FOLDS leaves for training or for a test."""
+    if not cfg.DATASETS.FOLDS.NUM:
+        return dataset.pictures
+    entries = take_fold(cfg, dataset.name, load_dataset(dataset.name, (), image_keys(cfg)), train=train)
+    paths = {entry["file_name"] for entry in entries}
+    return [picture for picture in dataset.pictures if picture.path in paths]
 
 
 def _trained_on(pictures: Sequence[Picture], filter_empty: bool) -> list[Picture]:
