@@ -181,7 +181,7 @@ def _check_pixel_keys(cfg: CfgNode) -> str:
         shape = convert_PIL_to_numpy(Image.new("RGB", (1, 1)), cfg.INPUT.FORMAT).shape
     except ValueError as error:
         raise ConfigError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}; give RGB, BGR, L, or another mode of PIL.") from error
-    if shape == (1, 1, len(mean)):
+    if shape in ((1, 1, 1), (1, 1, len(mean))):  # one channel is normalized by each number
         return ""
     if len(shape) < 3:
         return f"INPUT.FORMAT {cfg.INPUT.FORMAT} gives no channels of 8 bits; give RGB, BGR, or L."

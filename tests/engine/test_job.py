@@ -19,7 +19,8 @@ def test_processes_know_each_other(of_two_processes) -> None:
         assert found == {"rank": rank, "local": rank, "local_size": 2, "all": [0, 1]}
 
 
-def test_one_process_reads_the_files_of_all(of_two_processes, shapes_root: Path) -> None:
+@pytest.mark.usefixtures("toy_cfg")  # registers the dataset, which tests of another file may have done otherwise
+def test_one_process_reads_the_files_of_all(of_two_processes) -> None:
     first, second = of_two_processes("start_with_shared_files")
     assert (first.pop("reads"), second.pop("reads")) == (1, 0)
     assert first == second
