@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dimaskdino.layers.mlp import relu
+
 
 class MultiheadAttention(nn.MultiheadAttention):
     """``nn.MultiheadAttention`` that is batch first and returns the output alone, so that the fused kernel is used."""
@@ -47,7 +49,7 @@ class FeedForward(nn.Module):
 
     def feed_forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         """Map (B, N, C) to (B, N, C)."""
-        hidden = self.drop(self.linear1(x).relu_())
+        hidden = self.drop(relu(self.linear1(x)))
         return norm(x + self.drop(self.linear2(hidden)))
 
     def drop(self, x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Multi-layer perceptron."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -36,5 +37,13 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., input_dim) to (..., output_dim)."""
         for layer in self.layers[:-1]:
-            x = layer(x).relu_()
+            x = relu(layer(x))
         return self.layers[-1](x)
+
+
+def relu(x: Tensor) -> Tensor:
+    """ReLU of the result of a linear map, in its place where no gradient is asked for.
+
+    With gradients that would be slow: the result is a view, so that autograd copies all of it back and forth.
+    """
+    return F.relu(x, inplace=not x.requires_grad)
