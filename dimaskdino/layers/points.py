@@ -125,7 +125,7 @@ def sums_at_points(logits: Tensor, points: Tensor, masks: Tensor, index: Tensor)
 
 
 def mask_sums(logits: Tensor, labels: Tensor, judged: Tensor | None = None) -> tuple[Tensor, ...]:
-    """The sums of :func:`sums_at_points` of logits and labels (N, P); ``judged`` (N, P) is 0 at points that do not count."""
+    """The sums of :func:`sums_at_points`: logits, labels (N, P); ``judged`` (N, P) is 0 at points that do not count."""
     cross_entropy = F.binary_cross_entropy_with_logits(logits, labels, weight=judged, reduction="none")
     probability = logits.sigmoid()
     if judged is not None:
