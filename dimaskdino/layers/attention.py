@@ -37,8 +37,16 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., input_dim) to (..., output_dim)."""
         for layer in self.layers[:-1]:
-            x = layer(x).relu_()
+            x = relu(layer(x))
         return self.layers[-1](x)
+
+
+def relu(x: Tensor) -> Tensor:
+    """ReLU of the result of a linear map, in its place where no gradient is asked for.
+
+    With gradients that would be slow: the result is a view, so that autograd copies all of it back and forth.
+    """
+    return F.relu(x, inplace=not x.requires_grad)
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -83,7 +91,7 @@ class FeedForward(nn.Module):
 
     def feed_forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         """Map (B, N, C) to (B, N, C)."""
-        hidden = self.drop(self.linear1(x).relu_())
+        hidden = self.drop(relu(self.linear1(x)))
         return norm(x + self.drop(self.linear2(hidden)))
 
     def drop(self, x: Tensor) -> Tensor:

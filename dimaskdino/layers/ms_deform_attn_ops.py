@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 VARIABLE = "DIMASKDINO_MSDA"
 _OPS = ("ms_deform_attn", "ms_deform_attn_fused", "ms_deform_attn_backward", "ms_deform_attn_fused_backward")
 # Loops over points and masks on a CPU. They were added later: a library that was built before works without.
-_LOOPS = ("resized_masks", "sample_masks", "sigmoid_and_sums", "uncertain_points")
+_LOOPS = ("resized_masks", "sample_masks", "sigmoid_and_sums", "sums_at_points", "uncertain_points")
 _HOW_TO_BUILD = "build it with `python -m pip install --no-build-isolation -e .` (docs/op.md)"
 
 

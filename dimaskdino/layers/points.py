@@ -1,8 +1,11 @@
 """Bilinear sampling of maps at points."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dimaskdino.layers.ms_deform_attn_ops import use_loops
 
@@ -100,3 +103,43 @@ def sigmoid_and_sums(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return logits, softplus, total
     probability = logits.sigmoid()
     return probability, F.softplus(logits).sum(-1, keepdim=True), probability.sum(-1, keepdim=True)
+
+
+def sums_at_points(logits: Tensor, points: Tensor, masks: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+    """Sums over points that losses of masks are made of, given logits x and labels t there.
+
+    The compiled op keeps nothing of the points for the gradient but the points.
+
+    Args:
+        logits: (N, h, w) floating.
+        points: (N, P, 2) as (x, y); 0 and 1 are the outer edges of the maps.
+        masks: (n, H, W) bool.
+        index: (N,) int64, which mask has the labels of each row.
+
+    Returns:
+        (N,) each: sums of the cross entropy softplus(x) - x t, of sigmoid(x) t, of sigmoid(x), and of t.
+    """
+    if use_loops(logits) and use_loops(points):
+        return _SumsAtPoints.apply(logits, points, masks, index).unbind(1)
+    return mask_sums(sample_points(logits[:, None], points)[:, 0], sample_binary_masks(masks, index, points))
+
+
+def mask_sums(logits: Tensor, labels: Tensor, judged: Tensor | None = None) -> tuple[Tensor, ...]:
+    """The sums of :func:`sums_at_points`: logits, labels (N, P); ``judged`` (N, P) is 0 at points that do not count."""
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, labels, weight=judged, reduction="none")
+    probability = logits.sigmoid()
+    if judged is not None:
+        probability, labels = probability * judged, labels * judged
+    return cross_entropy.sum(-1), (probability * labels).sum(-1), probability.sum(-1), labels.sum(-1)
+
+
+class _SumsAtPoints(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*inputs)
+        return torch.ops.dimaskdino.sums_at_points(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.ops.dimaskdino.sums_at_points_backward(grad, *ctx.saved_tensors), None, None, None

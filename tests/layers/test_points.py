@@ -2,7 +2,13 @@ import pytest
 import torch
 
 from dimaskdino.layers import ms_deform_attn_ops as ops
-from dimaskdino.layers.points import sample_binary_masks, sample_points, sigmoid_and_sums, uncertain_points
+from dimaskdino.layers.points import (
+    sample_binary_masks,
+    sample_points,
+    sigmoid_and_sums,
+    sums_at_points,
+    uncertain_points,
+)
 
 
 def pixel_centers(height: int, width: int) -> torch.Tensor:
@@ -100,6 +106,19 @@ class TestCompiled:
         monkeypatch.setattr(ops, "LOOPS_COMPILED", False)
         plain = sample_binary_masks(masks, index, points)
         torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-5)
+
+    def test_sums_at_points_and_their_gradient_are_those_of_plain_pytorch(self, monkeypatch):
+        torch.manual_seed(0)
+        logits, masks, index = torch.randn(3, 9, 12) * 9, torch.rand(2, 37, 21) > 0.5, torch.tensor([1, 0, 1])
+        points = torch.rand(3, 301, 2) * 1.2 - 0.1
+        found = []
+        for compiled in (True, False):
+            monkeypatch.setattr(ops, "LOOPS_COMPILED", compiled)
+            leaf = logits.clone().requires_grad_()
+            sums = torch.stack(sums_at_points(leaf, points, masks, index))
+            (sums * torch.tensor([[0.3], [-0.7], [0.2], [0.1]]) * torch.tensor([1.0, 2.0, -3.0])).sum().backward()
+            found.append((sums, leaf.grad))
+        torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
 
     def test_what_is_not_a_number_or_far_away_is_outside(self):
         points = torch.tensor([[[torch.nan, 0.5], [torch.inf, 0.5], [0.5, -torch.inf], [1e30, 0.5], [0.5, 0.5]]])

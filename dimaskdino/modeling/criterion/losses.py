@@ -1,10 +1,13 @@
 """Losses as functions of matched tensors, one value per query or pair."""
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from fvcore.nn import sigmoid_focal_loss
 from torch import Tensor
 
 from dimaskdino.layers.boxes import cxcywh_to_xyxy, generalized_iou
+from dimaskdino.layers.points import mask_sums
 
 
 def focal_loss(logits: Tensor, labels: Tensor, *, alpha: float, gamma: float, weights: Tensor | None = None) -> Tensor:
@@ -41,9 +44,10 @@ def mask_losses(logits: Tensor, labels: Tensor, judged: Tensor | None = None) ->
         labels: (N, P) in [0, 1].
         judged: (N, P) float32, 0 at points that count in neither loss, else 1; None for 1.
     """
-    cross_entropy = F.binary_cross_entropy_with_logits(logits, labels, weight=judged, reduction="none").mean(1)
-    probability = logits.sigmoid()
-    if judged is not None:
-        probability, labels = probability * judged, labels * judged
-    dice = 1 - (2 * (probability * labels).sum(-1) + 1) / (probability.sum(-1) + labels.sum(-1) + 1)
-    return cross_entropy, dice
+    return mask_losses_of_sums(mask_sums(logits, labels, judged), logits.shape[1])
+
+
+def mask_losses_of_sums(sums: Sequence[Tensor], num_points: int) -> tuple[Tensor, Tensor]:
+    """:func:`mask_losses` of the sums of :func:`dimaskdino.layers.points.sums_at_points`."""
+    cross_entropy, both, probability, label = sums
+    return cross_entropy / num_points, 1 - (2 * both + 1) / (probability + label + 1)

@@ -107,7 +107,7 @@ class MaskCost:
             probability = logits.sigmoid()
             softplus, total = F.softplus(logits) @ judged.T, probability @ judged.T
         cross_entropy = (softplus - products) / labels.shape[1]
-        dice = 1 - (2 * probability @ labels.T + 1) / (total + labels.sum(-1) + 1)
+        dice = 1 - (2 * (probability @ labels.T) + 1) / (total + labels.sum(-1) + 1)
         return self.ce_weight * cross_entropy + self.dice_weight * dice
 
 

@@ -10,9 +10,9 @@ from detectron2.config import CfgNode
 from torch import Tensor
 
 from dimaskdino.errors import ConfigError
-from dimaskdino.layers.points import sample_binary_masks, sample_points
+from dimaskdino.layers.points import sample_binary_masks, sample_points, sums_at_points
 from dimaskdino.layers.precision import to_autocast_dtype
-from dimaskdino.modeling.criterion.losses import box_losses, focal_loss, mask_losses
+from dimaskdino.modeling.criterion.losses import box_losses, focal_loss, mask_losses, mask_losses_of_sums
 from dimaskdino.modeling.criterion.points import PointSampler, judged_points
 from dimaskdino.structures import JoinedTargets, Matches, StagePrediction, Targets, group_by_mask_features, mask_logits
 from dimaskdino.structures.targets import CrowdRegions
@@ -306,8 +306,12 @@ class MaskLoss:
         """Losses (2, m) of logits (m, h, w) against the masks at ``place`` (m,); zero for an object without a mask."""
         logits = logits.float()
         points = self.sampler.per_mask(logits.detach())
-        labels = sample_binary_masks(targets.masks, place, points)
         regions, region_of = targets.unjudged if self.ignore_crowd else (None, place)
-        judged = None if regions is None else judged_points(regions, region_of[place], points, labels)
-        losses = torch.stack(mask_losses(sample_points(logits[:, None], points)[:, 0], labels, judged))
+        if regions is None:
+            sums = sums_at_points(logits, points, targets.masks, place)
+            losses = torch.stack(mask_losses_of_sums(sums, points.shape[1]))
+        else:
+            labels = sample_binary_masks(targets.masks, place, points)
+            judged = judged_points(regions, region_of[place], points, labels)
+            losses = torch.stack(mask_losses(sample_points(logits[:, None], points)[:, 0], labels, judged))
         return losses * targets.mask_supervised[place]

@@ -13,7 +13,7 @@ from detectron2.structures import ImageList
 from torch import Tensor, nn
 
 from dimaskdino.errors import ConfigError
-from dimaskdino.layers.inference_forms import use_inference_forms
+from dimaskdino.layers.forms import use_forms
 from dimaskdino.layers.padding import PaddedBatch
 from dimaskdino.layers.precision import evaluation_dtype
 from dimaskdino.modeling.criterion import Criterion, PointSampler, StepObjects
@@ -147,9 +147,9 @@ class DIMaskDINO(nn.Module):
         return cfg.MODEL.MaskDINO.PREDICT_MASKS
 
     def train(self, mode: bool = True) -> "DIMaskDINO":
-        """Switch to training, or to evaluation; layers have their forms of the latter there alone."""
+        """Switch to training, or to evaluation, with layers in the forms of :mod:`dimaskdino.layers.forms`."""
+        use_forms(self)
         super().train(mode)
-        use_inference_forms(self, not mode)
         return self
 
     @property
@@ -272,7 +272,7 @@ class DIMaskDINO(nn.Module):
         ]
         padded = ImageList.from_tensors(images, self.size_divisibility)
         tensor = padded.tensor.to(self.dtype)
-        if not self.training and self.device.type == "cpu":
+        if self.device.type == "cpu":
             # Convolutions are faster so, and feature maps become tokens without a copy.
             tensor = tensor.contiguous(memory_format=torch.channels_last)
         return ImageList(tensor, padded.image_sizes)

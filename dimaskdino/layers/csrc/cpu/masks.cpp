@@ -46,24 +46,21 @@ DIMASKDINO_CLONES void add_columns(const float* __restrict__ row, const int32_t*
   for (int64_t i = 0; i < count; ++i) values[i] += weights[i] * row[cells[i]];
 }
 
-// Writes the bitmap of a row of logits, and adds up the sigmoids of the positive ones in eight lanes.
-DIMASKDINO_CLONES void close_row(const float* __restrict__ logits, int64_t count, bool* __restrict__ mask, float* __restrict__ lanes,
+// Writes the bitmap of a row of logits, whose room ends at a whole vector, and adds up the sigmoids of the positive ones.
+DIMASKDINO_CLONES void close_row(float* __restrict__ logits, int64_t count, bool* __restrict__ mask, double* __restrict__ total,
                                  int64_t* __restrict__ area) {
-  int64_t i = 0, positive = 0;
-  for (; i + 8 <= count; i += 8) {
-    for (int64_t j = 0; j < 8; ++j) {
-      const float x = logits[i + j], probability = 1.0f / (1.0f + exp_of_negative(x > 0.0f ? -x : 0.0f));
-      lanes[j] += x > 0.0f ? probability : 0.0f;
-    }
+  Floats lanes{};
+  int64_t positive = 0;
+  std::fill(logits + count, logits + (count + kLanes - 1) / kLanes * kLanes, 0.0f);
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Floats x = load_floats(logits + i), zero{};
+    lanes += choose(x > zero, squash(x).sigmoid, zero);
   }
-  for (; i < count; ++i) {
-    const float x = logits[i];
-    lanes[0] += x > 0.0f ? 1.0f / (1.0f + exp_of_negative(x > 0.0f ? -x : 0.0f)) : 0.0f;
-  }
-  for (i = 0; i < count; ++i) {
+  for (int64_t i = 0; i < count; ++i) {
     mask[i] = logits[i] > 0.0f;
     positive += logits[i] > 0.0f;
   }
+  for (int i = 0; i < kLanes; ++i) *total += lanes[i];
   *area += positive;
 }
 
@@ -97,7 +94,7 @@ Tensor resized_masks(const Tensor& logits, const Tensor& row_cells, const Tensor
   std::vector<int64_t> first, last;
   reach(columns, width, &first, &last);
   at::parallel_for(0, logits.size(0), 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> across(width), values(columns.pixels);
+    std::vector<float> across(width), values(columns.pixels + kLanes);
     for (int64_t n = begin; n < end; ++n) {
       const float* map = from.const_data_ptr<float>() + n * height * width;
       bool* mask = masks.mutable_data_ptr<bool>() + n * rows.pixels * columns.pixels;
@@ -121,9 +118,7 @@ Tensor resized_masks(const Tensor& logits, const Tensor& row_cells, const Tensor
           const int64_t at = tap * columns.pixels + left;
           add_columns(across.data(), columns.cells + at, columns.weights + at, right - left, values.data() + left);
         }
-        float lanes[8] = {0.0f};
-        close_row(values.data() + left, right - left, mask + left, lanes, &area);
-        for (const float lane : lanes) total += lane;
+        close_row(values.data() + left, right - left, mask + left, &total, &area);
       }
       sums.mutable_data_ptr<float>()[2 * n] = static_cast<float>(total);
       sums.mutable_data_ptr<float>()[2 * n + 1] = static_cast<float>(area);

@@ -1,4 +1,4 @@
-"""Layers in their forms of evaluation: same results, same weights, nothing left of them in training."""
+"""Layers in their forms: same results, same gradients, same weights."""
 
 import copy
 
@@ -9,7 +9,8 @@ from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import nn
 
 from dimaskdino.layers import winograd
-from dimaskdino.layers.inference_forms import InferenceConv2d, InferenceLinear, use_inference_forms
+from dimaskdino.layers.attention import relu
+from dimaskdino.layers.forms import FormConv2d, FormLinear, use_forms
 from tests.tiny_model import tiny_model
 
 
@@ -28,7 +29,7 @@ def conv(*args: int, **options) -> Conv2d:
 
 def in_form(module: nn.Module) -> nn.Module:
     module = copy.deepcopy(module)
-    use_inference_forms(module)
+    use_forms(module)
     return module
 
 
@@ -67,7 +68,7 @@ def test_wide_convolutions_take_the_short_cut_and_stay_near():
     short = in_form(plain)
     with torch.no_grad():
         expected, found = plain(x), short(x)
-    assert short._prepared.winograd is not None
+    assert short._prepared.weight.shape == (36, 128, 128)
     assert (found - expected).abs().max() < 2e-5 * expected.abs().max()
 
 
@@ -82,22 +83,54 @@ def test_changed_weights_are_noticed():
         torch.testing.assert_close(short(x), plain(x), rtol=1e-5, atol=1e-5)
 
 
-def test_gradients_and_training_run_in_the_plain_form():
-    plain = conv(4, 4, 1)
-    short, x = in_form(plain), torch.randn(1, 4, 3, 3)
+CONVOLUTIONS = {
+    "1x1": ((6, 8, 1), {}),
+    "1x1, stride 2": ((6, 8, 1), {"stride": 2, "bias": False}),
+    "3x3": ((6, 8, 3), {"padding": 1, "bias": False}),
+    "groups": ((6, 8, 3), {"groups": 2}),
+    "short cut": ((128, 130, 3), {"padding": 1, "bias": False}),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_gradients_of_convolutions_are_those_of_the_plain_form(name):
+    arguments, options = CONVOLUTIONS[name]
+    plain = conv(*arguments, **options).train()
+    short = in_form(plain)
+    x, factors = torch.randn(2, arguments[0], 9, 6), torch.rand(arguments[1], 1, 1)
+    found, expected = ([], [])
+    for module, results in ((short, found), (plain, expected)):
+        leaf = x.clone().requires_grad_()
+        result = module(leaf)
+        (result * factors).sum().backward()
+        results += [result, leaf.grad, *(weight.grad for weight in module.parameters())]
+    assert len(found) == 3 + options.get("bias", True)
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).abs().max() < 3e-5 * other.abs().max()
+
+
+def test_frozen_weights_get_no_gradient():
+    short, x = in_form(nn.Sequential(conv(4, 4, 1), nn.ReLU(), nn.Linear(3, 2))), torch.randn(1, 4, 3, 3)
+    for layer in (short[0], short[2]):
+        layer.weight.requires_grad_(False)
+    short(x).sum().backward()
+    assert short[0].weight.grad is short[2].weight.grad is None
+    assert short[2].bias.grad.tolist() == [12.0, 12.0]  # 4 channels of 3 rows
+
+
+def test_weights_of_evaluation_go_when_training_begins():
+    short, x = in_form(conv(4, 4, 1)), torch.randn(1, 4, 3, 3)
     with torch.no_grad():
         short(x)
-    assert torch.equal(short(x), plain(x))
-    short(x).sum().backward()
-    assert short.weight.grad is not None
+    assert short._prepared is not None
     assert short.train()._prepared is None
 
 
 def test_names_and_weights_stay():
     model = nn.Sequential(conv(4, 4, 1), nn.Linear(4, 2), nn.MultiheadAttention(4, 2))
     short = in_form(model)
-    assert isinstance(short[0], InferenceConv2d)
-    assert isinstance(short[1], InferenceLinear)
+    assert isinstance(short[0], FormConv2d)
+    assert isinstance(short[1], FormLinear)
     with torch.no_grad():
         short[0](torch.randn(1, 4, 3, 3))
     assert list(short.state_dict()) == list(model.state_dict())
@@ -111,11 +144,26 @@ def test_linear_maps_are_the_same():
         x = torch.randn(shape)
         with torch.no_grad():
             torch.testing.assert_close(short(x), plain(x), rtol=1e-5, atol=1e-6)
+        leaves = [x.clone().requires_grad_() for _ in range(2)]
+        factors = torch.randn(5)
+        for module, leaf in zip((plain, short), leaves, strict=True):
+            module.zero_grad()
+            (module(leaf) * factors).sum().backward()
+        torch.testing.assert_close(leaves[0].grad, leaves[1].grad, rtol=1e-5, atol=1e-6)
+        for one, other in zip(plain.parameters(), short.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=1e-6)
 
 
-def test_layers_of_a_model_have_their_forms_in_evaluation_alone():
+def test_layers_of_a_model_have_their_forms():
     model = tiny_model()
-    forms = {type(module) for module in model.eval().modules()}
-    assert {InferenceConv2d, InferenceLinear} <= forms
-    plain = {type(module) for module in model.train().modules()}
-    assert plain == (forms - {InferenceConv2d, InferenceLinear}) | {Conv2d, nn.Linear}
+    model.train()
+    assert {FormConv2d, FormLinear} <= {type(module) for module in model.modules()}
+    assert not {Conv2d, nn.Linear} & {type(module) for module in model.modules()}
+
+
+def test_relu_is_in_place_without_gradients_alone():
+    x = torch.tensor([-1.0, 2.0])
+    assert relu(x) is x
+    leaf = torch.tensor([-1.0, 2.0], requires_grad=True)
+    assert relu(leaf * 1).tolist() == x.tolist() == [0.0, 2.0]
+    assert leaf.tolist() == [-1.0, 2.0]
