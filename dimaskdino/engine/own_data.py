@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dimaskdino.config import Config
-from dimaskdino.data.coco_file import Json, category_names
+from dimaskdino.data.coco_file import Json, annotations_by_image, category_names, has_objects
 from dimaskdino.data.datasets.own import own_name, read_own, register_own
 from dimaskdino.data.shared import once_a_machine
 from dimaskdino.errors import ConfigError
@@ -92,7 +92,7 @@ def _num_trained(cfg: Config, coco: Json) -> int:
     """Images that training draws from."""
     number = len(coco["images"])
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
-        number = len({each["image_id"] for each in coco.get("annotations", ()) if not each.get("iscrowd", 0)})
+        number = sum(has_objects(annotations) for _, annotations in annotations_by_image(coco))
     return min(number, cfg.DATASETS.MAX_IMAGES or number)
 
 
