@@ -1,21 +1,26 @@
 """Reading a COCO file, and the form that its lists need for anything else to be said of them."""
 
+import codecs
 import contextlib
 import functools
 import gc
 import json
 import mmap
 import os
-from collections.abc import Iterator
-from typing import Any, BinaryIO
+import shutil
+from array import array
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import msgspec
+import numpy as np
 
 from dimaskdino.errors import DatasetError
 
 Json = dict[str, Any]
 
 MOST_PIXELS = 2**16  # of a side
+BLOCK = 2**20  # bytes of a file that are copied at once
 
 # Keys that every entry needs, and their types.
 _NEEDED: dict[str, dict[str, tuple[type, ...]]] = {
@@ -40,8 +45,12 @@ def without_collecting() -> Iterator[None]:
 
 
 @without_collecting()
-def read_json(path: str | os.PathLike[str]) -> Any:
+def read_json(path: str | os.PathLike[str], form: Any = Any) -> Any:
     """Read a JSON file in UTF-8, UTF-16 or UTF-32, with or without a byte order mark.
+
+    Args:
+        path: of the file.
+        form: the type that msgspec makes of it; plain objects of Python where the file does not have that form.
 
     Raises:
         DatasetError: if it cannot be read, is not valid JSON, or is nested too deep.
@@ -49,34 +58,161 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     if os.path.exists(path) and not os.path.isfile(path):
         raise DatasetError(f"Annotation file {path} is not a regular file; give the path of a JSON file.")
     try:
-        with open(path, "rb") as file:
-            encoding = json.detect_encoding(file.read(4))
-            if encoding == "utf-8" and (found := _read_quickly(file)) is not None:
-                return found
-        with open(path, encoding=encoding) as file:
-            return json.load(file)
+        return _decoded(_in_utf8(_contents(path)), form)
     except RecursionError:
         raise DatasetError(f"Annotation file {path} is nested too deep to be a COCO file; export it again.") from None
     except OSError as error:
         raise DatasetError(f"Annotation file {path} cannot be read ({error.strerror}); check the path.") from error
     except ValueError as error:
-        raise DatasetError(f"Annotation file {path} is not valid JSON ({error}); export it again.") from error
+        raise _not_valid(path, error) from error
 
 
-def _read_quickly(file: BinaryIO) -> Any:
-    """What a file in UTF-8 holds; None where Python's own reader is to say what is wrong, or to allow it (NaN)."""
+def _not_valid(path: str | os.PathLike[str], error: ValueError) -> DatasetError:
+    return DatasetError(f"Annotation file {path} is not valid JSON ({error}); export it again.")
+
+
+def _contents(path: str | os.PathLike[str]) -> Any:
+    """The bytes of a file as it is now; on Linux in pages of the system, which this process cannot keep."""
+    with open(path, "rb") as file:
+        try:
+            copy = os.fdopen(os.memfd_create("dimaskdino"), "w+b")
+            with copy:
+                shutil.copyfileobj(file, copy, BLOCK)
+                copy.flush()
+                return mmap.mmap(copy.fileno(), 0, access=mmap.ACCESS_READ)
+        except (AttributeError, OSError, ValueError):  # another system, a limit, an empty file
+            file.seek(0)
+            return file.read()
+
+
+def _in_utf8(content: Any) -> Any:
+    encoding = json.detect_encoding(content[:4])
+    if not encoding.startswith("utf-8"):
+        return str(content, encoding).encode()
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    for start in range(0, len(content), BLOCK):  # msgspec does not look at text that it leaves out
+        decoder.decode(content[start : start + BLOCK])
+    decoder.decode(b"", final=True)
+    return content if encoding == "utf-8" else memoryview(content)[len(codecs.BOM_UTF8) :]
+
+
+def _decoded(content: Any, form: Any = Any) -> Any:
+    """What JSON in UTF-8 holds; Python's own reader says what is wrong with it, or allows it (NaN)."""
     try:
-        # Pages of the system, not memory of this process, which might keep it.
-        return msgspec.json.decode(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    except (OSError, ValueError, RecursionError):
-        return None
+        return msgspec.json.decode(content, type=form)
+    except (ValueError, RecursionError):
+        return json.loads(str(content, "utf-8"))
+
+
+class _Keys(msgspec.Struct, gc=False):
+    """What must be known of an annotation to place and count it."""
+
+    id: int | str
+    image_id: int | str
+    category_id: int | str | float
+    iscrowd: Any = 0
+
+
+class _Lists(msgspec.Struct):
+    """A COCO file whose annotations are text still."""
+
+    images: Any = msgspec.UNSET
+    categories: Any = msgspec.UNSET
+    annotations: list[msgspec.Raw] | msgspec.UnsetType = msgspec.UNSET
+
+
+class Annotations(Sequence[Json]):
+    """Annotations as the text of their file, decoded each time they are looked at.
+
+    Decoded, they would need six times the memory.
+
+    Args:
+        texts: of all annotations of a file.
+        columns: their ids, image_ids, category_ids and iscrowd.
+        path: of the file, for errors.
+        which: the positions of these annotations among them.
+    """
+
+    __slots__ = ("_columns", "_path", "_texts", "_which")
+
+    def __init__(
+        self, texts: list[msgspec.Raw], columns: dict[str, Sequence[Any]], path: str, which: Sequence[int] | np.ndarray
+    ) -> None:
+        self._texts, self._columns, self._path, self._which = texts, columns, path, which
+
+    @classmethod
+    def of_file(cls, texts: list[msgspec.Raw], path: str) -> "Annotations":
+        """All annotations of a file; raises ValueError if an entry lacks a key or has one of another type."""
+        keys = list(map(msgspec.json.Decoder(_Keys).decode, texts))
+        columns: dict[str, Sequence[Any]] = {
+            "id": _compact([each.id for each in keys]),
+            "image_id": _compact([each.image_id for each in keys]),
+            "category_id": _compact([each.category_id for each in keys]),
+            "iscrowd": bytes([bool(each.iscrowd) for each in keys]),
+        }
+        return cls(texts, columns, path, range(len(texts)))
+
+    def __len__(self) -> int:
+        return len(self._which)
+
+    def __getitem__(self, index: Any) -> Any:
+        return list(self)[index]
+
+    def __iter__(self) -> Iterator[Json]:
+        return iter(decode_annotations(self.text(), self._path))
+
+    def take(self, which: Sequence[int] | np.ndarray) -> "Annotations":
+        """Those at some positions in the file."""
+        return Annotations(self._texts, self._columns, self._path, which)
+
+    def texts(self) -> list[msgspec.Raw]:
+        """Each annotation as JSON."""
+        which = self._which.tolist() if isinstance(self._which, np.ndarray) else self._which
+        return [self._texts[index] for index in which]
+
+    def text(self) -> bytes:
+        """The annotations as JSON, a list."""
+        return b"[" + b",".join(self.texts()) + b"]"
+
+    def column(self, key: str) -> Sequence[Any]:
+        """The id, image_id, category_id or iscrowd (0 or 1) of each."""
+        values = self._columns[key]
+        return values if isinstance(self._which, range) else [values[index] for index in self._which]
+
+
+def _compact(values: list[Any]) -> Sequence[Any]:
+    """Numbers in eight bytes each, where all are whole numbers."""
+    try:
+        return array("q", values)
+    except (TypeError, OverflowError):
+        return values
+
+
+def decode_annotations(text: bytes, path: str) -> list[Json]:
+    """What :meth:`Annotations.text` holds; ``path`` is that of the file."""
+    try:
+        return _decoded(text)
+    except ValueError as error:
+        raise _not_valid(path, error) from error
+
+
+def column(entries: Sequence[Json], key: str) -> Sequence[Any]:
+    """The values of a key of annotations, or of the other entries of a COCO file."""
+    return entries.column(key) if isinstance(entries, Annotations) else [entry[key] for entry in entries]
+
+
+def has_objects(annotations: Sequence[Json]) -> bool:
+    """Whether any of the annotations of an image is not a crowd region."""
+    if isinstance(annotations, Annotations):
+        return not all(annotations.column("iscrowd"))
+    return any(not each.get("iscrowd", 0) for each in annotations)
 
 
 def read_coco(path: str) -> Json:
     """Read a COCO file whose lists have the form that every other check and reader relies on.
 
     The last files stay in memory until :func:`forget_files`, so that a job parses a file of hundreds of megabytes once
-    for the check and the loader.
+    for the check and the loader. Annotations are :class:`Annotations` where they have the usual form.
 
     Raises:
         DatasetError: naming the first entry that cannot be used.
@@ -91,7 +227,9 @@ def forget_files() -> None:
 
 @functools.lru_cache(maxsize=8)  # a job's datasets
 def _read_coco(path: str, modified_ns: int) -> Json:
-    coco = read_json(path)
+    coco = read_json(path, _Lists)
+    if isinstance(coco, _Lists):
+        coco = _with_annotations(coco, path)
     _name_images_by_url(coco)
     try:
         _check_structure(coco)
@@ -100,6 +238,16 @@ def _read_coco(path: str, modified_ns: int) -> Json:
             f"Annotation file {path} is not in COCO's format: {error}. It needs images (id, file_name, height, width), "
             "categories (id, name) and, unless it is a test set, annotations (id, image_id, category_id)."
         ) from None
+    return coco
+
+
+def _with_annotations(lists: _Lists, path: str) -> Json:
+    coco = {key: value for key, value in msgspec.structs.asdict(lists).items() if value is not msgspec.UNSET}
+    if "annotations" in coco:
+        try:
+            coco["annotations"] = Annotations.of_file(coco["annotations"], path)
+        except ValueError:  # which _check_structure names
+            coco["annotations"] = decode_annotations(b"[" + b",".join(coco["annotations"]) + b"]", path)
     return coco
 
 
@@ -116,7 +264,7 @@ def _check_structure(coco: Any) -> None:
     if not isinstance(coco, dict):
         raise ValueError(f"it holds a {type(coco).__name__}, not a dictionary")
     for kind, types in _NEEDED.items():
-        if kind != "annotations" or kind in coco:
+        if not isinstance(coco.get(kind), Annotations) and (kind != "annotations" or kind in coco):
             _check_entries(kind, coco.get(kind), types)
     if not coco["images"]:
         raise ValueError("it lists no image")
@@ -143,14 +291,25 @@ def _check_entries(kind: str, entries: Any, types: dict[str, tuple[type, ...]]) 
         raise ValueError(f"{which} has the {key} {entry.get(key)!r:.40}, not {names}")
 
 
-def annotations_by_image(coco: Json) -> list[tuple[Json, list[Json]]]:
+def annotations_by_image(coco: Json) -> list[tuple[Json, Sequence[Json]]]:
     """Every image of a COCO file with its annotations, in the order of the image ids."""
-    grouped: dict[Any, list[Json]] = {image["id"]: [] for image in coco["images"]}
-    nowhere: list[Json] = []
-    for annotation in coco.get("annotations", ()):
-        grouped.get(annotation["image_id"], nowhere).append(annotation)
     images = {image["id"]: image for image in coco["images"]}
-    return [(images[key], grouped[key]) for key in sorted(images)]
+    keys = sorted(images)
+    number = {key: index for index, key in enumerate(keys)}
+    annotations = coco.get("annotations", [])
+    of_image = np.array([number.get(key, len(keys)) for key in column(annotations, "image_id")], dtype=int)
+    order = np.argsort(of_image, kind="stable")
+    ends = np.searchsorted(of_image[order], np.arange(len(keys) + 1)).tolist()
+    return [
+        (images[key], _taken(annotations, order[first:end]))
+        for key, first, end in zip(keys, ends[:-1], ends[1:], strict=True)
+    ]
+
+
+def _taken(annotations: Sequence[Json], which: np.ndarray) -> Sequence[Json]:
+    if isinstance(annotations, Annotations):
+        return annotations.take(which)
+    return [annotations[index] for index in which.tolist()]
 
 
 def category_names(coco: Json) -> dict[Any, str]:

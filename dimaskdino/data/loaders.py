@@ -7,14 +7,13 @@ from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, build_detection_test_loader
-from detectron2.data.build import filter_images_with_only_crowd_annotations
 from detectron2.data.detection_utils import check_metadata_consistency
 from detectron2.structures import Instances
 from detectron2.utils import comm
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dimaskdino.data.coco_file import forget_files, without_collecting
+from dimaskdino.data.coco_file import forget_files, has_objects, without_collecting
 from dimaskdino.data.datasets import register_all
 from dimaskdino.data.datasets.panoptic import forget_panoptic_files
 from dimaskdino.data.datasets.registration import is_coco_file, load_dataset, share_classes
@@ -48,8 +47,8 @@ def build_train_loader(
 ) -> Batches:
     """Endless batches of SOLVER.IMS_PER_BATCH / processes mapped images of DATASETS.TRAIN.
 
-    Images without objects, or with only crowd regions, are left out if DATALOADER.FILTER_EMPTY_ANNOTATIONS says so;
-    detectron2 logs how many. Crowd regions, and with them BDD100K's ignored regions, are never trained on.
+    Images without objects, or with only crowd regions, are left out if DATALOADER.FILTER_EMPTY_ANNOTATIONS says so, and
+    counted in the log. Crowd regions, and with them BDD100K's ignored regions, are never trained on.
 
     Batches and augmentations follow from SEED (see :mod:`dimaskdino.data.orders`); a negative one draws a seed.
 
@@ -106,7 +105,10 @@ def _train_entries(cfg: CfgNode) -> tuple[PackedEntries, list[bool]]:
     def entries() -> list[dict[str, Any]]:
         listed = _entries(cfg, cfg.DATASETS.TRAIN, train=True)
         if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and any("annotations" in entry for entry in listed[:1]):
-            listed = filter_images_with_only_crowd_annotations(listed)
+            number = len(listed)
+            listed = [entry for entry in listed if has_objects(entry.get("annotations", ()))]
+            left = len(listed)
+            logger.info("Removed %d images with no usable annotations. %d images left.", number - left, left)
         if not listed:
             raise nothing_to_train_on(cfg.DATASETS.TRAIN)
         if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
@@ -211,7 +213,11 @@ def _entries(cfg: CfgNode, names: Sequence[str], *, train: bool) -> list[dict[st
     number = max_images(cfg)
     check_folds(cfg)
     fields, keys = cfg.INPUT.ANNOTATION_FIELDS, image_keys(cfg)
-    loaded = [entry for name in names for entry in take_fold(cfg, name, load_dataset(name, fields, keys), train=train)]
+    loaded = [
+        entry
+        for name in names
+        for entry in take_fold(cfg, name, load_dataset(name, fields, keys, packed=train), train=train)
+    ]
     labeled = ("annotations", "segments_info", "sem_seg_file_name")
     entries = [entry if any(key in entry for key in labeled) else {**entry, "annotations": []} for entry in loaded]
     if MetadataCatalog.get(names[0]).get("thing_classes") is not None:

@@ -24,7 +24,7 @@ from dimaskdino.config import Config, get_cfg, report_unused_keys
 from dimaskdino.cpu import keep_freed_memory
 from dimaskdino.data import register_all
 from dimaskdino.data.augmentations import copy_paste, own_augmentations
-from dimaskdino.data.coco_file import category_names
+from dimaskdino.data.coco_file import annotations_by_image, category_names, has_objects
 from dimaskdino.data.datasets.own import own_name, read_own, register_own
 from dimaskdino.data.datasets.registration import is_coco_file, share_classes
 from dimaskdino.data.fields import check_field_names
@@ -309,7 +309,7 @@ def _names_and_number(cfg: Config) -> tuple[list[str], int] | None:
         return None
     number = len(coco["images"])
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
-        number = len({each["image_id"] for each in coco.get("annotations", ()) if not each.get("iscrowd", 0)})
+        number = sum(has_objects(annotations) for _, annotations in annotations_by_image(coco))
     return list(category_names(coco).values()), min(number, cfg.DATASETS.MAX_IMAGES or number)
 
 

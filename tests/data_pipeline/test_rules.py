@@ -1,6 +1,7 @@
 """The rules for one annotation, and that the mapper, the check at the start and the tool all apply them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ from pycocotools import mask as mask_util
 
 from dimaskdino.config import Config
 from dimaskdino.data import build_mapper
+from dimaskdino.data.coco_file import Annotations
 from dimaskdino.data.datasets.registration import load_dataset
 from dimaskdino.data.rle import checked_rle, run_lengths
+from dimaskdino.data.validation.dataset import open_file
 from dimaskdino.data.validation.inspection import inspect_dataset
+from dimaskdino.data.validation.report import Counts
 from dimaskdino.data.validation.rules import Level, Rules
-from dimaskdino.data.validation.screen import surely_fine
+from dimaskdino.data.validation.screen import look, surely_fine
 from dimaskdino.data.validation.start import check_datasets
 from dimaskdino.errors import DatasetError
 from tests.data_pipeline.conftest import HEIGHT, POLYGON, WIDTH, Json
@@ -140,6 +144,34 @@ def test_the_quick_look_passes_what_is_sound() -> None:
         least = np.array([each["area"] * (1 if with_masks else 2) > 4.1 for each in listed])
         assert surely_fine(listed, [(50, 50)] * 50, rules).tolist() == least.tolist()
         assert not surely_fine(listed, [None] * 50, rules).any()
+
+
+def test_the_quick_look_changes_neither_problems_nor_counts(
+    coco: Json, write_coco: Callable[[Json], tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finite = [change for change, *_ in DAMAGES if all(text not in repr(change) for text in ("nan", "inf", "0" * 99))]
+    changes: list[Json] = [*finite, {"iscrowd": 1}, {"iscrowd": True}, {"category_id": 3}, {"category_id": 3}]
+    damaged = [{**SOUND, **change, "id": 100 + i, "image_id": 1} for i, change in enumerate(changes)]
+    sound = [{**SOUND, "id": 10 + i, "image_id": 2, "category_id": label} for i, label in enumerate((3, 7))]
+    coco["annotations"] = [sound[0], *damaged, sound[1]]
+    file = open_file("mine", *map(str, write_coco(coco)))
+    lists = replace(file, pictures=[replace(each, annotations=list(each.annotations)) for each in file.pictures])
+    assert isinstance(file.pictures[0].annotations, Annotations)
+    for with_masks in (True, False):
+        rules = file.rules(with_masks=with_masks, scored=True)
+        seen = []
+        for dataset in (file, lists):
+            counts = Counts(dataset.classes)
+            seen.append((list(dataset.problems(rules, counts)), vars(counts)))
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                "dimaskdino.data.validation.dataset.look", lambda images, *_: look(images, [], Rules(categories={}))
+            )
+            counts = Counts(lists.classes)
+            alone = list(lists.problems(rules, counts)), vars(counts)
+        assert seen == [alone] * 2
+        assert counts.images_with_any == 2
+        assert counts.objects[3, "kept"] >= 1
 
 
 @pytest.mark.parametrize(("change", "kind", "scored", "trained"), DAMAGES)

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from detectron2.data.datasets import register_coco_instances
 
 from dimaskdino.data import shared
-from dimaskdino.data.coco_file import read_json
+from dimaskdino.data.coco_file import Annotations, annotations_by_image, has_objects, read_coco, read_json
+from dimaskdino.data.datasets.registration import load_dataset
 from dimaskdino.data.shared import PackedEntries
 from dimaskdino.errors import DatasetError
 
@@ -74,6 +76,42 @@ def test_files_read_as_by_python(tmp_path: Path, text: str, encoding: str) -> No
     file = tmp_path / "file.json"
     file.write_text(text, encoding=encoding)
     assert repr(read_json(file)) == repr(json.loads(text))
+
+
+def test_annotations_stay_text_until_they_are_looked_at(tmp_path: Path) -> None:
+    usual = [{"id": 5, "image_id": 2, "category_id": 1, "note": "é"}, {"id": 7, "image_id": 1, "category_id": 3.0}]
+    odd = '{"id": "a", "image_id": 2, "category_id": 1, "iscrowd": 1, "area": 1e999}'
+    lists = {"images": [{"id": number, "file_name": "x", "height": 1, "width": 1} for number in (2, 1)]}
+    text = json.dumps({**lists, "categories": [], "annotations": usual}, ensure_ascii=False)[:-2] + f", {odd}]}}"
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        file = tmp_path / f"{encoding}.json"
+        file.write_text(text, encoding=encoding)
+        (_, first), (_, second) = annotations_by_image(read_coco(str(file)))
+        assert isinstance(first, Annotations)
+        assert [*first] == usual[1:]
+        assert [*second] == second[:] == [second[0], second[-1]] == [usual[0], json.loads(odd)]
+        assert (second.column("id"), second.column("iscrowd")) == ([5, "a"], [0, 1])
+        assert has_objects(second)
+        assert not has_objects(second.take(second._which[1:]))
+
+
+def test_entries_for_processes_are_those_of_the_catalog(registrations: None, tmp_path: Path) -> None:
+    image = {"id": 1, "file_name": "one.png", "height": 2, "width": 2}
+    mask = {"size": [2, 2], "counts": [1, 2, 1]}
+    one = {"id": 1, "image_id": 1, "category_id": 9, "segmentation": mask, "bbox": [0, 0, 2, 2], "extra": 4}
+    coco = {"images": [image], "categories": [{"id": 4, "name": "a"}, {"id": 9, "name": "b"}], "annotations": [one]}
+    file = tmp_path / "file.json"
+    file.write_text(json.dumps(coco))
+    register_coco_instances("mine", {}, str(file), str(tmp_path))
+    packed = load_dataset("mine", ["extra"], packed=True)
+    assert isinstance(packed[0]["annotations"], Annotations)
+    assert [*PackedEntries(packed)] == load_dataset("mine", ["extra"])
+    assert [*packed[0]["annotations"]] == PackedEntries(packed)[0]["annotations"]
+    assert packed[0]["annotations"][0]["category_id"] == 1
+    coco["annotations"].append({**one, "id": 2, "category_id": 5})
+    file.write_text(json.dumps(coco))
+    with pytest.raises(DatasetError, match=r"Annotation 2 of one\.png .* 5,"):
+        load_dataset("mine", packed=True)
 
 
 @pytest.mark.parametrize("content", [b"", b"[1,", b'["\xff"]', b"[" * 100_000])

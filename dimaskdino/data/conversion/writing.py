@@ -27,7 +27,7 @@ def read_objects(annotations: Path, predictions: Path | None, score: float) -> I
         DatasetError: a file, or an object in it, cannot be used.
     """
     coco = read_coco(str(annotations))
-    objects = coco.get("annotations", []) if predictions is None else read_json(predictions)
+    objects = list(coco.get("annotations", ())) if predictions is None else read_json(predictions)
     if not isinstance(objects, list):
         raise DatasetError(f"{predictions} holds a {type(objects).__name__}, not a list of results in COCO's format.")
     names = {category["id"]: category["name"] for category in coco["categories"]}

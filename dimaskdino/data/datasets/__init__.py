@@ -4,11 +4,13 @@ import os
 from pathlib import Path
 
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
 
 from dimaskdino.data.datasets.bdd100k import register_bdd100k
 from dimaskdino.data.datasets.coco import register_coco, register_lvis, register_objects365
 from dimaskdino.data.datasets.own import register_own
 from dimaskdino.data.datasets.panoptic import register_coco_panoptic, register_own_panoptic
+from dimaskdino.data.datasets.registration import take_over
 from dimaskdino.data.datasets.semantic import register_ade20k, register_cityscapes, register_own_semantic
 from dimaskdino.data.datasets.shapes import ShapesSpec, register_shapes, register_shapes_with_stuff
 
@@ -24,6 +26,8 @@ def data_root() -> Path:
 
 def register_all(root: str | Path | None = None, *, cfg: CfgNode | None = None) -> None:
     """Register every dataset; calling it again changes only what a new root or configuration changes.
+
+    From then on, ``DatasetCatalog.get`` reads COCO files that detectron2 has registered as this package does.
 
     Args:
         root: folder of all datasets, remembered for later calls; None leaves it as :func:`data_root` says.
@@ -48,6 +52,8 @@ def register_all(root: str | Path | None = None, *, cfg: CfgNode | None = None) 
     spec = ShapesSpec.from_config(cfg) if cfg else ShapesSpec()
     register_shapes(_shapes_root(cfg, spec), spec)
     register_shapes_with_stuff(_shapes_root(cfg, spec), spec)
+    for name in DatasetCatalog.list():
+        take_over(name)
 
 
 def _shapes_root(cfg: CfgNode | None, spec: ShapesSpec) -> Path:

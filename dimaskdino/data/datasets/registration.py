@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,14 @@ from typing import Any
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
-from dimaskdino.data.coco_file import annotations_by_image, category_names, read_coco, without_collecting
+from dimaskdino.data.coco_file import (
+    Annotations,
+    annotations_by_image,
+    category_names,
+    decode_annotations,
+    read_coco,
+    without_collecting,
+)
 from dimaskdino.data.rle import checked_rle
 from dimaskdino.data.shared import once_a_machine
 from dimaskdino.errors import DatasetError
@@ -81,19 +88,22 @@ def take_over(name: str) -> None:
         DatasetCatalog[name] = partial(_load_coco, name)
 
 
-def load_dataset(name: str, fields: Sequence[str] = (), image_keys: Sequence[str] = ()) -> list[Json]:
+def load_dataset(
+    name: str, fields: Sequence[str] = (), image_keys: Sequence[str] = (), *, packed: bool = False
+) -> list[Json]:
     """Load a registered dataset in detectron2's format.
 
     COCO files are read by this package: in any Unicode encoding, with the ids of annotations and the further keys of
     annotations (``fields``) and images, from memory where the check at the start has read them. Everything else is
     loaded by the function that it is registered with.
+    With ``packed``, annotations may be :class:`PackedAnnotations`, which become lists where they are unpickled.
 
     Raises:
         DatasetError: if a COCO file cannot be read, or a function needs a package or files that are missing.
     """
     take_over(name)
     if is_coco_file(name):
-        return _load_coco(name, fields, image_keys)
+        return _load_coco(name, fields, image_keys, packed=packed)
     try:
         return DatasetCatalog.get(name)
     except ModuleNotFoundError as error:
@@ -105,7 +115,9 @@ def load_dataset(name: str, fields: Sequence[str] = (), image_keys: Sequence[str
 
 
 @without_collecting()
-def _load_coco(name: str, fields: Sequence[str] = (), image_keys: Sequence[str] = ()) -> list[Json]:
+def _load_coco(
+    name: str, fields: Sequence[str] = (), image_keys: Sequence[str] = (), *, packed: bool = False
+) -> list[Json]:
     """What detectron2's ``load_coco_json`` returns, and adds to the metadata; annotations are as in the file."""
     metadata = MetadataCatalog.get(name)
     if metadata.get("make") is not None:
@@ -121,10 +133,47 @@ def _load_coco(name: str, fields: Sequence[str] = (), image_keys: Sequence[str] 
             "image_id": image["id"],
             **_category_lists(image, indices),
             **{key: image[key] for key in image_keys if key in image},
-            "annotations": [_entry(annotation, indices, image, kept) for annotation in annotations],
+            "annotations": _annotations(annotations, indices, image, kept, packed=packed),
         }
         for image, annotations in annotations_by_image(coco)
     ]
+
+
+class PackedAnnotations(Annotations):
+    """Annotations of an image on their way to memory that processes share; unpickled they are a list of entries.
+
+    Args:
+        annotations: of the image, in its file.
+        arguments: of :func:`_entry`, after the annotation.
+    """
+
+    __slots__ = ("_arguments",)
+
+    def __init__(self, annotations: Annotations, *arguments: Any) -> None:
+        super().__init__(annotations._texts, annotations._columns, annotations._path, annotations._which)
+        self._arguments = arguments
+
+    def __iter__(self) -> Iterator[Json]:
+        return (_entry(annotation, *self._arguments) for annotation in super().__iter__())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpacked, (self.text(), self._path, *self._arguments)
+
+
+def _unpacked(text: bytes, path: str, *arguments: Any) -> list[Json]:
+    return [_entry(annotation, *arguments) for annotation in decode_annotations(text, path)]
+
+
+def _annotations(
+    annotations: Sequence[Json], indices: dict[Any, int], image: Json, kept: Sequence[str], *, packed: bool
+) -> Sequence[Json]:
+    """The annotations of an image in detectron2's format."""
+    if packed and isinstance(annotations, Annotations):
+        labels = {*annotations.column("category_id")}
+        if labels <= indices.keys():
+            place = {key: image[key] for key in ("file_name", "height", "width")}
+            return PackedAnnotations(annotations, {label: indices[label] for label in labels}, place, kept)
+    return [_entry(annotation, indices, image, kept) for annotation in annotations]
 
 
 def set_classes(name: str, names: dict[Any, str]) -> dict[Any, int]:

@@ -1,10 +1,10 @@
 """The rules for the lists of images, categories and annotations of a COCO file."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from dimaskdino.data.coco_file import Json
+from dimaskdino.data.coco_file import Json, column
 from dimaskdino.data.validation.rules import Level, Problem
 
 UNLISTED = "image_id: not among the file's images"
@@ -42,15 +42,14 @@ def listing_problems(coco: Json, path: str, registered: list[str] | None) -> Ite
     yield from _unlisted(annotations, {image["id"] for image in coco["images"]})
 
 
-def _unlisted(annotations: list[Json], images: set[Any]) -> Iterator[Found]:
+def _unlisted(annotations: Sequence[Json], images: set[Any]) -> Iterator[Found]:
     """Annotations of images that the file does not list."""
     as_text = None
-    for annotation in annotations:
-        image_id = annotation["image_id"]
+    for key, image_id in zip(column(annotations, "id"), column(annotations, "image_id"), strict=True):
         if image_id in images:
             continue
         as_text = {str(value) for value in images} if as_text is None else as_text
-        where = f"annotation {annotation['id']} of image id {image_id!r:.40}"
+        where = f"annotation {key} of image id {image_id!r:.40}"
         if str(image_id) in as_text:
             remedy = "write ids of images and image_id both as numbers or both as text"
             yield where, Problem("image_id: the id is of another type", Level.REFUSED, f"{image_id!r:.40}", remedy)
@@ -69,14 +68,14 @@ def _class_problem(names: list[str], registered: list[str]) -> Problem:
 
 
 def _repeated(
-    entries: Iterable[Json], key: str, plain: Callable[[Any], Any] = lambda value: value
+    entries: Sequence[Json], key: str, plain: Callable[[Any], Any] | None = None
 ) -> Iterator[tuple[Any, Json, Json]]:
     """Every value of ``key`` that occurs again, with the first entry that has it and one that has it again.
 
     Values are the same if ``plain`` makes the same of them.
     """
-    entries = list(entries)
-    values = [plain(entry[key]) for entry in entries]
+    values = column(entries, key)
+    values = values if plain is None else [*map(plain, values)]
     if len({*values}) == len(entries):
         return
     first: dict[Any, Json] = {}

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from tabulate import tabulate
 
 from dimaskdino.data.coco_file import Json
@@ -48,11 +49,17 @@ class Counts:
         self.images.update(labels)
         self.images_with_any += bool(labels)
 
-    def add_kept(self, labels: Sequence[Any]) -> None:
-        """Count the objects of an image, all of them kept, by their category ids."""
-        self.objects.update((label, KEPT) for label in labels)
-        self.images.update({*labels})
-        self.images_with_any += bool(labels)
+    def add_kept(self, classes: np.ndarray, images: np.ndarray) -> None:
+        """Count objects that are kept, all of their images, by the numbers (n,) of their classes and images."""
+        keys = [*self.classes]
+        _, one_each = np.unique(images * len(keys) + classes, return_index=True)
+        for key, objects, having in zip(
+            keys, _histogram(classes, len(keys)), _histogram(classes[one_each], len(keys)), strict=True
+        ):
+            if objects:
+                self.objects[key, KEPT] += objects
+                self.images[key] += having
+        self.images_with_any += len(np.unique(images))
 
     def total(self) -> "Counter[str]":
         """Objects of all classes by outcome."""
@@ -96,6 +103,10 @@ class Counts:
             rows = [sum((rows[index + length * group] for group in range(_GROUPS)), []) for index in range(length)]
             headers = headers * _GROUPS
         return tabulate(rows, headers=headers, tablefmt="github")
+
+
+def _histogram(numbers: np.ndarray, length: int) -> list[int]:
+    return np.bincount(numbers, minlength=length).tolist()
 
 
 def _outcome(annotation: Json, problems: Iterable[Problem]) -> str:

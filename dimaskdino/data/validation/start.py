@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Sequence
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
-from dimaskdino.data.coco_file import without_collecting
+from dimaskdino.data.coco_file import has_objects, without_collecting
 from dimaskdino.data.datasets import register_all
 from dimaskdino.data.datasets.registration import load_dataset
 from dimaskdino.data.fields import check_fields
@@ -109,7 +109,7 @@ def _check_dataset(cfg: CfgNode, name: str, *, trained: bool, tested: bool, with
             f"MODEL.SEM_SEG_HEAD.NUM_CLASSES is {num_classes}, but dataset {name} has {len(dataset.classes)} "
             f"categories; set it to {len(dataset.classes)}."
         )
-    if trained:
+    if trained and cfg.INPUT.ANNOTATION_FIELDS:
         annotations = [each for picture in dataset.pictures for each in picture.annotations]
         check_fields(annotations, cfg.INPUT.ANNOTATION_FIELDS, name)
     if trained or not truth:
@@ -191,7 +191,7 @@ def _trained_on(pictures: Sequence[Picture], filter_empty: bool) -> list[Picture
     """The images that training draws from, as :func:`dimaskdino.data.build_train_loader` chooses them."""
     if not filter_empty:
         return list(pictures)
-    return [each for each in pictures if any(not one.get("iscrowd", 0) for one in each.annotations)]
+    return [each for each in pictures if has_objects(each.annotations)]
 
 
 def _check_files(cfg: CfgNode, dataset: Dataset, to_train: Sequence[Picture], to_test: Sequence[Picture]) -> None:
