@@ -120,10 +120,10 @@ def chosen(shapes: Any, places: Sequence[int] | np.ndarray) -> Any:
 
 
 def overlaps(one: Any, other: Any) -> np.ndarray:
-    """(n, m) IoU of shapes."""
+    """(n, m) IoU of shapes: boxes (., 4) xywh, or RLE masks."""
     if not len(one) or not len(other):
         return np.zeros((len(one), len(other)))
-    return mask_util.iou(one, other, [0] * len(other))
+    return np.asarray(mask_util.iou(one, other, [0] * len(other)))
 
 
 def suppressed(scores: np.ndarray, ious: np.ndarray, threshold: float, *, soft: bool = False) -> np.ndarray:

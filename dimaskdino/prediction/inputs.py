@@ -13,7 +13,6 @@ from PIL import Image
 from dimaskdino.errors import UserError
 
 VIDEO_SUFFIXES = frozenset((".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv"))
-GEO_SUFFIXES = frozenset((".tif", ".tiff"))
 
 
 @dataclass(frozen=True)

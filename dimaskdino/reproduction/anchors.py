@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 from torch import Tensor, nn
 
 from dimaskdino.checkpoint import Checkpointer
-from dimaskdino.config import get_cfg
+from dimaskdino.config import read_config
 from dimaskdino.data import build_mapper
 from dimaskdino.data.datasets import register_all
 from dimaskdino.data.datasets.registration import load_dataset
@@ -133,8 +133,7 @@ def _config_of(folder: Path) -> CfgNode:
     path = folder / "config.yaml"
     if not path.is_file():
         raise UserError(f"{folder} is not the folder of a run: it has no config.yaml.")
-    cfg = get_cfg()
-    cfg.merge_from_file(str(path))
+    cfg = read_config(path)
     if cfg.MODEL.META_ARCHITECTURE != "DINO":
         raise UserError(
             f"{folder} holds a run of {cfg.MODEL.META_ARCHITECTURE}; the average top-k distance is measured of DINO "

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from dimaskdino.config import get_cfg
+from dimaskdino.config import read_config
 from dimaskdino.data.parallel import Progress, no_progress
 from dimaskdino.errors import UserError
 from dimaskdino.reproduction.anchors import average_top_k, measure_run
@@ -62,8 +62,7 @@ def distance_curves(
 
 
 def _iterations_of_epoch(folder: Path, epoch_images: int | None) -> float:
-    cfg = get_cfg()
-    cfg.merge_from_file(str(folder / "config.yaml"))
+    cfg = read_config(folder / "config.yaml")
     if epoch_images is None:
         name = cfg.DATASETS.TRAIN[0] if cfg.DATASETS.TRAIN else ""
         known = EPOCH_IMAGES | {"shapes": cfg.DATASETS.SHAPES.NUM_TRAIN}
