@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from dimaskdino.export.check import differences
-from dimaskdino.export.evaluation import to_detectron2
+from dimaskdino.export.check import differences, to_detectron2
 
 
 def result(**changes: object) -> dict:

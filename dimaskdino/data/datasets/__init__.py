@@ -6,8 +6,7 @@ from pathlib import Path
 from detectron2.config import CfgNode
 
 from dimaskdino.data.datasets.bdd100k import register_bdd100k
-from dimaskdino.data.datasets.coco import register_coco, register_lvis, register_objects365
-from dimaskdino.data.datasets.own import register_own
+from dimaskdino.data.datasets.coco import register_coco, register_lvis, register_objects365, register_own
 from dimaskdino.data.datasets.panoptic import register_coco_panoptic, register_own_panoptic
 from dimaskdino.data.datasets.semantic import register_ade20k, register_cityscapes, register_own_semantic
 from dimaskdino.data.datasets.shapes import ShapesSpec, register_shapes, register_shapes_with_stuff
