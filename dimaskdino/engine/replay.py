@@ -24,7 +24,7 @@ _NEEDED = ("config", "model", "batch", "seed", "iteration", "process", "processe
 class Replay:
     """A step that was computed again."""
 
-    terms: list[str] = field(default_factory=list)  # what is not finite now, the first first; empty if all is
+    terms: list[str] = field(default_factory=list)  # what is not finite now, in order; empty if everything is
     losses: dict[str, Tensor] = field(default_factory=dict)  # by name, as far as the step came
     first_module: str = ""  # the first module whose output is not finite, by name; "" if all are
 
