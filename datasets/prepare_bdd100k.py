@@ -14,9 +14,8 @@ from tqdm import tqdm
 
 from dimaskdino.command_line import at_least
 from dimaskdino.data.datasets import data_root
-from dimaskdino.data.datasets.bdd100k import SPLITS, annotation_file, image_folder
+from dimaskdino.data.datasets.bdd100k import SOURCES, SPLITS, annotation_file, image_folder
 from dimaskdino.data.datasets.bdd100k_convert import convert_split
-from dimaskdino.data.datasets.bdd100k_sources import SOURCES
 from dimaskdino.data.validation.dataset import open_file
 from dimaskdino.data.validation.report import problem_table
 from dimaskdino.errors import run_cli

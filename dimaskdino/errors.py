@@ -2,9 +2,11 @@
 
 import contextlib
 import errno
+import importlib
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 
 USER_ERROR_STATUS = 2
 
@@ -45,6 +47,18 @@ def check_range(key: str, value: float, least: float, most: float = math.inf, me
         bounds = [f"at least {least}"] * (least > -math.inf) + [f"at most {most}"] * (most < math.inf)
         note = f" ({meaning})" if meaning else ""
         raise ConfigError(f"{key} is {value}; it must be {' and '.join(bounds)}{note}.")
+
+
+def require(package: str, who: str, extra: str, kind: type[UserError] = UserError) -> ModuleType:
+    """Import a package that is installed with ``extra`` alone, for ``who``.
+
+    Raises:
+        UserError: of ``kind``; it is not installed.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise kind(f"{who} needs the package {package}: pip install 'dimaskdino[{extra}]'.") from error
 
 
 @contextlib.contextmanager

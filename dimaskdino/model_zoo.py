@@ -3,7 +3,7 @@
 import difflib
 from pathlib import Path
 
-from dimaskdino.config import Config, get_cfg
+from dimaskdino.config import Config, read_config
 from dimaskdino.errors import ConfigError
 
 # A wheel has them in the package; an editable installation, in the repository around it.
@@ -51,6 +51,4 @@ def get_config(name: str) -> Config:
     Raises:
         ConfigError: there is none; names the closest.
     """
-    cfg = get_cfg()
-    cfg.merge_from_file(str(get_config_file(name)))
-    return cfg
+    return read_config(get_config_file(name))

@@ -3,7 +3,6 @@
 import itertools
 import json
 import logging
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.structures import Instances
 
 from dimaskdino.checkpoint import Checkpointer, class_names_of, local_path, read_weights
-from dimaskdino.config import Config, get_cfg
+from dimaskdino.config import Config, config_of_dump, read_config
 from dimaskdino.data.coco_file import category_names, read_json
 from dimaskdino.data.datasets import register_all
 from dimaskdino.data.readers import image_reader
@@ -182,11 +181,7 @@ class Predictor:
         return predict_tiles(canvas, self.tiling, predict, self.batch_size)
 
     def save(self, path: str | Path) -> None:
-        """Write one file that :class:`Predictor` loads by itself: weights, configuration and class names.
-
-        Args:
-            path: of the file; safetensors if it ends so, else torch's format.
-        """
+        """Write one file (safetensors if it ends so) that :class:`Predictor` loads: weights, configuration, classes."""
         path = Path(path)
         extra = {CONFIG_ENTRY: self.cfg.dump(), CLASSES_ENTRY: json.dumps(vars(self.classes))}
         state = {key: value.cpu().clone().contiguous() for key, value in self.model.state_dict().items()}
@@ -205,22 +200,16 @@ def _read_run(run: Path, weights: Path | None) -> tuple[Config, Path, Classes | 
         config = run / "config.yaml"
         if not config.is_file():
             raise UserError(f"{run} is not the folder of a run: it has no config.yaml.")
-        return _read_config(config), weights or _last_weights(run), None
+        return read_config(config), weights or _last_weights(run), None
     if not run.is_file():
         raise UserError(f"{run} does not exist; give a run's folder, a configuration with weights, or a saved model.")
     if run.suffix in (".yaml", ".yml"):
-        cfg = _read_config(run)
+        cfg = read_config(run)
         weights = weights or (local_path(cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else None)
         if weights is None:
             raise UserError(f"{run} names no weights (MODEL.WEIGHTS); give the weight file as well.")
         return cfg, weights, None
     return _read_saved(run)
-
-
-def _read_config(path: Path) -> Config:
-    cfg = get_cfg()
-    cfg.merge_from_file(str(path))
-    return cfg
 
 
 def _last_weights(run: Path) -> Path:
@@ -248,11 +237,7 @@ def _read_saved(path: Path) -> tuple[Config, Path, Classes | None]:
             f"{path} holds weights without their configuration; give the configuration first and the weights second, "
             "or a file that Predictor.save wrote."
         )
-    with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder) / "config.yaml"
-        config.write_text(content[CONFIG_ENTRY], encoding="utf-8")
-        cfg = _read_config(config)
-    return cfg, path, Classes(**json.loads(content[CLASSES_ENTRY]))
+    return config_of_dump(content[CONFIG_ENTRY]), path, Classes(**json.loads(content[CLASSES_ENTRY]))
 
 
 def default_device() -> str:

@@ -31,7 +31,7 @@ import torch
 from tabulate import tabulate
 
 from dimaskdino.analysis.flops import CONVENTION, Part, parts_of
-from dimaskdino.config import get_cfg
+from dimaskdino.config import read_config
 from dimaskdino.data.datasets import register_all
 from dimaskdino.modeling.meta_arch import build_model
 
@@ -43,8 +43,7 @@ def main() -> None:
     """Count and print."""
     args = parse_args()
     import_modules(args.modules)
-    cfg = get_cfg()
-    cfg.merge_from_file(str(args.config_file))
+    cfg = read_config(args.config_file)
     cfg.merge_from_list([*args.opts, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.TIMM.PRETRAINED", False])
     register_all(cfg=cfg)
     model = build_model(cfg)

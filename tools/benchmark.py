@@ -41,7 +41,7 @@ from tabulate import tabulate
 
 from dimaskdino.analysis.timing import Times, compiled, time_exported, time_model, time_parts
 from dimaskdino.checkpoint import Checkpointer
-from dimaskdino.config import Config, get_cfg
+from dimaskdino.config import Config, read_config
 from dimaskdino.data.datasets import register_all
 from dimaskdino.data.transforms import test_resize
 from dimaskdino.evaluation.speed import device_name
@@ -88,8 +88,7 @@ def configuration(args: argparse.Namespace) -> Config:
     """The configuration, for prediction alone."""
     device = usable_device(args.device)
     fixed = ("MODEL.DEVICE", device, "MODEL.WEIGHTS", "", "MODEL.TIMM.PRETRAINED", False, "TEST.EVAL_LAYERS", [])
-    cfg = get_cfg()
-    cfg.merge_from_file(str(args.config_file))
+    cfg = read_config(args.config_file)
     cfg.merge_from_list([*args.opts, *fixed])
     return cfg
 

@@ -40,7 +40,6 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from dimaskdino import Predictor
-from dimaskdino.analysis.examples import Examples
 from dimaskdino.analysis.explanation import (
     Explained,
     by_stage,
@@ -51,7 +50,7 @@ from dimaskdino.analysis.explanation import (
 )
 from dimaskdino.analysis.figures import draw_outcomes, png, score_results
 from dimaskdino.analysis.missed import Limits
-from dimaskdino.analysis.report import write_report
+from dimaskdino.analysis.report import Examples, write_report
 from dimaskdino.analysis.stages import compare_stages, read_dataset, true_objects, watched
 from dimaskdino.data import build_mapper
 from dimaskdino.evaluation.truth import Truth

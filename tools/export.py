@@ -45,8 +45,7 @@ import torch
 from predict_onnx import Model, open_onnx
 
 from dimaskdino import Predictor
-from dimaskdino.export.check import differences, reference_results
-from dimaskdino.export.evaluation import dataset_entries, evaluate
+from dimaskdino.export.check import dataset_entries, differences, evaluate, reference_results
 from dimaskdino.export.formats import FORMATS, Export, require
 from dimaskdino.export.graph import ExportGraph, check_exportable, describe, has_enough_tokens, predict
 

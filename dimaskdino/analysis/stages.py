@@ -20,6 +20,7 @@ from dimaskdino.evaluation.truth import Truth, truth_of_entries
 from dimaskdino.modeling.meta_arch.maskdino import DIMaskDINO
 from dimaskdino.modeling.postprocessing import Frame, MaskRendering
 from dimaskdino.modeling.postprocessing.instances import scale_boxes
+from dimaskdino.prediction.fusion import overlaps
 from dimaskdino.structures import DecoderOutput, StagePrediction
 from dimaskdino.structures.rle_masks import Rle
 from dimaskdino.structures.stages import Stage
@@ -84,26 +85,19 @@ def _compare(
 ) -> SeenStage:
     boxes = scale_boxes(predicted.boxes[0].float(), frame).cpu().numpy()
     boxes = boxes.astype(np.float64)
-    box_iou = _iou(np.concatenate((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]), axis=1), truth.boxes)
+    box_iou = overlaps(np.concatenate((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]), axis=1), truth.boxes)
     quality, mask_iou, rles = np.ones(len(boxes)), None, {}
     if predicted.masks is not None and truth.rles is not None:
         near = np.flatnonzero((box_iou >= _RENDERED_IOU).any(1))
         masks, rendered = rendering(predicted.masks, 0, torch.from_numpy(near).to(predicted.boxes.device), frame)
         rles = dict(zip(near.tolist(), masks.rles, strict=True))  # type: ignore[union-attr]
         mask_iou = np.zeros_like(box_iou)
-        mask_iou[near] = _iou(list(rles.values()), list(truth.rles))
+        mask_iou[near] = overlaps(list(rles.values()), list(truth.rles))
         if score_by_mask:
             quality[near] = rendered.cpu().numpy()
     scores = predicted.logits[0].float().sigmoid().cpu().numpy()
     view = StageView(scores=scores, quality=quality, box_iou=box_iou, mask_iou=mask_iou)
     return SeenStage(predicted.stage, view, boxes, rles)
-
-
-def _iou(predicted: Any, true: Any) -> np.ndarray:
-    """(Q, G) IoU of boxes (., 4) xywh or RLE masks."""
-    if len(predicted) == 0 or len(true) == 0:
-        return np.zeros((len(predicted), len(true)))
-    return np.asarray(mask_util.iou(predicted, true, [0] * len(true)))
 
 
 def selections_of(stages: Sequence[SeenStage]) -> list[SeenStage]:

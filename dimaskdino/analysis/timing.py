@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dimaskdino.errors import UserError
+from dimaskdino.errors import UserError, require
 from dimaskdino.evaluation.speed import timed
 from dimaskdino.modeling.meta_arch.maskdino import DIMaskDINO
 
@@ -109,10 +109,7 @@ def time_exported(path: Path, size: tuple[int, int], *, threads: int, warmup: in
 
 
 def _onnx_session(path: Path, size: tuple[int, int], threads: int) -> Callable[[], Any]:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise UserError(f'Timing {path} needs the package onnxruntime: pip install "dimaskdino[export]".') from error
+    onnxruntime = require("onnxruntime", f"Timing {path}", "export")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -122,10 +119,7 @@ def _onnx_session(path: Path, size: tuple[int, int], threads: int) -> Callable[[
 
 
 def _openvino_session(path: Path, size: tuple[int, int], threads: int) -> Callable[[], Any]:
-    try:
-        import openvino
-    except ImportError as error:
-        raise UserError(f'Timing {path} needs the package openvino: pip install "dimaskdino[export]".') from error
+    openvino = require("openvino", f"Timing {path}", "export")
     model = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_NUM_THREADS": threads})
     inputs = [
         example_input(

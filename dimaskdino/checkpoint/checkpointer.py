@@ -174,7 +174,7 @@ class Checkpointer(DetectionCheckpointer):
             return ""
         raise CheckpointError(
             f"{self.save_dir}: {TAG_FILE} says that there is a checkpoint, but no whole one of this run is left; start "
-            "anew without --resume, or write the name of another checkpoint of this folder into that file."
+            "over without --resume, or write the name of another checkpoint of this folder into that file."
         )
 
     def _newest_good(self) -> Path | None:

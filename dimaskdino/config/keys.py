@@ -379,7 +379,7 @@ KEYS: dict[str, Any] = {
     # Pad the denoising queries to twice DN_NUM (plain: once), so that every batch has the same number of queries. The
     # losses are the same, but of an image with more than DN_NUM objects, only as many are denoised.
     "MODEL.DINO.DN_FIXED_SIZE": False,
-    # A label is drawn anew with half this probability.
+    # A label is redrawn with half this probability.
     "MODEL.DINO.DN_LABEL_NOISE": 0.5,
     # Scale of the box noise. The paper and the release's files say 0.4, but its trainings all ran with 1.0.
     "MODEL.DINO.DN_BOX_NOISE": 1.0,

@@ -4,7 +4,9 @@ import difflib
 import functools
 import logging
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import detectron2
@@ -191,6 +193,21 @@ def _check_newer(key: str, value: Any) -> None:
 def _report_ignored(keys: tuple[str, ...], reason: str) -> None:
     if keys:
         logger.info("Ignored keys (%s): %s", reason, ", ".join(keys))
+
+
+def read_config(path: str | Path) -> Config:
+    """The configuration of a YAML file, unfrozen; raises ConfigError as merging it does."""
+    cfg = get_cfg()
+    cfg.merge_from_file(str(path))
+    return cfg
+
+
+def config_of_dump(text: str) -> Config:
+    """The configuration that a dump holds, unfrozen."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "config.yaml")
+        path.write_text(text, encoding="utf-8")
+        return read_config(path)
 
 
 def get_cfg() -> Config:

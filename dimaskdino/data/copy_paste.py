@@ -112,7 +112,8 @@ def _joined(below: Instances, above: Instances) -> Instances:
         elif isinstance(values[0], BitMasks):
             fields[name] = BitMasks(torch.cat([each.tensor for each in values]))
         else:
-            fields[name] = _cat(values)
+            # A field without objects may lack the further dimensions.
+            fields[name] = torch.cat([each for each in values if len(each)] or values[:1])
     return Instances(below.image_size, **fields)
 
 
@@ -122,9 +123,3 @@ def _default(name: str, instances: Instances) -> Tensor:
     if name == "gt_box_weight":
         return torch.ones(len(instances))
     return torch.full((len(instances),), torch.nan)
-
-
-def _cat(values: list[Tensor]) -> Tensor:
-    """Joined; a field without objects may lack the further dimensions."""
-    filled = [each for each in values if len(each)] or values[:1]
-    return torch.cat(filled)

@@ -175,7 +175,7 @@ class Samples(Dataset):
 SAMPLER_REGISTRY = Registry("SAMPLER")
 SAMPLER_REGISTRY.__doc__ = """
 Orders of training images by DATALOADER.SAMPLER_TRAIN. Each is called as ``builder(cfg, entries, seed)`` and gives an
-iterable of indices of ``entries`` for all processes together, which never ends and begins anew, with the same indices,
+iterable of indices of ``entries`` for all processes together, which never ends and starts over, with the same indices,
 each time it is iterated over: a run that is resumed skips what it has drawn.
 """
 

@@ -14,7 +14,7 @@ from fvcore.common.registry import Registry
 from PIL import Image
 
 from dimaskdino.data.images import Header, Size, read_header, read_image
-from dimaskdino.errors import ConfigError, DatasetError, UserError, check_choice
+from dimaskdino.errors import ConfigError, DatasetError, UserError, check_choice, require
 
 READER_REGISTRY = Registry("READER")
 READER_REGISTRY.__doc__ = """
@@ -246,11 +246,11 @@ class TiffReader:
 
     def __init__(self, cfg: CfgNode) -> None:
         self._num_channels = len(cfg.MODEL.PIXEL_MEAN)
-        _package("tifffile", "tiff", "TiffReader")
+        require("tifffile", "TiffReader", "tiff", ConfigError)
 
     def read(self, path: str) -> np.ndarray:
         """The first image of the file."""
-        pixels = _package("tifffile", "tiff", "TiffReader").imread(path)
+        pixels = importlib.import_module("tifffile").imread(path)
         is_planar = pixels.ndim == 3 and pixels.shape[0] == self._num_channels != pixels.shape[2]
         return np.moveaxis(pixels, 0, -1) if is_planar else pixels
 
@@ -262,7 +262,7 @@ class Hdf5Reader:
     extensions = (".h5", ".hdf5")
 
     def __init__(self, cfg: CfgNode) -> None:
-        _package("h5py", "hdf5", "Hdf5Reader")
+        require("h5py", "Hdf5Reader", "hdf5", ConfigError)
 
     def read(self, path: str) -> np.ndarray:
         """The array."""
@@ -278,15 +278,8 @@ class Hdf5Reader:
 
     def _look(self, path: str, take: Any) -> Any:
         file_name, _, name = path.partition("#")
-        with _package("h5py", "hdf5", "Hdf5Reader").File(file_name, "r") as file:
+        with importlib.import_module("h5py").File(file_name, "r") as file:
             name = name or (next(iter(file)) if len(file) == 1 else "")
             if name not in file:
                 raise ValueError(f"name one of its arrays after #: {', '.join(list(file)[:5])}")
             return take(file[name])
-
-
-def _package(name: str, extra: str, who: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ConfigError(f"{who} needs the package {name}: pip install 'dimaskdino[{extra}]'.") from error

@@ -123,7 +123,7 @@ class WriteRecords(PeriodicWriter):
             self.trainer.storage.clear_images()
 
     def after_train(self) -> None:
-        """Write the last record of a run that is done; one that goes on later has no record where it broke off."""
+        """Write the last record of a run that is done; a run that will be resumed has no record where it stopped."""
         if self.trainer.iter < self.trainer.max_iter:
             for writer in self._writers:
                 writer.close()
@@ -140,7 +140,7 @@ class RepeatablePreciseBN(PreciseBN):
     """detectron2's PreciseBN on the same images each time, so that a resumed run has the same statistics."""
 
     def update_stats(self) -> None:
-        """Start the images anew, then update."""
+        """Restart the images, then update."""
         self._data_iter = None
         super().update_stats()
 
@@ -334,7 +334,7 @@ def check_best(cfg: CfgNode) -> None:
 
 
 def _why_never_computed(cfg: CfgNode, metric: str) -> str:
-    """The key that keeps a score from being computed; "" where it may be one, of an evaluator of one's own too."""
+    """The key that keeps a score from being computed; "" if some evaluator, perhaps a user's own, may give it."""
     first, _, rest = metric.partition("/")
     if first == "ema":
         return _why_never_computed(cfg, rest) if cfg.SOLVER.EMA.ENABLED else "SOLVER.EMA.ENABLED is False"

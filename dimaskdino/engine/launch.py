@@ -125,7 +125,7 @@ def _spawn(main: Main, args: Namespace, num_local: int) -> None:
 
 @contextlib.contextmanager
 def _passing_on_signals(pids: list[int]) -> Iterator[None]:
-    """Pass on to the processes what asks a run to end; a terminal sends Ctrl-C to them itself."""
+    """Forward signals that end a run to the processes; a terminal sends Ctrl-C to them itself."""
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         for pid in pids:
@@ -197,7 +197,7 @@ def set_process_timeout(seconds: float) -> None:
 
 
 def _with_silent_processes(error: BaseException) -> BaseException:
-    """Where a process gave up waiting, an error that names the processes that it waited for."""
+    """For a timeout, an error that names the processes that this one waited for; other errors as they are."""
     if not (isinstance(error, RuntimeError) and re.search("tim(ed|e) ?out", str(error), re.IGNORECASE)):
         return error
     if not dist.is_initialized():

@@ -93,13 +93,9 @@ def picture_inputs(cfg: CfgNode, dataset_name: str, number: int) -> list[Input]:
     """The first images of a dataset that hold objects, as :func:`picture_rows` draws them."""
     mapper = build_mapper(cfg, is_train=False, with_instances=True)
     entries = [entry for entry in load_dataset(dataset_name) if any(entry.get(key) for key in _LABELS)]
-    return [_in_one_frame(mapper(entry)) for entry in entries[:number]]
-
-
-def _in_one_frame(given: Input) -> Input:
-    """Ask for results in the frame of the truth, that of the resized image."""
-    height, width = given["image"].shape[1:]
-    return {**given, "height": height, "width": width}
+    mapped = [mapper(entry) for entry in entries[:number]]
+    # Results are asked for in the frame of the truth, that of the resized image.
+    return [given | dict(zip(("height", "width"), given["image"].shape[1:], strict=True)) for given in mapped]
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
 """Compute a step again from the file that :mod:`dimaskdino.engine.nonfinite` wrote, and find where it fails."""
 
 import contextlib
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from dimaskdino.checkpoint.fitting import Misfit
-from dimaskdino.config import Config, get_cfg
+from dimaskdino.config import Config, config_of_dump
 from dimaskdino.data import register_all
 from dimaskdino.engine.nonfinite import NonFiniteError, decode
 from dimaskdino.engine.trainer import Trainer
@@ -25,7 +24,7 @@ _NEEDED = ("config", "model", "batch", "seed", "iteration", "process", "processe
 class Replay:
     """A step that was computed again."""
 
-    terms: list[str] = field(default_factory=list)  # what is not finite now, the first first; empty if all is
+    terms: list[str] = field(default_factory=list)  # what is not finite now, in order; empty if everything is
     losses: dict[str, Tensor] = field(default_factory=dict)  # by name, as far as the step came
     first_module: str = ""  # the first module whose output is not finite, by name; "" if all are
 
@@ -83,11 +82,7 @@ def replay(path: Path, options: Sequence[str] = ()) -> tuple[dict[str, Any], Rep
 
 
 def _config(dump: str, options: Sequence[str]) -> Config:
-    cfg = get_cfg()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "config.yaml")
-        path.write_text(dump, encoding="utf-8")
-        cfg.merge_from_file(str(path))
+    cfg = config_of_dump(dump)
     cfg.MODEL.WEIGHTS = ""
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"

@@ -69,7 +69,7 @@ class _Stopped(BaseException):
 
 
 class ResumableTrainer(TrainerBase):
-    """detectron2's loop in a run folder: it goes on after an interruption as if there had been none.
+    """detectron2's loop in a run folder; after an interruption it continues as if there had been none.
 
     Subclasses set :attr:`step`, :attr:`scheduler` and :attr:`checkpointer`, and build the loader.
     """
@@ -115,7 +115,7 @@ class ResumableTrainer(TrainerBase):
         return self.step.data_loader
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Go on from the last checkpoint in OUTPUT_DIR if ``resume``, else load MODEL.WEIGHTS and start at 0.
+        """Continue from the last checkpoint in OUTPUT_DIR if ``resume``, else load MODEL.WEIGHTS and start at 0.
 
         Raises:
             UserError: the processes find different checkpoints, or the checkpoint has another model or optimizer.
@@ -134,7 +134,7 @@ class ResumableTrainer(TrainerBase):
         if self.start_iter >= self.max_iter:
             logger.warning(
                 "--resume: this run is finished: its last checkpoint follows iteration %d, and SOLVER.MAX_ITER is %d. "
-                "It is evaluated again; to train on, set a larger SOLVER.MAX_ITER.",
+                "It is evaluated again; to continue training, set a larger SOLVER.MAX_ITER.",
                 self.start_iter,
                 self.max_iter,
             )
@@ -317,8 +317,8 @@ class ResumableTrainer(TrainerBase):
         if run is None:
             self._first_batch = self.iter + 1
             logger.warning(
-                "--resume: the checkpoint is of an earlier version, which did not save all of a run: the images around "
-                "the interruption and all further random numbers are others than those of an uninterrupted run."
+                "--resume: the checkpoint is from an earlier version, which did not save the whole state of a run: the "
+                "images around the interruption and all later random numbers differ from an uninterrupted run's."
             )
             return
         if changes := changed_settings(run["config"], self._given_cfg.dump()):

@@ -97,7 +97,7 @@ def set_earlier_run_aside(folder: Path) -> None:
     last, metrics = folder / LAST_CHECKPOINT_FILE, folder / METRICS_FILE
     if last.is_file():
         logger.warning(
-            "%s holds an earlier run, and without --resume this one starts anew: last_checkpoint, which named %s, is "
+            "%s holds an earlier run, and without --resume this one starts over: last_checkpoint, which named %s, is "
             "removed; other files stay until this run writes files of the same names.",
             folder,
             last.read_text(errors="replace").strip(),

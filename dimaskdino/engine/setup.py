@@ -25,7 +25,7 @@ from dimaskdino.cpu import keep_freed_memory
 from dimaskdino.data import register_all
 from dimaskdino.data.augmentations import copy_paste, own_augmentations
 from dimaskdino.data.coco_file import annotations_by_image, category_names, has_objects
-from dimaskdino.data.datasets.own import own_name, read_own, register_own
+from dimaskdino.data.datasets.coco import own_name, read_own, register_own
 from dimaskdino.data.datasets.registration import is_coco_file, share_classes
 from dimaskdino.data.fields import check_field_names
 from dimaskdino.data.loaders import images_in_a_group

@@ -39,7 +39,7 @@ def recent_scalars(storage: EventStorage) -> dict[str, Any]:
 def restore_scalars(storage: EventStorage, scalars: dict[str, Any]) -> None:
     """Put :func:`recent_scalars` into a new storage, whose iteration stays as it is.
 
-    Not the time of an iteration, which is not measured in the first ones: a record would hold it as one of its own.
+    The time of an iteration is left out: the first ones do not measure it, and a record would take the old value.
     """
     now = storage.iter
     for name, recent in scalars.items():

@@ -2,13 +2,13 @@
 
 from dimaskdino.evaluation.build import (
     EVALUATOR_REGISTRY,
+    ImageEvaluator,
     build_evaluator,
     check_classes,
     check_evaluators,
     class_names,
 )
 from dimaskdino.evaluation.coco import CocoEvaluator
-from dimaskdino.evaluation.own import ImageEvaluator
 from dimaskdino.evaluation.report import (
     LayerwiseEvaluator,
     class_table,

@@ -1,19 +1,30 @@
-"""What a dataset is scored by, and whether its classes are those that the model was trained on."""
+"""What a dataset is scored by, LVIS's AP and evaluators of a user's own among it, and whether its classes fit."""
 
+import contextlib
+import io
 import logging
+import math
 import os
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
 
+import hotcoco
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.transforms import NoOpTransform, TransformList
 from detectron2.evaluation import DatasetEvaluator
+from detectron2.structures import Instances
+from detectron2.utils import comm
 from detectron2.utils.registry import Registry
 
+from dimaskdino.data.annotations import annotations_to_instances
 from dimaskdino.data.coco_file import category_names, read_json
+from dimaskdino.data.datasets.registration import load_dataset
 from dimaskdino.data.validation.segmentation import truth_of
 from dimaskdino.errors import ConfigError, DatasetError, check_choice
-from dimaskdino.evaluation.coco import CocoEvaluator
+from dimaskdino.evaluation.coco import CocoEvaluator, Result, Scores
 from dimaskdino.evaluation.coco_options import CocoOptions
-from dimaskdino.evaluation.lvis import LvisEvaluator
 from dimaskdino.evaluation.report import LayerwiseEvaluator
 from dimaskdino.evaluation.segmentation import (
     EvaluatorGroup,
@@ -24,6 +35,110 @@ from dimaskdino.evaluation.segmentation import (
 )
 
 logger = logging.getLogger(__name__)
+
+_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf", "AR@300")
+
+
+class LvisEvaluator(CocoEvaluator):
+    """As :class:`CocoEvaluator`, with LVIS's rules.
+
+    Up to 300 detections of an image count. Detections of a class that neither has an object in an image nor is in its
+    neg_category_ids are not counted; nor are those of not_exhaustive_category_ids that match no object.
+
+    Source: LVIS (Gupta et al., 2019).
+    """
+
+    def _scores(self, results: list[Result], task: str, seen: list[int] | None) -> Scores:
+        coco = self._truth.coco
+        evaluation = hotcoco.COCOeval(coco, coco.load_res(self._numbered(results, task)), task, lvis_style=True)
+        if seen is not None:
+            evaluation.params.img_ids = seen
+        evaluation.evaluate()
+        evaluation.accumulate()
+        with contextlib.redirect_stdout(io.StringIO()):  # It prints its table, which the log has as well.
+            evaluation.summarize()
+        found = evaluation.get_results()
+        scores = {name: 100 * found[name] if found[name] > -1 else math.nan for name in _METRICS}
+        self._check_measured(scores, seen)
+        return scores
+
+
+class ImageEvaluator(DatasetEvaluator):
+    """Averages what :meth:`measure` of a subclass gives; in results.json under the name of the class.
+
+    Register the subclass in EVALUATOR_REGISTRY and name it in TEST.EVALUATORS, beside what the dataset is scored by.
+
+    Args:
+        cfg: of the model that is evaluated.
+        dataset_name: a registered dataset.
+        output_folder: where predictions and tables go.
+    """
+
+    def __init__(self, cfg: CfgNode, dataset_name: str, output_folder: str) -> None:
+        self.cfg, self.dataset_name, self.output_folder = cfg, dataset_name, output_folder
+        fields = cfg.INPUT.ANNOTATION_FIELDS
+        self._entries = {entry["image_id"]: entry for entry in load_dataset(dataset_name, fields)}
+        self.reset()
+
+    def measure(self, image: dict[str, Any], output: dict[str, Any], truth: Instances) -> Mapping[str, float]:
+        """Measure one image.
+
+        Args:
+            image: what the model was given, with "file_name", "image_id", "height" and "width".
+            output: what it gave, such as "instances".
+            truth: the objects at the image's own size: gt_classes, gt_boxes (xyxy px), gt_masks (BitMasks), and the
+                fields of INPUT.ANNOTATION_FIELDS; without crowd regions.
+
+        Returns:
+            Numbers by name; leave out what this image does not tell.
+        """
+        raise NotImplementedError
+
+    def reset(self) -> None:
+        """Forget all images."""
+        self._measured: list[Mapping[str, float]] = []
+
+    def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
+        """Measure a batch."""
+        for image, output in zip(inputs, outputs, strict=True):
+            on_cpu = {key: value.to("cpu") if hasattr(value, "to") else value for key, value in output.items()}
+            measured = self.measure(image, on_cpu, self.truth(image))
+            try:
+                self._measured.append({name: float(value) for name, value in measured.items()})
+            except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+                kind = type(self)
+                raise ConfigError(
+                    f"TEST.EVALUATORS: measure of {kind.__module__}.{kind.__qualname__} gives {measured!r:.60}; let it "
+                    "give numbers by name."
+                ) from error
+
+    def truth(self, image: dict[str, Any]) -> Instances:
+        """The objects of an image at its own size."""
+        entry, size = self._entries[image["image_id"]], (image["height"], image["width"])
+        return annotations_to_instances(
+            entry.get("annotations", []),
+            transforms=TransformList([NoOpTransform()]),
+            source_size=size,
+            target_size=size,
+            num_classes=self.cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
+            file_name=entry["file_name"],
+            fields=self.cfg.INPUT.ANNOTATION_FIELDS,
+        )
+
+    def evaluate(self) -> dict[str, dict[str, float]]:
+        """The mean of each number over the images that have it; empty on other processes than the main one."""
+        gathered = comm.gather(self._measured)
+        if not comm.is_main_process():
+            return {}
+        values = defaultdict(list)
+        for measured in (each for part in gathered for each in part):
+            for name, value in measured.items():
+                values[name].append(value)
+        means = {name: math.fsum(numbers) / len(numbers) for name, numbers in sorted(values.items())}
+        kind = type(self).__name__
+        logger.info("%s of %s: %s", kind, self.dataset_name, ", ".join(f"{k} {v:.4g}" for k, v in means.items()))
+        return {kind: means}
+
 
 EVALUATOR_REGISTRY = Registry("EVALUATOR")
 EVALUATOR_REGISTRY.__doc__ = """

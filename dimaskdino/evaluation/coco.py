@@ -29,8 +29,16 @@ Result = dict[str, Any]
 Scores = dict[str, float]
 
 COCO_LIMIT = 100  # detections of a class in an image that COCO's AP counts
-# Index of the IoU threshold (0.50 to 0.95 by 0.05; None means all) and of the area range of each metric.
-_METRICS = {"AP": (None, 0), "AP50": (0, 0), "AP75": (5, 0), "APs": (None, 1), "APm": (None, 2), "APl": (None, 3)}
+# Index of the IoU threshold (0.50 to 0.95 by 0.05) and of the area range of each metric.
+_ALL = slice(None)
+_METRICS: dict[str, tuple[Any, int]] = {
+    "AP": (_ALL, 0),
+    "AP50": (0, 0),
+    "AP75": (5, 0),
+    "APs": (_ALL, 1),
+    "APm": (_ALL, 2),
+    "APl": (_ALL, 3),
+}
 _AREAS = tuple(each[1:] for each in AREA_RANGES)
 _SHAPE_KEYS = {"bbox": "bbox", "segm": "segmentation"}
 
@@ -236,7 +244,7 @@ class CocoEvaluator(DatasetEvaluator):
         curves = coco_curves(self._truth.coco, numbered, task, limits=limits, image_ids=seen, areas=areas)
         at_limit = limits.index(COCO_LIMIT)
         precision = curves.precision[..., at_limit : at_limit + 1]
-        scores = {name: _mean(_select(precision, *which)) for name, which in _METRICS.items()}
+        scores = {name: _mean(precision[which, :, :, area, 0]) for name, (which, area) in _METRICS.items()}
         if self._limit > COCO_LIMIT:
             scores[f"AP@{self._limit}"] = _mean(curves.precision[:, :, :, 0, limits.index(self._limit)])
         for limit in self._options.limits:
@@ -316,12 +324,6 @@ def coco_curves(
     accumulated = evaluation.eval
     assert accumulated is not None
     return Curves(np.asarray(accumulated["precision"]), np.asarray(accumulated["recall"]))
-
-
-def _select(precision: np.ndarray, threshold: int | None, area: int) -> np.ndarray:
-    """What one metric averages, at COCO's limit."""
-    at_limit = precision[:, :, :, area, 0]
-    return at_limit if threshold is None else at_limit[threshold]
 
 
 def _mean(precision: np.ndarray) -> float:

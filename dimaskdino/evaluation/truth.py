@@ -75,7 +75,7 @@ def truth_of_entries(entries: list[Json], name: str, class_names: Sequence[str],
 
 
 def make_truth(dataset: Json, source: str) -> Truth:
-    """Number a dataset in COCO's format anew and fill in what annotations may lack.
+    """Renumber a dataset in COCO's format and fill in what annotations may lack.
 
     COCO's evaluation treats the annotation id 0 as "no match", and fast implementations read whole numbers alone.
     A missing area is that of the mask, or of the box where there is no mask; a missing ``iscrowd`` is 0. Annotations

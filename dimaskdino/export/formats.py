@@ -1,6 +1,5 @@
 """Writing a graph in each format, and running what was written."""
 
-import importlib
 import io
 import json
 import warnings
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dimaskdino import errors
 from dimaskdino.errors import UserError
 from dimaskdino.export.choices import OPSET, SUFFIXES
 from dimaskdino.export.graph import KEY, ExportGraph
@@ -42,6 +42,7 @@ def write_onnx(export: Export, path: Path) -> None:
     onnx = require("onnx")
     buffer = io.BytesIO()
     names = export.graph.input_names
+    axes = {name: {0: "batch", **_AXES.get(name, {})} for name in (*names, *export.graph.output_names)}
     with _tracing(export.form):
         torch.onnx.export(
             export.graph,
@@ -51,7 +52,7 @@ def write_onnx(export: Export, path: Path) -> None:
             opset_version=export.opset,
             input_names=names,
             output_names=export.graph.output_names,
-            dynamic_axes=_open_axes([*names, *export.graph.output_names]) if export.dynamic else None,
+            dynamic_axes=axes if export.dynamic else None,
         )
     model = onnx.load_model_from_string(buffer.getvalue())
     foreign = sorted(
@@ -154,19 +155,8 @@ FORMATS = {
 
 
 def require(package: str) -> ModuleType:
-    """Import a package of the extra ``export``.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    try:
-        return importlib.import_module(package)
-    except ModuleNotFoundError as error:
-        raise UserError(f'This format needs the package {package}: pip install "dimaskdino[export]".') from error
-
-
-def _open_axes(names: Sequence[str]) -> dict[str, dict[int, str]]:
-    return {name: {0: "batch", **_AXES.get(name, {})} for name in names}
+    """Import a package that formats need; raises UserError where it is not installed."""
+    return errors.require(package, "This format", "export")
 
 
 @contextmanager

@@ -21,18 +21,14 @@ _LIMIT_LOCK = threading.Lock()
 
 @dataclass(frozen=True, kw_only=True)
 class Canvas:
-    """A picture of any size.
+    """A picture of any size."""
 
-    Attributes:
-        size: (height, width) in px.
-        read: (top, left, height, width) to that piece, (height, width, 3) uint8 RGB.
-        reduce: (width, height) to the whole picture at this size, (height, width, 3) uint8 RGB.
-        to_map: a mapping with "transform" and "crs" of a picture with a place on the map, as rasterio has them.
-    """
-
-    size: tuple[int, int]
+    size: tuple[int, int]  # (height, width) in px
+    # (top, left, height, width) to that piece, (height, width, 3) uint8 RGB
     read: Callable[[int, int, int, int], np.ndarray]
+    # (width, height) to the whole picture at this size, (height, width, 3) uint8 RGB
     reduce: Callable[[tuple[int, int]], np.ndarray]
+    # a mapping with "transform" and "crs" of a picture with a place on the map, as rasterio has them
     to_map: Mapping[str, Any] | None = None
 
     def copy(self) -> np.ndarray:

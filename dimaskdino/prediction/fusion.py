@@ -19,22 +19,17 @@ _LEAST_SHARE = 1e-12  # a detection with a score of zero still has a box to aver
 class Fusion:
     """How detections are joined, class by class.
 
-    Attributes:
-        method: ``wbf`` averages boxes and masks of the same object; ``nms`` keeps the best of those that overlap more
-            than ``iou``; ``soft-nms`` keeps all, and multiplies the scores of the others by one minus the overlap.
-        iou: least IoU with the best detection of an object, of masks where there are any, else of boxes.
-        weights: of the sources; () for equal ones.
-        max_detections: of an image; None keeps all.
-
     Source: weighted box fusion (Solovyev et al., 2021); soft-NMS (Bodla et al., 2017), its linear form.
     Deviation: an object has at most one detection of each source, so that one source alone stays as it is; detections
     are compared with the best one of an object rather than with the average.
     """
 
+    # ``wbf`` averages boxes and masks of the same object; ``nms`` keeps the best of those that overlap more than
+    # ``iou``; ``soft-nms`` keeps all, and multiplies the scores of the others by one minus the overlap
     method: str = "wbf"
-    iou: float = 0.55
-    weights: Sequence[float] = ()
-    max_detections: int | None = None
+    iou: float = 0.55  # least IoU with the best detection of an object, of masks where there are any, else of boxes
+    weights: Sequence[float] = ()  # of the sources; () for equal ones
+    max_detections: int | None = None  # of an image; None keeps all
 
     def __call__(self, found: Sequence[Instances]) -> Instances:
         """Join what each source found in one image.
@@ -120,10 +115,10 @@ def chosen(shapes: Any, places: Sequence[int] | np.ndarray) -> Any:
 
 
 def overlaps(one: Any, other: Any) -> np.ndarray:
-    """(n, m) IoU of shapes."""
+    """(n, m) IoU of shapes: boxes (., 4) xywh, or RLE masks."""
     if not len(one) or not len(other):
         return np.zeros((len(one), len(other)))
-    return mask_util.iou(one, other, [0] * len(other))
+    return np.asarray(mask_util.iou(one, other, [0] * len(other)))
 
 
 def suppressed(scores: np.ndarray, ious: np.ndarray, threshold: float, *, soft: bool = False) -> np.ndarray:

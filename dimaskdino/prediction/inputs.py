@@ -13,24 +13,16 @@ from PIL import Image
 from dimaskdino.errors import UserError
 
 VIDEO_SUFFIXES = frozenset((".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv"))
-GEO_SUFFIXES = frozenset((".tif", ".tiff"))
 
 
 @dataclass(frozen=True)
 class Source:
-    """One image, video, or camera.
+    """One image, video, or camera."""
 
-    Attributes:
-        path: of the file, or the number of a camera.
-        kind: what it is.
-        name: of its outputs, without suffix: the file's path below the folder that all inputs share.
-        number: place among all inputs, from 0.
-    """
-
-    path: str
-    kind: Literal["image", "video", "camera"]
-    name: str
-    number: int
+    path: str  # of the file, or the number of a camera
+    kind: Literal["image", "video", "camera"]  # what it is
+    name: str  # of its outputs, without suffix: the file's path below the folder that all inputs share
+    number: int  # place among all inputs, from 0
 
 
 def find_sources(given: Sequence[str], stdin: TextIO, *, camera: int | None = None) -> list[Source]:

@@ -10,7 +10,7 @@ import numpy as np
 from detectron2.structures import Instances
 from PIL import Image
 
-from dimaskdino.errors import UserError
+from dimaskdino.errors import UserError, require
 from dimaskdino.prediction.canvases import LARGEST_COPY_PX, Canvas
 from dimaskdino.structures import RleMasks, instances_to_coco
 from dimaskdino.structures.rle_masks import crop_of
@@ -145,10 +145,7 @@ class Prediction(dict):
 
     def to_supervision(self) -> Any:
         """Detections of the package supervision, which must be installed; class names are in ``data["class_name"]``."""
-        try:
-            import supervision
-        except ImportError as error:
-            raise UserError("to_supervision() needs the package supervision: pip install supervision.") from error
+        supervision = require("supervision", "to_supervision()", "supervision")
         found = supervision.Detections.from_detectron2(self)
         found.data["class_name"] = np.array(self.class_names)
         return found

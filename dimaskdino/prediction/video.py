@@ -10,7 +10,7 @@ from types import TracebackType
 import cv2
 import numpy as np
 
-from dimaskdino.errors import UserError
+from dimaskdino.errors import UserError, require
 from dimaskdino.prediction.inputs import Source
 from dimaskdino.prediction.outputs import Outputs
 from dimaskdino.prediction.results import Prediction
@@ -63,11 +63,7 @@ class Tracker:
     """
 
     def __init__(self, rate: float, score: float) -> None:
-        try:
-            from trackers import ByteTrackTracker
-        except ImportError as error:
-            raise UserError('--track needs the package trackers: pip install "dimaskdino[track]".') from error
-        self._tracker = ByteTrackTracker(
+        self._tracker = require("trackers", "--track", "track").ByteTrackTracker(
             frame_rate=rate,
             track_activation_threshold=score,
             high_conf_det_threshold=score,

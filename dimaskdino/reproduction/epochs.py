@@ -1,19 +1,153 @@
-"""Scores against epochs, from the records of runs: DINO's Figures 4 and 7."""
+"""DINO's figures over epochs: scores from the records of runs (Figures 4 and 7), and the average top-k distance."""
 
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import torch
+from detectron2.config import CfgNode
 from matplotlib.figure import Figure
+from torch import Tensor, nn
 
-from dimaskdino.config import get_cfg
+from dimaskdino.checkpoint import Checkpointer
+from dimaskdino.config import read_config
+from dimaskdino.data import build_mapper
+from dimaskdino.data.datasets import register_all
+from dimaskdino.data.datasets.registration import load_dataset
 from dimaskdino.data.parallel import Progress, no_progress
 from dimaskdino.errors import UserError
-from dimaskdino.reproduction.anchors import average_top_k, measure_run
+from dimaskdino.modeling.meta_arch import build_model
+from dimaskdino.predictor import default_device
 from dimaskdino.reproduction.charts import RUN_STYLES
 from dimaskdino.reproduction.runs import read_records
 from dimaskdino.reproduction.tables import EPOCH_IMAGES
+from dimaskdino.structures import Targets
+
+SMALL_PX2 = 32**2
+DISTANCES_FILE = "anchor_distances.json"
+# Distances of each checkpoint by its name, each list in decreasing order.
+Distances = dict[str, dict[str, list[float]]]
+
+
+class ObjectDistances(NamedTuple):
+    """Distances of an image's objects from their anchors, and which objects are small, each (n,)."""
+
+    distance: Tensor
+    is_small: Tensor
+
+
+def average_top_k(distances: Sequence[float], k: int) -> float:
+    """ATD(k): the mean of the k largest distances, of all where there are fewer.
+
+    Raises:
+        UserError: there are none.
+    """
+    if not distances:
+        raise UserError("No object was measured, so there is no average top-k distance.")
+    largest = sorted(distances, reverse=True)[:k]
+    return sum(largest) / len(largest)
+
+
+class _Recorder:
+    """Keeps what a decoder starts from and gives, while it is open."""
+
+    def __init__(self, decoder: Any) -> None:
+        self._hooks = [
+            decoder.layers[0].register_forward_pre_hook(self._keep_anchors),
+            decoder.register_forward_hook(self._keep_output),
+        ]
+
+    def _keep_anchors(self, layer: nn.Module, given: tuple[Any, ...]) -> None:
+        self.anchors: Tensor = given[2].float()  # content, position, reference boxes
+
+    def _keep_output(self, decoder: nn.Module, given: Any, output: Any) -> None:
+        self.result = output.stages[-1]
+
+    def close(self) -> None:
+        """Stop keeping."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def object_distances(model: Any, images: Iterable[Mapping[str, Any]]) -> Iterator[ObjectDistances]:
+    """Match the final boxes of each image with its objects, and measure from where their queries started.
+
+    Args:
+        model: a DINO in evaluation mode.
+        images: as the mapper gives them with ``instances``; objects are small below 32 x 32 px of the original image,
+            by the area of their box.
+
+    Yields:
+        The L1 distances of boxes cxcywh in parts of the image.
+
+    Source: DINO, section 3.3.
+    """
+    recorder = _Recorder(model.sem_seg_head.predictor)
+    try:
+        for image in images:
+            height, width = image["image"].shape[-2:]
+            targets = Targets.from_instances(
+                image["instances"], height, width, model.num_classes, model.device, with_masks=False
+            )
+            model([image])
+            ((queries, objects),) = model.criterion.matcher([recorder.result], [targets])[0]
+            boxes = targets.boxes[objects]
+            area_px2 = boxes[:, 2:].prod(-1) * image["height"] * image["width"]
+            distance = (recorder.anchors[0, queries] - boxes).abs().sum(-1)
+            yield ObjectDistances(distance.cpu(), (area_px2 < SMALL_PX2).cpu())
+    finally:
+        recorder.close()
+
+
+def measure_run(folder: Path, progress: Progress = no_progress) -> Distances:
+    """Distances of every checkpoint of a run of DINO on its test set; checkpoints that were measured are not again.
+
+    Returns:
+        By the name of the checkpoint ("model_0007374"), the distances of "all" and of "small" objects.
+
+    Raises:
+        UserError: the folder holds no run of DINO.
+    """
+    cfg, file = _config_of(folder), folder / "inference" / DISTANCES_FILE
+    found: Distances = json.loads(file.read_bytes()) if file.is_file() else {}
+    missing = [path for path in sorted(folder.glob("model_[0-9]*.pth")) if path.stem not in found]
+    if not missing:
+        return found
+    register_all(cfg=cfg)
+    model, mapper = build_model(cfg).eval(), build_mapper(cfg, is_train=False, with_instances=True, with_masks=False)
+    entries = [entry for entry in load_dataset(cfg.DATASETS.TEST[0]) if entry.get("annotations")]
+    for path in missing:
+        Checkpointer(model).load(str(path))
+        images = progress((mapper(dict(entry)) for entry in entries), total=len(entries))
+        distances = list(object_distances(model, images))
+        every, small = (torch.cat([each[index] for each in distances]) for index in (0, 1))
+        found[path.stem] = {"all": _decreasing(every), "small": _decreasing(every[small])}
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(found))
+    return found
+
+
+def _decreasing(distances: Tensor) -> list[float]:
+    return distances.sort(descending=True).values.tolist()
+
+
+def _config_of(folder: Path) -> CfgNode:
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{folder} is not the folder of a run: it has no config.yaml.")
+    cfg = read_config(path)
+    if cfg.MODEL.META_ARCHITECTURE != "DINO":
+        raise UserError(
+            f"{folder} holds a run of {cfg.MODEL.META_ARCHITECTURE}; the average top-k distance is measured of DINO "
+            "(MODEL.META_ARCHITECTURE)."
+        )
+    cfg.MODEL.DEVICE = default_device()
+    cfg.MODEL.WEIGHTS, cfg.MODEL.TIMM.PRETRAINED, cfg.TEST.EVAL_LAYERS = "", False, []
+    return cfg
 
 
 @dataclass(frozen=True)
@@ -62,8 +196,7 @@ def distance_curves(
 
 
 def _iterations_of_epoch(folder: Path, epoch_images: int | None) -> float:
-    cfg = get_cfg()
-    cfg.merge_from_file(str(folder / "config.yaml"))
+    cfg = read_config(folder / "config.yaml")
     if epoch_images is None:
         name = cfg.DATASETS.TRAIN[0] if cfg.DATASETS.TRAIN else ""
         known = EPOCH_IMAGES | {"shapes": cfg.DATASETS.SHAPES.NUM_TRAIN}

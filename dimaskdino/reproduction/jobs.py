@@ -1,7 +1,6 @@
 """Train and evaluate runs: what is missing of each, on this machine or, through submitit, on a Slurm cluster."""
 
 import functools
-import importlib
 import logging
 import math
 import subprocess
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 
 from dimaskdino.engine.launch import num_cores
-from dimaskdino.errors import UserError
+from dimaskdino.errors import UserError, require
 from dimaskdino.reproduction.runs import Run
 
 logger = logging.getLogger(__name__)
@@ -259,7 +258,4 @@ def _waiting_job(submitit: ModuleType, run: Run) -> str | None:
 
 
 def _submitit() -> ModuleType:
-    try:
-        return importlib.import_module("submitit")
-    except ImportError as error:
-        raise UserError("--submit needs the package submitit: python -m pip install submitit") from error
+    return require("submitit", "--submit", "slurm")

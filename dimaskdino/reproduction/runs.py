@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from dimaskdino.config import Config, get_cfg, read_yaml
+from dimaskdino.config import Config, flatten, get_cfg, read_config, read_yaml
 from dimaskdino.errors import ConfigError, UserError
 from dimaskdino.evaluation.report import stage_columns
 from dimaskdino.evaluation.speed import SPEED_FILE
@@ -66,8 +66,7 @@ class Run:
         name = experiment.name
         if seed is not None:
             name, options = f"{name}_seed{seed}", (*options, "SEED", str(seed))
-        cfg = get_cfg()
-        cfg.merge_from_file(str(experiment.config_file))
+        cfg = read_config(experiment.config_file)
         cfg.merge_from_list(list(options))
         run = cls(experiment, output / experiment.dataset / name, cfg, tuple(options))
         run._check_config()
@@ -178,7 +177,7 @@ def differences(of_run: Mapping[str, Any], cfg: Config) -> list[str]:
 
     A key that is newer than the run had its default value there. Keys that this version lacks are not compared.
     """
-    given, wanted, defaults = dict(_leaves(of_run)), _plain(cfg), _defaults()
+    given, wanted, defaults = dict(flatten(of_run)), _plain(cfg), _defaults()
     unknown = sorted(given.keys() - wanted.keys())
     if unknown:
         logger.info("Not compared, since this version has no such keys: %s", ", ".join(unknown))
@@ -286,16 +285,8 @@ def read_records(path: Path, holding: str, *, last_bytes: int = 0) -> Iterator[d
 
 def _plain(cfg: Config) -> dict[str, Any]:
     """Values by dotted key, with lists for tuples, which YAML does not have."""
-    return {key: _listed(value) for key, value in _leaves(cfg)}
+    return {key: _listed(value) for key, value in flatten(cfg)}
 
 
 def _listed(value: Any) -> Any:
     return [_listed(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in node.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

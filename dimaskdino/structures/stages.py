@@ -46,10 +46,11 @@ class Stage:
     @property
     def title(self) -> str:
         """The stage in words, for tables and plots: "first selection", "decoder layer 3"."""
+        ordinal = _ORDINALS[self.index] if self.index < len(_ORDINALS) else f"{self.index}th"
         titles = {
             "interm": "first selection",
             "di": f"token interaction layer {self.index}",
-            "selection": f"{_ordinal(self.index)} selection",
+            "selection": f"{ordinal} selection",
             "initial": "queries before layer 0",
             "layer": f"decoder layer {self.index}",
         }
@@ -93,7 +94,3 @@ def decoder_stages(num_layers: int, *, initial: bool) -> list[Stage]:
 def is_final_loss(name: str) -> bool:
     """Whether a loss belongs to the last stage: "loss_mask" does, "loss_mask_3" and "loss_mask_dn" do not."""
     return _INTERMEDIATE_LOSS.search(name) is None
-
-
-def _ordinal(number: int) -> str:
-    return _ORDINALS[number] if number < len(_ORDINALS) else f"{number}th"

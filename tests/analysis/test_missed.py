@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from dimaskdino.analysis.examples import _SIDE_PX, _cut, _region
 from dimaskdino.analysis.explanation import Explained, by_class, by_size, by_stage, outcome_rows
 from dimaskdino.analysis.figures import score_results
 from dimaskdino.analysis.missed import Limits, Outcome, StageView, Verdict, judge
+from dimaskdino.analysis.report import _SIDE_PX, _cut, _region
 from dimaskdino.analysis.stages import TrueObjects, compare_stages, selections_of, watched
 from dimaskdino.errors import DatasetError
 from dimaskdino.evaluation.truth import make_truth

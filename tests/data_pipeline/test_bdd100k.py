@@ -14,10 +14,9 @@ from pycocotools import mask as mask_util
 from dimaskdino.config import Config
 from dimaskdino.data import build_mapper, register_all
 from dimaskdino.data.datasets import bdd100k_convert
-from dimaskdino.data.datasets.bdd100k import CLASSES, annotation_file
+from dimaskdino.data.datasets.bdd100k import CLASSES, SOURCES, annotation_file
 from dimaskdino.data.datasets.bdd100k_convert import convert_split
 from dimaskdino.data.datasets.bdd100k_labels import labels_of_bitmask, labels_of_frame
-from dimaskdino.data.datasets.bdd100k_sources import SOURCES
 from dimaskdino.data.validation.start import check_datasets
 from dimaskdino.errors import DatasetError
 from tests.data_pipeline.bdd100k import CATEGORY_IDS, bitmask_of, record, write_bitmask, write_frames, write_images

@@ -206,20 +206,6 @@ def test_ids_used_twice_are_refused(mine: Config, change: Callable[[Json], Any],
     assert str(path) in message(mine)
 
 
-def test_ids_as_text_work_throughout(mine: Config) -> None:
-    def as_text(coco: Json) -> None:
-        for entry in [*coco["images"], *coco["categories"], *coco["annotations"]]:
-            entry["id"] = f"a{entry['id']}"
-        for annotation in coco["annotations"]:
-            annotation.update(image_id="a1", category_id="a7")
-
-    rewrite(as_text)
-    check_datasets(mine)
-    mine.DATALOADER.ASPECT_RATIO_GROUPING = False
-    (batch,) = next(iter([next(iter(build_train_loader(mine)))]))[:1]
-    assert batch["image_id"] == "a1"
-
-
 def test_image_id_of_another_type_is_refused(mine: Config) -> None:
     rewrite(lambda coco: coco["annotations"][0].update(image_id="1"))
     assert "'1'" in message(mine)
@@ -404,13 +390,6 @@ def test_pipe_in_place_of_an_image_is_refused(mine: Config) -> None:
     assert str(image_path("one.png")) in message(mine)
 
 
-def test_images_of_16_bits_are_found_before_training(mine: Config) -> None:
-    Image.fromarray(np.zeros((HEIGHT, WIDTH), dtype=np.uint16)).save(image_path("two.png"))
-    text = message(mine)
-    assert str(image_path("two.png")) in text
-    assert "8 bits" in text
-
-
 def test_missing_images_of_each_use_are_counted(mine: Config) -> None:
     image_path("two.png").unlink()
     assert f"1 of 2 images of dataset mine do not exist, the first of them {image_path('two.png')};" in message(mine)
@@ -419,11 +398,6 @@ def test_missing_images_of_each_use_are_counted(mine: Config) -> None:
     assert "1 of 2 images" in message(mine, test=False)
     mine.DATASETS.MAX_IMAGES = 1
     check_datasets(mine)
-
-
-def test_backslashes_are_named_as_the_cause(mine: Config) -> None:
-    rewrite(lambda coco: coco["images"][0].update(file_name="images\\one.png"))
-    assert "backslashes" in message(mine)
 
 
 def turn(path: Path, orientation: int) -> None:
@@ -481,12 +455,6 @@ def test_headers_are_read_evenly_and_then_in_time(
     read.clear()
     check_datasets(mine)
     assert read == ["one.png", "two.png", *(f"{number}.png" for number in range(3, 10))]  # tested on: all, once
-
-
-def test_gray_images_have_no_colors_to_distort(mine: Config) -> None:
-    mine.merge_from_list(["INPUT.FORMAT", "L", "INPUT.COLOR_AUG_SSD", True])
-    with pytest.raises(ConfigError, match=r"INPUT\.COLOR_AUG_SSD .*INPUT\.FORMAT"):
-        check_datasets(mine)
 
 
 def test_function_needs_class_names_images_and_annotations(listed: tuple[Config, list[Json]]) -> None:
@@ -559,15 +527,6 @@ def test_file_that_replaces_annotations_in_evaluation_is_checked(
     coco["annotations"][0]["bbox"] = [1, 1, 3]
     write_coco(coco)
     assert "annotation 11 of one.png: box: not four finite numbers" in message(cfg, train=False)
-
-
-def test_missing_package_of_a_dataset_is_named(cfg: Config) -> None:
-    def load() -> list[Json]:
-        raise ModuleNotFoundError("No module named 'cityscapesscripts'", name="cityscapesscripts")
-
-    DatasetCatalog.register("function", load)
-    cfg.merge_from_list(["DATASETS.TEST", ("function",)])
-    assert "pip install cityscapesscripts" in message(cfg, train=False)
 
 
 def test_synthetic_dataset_is_made_by_the_check(cfg: Config, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Steps that are not finite: they stop the run or are skipped, and are computed again to the last bit."""
+"""Steps that are not finite, and parameters that are frozen."""
 
 import json
 import runpy
@@ -13,12 +13,13 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
 
 from dimaskdino.config import Config
-from dimaskdino.engine import Trainer
+from dimaskdino.engine import Trainer, argument_parser
 from dimaskdino.engine.nonfinite import MOST_FILES, NonFiniteError, check_nonfinite, decode, encode
 from dimaskdino.engine.replay import replay
+from dimaskdino.engine.setup import load_config
 from dimaskdino.errors import CheckpointError, ConfigError, UserError
 from dimaskdino.seeds import seed_from
-from tests.documentation import REPOSITORY
+from tests.documentation import REPOSITORY, command
 from tests.engine.toy import RandomToyDetector, train
 from tests.tiny_model import tiny_model, train_batch
 
@@ -155,3 +156,32 @@ def test_unknown_policy_is_refused(cfg: Config) -> None:
     cfg.SOLVER.NONFINITE = "ignore"
     with pytest.raises(ConfigError, match=r"SOLVER\.NONFINITE is 'ignore'"):
         check_nonfinite(cfg)
+
+
+def test_frozen_parameters_are_the_same_after_training(toy_cfg: Config) -> None:
+    toy_cfg.merge_from_list(["SOLVER.MAX_ITER", 3, "SOLVER.STEPS", (), "DATASETS.TEST", ()])
+    toy_cfg.merge_from_list(
+        ["SOLVER.PARAM_GROUPS", [{"pattern": "backbone", "frozen": True}, {"pattern": "*.bias", "frozen": False}]]
+    )
+    trainer = Trainer(toy_cfg)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    same = {name for name, p in trainer.model.named_parameters() if torch.equal(p, before[name])}
+    assert same == {"backbone.weight"}
+
+
+def test_example_of_the_page_sets_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    cfg = load_config(argument_parser().parse_args(command("docs/training.md", "SOLVER.PARAM_GROUPS")))
+    cfg.MODEL.DEVICE = "cpu"
+    model = Trainer.build_model(cfg)
+    step = Trainer.build_step(cfg, model)
+    rates = {p: group["lr"] for group in step.optimizer.param_groups for p in group["params"]}
+    stem = {name for name, p in model.named_parameters() if p not in rates}
+    assert stem
+    assert all(name.startswith("backbone.body.stem.") for name in stem)
+    slow = {p for name, p in model.named_parameters() if ".class_embed." in name}
+    others = [p for name, p in model.named_parameters() if not name.startswith("backbone") and p not in slow]
+    assert slow
+    assert [rates[p] for p in slow] == pytest.approx([0.1 * cfg.SOLVER.BASE_LR] * len(slow))
+    assert {rates[p] for p in others} == {cfg.SOLVER.BASE_LR}

@@ -82,18 +82,10 @@ def test_killed_run_goes_on_exactly(cfg: Config) -> None:
         assert_same_run(killed, train(killed, resume=True), cfg, whole)
 
 
-def test_killed_run_with_accumulation_goes_on_exactly(cfg: Config) -> None:
-    cfg.merge_from_list(["SOLVER.MAX_ITER", 8, "SOLVER.STEPS", (), "SOLVER.ACCUMULATION_STEPS", 2])
-    whole = train(cfg)
-    killed = elsewhere(cfg, "killed")
-    train(killed, kill_at=6)
-    assert_same_run(killed, train(killed, resume=True), cfg, whole)
-
-
-@pytest.mark.parametrize("sampler", ["TrainingSampler", "RepeatFactorTrainingSampler"])
-def test_other_number_of_workers_changes_nothing(cfg: Config, sampler: str) -> None:
+@pytest.mark.parametrize(("sampler", "parts"), [("TrainingSampler", 1), ("RepeatFactorTrainingSampler", 2)])
+def test_accumulation_and_another_number_of_workers_change_nothing(cfg: Config, sampler: str, parts: int) -> None:
     cfg.merge_from_list(["DATALOADER.SAMPLER_TRAIN", sampler, "DATALOADER.REPEAT_THRESHOLD", 0.9])
-    cfg.merge_from_list(["SOLVER.MAX_ITER", 8, "SOLVER.STEPS", ()])
+    cfg.merge_from_list(["SOLVER.MAX_ITER", 8, "SOLVER.STEPS", (), "SOLVER.ACCUMULATION_STEPS", parts])
     whole = train(cfg)
     killed = elsewhere(cfg, "killed", "DATALOADER.NUM_WORKERS", 2)
     train(killed, kill_at=6)

@@ -7,15 +7,19 @@ from pathlib import Path
 
 import export
 import numpy as np
+import predict_onnx
 import pytest
 import torch
 from PIL import Image
-from predict_onnx import Model
+from predict_onnx import Frame, Model, interpolation, run_lengths
+from pycocotools import mask as mask_util
 
 from dimaskdino import Predictor
 from dimaskdino.export import formats
+from dimaskdino.export.check import differences, to_detectron2
 from dimaskdino.layers import ms_deform_attn_fused
 from dimaskdino.layers.exporting import exporting
+from dimaskdino.modeling.postprocessing import Frame as TorchFrame
 from tests.documentation import example
 from tests.test_predictor import make_run
 from tests.tiny_model import TINY_DINO, image
@@ -198,3 +202,117 @@ def test_both_forms_of_deformable_attention_are_the_op():
         with exporting(form):
             found = ms_deform_attn_fused(value, shapes, reference, offsets, logits)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def result(**changes: object) -> dict:
+    masks = np.zeros((2, 20, 20), bool)
+    masks[0, :10] = masks[1, 10:] = True
+    boxes = np.array([[0, 0, 20, 10], [0, 10, 20, 20]], np.float32)
+    found = {"scores": np.array([0.9, 0.5]), "labels": np.array([1, 2]), "boxes": boxes, "masks": masks}
+    return {name: value.copy() for name, value in found.items()} | changes
+
+
+def test_the_same_is_the_same():
+    assert differences(result(), result()) == []
+    assert differences(result(boxes=result()["boxes"] + 0.09, scores=np.array([0.9009, 0.5])), result()) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"boxes": result()["boxes"] + 0.11},
+        {"scores": np.array([0.902, 0.5])},
+        {"labels": np.array([3, 2])},
+        {"masks": np.roll(result()["masks"], 1, axis=1)},
+        {"scores": np.array([0.9]), "labels": np.array([1]), "boxes": result()["boxes"][:1]},
+    ],
+)
+def test_what_differs_is_found(changes):
+    assert differences(result(**changes), result()) != []
+
+
+def test_segments_and_maps_are_compared():
+    ids = np.repeat([[1], [2]], 10, axis=0) * np.ones((1, 20), int)
+    segments = [{"id": 1, "category_id": 4, "isthing": True}, {"id": 2, "category_id": 5, "isthing": False}]
+    scores = np.stack([ids == 1, ids == 2]).astype(np.float32)
+    expected = {"panoptic": ids, "segments": segments, "semantic": scores}
+    renumbered = {"panoptic": 3 - ids, "segments": [segments[0] | {"id": 2}, segments[1] | {"id": 1}]}
+    assert differences(expected | renumbered, expected) == []
+    assert differences(expected | {"panoptic": np.roll(ids, 1, axis=0)}, expected) != []
+    assert differences(expected | {"segments": segments[:1]}, expected) != []
+    assert differences(expected | {"semantic": scores + 2e-3}, expected) != []
+
+
+def test_arrays_become_what_detectron2_evaluates() -> None:
+    found = to_detectron2(result(size=(20, 20), labels=np.array([1, 2])))
+    assert found.keys() == {"instances"}
+    assert found["instances"].image_size == (20, 20)
+    assert found["instances"].pred_boxes.tensor.tolist() == result()["boxes"].tolist()
+    assert found["instances"].pred_masks.sum((1, 2)).tolist() == [200, 200]
+    segments = to_detectron2(
+        {"panoptic": np.ones((2, 3), np.int32), "segments": [{"id": 1}], "semantic": np.zeros((4, 2, 3))}
+    )
+    assert segments.keys() == {"panoptic_seg", "sem_seg"}
+    assert segments["panoptic_seg"][1] == [{"id": 1}]
+    assert segments["sem_seg"].shape == (4, 2, 3)
+
+
+DESCRIPTION = {"version": 1, "canvas": None, "batch": None, "divisibility": 32, "min_size": 800, "max_size": 1333}
+DESCRIPTION |= {"pad_value": [1.0, 2.0, 3.0], "format": "BGR", "ignores_padding": False}
+
+
+def model(**changes: object) -> Model:
+    return Model(description=DESCRIPTION | changes, run=dict)
+
+
+@pytest.mark.parametrize("sizes", [((64, 96), (50, 90), (25, 45)), ((64, 64), (64, 64), (150, 130)), ((32, 32),) * 3])
+def test_masks_are_resized_as_by_the_model(sizes):
+    logits = torch.randn(2, 16, 24)
+    expected = TorchFrame(*sizes).crop_and_resize(TorchFrame(*sizes).on_canvas(logits))
+    frame = Frame(*sizes)
+    found = np.stack([frame.resize(each.numpy()) for each in logits])
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-4)
+    in_steps = np.stack([frame.crop(frame.on_canvas(each.numpy())) for each in logits])
+    np.testing.assert_allclose(in_steps, expected.numpy(), atol=1e-4)
+
+
+def test_interpolation_is_between_centers_of_cells():
+    assert interpolation(2, 4).tolist() == [[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("size", "changes", "expected"),
+    [
+        ((480, 640), {}, (800, 1067)),
+        ((300, 1000), {}, (400, 1333)),
+        ((480, 640), {"min_size": 0}, (480, 640)),
+        ((480, 640), {"canvas": [640, 640]}, (480, 640)),
+        ((480, 640), {"canvas": [1344, 1344]}, (800, 1067)),
+    ],
+)
+def test_sizes_follow_the_rule_and_fit_the_canvas(size, changes, expected):
+    assert model(**changes)._resized(*size) == expected
+
+
+def test_images_are_padded_with_the_mean_in_model_order():
+    small = model(min_size=0)
+    picture = np.zeros((30, 20, 3), np.uint8)
+    picture[..., 0] = 200  # red
+    inputs, inner = small.prepare([picture])
+    images = inputs["images"]
+    assert (images.shape, inner) == ((1, 3, 32, 32), [(30, 20)])
+    assert images[0, :, 0, 0].tolist() == [0, 0, 200]
+    assert images[0, :, 31, 0].tolist() == images[0, :, 0, 31].tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_run_lengths_are_those_of_coco(first):
+    mask = np.random.default_rng(0).random((5, 7)) > 0.5
+    mask[0, 0] = first
+    rle = run_lengths(mask)
+    np.testing.assert_array_equal(mask_util.decode(mask_util.frPyObjects(rle, *rle["size"])), mask)
+
+
+def test_a_file_of_another_version_is_refused():
+    with pytest.raises(ValueError, match="version"):
+        predict_onnx.Model(description=DESCRIPTION | {"version": 0}, run=dict)

@@ -8,9 +8,16 @@ import torch
 
 from dimaskdino.errors import UserError
 from dimaskdino.layers.padding import PaddedBatch
-from dimaskdino.reproduction.anchors import average_top_k, measure_run, object_distances
 from dimaskdino.reproduction.costs import cost_table, hours_left, images_left, measure_folder, speeds
-from dimaskdino.reproduction.epochs import Curve, distance_curves, draw_curves, score_curve
+from dimaskdino.reproduction.epochs import (
+    Curve,
+    average_top_k,
+    distance_curves,
+    draw_curves,
+    measure_run,
+    object_distances,
+    score_curve,
+)
 from tests.reproduction.fakes import open_run, write_run
 from tests.tiny_model import image, instances, tiny_dino
 

@@ -7,8 +7,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 
 from dimaskdino.data.datasets.bdd100k import register_bdd100k
-from dimaskdino.data.datasets.coco import register_coco, register_lvis, register_objects365
-from dimaskdino.data.datasets.own import register_own
+from dimaskdino.data.datasets.coco import register_coco, register_lvis, register_objects365, register_own
 from dimaskdino.data.datasets.panoptic import register_coco_panoptic, register_own_panoptic
 from dimaskdino.data.datasets.registration import take_over
 from dimaskdino.data.datasets.semantic import register_ade20k, register_cityscapes, register_own_semantic

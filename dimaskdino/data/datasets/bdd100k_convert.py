@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dimaskdino.data.datasets.bdd100k import CLASSES, annotation_file
+from dimaskdino.data.datasets.bdd100k import CLASSES, Finding, Task, annotation_file, find_tasks
 from dimaskdino.data.datasets.bdd100k_labels import labels_of_bitmask, labels_of_frame
-from dimaskdino.data.datasets.bdd100k_sources import Finding, Task, find_tasks
 from dimaskdino.data.parallel import Progress, no_progress, parallel_map
 from dimaskdino.data.rle import Size
 from dimaskdino.errors import DatasetError

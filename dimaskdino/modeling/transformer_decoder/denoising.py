@@ -120,7 +120,7 @@ class ContrastiveDenoising(Denoising):
         num_classes: classes K.
         num_queries: at most this many pairs of queries per image (MODEL.DINO.DN_NUM), but at least one per object; 0
             for none.
-        label_noise: a label is drawn anew with half this probability.
+        label_noise: a label is redrawn with half this probability.
         box_noise: corners move by up to this many halves of the box size, those of negatives by up to twice as many.
         negatives: whether there are any; without them this is plain denoising.
         fixed_size: see :class:`Denoising`.
