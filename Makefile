@@ -66,9 +66,17 @@ cases: $(STAMP)
 stress: $(STAMP)
 	$(BIN)/python -m tests.stress
 
-# The page of tools/browse.py in the system's Chromium; says so and skips where gradio, Playwright or Chromium is missing.
-browser-check: $(STAMP)
-	$(BIN)/python -m pytest -q -rs -m browser tests/cli/test_browse.py
+# The page of tools/browse.py in the system's Chromium; says so and skips where there is none. gradio wants an older Pillow
+# than requirements.txt, so it gets an environment of its own, which takes the other packages from $(VENV).
+BROWSER := build/browser
+$(BROWSER)/.installed: $(STAMP)
+	$(PYTHON) -m venv --clear $(BROWSER)
+	$(BROWSER)/bin/python -m pip install --quiet "gradio>=6,<7" playwright==1.65.2
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+	    "$$($(BROWSER)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_$(VENV).pth"
+	@touch $@
+browser-check: $(BROWSER)/.installed
+	$(BROWSER)/bin/python -m pytest -q -rs -m browser tests/cli/test_browse.py
 
 # Whole ways of users, from their labels to their results, with modules of their own: minutes on a CPU.
 journeys: $(STAMP)

@@ -29,7 +29,11 @@ HALO: Color = (16, 16, 16)
 _GOLDEN_RATIO = (5**0.5 - 1) / 2  # turning a hue by this keeps it far from the hues before it
 _TONES = ((0.85, 1.0), (0.6, 1.0), (0.9, 0.8))  # saturation and value, in turn
 _LONGEST_LABEL = 28
-_SMOOTHING = 0.6  # standard deviation in px of the mask, of the blur before an enlarged mask is cut at one half
+_SMOOTHING = 0.6  # standard deviation in px of the mask, of the blur before a mask is enlarged and cut at one half
+_BLUR_REACH_PX = 3
+_RIM_TOLERANCE_PX = 0.3  # how far a rim may be from its smooth course: fewer corners are drawn sooner
+_RIM_SMOOTHING = 3  # neighbors on both sides with which each pixel of a rim is averaged
+_RIM_BITS = 4  # fractional ones of the coordinates of rims
 _GRID_MARGIN_PX, _GRID_BACKGROUND = 8, (255, 255, 255)
 
 
@@ -129,9 +133,10 @@ def draw_objects(
         boxes=None if objects.boxes is None else np.asarray(objects.boxes, dtype=float).reshape(-1, 4) * scale,
         masks=objects.masks,
     )
-    picture = canvas.tint(picture)
+    canvas.tint(picture)
     canvas.outline(picture)
-    return canvas.add_labels(picture, objects)
+    canvas.add_labels(picture, objects)
+    return picture
 
 
 def _enlargement(height: int, width: int) -> float:
@@ -196,59 +201,53 @@ class _Canvas:
     def largest_first(self) -> list[int]:
         """The objects in the order in which they are drawn."""
         if self.masks is not None:
-            areas = np.array([patch.sum() for _, _, patch in self.patches], dtype=np.float64)
+            areas = np.array([np.count_nonzero(patch) for _, _, patch in self.patches], dtype=np.float64)
         elif self.boxes is not None:
             areas = (self.boxes[:, 2:] - self.boxes[:, :2]).prod(axis=1)
         else:
             areas = np.zeros(0)
         return np.argsort(-areas, kind="stable").tolist()
 
-    def tint(self, picture: np.ndarray) -> np.ndarray:
-        """Blend the colors of the masks into a copy of the picture."""
-        if self.masks is None:
-            return picture
-        blended = picture.copy()
-        for index in self.largest_first:
+    def tint(self, picture: np.ndarray) -> None:
+        """Blend the colors of the masks into the picture."""
+        for index in self.largest_first if self.masks is not None else ():
             x, y, patch = self.patches[index]
             if patch.size:
-                region = blended[y : y + patch.shape[0], x : x + patch.shape[1]]
-                color = np.full_like(region, self.colors[index])
-                cv2.copyTo(cv2.addWeighted(color, MASK_OPACITY, region, 1 - MASK_OPACITY, 0), patch, region)
-        return blended
+                region = picture[y : y + patch.shape[0], x : x + patch.shape[1]]
+                cv2.copyTo(cv2.LUT(region, _tints(self.colors[index])), patch, region)
 
     def outline(self, picture: np.ndarray) -> None:
-        """Draw the rims of masks and boxes into the picture, each over a wider dark line; boxes of masks are thin."""
-        line = max(2, round(min(self.size) / 350))
-        # A thin box beside a mask has a shadow instead of a halo, which would outweigh its color.
-        box_line, box_wider = (line, 2) if self.masks is None else (max(1, line // 2), 1)
-        for index in self.largest_first:
-            rims = () if self.masks is None else _rims(*self.patches[index])
-            for color, wider, halo in ((HALO, 2, box_wider), (self.colors[index], 0, 0)):
-                if (box := self.box(index)) is not None:
-                    # OpenCV's coordinates overflow far outside the picture.
-                    x0, y0, x1, y1 = np.clip(box, -9999, 32767).round().astype(int).tolist()
-                    cv2.rectangle(picture, (x0, y0), (x1, y1), color, box_line + halo)
-                cv2.drawContours(picture, rims, -1, color, line + wider, cv2.LINE_AA)
+        """Draw the rims of masks and boxes into the picture, each over a wider dark line.
 
-    def add_labels(self, picture: np.ndarray, objects: Objects) -> np.ndarray:
-        """Add labels to a copy of the picture, highest scores first, each where it covers no other."""
-        image = Image.fromarray(picture)
-        draw, taken = ImageDraw.Draw(image), list[Box]()
+        Boxes of masks are thin, and have a shadow instead of the dark line, which would outweigh their color.
+        """
+        line = max(2, round(min(self.size) / 350))
+        thin = self.masks is not None
+        for index in self.largest_first:
+            rims = _rims(*self.patches[index]) if thin else []
+            if (box := self.box(index)) is not None:
+                # OpenCV's coordinates overflow far outside the picture.
+                corners = np.clip(box, -9999, 32767).round().astype(int)
+                width, shift, wider = (max(1, line // 2), 1, 0) if thin else (line, 0, 2)
+                _rectangle(picture, corners + shift, HALO, width + wider)
+                _rectangle(picture, corners, self.colors[index], width)
+            for color, wider in ((HALO, 2), (self.colors[index], 0)):
+                cv2.polylines(picture, rims, True, color, line + wider, cv2.LINE_AA, _RIM_BITS)
+
+    def add_labels(self, picture: np.ndarray, objects: Objects) -> None:
+        """Add labels to the picture, highest scores first, each where it covers no other."""
+        taken: list[Box] = []
         scores = [1.0] * len(self.colors) if objects.scores is None else objects.scores
         size_px = max(12, round(min(self.size) / 42))
         for index in sorted(range(len(scores)), key=lambda index: -scores[index]):
-            text = _label(objects, index)
-            font, pad = _font(text, size_px), size_px // 5
-            size = (font.getlength(text) + 2 * pad, sum(font.getmetrics()) + pad)
-            place = _free_place(self._places(index, size), size, self.size, taken)
-            if place is None:
-                continue
-            x, y = place
-            taken.append((x, y, x + size[0], y + size[1]))
-            draw.rectangle((x, y, x + size[0] - 1, y + size[1] - 1), fill=self.colors[index], outline=HALO)
-            ink = (0, 0, 0) if np.dot(self.colors[index], (0.299, 0.587, 0.114)) > 110 else (255, 255, 255)
-            draw.text((x + pad, y + pad / 2), text, ink, font)
-        return np.array(image)
+            label = _label_picture(_label(objects, index), size_px, self.colors[index])
+            height, width = label.shape[:2]
+            place = _free_place(self._places(index, (width, height)), (width, height), self.size, taken)
+            if place is not None:
+                x, y = place
+                taken.append((x, y, x + width, y + height))
+                room = picture[y : y + height, x : x + width]
+                room[:] = label[: room.shape[0], : room.shape[1]]
 
     def _places(self, index: int, size: tuple[float, float]) -> Iterable[tuple[float, float]]:
         """Places for the label of an object, the best first."""
@@ -273,22 +272,57 @@ def _patch(mask: np.ndarray, size: tuple[int, int]) -> Patch:
     (left, right), (top, bottom) = spans
     if not (width and height and right > left and bottom > top):
         return 0, 0, np.zeros((0, 0), dtype=np.uint8)
+    x0, y0 = max(0, x - _BLUR_REACH_PX), max(0, y - _BLUR_REACH_PX)
+    smooth = 255 * mask[y0 : y + height + _BLUR_REACH_PX, x0 : x + width + _BLUR_REACH_PX]
+    if min(scales) > 1:  # the steps of enlarged pixels
+        smooth = cv2.GaussianBlur(smooth, (0, 0), _SMOOTHING, borderType=cv2.BORDER_REPLICATE)
     # From the centers of pixels to the centers of pixels.
-    shifts = [(scale - 1) / 2 - start for scale, start in zip(scales, (left, top), strict=True)]
+    shifts = [
+        (first + 0.5) * scale - 0.5 - start for first, scale, start in zip((x0, y0), scales, (left, top), strict=True)
+    ]
     matrix = np.array([[scales[0], 0, shifts[0]], [0, scales[1], shifts[1]]])
     smooth = cv2.warpAffine(
-        255 * mask, matrix, (right - left, bottom - top), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
+        smooth, matrix, (right - left, bottom - top), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
     )
-    if min(scales) > 1:  # the steps of enlarged pixels
-        smooth = cv2.GaussianBlur(smooth, (0, 0), _SMOOTHING * min(scales), borderType=cv2.BORDER_REPLICATE)
     # A single pixel stays, however smooth.
-    return left, top, (smooth > min(127, int(smooth.max()) // 2)).astype(np.uint8)
+    return left, top, cv2.threshold(smooth, min(127, int(smooth.max()) // 2), 1, cv2.THRESH_BINARY)[1]
 
 
-def _rims(x: int, y: int, patch: np.ndarray) -> Sequence[np.ndarray]:
-    if not patch.size:
-        return ()
-    return cv2.findContours(patch, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE, offset=(x, y))[0]
+def _rectangle(picture: np.ndarray, corners: np.ndarray, color: Color, width: int) -> None:
+    cv2.rectangle(picture, corners[:2].tolist(), corners[2:].tolist(), color, width)
+
+
+def _rims(x: int, y: int, patch: np.ndarray) -> list[np.ndarray]:
+    """Smooth closed lines around the parts and holes of a mask, (N, 1, 2) int32 with :data:`_RIM_BITS`."""
+    rims = cv2.findContours(patch, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE, offset=(x, y))[0] if patch.size else ()
+    return [_smooth_rim(rim.astype(np.float32)) for rim in rims]
+
+
+def _smooth_rim(rim: np.ndarray) -> np.ndarray:
+    reach = min(_RIM_SMOOTHING, len(rim) // 8)  # little ones would shrink
+    ring = cv2.copyMakeBorder(rim, reach, reach, 0, 0, cv2.BORDER_WRAP)
+    smooth = cv2.blur(ring, (1, 2 * reach + 1))[reach : reach + len(rim)]
+    return (cv2.approxPolyDP(smooth, _RIM_TOLERANCE_PX, True) * 2**_RIM_BITS).round().astype(np.int32)
+
+
+@functools.lru_cache(maxsize=256)
+def _tints(color: Color) -> np.ndarray:
+    """What a mask of this color makes of each value of a channel: (1, 256, 3) uint8."""
+    blended = (1 - MASK_OPACITY) * np.arange(256)[:, None] + MASK_OPACITY * np.array(color)
+    return blended.round().astype(np.uint8)[None]
+
+
+@functools.lru_cache(maxsize=1024)
+def _label_picture(text: str, size_px: int, color: Color) -> np.ndarray:
+    """A label (H, W, 3) uint8 with letters of ``size_px``."""
+    font, pad = _font(text, size_px), size_px // 5
+    size = (math.ceil(font.getlength(text)) + 2 * pad, sum(font.getmetrics()) + pad)
+    image = Image.new("RGB", size, color)
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((0, 0, size[0] - 1, size[1] - 1), outline=HALO)
+    ink = (0, 0, 0) if np.dot(color, (0.299, 0.587, 0.114)) > 110 else (255, 255, 255)
+    draw.text((pad, pad / 2), text, ink, font)
+    return np.asarray(image)
 
 
 def _label(objects: Objects, index: int) -> str:
@@ -327,12 +361,12 @@ def _places_in_mask(x: int, y: int, patch: np.ndarray, size: tuple[float, float]
 
 
 def _free_place(
-    places: Iterable[tuple[float, float]], size: tuple[float, float], bounds: tuple[int, int], taken: Sequence[Box]
-) -> tuple[float, float] | None:
+    places: Iterable[tuple[float, float]], size: tuple[int, int], bounds: tuple[int, int], taken: Sequence[Box]
+) -> tuple[int, int] | None:
     """The first place, moved into the picture, at which a label covers none that is there."""
     for left, top in places:
-        x = min(max(0.0, left), max(0.0, bounds[0] - size[0]))
-        y = min(max(0.0, top), max(0.0, bounds[1] - size[1]))
+        x = min(max(0, round(left)), max(0, bounds[0] - size[0]))
+        y = min(max(0, round(top)), max(0, bounds[1] - size[1]))
         if not any(x < x1 and x0 < x + size[0] and y < y1 and y0 < y + size[1] for x0, y0, x1, y1 in taken):
             return x, y
     return None

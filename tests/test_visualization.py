@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import cv2
 import matplotlib
@@ -42,7 +43,8 @@ def test_a_mask_is_tinted_and_outlined_with_a_halo() -> None:
     color = np.array(class_color(2))
     np.testing.assert_allclose(picture[80, 60], 0.6 * 51 + 0.4 * color, atol=1)
     np.testing.assert_allclose(picture[100, 50], color, atol=40)  # smoothed
-    assert (picture[100, 47:50] < 40).all(-1).any()  # the dark line outside
+    on_white = draw_objects(np.full_like(GRAY, 255), square(boxes=False), width=300)
+    assert (on_white[100, 46:50].max(axis=-1) < 80).any()  # the dark line outside
     np.testing.assert_array_equal(picture[20, 20], 51)
     assert (GRAY == 51).all()
 
@@ -95,16 +97,20 @@ def places(
 ) -> list[list[float]]:
     """Corners xyxy of the labels that are drawn for boxes."""
     drawn: list[list[float]] = []
-    rectangle = visualization.ImageDraw.ImageDraw.rectangle
-    monkeypatch.setattr(
-        visualization.ImageDraw.ImageDraw, "rectangle", lambda self, corners, **k: drawn.append(list(corners))
-    )
+    find = visualization._free_place
+
+    def note(candidates: Any, size: tuple[int, int], *others: Any) -> tuple[int, int] | None:
+        place = find(candidates, size, *others)
+        if place is not None:
+            drawn.append([*place, place[0] + size[0], place[1] + size[1]])
+        return place
+
+    monkeypatch.setattr(visualization, "_free_place", note)
     count = len(boxes)
     objects = Objects(
         classes=list(range(count)), names=["wine glass"] * count, scores=[0.5] * count, boxes=np.array(boxes)
     )
     draw_objects(np.zeros((*picture_size, 3), np.uint8), objects, width=picture_size[1])
-    monkeypatch.setattr(visualization.ImageDraw.ImageDraw, "rectangle", rectangle)
     return drawn
 
 

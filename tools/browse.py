@@ -5,7 +5,6 @@ Needs the package gradio: pip install "dimaskdino[browse]". The page is served t
 """
 
 import argparse
-import json
 import os
 import tempfile
 from functools import lru_cache
@@ -32,7 +31,6 @@ if __name__ == "__main__":
     parse_args()  # --help and mistakes end here, before the imports that take seconds
 
 import numpy as np
-from PIL import Image
 
 from dimaskdino import Predictor
 from dimaskdino.prediction.refinement import Refinement
@@ -41,6 +39,7 @@ from dimaskdino.prediction.results import Prediction
 TASKS = {"objects": "instances", "panoptic": "panoptic_seg", "semantic": "sem_seg"}
 LAST = "last"
 NO_RUN = "none"
+CACHE_S = (600, 3600)  # how often gradio looks through its copies of files, and how old it lets them become
 
 
 class Browser:
@@ -55,10 +54,10 @@ class Browser:
         self._found = lru_cache(maxsize=2 * len(predictors))(self._predict)
 
     @property
-    def layers(self) -> list[str]:
-        """Stages that some run has, the last one first."""
-        names = (stage.name for predictor in self.predictors.values() for stage in predictor.model.stages)
-        return [LAST, *dict.fromkeys(names)]
+    def layers(self) -> list[tuple[str, str]]:
+        """Title and name of each stage that some run has, the last one first."""
+        stages = {stage.name: stage.title for each in self.predictors.values() for stage in each.model.stages}
+        return [("last", LAST), *((title, name) for name, title in stages.items())]
 
     @property
     def tasks(self) -> list[str]:
@@ -113,45 +112,46 @@ def build_page(browser: Browser, score: float) -> Any:
 
     def look(
         image: np.ndarray | None, first: str, second: str, layer: str, task: str, score: float
-    ) -> tuple[Any, Any, Any]:
+    ) -> tuple[Any, Any, list[str]]:
+        compared = second != NO_RUN
         if image is None:
-            return None, gradio.Image(visible=second != NO_RUN), []
+            return gradio.Image(None), gradio.Image(None, visible=compared), []
         try:
             found = {run: browser.look(image, run, layer, task, score) for run in (first, second) if run != NO_RUN}
         except UserError as error:
             raise gradio.Error(str(error)) from error
-        pictures = [each.draw() for each in found.values()]
-        files = save(list(found), pictures, list(found.values()))
-        right = gradio.Image(pictures[-1] if second != NO_RUN else None, visible=second != NO_RUN)
-        return pictures[0], right, files
+        files = save(found, folder.name)
+        right = gradio.Image(files[-2], label=second, visible=True) if compared else gradio.Image(None, visible=False)
+        return gradio.Image(files[0], label=first), right, files
 
-    runs = list(browser.predictors)
-    with gradio.Blocks(title="dimaskdino") as page:
+    runs, folder = list(browser.predictors), tempfile.TemporaryDirectory(prefix="dimaskdino_")
+    shown_as: dict[str, Any] = {"format": "png", "interactive": False, "buttons": ["download", "fullscreen"]}
+    with gradio.Blocks(title="dimaskdino", fill_width=True, delete_cache=CACHE_S) as page:
         with gradio.Row():
             with gradio.Column(scale=1, min_width=280):
-                image = gradio.Image(label="image", type="numpy", image_mode="RGB", height=240)
+                image = gradio.Image(label="image", type="numpy", image_mode="RGB", height=240, buttons=[])
                 first = gradio.Dropdown(runs, value=runs[0], label="run")
                 second = gradio.Dropdown([NO_RUN, *runs], value=NO_RUN, label="compare with", visible=len(runs) > 1)
                 layer = gradio.Dropdown(browser.layers, value=LAST, label="decoder layer")
-                task = gradio.Radio(browser.tasks, value=browser.tasks[0], label="task")
-                threshold = gradio.Slider(0, 1, value=score, step=0.01, label="threshold")
-                files = gradio.File(label="download", file_count="multiple", height=140)
-            with gradio.Column(scale=3):
-                left = gradio.Image(label="found", format="png", interactive=False)
-                right = gradio.Image(label="the other run", format="png", interactive=False, visible=False)
+                task = gradio.Radio(browser.tasks, value=browser.tasks[0], label="task", visible=len(browser.tasks) > 1)
+                threshold = gradio.Slider(0, 1, value=score, step=0.01, label="threshold", buttons=[])
+                files = gradio.File(label="download", file_count="multiple", interactive=False)
+            with gradio.Column(scale=4), gradio.Row():
+                left = gradio.Image(label=runs[0], min_width=480, **shown_as)
+                right = gradio.Image(label=runs[-1], min_width=480, visible=False, **shown_as)
         given, shown = [image, first, second, layer, task, threshold], [left, right, files]
         gradio.on([each.change for each in given], look, given, shown, api_name="look", show_progress="minimal")
     return page
 
 
-def save(runs: list[str], pictures: list[Image.Image], found: list[Prediction]) -> list[str]:
-    """Write pictures and JSON files for download; the names of both files of a run begin with its own."""
-    folder = Path(tempfile.mkdtemp(prefix="dimaskdino_"))
+def save(found: dict[str, Prediction], folder: str) -> list[str]:
+    """Write a picture and a JSON file for each run, which begin with its name; gradio keeps copies of them."""
     paths = []
-    for run, picture, each in zip(runs, pictures, found, strict=True):
-        picture.save(folder / f"{run}.png")
-        (folder / f"{run}.json").write_text(json.dumps(each.to_dict()), encoding="utf-8")
-        paths += [str(folder / f"{run}.png"), str(folder / f"{run}.json")]
+    for run, each in found.items():
+        picture, results = Path(folder, f"{run}.png"), Path(folder, f"{run}.json")
+        each.draw().save(picture)
+        results.write_text(each.to_json(), encoding="utf-8")
+        paths += [str(picture), str(results)]
     return paths
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import browse
 import numpy as np
@@ -33,7 +34,7 @@ def test_the_threshold_and_the_layer_choose_what_is_shown(browser, pixels) -> No
     middle = float(scores.median())
     chosen = browser.look(pixels, "a", browse.LAST, "objects", middle)
     assert 0 < len(chosen.instances) == int((scores >= middle).sum()) < len(everything.instances)
-    assert browser.layers == [browse.LAST, "interm", "initial", "layer.0", "layer.1", "layer.2"]
+    assert [name for _, name in browser.layers] == [browse.LAST, "interm", "initial", "layer.0", "layer.1", "layer.2"]
     first = browser.look(pixels, "a", "layer.0", "objects", 0.0).instances.scores
     last = browser.look(pixels, "a", "layer.2", "objects", 0.0).instances.scores
     assert np.array_equal(last, scores)
@@ -75,14 +76,14 @@ def test_the_page_compares_two_runs_over_http(page, pixels, tmp_path) -> None:
     image = handle_file(str(tmp_path / "in.png"))
     client = Client(page, verbose=False, download_files=str(tmp_path / "files"))
     left, right, files = client.predict(image, "a", browse.NO_RUN, browse.LAST, "objects", 0.0, api_name="/look")
-    assert Image.open(left).width == 600  # enlarged, so that labels can be read
+    assert Image.open(left["value"]).width == 600  # enlarged, so that labels can be read
     assert not right["visible"]
     assert [Path(file).name for file in files] == ["a.png", "a.json"]
     objects = json.loads(Path(files[1]).read_text())["objects"]
     assert len(objects) == 6
-    _, right, files = client.predict(image, "a", "b", "layer.0", "objects", 0.0, api_name="/look")
+    left, right, files = client.predict(image, "a", "b", "layer.0", "objects", 0.0, api_name="/look")
     assert [Path(file).name for file in files] == ["a.png", "a.json", "b.png", "b.json"]
-    assert right["visible"]
+    assert (left["label"], right["label"], right["visible"]) == ("a", "b", True)
 
 
 @pytest.mark.slow
@@ -94,17 +95,27 @@ def test_the_page_works_in_a_browser(page, pixels, tmp_path) -> None:
     Image.fromarray(pixels).save(tmp_path / "in.png")
     with playwright.sync_playwright() as started:
         chromium = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        tab = chromium.new_page(viewport={"width": 1200, "height": 1300})
+        tab = chromium.new_page(viewport={"width": 1400, "height": 900})
+        tab.set_default_timeout(60_000)
         tab.goto(page)
         tab.set_input_files("input[type=file]", tmp_path / "in.png")
-        tab.get_by_text("a.json").wait_for()
+        download_of_a, download_of_b = (tab.locator(f"a[download='{name}.json']") for name in "ab")
+        download_of_a.wait_for()
         tab.get_by_label("compare with").click()
         tab.get_by_role("option", name="b", exact=True).click()
-        tab.get_by_text("b.json").wait_for()
-        shown = tab.locator("img[src*='.png']")
-        shown.nth(1).wait_for()
-        tab.screenshot(path=tmp_path / "page.png")
-        with tab.expect_download() as download:
-            tab.get_by_text("a.json").click()
-        assert len(json.loads(Path(download.value.path()).read_text())["objects"]) == 6
+        download_of_b.wait_for()
+        shown = [str(each.get_attribute("src")) for each in tab.locator("img[src*='.png']").all()]
+        assert [Path(each).name for each in shown] == ["in.png", "a.png", "b.png"]
+        assert _objects_behind(tab, download_of_a) == 6
+        earlier = download_of_a.get_attribute("href")
+        tab.get_by_role("slider").press("End")
+        tab.wait_for_function("href => document.querySelector('a[download=\"a.json\"]').href != href", arg=earlier)
+        assert _objects_behind(tab, download_of_a) == 0
         chromium.close()
+
+
+def _objects_behind(tab: Any, link: Any) -> int:
+    """How many objects the file has that a link downloads."""
+    with tab.expect_download() as download:
+        link.click()
+    return len(json.loads(Path(download.value.path()).read_text(encoding="utf-8"))["objects"])
