@@ -129,6 +129,14 @@ def use_forms(model: nn.Module) -> None:
             module.__class__ = FormLinear
 
 
+def in_fast_layout(images: Tensor) -> Tensor:
+    """Images (B, C, H, W) with channels last in memory where convolutions are faster so: on a CPU with oneDNN.
+
+    Feature maps then become tokens without a copy.
+    """
+    return images.contiguous(memory_format=torch.channels_last) if images.device.type == "cpu" and _ONEDNN else images
+
+
 @dataclass(frozen=True)
 class _Shape:
     """Of a convolution; ``short`` says that its weights are those of the short cut, or are to be."""

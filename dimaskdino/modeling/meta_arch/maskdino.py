@@ -13,7 +13,7 @@ from detectron2.structures import ImageList
 from torch import Tensor, nn
 
 from dimaskdino.errors import ConfigError
-from dimaskdino.layers.forms import use_forms
+from dimaskdino.layers.forms import in_fast_layout, use_forms
 from dimaskdino.layers.padding import PaddedBatch
 from dimaskdino.layers.precision import evaluation_dtype
 from dimaskdino.modeling.criterion import Criterion, PointSampler, StepObjects
@@ -272,10 +272,7 @@ class DIMaskDINO(nn.Module):
         ]
         padded = ImageList.from_tensors(images, self.size_divisibility)
         tensor = padded.tensor.to(self.dtype)
-        if self.device.type == "cpu":
-            # Convolutions are faster so, and feature maps become tokens without a copy.
-            tensor = tensor.contiguous(memory_format=torch.channels_last)
-        return ImageList(tensor, padded.image_sizes)
+        return ImageList(in_fast_layout(tensor), padded.image_sizes)
 
     def _results(
         self,
