@@ -17,6 +17,7 @@ from dimaskdino.data import build_mapper
 from dimaskdino.data.coco_file import Annotations
 from dimaskdino.data.datasets.registration import load_dataset
 from dimaskdino.data.rle import checked_rle, run_lengths
+from dimaskdino.data.validation import screen
 from dimaskdino.data.validation.dataset import open_file
 from dimaskdino.data.validation.inspection import inspect_dataset
 from dimaskdino.data.validation.report import Counts
@@ -144,6 +145,31 @@ def test_the_quick_look_passes_what_is_sound() -> None:
         least = np.array([each["area"] * (1 if with_masks else 2) > 4.1 for each in listed])
         assert surely_fine(listed, [(50, 50)] * 50, rules).tolist() == least.tolist()
         assert not surely_fine(listed, [None] * 50, rules).any()
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_masks_are_measured_from_their_text(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled:
+        monkeypatch.setattr(screen, "COMPILED", False)
+    triangles = b" [[1,1 , 4,1, 4,3]\n,[-2.5E-1,0,1e1,0,0,+6]]".replace(b"+", b"")
+    good = {
+        b"[[1,1,4,1,4,3,1,3]]": (1, 1, 4, 3, 6),
+        triangles: (-0.25, 0, 10, 6, 3 + 30.75),
+        b"[[0,0,0,0,0,0]]": (0,) * 5,
+    }
+    other = (b"[]", b"null", b"{}", b"5", b"[5]", b"[[]]", b"[[1,1,4,1]]", b"[[1,1,4,1,4,3,1]]", b'[[1,1,4,1,4,"3"]]')
+    other += (
+        b"[[1,1,4,1,4,[3]]]",
+        b"[[1,1,4,1,4,null]]",
+        b"[[1,1,4,1,4,1e999]]",
+        b"[[1,1,4,1,4,3],[]]",
+        b'{"size": [6, 8]}',
+    )
+    extent, area = screen._measured([*good, *other])
+    measured = np.stack((*extent, area), 1)
+    assert measured[:3] == pytest.approx(np.array(list(good.values())))
+    assert not np.isfinite(measured[3:]).all(1).any()
+    assert screen._measured([])[0].shape == (4, 0)
 
 
 def test_the_quick_look_changes_neither_problems_nor_counts(

@@ -5,10 +5,11 @@ Datasets have a million objects and few mistakes: the rules, one object after th
 
 from collections.abc import Sequence
 from itertools import chain
-from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 import numpy as np
+import torch
 
 from dimaskdino.data.coco_file import Annotations
 from dimaskdino.data.rle import Size
@@ -20,27 +21,23 @@ from dimaskdino.data.validation.rules import (
     Json,
     Rules,
 )
+from dimaskdino.layers.ms_deform_attn_ops import COMPILED
 
 ROUNDING = 1e-6  # sums here and in the rules may differ by this share: what is closer to a limit is left to the rules
 _WEIGHTS = np.sqrt((2.0, 3.0, 5.0, 7.0, 11.0))  # of a sum that is the same for the same class and box
-
-Polygon: TypeAlias = Annotated[list[float], msgspec.Meta(min_length=6)]
+_NO_MASK = (b"null", b"[]", b"{}")
 
 
 class Plain(msgspec.Struct, gc=False):
-    """An annotation of the usual types: polygons, a box of four, an area; msgspec refuses all others."""
+    """An annotation of the usual types, with a mask as text; msgspec refuses all others."""
 
     category_id: int
     bbox: Annotated[list[float], msgspec.Meta(min_length=4, max_length=4)]
     area: float
-    segmentation: list[Polygon] | dict[str, Any] | None = None
+    segmentation: msgspec.Raw = msgspec.Raw(_NO_MASK[0])
     iscrowd: Literal[0, 1] | bool = 0
     ignore: Literal[0] = 0
     ignored: Literal[0] = 0
-
-    def can_pass(self, *, with_masks: bool) -> bool:
-        """Whether it has polygons, or needs none."""
-        return type(self.segmentation) is list if self.segmentation else not with_masks
 
 
 class Look(NamedTuple):
@@ -59,6 +56,7 @@ class Look(NamedTuple):
 
 _decode = msgspec.json.Decoder(list[Plain]).decode
 _decode_one = msgspec.json.Decoder(Plain).decode
+_decode_mask = msgspec.json.Decoder(list[Annotated[list[float], msgspec.Meta(min_length=6)]]).decode
 
 
 def surely_fine(annotations: Sequence[Json], sizes: Sequence[Size | None], rules: Rules) -> np.ndarray:
@@ -87,19 +85,18 @@ def look(images: Sequence[Sequence[Json]], sizes: Sequence[Size | None], rules: 
     found = Look(np.zeros(number, dtype=bool), np.zeros(number, dtype=bool), np.zeros(number, dtype=int))
     if not rules.in_file:
         return found
-    with_masks = rules.with_masks
     objects = [each for annotations in images for each in _plain_objects(annotations)]
-    place = np.array([i for i, each in enumerate(objects) if each and each.can_pass(with_masks=with_masks)], dtype=int)
-    plain = [objects[index] for index in place.tolist()]
+    place = np.array([index for index, each in enumerate(objects) if each is not None], dtype=int)
+    plain = [each for each in objects if each is not None]
     if not plain:
         return found
     of_image = np.repeat(np.arange(len(images)), [*map(len, images)])[place]
     far = np.array([size or (np.nan, np.nan) for size in sizes], dtype=float)[of_image, ::-1].T
     known = {key: index for index, key in enumerate(rules.categories) if type(key) is int}
     classes = np.array([known.get(each.category_id, -1) for each in plain])
-    boxes = np.array([each.bbox for each in plain]).T
+    boxes = np.fromiter(chain.from_iterable([each.bbox for each in plain]), dtype=float).reshape(-1, 4).T
     with np.errstate(all="ignore"):  # what is not finite does not pass
-        fine = (classes >= 0) & _judge(plain, boxes, far, with_masks=with_masks)
+        fine = (classes >= 0) & _judge(plain, boxes, far, with_masks=rules.with_masks)
         key = (np.stack((classes, *boxes)) * _WEIGHTS[:, None]).sum(0)
     found.fine[place] = fine
     found.classes[place] = classes
@@ -120,8 +117,8 @@ def _plain_objects(annotations: Sequence[Json]) -> Sequence[Plain | None]:
 
 def _converted(annotation: Json) -> Plain | None:
     try:
-        return msgspec.convert(annotation, Plain)
-    except ValueError:
+        return _decode_one(msgspec.json.encode(annotation))
+    except (ValueError, TypeError, OverflowError, RecursionError):
         return None
 
 
@@ -138,8 +135,9 @@ def _judge(plain: Sequence[Plain], boxes: np.ndarray, far: np.ndarray, *, with_m
     corners = np.stack((x, y, x + width, y + height))
     area = np.array([each.area for each in plain])
     good = (corners[2:] > corners[:2]).all(0) & _is_inside(corners, far, TOLERANCE_PX) & (area > 0) & np.isfinite(area)
-    masked = np.array([bool(each.segmentation) for each in plain])
-    extent, drawn = _extents([each.segmentation for each in plain if each.segmentation])
+    masks = [bytes(each.segmentation) for each in plain]
+    masked = np.array([with_masks or mask not in _NO_MASK for mask in masks])
+    extent, drawn = _measured([mask for mask, has_one in zip(masks, masked.tolist(), strict=True) if has_one])
     if with_masks:
         visible = _is_inside(extent, far[:, masked], 0) & (drawn >= AREA_WITH_PIXEL * (1 + ROUNDING))
     else:
@@ -166,13 +164,30 @@ def _repeated(key: np.ndarray, of_image: np.ndarray) -> np.ndarray:
     return found
 
 
-def _extents(masks: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Extents (4, n) xyxy and areas (n,) of masks, each of one or several polygons; not finite for odd numbers."""
+def _measured(masks: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """Extents (4, n) xyxy and areas (n,) of masks as text, each of one or several polygons; of others not finite."""
+    if not (COMPILED and hasattr(torch.ops.dimaskdino, "measured_polygons")):
+        return _extents([_polygons(mask) for mask in masks])
+    text, ends = bytearray().join(masks), np.cumsum([0, *map(len, masks)])[1:]
+    if not text:
+        return np.zeros((4, 0)), np.zeros(0)
+    measured = torch.ops.dimaskdino.measured_polygons(torch.frombuffer(text, dtype=torch.uint8), torch.from_numpy(ends))
+    return measured.numpy().T[:4], measured.numpy().T[4]
+
+
+def _polygons(mask: bytes) -> list[list[float]]:
+    try:
+        found = _decode_mask(mask)
+    except ValueError:
+        found = []
+    return found if found and all(len(polygon) % 2 == 0 for polygon in found) else [[np.nan] * 6]
+
+
+def _extents(masks: Sequence[list[list[float]]]) -> tuple[np.ndarray, np.ndarray]:
+    """As :func:`_measured`, of lists of polygons."""
     if not masks:
         return np.zeros((4, 0)), np.zeros(0)
     lengths = np.array([len(polygon) for mask in masks for polygon in mask])
-    if (lengths % 2).any():
-        return _extents([mask if all(len(each) % 2 == 0 for each in mask) else [[np.nan] * 6] for mask in masks])
     numbers = chain.from_iterable(chain.from_iterable(masks))
     x, y = np.fromiter(numbers, dtype=float, count=lengths.sum()).reshape(-1, 2).T.copy()
     ends = lengths.cumsum() // 2

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 # stops reading the others; tools/check_dataset.py reads all. Of images to test on it reads all as well: one that cannot
 # be used would be met after the whole training.
 LEAST_HEADERS = 5000
-MOST_SECONDS = 4.0
+MOST_SECONDS = 2.0
 
 # What objects look like whose coordinates mean something else.
 _CAUSES = {
