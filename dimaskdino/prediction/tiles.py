@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,10 @@ from dimaskdino.structures.rle_masks import Rle, crop_of, place_crop
 _TOUCH_PX = 2  # an object that comes this close to the seam may go on beyond it
 _CUT = 0.7  # times the score of what a seam may cut: it may be half an object
 _MISSED = 0.5  # times the share of the tiles that see an object and do not find it: what its score loses
-_PARTNER = 0.7  # times the score of a cut object: what its other parts, or a whole one in its place, must have
-_BEYOND = 0.1  # of its size: what the two must have outside the tile, as masks are not exact to the pixel
+_PARTNER = 0.6  # times the score of a cut object: what its other parts, or a whole one in its place, must have
 _SAME_OBJECT_IOU = 0.5  # of two detections where both of their tiles see them
+
+Region = tuple[int, int, int, int]  # left, top, right, bottom, px
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Tile:
         )
         return ((gaps < _TOUCH_PX) & np.array(self.inner)).any(1)
 
-    def overlap(self, other: "Tile") -> tuple[int, int, int, int] | None:
+    def overlap(self, other: "Tile") -> Region | None:
         """What two tiles have in common, (left, top, right, bottom); None if nothing."""
         left, top = max(self.left, other.left), max(self.top, other.top)
         right, bottom = min(self.right, other.right), min(self.bottom, other.bottom)
@@ -170,14 +172,15 @@ class _Merge:
     def __init__(self, found: Instances, tile_of: np.ndarray, tiles: Sequence[Tile]) -> None:
         self._found, self._tile_of, self._tiles = found, tile_of, tiles
         self._extents = _extents(found)
-        self._shapes = _Shapes(found, self._extents)
+        self._rles: list[Rle] | None = found.pred_masks.rles if found.has("pred_masks") else None
         self._cut = np.zeros(len(found), dtype=bool)
         self._seen, self._missed = np.zeros(len(found)), np.zeros(len(found))
         self.agreeing: list[list[int]] = [[] for _ in range(len(found))]
         members = [np.flatnonzero(tile_of == number) for number in range(len(tiles))]
+        corners = np.array([((tile.top, tile.left), (tile.bottom, tile.right)) for tile in tiles])
         for number, tile in enumerate(tiles):
             self._cut[members[number]] = tile.touches_seam(self._extents[members[number]])
-            for other in range(number):
+            for other in np.flatnonzero((corners[:number, 1] > corners[number, 0]).all(1)).tolist():
                 if region := tile.overlap(tiles[other]):
                     agree = self._agree(members[number], members[other], region)
                     self._compare(members[number], members[other], agree, tiles[other])
@@ -185,18 +188,26 @@ class _Merge:
         missed = self._missed / (1 + self._seen)  # its own tile found it
         self.scores = found.scores.double().numpy() * np.where(self._cut, _CUT, 1) * (1 - _MISSED * missed)
 
-    def _agree(self, first: np.ndarray, second: np.ndarray, region: tuple[int, int, int, int]) -> np.ndarray:
+    def _agree(self, first: np.ndarray, second: np.ndarray, region: Region) -> np.ndarray:
         """(n, m) bool: which detections of two tiles are the same object, given what both tiles see."""
         classes = self._found.pred_classes.numpy()
         low = np.maximum(self._extents[first, None, :2], self._extents[None, second, :2])
         high = np.minimum(self._extents[first, None, 2:], self._extents[None, second, 2:])
         agree = (low < high).all(2) & (classes[first, None] == classes[None, second])
-        frame = self._shapes.frame(region)
         for row, column in np.argwhere(agree).tolist():
-            agree[row, column] = (
-                self._shapes.iou_inside(int(first[row]), int(second[column]), frame) >= _SAME_OBJECT_IOU
-            )
+            agree[row, column] = self._iou_inside([first[row], second[column]], region) >= _SAME_OBJECT_IOU
         return agree
+
+    def _iou_inside(self, pair: list[int], region: Region) -> float:
+        """IoU of two detections' masks, or boxes, of their parts inside a region."""
+        boxes = np.clip(self._extents[pair], 2 * region[:2], 2 * region[2:])
+        shapes: Any = np.hstack((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]))
+        if self._rles is not None:
+            shapes = [self._rles[index] for index in pair]
+            if (boxes != self._extents[pair]).any():
+                frame = _rectangle(region, self._found.image_size)
+                shapes = [mask_util.merge([shape, frame], intersect=True) for shape in shapes]
+        return float(mask_util.iou(shapes[:1], shapes[1:], [0])[0, 0])
 
     def _compare(self, own: np.ndarray, others: np.ndarray, agree: np.ndarray, tile: Tile) -> None:
         """Note what another tile, which has the detections ``others``, says of the detections ``own``."""
@@ -217,19 +228,12 @@ class _Merge:
         for part in parts if self._cut[best] else ():
             for other in sorted(self.agreeing[part], key=self.scores.__getitem__, reverse=True):
                 certain = left[other] and self.scores[other] >= _PARTNER * self.scores[best]
-                if certain and self._reaches_beyond(other, parts):
+                tiles = (self._tiles[self._tile_of[each]] for each in parts)
+                if certain and not any(_inside(self._extents[[other]], tile)[0] for tile in tiles):
                     if not self._cut[other]:
                         return [other]
                     parts.append(other)
         return parts
-
-    def _reaches_beyond(self, index: int, parts: list[int]) -> bool:
-        """Whether a detection has more than a margin outside each of the tiles of some others."""
-        low, high = self._extents[index, :2], self._extents[index, 2:]
-        tiles = [self._tiles[self._tile_of[part]] for part in parts]
-        inner = np.array([((tile.left, tile.top), (tile.right, tile.bottom)) for tile in tiles])
-        outside = np.maximum(inner[:, 0] - low, high - inner[:, 1]).max(1)
-        return bool((outside > _BEYOND * (high - low).max()).all())
 
     def joined(self, objects: list[list[int]]) -> Instances:
         """One detection for each object, by descending score."""
@@ -239,12 +243,9 @@ class _Merge:
         boxes = [found.pred_boxes.tensor[parts] for parts in objects]
         unions = [torch.cat((each[:, :2].amin(0), each[:, 2:].amax(0))) for each in boxes]
         result.pred_boxes = Boxes(torch.stack(unions) if unions else found.pred_boxes.tensor[:0])
-        if (rles := self._shapes.rles) is not None:
-            unions = [
-                mask_util.merge([rles[part] for part in parts]) if len(parts) > 1 else rles[parts[0]]
-                for parts in objects
-            ]
-            result.pred_masks = RleMasks(unions, found.image_size)
+        if (rles := self._rles) is not None:
+            masks = [mask_util.merge([rles[part] for part in parts]) for parts in objects]
+            result.pred_masks = RleMasks(masks, found.image_size)
         return result[torch.argsort(-result.scores, stable=True)]
 
 
@@ -254,50 +255,12 @@ def _extents(found: Instances) -> np.ndarray:
     return boxes.tensor.numpy().astype(np.float64)
 
 
+@lru_cache(maxsize=1)
+def _rectangle(region: Region, size: tuple[int, int]) -> Rle:
+    left, top, right, bottom = region
+    return mask_util.frPyObjects(np.array([[left, top, right - left, bottom - top]], dtype=np.float64), *size)[0]
+
+
 def _inside(boxes: np.ndarray, tile: Tile) -> np.ndarray:
     low, high = np.array((tile.left, tile.top)), np.array((tile.right, tile.bottom))
     return np.all((boxes[:, :2] >= low) & (boxes[:, 2:] <= high), axis=1)
-
-
-class _Shapes:
-    """Masks of detections, or boxes where there are no masks, as sets of pixels.
-
-    Args:
-        found: the detections.
-        extents: (N, 4) boxes around them.
-    """
-
-    def __init__(self, found: Instances, extents: np.ndarray) -> None:
-        self._size = found.image_size
-        self._extents = extents
-        self.rles: list[Rle] | None = found.pred_masks.rles if found.has("pred_masks") else None
-
-    def frame(self, region: tuple[int, int, int, int]) -> Any:
-        """A region (left, top, right, bottom) as :meth:`iou_inside` takes it."""
-        if self.rles is None:
-            return region
-        left, top, right, bottom = region
-        box = np.array([[left, top, right - left, bottom - top]], dtype=np.float64)
-        return mask_util.frPyObjects(box, *self._size)[0]
-
-    def iou_inside(self, first: int, second: int, frame: Any) -> float:
-        """IoU of two detections, of their parts inside a frame."""
-        if self.rles is None:
-            low, high = np.array(frame[:2]), np.array(frame[2:])
-            one, other = (
-                np.concatenate((self._extents[each, :2].clip(low, high), self._extents[each, 2:].clip(low, high)))
-                for each in (first, second)
-            )
-            both = np.concatenate((np.maximum(one[:2], other[:2]), np.minimum(one[2:], other[2:])))
-            common = _area(both)
-            return common / max(_area(one) + _area(other) - common, 1e-9)
-        inside = [mask_util.merge([self.rles[each], frame], intersect=True) for each in (first, second)]
-        return float(mask_util.iou([inside[0]], [inside[1]], [0])[0, 0]) if all(map(mask_util.area, inside)) else 0.0
-
-    def area(self, index: int) -> float:
-        """Size of a detection, px."""
-        return _area(self._extents[index]) if self.rles is None else float(mask_util.area(self.rles[index]))
-
-
-def _area(box: np.ndarray) -> float:
-    return float(np.maximum(box[2:] - box[:2], 0).prod())
