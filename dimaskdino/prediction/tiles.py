@@ -19,7 +19,7 @@ from dimaskdino.structures.rle_masks import Rle, crop_of, place_crop
 _TOUCH_PX = 2  # an object that comes this close to the seam may go on beyond it
 _CUT = 0.7  # times the score of what a seam may cut: it may be half an object
 _MISSED = 0.5  # times the share of the tiles that see an object and do not find it: what its score loses
-_PARTNER = 0.6  # times the score of a cut object: what its other parts, or a whole one in its place, must have
+_WHOLE, _PART = 0.8, 0.5  # times the score of a cut object: what a whole one in its place, or a further part, needs
 _SAME_OBJECT_IOU = 0.5  # of two detections where both of their tiles see them
 
 Region = tuple[int, int, int, int]  # left, top, right, bottom, px
@@ -227,9 +227,13 @@ class _Merge:
         parts = [best]
         for part in parts if self._cut[best] else ():
             for other in sorted(self.agreeing[part], key=self.scores.__getitem__, reverse=True):
-                certain = left[other] and self.scores[other] >= _PARTNER * self.scores[best]
+                least = (_PART if self._cut[other] else _WHOLE) * self.scores[best]
                 tiles = (self._tiles[self._tile_of[each]] for each in parts)
-                if certain and not any(_inside(self._extents[[other]], tile)[0] for tile in tiles):
+                if (
+                    left[other]
+                    and self.scores[other] >= least
+                    and not any(_inside(self._extents[[other]], tile)[0] for tile in tiles)
+                ):
                     if not self._cut[other]:
                         return [other]
                     parts.append(other)
