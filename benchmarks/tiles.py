@@ -33,8 +33,7 @@ def make_mosaic(folder: Path, pieces: int) -> tuple[list[np.ndarray], np.ndarray
     side = len(pictures[0])
     rows = [np.concatenate(pictures[start : start + pieces], axis=1) for start in range(0, pieces**2, pieces)]
     coco, annotations = COCO(), []
-    coco.dataset = truth
-    coco.createIndex()
+    coco.imgs = {image["id"]: image for image in truth["images"]}
     for annotation in truth["annotations"]:
         row, column = (side * each for each in divmod(annotation["image_id"] - 1, pieces))
         x, y, width, height = annotation["bbox"]
