@@ -1,8 +1,9 @@
 """Large pictures in tiles: whole objects across seams, each once."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,12 @@ from dimaskdino.structures import RleMasks
 from dimaskdino.structures.rle_masks import Rle, crop_of, place_crop
 
 _TOUCH_PX = 2  # an object that comes this close to the seam may go on beyond it
-_COVERED = 0.7  # a part of an object goes if a better detection covers this share of it
+_CUT = 0.7  # times the score of what a seam may cut: it may be half an object
+_MISSED = 0.5  # times the share of the tiles that see an object and do not find it: what its score loses
+_WHOLE, _PART = 0.8, 0.5  # times the score of a cut object: what a whole one in its place, or a further part, needs
 _SAME_OBJECT_IOU = 0.5  # of two detections where both of their tiles see them
+
+Region = tuple[int, int, int, int]  # left, top, right, bottom, px
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ class Tile:
         )
         return ((gaps < _TOUCH_PX) & np.array(self.inner)).any(1)
 
-    def overlap(self, other: "Tile") -> tuple[int, int, int, int] | None:
+    def overlap(self, other: "Tile") -> Region | None:
         """What two tiles have in common, (left, top, right, bottom); None if nothing."""
         left, top = max(self.left, other.left), max(self.top, other.top)
         right, bottom = min(self.right, other.right), min(self.bottom, other.bottom)
@@ -130,39 +135,122 @@ def _moved(rle: Rle, tile: Tile, size: tuple[int, int]) -> Rle:
 
 
 def merge_tiles(found: Instances, tile_of: np.ndarray, tiles: Sequence[Tile]) -> Instances:
-    """Join the parts of objects that a seam cuts, and keep one of several detections of an object.
+    """Join the parts of objects that seams cut, and keep one of several detections of an object.
 
-    A part that lies wholly inside another tile goes: that tile sees the object and its surroundings. Detections of
-    neighbors are one object if they are of one class and agree where both tiles see them. Of such a group the best
-    detection that no seam cuts is kept; if there is none, the union of its masks or boxes, with the score of the
-    largest part. What is then still a part goes if a better detection of its class covers most of it.
+    Detections of two tiles are one object if they are of one class and agree where both tiles see them. The best is
+    kept, where scores count less for what a seam may cut, and for what other tiles should have found and did not. If
+    a seam cuts the best, a whole one that reaches beyond its tile takes its place, or else parts that do so are added
+    to it; both must be about as certain.
 
     Args:
         found: detections of all tiles, in px of the picture.
         tile_of: (N,) tile of each.
         tiles: all tiles.
+
+    Returns:
+        The objects by descending score.
     """
-    extents = _extents(found)
-    cut = np.zeros(len(found), dtype=bool)
-    redundant = np.zeros(len(found), dtype=bool)
-    neighbors = {
-        number: [other for other, tile in enumerate(tiles) if other != number and tile.overlap(tiles[number])]
-        for number in np.unique(tile_of).tolist()
-    }
-    for number, others in neighbors.items():
-        (own,) = np.nonzero(tile_of == number)
-        cut[own] = tiles[number].touches_seam(extents[own])
-        for other in others:
-            redundant[own] |= cut[own] & _inside(extents[own], tiles[other]) & ~tiles[other].touches_seam(extents[own])
-    found, tile_of, extents, cut = (
-        found[torch.from_numpy(~redundant)],
-        *(a[~redundant] for a in (tile_of, extents, cut)),
-    )
-    shapes = _Shapes(found, extents)
-    groups = _Groups(tile_of)
-    for _, first, second in sorted(_pairs(found, tile_of, extents, tiles, neighbors, shapes), reverse=True):
-        groups.join(first, second)
-    return _joined(found, list(groups.members()), cut, shapes)
+    merge = _Merge(found, tile_of, tiles)
+    left = np.ones(len(found), dtype=bool)
+    objects: list[list[int]] = []
+    for best in np.argsort(-merge.scores, kind="stable").tolist():
+        if left[best]:
+            objects.append(merge.parts(best, left))
+            for part in (best, *objects[-1]):
+                left[[part, *merge.agreeing[part]]] = False
+    return merge.joined(objects)
+
+
+class _Merge:
+    """What the detections of all tiles say of each other; arguments as :func:`merge_tiles` takes them.
+
+    Attributes:
+        scores: (N,) of the detections, less what seams and other tiles take.
+        agreeing: of each detection, those of other tiles that are the same object.
+    """
+
+    def __init__(self, found: Instances, tile_of: np.ndarray, tiles: Sequence[Tile]) -> None:
+        self._found, self._tile_of, self._tiles = found, tile_of, tiles
+        self._extents = _extents(found)
+        self._rles: list[Rle] | None = found.pred_masks.rles if found.has("pred_masks") else None
+        self._cut = np.zeros(len(found), dtype=bool)
+        self._seen, self._missed = np.zeros(len(found)), np.zeros(len(found))
+        self.agreeing: list[list[int]] = [[] for _ in range(len(found))]
+        members = [np.flatnonzero(tile_of == number) for number in range(len(tiles))]
+        corners = np.array([((tile.top, tile.left), (tile.bottom, tile.right)) for tile in tiles])
+        for number, tile in enumerate(tiles):
+            self._cut[members[number]] = tile.touches_seam(self._extents[members[number]])
+            for other in np.flatnonzero((corners[:number, 1] > corners[number, 0]).all(1)).tolist():
+                if region := tile.overlap(tiles[other]):
+                    agree = self._agree(members[number], members[other], region)
+                    self._compare(members[number], members[other], agree, tiles[other])
+                    self._compare(members[other], members[number], agree.T, tile)
+        missed = self._missed / (1 + self._seen)  # its own tile found it
+        self.scores = found.scores.double().numpy() * np.where(self._cut, _CUT, 1) * (1 - _MISSED * missed)
+
+    def _agree(self, first: np.ndarray, second: np.ndarray, region: Region) -> np.ndarray:
+        """(n, m) bool: which detections of two tiles are the same object, given what both tiles see."""
+        classes = self._found.pred_classes.numpy()
+        low = np.maximum(self._extents[first, None, :2], self._extents[None, second, :2])
+        high = np.minimum(self._extents[first, None, 2:], self._extents[None, second, 2:])
+        agree = (low < high).all(2) & (classes[first, None] == classes[None, second])
+        for row, column in np.argwhere(agree).tolist():
+            agree[row, column] = self._iou_inside([first[row], second[column]], region) >= _SAME_OBJECT_IOU
+        return agree
+
+    def _iou_inside(self, pair: list[int], region: Region) -> float:
+        """IoU of two detections' masks, or boxes, of their parts inside a region."""
+        boxes = np.clip(self._extents[pair], 2 * region[:2], 2 * region[2:])
+        shapes: Any = np.hstack((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]))
+        if self._rles is not None:
+            shapes = [self._rles[index] for index in pair]
+            if (boxes != self._extents[pair]).any():
+                frame = _rectangle(region, self._found.image_size)
+                shapes = [mask_util.merge([shape, frame], intersect=True) for shape in shapes]
+        return float(mask_util.iou(shapes[:1], shapes[1:], [0])[0, 0])
+
+    def _compare(self, own: np.ndarray, others: np.ndarray, agree: np.ndarray, tile: Tile) -> None:
+        """Note what another tile, which has the detections ``others``, says of the detections ``own``."""
+        sees = _inside(self._extents[own], tile) & ~tile.touches_seam(self._extents[own])
+        self._seen[own] += sees
+        self._missed[own] += sees & ~agree.any(1)
+        for row, column in np.argwhere(agree).tolist():
+            self.agreeing[own[row]].append(int(others[column]))
+
+    def parts(self, best: int, left: np.ndarray) -> list[int]:
+        """The detections that make an object: the whole one, or parts from several tiles.
+
+        Args:
+            best: the object's best detection.
+            left: (N,) bool: detections that belong to no object yet.
+        """
+        parts = [best]
+        for part in parts if self._cut[best] else ():
+            for other in sorted(self.agreeing[part], key=self.scores.__getitem__, reverse=True):
+                least = (_PART if self._cut[other] else _WHOLE) * self.scores[best]
+                tiles = (self._tiles[self._tile_of[each]] for each in parts)
+                if (
+                    left[other]
+                    and self.scores[other] >= least
+                    and not any(_inside(self._extents[[other]], tile)[0] for tile in tiles)
+                ):
+                    if not self._cut[other]:
+                        return [other]
+                    parts.append(other)
+        return parts
+
+    def joined(self, objects: list[list[int]]) -> Instances:
+        """One detection for each object, by descending score."""
+        found = self._found
+        result = found[torch.tensor([parts[0] for parts in objects], dtype=torch.int64)]
+        result.scores = torch.from_numpy(self.scores[[parts[0] for parts in objects]]).to(found.scores.dtype)
+        boxes = [found.pred_boxes.tensor[parts] for parts in objects]
+        unions = [torch.cat((each[:, :2].amin(0), each[:, 2:].amax(0))) for each in boxes]
+        result.pred_boxes = Boxes(torch.stack(unions) if unions else found.pred_boxes.tensor[:0])
+        if (rles := self._rles) is not None:
+            masks = [mask_util.merge([rles[part] for part in parts]) for parts in objects]
+            result.pred_masks = RleMasks(masks, found.image_size)
+        return result[torch.argsort(-result.scores, stable=True)]
 
 
 def _extents(found: Instances) -> np.ndarray:
@@ -171,138 +259,12 @@ def _extents(found: Instances) -> np.ndarray:
     return boxes.tensor.numpy().astype(np.float64)
 
 
+@lru_cache(maxsize=1)
+def _rectangle(region: Region, size: tuple[int, int]) -> Rle:
+    left, top, right, bottom = region
+    return mask_util.frPyObjects(np.array([[left, top, right - left, bottom - top]], dtype=np.float64), *size)[0]
+
+
 def _inside(boxes: np.ndarray, tile: Tile) -> np.ndarray:
     low, high = np.array((tile.left, tile.top)), np.array((tile.right, tile.bottom))
     return np.all((boxes[:, :2] >= low) & (boxes[:, 2:] <= high), axis=1)
-
-
-def _pairs(
-    found: Instances,
-    tile_of: np.ndarray,
-    extents: np.ndarray,
-    tiles: Sequence[Tile],
-    neighbors: dict[int, list[int]],
-    shapes: "_Shapes",
-) -> Iterator[tuple[float, int, int]]:
-    """(agreement, first, second) of detections in neighboring tiles that are one object."""
-    classes = found.pred_classes.numpy()
-    members = {number: np.nonzero(tile_of == number)[0] for number in neighbors}
-    for number, others in neighbors.items():
-        for other in (other for other in others if other > number and other in members):
-            region = tiles[number].overlap(tiles[other])
-            assert region is not None
-            first, second = members[number], members[other]
-            low = np.maximum(extents[first, None, :2], extents[None, second, :2])
-            high = np.minimum(extents[first, None, 2:], extents[None, second, 2:])
-            frame = shapes.frame(region)
-            may_be_one = (low < high).all(2) & (classes[first, None] == classes[None, second])
-            for row, column in zip(*np.nonzero(may_be_one), strict=True):
-                pair = int(first[row]), int(second[column])
-                agreement = shapes.iou_inside(*pair, frame)
-                if agreement >= _SAME_OBJECT_IOU:
-                    yield agreement, *pair
-
-
-class _Shapes:
-    """Masks of detections, or boxes where there are no masks, as sets of pixels.
-
-    Args:
-        found: the detections.
-        extents: (N, 4) boxes around them.
-    """
-
-    def __init__(self, found: Instances, extents: np.ndarray) -> None:
-        self._size = found.image_size
-        self._extents = extents
-        self.rles: list[Rle] | None = found.pred_masks.rles if found.has("pred_masks") else None
-
-    def frame(self, region: tuple[int, int, int, int]) -> Any:
-        """A region (left, top, right, bottom) as :meth:`iou_inside` takes it."""
-        if self.rles is None:
-            return region
-        left, top, right, bottom = region
-        box = np.array([[left, top, right - left, bottom - top]], dtype=np.float64)
-        return mask_util.frPyObjects(box, *self._size)[0]
-
-    def iou_inside(self, first: int, second: int, frame: Any) -> float:
-        """IoU of two detections, of their parts inside a frame."""
-        if self.rles is None:
-            low, high = np.array(frame[:2]), np.array(frame[2:])
-            one, other = (
-                np.concatenate((self._extents[each, :2].clip(low, high), self._extents[each, 2:].clip(low, high)))
-                for each in (first, second)
-            )
-            both = np.concatenate((np.maximum(one[:2], other[:2]), np.minimum(one[2:], other[2:])))
-            common = _area(both)
-            return common / max(_area(one) + _area(other) - common, 1e-9)
-        inside = [mask_util.merge([self.rles[each], frame], intersect=True) for each in (first, second)]
-        return float(mask_util.iou([inside[0]], [inside[1]], [0])[0, 0]) if all(map(mask_util.area, inside)) else 0.0
-
-    def area(self, index: int) -> float:
-        """Size of a detection, px."""
-        return _area(self._extents[index]) if self.rles is None else float(mask_util.area(self.rles[index]))
-
-
-def _area(box: np.ndarray) -> float:
-    return float(np.maximum(box[2:] - box[:2], 0).prod())
-
-
-class _Groups:
-    """Detections that are one object; a tile has one detection at most in a group."""
-
-    def __init__(self, tile_of: np.ndarray) -> None:
-        self._group_of = list(range(len(tile_of)))
-        self._members = {index: [index] for index in range(len(tile_of))}
-        self._tiles = {index: {int(tile)} for index, tile in enumerate(tile_of)}
-
-    def join(self, first: int, second: int) -> None:
-        one, other = self._group_of[first], self._group_of[second]
-        if one == other or self._tiles[one] & self._tiles[other]:
-            return
-        for index in self._members[other]:
-            self._group_of[index] = one
-        self._members[one] += self._members.pop(other)
-        self._tiles[one] |= self._tiles.pop(other)
-
-    def members(self) -> Iterator[list[int]]:
-        yield from self._members.values()
-
-
-def _joined(found: Instances, groups: list[list[int]], cut: np.ndarray, shapes: _Shapes) -> Instances:
-    """One detection for each group, by descending score."""
-    scores = found.scores.numpy()
-    chosen, parts, boxes, rles = [], [], found.pred_boxes.tensor.clone(), list(shapes.rles or ())
-    for group in groups:
-        whole = [index for index in group if not cut[index]]
-        best = max(whole, key=scores.__getitem__) if whole else max(group, key=shapes.area)
-        if not whole and len(group) > 1:
-            own = boxes[group]
-            boxes[best] = torch.cat((own[:, :2].amin(0), own[:, 2:].amax(0)))
-            if shapes.rles is not None:
-                rles[best] = mask_util.merge([shapes.rles[index] for index in group])
-        chosen.append(best)
-        parts.append(not whole)
-    found.pred_boxes = Boxes(boxes)
-    if found.has("pred_masks"):
-        found.pred_masks = RleMasks(rles, found.image_size)
-    order = sorted(range(len(chosen)), key=lambda place: -scores[chosen[place]])
-    found = found[torch.tensor([chosen[place] for place in order], dtype=torch.int64)]
-    return found[torch.from_numpy(~_covered(found, np.array([parts[place] for place in order], dtype=bool)))]
-
-
-def _covered(found: Instances, parts: np.ndarray) -> np.ndarray:
-    """(N,) bool: parts of objects, most of which a better detection of their class covers."""
-    extents, classes = _extents(found), found.pred_classes.numpy()
-    covered = np.zeros(len(found), dtype=bool)
-    for index in np.flatnonzero(parts).tolist():
-        low = np.maximum(extents[:index, :2], extents[index, :2])
-        high = np.minimum(extents[:index, 2:], extents[index, 2:])
-        near = np.flatnonzero((low < high).all(1) & (classes[:index] == classes[index]) & ~covered[:index])
-        if len(near) and found.has("pred_masks"):
-            rles = found.pred_masks.rles
-            shares = mask_util.iou([rles[index]], [rles[other] for other in near.tolist()], [1] * len(near))
-            covered[index] = mask_util.area(rles[index]) == 0 or shares.max() >= _COVERED
-        elif len(near):
-            common = (high - low)[near].prod(1)
-            covered[index] = common.max() >= _COVERED * max(_area(extents[index]), 1e-9)
-    return covered

@@ -5,14 +5,14 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, Instances
 from PIL import Image
 
 from dimaskdino.errors import ConfigError, UserError
 from dimaskdino.prediction.canvases import Canvas, open_canvas
 from dimaskdino.prediction.outputs import geojson
 from dimaskdino.prediction.results import Classes, Prediction
-from dimaskdino.prediction.tiles import Tiling, predict_tiles
+from dimaskdino.prediction.tiles import Tiling, merge_tiles, predict_tiles
 from dimaskdino.structures import RleMasks
 
 SIZE = (150, 200)
@@ -99,6 +99,48 @@ def test_an_object_across_many_tiles_is_whole(masks) -> None:
 def test_neighbors_of_another_class_stay_apart() -> None:
     # One beside the other; a tile in whose shared part both are sees two classes.
     assert len(find(picture((3, 60, 90, 80), (92, 60, 197, 80), red=(0,)))) == 2
+
+
+# Two tiles, from x = 0 to 64 and from 48 to 112; each detection is (tile, left, right, score), and so is the result.
+TWO_TILES = Tiling(64, 0.25).tiles((64, 112))
+
+
+@pytest.mark.parametrize("masks", [True, False])
+@pytest.mark.parametrize(
+    ("detections", "expected"),
+    [
+        # The right tile sees all of it: it finds it too, it does not, or it is not asked.
+        ([(0, 50, 60, 0.8), (1, 50, 60, 0.5)], [(50, 60, 0.8)]),
+        ([(0, 50, 60, 0.8)], [(50, 60, 0.8 * (1 - 0.5 / 2))]),
+        ([(0, 40, 60, 0.8)], [(40, 60, 0.8)]),
+        # The seam at 64 cuts it, and the right tile does not see it, or finds nothing there.
+        ([(0, 30, 64, 0.8)], [(30, 64, 0.7 * 0.8)]),
+        ([(0, 52, 64, 0.8)], [(52, 64, 0.7 * 0.8 * (1 - 0.5 / 2))]),
+        # A whole one replaces half of it, unless it is much less certain.
+        ([(0, 52, 64, 0.9), (1, 52, 90, 0.6)], [(52, 90, 0.6)]),
+        ([(0, 52, 64, 0.9), (1, 52, 90, 0.52)], [(52, 90, 0.52)]),
+        ([(0, 52, 64, 0.9), (1, 52, 90, 0.48)], [(52, 64, 0.7 * 0.9)]),
+        # Both seams cut it.
+        ([(0, 20, 64, 0.8), (1, 48, 100, 0.45)], [(20, 100, 0.7 * 0.8)]),
+        ([(0, 20, 64, 0.8), (1, 48, 100, 0.35)], [(20, 64, 0.7 * 0.8)]),
+        # Where both see them, they have less than half in common.
+        ([(0, 20, 55, 0.8), (1, 52, 100, 0.6)], [(20, 55, 0.8), (52, 100, 0.6)]),
+    ],
+)
+def test_what_becomes_of_detections_beside_a_seam(detections, expected, masks) -> None:
+    found = Instances((64, 112), pred_classes=torch.zeros(len(detections), dtype=torch.int64))
+    found.scores = torch.tensor([score for *_, score in detections])
+    found.pred_boxes = Boxes(torch.tensor([[left, 10.0, right, 30.0] for _, left, right, _ in detections]))
+    if masks:
+        bitmaps = torch.zeros(len(detections), 64, 112, dtype=torch.bool)
+        for bitmap, (_, left, right, _) in zip(bitmaps, detections, strict=True):
+            bitmap[10:30, left:right] = True
+        found.pred_masks = RleMasks.of(bitmaps)
+    joined = merge_tiles(found, np.array([tile for tile, *_ in detections]), TWO_TILES)
+    shapes = joined.pred_masks.get_bounding_boxes() if masks else joined.pred_boxes
+    assert shapes.tensor[:, ::2].tolist() == [[left, right] for left, right, _ in expected]
+    assert joined.pred_boxes.tensor.tolist() == shapes.tensor.tolist()
+    assert joined.scores.tolist() == pytest.approx([score for *_, score in expected], abs=1e-6)
 
 
 def test_masks_are_as_large_as_the_picture() -> None:
