@@ -20,6 +20,10 @@ TIDE_NAMES = {
     "Bkg": "background",
     "Miss": "missed",
 }
+# Colors of Okabe and Ito, which most color-blind people tell apart; what is found recedes.
+_OUTCOME_COLORS = ("#D9D9D9", "#000000", "#D55E00", "#CC79A7", "#56B4E9", "#0072B2", "#F0E442", "#009E73")
+_TASK_COLORS = {"box": "#0072B2", "mask": "#E69F00"}
+_LEAST_LABELED = 0.03  # share of a bar whose number is written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +63,6 @@ def score_results(truth: hotcoco.COCO, results: Sequence[dict[str, Any]], task: 
         calibration=[(each["avg_confidence"], each["avg_accuracy"], each["count"]) for each in calibration["bins"]],
         calibration_error=calibration["ece"],
     )
-
-
-# Colors of Okabe and Ito, which most color-blind people tell apart; what is found recedes.
-_OUTCOME_COLORS = ("#D9D9D9", "#000000", "#D55E00", "#CC79A7", "#56B4E9", "#0072B2", "#F0E442", "#009E73")
-_TASK_COLORS = {"box": "#0072B2", "mask": "#E69F00"}
-_LEAST_LABELED = 0.03  # share of a bar whose number is written
 
 
 def png(figure: Figure) -> bytes:

@@ -34,6 +34,17 @@ from dimaskdino.visualization import Objects, draw_objects
 
 _SIDE_PX = 220  # of a picture
 _AROUND = 2.2  # side of what is shown, in sides of the object
+# The module's own text, without the marks of its markup.
+_DEFINITIONS = (missed.__doc__ or "").replace(":class:`Limits`", "above").replace("``", "")
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 1100px; margin: 2em auto; padding: 0 1em; }
+h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; } p.note { color: #555; font-size: .9em; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88em; }
+th, td { padding: .25em .7em; border-bottom: 1px solid #ddd; text-align: right; }
+th:first-child, td:first-child { text-align: left; }
+img { max-width: 100%; } .pair { display: inline-flex; gap: 3px; margin: 0 14px 10px 0; vertical-align: top; }
+.pair img { height: 170px; } .figures img { vertical-align: top; } pre { white-space: pre-wrap; font: inherit; }
+"""
 
 
 @dataclass(kw_only=True)
@@ -113,19 +124,6 @@ def _cut(
         masks=masks if shown else None,
     )
     return draw_objects(crop, objects, width=size[0])
-
-
-# The module's own text, without the marks of its markup.
-_DEFINITIONS = (missed.__doc__ or "").replace(":class:`Limits`", "above").replace("``", "")
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 1100px; margin: 2em auto; padding: 0 1em; }
-h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; } p.note { color: #555; font-size: .9em; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88em; }
-th, td { padding: .25em .7em; border-bottom: 1px solid #ddd; text-align: right; }
-th:first-child, td:first-child { text-align: left; }
-img { max-width: 100%; } .pair { display: inline-flex; gap: 3px; margin: 0 14px 10px 0; vertical-align: top; }
-.pair img { height: 170px; } .figures img { vertical-align: top; } pre { white-space: pre-wrap; font: inherit; }
-"""
 
 
 def write_report(

@@ -22,6 +22,10 @@ State = Mapping[str, Tensor]
 BACKBONE = "backbone."
 # Buffers that follow from the architecture, or that nothing reads; old files may lack them.
 _DERIVED = re.compile(r"(?:num_batches_tracked|relative_position_index)$|^pixel_(?:mean|std)$")
+_WIDTH = "MODEL.DINO.DIM_FEEDFORWARD"
+_COLORS = 3
+# Entries of a checkpoint: the file of the other weights ("" where the model's construction gives them); their digest.
+BASE, DIGEST = "frozen_weights", "frozen_digest"
 
 
 @dataclass(frozen=True)
@@ -184,7 +188,6 @@ def _shared_heads(misfit: Misfit) -> str:
     return f"heads {'of each layer' if separate[0] else 'that layers share'} in the file (MODEL.DINO.SHARED_HEADS)"
 
 
-_WIDTH = "MODEL.DINO.DIM_FEEDFORWARD"
 _CAUSES: tuple[Callable[[Misfit], str], ...] = (
     _backbone,
     _classes,
@@ -198,9 +201,6 @@ _CAUSES: tuple[Callable[[Misfit], str], ...] = (
     _two_stage,
     _shared_heads,
 )
-
-
-_COLORS = 3
 
 
 def fit_channels(
@@ -236,10 +236,6 @@ def _filters(given: Tensor, channels: int) -> Tensor:
         return given[:, :2] * (_COLORS / 2)
     more = given.new_zeros(given.shape[0], channels - _COLORS, *given.shape[2:])
     return torch.cat((given, more), dim=1)
-
-
-# Entries of a checkpoint: the file of the other weights ("" where the model's construction gives them); their digest.
-BASE, DIGEST = "frozen_weights", "frozen_digest"
 
 
 def frozen_names(model: nn.Module) -> list[str]:

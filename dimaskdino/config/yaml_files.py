@@ -42,6 +42,14 @@ IGNORED_KEYS = frozenset(
 
 # The one Python expression in their files: training sizes from half to twice a length in pixels.
 _SCALED_SIZES = re.compile(r"\[int\(x \* 0\.1 \* (\d{1,5})\) for x in range\((\d{1,3}), (\d{1,3})\)\]")
+_BASE_KEY = "_BASE_"
+_EVAL_TAG = "tag:yaml.org,2002:python/object/apply:eval"
+# Far beyond any configuration, and read in seconds.
+_MAX_BYTES = 10**6
+_MAX_VALUES = 10**5
+_MAX_DEPTH = 20
+_MAX_DIGITS = 100
+_MAX_FILES = 100
 
 
 def scaled_sizes(expression: str) -> list[int]:
@@ -51,17 +59,6 @@ def scaled_sizes(expression: str) -> list[int]:
         raise ValueError(f"only [int(x * 0.1 * SIZE) for x in range(FIRST, END)] is evaluated, not {expression:.80}")
     size, first, end = map(int, match.groups())
     return [int(x * 0.1 * size) for x in range(first, end)]
-
-
-_BASE_KEY = "_BASE_"
-_EVAL_TAG = "tag:yaml.org,2002:python/object/apply:eval"
-
-# Far beyond any configuration, and read in seconds.
-_MAX_BYTES = 10**6
-_MAX_VALUES = 10**5
-_MAX_DEPTH = 20
-_MAX_DIGITS = 100
-_MAX_FILES = 100
 
 
 def read_yaml(path: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from dimaskdino.modeling.policies import repeated_layers
 logger = logging.getLogger(__name__)
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+KINDS = ("", "optimizer", "full")
 
 
 def check_precision(cfg: CfgNode) -> None:
@@ -50,9 +51,6 @@ def evaluation_autocast(cfg: CfgNode) -> torch.autocast:
     """The autocast of evaluation: bfloat16 where training has it; otherwise float32, as in the releases."""
     enabled = cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.DTYPE == "bfloat16"
     return torch.autocast(torch.device(cfg.MODEL.DEVICE).type, dtype=torch.bfloat16, enabled=enabled)
-
-
-KINDS = ("", "optimizer", "full")
 
 
 def check_sharding(cfg: CfgNode) -> None:

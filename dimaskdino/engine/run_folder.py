@@ -34,6 +34,12 @@ LOGGERS = ("dimaskdino", "detectron2", "fvcore")
 # What these log below a warning is for people; what else detectron2 logs goes to log.txt only.
 ON_CONSOLE = ("dimaskdino", "detectron2.engine", "detectron2.evaluation.evaluator")
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LOCK_FILE = "run.lock"
+# sysexits.h calls it EX_TEMPFAIL: start the same command again with --resume.
+REQUEUE_STATUS = 75
+INTERRUPTED_STATUS = 128 + signal.SIGINT
+_STDERR = 2  # Logging is not safe in a signal handler.
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class _Console(logging.StreamHandler):
@@ -203,14 +209,6 @@ def _is_no_space(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-LOCK_FILE = "run.lock"
-# sysexits.h calls it EX_TEMPFAIL: start the same command again with --resume.
-REQUEUE_STATUS = 75
-INTERRUPTED_STATUS = 128 + signal.SIGINT
-_STDERR = 2  # Logging is not safe in a signal handler.
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopSignals:

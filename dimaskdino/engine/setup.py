@@ -51,6 +51,35 @@ from dimaskdino.solver import check_solver, parameter_groups
 
 logger = logging.getLogger(__name__)
 
+# Workers beyond the cores only cost memory, but a configuration made on a large machine still runs on a small one.
+MOST_WORKERS = max(64, 8 * num_cores())
+# The smallest and the largest value of numbers that nothing else checks. A negative SEED draws one.
+RANGES: dict[str, tuple[float, float]] = {
+    "SEED": (-math.inf, 2**31 - 1),
+    "DATALOADER.NUM_WORKERS": (0, MOST_WORKERS),
+    "INPUT.IMAGE_SIZE": (1, 65536),
+    "INPUT.MIN_SCALE": (0.0, math.inf),
+    "INPUT.MAX_SCALE": (0.0, math.inf),
+    "INPUT.MIN_SIZE_TEST": (0, math.inf),
+    "INPUT.MAX_SIZE_TEST": (1, math.inf),
+    "TEST.DETECTIONS_PER_IMAGE": (1, math.inf),
+    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": (0.0, math.inf),
+    "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS": (0, math.inf),
+    **{f"MODEL.{node}.NHEADS": (1, math.inf) for node in ("MaskDINO", "DINO")},
+    **{f"MODEL.{node}.DROPOUT": (0.0, 1.0) for node in ("MaskDINO", "DINO")},
+    **{
+        f"MODEL.{node}.{of}{term}_WEIGHT": (0.0, math.inf)
+        for node, terms in {
+            "MaskDINO": ("CLASS", "DICE", "MASK", "BOX", "GIOU"),
+            "DINO": ("CLASS", "BOX", "GIOU"),
+        }.items()
+        for of, term in itertools.product(("", "COST_"), terms)
+    },
+}
+EVALUATIONS = 5  # and checkpoints, of an automatic schedule
+LONGEST_WARMUP = 0.1  # share of an automatic schedule
+_SHOWN_NAMES = 10
+
 
 def setup(args: Namespace) -> Config:
     """Import the modules of ``--import``, read and check the configuration, prepare the run folder, check the datasets.
@@ -87,33 +116,6 @@ def setup(args: Namespace) -> Config:
             torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
         check_datasets_once(cfg, train=not args.eval_only)
     return cfg
-
-
-# Workers beyond the cores only cost memory, but a configuration made on a large machine still runs on a small one.
-MOST_WORKERS = max(64, 8 * num_cores())
-# The smallest and the largest value of numbers that nothing else checks. A negative SEED draws one.
-RANGES: dict[str, tuple[float, float]] = {
-    "SEED": (-math.inf, 2**31 - 1),
-    "DATALOADER.NUM_WORKERS": (0, MOST_WORKERS),
-    "INPUT.IMAGE_SIZE": (1, 65536),
-    "INPUT.MIN_SCALE": (0.0, math.inf),
-    "INPUT.MAX_SCALE": (0.0, math.inf),
-    "INPUT.MIN_SIZE_TEST": (0, math.inf),
-    "INPUT.MAX_SIZE_TEST": (1, math.inf),
-    "TEST.DETECTIONS_PER_IMAGE": (1, math.inf),
-    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": (0.0, math.inf),
-    "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS": (0, math.inf),
-    **{f"MODEL.{node}.NHEADS": (1, math.inf) for node in ("MaskDINO", "DINO")},
-    **{f"MODEL.{node}.DROPOUT": (0.0, 1.0) for node in ("MaskDINO", "DINO")},
-    **{
-        f"MODEL.{node}.{of}{term}_WEIGHT": (0.0, math.inf)
-        for node, terms in {
-            "MaskDINO": ("CLASS", "DICE", "MASK", "BOX", "GIOU"),
-            "DINO": ("CLASS", "BOX", "GIOU"),
-        }.items()
-        for of, term in itertools.product(("", "COST_"), terms)
-    },
-}
 
 
 def load_config(args: Namespace) -> Config:
@@ -244,11 +246,6 @@ def _held_log_records() -> Iterator[MemoryHandler]:
         yield held
     finally:
         package.removeHandler(held)
-
-
-EVALUATIONS = 5  # and checkpoints, of an automatic schedule
-LONGEST_WARMUP = 0.1  # share of an automatic schedule
-_SHOWN_NAMES = 10
 
 
 def merge_cpu_file(cfg: Config, config_file: str, given: Collection[str], *, num_gpus: int | None) -> None:

@@ -70,6 +70,11 @@ from dimaskdino.solver import GradientClipper, build_lr_scheduler, build_optimiz
 
 logger = logging.getLogger(__name__)
 
+# What behaves otherwise in training than in evaluation, apart from the model itself: batch norm, dropout, and the
+# drop-path of backbones, which have classes of their own.
+_IN_EVALUATION = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, nn.MultiheadAttention)
+_DROP_PATH = "DropPath"
+
 
 class Trainer(ResumableTrainer):
     """Trains the configured model and evaluates it; everything that a run writes is under OUTPUT_DIR.
@@ -286,12 +291,6 @@ def evaluate(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
     if comm.is_main_process():
         verify_results(cfg, results)
     return results
-
-
-# What behaves otherwise in training than in evaluation, apart from the model itself: batch norm, dropout, and the
-# drop-path of backbones, which have classes of their own.
-_IN_EVALUATION = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, nn.MultiheadAttention)
-_DROP_PATH = "DropPath"
 
 
 @torch.no_grad()

@@ -25,6 +25,10 @@ METRICS_FILE = "metrics.json"
 WINDOW = 20  # iterations whose median metrics.json and the console show
 # Keys that may differ between the parts of a run and change nothing of it.
 FREE_KEYS = ("OUTPUT_DIR", "VIS_PERIOD", "LOG.WRITERS", "LOG.PROJECT", "LOG.NAME", "LOG.PICTURES")
+NEEDED = "metrics_json"
+# Packages that are not installed with this one, by writer.
+PACKAGES = {"wandb": "wandb", "mlflow": "mlflow"}
+_LONGEST_PARAMETER = 500  # characters, of MLflow
 
 
 def recent_scalars(storage: EventStorage) -> dict[str, Any]:
@@ -102,11 +106,6 @@ WRITER_REGISTRY.__doc__ = """
 Builders of writers by LOG.WRITERS. Each is called as ``builder(cfg, start_iter)`` at the first record, on the main
 process, and returns a :class:`detectron2.utils.events.EventWriter`; ``start_iter`` is 0 unless the run was resumed.
 """
-
-NEEDED = "metrics_json"
-# Packages that are not installed with this one, by writer.
-PACKAGES = {"wandb": "wandb", "mlflow": "mlflow"}
-_LONGEST_PARAMETER = 500  # characters, of MLflow
 
 
 class OnFirstRecord(EventWriter):

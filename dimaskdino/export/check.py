@@ -20,6 +20,9 @@ from dimaskdino.modeling.postprocessing import Frame
 
 Result = dict[str, Any]
 BOX_PX, SCORE, MASK_IOU = 0.1, 1e-3, 0.99
+WARM_UP = 3  # images that are not timed
+Graph = Callable[[dict[str, np.ndarray]], Any]
+Predict = Callable[[str, Graph], Result]
 
 
 def reference_results(
@@ -111,11 +114,6 @@ def _compare_segments(found: Result, expected: Result) -> list[str]:
 def _iou(one: np.ndarray, other: np.ndarray) -> float:
     union = (one | other).sum()
     return float((one & other).sum() / union) if union else 1.0
-
-
-WARM_UP = 3  # images that are not timed
-Graph = Callable[[dict[str, np.ndarray]], Any]
-Predict = Callable[[str, Graph], Result]
 
 
 def dataset_entries(cfg: Config) -> list[dict[str, Any]]:

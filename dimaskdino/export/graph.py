@@ -16,6 +16,9 @@ from dimaskdino.modeling.meta_arch import DIMaskDINO
 from dimaskdino.predictor import Predictor
 from dimaskdino.structures import StagePrediction, take
 
+KEY = "dimaskdino"  # of the description in a file's metadata
+VERSION = 1  # raise when the meaning of an entry changes: tools/predict_onnx.py refuses other versions
+
 
 @dataclass(frozen=True)
 class TracedBatch(PaddedBatch):
@@ -129,10 +132,6 @@ def has_enough_tokens(model: DIMaskDINO, height: int, width: int) -> bool:
     with torch.no_grad():
         levels = head.pixel_decoder(model.backbone(torch.zeros(1, 3, height, width))).levels
     return sum(level.shape[-2] * level.shape[-1] for level in levels) >= head.predictor.num_first_selected
-
-
-KEY = "dimaskdino"  # of the description in a file's metadata
-VERSION = 1  # raise when the meaning of an entry changes: tools/predict_onnx.py refuses other versions
 
 
 def describe(

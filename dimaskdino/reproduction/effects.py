@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 Interval = tuple[float, float]
 _TASKS = {"bbox/AP": "bbox", "segm/AP": "segm"}
 _PREDICTIONS = "coco_instances_results.json"
+CONFIDENCE = 0.95
+NOT_THERE = "–"
 
 
 def ap_interval(first: Run, other: Run, metric: str) -> Interval | None:
@@ -51,10 +53,6 @@ def _evaluator(run: Run) -> CocoEvaluator:
     if MetadataCatalog.get(name).get("evaluator_type") == "coco_panoptic_seg":
         name, _ = register_things(name)
     return CocoEvaluator(dataset_name=name, output_dir=str(run.folder / "inference"))
-
-
-CONFIDENCE = 0.95
-NOT_THERE = "–"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,9 @@ from dimaskdino.errors import DatasetError
 SPLITS = ("train", "val")
 # In the order of the category ids 1 to 8 of bitmasks and of the COCO file.
 CLASSES = ("pedestrian", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle")
+SOURCES = ("bitmasks", "rles", "polygons")
+IMAGE_SUFFIXES = (".jpg", ".png")
+Frame = dict[str, Any]
 
 
 def annotation_file(folder: Path, split: str) -> Path:
@@ -47,12 +50,6 @@ def _check_prepared(name: str, json_file: Path, root: Path) -> None:
             f"datasets/prepare_bdd100k.py --root {root}`, or set DETECTRON2_DATASETS (now {root}) to the folder that "
             "holds bdd100k/ (layout: datasets/README.md)."
         )
-
-
-SOURCES = ("bitmasks", "rles", "polygons")
-IMAGE_SUFFIXES = (".jpg", ".png")
-
-Frame = dict[str, Any]
 
 
 class Finding(NamedTuple):

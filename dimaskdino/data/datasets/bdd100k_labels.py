@@ -20,6 +20,12 @@ from dimaskdino.data.rle import Rle, Size, checked_rle
 
 PATH_CODES = {"L": Path.LINETO, "C": Path.CURVE4}
 DOTS_PER_INCH = 72  # any: only widths of lines depend on it, and none are drawn
+Json = dict[str, Any]
+# Bits of a bitmask's second channel; the names are those of a Scalabel label's attributes.
+ATTRIBUTE_BITS = {"truncated": 8, "occluded": 4, "crowd": 2, "ignored": 1}
+OTHER_NAMES = {"bike": "bicycle", "caravan": "car", "motor": "motorcycle", "person": "pedestrian", "van": "car"}
+# Labels of these names are ignored regions of a class.
+IGNORED_NAMES = {"other person": "pedestrian", "other vehicle": "car", "trailer": "truck"}
 
 
 class PolygonPainter:
@@ -63,15 +69,6 @@ def outline(part: dict[str, Any]) -> Path:
     if len(vertices) < 3 or len(codes) != len(vertices) or not np.isfinite(vertices).all():
         raise ValueError("malformed or of fewer than three points")
     return Path(np.concatenate((vertices, vertices[:1])), [Path.MOVETO, *codes[1:], Path.LINETO])
-
-
-Json = dict[str, Any]
-
-# Bits of a bitmask's second channel; the names are those of a Scalabel label's attributes.
-ATTRIBUTE_BITS = {"truncated": 8, "occluded": 4, "crowd": 2, "ignored": 1}
-OTHER_NAMES = {"bike": "bicycle", "caravan": "car", "motor": "motorcycle", "person": "pedestrian", "van": "car"}
-# Labels of these names are ignored regions of a class.
-IGNORED_NAMES = {"other person": "pedestrian", "other vehicle": "car", "trailer": "truck"}
 
 
 @dataclass

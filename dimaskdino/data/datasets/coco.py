@@ -12,6 +12,8 @@ from dimaskdino.data.coco_file import Json, category_names, read_coco
 from dimaskdino.data.datasets.registration import is_registered_at, register_coco_format
 from dimaskdino.errors import ConfigError, DatasetError
 
+SPLITS = ("train", "val")
+
 
 def register_coco(root: Path) -> None:
     """Register detectron2's COCO instance datasets (coco_2017_train, coco_2017_val, ...) under ``root``/coco."""
@@ -35,9 +37,6 @@ def register_objects365(root: Path) -> None:
         json_file = folder / "annotations" / f"zhiyuan_objv2_{split}.json"
         if not is_registered_at(name, json_file):
             register_coco_format(name, json_file, folder / split, None)
-
-
-SPLITS = ("train", "val")
 
 
 def own_name(split: str) -> str:

@@ -16,6 +16,14 @@ MIN_CONTRAST = 50  # mean absolute difference per channel, of 255, between a sha
 COLOR_TRIES = 10
 TYPICAL_SHARE = 0.85  # of the shapes; the others have any color
 HUE_SPREAD = 0.04  # standard deviation of the typical ones, of the whole circle
+MIN_DIAMETER, MAX_DIAMETER = 0.09, 0.6  # of the picture's side: 12 to 77 pixels at 128
+MIN_VISIBLE_SHARE = 0.4  # of a shape's whole area; shapes that would hide more of another are not placed
+MIN_VISIBLE_PIXELS = 20
+MIN_OBJECTS, MAX_OBJECTS = 2, 12
+EMPTY_SHARE = 0.04  # of the pictures
+SAMPLES = 3  # per pixel and direction
+PLACEMENT_TRIES = 4
+MAX_STROKES = 6
 
 
 def contrasting_color(rng: np.random.Generator, behind: np.ndarray, hue: float) -> np.ndarray:
@@ -105,16 +113,6 @@ def regions(rng: np.random.Generator, size: int) -> np.ndarray:
     y, x = np.mgrid[:size, :size] + 0.5
     wave = size * 0.06 * np.sin(2 * np.pi * (np.stack((y, x)) / size * rng.uniform(1, 3) + rng.random()))
     return np.argmin([np.hypot(x + wave[0] - left, y + wave[1] - top) for left, top in points], axis=0)
-
-
-MIN_DIAMETER, MAX_DIAMETER = 0.09, 0.6  # of the picture's side: 12 to 77 pixels at 128
-MIN_VISIBLE_SHARE = 0.4  # of a shape's whole area; shapes that would hide more of another are not placed
-MIN_VISIBLE_PIXELS = 20
-MIN_OBJECTS, MAX_OBJECTS = 2, 12
-EMPTY_SHARE = 0.04  # of the pictures
-SAMPLES = 3  # per pixel and direction
-PLACEMENT_TRIES = 4
-MAX_STROKES = 6
 
 
 def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:

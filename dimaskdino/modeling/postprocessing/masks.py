@@ -15,6 +15,10 @@ from dimaskdino.layers.ms_deform_attn_ops import use_loops
 from dimaskdino.structures import MaskLogits, RleMasks
 from dimaskdino.structures.rle_masks import Size, rle_from_edges, run_edges
 
+INTERPOLATIONS = ("two_step", "direct")
+FORMATS = ("bitmask", "rle")
+_BYTES_PER_PIXEL = 20  # of a mask while it is made: logits of two sizes, probabilities, their product, the bitmap
+
 
 def resized_masks(logits: Tensor, steps: Sequence[tuple[Size, Size]], masks: Tensor) -> Tensor:
     """Interpolate logits bilinearly, step by step, and keep where they are positive.
@@ -49,11 +53,6 @@ def _taps(cells: int, steps: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]
         weights = torch.cat((weights[:, lower] * (1 - share), weights[:, upper] * share))
         cells = kept
     return index.int().contiguous(), weights.contiguous()
-
-
-INTERPOLATIONS = ("two_step", "direct")
-FORMATS = ("bitmask", "rle")
-_BYTES_PER_PIXEL = 20  # of a mask while it is made: logits of two sizes, probabilities, their product, the bitmap
 
 
 @dataclass(frozen=True)
