@@ -70,7 +70,7 @@ stress: $(STAMP)
 # than requirements.txt, so it gets an environment of its own, which takes the other packages from $(VENV).
 BROWSER := build/browser
 $(BROWSER)/.installed: $(STAMP)
-	$(PYTHON) -m venv --clear $(BROWSER)
+	$(BIN)/python -m venv --clear $(BROWSER)
 	$(BROWSER)/bin/python -m pip install --quiet "gradio>=6,<7" playwright==1.65.2
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
 	    "$$($(BROWSER)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_$(VENV).pth"
