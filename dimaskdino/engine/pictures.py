@@ -20,7 +20,7 @@ from dimaskdino.engine.devices import whole_weights
 from dimaskdino.engine.nonfinite import unwrapped
 from dimaskdino.modeling.meta_arch import build_model
 from dimaskdino.prediction.results import Classes, Prediction, on_cpu
-from dimaskdino.visualization import Objects, draw_objects, save_grid
+from dimaskdino.visualization import Objects, draw_objects, save_grid, to_picture
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ def picture_rows(
             if "instances" in result:
                 result["instances"] = result["instances"][result["instances"].scores >= min_score]
             image = given["image"].permute(1, 2, 0).numpy()[..., :: -1 if cfg.INPUT.FORMAT == "BGR" else 1]
-            image = np.ascontiguousarray(image)
+            image = np.ascontiguousarray(to_picture(image))
             nothing, truth = Objects(classes=[], names=[]), Objects.from_instances(given["instances"], names)
             found = Prediction(result, image=image, classes=classes).draw(width=WIDTH_PX)
             yield [*(draw_objects(image, each, width=WIDTH_PX) for each in (nothing, truth)), np.asarray(found)]
