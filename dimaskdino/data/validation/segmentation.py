@@ -55,7 +55,7 @@ def class_names(name: str) -> list[str]:
     return list(names)
 
 
-def check_truth(cfg: CfgNode, name: str, *, trained: bool, tested: bool) -> None:
+def check_truth(cfg: CfgNode, name: str, *, trained: bool, tested: bool, with_masks: bool) -> None:
     """Refuse a dataset without the labels that the mapper trains on, or that any of the results could be scored by.
 
     Raises:
@@ -63,6 +63,11 @@ def check_truth(cfg: CfgNode, name: str, *, trained: bool, tested: bool) -> None
     """
     truth, mapper, test = truth_of(name), cfg.INPUT.DATASET_MAPPER_NAME, cfg.MODEL.MaskDINO.TEST
     needed = _TRUTH_OF_MAPPERS.get(mapper, (truth,))
+    if not with_masks and truth != "instance" and (tested or truth not in needed):
+        raise ConfigError(
+            f"Dataset {name} has {truth} labels, but this model (MODEL.META_ARCHITECTURE "
+            f"{cfg.MODEL.META_ARCHITECTURE}) finds boxes alone; choose a dataset of objects, or a model with masks."
+        )
     if trained and truth not in needed:
         fitting = next(known for known, kinds in _TRUTH_OF_MAPPERS.items() if truth in kinds)
         raise ConfigError(
