@@ -277,7 +277,7 @@ def test_label_maps_that_cannot_be_used_are_named(kind, damage, words, request, 
 @pytest.mark.parametrize("kind", ["panoptic", "semantic"])
 def test_a_model_of_boxes_alone_needs_objects(kind, request):
     cfg = request.getfixturevalue(kind)
-    assert_refused(lambda: check_datasets(cfg, with_masks=False), [f"{kind}_train", f"{kind} labels", "boxes alone"])
+    assert_refused(lambda: check_datasets(cfg, with_masks=False), [f"{kind}_val", f"{kind} labels", "boxes alone"])
 
 
 def test_label_maps_without_a_class_cannot_be_trained_on(semantic, tmp_path):
