@@ -286,8 +286,11 @@ def classes_of(cfg: Config, trained: Sequence[str] | None = None) -> Classes:
             by_id = category_names(read_json(metadata.json_file))
             ids, things = list(by_id), list(by_id.values())
         if metadata is not None and things and len(things) <= count:
-            to_index = metadata.get("thing_dataset_id_to_contiguous_id")
-            ids = ids or (sorted(to_index, key=to_index.__getitem__) if to_index else list(range(1, len(things) + 1)))
+            # Panoptic datasets number things and stuff together; detectron2's "separated" ones do not.
+            maps = [metadata.get(f"{kind}_dataset_id_to_contiguous_id") or {} for kind in ("stuff", "thing")]
+            id_of = {index: key for to_index in maps for key, index in to_index.items()}
+            known = all(index in id_of for index in range(len(things)))
+            ids = ids or [id_of[index] if known else index + 1 for index in range(len(things))]
             more = range(len(things), count)  # a model may have more classes than its dataset
             names = [*things, *(f"class {index}" for index in more)]
             return Classes(

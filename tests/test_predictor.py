@@ -20,7 +20,10 @@ from pycocotools import mask as mask_util
 from dimaskdino import Predictor
 from dimaskdino.errors import UserError
 from dimaskdino.prediction.results import Classes, Prediction
+from dimaskdino.predictor import classes_of
 from tests.checkpoint.test_hub import put
+from tests.data_pipeline.conftest import registrations  # noqa: F401  (a fixture)
+from tests.data_pipeline.label_maps import write_panoptic
 from tests.documentation import example
 from tests.tiny_model import TINY_DINO, image, predict, tiny_cfg, tiny_model
 
@@ -200,6 +203,17 @@ def test_classes_come_from_an_annotation_file_that_nothing_has_loaded(run, tmp_p
         DatasetCatalog.remove("unread_farm")
         MetadataCatalog.remove("unread_farm")
     assert (predictor.classes.things, predictor.classes.category_ids) == (NAMES, [10, 20, 30, 40, 50])
+
+
+@pytest.mark.usefixtures("registrations")
+def test_things_and_stuff_have_the_ids_of_a_panoptic_dataset(tmp_path) -> None:
+    own = {"DATASETS.TRAIN": ("panoptic_train",)}
+    classes = classes_of(tiny_cfg({**own, **write_panoptic(tmp_path / "set"), "MODEL.SEM_SEG_HEAD.NUM_CLASSES": 3}))
+    assert (classes.things, classes.category_ids) == (["cell", "bug", "grass"], [0, 4, 9])
+    coco = {"DATASETS.TRAIN": ("coco_2017_train_panoptic",), "MODEL.SEM_SEG_HEAD.NUM_CLASSES": 133}
+    classes = classes_of(tiny_cfg(coco))
+    assert len(classes.things) == len(classes.category_ids) == 133
+    assert (classes.category_ids[79], classes.category_ids[80], classes.category_ids[132]) == (90, 92, 200)
 
 
 def test_classes_come_from_the_weights_where_no_dataset_is_there(run) -> None:

@@ -83,6 +83,7 @@ if __name__ == "__main__":
 import torch
 
 from dimaskdino import Predictor
+from dimaskdino.modeling.meta_arch import needs_masks
 from dimaskdino.prediction.canvases import Canvas
 from dimaskdino.prediction.inputs import Source, find_sources
 from dimaskdino.prediction.job import Job
@@ -171,6 +172,9 @@ def settings(args: argparse.Namespace, sources: list[Source]) -> dict[str, Any]:
 def build_job(args: argparse.Namespace, predictor: Predictor, records: Records) -> Job:
     """The job that the command line describes."""
     kinds = {*args.save, *(["features"] if args.query_features else [])}
+    of_masks = sorted({"masks", "geojson"} & kinds)
+    if of_masks and not needs_masks(predictor.cfg):
+        raise UserError(f"--save {of_masks[0]} needs a model with masks; this one finds boxes alone, so leave it out.")
     return Job(
         read=partial(read_map, predictor) if "geojson" in kinds else predictor.read,
         predict=predictor.predict_batch,

@@ -29,7 +29,7 @@ _NEEDED: dict[str, dict[str, tuple[type, ...]]] = {
     "annotations": {"id": (int, str), "image_id": (int, str), "category_id": (int, str, float)},
 }
 
-_TYPE_NAMES = {int: "a whole number", str: "text", float: "a number"}
+_TYPE_NAMES = {int: "a whole number", str: "text", float: "a number", bool: "true or false", list: "a list"}
 
 
 @contextlib.contextmanager
@@ -265,7 +265,7 @@ def _check_structure(coco: Any) -> None:
         raise ValueError(f"it holds a {type(coco).__name__}, not a dictionary")
     for kind, types in _NEEDED.items():
         if not isinstance(coco.get(kind), Annotations) and (kind != "annotations" or kind in coco):
-            _check_entries(kind, coco.get(kind), types)
+            check_entries(kind, coco.get(kind), types)
     if not coco["images"]:
         raise ValueError("it lists no image")
     for image in coco["images"]:
@@ -277,7 +277,8 @@ def _check_structure(coco: Any) -> None:
             raise ValueError(f"some ids of {kind} are numbers and some are text; write all in one way")
 
 
-def _check_entries(kind: str, entries: Any, types: dict[str, tuple[type, ...]]) -> None:
+def check_entries(kind: str, entries: Any, types: dict[str, tuple[type, ...]]) -> None:
+    """Raise ValueError unless a list of a file holds dictionaries whose keys have the given types."""
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         hint = "; remove the key for a test set" if kind == "annotations" else ""
         raise ValueError(f'"{kind}" is {entries!r:.40}, not a list of dictionaries{hint}')

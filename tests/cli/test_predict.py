@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.cli.conftest import REPO
-from tests.tiny_model import tiny_cfg, tiny_model
+from tests.tiny_model import TINY_DINO, tiny_cfg, tiny_model
 
 SIZES = {
     "INPUT.MIN_SIZE_TEST": 64,
@@ -108,6 +108,15 @@ def test_what_the_user_can_fix_is_one_line(run, job, tmp_path, change, named) ->
     assert done.status == 2
     assert named in done.err
     assert done.err.count("\n") == 1
+
+
+def test_a_model_of_boxes_alone_saves_no_masks(run, job, tmp_path) -> None:
+    options = SIZES | TINY_DINO
+    (tmp_path / "run" / "config.yaml").write_text(tiny_cfg(options).dump())
+    torch.save({"model": tiny_model(options).state_dict()}, tmp_path / "run" / "model_final.pth")
+    done = run("tools/predict.py", *job, "--save", "masks")
+    assert done.status == 2
+    assert done.err.splitlines()[-1].startswith("error: --save masks needs a model with masks")
 
 
 def test_the_demo_model_is_used_unless_another_is_named(run, job, tmp_path, monkeypatch) -> None:

@@ -223,7 +223,15 @@ def segment(content: Any, **values: Any) -> None:
         (lambda content: content["categories"][0].pop("isthing"), ["categories", "isthing"]),
         (lambda content: content["categories"].append(CATEGORIES[0]), ["categories", "id more than once"]),
         (lambda content: content["annotations"][0].update(image_id=7), ["1.png", "image 7"]),
-        (lambda content: content.pop("images"), ["images", "not a list"]),
+        (lambda content: content.pop("images"), ["images", "missing"]),
+        (lambda content: segment(content, category_id=[4]), ["1.png", "category_id [4]"]),
+        (lambda content: segment(content, id=[4]), ["1.png", "id [4]"]),
+        (lambda content: content["annotations"][0].update(segments_info=None), ["segments_info None"]),
+        (lambda content: content["annotations"][0].update(segments_info=[3]), ["1.png", "3 in segments_info"]),
+        (lambda content: content["categories"][0].update(isthing="no"), ["categories", "isthing 'no'"]),
+        (lambda content: content["categories"][0].update(id=[9]), ["categories", "id [9]"]),
+        (lambda content: content["images"][1].update(file_name=2), ["number 1", "images", "file_name 2"]),
+        (lambda content: content["images"][0].update(height=9), ["images/1.png", "24x16", "24x9"]),
         (lambda content: content["images"][0].update(file_name="gone.png"), ["images", "gone.png"]),
         (lambda content: content["annotations"][0].update(file_name="gone.png"), ["label maps", "gone.png"]),
     ],
@@ -266,6 +274,19 @@ def test_label_maps_that_cannot_be_used_are_named(kind, damage, words, request, 
     assert_refused(lambda: check_datasets(cfg), words)
 
 
+@pytest.mark.parametrize("kind", ["panoptic", "semantic"])
+def test_a_model_of_boxes_alone_needs_objects(kind, request):
+    cfg = request.getfixturevalue(kind)
+    assert_refused(lambda: check_datasets(cfg, with_masks=False), [f"{kind}_val", f"{kind} labels", "boxes alone"])
+
+
+def test_label_maps_without_a_class_cannot_be_trained_on(semantic, tmp_path):
+    for path in (tmp_path / "set" / "labels").rglob("*.png"):
+        replace(path, (24, 16), "L", 255)
+    assert_refused(lambda: check_datasets(semantic), ["semantic_train", "nothing to train on", "IGNORE_VALUE"])
+    check_datasets(semantic, train=False)
+
+
 def test_mapper_names_a_label_map_that_breaks_later(panoptic, tmp_path):
     mapper, (first, _) = build_mapper(panoptic, is_train=True), load_dataset("panoptic_train")
     replace(tmp_path / "set" / "labels" / "1.png", (24, 16), "RGB", 5)
@@ -286,6 +307,7 @@ def test_mapper_names_a_label_map_that_breaks_later(panoptic, tmp_path):
             ["SEMANTIC_ON"],
         ),
         ("semantic", {"DATASETS.SEMANTIC.CLASSES": []}, ["DATASETS.SEMANTIC.CLASSES"]),
+        ("semantic", {"DATASETS.SEMANTIC.CLASSES": ["a", "b", "a"]}, ["semantic_train", "'a' more than once"]),
         ("semantic", {"DATASETS.SEMANTIC.VAL_LABELS": ""}, ["DATASETS.SEMANTIC.VAL_LABELS"]),
         ("semantic", {"DATASETS.SEMANTIC.TRAIN_LABELS": "nowhere"}, ["nowhere", "does not exist", "TRAIN_LABELS"]),
         ("panoptic", {"DATASETS.PANOPTIC.VAL_JSON": ""}, ["DATASETS.PANOPTIC.VAL_JSON"]),

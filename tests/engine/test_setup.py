@@ -129,7 +129,7 @@ def test_things_of_keyed_datasets_are_known_before_the_model(monkeypatch, tmp_pa
     file = str(REPO / "configs" / "demo" / "dimaskdino_shapes.yaml")
     command = ["--config-file", file, "OUTPUT_DIR", str(tmp_path), *(item for pair in keys.items() for item in pair)]
     assert thing_classes(set_up(monkeypatch, *command), "a test") == [0, 1]
-    with pytest.raises(ConfigError, match=r"PANOPTIC_ON .* shapes_none .*THING_CLASSES"):
+    with pytest.raises(ConfigError, match=r"PANOPTIC_ON .* shapes_none is not registered.*PANOPTIC.*THING"):
         set_up(monkeypatch, *command, "DATASETS.TRAIN", "('shapes_none',)", "DATASETS.TEST", "()")
 
 

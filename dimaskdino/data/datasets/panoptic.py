@@ -11,7 +11,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.data.datasets.builtin import _PREDEFINED_SPLITS_COCO_PANOPTIC
 from detectron2.data.datasets.builtin_meta import _get_builtin_metadata
 
-from dimaskdino.data.coco_file import read_json
+from dimaskdino.data.coco_file import check_entries, read_json
 from dimaskdino.data.datasets.registration import register
 from dimaskdino.errors import ConfigError, DatasetError
 
@@ -141,22 +141,19 @@ def _read_panoptic_json(path: str, modified_ns: int) -> Json:
     return content
 
 
-_NEEDED = {
-    "images": ("id", "file_name"),
-    "categories": ("id", "name", "isthing"),
-    "annotations": ("image_id", "file_name", "segments_info"),
+_NEEDED: dict[str, dict[str, tuple[type, ...]]] = {
+    "images": {"id": (int, str), "file_name": (str,)},
+    "categories": {"id": (int, str), "name": (str,), "isthing": (int, bool)},
+    "annotations": {"image_id": (int, str), "file_name": (str,), "segments_info": (list,)},
 }
 
 
 def _check_lists(content: Any) -> None:
-    for kind, keys in _NEEDED.items():
+    for kind, types in _NEEDED.items():
         entries = content.get(kind) if isinstance(content, dict) else None
-        if not (isinstance(entries, list) and entries and all(isinstance(entry, dict) for entry in entries)):
-            raise ValueError(f'"{kind}" is not a list of entries')
-        for position, entry in enumerate(entries):
-            missing = [key for key in keys if key not in entry]
-            if missing:
-                raise ValueError(f"number {position} (counted from 0) of {kind} has no {missing[0]}")
+        if not entries:
+            raise ValueError(f'"{kind}" is missing or empty')
+        check_entries(kind, entries, types)
     for kind, key in (("categories", "id"), ("images", "id"), ("annotations", "image_id")):
         values = [entry[key] for entry in content[kind]]
         if len({(type(value), value) for value in values}) != len(values):
@@ -174,15 +171,18 @@ def _check_annotations(content: Json) -> None:
             raise ValueError(f"{where} is of image {annotation['image_id']!r}, which images does not list")
         seen: set[Any] = {0}
         for segment in annotation["segments_info"]:
-            if segment.get("id") in seen or not isinstance(segment.get("id"), int):
+            if not isinstance(segment, dict):
+                raise ValueError(f"{where} has {segment!r:.40} in segments_info, which is not an entry")
+            if not isinstance(segment.get("id"), int) or segment["id"] in seen:
                 raise ValueError(
                     f"{where} has a segment with the id {segment.get('id')!r}; ids are whole numbers from 1 on, each "
                     "used once (0 means no segment)"
                 )
             seen.add(segment["id"])
-            if segment.get("category_id") not in categories:
+            label = segment.get("category_id")
+            if not isinstance(label, int | str) or label not in categories:
                 raise ValueError(
-                    f"segment {segment['id']} of {where} has the category_id {segment.get('category_id')!r}, which "
+                    f"segment {segment['id']} of {where} has the category_id {label!r:.40}, which "
                     "categories does not list"
                 )
 

@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
 from dimaskdino.data.datasets.registration import is_coco_file, load_dataset
-from dimaskdino.data.images import read_header
+from dimaskdino.data.images import read_header, size_problem
 from dimaskdino.data.label_maps import VOID, labels_present, read_segments, read_semantic
 from dimaskdino.data.parallel import Progress, no_progress, parallel_map
 from dimaskdino.data.validation.files import check_files_exist, evenly_spread
@@ -49,10 +49,13 @@ def class_names(name: str) -> list[str]:
     names = MetadataCatalog.get(name).get("stuff_classes")
     if names is None:
         raise DatasetError(f"Dataset {name} has no class names; set stuff_classes in its metadata.")
+    twice = next((each for index, each in enumerate(names) if each in names[:index]), None)
+    if twice is not None:  # scores go by names
+        raise DatasetError(f"Dataset {name} has the class name {twice!r} more than once; give each class its own.")
     return list(names)
 
 
-def check_truth(cfg: CfgNode, name: str, *, trained: bool, tested: bool) -> None:
+def check_truth(cfg: CfgNode, name: str, *, trained: bool, tested: bool, with_masks: bool) -> None:
     """Refuse a dataset without the labels that the mapper trains on, or that any of the results could be scored by.
 
     Raises:
@@ -60,6 +63,11 @@ def check_truth(cfg: CfgNode, name: str, *, trained: bool, tested: bool) -> None
     """
     truth, mapper, test = truth_of(name), cfg.INPUT.DATASET_MAPPER_NAME, cfg.MODEL.MaskDINO.TEST
     needed = _TRUTH_OF_MAPPERS.get(mapper, (truth,))
+    if not with_masks and truth != "instance" and (tested or truth not in needed):
+        raise ConfigError(
+            f"Dataset {name} has {truth} labels, but this model (MODEL.META_ARCHITECTURE "
+            f"{cfg.MODEL.META_ARCHITECTURE}) finds boxes alone; choose a dataset of objects, or a model with masks."
+        )
     if trained and truth not in needed:
         fitting = next(known for known, kinds in _TRUTH_OF_MAPPERS.items() if truth in kinds)
         raise ConfigError(
@@ -80,19 +88,20 @@ def check_truth(cfg: CfgNode, name: str, *, trained: bool, tested: bool) -> None
         )
 
 
-def check_segmentation(cfg: CfgNode, name: str) -> tuple[list[Json], list[str]]:
+def check_segmentation(cfg: CfgNode, name: str, *, trained: bool) -> tuple[list[Json], list[str]]:
     """Check the classes and the label maps of a panoptic or semantic dataset, as far as it takes seconds.
 
     Args:
         cfg: reads MODEL.SEM_SEG_HEAD.{NUM_CLASSES, IGNORE_VALUE} and INPUT.APPLY_EXIF.
         name: of the dataset.
+        trained: whether it is trained on, so that it needs a pixel with a class.
 
     Returns:
         Its images in detectron2's format, and its class names.
 
     Raises:
         DatasetError: another number of classes than the model's, files that are missing, or a label map of another size
-            than its image or with labels that are not listed.
+            than its image or with labels that are not listed; names used twice; no label at all to train on.
     """
     entries, names = load_dataset(name), class_names(name)
     num_classes, ignore = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
@@ -104,8 +113,17 @@ def check_segmentation(cfg: CfgNode, name: str) -> tuple[list[Json], list[str]]:
     check_files_exist(name, [entry["file_name"] for entry in entries])
     check_files_exist(name, [label_file(entry) for entry in entries], kind="label maps")
     chosen = evenly_spread(len(entries), MOST_LABEL_MAPS)
+    labeled = False
     for index in chosen:
-        check_labels_of(entries[index], num_classes=num_classes, ignore=ignore, apply_exif=cfg.INPUT.APPLY_EXIF)
+        labels = check_labels_of(
+            entries[index], num_classes=num_classes, ignore=ignore, apply_exif=cfg.INPUT.APPLY_EXIF
+        )
+        labeled |= bool((labels != (VOID if "segments_info" in entries[index] else ignore)).any())
+    if trained and not labeled and len(chosen) == len(entries):
+        raise DatasetError(
+            f"Dataset {name}: no pixel of its {len(entries)} label maps has a class, so there is nothing to train on; "
+            f"correct them ({label_file(entries[0])} is the first), or MODEL.SEM_SEG_HEAD.IGNORE_VALUE (now {ignore})."
+        )
     ignored = f"pixels of label {ignore} (MODEL.SEM_SEG_HEAD.IGNORE_VALUE)"
     if "segments_info" in entries[0]:
         ignored = f"pixels of no segment (id {VOID}) and crowd regions"
@@ -125,7 +143,11 @@ def check_labels_of(entry: Json, *, num_classes: int, ignore: int, apply_exif: b
     Raises:
         DatasetError: if it cannot be used, or the image cannot be read.
     """
-    size = read_header(entry["file_name"]).size(apply_exif=apply_exif)
+    header = read_header(entry["file_name"])
+    size = header.size(apply_exif=apply_exif)
+    listed = entry.get("height", size[0]), entry.get("width", size[1])
+    if problem := size_problem(header, listed, apply_exif=apply_exif):
+        raise DatasetError(f"Image {entry['file_name']} is {problem}.")
     if "segments_info" in entry:
         return read_segments(entry, size)
     return read_semantic(entry, num_classes=num_classes, ignore=ignore, size=size)

@@ -73,9 +73,9 @@ def check_datasets(cfg: CfgNode, *, train: bool = True, test: bool = True, with_
     left = cfg.DATASETS.MAX_IMAGES or None
     for name in dict.fromkeys((*trained, *tested)):
         find_dataset(name)
-        check_truth(cfg, name, trained=name in trained, tested=name in tested)
+        check_truth(cfg, name, trained=name in trained, tested=name in tested, with_masks=with_masks)
         if truth_of(name) != "instance":
-            entries, names = check_segmentation(cfg, name)
+            entries, names = check_segmentation(cfg, name, trained=name in trained)
             take_fold(cfg, name, entries, train=name in trained)
             image_reader(cfg).read(entries[0]["file_name"])
             classes[name] = tuple(names)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from torch import nn
 
 from dimaskdino.errors import ConfigError
@@ -150,7 +150,7 @@ def thing_classes(cfg: CfgNode, key: str) -> list[int]:
     """The thing classes: MODEL.MaskDINO.THING_CLASSES, or what the metadata of the datasets says.
 
     Raises:
-        ConfigError: neither says which classes are things.
+        ConfigError: neither says which classes are things, or a dataset is not registered.
     """
     if cfg.MODEL.MaskDINO.THING_CLASSES:
         return list(cfg.MODEL.MaskDINO.THING_CLASSES)
@@ -162,6 +162,13 @@ def thing_classes(cfg: CfgNode, key: str) -> list[int]:
         # Sets for Panoptic FPN count their stuff from 0 again.
         if (things or stuff) and not things & stuff:
             return sorted(things)
+    unknown = [name for name in names if name not in DatasetCatalog.list()]
+    if unknown:
+        raise ConfigError(
+            f"{key} needs to know which classes are things, but dataset {unknown[0]} is not registered; correct its "
+            "name (DATASETS.PANOPTIC names the files of panoptic_train and panoptic_val), or list the classes in "
+            "MODEL.MaskDINO.THING_CLASSES."
+        )
     raise ConfigError(
         f"{key} needs to know which classes are things, but the metadata of {', '.join(names) or 'no dataset'} does "
         "not say it (thing_dataset_id_to_contiguous_id, stuff_dataset_id_to_contiguous_id); use a panoptic dataset or "
