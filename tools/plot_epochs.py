@@ -9,7 +9,7 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from dimaskdino.command_line import at_least
+from dimaskdino.command_line import add_import_flag, at_least, import_modules
 from dimaskdino.errors import UserError, run_cli
 
 
@@ -21,11 +21,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--metrics", nargs="+", metavar="NAME", help="scores as metrics.json names them (default: bbox/AP)"
     )
-    parser.add_argument("--atd", type=at_least(1), metavar="K", help="the average top-k distance, in two more panels")
+    parser.add_argument("--atd", type=at_least(1), metavar="K", help="the average top-k distance, in two panels")
     parser.add_argument(
         "--epoch-images", type=at_least(1), metavar="N", help="images of an epoch; default: known for the sets here"
     )
     parser.add_argument("--output", type=Path, default=Path("epochs.png"), help="picture: .png, .pdf, or .svg")
+    add_import_flag(parser)
     return parser.parse_args()
 
 
@@ -41,6 +42,7 @@ from dimaskdino.reproduction.epochs import Curve, distance_curves, draw_curves, 
 def main() -> None:
     """Read or measure, and draw."""
     args = parse_args()
+    import_modules(args.modules)
     labels = args.labels or [run.resolve().name for run in args.runs]
     if len(labels) != len(args.runs):
         raise UserError(f"--labels names {len(labels)} runs, but there are {len(args.runs)}.")

@@ -26,6 +26,7 @@ from dimaskdino.data import register_all
 from dimaskdino.data.augmentations import copy_paste, own_augmentations
 from dimaskdino.data.coco_file import annotations_by_image, category_names, has_objects
 from dimaskdino.data.datasets.coco import own_name, read_own, register_own
+from dimaskdino.data.datasets.panoptic import read_panoptic_json
 from dimaskdino.data.datasets.registration import is_coco_file, share_classes
 from dimaskdino.data.fields import check_field_names
 from dimaskdino.data.loaders import images_in_a_group
@@ -78,6 +79,7 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 EVALUATIONS = 5  # and checkpoints, of an automatic schedule
 LONGEST_WARMUP = 0.1  # share of an automatic schedule
+NUM_CLASSES = "MODEL.SEM_SEG_HEAD.NUM_CLASSES"
 _SHOWN_NAMES = 10
 
 
@@ -271,6 +273,8 @@ def set_keys_of_own_data(cfg: Config, given: Collection[str]) -> None:
     if found is None:
         if cfg.DATASETS.VAL_JSON:
             raise ConfigError("DATASETS.VAL_JSON is set and DATASETS.TRAIN_JSON is empty; name the training file too.")
+        if NUM_CLASSES not in given:
+            _count_classes_of_segmentation(cfg)
         return
     names, num_images = found
     register_own(cfg, {"train": names})
@@ -278,7 +282,7 @@ def set_keys_of_own_data(cfg: Config, given: Collection[str]) -> None:
     keys: dict[str, Any] = {
         "DATASETS.TRAIN": (own_name("train"),),
         "DATASETS.TEST": (tested,),
-        "MODEL.SEM_SEG_HEAD.NUM_CLASSES": len(names),
+        NUM_CLASSES: len(names),
     }
     if cfg.SOLVER.AUTO_SCHEDULE.EPOCHS and "SOLVER.MAX_ITER" not in given:
         keys |= _schedule(cfg, num_images)
@@ -298,6 +302,19 @@ def set_keys_of_own_data(cfg: Config, given: Collection[str]) -> None:
             "DATASETS.VAL_JSON is empty: the model is evaluated on the images that it is trained on, so its AP says "
             "nothing about others."
         )
+
+
+def _count_classes_of_segmentation(cfg: Config) -> None:
+    """Set the number of classes to that of the set of DATASETS.SEMANTIC or PANOPTIC, where it is trained on."""
+    number, source = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, ""
+    if cfg.DATASETS.TRAIN == ("semantic_train",) and cfg.DATASETS.SEMANTIC.CLASSES:
+        number, source = len(cfg.DATASETS.SEMANTIC.CLASSES), "DATASETS.SEMANTIC.CLASSES"
+    json_file = Path(cfg.DATASETS.PANOPTIC.TRAIN_JSON).expanduser()
+    if cfg.DATASETS.TRAIN == ("panoptic_train",) and json_file.is_file():
+        number, source = len(read_panoptic_json(str(json_file))["categories"]), str(json_file)
+    if number != cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES:
+        cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = number
+        logger.info("%s has %d classes: %s is %d.", source, number, NUM_CLASSES, number)
 
 
 def _names_and_number(cfg: Config) -> tuple[list[str], int] | None:

@@ -18,6 +18,7 @@ from dimaskdino.data import build_mapper
 from dimaskdino.data.datasets import register_all
 from dimaskdino.data.datasets.registration import load_dataset
 from dimaskdino.data.parallel import Progress, no_progress
+from dimaskdino.data.validation.dataset import find_dataset
 from dimaskdino.errors import UserError
 from dimaskdino.modeling.meta_arch import build_model
 from dimaskdino.predictor import default_device
@@ -110,7 +111,7 @@ def measure_run(folder: Path, progress: Progress = no_progress) -> Distances:
         By the name of the checkpoint ("model_0007374"), the distances of "all" and of "small" objects.
 
     Raises:
-        UserError: the folder holds no run of DINO.
+        UserError: the folder holds no run of DINO, or its test set is not registered.
     """
     cfg, file = _config_of(folder), folder / "inference" / DISTANCES_FILE
     found: Distances = json.loads(file.read_bytes()) if file.is_file() else {}
@@ -118,6 +119,7 @@ def measure_run(folder: Path, progress: Progress = no_progress) -> Distances:
     if not missing:
         return found
     register_all(cfg=cfg)
+    find_dataset(cfg.DATASETS.TEST[0])
     model, mapper = build_model(cfg).eval(), build_mapper(cfg, is_train=False, with_instances=True, with_masks=False)
     entries = [entry for entry in load_dataset(cfg.DATASETS.TEST[0]) if entry.get("annotations")]
     for path in missing:
@@ -183,10 +185,10 @@ def distance_curves(
     folder: Path, label: str, k: int, epoch_images: int | None = None, progress: Progress = no_progress
 ) -> dict[str, Curve]:
     """ATD(k) of every checkpoint of a run, on "all" and on "small" objects; see :func:`measure_run`."""
+    per_epoch = _iterations_of_epoch(folder, epoch_images)
     found = measure_run(folder, progress)
     if not found:
         raise UserError(f"{folder} has no checkpoint model_*.pth of an iteration (SOLVER.CHECKPOINT_PERIOD).")
-    per_epoch = _iterations_of_epoch(folder, epoch_images)
     curves = {}
     for kind in ("all", "small"):
         names = [name for name in sorted(found) if found[name][kind]]

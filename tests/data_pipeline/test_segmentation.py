@@ -262,6 +262,7 @@ def replace(path: Path, size: tuple[int, int], mode: str, value: int = 0) -> Non
         ("panoptic", lambda path: replace(path, (24, 16), "L"), ["1.png", "RGB"]),
         ("panoptic", lambda path: path.write_bytes(b"no image"), ["1.png", "Cannot read"]),
         ("semantic", lambda path: path.unlink(), ["1 of 2 images have no label map", "1.png"]),
+        ("semantic", lambda path: replace(path.with_suffix(".PNG"), (24, 16), "L"), ["1.png", "1.PNG", "rename"]),
         ("semantic", lambda path: replace(path, (9, 16), "L"), ["1.png", "9x16", "24x16"]),
         ("semantic", lambda path: replace(path, (24, 16), "RGB"), ["1.png", "one channel"]),
         ("semantic", lambda path: replace(path, (24, 16), "L", 3), ["1.png", "label 3", "subtract 1", "IGNORE_VALUE"]),

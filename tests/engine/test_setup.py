@@ -125,10 +125,14 @@ def test_things_of_keyed_datasets_are_known_before_the_model(monkeypatch, tmp_pa
         "DATASETS.TRAIN": "('panoptic_train',)",
         "DATASETS.TEST": "('panoptic_val',)",
     }
-    keys |= {"MODEL.MaskDINO.TEST.PANOPTIC_ON": "True", "MODEL.SEM_SEG_HEAD.NUM_CLASSES": "3"}
+    keys |= {"MODEL.MaskDINO.TEST.PANOPTIC_ON": "True"}
     file = str(REPO / "configs" / "demo" / "dimaskdino_shapes.yaml")
     command = ["--config-file", file, "OUTPUT_DIR", str(tmp_path), *(item for pair in keys.items() for item in pair)]
-    assert thing_classes(set_up(monkeypatch, *command), "a test") == [0, 1]
+    cfg = set_up(monkeypatch, *command)
+    assert thing_classes(cfg, "a test") == [0, 1]
+    assert cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES == 3  # the configuration has 6
+    given = set_up(monkeypatch, *command, "MODEL.SEM_SEG_HEAD.NUM_CLASSES", "4")
+    assert given.MODEL.SEM_SEG_HEAD.NUM_CLASSES == 4  # which the check of the datasets refuses
     with pytest.raises(ConfigError, match=r"PANOPTIC_ON .* shapes_none is not registered.*PANOPTIC.*THING"):
         set_up(monkeypatch, *command, "DATASETS.TRAIN", "('shapes_none',)", "DATASETS.TEST", "()")
 

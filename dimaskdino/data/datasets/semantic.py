@@ -114,7 +114,7 @@ def load_semantic(name: str, endings: dict[str, tuple[str, ...]]) -> list[dict[s
     """List the images of a dataset of :func:`register_semantic` in detectron2's format, by name.
 
     Raises:
-        DatasetError: a folder is missing or empty, or images have no label map.
+        DatasetError: a folder is missing or empty, images have no label map, or two files differ by their ending alone.
     """
     metadata = MetadataCatalog.get(name)
     if metadata.get("make") is not None:
@@ -145,5 +145,8 @@ def _files(root: str, endings: Sequence[str]) -> dict[str, str]:
             ending = next((each for each in endings if name.lower().endswith(each.lower())), None)
             if ending is not None:
                 path = os.path.join(folder, name)
-                found[os.path.relpath(path, root)[: -len(ending)].replace(os.sep, "/")] = path
+                stem = os.path.relpath(path, root)[: -len(ending)].replace(os.sep, "/")
+                if stem in found:
+                    raise DatasetError(f"{found[stem]} and {path} differ by their ending alone; rename or remove one.")
+                found[stem] = path
     return found
