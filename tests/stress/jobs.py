@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import functools
 import json
+import logging
 import multiprocessing
 import os
 import re
@@ -134,6 +135,8 @@ def _run(job: Job, log: Path) -> None:
     sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
     for number, file in ((1, sys.stdout), (2, sys.stderr)):
         os.dup2(file.fileno(), number)
+    for name in ("fvcore", "detectron2", "dimaskdino"):
+        logging.getLogger(name).handlers.clear()  # earlier tests' handlers write to files of theirs
     if job.file_limit:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (job.file_limit, resource.RLIM_INFINITY))
