@@ -103,7 +103,7 @@ def test_options_choose_what_is_reported(run, job, tmp_path) -> None:
         (["--tile", "64", "--overlap", "2"], "overlap"),
         (["--tile", "64", "--query-features"], "--query-features"),
         (["--save", "geojson"], "--tile"),
-        (["--track"], "dimaskdino.track"),
+        (["--track"], "dimaskdino[track]"),
     ],
 )
 def test_what_the_user_can_fix_is_one_line(run, job, tmp_path, monkeypatch, change, named) -> None:
