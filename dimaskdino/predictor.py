@@ -18,7 +18,7 @@ from dimaskdino.data.coco_file import category_names, read_json
 from dimaskdino.data.datasets import register_all
 from dimaskdino.data.readers import image_reader
 from dimaskdino.data.transforms import test_resize
-from dimaskdino.errors import CheckpointError, ConfigError, UserError
+from dimaskdino.errors import CheckpointError, ConfigError, UserError, check_range
 from dimaskdino.modeling.meta_arch import build_model
 from dimaskdino.prediction.augmented import AugmentedModel, check_augmentation, whole_images
 from dimaskdino.prediction.canvases import Canvas, open_canvas
@@ -83,6 +83,7 @@ class Predictor:
     ) -> None:
         if channels not in CHANNEL_ORDERS:
             raise ConfigError(f"channels is {channels!r}; it must be one of {', '.join(CHANNEL_ORDERS)}.")
+        check_range("batch_size", batch_size, 1)
         self.input_format, self.batch_size = channels, batch_size
         self.refine = Refinement(**refinement)
         self.tiling = None if tile is None else Tiling(tile, overlap)

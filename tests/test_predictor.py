@@ -182,6 +182,8 @@ def test_device_that_is_not_there_is_named(run) -> None:
 def test_unknown_classes_and_channels_are_named(run) -> None:
     with pytest.raises(UserError, match="yak.*cat, dog"):
         Predictor(run, device="cpu", classes=["yak"])
+    with pytest.raises(UserError, match="batch_size"):
+        Predictor(run, batch_size=0)
     with pytest.raises(UserError, match="channels.*RGB"):
         Predictor(run, device="cpu", channels="rgb")
 

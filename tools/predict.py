@@ -18,7 +18,7 @@ from typing import Any
 
 from dimaskdino.command_line import add_model_flags, at_least, fraction, import_modules
 from dimaskdino.cpu import keep_freed_memory
-from dimaskdino.errors import UserError, run_cli
+from dimaskdino.errors import UserError, require, run_cli
 
 DEMO_RUN = Path("output/demo/run")
 # What stands in for it where make demo did not run.
@@ -103,7 +103,9 @@ def main() -> None:
     share = Share.from_environment(os.environ)
     if share.count > 1 and "-" in args.inputs:
         raise UserError("Several processes cannot share a list on stdin; write it to a file and give @FILE.")
+    check_together(args)
     sources = find_sources(args.inputs, sys.stdin, camera=args.camera)
+    ids = image_ids(args.annotations)  # before the folder takes the settings of a job that may not begin
     check_writable(args.output)
     predictor = build_predictor(args)
     records = Records(args.output, settings(args, sources), share, overwrite=args.overwrite)
@@ -111,17 +113,30 @@ def main() -> None:
     own = [source for source in sources[share.index :: share.count] if source.number not in done]
     if done:
         print(f"{len(done)} of {len(sources)} inputs were done before; {len(own)} are left for this process")
-    job = build_job(args, predictor, records)
+    job = build_job(args, predictor, records, ids)
     started = time.perf_counter()
     job.run(own)
     seconds = time.perf_counter() - started
     merge(args, predictor, records, len(sources))
-    print(
-        f"{len(own) - len(job.failed)} inputs in {seconds:.1f} s ({len(own) / seconds:.2f} per second): {args.output}"
-    )
+    count = len(own) - len(job.failed)
+    print(f"{count} inputs in {seconds:.1f} s ({count / seconds:.2f} per second): {args.output}")
     if job.failed:
         print(f"{len(job.failed)} could not be predicted; they are named above", file=sys.stderr)
         sys.exit(BAD_INPUT_STATUS)
+
+
+def check_together(args: argparse.Namespace) -> None:
+    """Check flags that need each other or a package, before anything is computed.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    if args.track:
+        require("trackers", "--track", "track")
+    if args.query_features and args.tile:
+        raise UserError("--query-features and --tile do not go together: an object of several tiles has no one query.")
+    if "geojson" in args.save and not args.tile:
+        raise UserError("--save geojson takes GeoTIFF in tiles; give --tile as well.")
 
 
 def build_predictor(args: argparse.Namespace) -> Predictor:
@@ -169,7 +184,7 @@ def settings(args: argparse.Namespace, sources: list[Source]) -> dict[str, Any]:
     return {"number": len(sources), "sha256": listed} | json.loads(json.dumps(chosen, default=str))
 
 
-def build_job(args: argparse.Namespace, predictor: Predictor, records: Records) -> Job:
+def build_job(args: argparse.Namespace, predictor: Predictor, records: Records, ids: dict[str, Any]) -> Job:
     """The job that the command line describes."""
     kinds = {*args.save, *(["features"] if args.query_features else [])}
     of_masks = sorted({"masks", "geojson"} & kinds)
@@ -184,7 +199,7 @@ def build_job(args: argparse.Namespace, predictor: Predictor, records: Records) 
         pictures="pictures" in kinds,
         by_instance=args.by_instance,
         track_score=args.score if args.track else None,
-        image_ids=image_ids(args.annotations),
+        image_ids=ids,
         max_frames=args.max_frames,
     )
 

@@ -381,7 +381,10 @@ def main() -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return USER_ERROR_STATUS
     contents, bad = [], 0
-    for path in args.inputs:
+    stems = [path.stem for path in args.inputs]
+    for number, path in enumerate(args.inputs):
+        # Images of one name, such as a.jpg and b/a.png, keep their own pictures.
+        name = path.stem if stems.count(path.stem) == 1 else f"{path.stem}_{number}"
         try:
             picture = model.read(path)
             (result,) = model([picture])
@@ -391,8 +394,8 @@ def main() -> int:
             continue
         result = above(result, args.score)
         contents.append(to_json(result, model.description, str(path)))
-        draw(picture, result, model.description).save(args.output / f"{path.stem}.png")
-        save_maps(result, args.output / path.stem)
+        draw(picture, result, model.description).save(args.output / f"{name}.png")
+        save_maps(result, args.output / name)
         print(f"{path}: {len(result.get('scores', result.get('segments', [])))} found")
     (args.output / "results.json").write_text(json.dumps(contents))
     return BAD_INPUT_STATUS if bad else 0

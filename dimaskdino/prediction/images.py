@@ -37,7 +37,8 @@ def to_rgb(source: Any, *, channels: str = "RGB", exif: bool = True) -> np.ndarr
     if isinstance(source, str | os.PathLike):
         return _read_file(local_path(source), exif)
     if isinstance(source, Image.Image):
-        return _from_pil(source, exif, "The PIL image")
+        with _errors_of_decoding("The PIL image"):  # PIL decodes late
+            return _from_pil(source, exif, "The PIL image")
     if isinstance(source, Tensor):
         array = source.detach().cpu().numpy()
         return _from_array(array if array.ndim == 2 else np.moveaxis(array, 0, -1), channels)
@@ -61,17 +62,24 @@ def _read_file(path: Path, exif: bool) -> np.ndarray:
 @contextmanager
 def errors_of_file(path: Path) -> Iterator[None]:
     """Turn what PIL raises for a file into a :class:`UserError`; refuse pipes and devices, which may never end."""
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path} is not a regular file; give the path of an image.")
+    with _errors_of_decoding(str(path)):
+        if path.exists() and not path.is_file():  # raises OSError for a name that is too long
+            raise UserError(f"{path} is not a regular file; give the path of an image.")
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise UserError(f"{path} does not exist; check the path.") from error
+
+
+@contextmanager
+def _errors_of_decoding(name: str) -> Iterator[None]:
     try:
         yield
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist; check the path.") from error
     except Image.DecompressionBombError as error:
-        raise UserError(f"{path} has too many pixels to be predicted whole; predict it in tiles (--tile).") from error
+        raise UserError(f"{name} has too many pixels to be predicted whole; predict it in tiles (--tile).") from error
     except (OSError, SyntaxError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{path} cannot be read as an image ({reason}); replace or remove the file.") from error
+        raise UserError(f"{name} cannot be read as an image ({reason}); replace or remove the file.") from error
 
 
 def _from_pil(image: Image.Image, exif: bool, name: str) -> np.ndarray:

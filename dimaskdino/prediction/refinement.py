@@ -9,7 +9,7 @@ import torch
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
-from dimaskdino.errors import ConfigError
+from dimaskdino.errors import ConfigError, check_range
 from dimaskdino.prediction.fusion import by_class, overlaps, suppressed
 from dimaskdino.structures import RleMasks
 from dimaskdino.structures.rle_masks import Rle, crop_of, place_crop
@@ -38,6 +38,18 @@ class Refinement:
     boxes_from_masks: bool = False
     mask_nms: float | None = None
     max_detections: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the range of all numbers; raises ConfigError."""
+        scores = {"score": self.score, "mask_nms": self.mask_nms} | {
+            f"class_scores[{name!r}]": score for name, score in self.class_scores.items()
+        }
+        for name, value in scores.items():
+            if value is not None:
+                check_range(name, value, 0, 1)
+        check_range("min_area", self.min_area, 0)
+        if self.max_detections is not None:
+            check_range("max_detections", self.max_detections, 1)
 
     def check(self, class_names: Sequence[str]) -> None:
         """Check that every class is one of the model's.

@@ -27,7 +27,7 @@ class Frames:
 
     def __init__(self, source: Source, limit: int | None = None) -> None:
         self._name, self._limit = source.path, limit
-        if source.kind == "video" and not Path(source.path).is_file():
+        if source.kind == "video" and not os.path.isfile(source.path):
             raise UserError(f"{source.path} does not exist; check the path.")
         self._capture = cv2.VideoCapture(int(source.path) if source.kind == "camera" else source.path)
         # A file that cannot be opened gives no first frame.

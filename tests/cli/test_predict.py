@@ -1,5 +1,6 @@
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -100,14 +101,19 @@ def test_options_choose_what_is_reported(run, job, tmp_path) -> None:
         (["--opts", "INPUT.MIN_SIZE_TST", "3"], "INPUT.MIN_SIZE_TEST"),
         (["--annotations", "{file}"], "file"),
         (["--tile", "64", "--overlap", "2"], "overlap"),
+        (["--tile", "64", "--query-features"], "--query-features"),
+        (["--save", "geojson"], "--tile"),
+        (["--track"], "dimaskdino[track]"),
     ],
 )
-def test_what_the_user_can_fix_is_one_line(run, job, tmp_path, change, named) -> None:
+def test_what_the_user_can_fix_is_one_line(run, job, tmp_path, monkeypatch, change, named) -> None:
+    monkeypatch.setitem(sys.modules, "trackers", None)
     (tmp_path / "file").touch()
     done = run("tools/predict.py", *job, *(each.format(file=tmp_path / "file") for each in change))
     assert done.status == 2
     assert named in done.err
     assert done.err.count("\n") == 1
+    assert not (tmp_path / "out" / "settings.json").exists()  # so the folder takes the job once it is right
 
 
 def test_a_model_of_boxes_alone_saves_no_masks(run, job, tmp_path) -> None:

@@ -124,18 +124,21 @@ def test_runner_equals_predictor_without_torch(tmp_path, monkeypatch, pictures):
     )
     (lone / "predict_onnx.py").write_text((TOOLS / "predict_onnx.py").read_text())
     (lone / "use_onnx.py").write_text(example("docs/export.md", "use_onnx"))
-    Image.open(pictures[0]).save(lone / "image.jpg")
+    twins = [lone / "image.jpg", tmp_path / "image.jpg"]
+    for twin in twins:
+        Image.open(pictures[0]).save(twin)
     (tmp_path / "bad.png").write_text("not an image")
-    arguments = [output, pictures[0], tmp_path / "bad.png", "--output", tmp_path / "out", "--score", "0"]
+    arguments = [output, pictures[0], tmp_path / "bad.png", *twins, "--output", tmp_path / "out", "--score", "0"]
     done = subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)], cwd=lone, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert "bad.png" in done.stderr
-    (content,) = json.loads((tmp_path / "out" / "results.json").read_text())
+    content, *_ = json.loads((tmp_path / "out" / "results.json").read_text())
     assert (content["height"], content["width"], len(content["objects"])) == (50, 90, 6)
     assert content["objects"][0]["class"].startswith("class ")
     assert Image.open(tmp_path / "out" / "a.png").size == (90, 50)
+    assert {path.name for path in (tmp_path / "out").glob("i*")} == {"image_2.png", "image_3.png"}
 
 
 def test_a_file_that_finds_something_else_is_not_kept(tmp_path, monkeypatch, pictures, capsys):

@@ -49,9 +49,11 @@ def test_files_that_are_no_images_are_named(tmp_path: Path) -> None:
     for name, data in content.items():
         (tmp_path / name).write_bytes(data)
     Image.fromarray(np.full((4, 4), 40000, dtype=np.uint16)).save(tmp_path / "deep.png")
-    for name in (*content, "deep.png", "missing.png"):
+    for name in (*content, "deep.png", "missing.png", "x" * 300):
         with pytest.raises(UserError, match=name):
             to_rgb(tmp_path / name)
+    with pytest.raises(UserError, match="PIL image"):
+        to_rgb(Image.open(tmp_path / "cut.png"))
 
 
 def test_pipes_and_addresses_are_refused(tmp_path: Path) -> None:
@@ -114,6 +116,15 @@ def test_only_named_classes_stay() -> None:
 def test_unknown_classes_are_named_with_the_known_ones(options) -> None:
     with pytest.raises(ConfigError, match="taxi.*car, bus, van"):
         Refinement(**options).check(NAMES)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"score": 2}, {"mask_nms": float("nan")}, {"class_scores": {"car": -1}}, {"max_detections": 0}, {"min_area": -1}],
+)
+def test_numbers_out_of_range_are_named(options) -> None:
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        Refinement(**options)
 
 
 @pytest.mark.parametrize("masks", [True, False])

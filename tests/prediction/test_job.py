@@ -179,8 +179,9 @@ def test_a_video_without_frames_is_noted(tmp_path, content) -> None:
     if content is not None:
         (tmp_path / "v.mp4").write_bytes(content)
     work = job(tmp_path / "out")
-    work.run(sources(tmp_path / "v.mp4"))
+    work.run(sources(tmp_path / "v.mp4", tmp_path / f"{'x' * 300}.mp4"))
     assert "v.mp4" in work.failed[0]
+    assert "xxx.mp4" in work.failed[1]
 
 
 def test_tracks_follow_objects(tmp_path) -> None:
