@@ -132,7 +132,8 @@ DEMO = str(Path(__file__).parents[2] / "configs" / "demo" / "dimaskdino_shapes.y
 
 def options(name: str, tmp_path: Path) -> argparse.Namespace:
     output = tmp_path / "found.json"
-    return argparse.Namespace(one=name, config_file=DEMO, size=64, batch=2, steps=2, warm_up=1, output=output)
+    settings = {"config_file": DEMO, "size": 64, "batch": 2, "steps": 2, "warm_up": 1, "cpu_time": True}
+    return argparse.Namespace(one=name, **settings, output=output)
 
 
 def test_rows_are_ratios_to_the_default_of_as_many_processes() -> None:

@@ -310,8 +310,12 @@ def test_panoptic_models_ask_the_datasets_which_classes_are_things():
     tiny = {"MODEL.SEM_SEG_HEAD.NUM_CLASSES": 133, "DATASETS.TEST": ["coco_2017_val_panoptic"]}
     model = build_model(tiny_cfg(tiny, TEST__PANOPTIC_ON=True))
     assert model.post_processor.is_thing.nonzero().flatten().tolist() == list(range(80))
-    for dataset in ("coco_2017_val_panoptic_separated", "ade20k_sem_seg_val", "not_registered"):
-        with pytest.raises(ConfigError, match=f"PANOPTIC_ON .* metadata of {dataset} .*THING_CLASSES"):
+    for dataset, what in (
+        ("coco_2017_val_panoptic_separated", "metadata of coco_2017_val_panoptic_separated"),
+        ("ade20k_sem_seg_val", "metadata of ade20k_sem_seg_val"),
+        ("not_registered", "not_registered is not registered"),
+    ):
+        with pytest.raises(ConfigError, match=f"PANOPTIC_ON .* {what}.*THING_CLASSES"):
             build_model(tiny_cfg({"DATASETS.TEST": [dataset]}, TEST__PANOPTIC_ON=True))
 
 
