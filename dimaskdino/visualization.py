@@ -307,7 +307,7 @@ def _smooth_rim(rim: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=256)
 def _tints(color: Color) -> np.ndarray:
-    """What a mask of this color makes of each value of a channel: (1, 256, 3) uint8."""
+    """Lookup table (1, 256, 3) uint8 that blends the color of a mask into a picture."""
     blended = (1 - MASK_OPACITY) * np.arange(256)[:, None] + MASK_OPACITY * np.array(color)
     return blended.round().astype(np.uint8)[None]
 

@@ -11,7 +11,7 @@ from detectron2.utils.events import EventStorage
 
 import dimaskdino
 from dimaskdino.engine.train_step import TrainStep
-from dimaskdino.layers import forms, ms_deform_attn_ops
+from dimaskdino.layers import fast_layers, ms_deform_attn_ops
 from dimaskdino.solver import GradientClipper, parameter_groups
 from tests.accelerator import DEVICE, accelerator, send
 from tests.tiny_model import ONE_STAGE, sample, tiny_cfg, tiny_model
@@ -50,7 +50,7 @@ BACKBONES = {"resnet": RESNET, "swin": SWIN, "swin with checkpoints": SWIN | {"M
 def plain_form(monkeypatch):
     """The CPU's loops draw other random points than the form that all devices have; its layers round in other ways."""
     monkeypatch.setattr(ms_deform_attn_ops, "LOOPS_COMPILED", False)
-    monkeypatch.setattr(forms, "_ONEDNN", False)
+    monkeypatch.setattr(fast_layers, "_ONEDNN", False)
 
 
 def batch():

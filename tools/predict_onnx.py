@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -381,10 +382,10 @@ def main() -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return USER_ERROR_STATUS
     contents, bad = [], 0
-    stems = [path.stem for path in args.inputs]
+    stems = Counter(path.stem for path in args.inputs)
     for number, path in enumerate(args.inputs):
         # Images of one name, such as a.jpg and b/a.png, keep their own pictures.
-        name = path.stem if stems.count(path.stem) == 1 else f"{path.stem}_{number}"
+        name = path.stem if stems[path.stem] == 1 else f"{path.stem}_{number}"
         try:
             picture = model.read(path)
             (result,) = model([picture])

@@ -42,9 +42,9 @@ class MLP(nn.Module):
 
 
 def relu(x: Tensor) -> Tensor:
-    """ReLU of the result of a linear map, in its place where no gradient is asked for.
+    """ReLU of the output of a linear layer, in place if no gradient is needed.
 
-    With gradients that would be slow: the result is a view, so that autograd copies all of it back and forth.
+    With gradients, working in place would be slow: the output is a view, so autograd would copy all of it twice.
     """
     return F.relu(x, inplace=not x.requires_grad)
 
@@ -76,7 +76,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 class FeedForward(nn.Module):
     """Mixin of the layers that end in ``norm(x + W2 relu(W1 x))``.
 
-    The two linear maps and the norm belong to the layer itself (``linear1``, ``linear2`` and the norm that is passed
+    The two linear layers and the norm belong to the layer itself (``linear1``, ``linear2`` and the norm that is passed
     in), as in the releases' weights.
     """
 
@@ -84,7 +84,7 @@ class FeedForward(nn.Module):
     linear2: nn.Linear
 
     def add_feed_forward(self, dim: int, hidden_dim: int, dropout: float) -> None:
-        """Create the two linear maps; call from the constructor."""
+        """Create the two linear layers; call from the constructor."""
         self.linear1 = nn.Linear(dim, hidden_dim)
         self.linear2 = nn.Linear(hidden_dim, dim)
         self.dropout = dropout

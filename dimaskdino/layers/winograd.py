@@ -1,7 +1,7 @@
-"""3x3 convolutions of stride 1 with a quarter of the products: F(4x4, 3x3) of Lavin and Gray, 2016.
+"""Winograd's algorithm for 3x3 convolutions of stride 1: F(4x4, 3x3) of Lavin and Gray, 2016.
 
-In float32 the result is 2 to 6 times as far from the exact one as that of a direct convolution, which is about 1e-5 of
-the largest value; a CPU takes half the time where there are 128 channels or more. Gradients take the same way back.
+It needs a quarter of the multiplications, and half the time on a CPU where there are 128 channels or more. In float32,
+the rounding error is 2 to 6 times that of a direct convolution. The gradients use the same algorithm.
 """
 
 from collections.abc import Iterator

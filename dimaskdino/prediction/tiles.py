@@ -17,10 +17,10 @@ from dimaskdino.structures import RleMasks
 from dimaskdino.structures.rle_masks import Rle, crop_of, place_crop
 
 _TOUCH_PX = 2  # an object that comes this close to the seam may go on beyond it
-_CUT = 0.7  # times the score of what a seam may cut: it may be half an object
-_MISSED = 0.5  # times the share of the tiles that see an object and do not find it: what its score loses
-_WHOLE, _PART = 0.8, 0.5  # times the score of a cut object: what a whole one in its place, or a further part, needs
-_SAME_OBJECT_IOU = 0.5  # of two detections where both of their tiles see them
+_CUT = 0.7  # factor of the score of a detection that a seam may cut, since it may be half an object
+_MISSED = 0.5  # a score loses this much times the share of the tiles that see the object and do not find it
+_WHOLE, _PART = 0.8, 0.5  # least scores of a replacement and of a further part, as a share of the cut detection's
+_SAME_OBJECT_IOU = 0.5  # of two detections, in the region that both tiles see
 
 Region = tuple[int, int, int, int]  # left, top, right, bottom, px
 
@@ -137,10 +137,10 @@ def _moved(rle: Rle, tile: Tile, size: tuple[int, int]) -> Rle:
 def merge_tiles(found: Instances, tile_of: np.ndarray, tiles: Sequence[Tile]) -> Instances:
     """Join the parts of objects that seams cut, and keep one of several detections of an object.
 
-    Detections of two tiles are one object if they are of one class and agree where both tiles see them. The best is
-    kept, where scores count less for what a seam may cut, and for what other tiles should have found and did not. If
-    a seam cuts the best, a whole one that reaches beyond its tile takes its place, or else parts that do so are added
-    to it; both must be about as certain.
+    Two detections are the same object if they have the same class and overlap enough in the region that both tiles
+    see. The one with the best score is kept. Scores are lowered for detections that a seam may cut, and for those that
+    other tiles should have found and did not. If a seam cuts the best one, a whole detection that reaches beyond its
+    tile replaces it, or parts from other tiles are added to it; either must score nearly as high.
 
     Args:
         found: detections of all tiles, in px of the picture.
@@ -162,11 +162,11 @@ def merge_tiles(found: Instances, tile_of: np.ndarray, tiles: Sequence[Tile]) ->
 
 
 class _Merge:
-    """What the detections of all tiles say of each other; arguments as :func:`merge_tiles` takes them.
+    """Compares the detections of all tiles; takes the arguments of :func:`merge_tiles`.
 
     Attributes:
-        scores: (N,) of the detections, less what seams and other tiles take.
-        agreeing: of each detection, those of other tiles that are the same object.
+        scores: (N,) scores of the detections, lowered for seams and for tiles that missed the object.
+        agreeing: for each detection, the detections of the same object by other tiles.
     """
 
     def __init__(self, found: Instances, tile_of: np.ndarray, tiles: Sequence[Tile]) -> None:
@@ -210,7 +210,7 @@ class _Merge:
         return float(mask_util.iou(shapes[:1], shapes[1:], [0])[0, 0])
 
     def _compare(self, own: np.ndarray, others: np.ndarray, agree: np.ndarray, tile: Tile) -> None:
-        """Note what another tile, which has the detections ``others``, says of the detections ``own``."""
+        """Count whether another tile, with the detections ``others``, sees and misses the detections ``own``."""
         sees = _inside(self._extents[own], tile) & ~tile.touches_seam(self._extents[own])
         self._seen[own] += sees
         self._missed[own] += sees & ~agree.any(1)

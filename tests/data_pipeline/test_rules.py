@@ -22,7 +22,7 @@ from dimaskdino.data.validation.dataset import open_file
 from dimaskdino.data.validation.inspection import inspect_dataset
 from dimaskdino.data.validation.report import Counts
 from dimaskdino.data.validation.rules import Level, Rules
-from dimaskdino.data.validation.screen import look, surely_fine
+from dimaskdino.data.validation.screen import look
 from dimaskdino.data.validation.start import check_datasets
 from dimaskdino.errors import DatasetError
 from tests.data_pipeline.conftest import HEIGHT, POLYGON, WIDTH, Json
@@ -127,7 +127,7 @@ def test_the_quick_look_passes_nothing_that_the_rules_object_to() -> None:
     for one in annotations[3:]:  # each fault alone, as some make the quick look give up
         for with_masks in (True, False):
             rules = Rules(categories=CATEGORIES, with_masks=with_masks, scored=True, in_file=True)
-            fine = surely_fine([*annotations[:3], one], [SIZE] * 4, rules).tolist()
+            fine = look([[*annotations[:3], one]], [SIZE], rules).fine.tolist()
             assert not (fine[3] and rules.problems(one, SIZE))
             assert fine[:3] == [True] * 3 or not any(fine)
 
@@ -143,8 +143,8 @@ def test_the_quick_look_passes_what_is_sound() -> None:
     for with_masks, listed in ((True, annotations), (False, annotations), (False, without)):
         rules = Rules(categories=CATEGORIES, with_masks=with_masks, scored=True, in_file=True)
         least = np.array([each["area"] * (1 if with_masks else 2) > 4.1 for each in listed])
-        assert surely_fine(listed, [(50, 50)] * 50, rules).tolist() == least.tolist()
-        assert not surely_fine(listed, [None] * 50, rules).any()
+        assert look([listed], [(50, 50)], rules).fine.tolist() == least.tolist()
+        assert not look([listed], [None], rules).fine.any()
 
 
 @pytest.mark.parametrize("compiled", [True, False])

@@ -24,7 +24,7 @@ from dimaskdino.data.datasets import register_all
 from dimaskdino.data.datasets.shapes_drawing import SHAPES
 from dimaskdino.engine import Trainer, argument_parser, launch
 from dimaskdino.engine.setup import load_config
-from dimaskdino.layers import forms
+from dimaskdino.layers import fast_layers
 from dimaskdino.modeling.meta_arch import DIMaskDINO
 from tests.documentation import REPOSITORY
 
@@ -78,7 +78,7 @@ def images_with_two_objects() -> list[dict[str, Any]]:
     return [{**entry, "annotations": entry["annotations"][:2]} for entry in entries]
 
 
-@mock.patch.object(forms, "_ONEDNN", False)  # other forms round more, so that a ReLU may open in one run alone
+@mock.patch.object(fast_layers, "_ONEDNN", False)  # they round more: a ReLU may be open in one run alone
 def main(args: argparse.Namespace) -> None:
     """Train, and write the record of every iteration as JSON."""
     cfg = load_config(args)

@@ -44,9 +44,9 @@ class Look(NamedTuple):
     """What a quick look finds.
 
     Attributes:
-        fine: (n,) bool, whether :meth:`Rules.problems` finds nothing wrong; of the others nothing is said.
-        kept: (n,) bool, whether training keeps the object besides, and no other of its image looks like it.
-        classes: (n,) int, where among the rules' categories the class of one that is fine is.
+        fine: (n,) bool; True if :meth:`Rules.problems` would find nothing wrong, False if that is not known.
+        kept: (n,) bool; True if, in addition, training keeps the object and its image has no duplicate of it.
+        classes: (n,) int, index of the class among the rules' categories; only valid where ``fine``.
     """
 
     fine: np.ndarray
@@ -57,20 +57,6 @@ class Look(NamedTuple):
 _decode = msgspec.json.Decoder(list[Plain]).decode
 _decode_one = msgspec.json.Decoder(Plain).decode
 _decode_mask = msgspec.json.Decoder(list[Annotated[list[float], msgspec.Meta(min_length=6)]]).decode
-
-
-def surely_fine(annotations: Sequence[Json], sizes: Sequence[Size | None], rules: Rules) -> np.ndarray:
-    """Which annotations :meth:`Rules.problems` finds nothing wrong with; of the others nothing is said.
-
-    Args:
-        annotations: of any images.
-        sizes: of the image of each.
-        rules: of their dataset.
-
-    Returns:
-        (n,) bool.
-    """
-    return look([[each] for each in annotations], sizes, rules).fine
 
 
 def look(images: Sequence[Sequence[Json]], sizes: Sequence[Size | None], rules: Rules) -> Look:

@@ -13,7 +13,7 @@ from detectron2.structures import ImageList
 from torch import Tensor, nn
 
 from dimaskdino.errors import ConfigError
-from dimaskdino.layers.forms import in_fast_layout, use_forms
+from dimaskdino.layers.fast_layers import in_fast_layout, use_fast_layers
 from dimaskdino.layers.padding import PaddedBatch
 from dimaskdino.layers.precision import evaluation_dtype
 from dimaskdino.modeling.criterion import Criterion, PointSampler, StepObjects
@@ -147,8 +147,8 @@ class DIMaskDINO(nn.Module):
         return cfg.MODEL.MaskDINO.PREDICT_MASKS
 
     def train(self, mode: bool = True) -> "DIMaskDINO":
-        """Switch to training, or to evaluation, with layers in the forms of :mod:`dimaskdino.layers.forms`."""
-        use_forms(self)
+        """Switch to training or evaluation, with the layers of :mod:`dimaskdino.layers.fast_layers`."""
+        use_fast_layers(self)
         super().train(mode)
         return self
 

@@ -121,13 +121,8 @@ class DeformableEncoder(nn.Module):
                 f"{head.PIXEL_DECODER_NAME} makes {'' if cls.makes_mask_features else 'no '}mask features; set it to "
                 f"{name}."
             )
-        missing = [name for name in head.IN_FEATURES if name not in input_shape]
-        if missing:
-            raise ConfigError(
-                f"MODEL.SEM_SEG_HEAD.IN_FEATURES names {missing}, but the backbone gives {sorted(input_shape)}."
-            )
         return {
-            "input_shape": {name: input_shape[name] for name in head.IN_FEATURES},
+            "input_shape": _named(input_shape, head.IN_FEATURES, "MODEL.SEM_SEG_HEAD.IN_FEATURES"),
             "in_features": head.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES,
             "num_levels": head.TOTAL_NUM_FEATURE_LEVELS,
             "feature_order": head.FEATURE_ORDER,
@@ -242,6 +237,13 @@ def _check_features(shape: Mapping[str, ShapeSpec], in_features: list[str], num_
         )
 
 
+def _named(input_shape: Mapping[str, ShapeSpec], names: list[str], key: str) -> dict[str, ShapeSpec]:
+    """The features of the backbone that a key names."""
+    if not names or not set(names) <= input_shape.keys():
+        raise ConfigError(f"{key} is {names}; it must name some of what the backbone gives: {sorted(input_shape)}.")
+    return {name: input_shape[name] for name in names}
+
+
 def _input_projections(channels: list[int], coarsest: int, num_levels: int, dim: int) -> nn.ModuleList:
     """1x1 convolutions for the features, 3x3 stride-2 ones for the levels beyond them."""
     convs = [nn.Conv2d(width, dim, 1) for width in channels]
@@ -269,18 +271,13 @@ class DINOEncoder(DeformableEncoder):
             ConfigError: for features that the backbone does not give.
         """
         node = cfg.MODEL.DINO
-        missing = [name for name in node.IN_FEATURES if name not in input_shape]
-        if missing or not node.IN_FEATURES:
-            raise ConfigError(
-                f"MODEL.DINO.IN_FEATURES is {node.IN_FEATURES}; it must name some of what the backbone gives: "
-                f"{', '.join(sorted(input_shape))}."
-            )
+        features = _named(input_shape, node.IN_FEATURES, "MODEL.DINO.IN_FEATURES")
         if len(node.IN_FEATURES) > node.NUM_LEVELS:
             raise ConfigError(
                 f"MODEL.DINO.NUM_LEVELS is {node.NUM_LEVELS}, fewer than the {len(node.IN_FEATURES)} of IN_FEATURES."
             )
         return {
-            "input_shape": {name: input_shape[name] for name in node.IN_FEATURES},
+            "input_shape": features,
             "in_features": node.IN_FEATURES,
             "num_levels": node.NUM_LEVELS,
             "conv_dim": node.HIDDEN_DIM,

@@ -10,7 +10,7 @@ from torch import nn
 
 from dimaskdino.layers import winograd
 from dimaskdino.layers.attention import relu
-from dimaskdino.layers.forms import FormConv2d, FormLinear, use_forms
+from dimaskdino.layers.fast_layers import FastConv2d, FastLinear, use_fast_layers
 from tests.tiny_model import tiny_model
 
 
@@ -29,7 +29,7 @@ def conv(*args: int, **options) -> Conv2d:
 
 def in_form(module: nn.Module) -> nn.Module:
     module = copy.deepcopy(module)
-    use_forms(module)
+    use_fast_layers(module)
     return module
 
 
@@ -51,7 +51,7 @@ def test_other_norms_stay():
 
 @pytest.mark.parametrize("size", [(13, 9), (8, 8), (1, 1), (3, 21)])
 @pytest.mark.parametrize("strip_bytes", [1, 2**25])
-def test_the_short_cut_convolves(size, strip_bytes, monkeypatch):
+def test_winograd_convolves(size, strip_bytes, monkeypatch):
     monkeypatch.setattr(winograd, "_STRIP_BYTES", strip_bytes)
     torch.manual_seed(0)
     x, weight, bias = torch.randn(2, 5, *size), torch.randn(7, 5, 3, 3), torch.randn(7)
@@ -62,7 +62,7 @@ def test_the_short_cut_convolves(size, strip_bytes, monkeypatch):
     torch.testing.assert_close(without, expected - bias[:, None, None], rtol=1e-4, atol=1e-4)
 
 
-def test_wide_convolutions_take_the_short_cut_and_stay_near():
+def test_wide_convolutions_use_winograd_and_stay_near():
     plain = conv(128, 128, 3, padding=1)
     x = torch.randn(1, 128, 10, 14)
     short = in_form(plain)
@@ -88,7 +88,7 @@ CONVOLUTIONS = {
     "1x1, stride 2": ((6, 8, 1), {"stride": 2, "bias": False}),
     "3x3": ((6, 8, 3), {"padding": 1, "bias": False}),
     "groups": ((6, 8, 3), {"groups": 2}),
-    "short cut": ((128, 130, 3), {"padding": 1, "bias": False}),
+    "winograd": ((128, 130, 3), {"padding": 1, "bias": False}),
 }
 
 
@@ -129,8 +129,8 @@ def test_weights_of_evaluation_go_when_training_begins():
 def test_names_and_weights_stay():
     model = nn.Sequential(conv(4, 4, 1), nn.Linear(4, 2), nn.MultiheadAttention(4, 2))
     short = in_form(model)
-    assert isinstance(short[0], FormConv2d)
-    assert isinstance(short[1], FormLinear)
+    assert isinstance(short[0], FastConv2d)
+    assert isinstance(short[1], FastLinear)
     with torch.no_grad():
         short[0](torch.randn(1, 4, 3, 3))
     assert list(short.state_dict()) == list(model.state_dict())
@@ -157,7 +157,7 @@ def test_linear_maps_are_the_same():
 def test_layers_of_a_model_have_their_forms():
     model = tiny_model()
     model.train()
-    assert {FormConv2d, FormLinear} <= {type(module) for module in model.modules()}
+    assert {FastConv2d, FastLinear} <= {type(module) for module in model.modules()}
     assert not {Conv2d, nn.Linear} & {type(module) for module in model.modules()}
 
 

@@ -1,8 +1,8 @@
-"""Forms that convolutions and linear maps run in on a CPU: same weights, same results to rounding, less time.
+"""Convolutions and linear layers that are faster on a CPU: same weights, same results up to rounding.
 
-A frozen batch norm becomes a part of its convolution, 3x3 convolutions of many channels take a short cut, and oneDNN
-runs linear maps and 1x1 convolutions, for which torch takes slower forms. In evaluation the weights of these forms are
-made once, also on a GPU; in training they are made anew, as they change.
+A frozen batch norm is folded into its convolution, 3x3 convolutions with many channels use Winograd's algorithm, and
+oneDNN runs linear layers and 1x1 convolutions, for which torch has slower code. In evaluation, weights are folded once,
+also on a GPU; in training, where they change, at every step.
 """
 
 from dataclasses import dataclass
@@ -18,26 +18,25 @@ from dimaskdino.layers import winograd
 from dimaskdino.layers.exporting import export_form
 from dimaskdino.layers.precision import is_under_autocast
 
-# Of 3x3 convolutions between so many channels the short cut pays; of more its weights take long to make.
+# Winograd's algorithm pays off with this many channels; with more, transforming the weights takes too long.
 _WINOGRAD_CHANNELS = range(128, 257)
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 @dataclass(frozen=True)
 class _Prepared:
-    """Weights as evaluation uses them, and what they were made of."""
+    """Folded weights, and what they were computed from."""
 
     source: list[Any]
     weight: Tensor
     bias: Tensor | None
 
 
-class FormConv2d(Conv2d):
-    """detectron2's convolution in the forms of this module.
+class FastConv2d(Conv2d):
+    """detectron2's convolution, in the fastest way that its shape allows.
 
-    The weights of evaluation without gradients are made when they are first needed, and again after a change of those
-    that they come from. They are no part of the state dict, and go when training begins. :func:`use_forms` makes these
-    of what a model has.
+    In evaluation without gradients, the folded weights are computed at first use, and again whenever the weights or
+    the norm change. They are not part of the state dict, and are dropped when training begins.
     """
 
     _prepared: _Prepared | None = None
@@ -56,7 +55,7 @@ class FormConv2d(Conv2d):
             x = self.norm(x)
         return x if self.activation is None else self.activation(x)
 
-    def train(self, mode: bool = True) -> "FormConv2d":
+    def train(self, mode: bool = True) -> "FastConv2d":
         """Drop the weights of evaluation where training begins."""
         if mode:
             self._prepared = None
@@ -66,7 +65,7 @@ class FormConv2d(Conv2d):
         return type(self.norm) is FrozenBatchNorm2d
 
     def _shape(self) -> "_Shape":
-        return _Shape(self.padding, self.stride, self.dilation, self.groups, self._has_short_cut())
+        return _Shape(self.padding, self.stride, self.dilation, self.groups, self._uses_winograd())
 
     def _scale_and_shift(self) -> tuple[Tensor | None, Tensor | None]:
         """Of the channels of the result: float32 (O,) each; None for 1 and for 0."""
@@ -88,14 +87,14 @@ class FormConv2d(Conv2d):
         if self._prepared is None or self._prepared.source != source:
             scale, shift = self._scale_and_shift()
             weight = _scaled(self.weight, scale)
-            if self._has_short_cut():
+            if self._uses_winograd():
                 weight = winograd.transform_weight(weight)
             elif weight.device.type == "cpu":
                 weight = weight.contiguous(memory_format=torch.channels_last)
             self._prepared = _Prepared(source, weight, None if shift is None else shift.to(weight.dtype))
         return self._prepared
 
-    def _has_short_cut(self) -> bool:
+    def _uses_winograd(self) -> bool:
         return (
             self.kernel_size == (3, 3)
             and self.stride == self.padding == self.dilation == (1, 1)
@@ -107,8 +106,8 @@ class FormConv2d(Conv2d):
         )
 
 
-class FormLinear(nn.Linear):
-    """A linear map that oneDNN runs on a CPU."""
+class FastLinear(nn.Linear):
+    """A linear layer that oneDNN runs on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
@@ -117,16 +116,16 @@ class FormLinear(nn.Linear):
         return _Linear.apply(x, self.weight, self.bias) if torch.is_grad_enabled() else _map(x, self.weight, self.bias)
 
 
-def use_forms(model: nn.Module) -> None:
-    """Give the convolutions of detectron2 and the linear maps in ``model`` their forms.
+def use_fast_layers(model: nn.Module) -> None:
+    """Turn detectron2's convolutions and the linear layers of ``model`` into those of this module.
 
-    Names and weights stay. Classes derived from these layers may compute something else, and are left alone.
+    Names and weights stay. Subclasses of these layers may compute something else, and are left alone.
     """
     for module in model.modules():
         if type(module) is Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str):
-            module.__class__ = FormConv2d
+            module.__class__ = FastConv2d
         elif type(module) is nn.Linear:
-            module.__class__ = FormLinear
+            module.__class__ = FastLinear
 
 
 def in_fast_layout(images: Tensor) -> Tensor:
@@ -139,22 +138,22 @@ def in_fast_layout(images: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Shape:
-    """Of a convolution; ``short`` says that its weights are those of the short cut, or are to be."""
+    """The settings of a convolution; ``winograd`` says whether it uses Winograd's algorithm."""
 
     padding: tuple[int, ...]
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
-    short: bool
+    winograd: bool
 
     @property
     def is_linear(self) -> bool:
-        """Whether a 1x1 convolution is a linear map of each pixel."""
+        """Whether a 1x1 convolution is a linear layer on each pixel."""
         return self.stride == self.dilation == (1, 1) and self.padding == (0, 0) and self.groups == 1
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, shape: _Shape) -> Tensor:
-    if shape.short:
+    if shape.winograd:
         return winograd.conv3x3(x, weight, bias)
     if _runs_in_onednn(x):
         # conv2d itself leaves 1x1 convolutions to a slower form where there is one thread.
@@ -168,7 +167,7 @@ def _scaled(weight: Tensor, scale: Tensor | None) -> Tensor:
 
 
 class _Convolution(torch.autograd.Function):
-    """A convolution of scaled weights. What is made of the weights is made again in the backward pass, not kept."""
+    """A convolution with scaled weights, which the backward pass computes again instead of keeping them."""
 
     @staticmethod
     def forward(
@@ -177,7 +176,7 @@ class _Convolution(torch.autograd.Function):
         ctx.save_for_backward(x, weight, scale)
         ctx.shape, ctx.with_shift = shape, shift is not None
         weight = _scaled(weight, scale)
-        return _convolve(x, winograd.transform_weight(weight) if shape.short else weight, shift, shape)
+        return _convolve(x, winograd.transform_weight(weight) if shape.winograd else weight, shift, shape)
 
     @staticmethod
     @once_differentiable
@@ -186,7 +185,7 @@ class _Convolution(torch.autograd.Function):
         of_input, of_weight, _, of_shift, _ = ctx.needs_input_grad
         scaled, shape = _scaled(weight, scale), ctx.shape
         wanted = {"of_input": of_input, "of_weight": of_weight}
-        if shape.short:
+        if shape.winograd:
             grad_x, grad_weight = winograd.conv3x3_gradients(grad, x, winograd.transform_weight(scaled), **wanted)
         elif shape.is_linear and weight.shape[2:] == (1, 1):
             rows, of_rows = (each.permute(0, 2, 3, 1) for each in (grad, x))
@@ -205,7 +204,7 @@ class _Convolution(torch.autograd.Function):
 
 
 class _Linear(torch.autograd.Function):
-    """A linear map whose products oneDNN computes, but for the gradient of the weights, which is faster without it."""
+    """A linear layer whose products oneDNN computes, except for the gradient of the weights: torch is faster there."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -235,7 +234,7 @@ def _map(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _applies(x: Tensor, weight: Tensor) -> bool:
-    """Whether a layer runs in its form: not where torch looks at the layer."""
+    """Whether the fast code may run: not while torch compiles, traces, or transforms the layer, nor under autocast."""
     watched = torch.compiler.is_compiling() or torch.jit.is_tracing() or export_form()
     watched = watched or torch._C._are_functorch_transforms_active()
     return not watched and x.dtype == weight.dtype and x.numel() > 0 and not is_under_autocast(x.device)
