@@ -15,6 +15,9 @@ TRIM_THRESHOLD, MMAP_MAX = -1, -4
 ENVIRONMENT = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_")
 TUNABLES = ("glibc.malloc.trim_threshold", "glibc.malloc.mmap_max", "glibc.malloc.mmap_threshold")
 
+# Tests of a waiting thread before it sleeps, of GNU's OpenMP: about a tenth of a millisecond.
+SPINS = "10000"
+
 
 def keep_freed_memory() -> bool:
     """Make this process keep the memory that it frees, for the next image.
@@ -49,15 +52,17 @@ def set_up_libraries() -> None:
 
 
 def _wait_passively() -> None:
-    """Make threads of OpenMP sleep instead of spinning while they wait for each other.
+    """Make threads of OpenMP sleep after a short spin, instead of spinning, while they wait for each other.
 
-    On busy cores, threads that spin take the time that the others need: an image takes 20 to 60 times as long. OpenMP
-    reads OMP_WAIT_POLICY when torch loads it. If torch is loaded already, a team of idle threads has the same effect:
-    GNU's OpenMP hardly spins while it has more threads than there are cores.
+    On busy cores, threads that spin take the time that the others need: an image takes 20 to 60 times as long. Threads
+    that sleep at once are woken for each of the thousands of small layers, which costs a small model a third of its
+    time. OpenMP reads both variables when torch loads it. If torch is loaded already, a team of idle threads has much
+    the same effect: GNU's OpenMP hardly spins while it has more threads than there are cores.
 
     Source: ``do_spin`` in libgomp's config/linux/wait.h. benchmarks/RESULTS.md has the measurements.
     """
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    os.environ["GOMP_SPINCOUNT"] = SPINS
     if "torch" in sys.modules and not _start_idle_teams():
         logger.warning(
             "torch was imported before dimaskdino, so its threads may spin while they wait, which is slow on busy "
