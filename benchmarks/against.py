@@ -21,6 +21,7 @@ from tabulate import tabulate
 
 from dimaskdino.errors import UserError
 
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 ROOT = Path(__file__).parents[1]
 # What the compiled op is made of; where it is equal, this checkout's library is the commit's.
 OP_SOURCES = ("dimaskdino/layers/csrc", "tools/build_op.py", "setup.py")
@@ -130,7 +131,9 @@ def measure(tree: Path, case: Case, config_file: Path, options: Sequence[str]) -
     command = [sys.executable, str(ROOT / "benchmarks" / "one_pass.py"), "--height", str(case.height)]
     command += ["--width", str(case.width), "--objects", str(case.objects), "--precision", case.precision]
     command += ["--config-file", str(own if own.is_file() else config_file), *options]
-    environment = os.environ | {"PYTHONPATH": str(tree), "OMP_WAIT_POLICY": "PASSIVE"}
+    # How threads wait is each commit's own choice; importing this one has set it for its children.
+    inherited = {name: value for name, value in os.environ.items() if name not in WAITING}
+    environment = inherited | {"PYTHONPATH": str(tree)}
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"{case.name} failed with the package in {tree}: {_last_line(done.stderr)}.")

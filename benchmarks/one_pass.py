@@ -13,11 +13,14 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
+from dimaskdino.config import get_cfg  # before torch, so that the package says how threads wait
+
+# isort: split
+
 import torch
 from detectron2.structures import BitMasks, Boxes, Instances
 from torch import nn
 
-from dimaskdino.config import get_cfg
 from dimaskdino.engine import keep_freed_memory
 
 

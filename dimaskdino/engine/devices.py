@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -92,6 +93,8 @@ def distribute(cfg: CfgNode, model: nn.Module) -> nn.Module:
         return _shard(model)
     device = next(model.parameters()).device
     device_ids = None if device.type == "cpu" else [device.index]
+    # oneDNN's gradients of 1x1 convolutions name the same order of values by other strides.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
     return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
 
 
