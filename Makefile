@@ -18,7 +18,7 @@ CSRC := $(shell find dimaskdino/layers/csrc -type f)
 CUDA_ARCHS ?= 7.5;8.0;9.0;10.0
 
 .PHONY: install demo demo-all reproduce-demo test cases journeys stress bench browser-check package docker-check docs notebook \
-    sanitize cuda-check gpu-check lint clean
+    sanitize sanitize-memory sanitize-threads cuda-check gpu-check lint clean
 
 install: $(STAMP)
 
@@ -115,11 +115,12 @@ bench: $(STAMP)
 SANITIZED := build/sanitize/tree
 # Compiling takes longer than running: without optimization and with line numbers alone it takes a quarter.
 SANITIZER_FLAGS := -O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all
-sanitize: export ASAN_OPTIONS := detect_leaks=0
-sanitize: export UBSAN_OPTIONS := print_stacktrace=1
-sanitize: export EMULATION_OBJECTS := $(CURDIR)/build/emulation
-sanitize: PRELOAD = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)"
-sanitize: $(STAMP)
+sanitize: sanitize-memory sanitize-threads  # `make -j2 --output-sync=target sanitize` runs both at once
+sanitize-memory: export ASAN_OPTIONS := detect_leaks=0
+sanitize-memory: export UBSAN_OPTIONS := print_stacktrace=1
+sanitize-memory: export EMULATION_OBJECTS := $(CURDIR)/build/emulation
+sanitize-memory: PRELOAD = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)"
+sanitize-memory: $(STAMP)
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
 	cp -r pyproject.toml dimaskdino benchmarks tests tools $(SANITIZED)
 	DIMASKDINO_SANITIZE=1 DIMASKDINO_BUILD_OP=1 FORCE_CUDA=0 $(BIN)/python setup.py build_ext \
@@ -127,6 +128,8 @@ sanitize: $(STAMP)
 	cd $(SANITIZED) && $(PRELOAD) "$(CURDIR)/$(BIN)/python" -c 'import torch, dimaskdino._C'
 	cd $(SANITIZED) && $(PRELOAD) EMULATION_FLAGS="$(SANITIZER_FLAGS)" "$(CURDIR)/$(BIN)/python" -m pytest -q -s \
 	    tests/layers/test_ms_deform_attn*.py tests/layers/test_points.py tests/modeling/postprocessing/test_resized.py
+
+sanitize-threads: $(STAMP)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libtsan.so)" OMP_NUM_THREADS=1 TSAN_OPTIONS=halt_on_error=1:history_size=4 \
 	    EMULATION_FLAGS="-O1 -g1 -fsanitize=thread" $(BIN)/python -m pytest -q -s -k "not float64 and not round" \
 	    tests/layers/test_ms_deform_attn_cuda_emulated.py
