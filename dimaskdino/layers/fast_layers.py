@@ -20,6 +20,9 @@ from dimaskdino.layers.precision import is_under_autocast
 
 # Winograd's algorithm pays off with this many channels; with more, transforming the weights takes too long.
 _WINOGRAD_CHANNELS = range(128, 257)
+# Multiplications of a linear layer from which oneDNN pays off. It compiles a product for each number of rows, which
+# in the decoder changes with the number of denoising queries.
+_WORTHWHILE = 100_000_000
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -107,11 +110,13 @@ class FastConv2d(Conv2d):
 
 
 class FastLinear(nn.Linear):
-    """A linear layer that oneDNN runs on a CPU."""
+    """A linear layer that oneDNN runs on a CPU where it has many rows, as in the encoder."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
         if not _applies(x, self.weight) or not _runs_in_onednn(x) or x.dim() < 2:
+            return super().forward(x)
+        if x.numel() * self.out_features < _WORTHWHILE:
             return super().forward(x)
         return _Linear.apply(x, self.weight, self.bias) if torch.is_grad_enabled() else _map(x, self.weight, self.bias)
 

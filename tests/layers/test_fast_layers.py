@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import nn
 
-from dimaskdino.layers import winograd
+from dimaskdino.layers import fast_layers, winograd
 from dimaskdino.layers.attention import relu
 from dimaskdino.layers.fast_layers import FastConv2d, FastLinear, use_fast_layers
 from tests.tiny_model import tiny_model
@@ -137,7 +137,11 @@ def test_names_and_weights_stay():
     torch.save(short, "/dev/null")
 
 
-def test_linear_maps_are_the_same():
+@pytest.mark.parametrize("least", [0, 10**8])
+def test_linear_maps_are_the_same_by_onednn_and_by_torch(monkeypatch, least):
+    monkeypatch.setattr(fast_layers, "_WORTHWHILE", least)
+    ran = []
+    monkeypatch.setattr(fast_layers, "_map", lambda *args, of=fast_layers._map: ran.append(1) or of(*args))
     plain = nn.Linear(6, 5).eval()
     short = in_form(plain)
     for shape in ((6,), (3, 6), (2, 0, 6), (2, 3, 4, 6)):
@@ -152,6 +156,7 @@ def test_linear_maps_are_the_same():
         torch.testing.assert_close(leaves[0].grad, leaves[1].grad, rtol=1e-5, atol=1e-6)
         for one, other in zip(plain.parameters(), short.parameters(), strict=True):
             torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=1e-6)
+    assert bool(ran) == (least == 0 and fast_layers._ONEDNN)
 
 
 def test_layers_of_a_model_have_their_forms():
