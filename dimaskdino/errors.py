@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 
 USER_ERROR_STATUS = 2
+BAD_INPUT_STATUS = 3  # some inputs could not be used; the rest is done
 
 
 class UserError(Exception):

@@ -18,7 +18,7 @@ from dimaskdino.data.coco_file import category_names, read_json
 from dimaskdino.data.datasets import register_all
 from dimaskdino.data.readers import image_reader
 from dimaskdino.data.transforms import test_resize
-from dimaskdino.errors import CheckpointError, ConfigError, UserError, check_range
+from dimaskdino.errors import CheckpointError, ConfigError, UserError, check_range, file_errors_in_one_line
 from dimaskdino.modeling.meta_arch import build_model
 from dimaskdino.prediction.augmented import AugmentedModel, check_augmentation, whole_images
 from dimaskdino.prediction.canvases import Canvas, open_canvas
@@ -78,7 +78,7 @@ class Predictor:
         batch_size: int = 1,
         tile: int | None = None,
         overlap: float = 0.2,
-        layers: Sequence[str] = (),
+        layers: str | Sequence[str] = (),
         **refinement: Any,
     ) -> None:
         if channels not in CHANNEL_ORDERS:
@@ -95,7 +95,8 @@ class Predictor:
         check_augmentation(self.cfg)
         if layers and self.cfg.TEST.AUG.ENABLED:
             raise ConfigError("TEST.AUG.ENABLED joins the final results alone; set it to False, or leave layers out.")
-        self.cfg.TEST.EVAL_LAYERS = list(layers) if self.tiling is None else []
+        named = [layers] if isinstance(layers, str) else list(layers)
+        self.cfg.TEST.EVAL_LAYERS = named if self.tiling is None else []
         self.exif = self.cfg.INPUT.APPLY_EXIF if exif is None else exif
         if self.tiling and not self.cfg.MODEL.MaskDINO.TEST.INSTANCE_ON:
             raise ConfigError("Pictures are predicted in tiles by models of objects (MODEL.MaskDINO.TEST.INSTANCE_ON).")
@@ -182,11 +183,17 @@ class Predictor:
         return predict_tiles(canvas, self.tiling, predict, self.batch_size)
 
     def save(self, path: str | Path) -> None:
-        """Write one file (safetensors if it ends so) that :class:`Predictor` loads: weights, configuration, classes."""
+        """Write one file (safetensors if it ends so) that :class:`Predictor` loads: weights, configuration, classes.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
         path = Path(path)
+        with file_errors_in_one_line():  # torch and safetensors would not name the file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.open("ab").close()
         extra = {CONFIG_ENTRY: self.cfg.dump(), CLASSES_ENTRY: json.dumps(vars(self.classes))}
         state = {key: value.cpu().clone().contiguous() for key, value in self.model.state_dict().items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".safetensors":
             from safetensors.torch import save_file
 

@@ -111,6 +111,14 @@ def test_a_saved_model_needs_nothing_else(run, pixels, tmp_path, suffix) -> None
     assert same(loaded(pixels), predictor(pixels))
 
 
+def test_a_file_that_cannot_be_written_is_named(run, tmp_path) -> None:
+    predictor = Predictor(run, device="cpu")
+    for path in (run / "config.yaml" / "model.pth", tmp_path, Path("/proc/absent/model.safetensors")):
+        named = path.parent if path.name.startswith("model") else path
+        with pytest.raises(UserError, match=rf"{named}: .*; (check the path|there is a file)"):
+            predictor.save(path)
+
+
 def test_a_saved_model_and_weights_may_be_on_the_hub(run, pixels, tmp_path, monkeypatch) -> None:
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))

@@ -5,12 +5,14 @@ A row for each image: the truth (of a dataset; else the image), the first run's 
 """
 
 import argparse
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from dimaskdino.command_line import add_model_flags, at_least, fraction, import_modules
 from dimaskdino.cpu import keep_freed_memory
-from dimaskdino.errors import UserError, run_cli
+from dimaskdino.errors import BAD_INPUT_STATUS, UserError, run_cli
 
 
 def parse_args() -> argparse.Namespace:
@@ -36,12 +38,13 @@ import numpy as np
 
 from dimaskdino import Predictor
 from dimaskdino.analysis.stages import drawn_truth, read_dataset, true_objects
-from dimaskdino.prediction.images import to_rgb
-from dimaskdino.visualization import Objects, draw_objects, save_grid
+from dimaskdino.visualization import Objects, draw_objects, save_grid, to_picture
+
+Truth = Callable[[tuple[int, ...]], Objects]  # from the (height, width) of the image
 
 
 def main() -> None:
-    """Predict and draw."""
+    """Predict and draw; the exit status is 3 if some images could not be read."""
     args = parse_args()
     import_modules(args.modules)
     if (args.images is None) == (args.dataset is None):
@@ -51,17 +54,31 @@ def main() -> None:
     if predictors[0].model.device.type == "cpu":
         keep_freed_memory()
     labels = args.labels or [run.resolve().stem for run in args.runs]
-    rows = []
-    for path, left in pictures(args, predictors[0]):
-        row = [draw_objects(*left, width=args.width)]
-        for predictor in predictors:
-            found = predictor(path)
-            row += [np.asarray(found.at(stage).draw(width=args.width)) for stage in first_and_last(predictor)]
-        rows.append(row)
+    rows, bad = [], 0
+    for path, truth in pictures(args, predictors[0]):
+        try:
+            rows.append(draw_row(path, truth, predictors, args.width))
+        except UserError as error:
+            print(error, file=sys.stderr)
+            bad += 1
     titles = [f"{label}, {which} layer" for label in labels for which in ("first", "last")]
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    save_grid(rows, ["image" if args.images else "truth", *titles], args.output)
-    print(args.output)
+    if rows:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        save_grid(rows, ["image" if args.images else "truth", *titles], args.output)
+        print(args.output)
+    if bad:
+        print(f"{bad} could not be drawn; they are named above", file=sys.stderr)
+        sys.exit(BAD_INPUT_STATUS)
+
+
+def draw_row(path: Path, truth: Truth, predictors: list[Predictor], width: int) -> list[np.ndarray]:
+    """The image with its truth, and what each run finds."""
+    image = to_picture(predictors[0].read(path))
+    row = [draw_objects(image, truth(image.shape[:2]), width=width)]
+    for predictor in predictors:
+        found = predictor(path)
+        row += [np.asarray(found.at(stage).draw(width=width)) for stage in first_and_last(predictor)]
+    return row
 
 
 def first_and_last(predictor: Predictor) -> tuple[str, str]:
@@ -70,18 +87,15 @@ def first_and_last(predictor: Predictor) -> tuple[str, str]:
     return layers[0], layers[-1]
 
 
-def pictures(args: argparse.Namespace, predictor: Predictor) -> Iterator[tuple[Path, tuple[np.ndarray, Objects]]]:
-    """The path of each image, and what is drawn on its left."""
+def pictures(args: argparse.Namespace, predictor: Predictor) -> Iterator[tuple[Path, Truth]]:
+    """The path of each image, and its truth."""
     if args.images:
-        for path in args.images:
-            yield path, (predictor.read(path), Objects(classes=[], names=[]))
+        yield from ((path, lambda size: Objects(classes=[], names=[])) for path in args.images)
         return
     names, entries, truth = read_dataset(predictor.cfg, args.dataset, 100 * args.number)
     described = zip(entries, true_objects(truth, entries), strict=True)
     chosen = [(entry, objects) for entry, objects in described if len(objects.classes)][: args.number]
-    for entry, objects in chosen:
-        image = to_rgb(entry["file_name"], exif=predictor.exif)
-        yield Path(entry["file_name"]), (image, drawn_truth(objects, names, image.shape[:2]))
+    yield from ((Path(entry["file_name"]), partial(drawn_truth, objects, names)) for entry, objects in chosen)
 
 
 if __name__ == "__main__":

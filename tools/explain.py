@@ -54,8 +54,8 @@ from dimaskdino.analysis.report import Examples, write_report
 from dimaskdino.analysis.stages import compare_stages, read_dataset, true_objects, watched
 from dimaskdino.data import build_mapper
 from dimaskdino.evaluation.truth import Truth
-from dimaskdino.prediction.images import to_rgb
 from dimaskdino.structures import instances_to_coco
+from dimaskdino.visualization import to_picture
 
 
 def main() -> None:
@@ -83,7 +83,7 @@ def main() -> None:
         results += instances_to_coco(found, truth.image_numbers[entry["image_id"]], range(1, len(names) + 1))
         own = explain_image(stages, objects, limits)
         explained += own
-        image = to_rgb(entry["file_name"], exif=cfg.INPUT.APPLY_EXIF)
+        image = to_picture(predictor.read(entry["file_name"]))
         examples.add(image, objects, stages[-1], own)
     write(args, name, names, explained, examples, limits, truth, results)
 

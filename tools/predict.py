@@ -18,7 +18,7 @@ from typing import Any
 
 from dimaskdino.command_line import add_model_flags, at_least, fraction, import_modules
 from dimaskdino.cpu import keep_freed_memory
-from dimaskdino.errors import UserError, require, run_cli
+from dimaskdino.errors import BAD_INPUT_STATUS, UserError, require, run_cli
 
 DEMO_RUN = Path("output/demo/run")
 # What stands in for it where make demo did not run.
@@ -90,7 +90,6 @@ from dimaskdino.prediction.job import Job
 from dimaskdino.prediction.outputs import Outputs, check_writable
 from dimaskdino.prediction.records import Records, Share, write_coco, write_csv
 
-BAD_INPUT_STATUS = 3
 # These do not decide the results; a folder takes those of one choice of all others.
 NO_SETTINGS = ("inputs", "output", "batch_size", "device", "overwrite")
 

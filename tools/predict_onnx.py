@@ -86,6 +86,7 @@ class Model:
             raise ValueError(f"the model takes {count} images at a time, not {len(pictures)}")
         step = self.description["divisibility"]
         height, width = fixed or (-(-max(sides) // step) * step for sides in zip(*sizes, strict=True))
+        self._check_tokens(height, width)
         images = np.empty((count, 3, height, width), np.float32)
         images[:] = np.array(self.description["pad_value"], np.float32)[:, None, None]
         for canvas, picture, (h, w) in zip(images, pictures, sizes, strict=False):
@@ -96,6 +97,17 @@ class Model:
         if self.description["ignores_padding"]:
             inputs["image_sizes"] = np.array(sizes + [(height, width)] * (count - len(sizes)), np.int64)
         return inputs, sizes
+
+    def _check_tokens(self, height: int, width: int) -> None:
+        """The graph always selects as many tokens; onnxruntime would stop with an error of its operator TopK."""
+        # Files of earlier versions do not say how many.
+        tokens = sum(-(-height // stride) * -(-width // stride) for stride in self.description.get("strides", ()))
+        least = self.description.get("least_tokens", 0)
+        if 0 < tokens < least:
+            raise ValueError(
+                f"the image is too small, or too long and narrow: resized and padded to {width} x {height} px, it has "
+                f"{tokens} tokens, and the model selects {least}; cut it into pieces, or use tools/predict.py"
+            )
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
         """The size of an image on the canvas: detectron2's rule, and no larger than a fixed canvas."""

@@ -126,12 +126,21 @@ def check_exportable(model: nn.Module, cfg: Config) -> None:
 
 def has_enough_tokens(model: DIMaskDINO, height: int, width: int) -> bool:
     """Whether an image of this size in px has as many tokens as the model selects, so that their number is fixed."""
+    least = least_tokens(model)
+    return not least or sum(rows * columns for rows, columns in level_sizes(model, height, width)) >= least
+
+
+def least_tokens(model: DIMaskDINO) -> int:
+    """How many tokens the model selects; 0 for one without selection."""
+    predictor: Any = model.sem_seg_head.predictor
+    return 0 if getattr(predictor, "selection", None) is None else predictor.num_first_selected
+
+
+@torch.no_grad()
+def level_sizes(model: DIMaskDINO, height: int, width: int) -> list[tuple[int, int]]:
+    """The (rows, columns) of tokens that each level has of an image of this size in px."""
     head: Any = model.sem_seg_head
-    if getattr(head.predictor, "selection", None) is None:
-        return True
-    with torch.no_grad():
-        levels = head.pixel_decoder(model.backbone(torch.zeros(1, 3, height, width))).levels
-    return sum(level.shape[-2] * level.shape[-1] for level in levels) >= head.predictor.num_first_selected
+    return [level.shape[-2:] for level in head.pixel_decoder(model.backbone(torch.zeros(1, 3, height, width))).levels]
 
 
 def describe(
@@ -149,6 +158,7 @@ def describe(
     cfg, model, classes = predictor.cfg, graph.model, predictor.classes
     post = model.post_processor
     options = post.instance_options
+    side = 8 * max(model.size_divisibility, 32)  # a multiple of every stride
     results = {"instances": post.instances, "panoptic": post.panoptic, "semantic": post.semantic}
     return {
         "version": VERSION,
@@ -166,6 +176,8 @@ def describe(
         "pad_value": model.pixel_mean.flatten().tolist(),
         "canvas": None if canvas is None else list(canvas),
         "batch": batch,
+        "strides": [side // rows for rows, _ in level_sizes(model, side, side)],
+        "least_tokens": least_tokens(model),
         "ignores_padding": model.ignores_padding,
         "max_detections": options["max_detections"],
         "min_score": options["min_score"],

@@ -22,7 +22,7 @@ class Refinement:
     Attributes:
         score: least score of a detection, in [0, 1].
         class_scores: least score of some classes by name, in place of ``score``.
-        classes: names of the classes to keep; None keeps all.
+        classes: names of the classes to keep, or one name; None keeps all.
         keep_largest: keep the largest connected part of each mask.
         min_area: remove connected parts of fewer pixels; holes are never filled.
         boxes_from_masks: replace each box by the smallest one around its mask.
@@ -32,7 +32,7 @@ class Refinement:
 
     score: float = 0.35
     class_scores: Mapping[str, float] = field(default_factory=dict)
-    classes: Sequence[str] | None = None
+    classes: str | Sequence[str] | None = None
     keep_largest: bool = False
     min_area: int = 0
     boxes_from_masks: bool = False
@@ -41,6 +41,8 @@ class Refinement:
 
     def __post_init__(self) -> None:
         """Check the range of all numbers; raises ConfigError."""
+        if isinstance(self.classes, str):
+            object.__setattr__(self, "classes", [self.classes])
         scores = {"score": self.score, "mask_nms": self.mask_nms} | {
             f"class_scores[{name!r}]": score for name, score in self.class_scores.items()
         }

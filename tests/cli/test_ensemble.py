@@ -175,9 +175,10 @@ def pixels() -> np.ndarray:
 
 
 def test_sheet_has_rows_of_images_and_columns_of_layers(run, runs, pixels, tmp_path) -> None:
-    for name in ("a.png", "b.png"):
+    for name in ("a.png", "b.png", "cut.png"):
         Image.fromarray(pixels).save(tmp_path / name)
-    images = ["--images", tmp_path / "a.png", tmp_path / "b.png"]
+    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:5000])
+    images = ["--images", *(tmp_path / name for name in ("a.png", "cut.png", "b.png"))]
     given = [
         *runs,
         *images,
@@ -191,10 +192,14 @@ def test_sheet_has_rows_of_images_and_columns_of_layers(run, runs, pixels, tmp_p
         tmp_path / "out/sheet.png",
     ]
     finished = run("tools/compare_runs.py", *given)
-    assert finished.status == 0, finished.err
+    assert finished.status == 3, finished.err
+    assert [line.count("cut.png") for line in finished.err.strip().splitlines()] == [1, 0]
     sheet = Image.open(tmp_path / "out/sheet.png")
     assert sheet.width == 5 * 108 + 8
     assert sheet.height > 2 * 100
+    given[given.index("--output") + 1] = tmp_path / "none.png"
+    assert run("tools/compare_runs.py", *given[:2], "--images", tmp_path / "cut.png", *given[6:]).status == 3
+    assert not (tmp_path / "none.png").exists()
 
 
 def test_images_of_a_dataset_stand_beside_their_truth(run, runs, tmp_path) -> None:

@@ -1,6 +1,7 @@
 """Exported files find what the model finds; what cannot be exported is refused."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -111,7 +112,8 @@ def test_runner_equals_predictor_without_torch(tmp_path, monkeypatch, pictures):
     pytest.importorskip("onnxruntime")
     lone = tmp_path / "lone"
     lone.mkdir()
-    run, output = make_run(tmp_path / "run", SMALL), lone / "shapes.onnx"
+    run = make_run(tmp_path / "run", SMALL | {"MODEL.MaskDINO.FIRST_SELECTED_QUERIES": 66})
+    output = lone / "shapes.onnx"
     run_tool(monkeypatch, run, "onnx", output, pictures)
     assert_finds_the_same(Model(output), run, pictures)
     assert [each["size"] for each in Model(output)(pictures)] == [(50, 90), (80, 60)]
@@ -128,17 +130,20 @@ def test_runner_equals_predictor_without_torch(tmp_path, monkeypatch, pictures):
     for twin in twins:
         Image.open(pictures[0]).save(twin)
     (tmp_path / "bad.png").write_text("not an image")
-    arguments = [output, pictures[0], tmp_path / "bad.png", *twins, "--output", tmp_path / "out", "--score", "0"]
+    Image.new("RGB", (3000, 4)).save(tmp_path / "long.png")  # 32 x 96 px on the canvas: 48 + 12 + 3 + 2 tokens
+    unusable = [tmp_path / "bad.png", tmp_path / "long.png"]
+    arguments = [output, pictures[0], *unusable, *twins, "--output", tmp_path / "out", "--score", "0"]
     done = subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)], cwd=lone, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert "bad.png" in done.stderr
+    assert re.search(r"long\.png: .* 65 tokens, .* 66; cut it", done.stderr), done.stderr
     content, *_ = json.loads((tmp_path / "out" / "results.json").read_text())
     assert (content["height"], content["width"], len(content["objects"])) == (50, 90, 6)
     assert content["objects"][0]["class"].startswith("class ")
     assert Image.open(tmp_path / "out" / "a.png").size == (90, 50)
-    assert {path.name for path in (tmp_path / "out").glob("i*")} == {"image_2.png", "image_3.png"}
+    assert {path.name for path in (tmp_path / "out").glob("i*")} == {"image_3.png", "image_4.png"}
 
 
 def test_a_file_that_finds_something_else_is_not_kept(tmp_path, monkeypatch, pictures, capsys):

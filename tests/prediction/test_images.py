@@ -109,6 +109,7 @@ def test_a_class_may_have_its_own_threshold() -> None:
 
 def test_only_named_classes_stay() -> None:
     assert classes(Refinement(classes=["bus", "van"])) == [1, 2]
+    assert classes(Refinement(classes="van")) == [2]
     assert classes(Refinement(max_detections=1)) == [0]
 
 
