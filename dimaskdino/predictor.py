@@ -49,7 +49,7 @@ class Predictor:
     Args:
         run: the folder of a run, a configuration file (then give ``weights``), or a file that :meth:`save` wrote, also
             on the Hugging Face Hub: ``hf://owner/name[@revision][/file]``.
-        weights: the weight file, also on the hub; None for the last one of the run.
+        weights: the weight file, also on the hub; None for MODEL.WEIGHTS of ``options``, or else the run's last one.
         options: KEY VALUE pairs that change the configuration.
         device: where the model runs, such as "cuda:1"; None for the first GPU if there is one, else the CPU.
         channels: channel order of arrays and tensors, RGB or BGR; a call may say otherwise.
@@ -87,6 +87,7 @@ class Predictor:
         self.input_format, self.batch_size = channels, batch_size
         self.refine = Refinement(**refinement)
         self.tiling = None if tile is None else Tiling(tile, overlap)
+        weights = weights or dict(zip(options[::2], options[1::2], strict=False)).get("MODEL.WEIGHTS")
         self.cfg, self.weights, classes = _read_run(local_path(run), local_path(weights) if weights else None)
         if self.tiling:
             self.cfg.merge_from_list(list(TILE_OPTIONS))
@@ -217,7 +218,8 @@ def _read_run(run: Path, weights: Path | None) -> tuple[Config, Path, Classes | 
         if weights is None:
             raise UserError(f"{run} names no weights (MODEL.WEIGHTS); give the weight file as well.")
         return cfg, weights, None
-    return _read_saved(run)
+    cfg, saved, classes = _read_saved(run)
+    return cfg, weights or saved, classes
 
 
 def _last_weights(run: Path) -> Path:

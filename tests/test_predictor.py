@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -152,6 +153,8 @@ def test_a_configuration_and_weights_are_a_run(run, pixels) -> None:
     config, weights = run / "config.yaml", run / "model_final.pth"
     expected = Predictor(run, device="cpu", score=0)(pixels)
     assert same(Predictor(config, weights, device="cpu", score=0)(pixels), expected)
+    options = ["MODEL.WEIGHTS", str(weights)]
+    assert same(Predictor(config, device="cpu", score=0, options=options)(pixels), expected)
     weights.rename(run / "model_0000009.pth")
     (run / "last_checkpoint").write_text("model_0000009.pth")
     assert same(Predictor(run, device="cpu", score=0)(pixels), expected)
@@ -307,7 +310,7 @@ def test_a_large_picture_is_predicted_in_tiles(run) -> None:
     assert float(found.instances.pred_boxes.tensor[:, 2].max()) > 1000
 
 
-def test_panoptic_and_semantic_results_are_drawn() -> None:
+def test_panoptic_and_semantic_results_are_drawn(monkeypatch) -> None:
     ids = torch.zeros(40, 40, dtype=torch.int32)
     ids[:25] = 1
     ids[25:] = 2
@@ -318,8 +321,10 @@ def test_panoptic_and_semantic_results_are_drawn() -> None:
     semantic = Prediction({"sem_seg": torch.stack((ids == 2, ids == 1)).float()}, image=blank, classes=classes)
     assert np.array_equal(np.asarray(panoptic.draw()), np.asarray(semantic.draw()))
     assert len(np.unique(np.asarray(panoptic.draw()).reshape(-1, 3), axis=0)) > 2
-    with pytest.raises(UserError, match="panoptic_seg"):
-        panoptic.to_coco()
+    monkeypatch.setitem(sys.modules, "supervision", MagicMock())
+    for form in (panoptic.to_coco, panoptic.to_supervision):
+        with pytest.raises(UserError, match="panoptic_seg"):
+            form()
 
 
 def test_the_package_supervision_is_optional(run, pixels, monkeypatch) -> None:

@@ -34,6 +34,7 @@ from dimaskdino.analysis.flops import CONVENTION, Part, parts_of
 from dimaskdino.config import read_config
 from dimaskdino.data.datasets import register_all
 from dimaskdino.modeling.meta_arch import build_model
+from dimaskdino.prediction.outputs import check_writable
 
 # GFLOPs and millions of parameters: Mask DINO, Table 1 (R50, 300 queries); DINO, Table 1 (4 scales).
 PAPERS = {"Mask DINO, R50, 300 queries": (286, 52), "DINO, R50, 4 scales": (279, 47)}
@@ -43,6 +44,8 @@ def main() -> None:
     """Count and print."""
     args = parse_args()
     import_modules(args.modules)
+    if args.json:
+        check_writable(args.json.parent)
     cfg = read_config(args.config_file)
     cfg.merge_from_list([*args.opts, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.TIMM.PRETRAINED", False])
     register_all(cfg=cfg)
@@ -56,7 +59,6 @@ def main() -> None:
     known = ", ".join(f"{name}: {flops} GFLOPs, {weights} M" for name, (flops, weights) in PAPERS.items())
     print(f"The papers, averaged over photos of COCO: {known}.")
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({"size": args.size, "parts": [vars(part) for part in parts]}, indent=1))
 
 

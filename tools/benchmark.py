@@ -47,6 +47,7 @@ from dimaskdino.data.transforms import test_resize
 from dimaskdino.evaluation.speed import device_name
 from dimaskdino.modeling.meta_arch import build_model
 from dimaskdino.prediction.images import to_model_input, to_rgb
+from dimaskdino.prediction.outputs import check_writable
 from dimaskdino.predictor import usable_device
 
 
@@ -54,6 +55,8 @@ def main() -> None:
     """Time every form, and the parts of the model."""
     args = parse_args()
     import_modules(args.modules)
+    if args.json:
+        check_writable(args.json.parent)
     torch.set_num_threads(args.threads or torch.get_num_threads())
     cfg = configuration(args)
     register_all(cfg=cfg)
@@ -78,7 +81,6 @@ def main() -> None:
     print(table("form", forms))
     print(f"\n{table('part of the model, PyTorch', parts)}")
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         named = {"forms": forms, "parts": parts}
         seconds = {kind: {name: list(t.seconds) for name, t in times.items()} for kind, times in named.items()}
         args.json.write_text(json.dumps({"size": size, "device": device_name(model.device), "seconds": seconds}))

@@ -20,7 +20,8 @@ def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN", help="run folders or saved models; two of them can be compared")
+    about = "run folders or saved models, two of which can be compared (default: the demo's model)"
+    add("runs", nargs="*", type=Path, metavar="RUN", help=about)
     add("--score", type=fraction, default=0.35, help="threshold at the start (default: 0.35)")
     add("--port", type=at_least(1), default=7860, help="of the page (default: 7860)")
     add_model_flags(parser)
@@ -31,6 +32,7 @@ if __name__ == "__main__":
     parse_args()  # --help and mistakes end here, before the imports that take seconds
 
 import numpy as np
+from predict import demo_model
 
 from dimaskdino import Predictor
 from dimaskdino.prediction.refinement import Refinement
@@ -158,10 +160,10 @@ def save(found: dict[str, Prediction], folder: str) -> list[str]:
 def open_runs(args: argparse.Namespace) -> dict[str, Predictor]:
     """The predictors by the name of their folder or file; several of one name are numbered."""
     predictors: dict[str, Predictor] = {}
-    for run in args.runs:
+    for run, weights in [(run, None) for run in args.runs] or [demo_model()]:
         name = run.resolve().stem
         name = name if name not in predictors else f"{name} {len(predictors) + 1}"
-        predictors[name] = Predictor(run, options=args.opts, device=args.device, layers=["all"], score=0.0)
+        predictors[name] = Predictor(run, weights, options=args.opts, device=args.device, layers=["all"], score=0.0)
     if next(iter(predictors.values())).model.device.type == "cpu":
         keep_freed_memory()
     return predictors
@@ -172,7 +174,10 @@ def main() -> None:
     args = parse_args()
     import_modules(args.modules)
     page = build_page(Browser(open_runs(args)), args.score)
-    page.launch(server_name="127.0.0.1", server_port=args.port)
+    try:
+        page.launch(server_name="127.0.0.1", server_port=args.port)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--port {args.port} is taken or does not exist; give another one.") from error
 
 
 if __name__ == "__main__":

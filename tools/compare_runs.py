@@ -19,7 +19,7 @@ def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("runs", nargs=2, type=Path, metavar="RUN", help="run folder or saved model")
+    add("runs", nargs=2, type=Path, metavar="RUN", help="run folder, saved model, or configuration")
     add("--images", nargs="+", type=Path, metavar="FILE", help="images to draw")
     add("--dataset", metavar="NAME", help="draw images of a registered dataset, beside their truth")
     add("--number", type=at_least(1), default=4, help="of images of the dataset that have objects (default: 4)")
@@ -35,9 +35,11 @@ if __name__ == "__main__":
     parse_args()  # --help and mistakes end here, before the imports that take seconds
 
 import numpy as np
+from PIL import Image
 
 from dimaskdino import Predictor
 from dimaskdino.analysis.stages import drawn_truth, read_dataset, true_objects
+from dimaskdino.prediction.outputs import check_writable
 from dimaskdino.visualization import Objects, draw_objects, save_grid, to_picture
 
 Truth = Callable[[tuple[int, ...]], Objects]  # from the (height, width) of the image
@@ -49,6 +51,7 @@ def main() -> None:
     import_modules(args.modules)
     if (args.images is None) == (args.dataset is None):
         raise UserError("Name either --images or --dataset.")
+    check_picture(args.output)
     common = {"options": args.opts, "device": args.device, "layers": ["all"], "score": args.score}
     predictors = [Predictor(run, **common) for run in args.runs]
     if predictors[0].model.device.type == "cpu":
@@ -63,12 +66,23 @@ def main() -> None:
             bad += 1
     titles = [f"{label}, {which} layer" for label in labels for which in ("first", "last")]
     if rows:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
         save_grid(rows, ["image" if args.images else "truth", *titles], args.output)
         print(args.output)
     if bad:
         print(f"{bad} could not be drawn; they are named above", file=sys.stderr)
         sys.exit(BAD_INPUT_STATUS)
+
+
+def check_picture(path: Path) -> None:
+    """Check that a picture can be written, before anything is computed.
+
+    Raises:
+        UserError: Pillow knows no such format.
+        OSError: naming the folder that cannot be written.
+    """
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise UserError(f"--output {path} has no suffix of a picture; give one, such as .png or .jpg.")
+    check_writable(path.parent)
 
 
 def draw_row(path: Path, truth: Truth, predictors: list[Predictor], width: int) -> list[np.ndarray]:

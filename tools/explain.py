@@ -54,6 +54,7 @@ from dimaskdino.analysis.report import Examples, write_report
 from dimaskdino.analysis.stages import compare_stages, read_dataset, true_objects, watched
 from dimaskdino.data import build_mapper
 from dimaskdino.evaluation.truth import Truth
+from dimaskdino.prediction.outputs import check_writable
 from dimaskdino.structures import instances_to_coco
 from dimaskdino.visualization import to_picture
 
@@ -62,7 +63,7 @@ def main() -> None:
     """Judge every object, print the table by stage, and write the report."""
     args = parse_args()
     import_modules(args.modules)
-    args.output.mkdir(parents=True, exist_ok=True)
+    check_writable(args.output)
     predictor = Predictor(args.run, args.weights, options=args.opts, device=args.device, score=0.0)
     model, cfg = predictor.model.float(), predictor.cfg
     if not getattr(model.post_processor, "instances", False):

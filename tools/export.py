@@ -48,6 +48,7 @@ from dimaskdino import Predictor
 from dimaskdino.export.check import dataset_entries, differences, evaluate, reference_results
 from dimaskdino.export.formats import FORMATS, Export, require
 from dimaskdino.export.graph import ExportGraph, check_exportable, describe, has_enough_tokens, predict
+from dimaskdino.prediction.outputs import check_writable
 
 DEMO_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo" / "dimaskdino_shapes.yaml"
 DEMO_WEIGHTS = Path(__file__).resolve().with_name("demo_model.pth")
@@ -113,7 +114,7 @@ def check_output(args: argparse.Namespace, predictor: Predictor) -> list[Path]:
         raise UserError(f"--size {args.size[0]} {args.size[1]}: both sides must be multiples of {step}.")
     if args.batch > 1 and args.size is None:
         raise UserError("--batch goes with --size; without it the file takes any number of images.")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(args.output.parent)
     return [args.output.with_suffix(suffix) for suffix in kind.files or (kind.suffix,)]
 
 

@@ -140,10 +140,9 @@ def check_together(args: argparse.Namespace) -> None:
 
 def build_predictor(args: argparse.Namespace) -> Predictor:
     """The predictor that the command line describes."""
-    if args.weights is None and args.config_file is None and not DEMO_RUN.is_dir():
-        args.config_file, args.weights = DEMO_CONFIG, DEMO_WEIGHTS
-        print(f"No --weights and no {DEMO_RUN}: this is the repository's small model of colored shapes, {DEMO_WEIGHTS}")
-    run, weights = (args.config_file, args.weights) if args.config_file else (args.weights or DEMO_RUN, None)
+    if args.weights is None and args.config_file is None:
+        args.config_file, args.weights = demo_model()
+    run, weights = (args.config_file, args.weights) if args.config_file else (args.weights, None)
     keys = ["MODEL.MaskDINO.TEST.MASK_FORMAT", "rle", "MODEL.MaskDINO.TEST.QUERY_FEATURES", args.query_features]
     keys += ["TEST.AUG.ENABLED", True] if args.augment else []
     predictor = Predictor(
@@ -169,6 +168,14 @@ def build_predictor(args: argparse.Namespace) -> Predictor:
     return predictor
 
 
+def demo_model() -> tuple[Path, Path | None]:
+    """The run of make demo, or else the configuration and weights of the repository's small model."""
+    if DEMO_RUN.is_dir():
+        return DEMO_RUN, None
+    print(f"No model is named, no {DEMO_RUN}: this is the repository's small model of colored shapes, {DEMO_WEIGHTS}")
+    return DEMO_CONFIG, DEMO_WEIGHTS
+
+
 def device(asked: str | None) -> str | None:
     """The device of this process: under torchrun each has a GPU of its own."""
     if asked or not torch.cuda.is_available():
@@ -186,6 +193,9 @@ def settings(args: argparse.Namespace, sources: list[Source]) -> dict[str, Any]:
 def build_job(args: argparse.Namespace, predictor: Predictor, records: Records, ids: dict[str, Any]) -> Job:
     """The job that the command line describes."""
     kinds = {*args.save, *(["features"] if args.query_features else [])}
+    of_objects = "--track" if args.track else "--query-features" if args.query_features else ""
+    if of_objects and not predictor.cfg.MODEL.MaskDINO.TEST.INSTANCE_ON:
+        raise UserError(f"{of_objects} needs a model of objects (MODEL.MaskDINO.TEST.INSTANCE_ON); leave it out.")
     of_masks = sorted({"masks", "geojson"} & kinds)
     if of_masks and not needs_masks(predictor.cfg):
         raise UserError(f"--save {of_masks[0]} needs a model with masks; this one finds boxes alone, so leave it out.")

@@ -21,6 +21,8 @@ KEY = "dimaskdino"  # of the description in a model's metadata
 VERSION = 1
 USER_ERROR_STATUS, BAD_INPUT_STATUS = 2, 3
 MASK_BYTES = 2**28  # about what the masks of all queries may need at once, for panoptic and semantic maps
+HALO = (16, 16, 16)
+TONES = ((0.85, 1.0), (0.6, 1.0), (0.9, 0.8))  # saturation and value of the colors, in turn
 Array = np.ndarray
 Result = dict[str, Any]
 
@@ -332,7 +334,7 @@ def run_lengths(mask: Array) -> Result:
 
 def draw(picture: Array, result: Result, description: dict[str, Any]) -> Image.Image:
     """The picture with what was found."""
-    palette = np.array([[int(255 * x) for x in _color(index)] for index in range(len(description["segment_classes"]))])
+    palette = np.array([class_color(index) for index in range(len(description["segment_classes"]))])
     if "panoptic" in result or "semantic" in result:
         if "panoptic" in result:
             labels = np.array([-1, *(segment["category_id"] for segment in result["segments"])])[result["panoptic"]]
@@ -348,18 +350,30 @@ def draw(picture: Array, result: Result, description: dict[str, Any]) -> Image.I
             mask = result["masks"][index]
             blended[mask] = 0.5 * blended[mask] + 0.5 * palette[label]
     image = Image.fromarray(blended.astype(np.uint8))
-    pen = ImageDraw.Draw(image)
-    for label, score, box in zip(result["labels"], result["scores"], result["boxes"], strict=True):
-        color = tuple(palette[label].tolist())
-        pen.rectangle(sorted_box(box), outline=color, width=2)
-        pen.text(
-            (box[0] + 2, box[1]),
-            f"{description['classes'][label]} {score:.2f}",
-            fill="white",
-            stroke_width=1,
-            stroke_fill="black",
-        )
+    pen, boxes = ImageDraw.Draw(image), [sorted_box(box) for box in result["boxes"]]
+    for label, (x0, y0, x1, y1) in zip(result["labels"], boxes, strict=True):
+        pen.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline=HALO, width=4)
+        pen.rectangle((x0, y0, x1, y1), outline=class_color(label), width=2)
+    taken: list[tuple[float, ...]] = []
+    for label, score, box in zip(result["labels"], result["scores"], boxes, strict=True):
+        text = f"{description['classes'][label]} {score:.2f}"
+        spot = free_spot(box, pen.textbbox((0, 0), text, stroke_width=1)[2:], image.size, taken)
+        if spot is not None:
+            taken.append(spot)
+            pen.text(spot[:2], text, fill="white", stroke_width=1, stroke_fill="black")
     return image
+
+
+def free_spot(
+    box: Sequence[float], text: Sequence[float], image: Sequence[int], taken: Sequence[tuple[float, ...]]
+) -> tuple[float, ...] | None:
+    """Where a text of some (width, height) px covers no other one, (x0, y0, x1, y1): over a box, in it, or under it."""
+    (x0, y0, x1, y1), (width, height) = box, text
+    for left, top in ((x0, y0 - height), (x0, y0), (x0, y1), (x1 - width, y0 - height), (x1 - width, y1)):
+        x, y = max(0.0, min(left, image[0] - width)), max(0.0, min(top, image[1] - height))
+        if not any(x < right and start < x + width and y < end and up < y + height for start, up, right, end in taken):
+            return x, y, x + width, y + height
+    return None
 
 
 def sorted_box(box: Array) -> list[float]:
@@ -367,10 +381,11 @@ def sorted_box(box: Array) -> list[float]:
     return [*np.minimum(box[:2], box[2:]).tolist(), *np.maximum(box[:2], box[2:]).tolist()]
 
 
-def _color(index: int) -> tuple[float, float, float]:
-    """Bright colors far from those before them, red to blue as numbers from 0 to 1."""
-    hue = index * 0.618034 % 1 * 6
-    return tuple(min(max(abs((hue + shift) % 6 - 3) - 1, 0), 1) for shift in (0, 4, 2))  # type: ignore[return-value]
+def class_color(index: int) -> tuple[int, ...]:
+    """A bright RGB color, the same as in the other tools: each hue is far from those before it."""
+    hue, (saturation, value) = index * (5**0.5 - 1) / 2 % 1 * 6, TONES[index % len(TONES)]
+    pure = (min(max(abs((hue + shift) % 6 - 3) - 1, 0), 1) for shift in (0, 4, 2))
+    return tuple(round(255 * value * (1 - saturation + saturation * part)) for part in pure)
 
 
 def parse_args() -> argparse.Namespace:
@@ -390,6 +405,7 @@ def main() -> int:
     try:
         model = Model(args.model, threads=args.threads)
         args.output.mkdir(parents=True, exist_ok=True)
+        (args.output / "results.json").write_text("[]")  # a folder that cannot be written ends here
     except Exception as error:  # noqa: BLE001  (onnxruntime raises errors of many types for a file)
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return USER_ERROR_STATUS

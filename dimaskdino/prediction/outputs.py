@@ -51,9 +51,13 @@ class Outputs:
             path.write_text(json.dumps(geojson(found)), encoding="utf-8")
         height, width = found.image.shape[:2]
         record = {"number": source.number, "id": image_id, "file": source.path, "height": height, "width": width}
-        if "panoptic_seg" in found:
-            record["segments"] = found.to_dict()["segments"]
-        return record | {"results": found.to_coco(image_id) if "instances" in found else []}
+        return record | results_of(found, image_id)
+
+
+def results_of(found: Prediction, image_id: Any) -> dict[str, Any]:
+    """The COCO results of an image or frame, none for a model without objects, and the segments of a panoptic one."""
+    segments = {"segments": found.to_dict()["segments"]} if "panoptic_seg" in found else {}
+    return segments | {"results": found.to_coco(image_id) if "instances" in found else []}
 
 
 def mask_map(found: Prediction) -> Image.Image:

@@ -146,7 +146,7 @@ class Prediction(dict):
     def to_supervision(self) -> Any:
         """Detections of the package supervision, which must be installed; class names are in ``data["class_name"]``."""
         supervision = require("supervision", "to_supervision()", "supervision")
-        found = supervision.Detections.from_detectron2(self)
+        found = supervision.Detections.from_detectron2({"instances": self.instances})
         found.data["class_name"] = np.array(self.class_names)
         return found
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from dimaskdino.errors import UserError, require
 from dimaskdino.prediction.inputs import Source
-from dimaskdino.prediction.outputs import Outputs
+from dimaskdino.prediction.outputs import Outputs, results_of
 from dimaskdino.prediction.results import Prediction
 
 FALLBACK_RATE = 25.0  # frames per second, where a file or camera does not say
@@ -104,10 +104,10 @@ class VideoWriter:
 
     def add(self, frame: int, found: Prediction, tracks: list[int] | None, by_instance: bool) -> None:
         """Add the next frame."""
-        results = found.to_coco(frame)
-        for result, track in zip(results, tracks or (), strict=tracks is not None):
+        record = {"frame": frame} | results_of(found, frame)
+        for result, track in zip(record["results"], tracks or (), strict=tracks is not None):
             result["track_id"] = track
-        self._file.write(json.dumps({"frame": frame, "results": results}) + "\n")
+        self._file.write(json.dumps(record) + "\n")
         if self._pictures:
             labels = [f"#{track}" if track >= 0 else "" for track in tracks or ()]
             self._draw(np.asarray(found.draw(by_instance=by_instance, labels=labels)))

@@ -59,6 +59,22 @@ def test_what_a_run_does_not_give_is_said(browser, pixels) -> None:
         browser.look(pixels, "a", "selection.2", "objects", 0.0)
 
 
+def test_without_a_run_the_demo_model_is_shown_and_a_taken_port_named(monkeypatch, tmp_path) -> None:
+    class Page:
+        def launch(self, **_: object) -> None:
+            raise OSError("Cannot find empty port")
+
+    def build_page(browser: browse.Browser, score: float) -> Page:
+        assert [each.classes.things[3] for each in browser.predictors.values()] == ["star"]
+        return Page()
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(browse, "build_page", build_page)
+    monkeypatch.setattr("sys.argv", ["browse.py", "--device", "cpu", "--port", "7861"])
+    with pytest.raises(UserError, match="--port 7861"):
+        browse.main()
+
+
 @pytest.fixture
 def page(browser):
     """The address of the page, served to this machine."""

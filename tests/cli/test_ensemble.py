@@ -214,6 +214,9 @@ def test_images_or_a_dataset_must_be_named(run, runs) -> None:
     finished = run("tools/compare_runs.py", *runs)
     assert finished.status == 2
     assert "--dataset" in finished.err
+    finished = run("tools/compare_runs.py", *runs, "--images", "a.png", "--output", "sheet.pgn")
+    assert finished.status == 2
+    assert "sheet.pgn" in finished.err
 
 
 def test_results_of_a_layer_are_those_of_the_model(runs, pixels) -> None:
@@ -223,7 +226,7 @@ def test_results_of_a_layer_are_those_of_the_model(runs, pixels) -> None:
     assert earlier.class_names
     assert not torch.equal(earlier.instances.scores, found.instances.scores)
     threshold = float(earlier.instances.scores.median())
-    kept = Predictor(runs[0], device="cpu", score=threshold, layers=["layer.0"])(pixels).at("layer.0")
+    kept = Predictor(runs[0], device="cpu", score=threshold, layers="layer.0")(pixels).at("layer.0")
     assert 0 < len(kept.instances) < len(earlier.instances)
     with pytest.raises(UserError, match=r"layer\.1"):
         found.at("layer.1")

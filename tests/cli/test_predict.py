@@ -123,6 +123,10 @@ def test_a_model_of_boxes_alone_saves_no_masks(run, job, tmp_path) -> None:
     done = run("tools/predict.py", *job, "--save", "masks")
     assert done.status == 2
     assert done.err.splitlines()[-1].startswith("error: --save masks needs a model with masks")
+    segments = ["MODEL.MaskDINO.TEST.INSTANCE_ON", "False", "MODEL.MaskDINO.TEST.SEMANTIC_ON", "True"]
+    done = run("tools/predict.py", *job, "--query-features", "--opts", *segments)
+    assert done.status == 2
+    assert done.err.splitlines()[-1].startswith("error: --query-features needs a model of objects")
 
 
 def test_the_demo_model_is_used_unless_another_is_named(run, job, tmp_path, monkeypatch) -> None:

@@ -21,6 +21,7 @@ from dimaskdino.export.check import differences, to_detectron2
 from dimaskdino.layers import ms_deform_attn_fused
 from dimaskdino.layers.exporting import exporting
 from dimaskdino.modeling.postprocessing import Frame as TorchFrame
+from dimaskdino.visualization import class_color
 from tests.documentation import example
 from tests.test_predictor import make_run
 from tests.tiny_model import TINY_DINO, image
@@ -319,6 +320,26 @@ def test_run_lengths_are_those_of_coco(first):
     mask[0, 0] = first
     rle = run_lengths(mask)
     np.testing.assert_array_equal(mask_util.decode(mask_util.frPyObjects(rle, *rle["size"])), mask)
+
+
+def test_colors_are_those_of_the_other_tools():
+    assert [predict_onnx.class_color(index) for index in range(200)] == [class_color(index) for index in range(200)]
+
+
+def test_labels_cover_no_other_one():
+    box, text, picture, taken = (20, 30, 40, 50), (10, 8), (100, 100), []
+    for expected in ((20, 22), (20, 30), (20, 50), (30, 22), (30, 50)):
+        taken.append(predict_onnx.free_spot(box, text, picture, taken))
+        assert taken[-1] == (*expected, expected[0] + 10, expected[1] + 8)
+    assert predict_onnx.free_spot(box, text, picture, taken) is None
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_anything_is_predicted(tmp_path, monkeypatch, capsys):
+    (tmp_path / "results.json").mkdir()
+    monkeypatch.setattr(predict_onnx, "Model", lambda *_, **__: None)
+    monkeypatch.setattr(sys, "argv", ["predict_onnx.py", "shapes.onnx", "a.png", "--output", str(tmp_path)])
+    assert predict_onnx.main() == 2
+    assert "results.json" in capsys.readouterr().err
 
 
 def test_a_file_of_another_version_is_refused():

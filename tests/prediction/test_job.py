@@ -140,6 +140,16 @@ def test_a_video_keeps_its_rate_and_length(tmp_path) -> None:
     assert (record["count"], record["rate"]) == (9, 12.5)
 
 
+def test_a_video_of_a_panoptic_model_has_segments(tmp_path) -> None:
+    def segment(images: Sequence[np.ndarray], names: Sequence[str]) -> list[Prediction]:
+        result = torch.ones(64, 64, dtype=torch.int32), [{"id": 1, "category_id": 0, "isthing": False}]
+        return [Prediction({"panoptic_seg": result}, image=image, classes=CLASSES) for image in images]
+
+    job(tmp_path / "out", segment).run(sources(video(tmp_path / "v.mp4", frames=2)))
+    lines = [json.loads(line) for line in (tmp_path / "out" / "videos" / "v.jsonl").read_text().splitlines()]
+    assert [(line["results"], line["segments"][0]["class"]) for line in lines] == [([], "blob")] * 2
+
+
 def test_a_limit_ends_a_video_early(tmp_path) -> None:
     (source,) = sources(video(tmp_path / "v.mp4"))
     frames = Frames(source, 3)
