@@ -1,6 +1,5 @@
 """Panoptic quality, mean intersection over union, and the average precision of a panoptic dataset's things."""
 
-import copy
 import logging
 import math
 import os
@@ -19,6 +18,7 @@ from pycocotools import mask as mask_util
 
 from dimaskdino.data.datasets.registration import load_dataset
 from dimaskdino.data.label_maps import panoptic_annotations, read_segments, read_semantic
+from dimaskdino.data.validation.report import saying_how_to_list_all
 from dimaskdino.errors import ConfigError, DatasetError
 from dimaskdino.evaluation.coco import CocoEvaluator
 from dimaskdino.evaluation.report import panoptic_table, semantic_table
@@ -38,8 +38,8 @@ class PanopticEvaluator(DatasetEvaluator):
     image.
     """
 
-    def __init__(self, *, dataset_name: str, output_dir: str) -> None:
-        self._name, self._output_dir = dataset_name, output_dir
+    def __init__(self, *, dataset_name: str, output_dir: str, check: bool = True) -> None:
+        self._name, self._output_dir, self._check = dataset_name, output_dir, check
         metadata = MetadataCatalog.get(dataset_name)
         self._names = list(metadata.stuff_classes)
         self._things = set(metadata.thing_dataset_id_to_contiguous_id.values())
@@ -47,7 +47,8 @@ class PanopticEvaluator(DatasetEvaluator):
 
     def for_stage(self, name: str) -> "PanopticEvaluator":
         """An empty evaluator that writes to a folder ``name`` of this one's."""
-        return PanopticEvaluator(dataset_name=self._name, output_dir=os.path.join(self._output_dir, name))
+        folder = os.path.join(self._output_dir, name)
+        return PanopticEvaluator(dataset_name=self._name, output_dir=folder, check=False)
 
     def reset(self) -> None:
         """Forget all predictions."""
@@ -63,6 +64,9 @@ class PanopticEvaluator(DatasetEvaluator):
         """Add the predicted ``panoptic_seg`` of a batch."""
         for image, output in zip(inputs, outputs, strict=True):
             pixels, segments = output["panoptic_seg"]
+            if self._check:
+                with saying_how_to_list_all(self._name):
+                    read_segments(image, (pixels.shape[0], pixels.shape[1]))
             path = image["pan_seg_file_name"]
             name = f"{str(image['image_id']).replace(os.sep, '_')}.png"
             _write_ids(pixels.cpu().numpy(), os.path.join(self._folder, name))
@@ -171,7 +175,8 @@ class SemanticEvaluator(DatasetEvaluator):
         for image, output in zip(inputs, outputs, strict=True):
             predicted = output["sem_seg"].argmax(dim=0).cpu().numpy().astype(np.int32)
             size = (predicted.shape[0], predicted.shape[1])
-            truth = read_semantic(image, num_classes=len(self._names), ignore=self._ignore, size=size)
+            with saying_how_to_list_all(self._name):
+                truth = read_semantic(image, num_classes=len(self._names), ignore=self._ignore, size=size)
             self._counts.update(truth, predicted)
             if self._output_dir is not None:
                 name = image.get("image_id", os.path.splitext(os.path.basename(image["file_name"]))[0])
@@ -211,10 +216,11 @@ class SemanticEvaluator(DatasetEvaluator):
 
 
 class ThingsEvaluator(DatasetEvaluator):
-    """AP of the instances of a panoptic model: those of thing classes, numbered among the things."""
+    """AP of the instances of thing classes, numbered among the things; those of stuff do not count."""
 
     def __init__(self, coco: CocoEvaluator, things: Sequence[int]) -> None:
         self._coco, self._things = coco, list(things)
+        self._of_things = torch.tensor(self._things)
         self._place = torch.zeros(max(self._things) + 1, dtype=torch.int64)
         self._place[self._things] = torch.arange(len(self._things))
 
@@ -229,7 +235,8 @@ class ThingsEvaluator(DatasetEvaluator):
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
         """Add the predicted ``instances`` of a batch."""
         for image, output in zip(inputs, outputs, strict=True):
-            instances = copy.copy(output["instances"].to(torch.device("cpu")))
+            instances = output["instances"].to(torch.device("cpu"))
+            instances = instances[torch.isin(instances.pred_classes, self._of_things)]
             instances.pred_classes = self._place[instances.pred_classes]
             self._coco.process([image], [{"instances": instances}])
 
@@ -271,7 +278,8 @@ def _things_of(name: str) -> list[Json]:
     _, things = register_things(name)
     entries = []
     for entry in load_dataset(name):
-        ids = read_segments(entry)
+        with saying_how_to_list_all(name):
+            ids = read_segments(entry)
         annotations = []
         kept = [each for each in entry["segments_info"] if each["category_id"] in things]
         for annotation in panoptic_annotations(ids, kept):

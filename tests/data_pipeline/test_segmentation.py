@@ -149,14 +149,24 @@ def test_a_crop_of_several_classes_is_preferred(tmp_path):
 
 
 @pytest.mark.parametrize("is_thing", [0, 1])
-def test_only_things_or_only_stuff(is_thing, tmp_path):
+def test_only_things_or_only_stuff(is_thing, tmp_path, caplog):
     keys = write_panoptic(tmp_path / "set")
     change_json(tmp_path, lambda content: [each.update(isthing=is_thing) for each in content["categories"]])
-    check_datasets(configured("panoptic", keys))
+    cfg = configured("panoptic", keys)
+    with caplog.at_level(logging.INFO):
+        check_datasets(cfg)
+    assert ("panoptic_val has no things" in caplog.text) == (not is_thing)
     metadata = MetadataCatalog.get("panoptic_train")
     ids = metadata.thing_dataset_id_to_contiguous_id, metadata.stuff_dataset_id_to_contiguous_id
     assert ids[1 - is_thing] == {0: 0, 4: 1, 9: 2}
     assert ids[is_thing] == {}
+    cfg.merge_from_list(["MODEL.MaskDINO.TEST.PANOPTIC_ON", False, "MODEL.MaskDINO.TEST.SEMANTIC_ON", False])
+    if is_thing:
+        check_datasets(cfg)
+    else:
+        assert_refused(lambda: check_datasets(cfg), ["INSTANCE_ON", "panoptic_val", "without things", "PANOPTIC_ON"])
+    del MetadataCatalog.get("panoptic_val").thing_dataset_id_to_contiguous_id
+    assert_refused(lambda: check_datasets(cfg, train=False), ["panoptic_val", "thing_dataset_id_to_contiguous_id"])
 
 
 @pytest.mark.parametrize("kind", ["panoptic", "semantic"])
@@ -311,6 +321,9 @@ def test_mapper_names_a_label_map_that_breaks_later(panoptic, tmp_path):
         ("semantic", {"DATASETS.SEMANTIC.CLASSES": ["a", "b", "a"]}, ["semantic_train", "'a' more than once"]),
         ("semantic", {"DATASETS.SEMANTIC.VAL_LABELS": ""}, ["DATASETS.SEMANTIC.VAL_LABELS"]),
         ("semantic", {"DATASETS.SEMANTIC.TRAIN_LABELS": "nowhere"}, ["nowhere", "does not exist", "TRAIN_LABELS"]),
+        ("semantic", {"DATASETS.SEMANTIC.VAL_IMAGES": "nowhere"}, ["nowhere", "correct DATASETS.SEMANTIC.VAL_IMAGES"]),
+        ("panoptic", {"DATASETS.PANOPTIC.TRAIN_IMAGES": "nowhere"}, ["images", "DATASETS.PANOPTIC.TRAIN_IMAGES"]),
+        ("panoptic", {"DATASETS.PANOPTIC.VAL_LABELS": "nowhere"}, ["label maps", "DATASETS.PANOPTIC.VAL_LABELS"]),
         ("panoptic", {"DATASETS.PANOPTIC.VAL_JSON": ""}, ["DATASETS.PANOPTIC.VAL_JSON"]),
         ("panoptic", {"DATASETS.PANOPTIC.VAL_JSON": "nowhere"}, ["DATASETS.PANOPTIC.VAL_JSON", "nowhere"]),
     ],

@@ -17,7 +17,7 @@ from PIL import Image
 from dimaskdino.config import Config
 from dimaskdino.data import build_test_loader, build_train_loader, register_all
 from dimaskdino.data.readers import PilReader
-from dimaskdino.data.validation import start
+from dimaskdino.data.validation import files, start
 from dimaskdino.data.validation.start import check_datasets
 from dimaskdino.errors import ConfigError, DatasetError
 from tests.data_pipeline.conftest import HEIGHT, POLYGON, WIDTH, Json
@@ -444,7 +444,7 @@ def test_headers_are_read_evenly_and_then_in_time(
     header = PilReader.header
     monkeypatch.setattr(PilReader, "header", lambda self, path: read.append(Path(path).name) or header(self, path))
     monkeypatch.setattr(start, "LEAST_HEADERS", 3)
-    monkeypatch.setattr(start, "MOST_SECONDS", seconds)
+    monkeypatch.setattr(files, "MOST_SECONDS", seconds)
     mine.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
     with caplog.at_level(logging.INFO):
         check_datasets(mine, test=False)

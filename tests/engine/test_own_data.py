@@ -17,6 +17,7 @@ from dimaskdino.checkpoint.dino import COCO_NAMES
 from dimaskdino.config import Config
 from dimaskdino.data.datasets import register_all
 from dimaskdino.data.datasets.registration import load_dataset
+from dimaskdino.data.validation.start import check_datasets
 from dimaskdino.engine.setup import load_config
 from dimaskdino.engine.writers import changed_settings
 from dimaskdino.errors import ConfigError, DatasetError
@@ -67,6 +68,14 @@ def test_classes_datasets_and_schedule_follow_from_the_file(own: list[str], capl
     register_all(cfg=cfg)
     assert MetadataCatalog.get("own_train").thing_classes == list(CLASSES)
     assert [each["category_id"] for each in load_dataset("own_train")[1]["annotations"]] == [1]
+
+
+def test_an_empty_folder_names_the_key(own: list[str], tmp_path: Path) -> None:
+    cfg = configured(*own)
+    for photo in (tmp_path / "photos").iterdir():
+        photo.unlink()
+    with pytest.raises(DatasetError, match=r"of dataset own_train do not exist.* check DATASETS\.TRAIN_IMAGES"):
+        check_datasets(cfg)
 
 
 def test_few_images_train_for_the_fewest_iterations(own: list[str]) -> None:

@@ -15,6 +15,9 @@ from PIL import Image
 from dimaskdino.config import Config
 from dimaskdino.data.datasets.registration import load_dataset
 from dimaskdino.data.label_maps import read_segment_ids, read_semantic, relabel
+from dimaskdino.data.validation import files, segmentation
+from dimaskdino.data.validation.start import check_datasets
+from dimaskdino.errors import DatasetError
 from dimaskdino.evaluation import build_evaluator
 from dimaskdino.evaluation.segmentation import PanopticEvaluator, SemanticEvaluator
 from tests.data_pipeline.conftest import registrations  # noqa: F401  (a fixture)
@@ -45,13 +48,12 @@ def perfect(entry: dict) -> dict:
         {"id": number, "category_id": each["category_id"], "isthing": each["isthing"]}
         for number, each in enumerate(kept, start=1)
     ]
-    things = [each for each in kept if each["isthing"]]
-    masks = torch.stack([torch.from_numpy(ids == each["id"]) for each in things])
+    masks = torch.stack([torch.from_numpy(ids == each["id"]) for each in kept])
     found = Instances(
         SIZE,
         pred_boxes=BitMasks(masks).get_bounding_boxes(),
-        scores=torch.ones(len(things)),
-        pred_classes=torch.tensor([each["category_id"] for each in things]),
+        scores=torch.ones(len(kept)),
+        pred_classes=torch.tensor([each["category_id"] for each in kept]),  # as without PANOPTIC_ON, stuff as well
         pred_masks=masks,
     )
     labels = read_semantic(entry, num_classes=3, ignore=255)
@@ -86,6 +88,26 @@ def test_perfect_panoptic_results_score_100(panoptic, tmp_path):
     )
     assert (tmp_path / "out" / "layers.csv").read_text().startswith("stage,box_AP,mask_AP,gap,PQ,mIoU")
     assert read_segment_ids(str(tmp_path / "out" / "panoptic" / "1.png")).max() == 3
+
+
+@pytest.mark.parametrize("kind", ["panoptic", "semantic"])
+def test_label_map_that_breaks_later_says_how_to_find_all(kind, request, tmp_path, monkeypatch):
+    cfg, named = request.getfixturevalue(kind), rf"2\.png has .*tools/check_dataset\.py {kind}_"
+    mode, label = {"panoptic": ("RGB", (5, 0, 0)), "semantic": ("L", 5)}[kind]
+    Image.new(mode, SIZE[::-1], label).save(next((tmp_path / "set" / "labels").rglob("2.png")))
+    monkeypatch.setattr(segmentation, "LEAST_LABEL_MAPS", 1)
+    monkeypatch.setattr(files, "MOST_SECONDS", 0.0)
+    check_datasets(cfg)
+    cfg.MODEL.MaskDINO.TEST.INSTANCE_ON = cfg.MODEL.MaskDINO.TEST.SEMANTIC_ON = kind == "semantic"
+    evaluator = build_evaluator(cfg, f"{kind}_val", str(tmp_path / "out"))
+    output = {"panoptic_seg": (torch.zeros(SIZE), []), "sem_seg": torch.zeros(3, *SIZE)}
+    first, second = load_dataset(f"{kind}_val")
+    evaluator.process([first], [output])
+    with pytest.raises(DatasetError, match=named):
+        evaluator.process([second], [output])
+    monkeypatch.setattr(files, "MOST_SECONDS", 3600.0)
+    with pytest.raises(DatasetError, match=named):
+        check_datasets(cfg)
 
 
 def test_pq_by_hand(panoptic, tmp_path):

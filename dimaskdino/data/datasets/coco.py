@@ -81,7 +81,8 @@ def register_own(cfg: CfgNode, known: Mapping[str, list[str]] = MappingProxyType
             continue
         if not is_registered_at(own_name(split), json_file):
             names = known.get(split) or list(category_names(read_coco(str(json_file))).values())
-            register_coco_format(own_name(split), json_file, images, names)
+            keys = {"images": f"DATASETS.{split.upper()}_IMAGES"}
+            register_coco_format(own_name(split), json_file, images, names, keys=keys)
 
 
 def _paths(cfg: CfgNode, split: str) -> tuple[Path | None, Path | None]:

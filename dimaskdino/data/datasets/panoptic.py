@@ -60,7 +60,7 @@ def register_own_panoptic(cfg: CfgNode) -> None:
             json_file=paths[0],
             panoptic_root=paths[1],
             image_root=paths[2],
-            metadata=categories_metadata(str(paths[0])),
+            metadata={**categories_metadata(str(paths[0])), "keys": {"label maps": keys[1], "images": keys[2]}},
         )
 
 

@@ -73,7 +73,8 @@ def register_own_semantic(cfg: CfgNode) -> None:
             image_root=Path(image_root).expanduser(),
             label_root=Path(label_root).expanduser(),
             classes=[str(name) for name in node.CLASSES],
-            hint=f"correct DATASETS.SEMANTIC.{split.upper()}_IMAGES and {split.upper()}_LABELS",
+            hint=f"correct DATASETS.SEMANTIC.{split.upper()}_LABELS",
+            image_hint=f"correct DATASETS.SEMANTIC.{split.upper()}_IMAGES",
         )
 
 
@@ -84,6 +85,7 @@ def register_semantic(
     label_root: Path,
     classes: list[str],
     hint: str,
+    image_hint: str = "check its path, or DETECTRON2_DATASETS (layouts: datasets/README.md)",
     endings: dict[str, tuple[str, ...]] | None = None,
     make: Callable[[], Any] | None = None,
 ) -> None:
@@ -94,7 +96,8 @@ def register_semantic(
         image_root: folder of the images, subfolders included.
         label_root: folder of the label maps, which have the names of their images but for the endings.
         classes: names by label, from 0 on.
-        hint: what to do where files are missing.
+        hint: what to do where label maps are missing.
+        image_hint: what to do where there are no images.
         endings: of "images" and of "labels" that are left out of a name; by default those of image files and .png.
         make: called before the files are first read; makes them where they are missing.
     """
@@ -105,7 +108,7 @@ def register_semantic(
     metadata = {
         **{"truth": "semantic", "evaluator_type": "sem_seg", "ignore_label": 255, "stuff_classes": classes},
         **{"image_root": str(image_root), "sem_seg_root": str(label_root)},
-        **{"source": source, "hint": hint, "make": make},
+        **{"source": source, "hint": hint, "image_hint": image_hint, "make": make},
     }
     register(name, partial(load_semantic, name, endings or {}), metadata)
 
@@ -121,8 +124,10 @@ def load_semantic(name: str, endings: dict[str, tuple[str, ...]]) -> list[dict[s
         metadata.make()
     images = _files(metadata.image_root, endings.get("images", IMAGE_ENDINGS))
     labels = _files(metadata.sem_seg_root, endings.get("labels", (".png",)))
-    layout = "check its path, or DETECTRON2_DATASETS (layouts: datasets/README.md)"
-    for folder, files, hint in ((metadata.image_root, images, layout), (metadata.sem_seg_root, labels, metadata.hint)):
+    for folder, files, hint in (
+        (metadata.image_root, images, metadata.image_hint),
+        (metadata.sem_seg_root, labels, metadata.hint),
+    ):
         if not files:
             state = "holds no such files" if os.path.isdir(folder) else "does not exist"
             raise DatasetError(f"Dataset {name}: folder {folder} {state}; {hint}.")

@@ -1,14 +1,23 @@
 """The rules for the image files of a dataset: whether they exist, their size, and what EXIF does to them."""
 
 import os
-from collections.abc import Collection, Sequence
+import time
+from collections.abc import Collection, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
+from detectron2.data import MetadataCatalog
 
 from dimaskdino.data.images import Header, backslash_hint
 from dimaskdino.data.validation.dataset import Picture
 from dimaskdino.data.validation.rules import TOLERANCE_PX, Extent, Rules
 from dimaskdino.errors import DatasetError
+
+# The check at the start looks into some files of a dataset in any case, and into others until these seconds are over;
+# tools/check_dataset.py looks into all.
+MOST_SECONDS = 2.0
+
+Item = TypeVar("Item")
 
 
 def exif_note(turned: Sequence[tuple[Picture, Header]], rules: Rules) -> str:
@@ -55,6 +64,17 @@ def evenly_spread(number: int, most: int) -> list[int]:
     return np.unique(np.linspace(0, number - 1, min(number, most)).astype(int)).tolist()
 
 
+def spread_first(items: Sequence[Item], least: int) -> Iterator[Item]:
+    """``least`` items spread evenly over all, then the others until the time is up."""
+    start = time.monotonic()
+    spread = evenly_spread(len(items), least)
+    yield from (items[index] for index in spread)
+    for index in sorted({*range(len(items))} - {*spread}):
+        if time.monotonic() > start + MOST_SECONDS:
+            return
+        yield items[index]
+
+
 def check_files_exist(dataset: str, paths: Collection[str], kind: str = "images") -> None:
     """Find missing files before a job that takes hours meets them.
 
@@ -74,9 +94,10 @@ def check_files_exist(dataset: str, paths: Collection[str], kind: str = "images"
     # A file system may accept other spellings of a listed name, for example with letters of the other case.
     missing = [path for path in unlisted if not os.path.isfile(path)]
     if missing:
+        folder = MetadataCatalog.get(dataset).get("keys", {}).get(kind, "the folder")
         raise DatasetError(
             f"{len(missing)} of {len(paths)} {kind} of dataset {dataset} do not exist, the first of them {missing[0]}; "
-            f"{backslash_hint(missing[0])}check the folder, whether it was unpacked completely, and the file "
+            f"{backslash_hint(missing[0])}check {folder}, whether it was unpacked completely, and the file "
             "names in the annotations."
         )
 

@@ -1,8 +1,9 @@
 """What a dataset holds and what is wrong with it, as tables."""
 
+import contextlib
 import textwrap
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ from tabulate import tabulate
 
 from dimaskdino.data.coco_file import Json
 from dimaskdino.data.validation.rules import Level, Problem
+from dimaskdino.errors import DatasetError
 
 KEPT = "kept"
 _GROUPS = 3  # side by side, for datasets of many classes
@@ -22,6 +24,21 @@ class Finding(NamedTuple):
 
     kind: str
     where: str
+
+
+def list_all(name: str) -> str:
+    """How to list everything that is wrong with a dataset."""
+    flags = "--import and --config-file as here, and keys after --keys"
+    return f"`python tools/check_dataset.py {name}` lists all (with {flags})."
+
+
+@contextlib.contextmanager
+def saying_how_to_list_all(name: str) -> Iterator[None]:
+    """Add :func:`list_all` to an error of the dataset."""
+    try:
+        yield
+    except DatasetError as error:
+        raise DatasetError(f"{error} {list_all(name)}") from None
 
 
 class Counts:

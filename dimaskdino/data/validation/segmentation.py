@@ -13,16 +13,16 @@ from dimaskdino.data.datasets.registration import is_coco_file, load_dataset
 from dimaskdino.data.images import read_header, size_problem
 from dimaskdino.data.label_maps import VOID, labels_present, read_segments, read_semantic
 from dimaskdino.data.parallel import Progress, no_progress, parallel_map
-from dimaskdino.data.validation.files import check_files_exist, evenly_spread
-from dimaskdino.data.validation.report import Finding
+from dimaskdino.data.validation.files import check_files_exist, spread_first
+from dimaskdino.data.validation.report import Finding, list_all, saying_how_to_list_all
 from dimaskdino.errors import ConfigError, DatasetError
 
 logger = logging.getLogger(__name__)
 
 Json = dict[str, Any]
 
-# Label maps that the check at the start reads, evenly spread over a dataset; tools/check_dataset.py reads all.
-MOST_LABEL_MAPS = 100
+# Label maps that the check at the start reads in any case, evenly spread over a dataset.
+LEAST_LABEL_MAPS = 100
 # What the mappers of this package make objects from.
 _TRUTH_OF_MAPPERS = {
     "coco_instance_lsj": ("instance",),
@@ -74,8 +74,15 @@ def check_truth(cfg: CfgNode, name: str, *, trained: bool, tested: bool, with_ma
             f"INPUT.DATASET_MAPPER_NAME {mapper} trains on {' or '.join(needed)} labels, but dataset {name} has "
             f"{truth} labels; set it to {fitting}, or choose another DATASETS.TRAIN."
         )
+    things = MetadataCatalog.get(name).get("thing_dataset_id_to_contiguous_id")
+    if tested and truth == "panoptic" and things is None:
+        raise DatasetError(
+            f"Dataset {name} does not say which classes are things; set thing_dataset_id_to_contiguous_id in its "
+            "metadata."
+        )
+    no_things = truth == "panoptic" and not things
     kinds = {
-        "INSTANCE_ON": ("instance", "panoptic"),
+        "INSTANCE_ON": ("instance",) if no_things else ("instance", "panoptic"),
         "SEMANTIC_ON": ("semantic", "panoptic"),
         "PANOPTIC_ON": ("panoptic",),
     }
@@ -84,8 +91,11 @@ def check_truth(cfg: CfgNode, name: str, *, trained: bool, tested: bool, with_ma
         others = [key for key, scored in kinds.items() if truth in scored]
         raise ConfigError(
             f"The results of MODEL.MaskDINO.TEST.{' and '.join(on)} cannot be scored on dataset {name}, which has "
-            f"{truth} labels; set {' or '.join(others)}, or choose another DATASETS.TEST."
+            f"{truth} labels{' without things' * no_things}; set {' or '.join(others)}, or choose another "
+            "DATASETS.TEST."
         )
+    if tested and no_things and test.INSTANCE_ON:
+        logger.info("Dataset %s has no things: instances (MODEL.MaskDINO.TEST.INSTANCE_ON) are not scored on it.", name)
 
 
 def check_segmentation(cfg: CfgNode, name: str, *, trained: bool) -> tuple[list[Json], list[str]]:
@@ -112,14 +122,13 @@ def check_segmentation(cfg: CfgNode, name: str, *, trained: bool) -> tuple[list[
         )
     check_files_exist(name, [entry["file_name"] for entry in entries])
     check_files_exist(name, [label_file(entry) for entry in entries], kind="label maps")
-    chosen = evenly_spread(len(entries), MOST_LABEL_MAPS)
-    labeled = False
-    for index in chosen:
-        labels = check_labels_of(
-            entries[index], num_classes=num_classes, ignore=ignore, apply_exif=cfg.INPUT.APPLY_EXIF
-        )
-        labeled |= bool((labels != (VOID if "segments_info" in entries[index] else ignore)).any())
-    if trained and not labeled and len(chosen) == len(entries):
+    number, labeled = 0, False
+    with saying_how_to_list_all(name):
+        for entry in spread_first(entries, LEAST_LABEL_MAPS):
+            labels = check_labels_of(entry, num_classes=num_classes, ignore=ignore, apply_exif=cfg.INPUT.APPLY_EXIF)
+            labeled |= bool((labels != (VOID if "segments_info" in entry else ignore)).any())
+            number += 1
+    if trained and not labeled and number == len(entries):
         raise DatasetError(
             f"Dataset {name}: no pixel of its {len(entries)} label maps has a class, so there is nothing to train on; "
             f"correct them ({label_file(entries[0])} is the first), or MODEL.SEM_SEG_HEAD.IGNORE_VALUE (now {ignore})."
@@ -128,7 +137,8 @@ def check_segmentation(cfg: CfgNode, name: str, *, trained: bool) -> tuple[list[
     if "segments_info" in entries[0]:
         ignored = f"pixels of no segment (id {VOID}) and crowd regions"
     logger.info("Dataset %s: %d images, %d classes; %s are ignored.", name, len(entries), len(names), ignored)
-    logger.info("Dataset %s: read the label maps of %d of %d images", name, len(chosen), len(entries))
+    rest = "" if number == len(entries) else f"; {list_all(name)}"
+    logger.info("Dataset %s: read the label maps of %d of %d images%s", name, number, len(entries), rest)
     return entries, names
 
 

@@ -3,9 +3,8 @@
 import itertools
 import logging
 import os
-import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -20,19 +19,17 @@ from dimaskdino.data.readers import image_reader
 from dimaskdino.data.transforms import check_color_distortion
 from dimaskdino.data.validation.coco import UNLISTED, Found
 from dimaskdino.data.validation.dataset import Dataset, Picture, find_dataset, open_dataset, open_file
-from dimaskdino.data.validation.files import check_files_exist, evenly_spread, exif_note
-from dimaskdino.data.validation.report import KEPT, Counts
+from dimaskdino.data.validation.files import check_files_exist, exif_note, spread_first
+from dimaskdino.data.validation.report import KEPT, Counts, list_all
 from dimaskdino.data.validation.rules import CORNERS, NORMALIZED, Level
 from dimaskdino.data.validation.segmentation import check_segmentation, check_truth, truth_of
 from dimaskdino.errors import ConfigError, DatasetError
 
 logger = logging.getLogger(__name__)
 
-# Image files whose headers the check reads in any case, evenly spread over a dataset, and the seconds after which it
-# stops reading the others; tools/check_dataset.py reads all. Of images to test on it reads all as well: one that cannot
-# be used would be met after the whole training.
+# Image files whose headers the check reads in any case, evenly spread over a dataset. Of images to test on it reads
+# all: one that cannot be used would be met after the whole training.
 LEAST_HEADERS = 5000
-MOST_SECONDS = 2.0
 
 # What objects look like whose coordinates mean something else.
 _CAUSES = {
@@ -142,7 +139,7 @@ def _check_objects(cfg: CfgNode, dataset: Dataset, *, with_masks: bool, scored: 
     logger.info("Objects of %s:\n%s", dataset.name, counts.table())
     if notes:
         listed = ", ".join(f"{kind} ({number}, first {first[kind]})" for kind, number in notes.most_common())
-        logger.warning("Dataset %s: %s. %s", dataset.name, listed, _list_all(dataset.name))
+        logger.warning("Dataset %s: %s. %s", dataset.name, listed, list_all(dataset.name))
     _check_losses(dataset, counts, notes, cfg.DATASETS.MAX_DROPPED_SHARE)
 
 
@@ -150,11 +147,7 @@ def _refuse_first(dataset: Dataset, found: Sequence[Found]) -> None:
     for where, problem in found:
         if problem.level is Level.REFUSED:
             source = f" ({dataset.source})" if dataset.source else ""
-            raise DatasetError(f"Dataset {dataset.name}{source}, {where}: {problem}. {_list_all(dataset.name)}")
-
-
-def _list_all(name: str) -> str:
-    return f"`python tools/check_dataset.py {name}` lists all (with --import as here)."
+            raise DatasetError(f"Dataset {dataset.name}{source}, {where}: {problem}. {list_all(dataset.name)}")
 
 
 def _check_losses(dataset: Dataset, counts: Counts, notes: Counter[str], most: float) -> None:
@@ -174,7 +167,7 @@ def _check_losses(dataset: Dataset, counts: Counts, notes: Counter[str], most: f
     lost += [f"no object is left of class {', '.join(map(repr, classes[:3]))}"] if classes else []
     raise DatasetError(
         f"Dataset {dataset.name}: {'; '.join(lost + causes)}. Correct the annotations, or raise "
-        f"DATASETS.MAX_DROPPED_SHARE (now {most:g}; 1 accepts any loss). {_list_all(dataset.name)}"
+        f"DATASETS.MAX_DROPPED_SHARE (now {most:g}; 1 accepts any loss). {list_all(dataset.name)}"
     )
 
 
@@ -205,33 +198,20 @@ def _check_files(cfg: CfgNode, dataset: Dataset, to_train: Sequence[Picture], to
     turned: list[tuple[Picture, Header]] = []
     number = 0
     of_test = [each for each in local if each.path in tested]
-    for picture in itertools.chain(of_test, _spread_first(local[len(of_test) :])):
+    for picture in itertools.chain(of_test, spread_first(local[len(of_test) :], LEAST_HEADERS)):
         header = reader.header(picture.path)
         problem = size_problem(header, picture.size, apply_exif=cfg.INPUT.APPLY_EXIF) if picture.size else ""
         if problem:
-            raise DatasetError(
-                f"Image {picture.path} of dataset {dataset.name} is {problem}. {_list_all(dataset.name)}"
-            )
+            raise DatasetError(f"Image {picture.path} of dataset {dataset.name} is {problem}. {list_all(dataset.name)}")
         turned += [(picture, header)] * (header.orientation != 1)
         number += 1
-    rest = "" if number == len(local) else f"; {_list_all(dataset.name)}"
+    rest = "" if number == len(local) else f"; {list_all(dataset.name)}"
     logger.info("Dataset %s: read the headers of %d of %d images%s", dataset.name, number, len(local), rest)
     if turned:
         rules = dataset.rules(with_masks=False, scored=False)
         logger.warning("Dataset %s: %s", dataset.name, exif_note(turned, rules))
     if used:
         reader.read(used[0].path)
-
-
-def _spread_first(pictures: Sequence[Picture]) -> Iterator[Picture]:
-    """Pictures spread evenly over all, then the others until the time is up."""
-    start = time.monotonic()
-    spread = evenly_spread(len(pictures), LEAST_HEADERS)
-    yield from (pictures[index] for index in spread)
-    for index in sorted({*range(len(pictures))} - {*spread}):
-        if time.monotonic() > start + MOST_SECONDS:
-            return
-        yield pictures[index]
 
 
 def _paths(pictures: Sequence[Picture]) -> set[str]:

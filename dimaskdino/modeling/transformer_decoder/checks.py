@@ -63,17 +63,21 @@ def _check_results(cfg: CfgNode) -> None:
     """Refuse kinds of results that the model cannot give, or cannot give together."""
     node, test = cfg.MODEL.MaskDINO, cfg.MODEL.MaskDINO.TEST
     softmax = test.SEMANTIC_ON and node.SEMANTIC_CE_LOSS
+    num_classes = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+    unknown = [each for each in node.THING_CLASSES if each not in range(num_classes)]
     _refuse(
         {
             "TEST.INSTANCE_ON, SEMANTIC_ON and PANOPTIC_ON are all False; set one of them.": not (
                 test.INSTANCE_ON or test.SEMANTIC_ON or test.PANOPTIC_ON
             ),
+            f"THING_CLASSES lists {unknown}, but the {num_classes} classes (MODEL.SEM_SEG_HEAD.NUM_CLASSES) have the "
+            f"numbers 0 to {num_classes - 1}; correct it, or leave it empty to take the dataset's.": bool(unknown),
             "TEST.PANOPTIC_ON needs PREDICT_MASKS.": test.PANOPTIC_ON and not node.PREDICT_MASKS,
             "TEST.SEMANTIC_ON needs PREDICT_MASKS; for boxes set TEST.INSTANCE_ON.": (
                 not test.INSTANCE_ON and not node.PREDICT_MASKS
             ),
             "SEMANTIC_CE_LOSS does not go with TEST.PANOPTIC_ON: panoptic results come from sigmoid scores, not from "
-            "a softmax with a no-object class; set SEMANTIC_CE_LOSS False.": softmax and test.PANOPTIC_ON,
+            "a softmax with a no-object class; set SEMANTIC_CE_LOSS False.": node.SEMANTIC_CE_LOSS and test.PANOPTIC_ON,
             "SEMANTIC_CE_LOSS does not go with TEST.INSTANCE_ON: instances come from sigmoid scores, not from a "
             "softmax with a no-object class; set one of them False.": softmax and test.INSTANCE_ON,
         }
