@@ -83,6 +83,7 @@ if __name__ == "__main__":
 import torch
 
 from dimaskdino import Predictor
+from dimaskdino.config import Config
 from dimaskdino.modeling.meta_arch import needs_masks
 from dimaskdino.prediction.canvases import Canvas
 from dimaskdino.prediction.inputs import Source, find_sources
@@ -107,6 +108,7 @@ def main() -> None:
     ids = image_ids(args.annotations)  # before the folder takes the settings of a job that may not begin
     check_writable(args.output)
     predictor = build_predictor(args)
+    check_model(args, predictor.cfg)
     records = Records(args.output, settings(args, sources), share, overwrite=args.overwrite)
     done = {number for number, succeeded in records.state().items() if succeeded}
     own = [source for source in sources[share.index :: share.count] if source.number not in done]
@@ -190,15 +192,23 @@ def settings(args: argparse.Namespace, sources: list[Source]) -> dict[str, Any]:
     return {"number": len(sources), "sha256": listed} | json.loads(json.dumps(chosen, default=str))
 
 
+def check_model(args: argparse.Namespace, cfg: Config) -> None:
+    """Check that the model gives what is to be written.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    of_objects = "--track" if args.track else "--query-features" if args.query_features else ""
+    if of_objects and not cfg.MODEL.MaskDINO.TEST.INSTANCE_ON:
+        raise UserError(f"{of_objects} needs a model of objects (MODEL.MaskDINO.TEST.INSTANCE_ON); leave it out.")
+    of_masks = sorted({"masks", "geojson"} & {*args.save})
+    if of_masks and not needs_masks(cfg):
+        raise UserError(f"--save {of_masks[0]} needs a model with masks; this one finds boxes alone, so leave it out.")
+
+
 def build_job(args: argparse.Namespace, predictor: Predictor, records: Records, ids: dict[str, Any]) -> Job:
     """The job that the command line describes."""
     kinds = {*args.save, *(["features"] if args.query_features else [])}
-    of_objects = "--track" if args.track else "--query-features" if args.query_features else ""
-    if of_objects and not predictor.cfg.MODEL.MaskDINO.TEST.INSTANCE_ON:
-        raise UserError(f"{of_objects} needs a model of objects (MODEL.MaskDINO.TEST.INSTANCE_ON); leave it out.")
-    of_masks = sorted({"masks", "geojson"} & kinds)
-    if of_masks and not needs_masks(predictor.cfg):
-        raise UserError(f"--save {of_masks[0]} needs a model with masks; this one finds boxes alone, so leave it out.")
     return Job(
         read=partial(read_map, predictor) if "geojson" in kinds else predictor.read,
         predict=predictor.predict_batch,
