@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from dimaskdino.command_line import at_least
+from dimaskdino.command_line import at_least, fraction
 from dimaskdino.errors import UserError, run_cli
 
 
@@ -43,7 +43,7 @@ def parse_args() -> argparse.Namespace:
     add("--instances", action="store_true", help="masks: each value is an object, not a class")
     add("--no-exif", action="store_true", help="labels were drawn on photos as stored (INPUT.APPLY_EXIF False)")
     add("--predictions", type=Path, metavar="FILE", help="coco: results to write in place of annotations")
-    add("--score", type=float, default=0.0, metavar="X", help="of predictions, the least")
+    add("--score", type=fraction, default=0.0, metavar="X", help="of predictions, the least")
     return parser.parse_args()
 
 
@@ -58,6 +58,7 @@ from dimaskdino.data.conversion.labels import (
     LabeledImage,
     Problems,
     by_class,
+    check_names,
     checked,
     stratified,
     to_coco,
@@ -81,6 +82,7 @@ def main() -> None:
     parts = shares(args.split)
     problems = Problems(skip=args.skip_bad)
     images, classes = read(args, problems)
+    check_names(classes)
     images = checked(images, problems)
     problems.check()
     folders = stratified(images, parts, args.seed) if parts else [images]
@@ -94,7 +96,7 @@ def main() -> None:
 
 def shares(given: Sequence[float]) -> list[float]:
     """The shares of --split, checked."""
-    if given and (len(given) > len(SPLIT_NAMES) or min(given) <= 0 or abs(sum(given) - 1) > 1e-6):
+    if given and (len(given) > len(SPLIT_NAMES) or not min(given) > 0 or not abs(sum(given) - 1) <= 1e-6):
         raise UserError(f"--split {' '.join(map(str, given))}: give one to three shares above 0 that sum up to 1.")
     return list(given)
 

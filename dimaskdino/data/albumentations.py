@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -25,14 +26,20 @@ def find(name: str, unknown: str) -> Callable[..., T.Augmentation]:
         raise ConfigError(
             f"{unknown}, and Albumentations' need that package: pip install 'dimaskdino[albumentations]'."
         ) from error
-    kind = getattr(albumentations, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, albumentations.BasicTransform)):
-        closest = difflib.get_close_matches(name, dir(albumentations), n=1)
+    known = {
+        each: kind
+        for each, kind in vars(albumentations).items()
+        if isinstance(kind, type) and issubclass(kind, albumentations.BasicTransform)
+    }
+    if name not in known:
+        closest = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {closest[0]} of Albumentations?" if closest else ", and Albumentations has none of it."
         raise ConfigError(f"{unknown}{hint}")
 
     def build(cfg: CfgNode, **arguments: Any) -> T.Augmentation:
-        return FromAlbumentations(name, kind(**arguments))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=r"Argument\(s\)")  # which it does not know, and would leave out
+            return FromAlbumentations(name, known[name](**arguments))
 
     return build
 

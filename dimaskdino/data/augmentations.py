@@ -1,5 +1,6 @@
 """Augmentations by key: INPUT.AUGMENTATIONS is a list of names with arguments."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from fvcore.common.registry import Registry
 from dimaskdino.data.copy_paste import CopyPaste
 from dimaskdino.data.readers import pad_value
 from dimaskdino.data.transforms import PAD_VALUE, KeepAPixel
-from dimaskdino.errors import ConfigError, UserError
+from dimaskdino.errors import ConfigError, UserError, check_choice
 
 AUGMENTATION_REGISTRY = Registry("AUGMENTATION")
 AUGMENTATION_REGISTRY.__doc__ = """
@@ -38,9 +39,15 @@ def own_augmentations(cfg: CfgNode) -> list[Any]:
         except UserError:
             raise
         except Exception as error:  # a builder of the user's may raise anything
-            reason = " ".join(str(error).split())
+            reason = " ".join(str(error).split()) or type(error).__name__
             raise ConfigError(f"INPUT.AUGMENTATIONS: {name} cannot be made from {arguments} ({reason}).") from error
-        built += made if isinstance(made, list) else [made]
+        made = made if isinstance(made, list) else [made]
+        if wrong := [each for each in made if not isinstance(each, T.Augmentation | T.Transform)]:
+            raise ConfigError(
+                f"INPUT.AUGMENTATIONS: {name} gives {wrong[0]!r:.60}, which is no augmentation or transform of "
+                "detectron2; see AUGMENTATION_REGISTRY."
+            )
+        built += made
     return built
 
 
@@ -53,6 +60,8 @@ def copy_paste(cfg: CfgNode, *, with_masks: bool = True) -> CopyPaste | None:
     found = [arguments for name, arguments in _entries(cfg) if name == PASTE]
     if not found:
         return None
+    if len(found) > 1:
+        raise ConfigError("INPUT.AUGMENTATIONS lists CopyPaste twice; list it once.")
     if not with_masks:
         raise ConfigError("INPUT.AUGMENTATIONS lists CopyPaste, which needs objects with masks; remove it.")
     try:
@@ -85,23 +94,42 @@ def _builder(name: str) -> Any:
     return find(name, f"INPUT.AUGMENTATIONS names {name!r}; ours are {known}")
 
 
-def _pair(value: Any) -> tuple[float, float]:
-    low, high = map(float, value if isinstance(value, list | tuple) else (value, value))
+def _number(name: str, value: Any, least: float, most: float = math.inf, *, whole: bool = False) -> Any:
+    if not isinstance(value, int if whole else int | float) or not (least <= value <= most and math.isfinite(value)):
+        kind = "a whole number" if whole else "a number"
+        raise ValueError(
+            f"{name} is {value!r}, not {kind} of at least {least:g}" + f" and at most {most:g}" * (most < math.inf)
+        )
+    return value
+
+
+def _share(value: Any, name: str = "prob") -> float:
+    return _number(name, value, 0, 1)
+
+
+def _pair(name: str, value: Any, least: float = -math.inf, most: float = math.inf) -> tuple[float, float]:
+    ends = value if isinstance(value, list | tuple) else (value, value)
+    if len(ends) != 2:
+        raise ValueError(f"{name} is {value!r}, not a number or a pair of numbers")
+    low, high = (float(_number(name, end, least, most)) for end in ends)
     if low > high:
-        raise ValueError(f"the range {value} ends below its beginning")
+        raise ValueError(f"the range {value} of {name} ends below its beginning")
     return low, high
 
 
-def _two(size: Any) -> Sequence[Any]:
+def _crop_size(kind: str, size: Any) -> list[float]:
     if not isinstance(size, list | tuple) or len(size) != 2:
         raise ValueError(f"the size {size!r} is not a pair (height, width)")
-    return size
+    if kind.startswith("relative"):
+        return [float(_number("a side of size", side, 0.001, 1)) for side in size]
+    sides = [_number("a side of size", side, 1, whole=True) for side in size]
+    return list(_pair("size", sides)) if kind == "absolute_range" else sides
 
 
 @AUGMENTATION_REGISTRY.register()
 def Flip(cfg: CfgNode, *, direction: str = "horizontal", prob: float = 0.5) -> Any:  # noqa: N802 (its name in YAML)
     """Mirror, horizontally or vertically."""
-    return T.RandomFlip(prob, horizontal=direction == "horizontal", vertical=direction == "vertical")
+    return T.RandomFlip(_share(prob), horizontal=direction == "horizontal", vertical=direction == "vertical")
 
 
 @AUGMENTATION_REGISTRY.register()
@@ -109,6 +137,8 @@ def LargeScaleJitter(  # noqa: N802
     cfg: CfgNode, *, min_scale: float = 0.1, max_scale: float = 2.0, size: int = 1024
 ) -> list[Any]:
     """Scale at random, then crop or pad to a square of ``size``."""
+    _number("size", size, 1, whole=True)
+    min_scale, max_scale = _pair("the scale", (min_scale, max_scale), 0)
     crop = T.FixedSizeCrop((size, size), pad_value=pad_value(cfg, PAD_VALUE))
     return [KeepAPixel(T.ResizeScale(min_scale, max_scale, size, size)), crop]
 
@@ -116,14 +146,18 @@ def LargeScaleJitter(  # noqa: N802
 @AUGMENTATION_REGISTRY.register()
 def MultiScaleResize(cfg: CfgNode, *, sizes: Sequence[int], max_size: int = 1333) -> Any:  # noqa: N802
     """Resize the shortest edge to one of ``sizes``, the longest staying within ``max_size``; nothing is cut off."""
+    if not isinstance(sizes, list | tuple) or not sizes:
+        raise ValueError(f"sizes is {sizes!r}, not a list of numbers")
+    for name, value in [("max_size", max_size), *(("an entry of sizes", size) for size in sizes)]:
+        _number(name, value, 1, whole=True)
     return KeepAPixel(T.ResizeShortestEdge(list(sizes), max_size, "choice"))
 
 
 @AUGMENTATION_REGISTRY.register()
 def Rotate(cfg: CfgNode, *, angle: Any = (-15, 15), expand: bool = True, prob: float = 1.0) -> Any:  # noqa: N802
     """Turn by an angle in degrees, drawn from a range; ``expand`` keeps the corners."""
-    turn = _Rotation(_pair(angle), expand=expand)
-    return turn if prob >= 1 else T.RandomApply(turn, prob=prob)
+    turn = _Rotation(_pair("angle", angle), expand=expand)
+    return turn if _share(prob) == 1 else T.RandomApply(turn, prob=prob)
 
 
 class _Rotation(T.RandomRotation):
@@ -172,7 +206,7 @@ class Rotate90(T.Augmentation):
 
     def __init__(self, cfg: CfgNode, prob: float = 1.0) -> None:
         super().__init__()
-        self.prob = prob
+        self.prob = _share(prob)
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
         """The turn of one image."""
@@ -186,8 +220,10 @@ def Color(  # noqa: N802
     cfg: CfgNode, *, brightness: Any = (0.8, 1.2), contrast: Any = (0.8, 1.2), saturation: Any = (0.8, 1.2)
 ) -> list[Any]:
     """Multiply brightness, contrast, and the saturation of color images by factors from ranges; 1 leaves them."""
-    made = [T.RandomBrightness(*_pair(brightness)), T.RandomContrast(*_pair(contrast))]
-    return made + ([T.RandomSaturation(*_pair(saturation))] if cfg.INPUT.FORMAT in ("RGB", "BGR") else [])
+    factors = {"brightness": brightness, "contrast": contrast, "saturation": saturation}
+    ranges = [_pair(name, value, 0) for name, value in factors.items()]
+    made = [T.RandomBrightness(*ranges[0]), T.RandomContrast(*ranges[1])]
+    return made + ([T.RandomSaturation(*ranges[2])] if cfg.INPUT.FORMAT in ("RGB", "BGR") else [])
 
 
 @AUGMENTATION_REGISTRY.register()
@@ -201,9 +237,7 @@ class Blur(T.Augmentation):
 
     def __init__(self, cfg: CfgNode, sigma: Any = (0.1, 2.0), prob: float = 0.5) -> None:
         super().__init__()
-        self.sigma, self.prob = _pair(sigma), prob
-        if self.sigma[0] < 0:
-            raise ValueError("sigma must not be negative")
+        self.sigma, self.prob = _pair("sigma", sigma, 0, 1000), _share(prob)
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
         """The blur of one image; objects stay where they are."""
@@ -237,8 +271,12 @@ class Crop(T.Augmentation):
         tries: int = 10,
     ) -> None:
         super().__init__()
-        self.crop = T.RandomCrop(kind, [float(side) if "relative" in kind else int(side) for side in _two(size)])
-        self.least_objects, self.least_share, self.tries = least_objects, least_share, tries
+        check_choice(
+            "INPUT.AUGMENTATIONS: kind of Crop", kind, ("relative_range", "relative", "absolute", "absolute_range")
+        )
+        self.crop = T.RandomCrop(kind, _crop_size(kind, size))
+        self.least_objects = _number("least_objects", least_objects, 0, whole=True)
+        self.least_share, self.tries = _share(least_share, "least_share"), _number("tries", tries, 1, whole=True)
 
     def get_transform(self, image: np.ndarray, boxes: np.ndarray) -> T.Transform:
         """The crop of one image (H, W, C) with boxes (n, 4) xyxy px."""

@@ -27,10 +27,11 @@ class CopyPaste:
     def __init__(
         self, prob: float = 0.5, share: float = 0.5, most: int = 100, blend: float = 1.0, least_left: float = 0.05
     ) -> None:
-        if not (0 <= prob <= 1 and 0 < share <= 1 and most >= 1 and blend >= 0 and 0 <= least_left <= 1):
+        shares = 0 <= prob <= 1 and 0 < share <= 1 and 0 <= least_left <= 1
+        if not (shares and isinstance(most, int) and most >= 1 and 0 <= blend <= 1000):
             raise ConfigError(
-                "INPUT.AUGMENTATIONS: CopyPaste needs prob, share, and least_left from 0 to 1, most of at least 1, and "
-                "blend of at least 0."
+                "INPUT.AUGMENTATIONS: CopyPaste needs prob, share, and least_left from 0 to 1, a whole number of at "
+                "least 1 as most, and blend from 0 to 1000."
             )
         self.prob, self.share, self.most, self.blend, self.least_left = prob, share, most, blend, least_left
 

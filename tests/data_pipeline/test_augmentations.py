@@ -130,7 +130,27 @@ def test_crop_is_drawn_again_until_an_object_is_inside() -> None:
         ({"Blur": {"sigma": -3}}, "Blur.*sigma"),
         ({"Crop": {"size": "big"}}, "Crop.*'big'"),
         ({"CopyPaste": {"prop": 1}}, "CopyPaste.*prop"),
+        ({"Blur": {"sigma": [1]}}, "Blur.*sigma"),
+        ({"Blur": {"sigma": 1e9}}, "Blur.*sigma"),
+        ({"Blur": {"prob": "x"}}, "Blur.*prob"),
+        ({"Rotate90": {"prob": 2}}, "Rotate90.*prob"),
+        ({"Flip": {"prob": -1}}, "Flip.*prob"),
+        ({"Rotate": {"prob": 2}}, "Rotate.*prob"),
+        ({"Rotate": {"angle": float("nan")}}, "Rotate.*angle"),
+        ({"Color": {"contrast": -1}}, "Color.*contrast"),
+        ({"LargeScaleJitter": {"size": 0}}, "LargeScaleJitter.*size"),
+        ({"LargeScaleJitter": {"size": [32, 32]}}, "LargeScaleJitter.*size"),
+        ({"LargeScaleJitter": {"min_scale": 2, "max_scale": 1}}, "LargeScaleJitter.*scale"),
+        ({"MultiScaleResize": {"sizes": []}}, "MultiScaleResize.*sizes"),
+        ({"MultiScaleResize": {"sizes": "640"}}, "MultiScaleResize.*sizes"),
+        ({"MultiScaleResize": {"sizes": [40], "max_size": "x"}}, "MultiScaleResize.*max_size"),
+        ({"Crop": {"kind": "middle"}}, "kind of Crop.*relative_range"),
+        ({"Crop": {"size": [0, 1]}}, "Crop.*size"),
+        ({"Crop": {"kind": "absolute", "size": [0, 8]}}, "Crop.*size"),
+        ({"Crop": {"kind": "absolute_range", "size": [9, 3]}}, "Crop.*size"),
+        ({"Crop": {"least_share": "x"}}, "Crop.*least_share"),
         ({"CopyPaste": {"prob": 2}}, "CopyPaste needs prob"),
+        ({"CopyPaste": {"most": 1.5}}, "CopyPaste needs .*most"),
     ],
 )
 def test_wrong_entry_is_named(entry: Any, said: str) -> None:
@@ -139,16 +159,20 @@ def test_wrong_entry_is_named(entry: Any, said: str) -> None:
         build(aug_cfg(entry))
     with pytest.raises(ConfigError, match="CopyPaste.*masks"):
         copy_paste(aug_cfg("CopyPaste"), with_masks=False)
+    with pytest.raises(ConfigError, match="CopyPaste twice"):
+        copy_paste(aug_cfg("CopyPaste", "CopyPaste"))
 
 
 def test_own_augmentation_is_named_by_key() -> None:
-    def Invert(cfg: Config, *, most: int) -> T.Transform:  # noqa: N802
-        return T.ColorTransform(lambda pixels: most - pixels)
+    def Invert(cfg: Config, *, most: int) -> Any:  # noqa: N802
+        return T.ColorTransform(lambda pixels: most - pixels) if most else np.invert
 
     AUGMENTATION_REGISTRY.register(Invert)
     try:
         image, _ = moved([], own_augmentations(aug_cfg({"Invert": {"most": 255}}))[0])
         assert np.array_equal(image[..., 0] == 0, BLOB == 1)
+        with pytest.raises(ConfigError, match="Invert gives .*invert"):
+            own_augmentations(aug_cfg({"Invert": {"most": 0}}))
     finally:
         del AUGMENTATION_REGISTRY._obj_map["Invert"]
 
@@ -168,8 +192,9 @@ def test_albumentations_move_objects_by_pixels() -> None:
     first = moved([], noise)[0]
     np.random.seed(3)
     assert np.array_equal(moved([], noise)[0], first)
-    with pytest.raises(ConfigError, match="GausNoise.*GaussNoise"):
-        own_augmentations(aug_cfg("GausNoise"))
+    for entry, said in (("GausNoise", "GausNoise.*GaussNoise"), ({"GaussNoise": {"pp": 1}}, "GaussNoise.*'pp'")):
+        with pytest.raises(ConfigError, match=said):
+            own_augmentations(aug_cfg(entry))
 
 
 def instances(*boxes: tuple[int, int, int, int], size: tuple[int, int] = (10, 12), label: int = 0) -> Instances:

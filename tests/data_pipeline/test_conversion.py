@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -114,6 +115,8 @@ def test_yolo_boxes_polygons_and_background(root: Path, convert) -> None:
         ("0 0.9 0.5 0.5 0.1", "lies outside the image of 40x20"),
         ("0 0.5 0.5 0 0.1", "covers nothing"),
         ("0 nan 0.5 0.2 0.1", "not a finite number"),
+        ("0 0.5 0.5 -0.2 0.1", "negative"),
+        ("0 0.1 0.1 0.2 0.2 0.3 0.3", "on a line"),
     ],
 )
 def test_bad_yolo_line_is_named(line: str, said: str, root: Path, convert) -> None:
@@ -159,11 +162,6 @@ def test_broken_image_is_left_out_with_what_labels_it(kind: str, root: Path, con
     assert "1 images left out, as none of their objects can be used" in convert.notes
 
 
-def test_yolo_without_classes_or_labels_is_named(root: Path, convert) -> None:
-    assert "classes.txt" in convert("yolo")
-    assert "has a label file" in convert("yolo", "--classes", "cat")
-
-
 def voc(*objects: str, name: str = "a b.png") -> str:
     return f"<annotation>\n<filename>{name}</filename>\n{''.join(objects)}</annotation>"
 
@@ -206,20 +204,19 @@ def test_bad_voc_file_is_named(root: Path, convert) -> None:
 
 
 def test_labelme_parts_masks_and_shapes(root: Path, convert) -> None:
-    picture = io.BytesIO()
-    Image.fromarray(ring()[2:12, 3:30]).save(picture, format="PNG")
-    encoded = base64.b64encode(picture.getvalue()).decode()
+    encoded = base64.b64encode(png(ring()[2:12, 3:30])).decode()
     shapes = [
         {"label": "cat", "points": [[1, 1], [5, 1], [5, 5]], "group_id": 3, "shape_type": "polygon"},
         {"label": "dog", "points": [[30, 10], [20, 5]], "shape_type": "rectangle"},
         {"label": "cat", "points": [[10, 1], [15, 1], [15, 5]], "group_id": 3},
+        {"label": "cat", "points": [[16, 2], [18, 4]], "group_id": 3, "shape_type": "rectangle"},
         {"label": "cat", "points": [[3, 2], [29, 11]], "shape_type": "mask", "mask": encoded},
         {"label": "dog", "points": [[10, 10], [10, 14]], "shape_type": "circle"},
     ]
     write(root, {"labels/a b.json": json.dumps({"imagePath": "..\\images\\a b.png", "shapes": shapes}, indent=1)})
     coco = convert("labelme", source=root / "labels")
     parts, rectangle, masked, circle = objects_of(coco, "a b.png")
-    assert parts["segmentation"] == [[1, 1, 5, 1, 5, 5], [10, 1, 15, 1, 15, 5]]
+    assert parts["segmentation"] == [[1, 1, 5, 1, 5, 5], [10, 1, 15, 1, 15, 5], [16, 2, 18, 2, 18, 4, 16, 4]]
     assert rectangle["bbox"] == [20, 5, 10, 5]
     assert np.array_equal(mask(masked), ring())
     assert circle["area"] == pytest.approx(np.pi * 16, rel=0.1)
@@ -249,10 +246,86 @@ CVAT = """<annotations>
 <polygon label="cat" points="10,1;15,1;15,5" group_id="2"/>
 <mask label="dog" left="3" top="2" width="27" height="10" rle="{runs}"/>
 <polyline label="cat" points="1,1;5,1"/>
+<ellipse label="cat" cx="20" cy="10" rx="8" ry="4" rotation="90"/>
+<box label="cat" xtl="10" ytl="8" xbr="20" ybr="12" rotation="90"/>
 </image>
 <image name="c.png" width="40" height="20"></image>
 </annotations>
 """
+
+
+def png(pixels: np.ndarray) -> bytes:
+    picture = io.BytesIO()
+    Image.fromarray(pixels).save(picture, format="PNG")
+    return picture.getvalue()
+
+
+def cvat(objects: str) -> str:
+    return f"<annotations><image name='a b.png'>{objects}</image></annotations>"
+
+
+def shape(**other: object) -> str:
+    polygon = {"label": "cat", "points": [[1, 1], [5, 1], [5, 5]]}
+    return json.dumps({"imagePath": "a b.png", "shapes": [polygon | other]})
+
+
+@pytest.mark.parametrize(
+    ("kind", "files", "said"),
+    [
+        ("yolo", {}, "classes.txt"),
+        ("yolo", {"classes.txt": "cat"}, "has a label file"),
+        ("yolo", {"classes.txt": "größe".encode("latin-1")}, "classes.txt is not valid UTF-8"),
+        ("yolo", {"classes.txt": "cat\n\ndog", "labels/a b.txt": ""}, "classes.txt, line 2"),
+        ("yolo", {"classes.txt": "cat\ncat", "labels/a b.txt": ""}, "'cat'"),
+        (
+            "yolo",
+            {"classes.txt": "cat", "labels/a b.txt": "", "images/a b.jpg": png(ring())},
+            "a b.txt.*a b.jpg.*a b.png",
+        ),
+        ("masks", {"m/a b.png": b"junk"}, "m/a b.png"),
+        ("masks", {"m/a b.png": png(ring())[:60]}, "m/a b.png"),
+        ("masks", {"m/c.png": png(ring()), "images/c.png": png(ring())}, r"m/c\.png.*images/c\.png.*sub/c\.png"),
+        ("voc", {"Annotations/a.xml": "<svg/>"}, r"a\.xml: .*<svg>"),
+        ("voc", {"Annotations/a.xml": voc() + voc()}, r"a\.xml, line 3"),
+        ("voc", {"Annotations/a.xml": voc(), "Annotations/b.xml": voc()}, r"b\.xml: .*a b\.png.*a\.xml"),
+        ("voc", {"Annotations/a.xml": "<?xml version='1.0' encoding='foo'?><a/>"}, "line 1.*foo.*UTF-8"),
+        ("voc", {"Annotations/a.xml": "<!DOCTYPE a [<!ENTITY b 'b'>]><a>&b;</a>"}, "line 1.*entities"),
+        ("voc", {"Annotations/a.xml": voc(voc_object(" ", (1, 1, 5, 5)))}, "line 3.*name"),
+        ("voc", {"Annotations/a.xml": voc(), "SegmentationObject/a.png": b"junk"}, r"SegmentationObject/a\.png"),
+        ("cvat", {"annotations.xml": "<?xml version='1.0' encoding='gbk'?><a/>"}, "line 1.*multi-byte"),
+        ("cvat", {"annotations.xml": "<annotations><track/></annotations>"}, "<image>.*CVAT for images"),
+        ("cvat", {"annotations.xml": "<a>" * 60}, "nested"),
+        ("cvat", {"annotations.xml": cvat("<polygon label='cat' points='1,1;2;3,3;4'/>")}, "pairs"),
+        ("cvat", {"annotations.xml": cvat("<box label='cat' xtl='1' ytl='1' xbr='inf' ybr='5'/>")}, "'inf'"),
+        (
+            "cvat",
+            {
+                "annotations.xml": cvat(
+                    "<mask label='cat' left='0' top='0' width='99999' height='99999' rle='0,9999800001'/>"
+                )
+            },
+            "lies outside",
+        ),
+        ("labelme", {"l/a.json": shape(group_id=[1])}, r"group_id \[1\]"),
+        ("labelme", {"l/a.json": "[" * 100_000}, r"a\.json"),
+        ("labelme", {"l/a.json": shape(points=[[90, 90], [99, 90]], shape_type="circle")}, "on a line"),
+        ("labelme", {"l/a.json": shape(), "l/b.json": shape()}, r"b\.json: .*a b\.png.*a\.json"),
+        ("csv", {"l.csv": "image,class,x,width\na b.png,cat,1,5\n"}, "line 2: '' is not a number"),
+        ("csv", {"l.csv": "image,class,xmin,ymin,xmax,ymax\na b.png,,1,1,5,5\n"}, "line 2: .*name"),
+        ("csv", {"l.csv": "image,class,xmin,ymin,xmax,ymax\n"}, "no row"),
+    ],
+)
+def test_labels_that_cannot_be_used_are_named(
+    kind: str, files: dict[str, str | bytes], said: str, root: Path, convert
+) -> None:
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    source = {"masks": root / "m", "labelme": root / "l"}.get(kind)
+    error = convert(kind, *(["--classes", "cat"] if kind == "masks" else []), source=source)
+    assert error.startswith("error: ")
+    assert re.search(said, error), error
+    assert len(error.splitlines()) == 1
 
 
 def runs() -> str:
@@ -265,7 +338,10 @@ def test_cvat_boxes_groups_and_masks(root: Path, convert) -> None:
     write(root, {"annotations.xml": CVAT.format(runs=runs())})
     coco = convert("cvat")
     assert [each["name"] for each in coco["categories"]] == ["cat", "dog"]
-    box, parts, masked = objects_of(coco, "a b.png")
+    box, parts, masked, ellipse, turned = objects_of(coco, "a b.png")
+    assert ellipse["bbox"] == pytest.approx([16, 2, 8, 16])
+    assert ellipse["area"] == pytest.approx(np.pi * 32, rel=0.1)
+    assert turned["bbox"] == pytest.approx([13, 5, 4, 10])
     assert (box["bbox"], box["occluded"]) == ([1.5, 2, 7.5, 6], 1)
     assert len(parts["segmentation"]) == 2
     assert np.array_equal(mask(masked), ring())
@@ -311,12 +387,14 @@ def test_masks_of_classes_and_of_objects(root: Path, convert) -> None:
     (root / "maps").mkdir()
     values = ring().astype(np.uint8) * 2
     values[15:18, 15:18], values[19, 39] = 1, 255
-    Image.fromarray(values).save(root / "maps" / "a b.png")
+    for name in ("a b", "ghost"):
+        Image.fromarray(values).save(root / "maps" / f"{name}.png")
     coco = convert("masks", "--classes", "cat", "dog", source=root / "maps")
     found = objects_of(coco, "a b.png")
     assert [each["class"] for each in found] == ["cat", "dog", "dog"]
     assert np.array_equal(mask(found[1]) | mask(found[2]), ring())
     assert "2 images without a label map" in convert.notes
+    assert "1 label maps without an image" in convert.notes
     whole = objects_of(convert("masks", "--classes", "cat", "--instances", source=root / "maps"), "a b.png")
     assert [int(mask(each).sum()) for each in whole] == [9, int(ring().sum()), 1]
     assert "value 2 is of class 2, which is unknown" in convert("masks", "--classes", "cat", source=root / "maps")
@@ -370,7 +448,8 @@ def test_same_seed_gives_the_same_bytes(root: Path, convert) -> None:
     images = [{each["file_name"] for each in json.loads(part)["images"]} for part in found[0]]
     assert not images[0] & images[1]
     assert len(images[0] | images[1]) == 11
-    assert "sum up to 1" in convert("yolo", "--split", 0.5, 0.4)
+    for shares in ((0.5, 0.4), ("nan", 1)):
+        assert "sum up to 1" in convert("yolo", "--split", *shares)
 
 
 def test_predictions_become_labels_and_back(root: Path, convert) -> None:
@@ -403,6 +482,8 @@ def test_labels_stay_below_the_output(name: str, tmp_path: Path) -> None:
     found = [path.relative_to(tmp_path) for path in tmp_path.rglob("1.*")]
     assert sorted(path.suffix for path in found) == [".json", ".txt"]
     assert all(path.parts[0] == "out" for path in found)
+    with pytest.raises(DatasetError, match=r"a/1\.json .*two images.*1\.png"):
+        write_labelme(iter([(entry, [])] * 2), tmp_path / "out")
 
 
 def test_outline_encloses_the_mask() -> None:

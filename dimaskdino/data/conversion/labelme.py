@@ -13,10 +13,8 @@ import numpy as np
 from PIL import Image
 
 from dimaskdino.data.conversion.labels import Images, Json, LabeledImage, LabeledObject, Problems, box_around, read_text
-from dimaskdino.data.conversion.xml_files import joined, known_classes
+from dimaskdino.data.conversion.xml_files import ellipse, joined, known_classes
 from dimaskdino.errors import DatasetError
-
-_CIRCLE_POINTS = 64
 
 
 def read_labelme(
@@ -33,11 +31,11 @@ def read_labelme(
             content = json.loads(text)
             if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
                 raise ValueError("it has no list of shapes, so it is not labelme's")
-            image = images.read(_find(images, content, file), problems)
+            image = images.read(_find(images, content, file), problems, str(file))
         except json.JSONDecodeError as error:
             problems.add(f"{file}, line {error.lineno}", f"not valid JSON ({error.msg})")
             continue
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             problems.add(str(file), str(error))
             continue
         if image is None:
@@ -84,6 +82,8 @@ def _objects(
 def _object(shape: Any, where: str, size: tuple[int, int]) -> LabeledObject:
     if not isinstance(shape, dict) or not isinstance(shape.get("label"), str):
         raise ValueError("a shape without a label")
+    if not isinstance(shape.get("group_id"), int | str | None):
+        raise ValueError(f"the group_id {shape['group_id']!r:.40} is no number")
     label, kind = shape["label"], shape.get("shape_type") or "polygon"
     try:
         points = np.array(shape.get("points"), dtype=float).reshape(-1, 2)
@@ -97,8 +97,7 @@ def _object(shape: Any, where: str, size: tuple[int, int]) -> LabeledObject:
         return LabeledObject(label, where, box_around(points))
     if kind == "circle":
         radius = math.dist(*points)
-        angles = np.linspace(0, 2 * math.pi, _CIRCLE_POINTS, endpoint=False)
-        circle = points[0] + radius * np.stack((np.cos(angles), np.sin(angles)), axis=1)
+        circle = ellipse(*points[0], radius, radius)
         return LabeledObject(label, where, polygons=[circle.clip(0, (size[1], size[0])).ravel().tolist()])
     if kind == "mask":
         return LabeledObject(label, where, mask=_mask(shape, points, size))

@@ -34,6 +34,10 @@ class LabeledObject:
     mask: np.ndarray | None = None  # (H, W) bool of the image, which may have holes; instead of polygons
     extra: Json = field(default_factory=dict)  # further keys of the annotation
 
+    def __post_init__(self) -> None:
+        if not self.label.strip():
+            raise ValueError("an object without the name of a class")
+
 
 @dataclass(frozen=True)
 class LabeledImage:
@@ -79,6 +83,7 @@ class Images:
         paths = (Path(folder) / name for folder, _, names in os.walk(root) for name in names)
         self.paths = sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES)
         self._by_name: dict[str, list[Path]] = {}
+        self._labels_of: dict[Path, str] = {}
         for path in self.paths:
             for name in {path.name, path.stem, path.relative_to(root).as_posix()}:
                 self._by_name.setdefault(name, []).append(path)
@@ -98,8 +103,15 @@ class Images:
                 raise ValueError(f"{len(found)} images below {self.root} have the name {candidate}")
         raise ValueError(f"image {name} is not below {self.root}")
 
-    def read(self, path: Path, problems: Problems) -> LabeledImage | None:
-        """An image of the file's size, without objects yet; None and a problem where it cannot be read."""
+    def read(self, path: Path, problems: Problems, where: str = "") -> LabeledImage | None:
+        """An image of the file's size, without objects yet.
+
+        None and a problem where it cannot be read, or was read before, for other labels than those at ``where``.
+        """
+        if path in self._labels_of:
+            problems.add(where, f"image {path} has labels in {self._labels_of[path]} already; join them")
+            return None
+        self._labels_of[path] = where
         try:
             size = read_header(str(path), any_depth=True).size(apply_exif=self.apply_exif)
         except DatasetError as error:
@@ -123,6 +135,12 @@ def check_inside(points: np.ndarray, size: tuple[int, int], problems: Problems) 
     cut = points.clip(0, limits)
     problems.notes["coordinates a hair outside the image, cut"] += int((cut != points).any(1).sum())
     return cut
+
+
+def check_names(classes: Sequence[str]) -> None:
+    """Raise DatasetError if two classes have one name, by which objects would be joined."""
+    if twice := [name for name, count in Counter(classes).items() if count > 1]:
+        raise DatasetError(f"Two classes have the name {twice[0]!r}; give each another name.")
 
 
 def checked(images: Sequence[LabeledImage], problems: Problems) -> list[LabeledImage]:
@@ -154,6 +172,8 @@ def _checked(item: LabeledObject, size: tuple[int, int], problems: Problems) -> 
         if len(polygon) < 6 or len(polygon) % 2:
             raise ValueError(f"a polygon of {len(polygon)} numbers; it needs at least three points, two numbers each")
         polygons.append(check_inside(np.reshape(polygon, (-1, 2)).astype(float), size, problems).ravel().tolist())
+    if polygons and all(np.linalg.matrix_rank(np.diff(np.reshape(each, (-1, 2)), axis=0)) < 2 for each in polygons):
+        raise ValueError("the polygon covers nothing: its points lie on a line")
     box = item.box
     if box is not None:
         left, top, right, bottom = check_inside(np.reshape(box, (2, 2)).astype(float), size, problems).ravel().tolist()

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
 
 from dimaskdino.data.conversion.labels import Images, LabeledImage, LabeledObject, Problems
+from dimaskdino.data.label_maps import read_label_map
 from dimaskdino.errors import DatasetError
 
 
@@ -25,7 +25,8 @@ def read_masks(
     if not classes:
         raise DatasetError("Label maps hold numbers alone; give the names of the classes 1, 2, ... with --classes.")
     files = {path.relative_to(source).with_suffix("").as_posix(): path for path in sorted(source.rglob("*.png"))}
-    found, used = [], 0
+    found: list[LabeledImage] = []
+    used: dict[Path, Path] = {}  # map -> its image
     for path in images.paths:
         image, since = images.read(path, problems), len(problems.found)
         if image is None:
@@ -34,8 +35,11 @@ def read_masks(
         file = files.get(name) or files.get(path.stem)
         if file is None or file == path:
             problems.notes["images without a label map"] += 1
+        elif file in used:
+            problems.add(str(file), f"it is the label map of {used[file]} and of {path}; put it in a folder as theirs")
+            continue
         else:
-            used += 1
+            used[file] = path
             try:
                 image.objects.extend(_objects(file, image.size, list(classes), instances=instances))
             except ValueError as error:
@@ -44,16 +48,12 @@ def read_masks(
             found.append(image)
     if not used:
         raise DatasetError(f"None of the {len(images.paths)} images below {images.root} has a label map in {source}.")
+    problems.notes["label maps without an image"] += len({*files.values()} - {*used, *images.paths})
     return found, list(classes)
 
 
 def _objects(file: Path, size: tuple[int, int], names: list[str], *, instances: bool) -> Iterator[LabeledObject]:
-    with Image.open(file) as image:
-        values = np.asarray(image)
-    if values.ndim != 2:
-        raise ValueError(f"it has {values.shape[-1]} channels; a label map has one, gray or with a palette")
-    if values.shape != size:
-        raise ValueError(f"it has {values.shape[1]}x{values.shape[0]} px, the image {size[1]}x{size[0]}")
+    values = read_label_map(str(file), size)
     for value in np.unique(values).tolist():
         if value == 0 or (value == 255 and not instances):
             continue

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,7 +29,7 @@ _COLUMNS = {
 def read_csv(
     source: Path, images: Images, classes: Sequence[str], problems: Problems, *, normalized: bool = False
 ) -> tuple[list[LabeledImage], list[str]]:
-    """The images that a table names; a row without a class, or an image without a row, is background.
+    """The images that a table names; an image without a row, or with a row of its name alone, is background.
 
     The first row names the columns: the image, the class, and xmin, ymin, xmax, ymax; or x, y, width, height; or
     polygon ("x y x y ..."). Other common names work as well. Without such a row, the columns are image, xmin, ymin,
@@ -41,8 +42,10 @@ def read_csv(
         raise DatasetError(f"{source} has {len(files)} .csv files; name the file itself with --source.")
     found = {path: images.read(path, problems) for path in images.paths}
     spoiled: set[str] = set()  # images with a row that cannot be used
+    csv.field_size_limit(sys.maxsize)  # polygons may be long
     reader = csv.reader(io.StringIO(_text(files[0]), newline=""), skipinitialspace=True)
     columns: dict[str, int] = {}
+    rows = 0
     for row in reader:
         where = f"{files[0]}, line {reader.line_num}"
         if not any(row):
@@ -56,12 +59,15 @@ def read_csv(
         try:
             values = {name: row[place].strip() for name, place in columns.items() if place < len(row)}
             image = found[images.find(values.get("image", ""))]
-            if image and values.get("class"):
+            rows += 1
+            if image and any(value for name, value in values.items() if name != "image"):
                 image.objects.append(_object(values, where, image.size if normalized else None))
         except ValueError as error:
             problems.add(where, str(error))
             if image:
                 spoiled.add(image.file_name)
+    if not rows:
+        raise DatasetError(f"{files[0]} has no row that names an image below {images.root}; export it again.")
     read = [image for image in found.values() if image]
     listed = [each for each in read if each.file_name not in spoiled or not problems.leave_out(each.objects, 0)]
     return listed, known_classes(listed, classes, problems)
@@ -88,13 +94,14 @@ def _columns(row: list[str]) -> dict[str, int]:
 
 def _object(values: dict[str, str], where: str, scale: tuple[int, int] | None) -> LabeledObject:
     height, width = scale or (1, 1)
+    label = values.get("class", "")
     if values.get("polygon"):
         words = values["polygon"].replace(",", " ").replace(";", " ").strip("[]()").split()
         points = [to_number(word) * (height if index % 2 else width) for index, word in enumerate(words)]
-        return LabeledObject(values["class"], where, polygons=[points])
+        return LabeledObject(label, where, polygons=[points])
     if "x" in values and "width" in values:
-        left, top = to_number(values["x"]), to_number(values["y"])
-        right, bottom = left + to_number(values["width"]), top + to_number(values["height"])
+        left, top, width_px, height_px = (to_number(values.get(name, "")) for name in ("x", "y", "width", "height"))
+        right, bottom = left + width_px, top + height_px
     else:
         left, top, right, bottom = (to_number(values.get(name, "")) for name in ("left", "top", "right", "bottom"))
-    return LabeledObject(values["class"], where, (left * width, top * height, right * width, bottom * height))
+    return LabeledObject(label, where, (left * width, top * height, right * width, bottom * height))

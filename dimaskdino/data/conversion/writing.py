@@ -15,7 +15,7 @@ from PIL import Image
 from pycocotools import mask as mask_util
 
 from dimaskdino.data.coco_file import read_coco, read_json
-from dimaskdino.data.conversion.labels import Json
+from dimaskdino.data.conversion.labels import Json, check_names
 from dimaskdino.data.validation.rules import Level, Rules, has_mask, read_mask
 from dimaskdino.errors import DatasetError
 
@@ -31,6 +31,7 @@ def read_objects(annotations: Path, predictions: Path | None, score: float) -> I
     if not isinstance(objects, list):
         raise DatasetError(f"{predictions} holds a {type(objects).__name__}, not a list of results in COCO's format.")
     names = {category["id"]: category["name"] for category in coco["categories"]}
+    check_names(list(names.values()))
     sizes = {image["id"]: (image["height"], image["width"]) for image in coco["images"]}
     of_image: dict[Any, list[Json]] = {key: [] for key in sizes}
     for index, each in enumerate(objects):
@@ -57,7 +58,7 @@ def _problem(item: Any, sizes: Mapping[Any, tuple[int, int]], names: Mapping[Any
 
 def write_labelme(images: Iterator[tuple[Json, list[Json]]], output: Path) -> int:
     """A JSON file for each image: masks pixel by pixel, else rectangles; with the score as description."""
-    count = 0
+    count, written = 0, set[Path]()
     for image, objects in images:
         shapes = [_shape(each, (image["height"], image["width"])) for each in objects]
         content = {
@@ -69,17 +70,20 @@ def write_labelme(images: Iterator[tuple[Json, list[Json]]], output: Path) -> in
             "imageHeight": image["height"],
             "imageWidth": image["width"],
         }
-        path = _place(output, image["file_name"], ".json")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+        _write(output, image["file_name"], ".json", json.dumps(content, ensure_ascii=False, indent=1), written)
         count += len(shapes)
     return count
 
 
-def _place(folder: Path, file_name: str, ending: str) -> Path:
-    """Where the labels of an image go; always below the folder, also for an absolute path or one with ".."."""
-    path = Path(file_name)
-    return folder.joinpath(*(part for part in path.parts if part not in ("..", path.anchor))).with_suffix(ending)
+def _write(folder: Path, file_name: str, ending: str, text: str, written: set[Path]) -> None:
+    """Write the labels of an image; always below the folder, also for an absolute path or one with ".."."""
+    image = Path(file_name)
+    path = folder.joinpath(*(part for part in image.parts if part not in ("..", image.anchor))).with_suffix(ending)
+    if path in written:
+        raise DatasetError(f"{path} would hold the labels of two images, one of them {file_name}; rename it.")
+    written.add(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
 
 
 def _shape(item: Json, size: tuple[int, int]) -> Json:
@@ -105,13 +109,11 @@ def write_yolo(images: Iterator[tuple[Json, list[Json]]], output: Path, names: S
     (output / "labels").mkdir(parents=True, exist_ok=True)
     lines = [f"  {number}: {json.dumps(name, ensure_ascii=False)}" for number, name in enumerate(names)]
     (output / "data.yaml").write_text("\n".join(["names:", *lines, ""]), encoding="utf-8")
-    count = 0
+    count, written = 0, set[Path]()
     for image, objects in images:
         size = image["height"], image["width"]
         rows = [f"{names.index(each['label'])} {' '.join(f'{x:.6f}' for x in _yolo(each, size))}" for each in objects]
-        path = _place(output / "labels", image["file_name"], ".txt")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+        _write(output / "labels", image["file_name"], ".txt", "".join(f"{row}\n" for row in rows), written)
         count += len(rows)
     return count
 

@@ -1,16 +1,20 @@
 """XML label files: PASCAL VOC's, one for each image, and CVAT's for all images."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from xml.parsers import expat
 
 import numpy as np
-from PIL import Image
 from pycocotools import mask as mask_util
 
 from dimaskdino.data.conversion.labels import Images, LabeledImage, LabeledObject, Problems
+from dimaskdino.data.label_maps import read_label_map
 from dimaskdino.errors import DatasetError
+
+_DEEPEST = 50  # elements within elements
+_CIRCLE_POINTS = 64
 
 
 @dataclass
@@ -58,6 +62,8 @@ def parse_xml(path: Path) -> Node:
     parser = expat.ParserCreate()
 
     def start(tag: str, attributes: dict[str, str]) -> None:
+        if len(stack) > _DEEPEST:
+            raise ValueError("elements are nested too deep")
         node = Node(tag, attributes, parser.CurrentLineNumber)
         stack[-1].children.append(node)
         stack.append(node)
@@ -65,13 +71,17 @@ def parse_xml(path: Path) -> Node:
     def text(data: str) -> None:
         stack[-1].text += data
 
-    parser.StartElementHandler, parser.CharacterDataHandler = start, text
+    def entity(*declared: object) -> None:  # of a few lines it can make gigabytes
+        raise ValueError("it declares entities, which no label file needs")
+
+    parser.StartElementHandler, parser.CharacterDataHandler, parser.EntityDeclHandler = start, text, entity
     parser.EndElementHandler = lambda tag: stack.pop()
     try:
         parser.Parse(path.read_bytes(), True)
-    except expat.ExpatError as error:
-        reason = expat.errors.messages[error.code]
-        raise DatasetError(f"{path}, line {error.lineno}: not valid XML ({reason}); export it again.") from error
+    except (expat.ExpatError, ValueError, LookupError) as error:  # the last two: of encodings that expat does not know
+        reason = expat.errors.messages[error.code] if isinstance(error, expat.ExpatError) else error
+        line = parser.CurrentLineNumber
+        raise DatasetError(f"{path}, line {line}: not valid XML ({reason}); export it again, in UTF-8.") from error
     return root.children[0]
 
 
@@ -91,18 +101,20 @@ def read_voc(
     for file in files:
         try:
             root = parse_xml(file)
+            if root.tag != "annotation":
+                raise ValueError(f"it holds <{root.tag}>, not the <annotation> of PASCAL VOC")
             path = images.find(root.value("filename", file.stem) or file.stem)
+            image, since = images.read(path, problems, str(file)), len(problems.found)
+            map_file = source / "SegmentationObject" / f"{file.stem}.png"
+            masks = read_label_map(str(map_file), image.size) if image and map_file.is_file() else None
         except DatasetError as error:  # names file and line already
             problems.found.append(str(error).rstrip("."))
             continue
         except ValueError as error:
             problems.add(str(file), str(error))
             continue
-        image, since = images.read(path, problems), len(problems.found)
         if image is None:
             continue
-        map_file = source / "SegmentationObject" / f"{file.stem}.png"
-        masks = np.asarray(Image.open(map_file)) if map_file.is_file() else None
         for number, node in enumerate(root.all("object"), start=1):
             where = f"{file}, line {node.line}"
             try:
@@ -128,15 +140,20 @@ def _voc_object(node: Node, where: str, one_based: bool, mask: np.ndarray | None
 def read_cvat(
     source: Path, images: Images, classes: Sequence[str], problems: Problems
 ) -> tuple[list[LabeledImage], list[str]]:
-    """The images of a file of "CVAT for images 1.1": boxes, polygons, masks; a group is one object of many parts."""
+    """The images of a file of "CVAT for images 1.1": boxes, polygons, ellipses, masks.
+
+    A group of any of them but upright boxes is one object of many parts.
+    """
     file = source / "annotations.xml" if source.is_dir() else source
     root = parse_xml(file)
     listed = [node.value("name") for node in _below(root, "label") if any(node.all("name"))]
+    if not any(root.all("image")):
+        raise DatasetError(f"{file} lists no <image>; export the task in the format CVAT for images 1.1.")
     found = []
     for node in root.all("image"):
         where = f"{file}, line {node.line}"
         try:
-            image = images.read(images.find(node.attribute("name")), problems)
+            image = images.read(images.find(node.attribute("name")), problems, where)
         except ValueError as error:
             problems.add(where, str(error))
             continue
@@ -161,7 +178,7 @@ def _cvat_objects(image: Node, file: Path, size: tuple[int, int], problems: Prob
     groups: dict[tuple[str, str], int] = {}
     for node in image.children:
         where = f"{file}, line {node.line}"
-        if node.tag not in ("box", "polygon", "mask"):
+        if node.tag not in ("box", "polygon", "ellipse", "mask"):
             problems.notes[f"<{node.tag}> of CVAT, which COCO cannot hold"] += node.tag != "tag"
             continue
         try:
@@ -182,35 +199,64 @@ def _cvat_objects(image: Node, file: Path, size: tuple[int, int], problems: Prob
 def _cvat_object(node: Node, where: str, size: tuple[int, int]) -> LabeledObject:
     label = node.attribute("label")
     extra = {"occluded": 1} if node.attributes.get("occluded") == "1" else {}
+    turn = to_number(node.attributes.get("rotation", "0"))
     if node.tag == "box":
         left, top, right, bottom = (to_number(node.attribute(name)) for name in ("xtl", "ytl", "xbr", "ybr"))
-        return LabeledObject(label, where, (left, top, right, bottom), extra=extra)
+        if not turn:
+            return LabeledObject(label, where, (left, top, right, bottom), extra=extra)
+        return LabeledObject(label, where, polygons=[turned(corners(left, top, right, bottom), turn)], extra=extra)
     if node.tag == "polygon":
-        points = [to_number(word) for pair in node.attribute("points").split(";") for word in pair.split(",")]
-        return LabeledObject(label, where, polygons=[points], extra=extra)
+        pairs = [pair.split(",") for pair in node.attribute("points").split(";")]
+        if not all(len(pair) == 2 for pair in pairs):
+            raise ValueError("the points are not pairs of numbers")
+        return LabeledObject(label, where, polygons=[[to_number(word) for pair in pairs for word in pair]], extra=extra)
+    if node.tag == "ellipse":
+        x, y, rx, ry = (to_number(node.attribute(name)) for name in ("cx", "cy", "rx", "ry"))
+        return LabeledObject(label, where, polygons=[turned(ellipse(x, y, rx, ry), turn)], extra=extra)
     left, top, width, height = (int(to_number(node.attribute(name))) for name in ("left", "top", "width", "height"))
+    if min(left, top, width, height) < 0 or top + height > size[0] or left + width > size[1]:
+        raise ValueError(f"the mask lies outside the image of {size[1]}x{size[0]} px")
     runs = [int(to_number(word)) for word in node.attribute("rle").split(",")]
     if min(runs) < 0 or sum(runs) != width * height:
         raise ValueError(f"the runs of the mask sum up to {sum(runs)}, not {width} times {height}")
     values = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(height, width)
-    if left < 0 or top < 0 or top + height > size[0] or left + width > size[1]:
-        raise ValueError(f"the mask lies outside the image of {size[1]}x{size[0]} px")
     mask = np.zeros(size, dtype=bool)
     mask[top : top + height, left : left + width] = values
     return LabeledObject(label, where, mask=mask, extra=extra)
 
 
+def corners(left: float, top: float, right: float, bottom: float) -> np.ndarray:
+    """(4, 2) of a box."""
+    return np.array([(left, top), (right, top), (right, bottom), (left, bottom)])
+
+
+def ellipse(x: float, y: float, rx: float, ry: float) -> np.ndarray:
+    """(n, 2) points around (x, y)."""
+    angles = np.linspace(0, 2 * math.pi, _CIRCLE_POINTS, endpoint=False)
+    return np.stack((x + rx * np.cos(angles), y + ry * np.sin(angles)), axis=1)
+
+
+def turned(points: np.ndarray, degrees: float) -> list[float]:
+    """[x, y, ...] of points (n, 2) turned clockwise, as one sees them, around the middle of their extent."""
+    angle, middle = math.radians(degrees), (points.min(0) + points.max(0)) / 2
+    turn = np.array([(math.cos(angle), math.sin(angle)), (-math.sin(angle), math.cos(angle))])
+    return ((points - middle) @ turn + middle).ravel().tolist()
+
+
 def joined(first: LabeledObject, second: LabeledObject, size: tuple[int, int]) -> LabeledObject:
-    """Two parts of an object: their polygons, or where one is a mask, what both cover."""
+    """Two parts of an object: their polygons or boxes, or where one is a mask, what both cover."""
     extra = {**first.extra, **second.extra}
+    outlines = [
+        each.polygons or ([corners(*each.box).ravel().tolist()] if each.box else ()) for each in (first, second)
+    ]
     if first.mask is None and second.mask is None:
-        return LabeledObject(first.label, first.where, None, [*first.polygons, *second.polygons], extra=extra)
+        return LabeledObject(first.label, first.where, None, [*outlines[0], *outlines[1]], extra=extra)
     covered = np.zeros(size, dtype=bool)
-    for part in (first, second):
+    for part, polygons in zip((first, second), outlines, strict=True):
         if part.mask is not None:
             covered |= part.mask
-        elif part.polygons:
-            rle = mask_util.merge(mask_util.frPyObjects([list(each) for each in part.polygons], *size))
+        else:
+            rle = mask_util.merge(mask_util.frPyObjects([list(each) for each in polygons], *size))
             covered |= mask_util.decode(rle).astype(bool)
     return LabeledObject(first.label, first.where, mask=covered, extra=extra)
 
@@ -231,8 +277,11 @@ def known_classes(images: list[LabeledImage], classes: Sequence[str], problems: 
 
 
 def to_number(word: str) -> float:
-    """A number; raises ValueError that shows what else the word is."""
+    """A finite number; raises ValueError that shows what else the word is."""
     try:
-        return float(word)
+        number = float(word)
     except ValueError:
-        raise ValueError(f"{word.strip()!r:.40} is not a number") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{word.strip()!r:.40} is not a number")
+    return number

@@ -28,7 +28,13 @@ def class_names(source: Path) -> list[str]:
             return [str(name) for name in names]
     path = source / "classes.txt"
     if path.is_file():
-        return [line.strip() for line in read_text(path).splitlines() if line.strip()]
+        try:
+            names = [line.strip() for line in read_text(path).rstrip().splitlines()]
+        except ValueError as error:
+            raise DatasetError(f"{path} {error}; save it again.") from error
+        if "" in names:
+            raise DatasetError(f"{path}, line {names.index('') + 1} is empty, but lines count classes; name the class.")
+        return names
     raise DatasetError(
         f"{source} has neither a data.yaml with names nor a classes.txt; add one, or give the names with --classes."
     )
@@ -43,13 +49,17 @@ def read_yolo(
     the image, or in ``source`` or its folder "labels". An image without a file, or with an empty one, is background.
     """
     names = list(classes) or class_names(source)
-    found, used = [], set()
+    found: list[LabeledImage] = []
+    used: dict[Path, Path] = {}  # label file -> its image
     for path in images.paths:
         file = next((each for each in _candidates(path, source, images.root) if each.is_file()), None)
         if file is None:
             problems.notes["images without a label file"] += 1
+        elif file in used:
+            problems.add(str(file), f"it is the label file of {used[file]} and of {path}; rename one of them")
+            continue
         else:
-            used.add(file)
+            used[file] = path
         image, since = images.read(path, problems), len(problems.found)
         if image is None:
             continue
@@ -60,7 +70,7 @@ def read_yolo(
     if not used:
         raise DatasetError(f"None of the {len(images.paths)} images below {images.root} has a label file .txt.")
     beside = {file for folder in {each.parent for each in used} for file in folder.glob("*.txt")}
-    problems.notes["label files without an image"] += sum(each.name != "classes.txt" for each in beside - used)
+    problems.notes["label files without an image"] += sum(each.name != "classes.txt" for each in beside - {*used})
     return found, names
 
 
@@ -102,6 +112,8 @@ def _object(words: list[str], where: str, size: tuple[int, int], names: list[str
         numbers = numbers[:4]
     if len(numbers) == 4:
         center, extent = numbers[:2] * scale, numbers[2:] * scale
+        if (extent < 0).any():
+            raise ValueError("its width or height is negative")
         box = box_around(np.stack((center - extent / 2, center + extent / 2)))
         return LabeledObject(names[int(index)], where, box)
     if len(numbers) < 6 or len(numbers) % 2:
