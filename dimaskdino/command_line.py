@@ -4,11 +4,10 @@ import argparse
 import importlib
 import os
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from dimaskdino.errors import ConfigError, UserError
+from dimaskdino.errors import ConfigError, where_raised
 
 EXAMPLES = """
 Without --num-gpus, one GPU is used if there is one, else the CPU; --num-gpus 0 always means the CPU.
@@ -144,18 +143,9 @@ def import_modules(names: Sequence[str]) -> None:
 
 
 def _broken(name: str, error: BaseException) -> ConfigError:
-    return ConfigError(f"--import {name}: the module does not import. {_where(error)}{' '.join(str(error).split())}")
-
-
-def _where(error: BaseException) -> str:
-    """File and line of the user's code that an error comes from, and the error's kind."""
-    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-    if isinstance(error, SyntaxError) and error.filename:
-        return f"{error.filename}, line {error.lineno}: {kind}"
-    frames = traceback.extract_tb(error.__traceback__)
-    libraries = (os.path.dirname(os.__file__), os.path.dirname(os.path.abspath(__file__)), "<frozen")
-    own = [each for each in frames if not each.filename.startswith(libraries) and "site-packages" not in each.filename]
-    return f"{own[-1].filename}, line {own[-1].lineno}: {kind}" if own else kind
+    return ConfigError(
+        f"--import {name}: the module does not import. {where_raised(error)}{' '.join(str(error).split())}"
+    )
 
 
 def _check_name(name: str) -> None:

@@ -4,9 +4,12 @@ import contextlib
 import errno
 import importlib
 import math
+import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
+from typing import Any
 
 USER_ERROR_STATUS = 2
 BAD_INPUT_STATUS = 3  # some inputs could not be used; the rest is done
@@ -18,6 +21,10 @@ class UserError(Exception):
 
 class ConfigError(UserError, ValueError):
     """A configuration key or value that cannot be used."""
+
+
+class OwnPartError(ConfigError):
+    """A part of the user's own fails when it is made; the message names it, and the line where there is one."""
 
 
 class DatasetError(UserError, ValueError):
@@ -60,6 +67,38 @@ def require(package: str, who: str, extra: str, kind: type[UserError] = UserErro
         return importlib.import_module(package)
     except ImportError as error:
         raise kind(f"{who} needs the package {package}: pip install 'dimaskdino[{extra}]'.") from error
+
+
+def where_raised(error: BaseException) -> str:
+    """File and line of the user's code that an error comes from, and the error's kind, before its text."""
+    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}, line {error.lineno}: {kind}"
+    frames = traceback.extract_tb(error.__traceback__)
+    libraries = (os.path.dirname(os.__file__), os.path.dirname(os.path.abspath(__file__)), "<frozen")
+    own = [each for each in frames if not each.filename.startswith(libraries) and "site-packages" not in each.filename]
+    return f"{own[-1].filename}, line {own[-1].lineno}: {kind}" if own else kind
+
+
+def make_part(key: str, make: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Call a registered class or builder, which may be the user's.
+
+    Raises:
+        ConfigError: it takes other arguments; names it and the key.
+        OwnPartError: it is not this package's, and fails.
+    """
+    try:
+        return make(*arguments, **options)
+    except UserError:
+        raise
+    except Exception as error:  # a part of the user's may raise anything
+        if make.__module__.partition(".")[0] in ("dimaskdino", "detectron2"):
+            raise
+        call_fails = isinstance(error, TypeError) and error.__traceback__ and error.__traceback__.tb_next is None
+        text = f"{where_raised(error)}{' '.join(str(error).split())}"
+        raise (ConfigError if call_fails else OwnPartError)(
+            f"{key}: {make.__module__}.{make.__qualname__} cannot be made. {text}"
+        ) from error
 
 
 @contextlib.contextmanager

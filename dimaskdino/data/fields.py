@@ -15,7 +15,7 @@ _TAKEN = ("classes", "boxes", "masks", "box_supervised", "mask_supervised", "id"
 
 def check_field_names(names: Sequence[str]) -> None:
     """Raise ConfigError if INPUT.ANNOTATION_FIELDS names what the package reads already."""
-    taken = [name for name in names if name in _TAKEN or not name.isidentifier()]
+    taken = [name for name in names if not isinstance(name, str) or name in _TAKEN or not name.isidentifier()]
     if taken:
         raise ConfigError(f"INPUT.ANNOTATION_FIELDS names {taken[0]!r}, which is taken or no name; rename the field.")
 

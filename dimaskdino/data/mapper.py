@@ -17,7 +17,7 @@ from dimaskdino.data.pixels import augment
 from dimaskdino.data.readers import PilReader, Reader, image_reader
 from dimaskdino.data.rle import Size
 from dimaskdino.data.transforms import large_scale_jitter, shortest_edge, test_resize
-from dimaskdino.errors import ConfigError, DatasetError
+from dimaskdino.errors import ConfigError, DatasetError, make_part
 
 Mapper = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -198,7 +198,7 @@ def build_mapper(
         with_masks: whether the targets have masks; False is passed on to the builder.
 
     Raises:
-        ConfigError: if no mapper has that name, or its augmentations contradict each other.
+        ConfigError: if no mapper has that name, it cannot be made, or its augmentations contradict each other.
     """
     name = cfg.INPUT.DATASET_MAPPER_NAME
     if name not in MAPPER_REGISTRY:
@@ -206,4 +206,8 @@ def build_mapper(
         raise ConfigError(f"INPUT.DATASET_MAPPER_NAME is {name!r}; known mappers: {known}.")
     options = {} if with_masks else {"with_masks": False}
     wanted = is_train if with_instances is None else with_instances
-    return MAPPER_REGISTRY.get(name)(cfg, is_train=is_train, with_instances=wanted, **options)
+    options |= {"is_train": is_train, "with_instances": wanted}
+    mapper = make_part("INPUT.DATASET_MAPPER_NAME", MAPPER_REGISTRY.get(name), cfg, **options)
+    if not callable(mapper):
+        raise ConfigError(f"INPUT.DATASET_MAPPER_NAME: {name} makes a {type(mapper).__name__}, which cannot be called.")
+    return mapper

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, Sampler
 
 from dimaskdino.compat import newer_training_sampler, training_samplers
 from dimaskdino.data.shared import PackedEntries
-from dimaskdino.errors import ConfigError, DatasetError, check_choice
+from dimaskdino.errors import ConfigError, DatasetError, check_choice, check_range, make_part
 from dimaskdino.seeds import SAMPLE, seeded
 
 FOLDER = "folder"
@@ -30,6 +30,7 @@ def check_folds(cfg: CfgNode) -> None:
     node = cfg.DATASETS.FOLDS
     if node.NUM == 0:
         return
+    check_range("DATASETS.FOLDS.SEED", node.SEED, 0)
     if node.NUM < 2 or not 0 <= node.FOLD < node.NUM:
         raise ConfigError(
             f"DATASETS.FOLDS.NUM is {node.NUM} and FOLD {node.FOLD}; give at least 2 folds, and one of 0 to NUM - 1 to "
@@ -184,6 +185,8 @@ def check_sampler(cfg: CfgNode) -> None:
     """Raise ConfigError for an unknown sampler, or a share outside 0 to 1."""
     known = [*training_samplers(cfg), *(name for name, _ in SAMPLER_REGISTRY)]
     check_choice("DATALOADER.SAMPLER_TRAIN", cfg.DATALOADER.SAMPLER_TRAIN, known)
+    if cfg.DATALOADER.SAMPLER_TRAIN == "RepeatFactorTrainingSampler":
+        check_range("DATALOADER.REPEAT_THRESHOLD", cfg.DATALOADER.REPEAT_THRESHOLD, 0.0, 1.0, "a share of the images")
     share = cfg.DATALOADER.NEGATIVE_SHARE
     if share > 1:
         raise ConfigError(f"DATALOADER.NEGATIVE_SHARE is {share}; give a share from 0 to 1, or -1 for what there is.")
@@ -276,7 +279,8 @@ class _Mixed:
 def _by_name(cfg: CfgNode, entries: Entries, seed: int) -> Iterable[int]:
     name = cfg.DATALOADER.SAMPLER_TRAIN
     if name in SAMPLER_REGISTRY:
-        return SAMPLER_REGISTRY.get(name)(cfg, entries, seed)
+        order = make_part("DATALOADER.SAMPLER_TRAIN", SAMPLER_REGISTRY.get(name), cfg, entries, seed)
+        return _Checked(name, order, len(entries))
     if name == "TrainingSampler":
         return whole(TrainingSampler(len(entries), seed=seed))
     if name == "RepeatFactorTrainingSampler":
@@ -288,6 +292,22 @@ def _by_name(cfg: CfgNode, entries: Entries, seed: int) -> Iterable[int]:
         )
         return whole(RepeatFactorTrainingSampler(factors, seed=seed))
     return whole(newer_training_sampler(cfg, len(entries), seed))
+
+
+class _Checked:
+    """What a registered sampler gives, if it is an endless order of a number of images."""
+
+    def __init__(self, name: str, order: Any, number: int) -> None:
+        self._name, self._order, self._number = f"DATALOADER.SAMPLER_TRAIN {name}", order, number
+        if not isinstance(order, Iterable):
+            raise ConfigError(f"{self._name} makes a {type(order).__name__}, not an iterable of indices.")
+
+    def __iter__(self) -> Iterator[int]:
+        for index in self._order:
+            if not isinstance(index, int | np.integer) or not 0 <= index < self._number:
+                raise ConfigError(f"{self._name} gives {index!r}; give the index of one of {self._number} images.")
+            yield int(index)
+        raise ConfigError(f"{self._name} has come to its end; let it go on forever.")
 
 
 def whole(sampler: Any) -> Iterable[int]:

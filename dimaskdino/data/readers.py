@@ -13,8 +13,8 @@ from detectron2.data.detection_utils import convert_PIL_to_numpy
 from fvcore.common.registry import Registry
 from PIL import Image
 
-from dimaskdino.data.images import Header, Size, read_header, read_image
-from dimaskdino.errors import ConfigError, DatasetError, UserError, check_choice, require
+from dimaskdino.data.images import Header, read_header, read_image
+from dimaskdino.errors import ConfigError, DatasetError, UserError, check_choice, make_part, require
 
 READER_REGISTRY = Registry("READER")
 READER_REGISTRY.__doc__ = """
@@ -81,12 +81,21 @@ class OwnReader:
 
     def header(self, path: str) -> Header:
         """The size that the reader says, else that of the pixels."""
-        size: Size = tuple(self._call("size", path)) if hasattr(self.inner, "size") else self.read(path).shape[:2]
-        return Header((int(size[0]), int(size[1])), 1)
+        size = self._call("size", path) if hasattr(self.inner, "size") else self.read(path).shape[:2]
+        try:
+            height, width = map(int, size)
+        except (TypeError, ValueError) as error:
+            raise DatasetError(
+                f"{self.name} (INPUT.READER) gives {size!r:.60} as size; give (height, width)."
+            ) from error
+        return Header((height, width), 1)
 
     def file(self, path: str) -> str:
         """What the reader says, else the path itself."""
-        return self._call("file", path) if hasattr(self.inner, "file") else path
+        found = self._call("file", path) if hasattr(self.inner, "file") else path
+        if not isinstance(found, str | os.PathLike):
+            raise DatasetError(f"{self.name} (INPUT.READER) gives {found!r:.60} as file of {path}; give its path.")
+        return str(found)
 
     def _call(self, method: str, path: str) -> Any:
         try:
@@ -192,7 +201,7 @@ def _check_pixel_keys(cfg: CfgNode) -> str:
 
 
 def _own_reader(name: str, cfg: CfgNode) -> OwnReader:
-    return OwnReader(name, READER_REGISTRY.get(name)(cfg), len(cfg.MODEL.PIXEL_MEAN))
+    return OwnReader(name, make_part("INPUT.READER", READER_REGISTRY.get(name), cfg), len(cfg.MODEL.PIXEL_MEAN))
 
 
 def pad_value(cfg: CfgNode, of_pil: float) -> float:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dimaskdino.checkpoint import BEST, Checkpointer
 from dimaskdino.engine.writers import WINDOW
-from dimaskdino.errors import ConfigError, check_choice
+from dimaskdino.errors import ConfigError, check_choice, make_part
 from dimaskdino.modeling.meta_arch import needs_masks
 from dimaskdino.structures import is_final_loss
 
@@ -223,7 +223,7 @@ def build_own_hooks(cfg: CfgNode) -> list[HookBase]:
         ConfigError: a name is not registered, or what is registered makes no hook.
     """
     check_hooks(cfg)
-    hooks = [HOOK_REGISTRY.get(name)(cfg) for name in cfg.SOLVER.HOOKS]
+    hooks = [make_part("SOLVER.HOOKS", HOOK_REGISTRY.get(name), cfg) for name in cfg.SOLVER.HOOKS]
     for name, hook in zip(cfg.SOLVER.HOOKS, hooks, strict=True):
         if not isinstance(hook, HookBase):
             raise ConfigError(

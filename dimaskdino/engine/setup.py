@@ -41,12 +41,13 @@ from dimaskdino.engine.launch import num_cores, set_process_timeout
 from dimaskdino.engine.nonfinite import check_nonfinite
 from dimaskdino.engine.run_folder import check_not_locked, setup_loggers
 from dimaskdino.engine.writers import check_writers
-from dimaskdino.errors import ConfigError, UserError, check_choice, check_range, file_errors_in_one_line
+from dimaskdino.errors import ConfigError, OwnPartError, UserError, check_choice, check_range, file_errors_in_one_line
 from dimaskdino.evaluation import check_evaluators
 from dimaskdino.layers.precision import evaluation_dtype
 from dimaskdino.modeling.meta_arch import needs_masks
 from dimaskdino.modeling.policies import check_policies
 from dimaskdino.modeling.registry import get_registered
+from dimaskdino.modeling.transformer_decoder.heads import PredictionHeads
 from dimaskdino.prediction.augmented import check_augmentation
 from dimaskdino.solver import check_solver, parameter_groups
 
@@ -66,6 +67,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "TEST.DETECTIONS_PER_IMAGE": (1, math.inf),
     "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": (0.0, math.inf),
     "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS": (0, math.inf),
+    **{f"MODEL.{node}.FOCAL_ALPHA": (0.0, 1.0) for node in ("MaskDINO", "DINO")},
+    **{f"MODEL.{node}.FOCAL_GAMMA": (0.0, math.inf) for node in ("MaskDINO", "DINO")},
     **{f"MODEL.{node}.NHEADS": (1, math.inf) for node in ("MaskDINO", "DINO")},
     **{f"MODEL.{node}.DROPOUT": (0.0, 1.0) for node in ("MaskDINO", "DINO")},
     **{
@@ -188,9 +191,13 @@ def _check_model(cfg: Config, *, train: bool) -> None:
             model = meta_arch(cfg).train(train)
             if hasattr(model, "check_supported"):
                 model.check_supported()
+            for heads in (each for each in model.modules() if isinstance(each, PredictionHeads)):
+                heads.check_extra()
             if train:
                 check_policies(cfg, model)
                 parameter_groups(cfg, model)
+    except OwnPartError as error:
+        logger.debug("The model was not checked before the data: %s", error)
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001 (a user's part may need real weights; the trainer builds those)

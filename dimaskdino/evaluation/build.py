@@ -1,6 +1,7 @@
 """What a dataset is scored by, LVIS's AP and evaluators of a user's own among it, and whether its classes fit."""
 
 import contextlib
+import inspect
 import io
 import logging
 import math
@@ -22,7 +23,7 @@ from dimaskdino.data.annotations import annotations_to_instances
 from dimaskdino.data.coco_file import category_names, read_json
 from dimaskdino.data.datasets.registration import load_dataset
 from dimaskdino.data.validation.segmentation import truth_of
-from dimaskdino.errors import ConfigError, DatasetError, check_choice
+from dimaskdino.errors import ConfigError, DatasetError, check_choice, make_part
 from dimaskdino.evaluation.coco import CocoEvaluator, Result, Scores
 from dimaskdino.evaluation.coco_options import CocoOptions
 from dimaskdino.evaluation.report import LayerwiseEvaluator
@@ -31,6 +32,7 @@ from dimaskdino.evaluation.segmentation import (
     PanopticEvaluator,
     SemanticEvaluator,
     ThingsEvaluator,
+    numbers_of,
     register_things,
 )
 
@@ -102,15 +104,7 @@ class ImageEvaluator(DatasetEvaluator):
         """Measure a batch."""
         for image, output in zip(inputs, outputs, strict=True):
             on_cpu = {key: value.to("cpu") if hasattr(value, "to") else value for key, value in output.items()}
-            measured = self.measure(image, on_cpu, self.truth(image))
-            try:
-                self._measured.append({name: float(value) for name, value in measured.items()})
-            except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-                kind = type(self)
-                raise ConfigError(
-                    f"TEST.EVALUATORS: measure of {kind.__module__}.{kind.__qualname__} gives {measured!r:.60}; let it "
-                    "give numbers by name."
-                ) from error
+            self._measured.append(numbers_of("measure", type(self), self.measure(image, on_cpu, self.truth(image))))
 
     def truth(self, image: dict[str, Any]) -> Instances:
         """The objects of an image at its own size."""
@@ -155,23 +149,40 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Data
         logger.warning("%s is scored by COCO's AP; its own metric (%s) is not available.", dataset_name, kind)
         kind = "coco"
     check_evaluators(cfg)
-    main, *own = (
-        EVALUATOR_REGISTRY.get(name)(cfg, dataset_name, output_folder) for name in (kind, *cfg.TEST.EVALUATORS)
-    )
-    return EvaluatorGroup([main, *own]) if own else main
+    parts = []
+    for name in (kind, *cfg.TEST.EVALUATORS):
+        build = EVALUATOR_REGISTRY.get(name)
+        parts.append(make_part("TEST.EVALUATORS", build, cfg, dataset_name, output_folder))
+        _check_methods(name, build.__module__, parts[-1])
+    return EvaluatorGroup(parts) if parts[1:] else parts[0]
 
 
 def check_evaluators(cfg: CfgNode) -> None:
-    """Raise ConfigError if TEST.EVALUATORS names what is not registered, or a class of something else."""
+    """Raise ConfigError if TEST.COCO is wrong, or TEST.EVALUATORS names what is not registered or no evaluator."""
+    CocoOptions.from_config(cfg)
+    if len(set(cfg.TEST.EVALUATORS)) < len(cfg.TEST.EVALUATORS):
+        raise ConfigError(f"TEST.EVALUATORS is {list(cfg.TEST.EVALUATORS)}; name each once.")
     for name in cfg.TEST.EVALUATORS:
         check_choice("An entry of TEST.EVALUATORS", name, [known for known, _ in EVALUATOR_REGISTRY])
-        made = EVALUATOR_REGISTRY.get(name)
-        missing = [each for each in ("reset", "process", "evaluate") if not hasattr(made, each)]
-        if isinstance(made, type) and missing:
+        build = EVALUATOR_REGISTRY.get(name)
+        if isinstance(build, type):
+            _check_methods(name, build.__module__, build)
+        try:
+            inspect.signature(build).bind(cfg, "dataset", "folder")
+        except TypeError as error:
             raise ConfigError(
-                f"TEST.EVALUATORS {name} ({made.__module__}) has no {missing[0]}; derive it from ImageEvaluator, or "
-                "from detectron2's DatasetEvaluator."
-            )
+                f"TEST.EVALUATORS {name} ({build.__module__}) takes no (cfg, dataset_name, output_folder): {error}."
+            ) from error
+
+
+def _check_methods(name: str, module: str, made: Any) -> None:
+    missing = [each for each in ("reset", "process", "evaluate") if not hasattr(made, each)]
+    missing += ["measure"] if getattr(made, "measure", None) is ImageEvaluator.measure else []
+    if missing:
+        raise ConfigError(
+            f"TEST.EVALUATORS {name} ({module}) has no {missing[0]}; derive it from ImageEvaluator, or from "
+            "detectron2's DatasetEvaluator."
+        )
 
 
 @EVALUATOR_REGISTRY.register()

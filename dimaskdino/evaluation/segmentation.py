@@ -314,11 +314,11 @@ class EvaluatorGroup(DatasetEvaluator):
         """Score the predictions of all processes and log the tables.
 
         Raises:
-            ConfigError: two evaluators give a result of the same name.
+            ConfigError: two evaluators give a result of the same name, or one gives something else than numbers.
         """
         results: dict[str, Scores] = {}
         for part in self._parts:
-            scores = part.evaluate() or {}
+            scores = _checked_scores(type(part), part.evaluate() or {})
             if twice := sorted(results.keys() & scores.keys()):
                 raise ConfigError(
                     f"{type(part).__module__}.{type(part).__qualname__} (TEST.EVALUATORS) gives a result of the name "
@@ -330,3 +330,30 @@ class EvaluatorGroup(DatasetEvaluator):
     def score(self) -> dict[str, Scores]:
         """Score the predictions of all processes."""
         return {task: scores for part in self._parts for task, scores in part.score().items()}
+
+
+def numbers_of(method: str, kind: type, given: Any) -> dict[str, float]:
+    """Numbers by name, each a Python one.
+
+    Raises:
+        ConfigError: the method of an evaluator gives something else.
+    """
+    try:
+        plain = {name: x.item() if hasattr(x, "item") else x for name, x in given.items()}
+        if all(isinstance(name, str) and isinstance(x, int | float) for name, x in plain.items()):
+            return plain
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        pass
+    raise ConfigError(
+        f"TEST.EVALUATORS: {method} of {kind.__module__}.{kind.__qualname__} gives {given!r:.60}; let it give numbers "
+        "by name."
+    )
+
+
+def _checked_scores(kind: type, scores: Any) -> dict[str, Any]:
+    """Numbers by task and name, as results.json holds them; a number may stand in place of a task."""
+    if not isinstance(scores, Mapping):
+        return {"": numbers_of("evaluate", kind, scores)}  # raises
+    of_tasks = {task: values for task, values in scores.items() if isinstance(values, Mapping)}
+    outer = numbers_of("evaluate", kind, {**scores, **dict.fromkeys(of_tasks, 0.0)})
+    return {**outer, **{task: numbers_of("evaluate", kind, values) for task, values in of_tasks.items()}}

@@ -9,7 +9,7 @@ from typing import Any
 
 from fvcore.common.registry import Registry
 
-from dimaskdino.errors import ConfigError
+from dimaskdino.errors import ConfigError, make_part
 
 PIXEL_DECODER_REGISTRY = Registry("PIXEL_DECODER")
 PIXEL_DECODER_REGISTRY.__doc__ = """
@@ -58,11 +58,11 @@ def build_registered(registry: Registry, names: Sequence[str], key: str, *argume
     """What the registered classes make, by name; each name once.
 
     Raises:
-        ConfigError: a name is not registered, or is listed twice.
+        ConfigError: a name is not registered, is listed twice, or what it stands for cannot be made.
     """
     if len(set(names)) < len(names):
         raise ConfigError(f"{key} is {list(names)}; name each part once.")
-    return {name: get_registered(registry, name, key)(*arguments) for name in names}
+    return {name: make_part(key, get_registered(registry, name, key), *arguments) for name in names}
 
 
 def get_registered(registry: Registry, name: str, key: str) -> type:

@@ -232,6 +232,16 @@ def test_own_reader_is_found_by_extension(tmp_path: Path) -> None:
         reader = image_reader(reader_cfg("auto", 1))
         assert reader.read(str(tmp_path / "a.txt"))[..., 0].tolist() == [[1, 2], [3, 4], [5, 6]]
         assert reader.header(str(tmp_path / "a.txt")).stored == (3, 2)
+        reader = image_reader(reader_cfg("TextReader", 1))
+        for method, given in (("size", 5), ("size", "ab"), ("file", None)):
+            setattr(TextReader, method, lambda self, path, given=given: given)
+            with pytest.raises(DatasetError, match=rf"TextReader \(INPUT\.READER\) gives .*{given}.* {method}"):
+                getattr(reader, {"size": "header"}.get(method, method))(str(tmp_path / "a.txt"))
+        TextReader.__init__ = lambda self, cfg: 1 / 0
+        with pytest.raises(
+            ConfigError, match=r"TextReader cannot be made\. .*test_readers\.py, line \d+: ZeroDivision"
+        ):
+            image_reader(reader_cfg("TextReader", 1))
     finally:
         del READER_REGISTRY._obj_map["TextReader"]
 

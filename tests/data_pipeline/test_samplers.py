@@ -69,7 +69,12 @@ def test_seed_and_other_datasets() -> None:
 
 
 def test_folds_that_cannot_be_are_refused() -> None:
-    for options, said in (({"NUM": 1}, "at least 2"), ({"NUM": 3, "FOLD": 3}, "FOLD 3"), ({"NUM": -1}, "at least 2")):
+    for options, said in (
+        ({"NUM": 1}, "at least 2"),
+        ({"NUM": 3, "FOLD": 3}, "FOLD 3"),
+        ({"NUM": -1}, "at least 2"),
+        ({"NUM": 2, "SEED": -1}, "SEED is -1"),
+    ):
         with pytest.raises(ConfigError, match=said):
             check_folds(folds(**options))
     apart = folds(NUM=2)
@@ -82,9 +87,10 @@ def test_folds_that_cannot_be_are_refused() -> None:
         take_fold(folds(NUM=5, GROUP="folder"), "mine", ENTRIES, train=True)
 
 
-def order(size: int = 7, sampler: str = "TrainingSampler") -> Iterable[int]:
+def order(size: int = 7, sampler: str = "TrainingSampler", threshold: float = 1.0) -> Iterable[int]:
     cfg = get_cfg()
-    cfg.merge_from_list(["DATALOADER.SAMPLER_TRAIN", sampler, "DATALOADER.REPEAT_THRESHOLD", 1.0])
+    cfg.merge_from_list(["DATALOADER.SAMPLER_TRAIN", sampler, "DATALOADER.REPEAT_THRESHOLD", threshold])
+    check_sampler(cfg)
     entries = [{"annotations": [{"category_id": int(index == 0)}]} for index in range(size)]
     return endless_order(cfg, entries, seed=3)
 
@@ -232,10 +238,21 @@ def test_share_that_cannot_be_drawn_is_refused() -> None:
 
 def test_own_sampler_is_named_by_key() -> None:
     def backwards(cfg: Any, entries: list[dict[str, Any]], seed: int) -> Iterable[int]:
-        return list(range(len(entries)))[::-1]
+        return given[0]
 
+    given: list[Any] = [[2, 1, 0]]
     SAMPLER_REGISTRY.register(backwards)
     try:
         assert drawn_by(labeled([0], [1], [0]), 3, SAMPLER_TRAIN="backwards") == [2, 1, 0]
+        for given[0], said in (
+            ([0], "its end"),
+            ([3], "gives 3; .* 3 images"),
+            ([0.5], r"gives 0\.5"),
+            (None, "NoneType"),
+        ):
+            with pytest.raises(ConfigError, match=rf"SAMPLER_TRAIN backwards .*{said}"):
+                drawn_by(labeled([0], [1], [0]), 3, SAMPLER_TRAIN="backwards")
     finally:
         del SAMPLER_REGISTRY._obj_map["backwards"]
+    with pytest.raises(ConfigError, match="REPEAT_THRESHOLD is -1"):
+        order(sampler="RepeatFactorTrainingSampler", threshold=-1.0)

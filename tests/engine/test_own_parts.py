@@ -47,19 +47,21 @@ def test_dice_counts_pixels(toy_cfg: Config, tmp_path: Path) -> None:
     assert dice.evaluate()["Dice"]["dice"] == pytest.approx(expected)
 
 
-def test_mistakes_in_own_parts_are_named(toy_cfg: Config, tmp_path: Path) -> None:
+def test_mistakes_in_own_parts_are_named(toy_cfg: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     toy_cfg.merge_from_list(["SOLVER.HOOKS", ["CountObject"], "TEST.EVALUATORS", ["Dcie"]])
     with pytest.raises(ConfigError, match=r"SOLVER\.HOOKS.*CountObject.*CountObjects"):
         build_own_hooks(toy_cfg)
     with pytest.raises(ConfigError, match=r"TEST\.EVALUATORS.*Dcie.*Dice"):
         build_evaluator(toy_cfg, "shapes_val", str(tmp_path))
     toy_cfg.TEST.EVALUATORS = ["Dice", "Dice"]
-    with pytest.raises(ConfigError, match="Dice.*another name"):
-        build_evaluator(toy_cfg, "shapes_val", str(tmp_path)).evaluate()
-    HOOK_REGISTRY._obj_map["NoHook"] = lambda cfg: 3
-    try:
-        toy_cfg.SOLVER.HOOKS = ["NoHook"]
-        with pytest.raises(ConfigError, match=r"NoHook.*int"):
+    with pytest.raises(ConfigError, match="Dice.*once"):
+        build_evaluator(toy_cfg, "shapes_val", str(tmp_path))
+    toy_cfg.SOLVER.HOOKS = ["NoHook"]
+    for build, said in (
+        (lambda cfg: 3, "NoHook.*int"),
+        (lambda: 3, "cannot be made.*argument"),
+        (lambda cfg: 1 / 0, "line .*Zero"),
+    ):
+        monkeypatch.setitem(HOOK_REGISTRY._obj_map, "NoHook", build)
+        with pytest.raises(ConfigError, match=said):
             build_own_hooks(toy_cfg)
-    finally:
-        del HOOK_REGISTRY._obj_map["NoHook"]

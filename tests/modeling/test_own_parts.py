@@ -20,8 +20,10 @@ from dimaskdino.data import build_train_loader
 from dimaskdino.data.datasets.registration import register_coco_format
 from dimaskdino.data.fields import check_fields, fields_of
 from dimaskdino.engine import Trainer
+from dimaskdino.engine.setup import _check_model
 from dimaskdino.errors import ConfigError, DatasetError
 from dimaskdino.evaluation import EVALUATOR_REGISTRY, ImageEvaluator, check_evaluators
+from dimaskdino.evaluation.segmentation import EvaluatorGroup
 from dimaskdino.modeling.registry import COST_REGISTRY, HEAD_REGISTRY, LOSS_REGISTRY
 from tests.documentation import REPOSITORY
 from tests.tiny_model import TINY_DINO, predict, tiny_cfg, tiny_model, train_batch
@@ -52,25 +54,36 @@ class NoEvaluator:
 
 
 class BadHead(nn.Module):
-    """Gives one number for all queries."""
+    """Gives one number for all queries, or what a test says."""
+
+    give = staticmethod(torch.mean)
 
     def __init__(self, cfg: Config, dim: int) -> None:
         super().__init__()
 
     def forward(self, queries: Tensor) -> Tensor:
-        return queries.mean()
+        return self.give(queries)
 
 
 class BadLoss:
-    """Gives a number in place of one for each stage."""
+    """Gives a number in place of one for each stage, or what a test says."""
 
-    names, needs_masks = ("loss_bad",), False
+    names, needs_masks, given = ("loss_bad",), False, {"loss_bad": torch.ones(1)}
 
     def __init__(self, cfg: Config) -> None:
         pass
 
-    def __call__(self, stages: object) -> dict[str, Tensor]:
-        return {"loss_bad": torch.ones(1)}
+    def __call__(self, stages: object) -> object:
+        return self.given
+
+
+class NoPart:
+    """Takes other arguments than any part is given, or cannot be called."""
+
+    names, needs_masks = ("loss_none",), False
+
+    def __init__(self, *given: object, other: int = 0) -> None:
+        self.number = 1 / other if len(given) > 1 else other
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -82,6 +95,8 @@ def example() -> Iterator[None]:
     COST_REGISTRY.register(FarCost)
     LOSS_REGISTRY.register(BadLoss)
     HEAD_REGISTRY.register(BadHead)
+    for registry in (HEAD_REGISTRY, LOSS_REGISTRY, COST_REGISTRY):
+        registry.register(NoPart)
     EVALUATOR_REGISTRY.register(NoEvaluator)
     yield
     del sys.modules["docs.examples.attribute_head"]
@@ -195,14 +210,36 @@ def test_parts_of_wrong_shapes_are_named() -> None:
         tiny_model({"MODEL.EXTRA_COSTS": ["FarCost"], "SEED": 1}).train()(batch)
     with pytest.raises(ConfigError, match=r"BadLoss.*loss_bad"):
         tiny_model({"MODEL.EXTRA_LOSSES": ["BadLoss"]}).train()(batch)
-    for change, message in (({"names": ("loss_mask",)}, "BadLoss.*loss_mask"), ({"needs_masks": None}, "needs_masks")):
+    for name, value, message in (
+        ("names", ("loss_mask",), "BadLoss.*loss_mask"),
+        ("names", "loss_bad", "BadLoss.*'loss_bad'"),
+        ("needs_masks", None, "needs_masks"),
+        ("given", None, "BadLoss gives NoneType"),
+        ("given", {"loss_bad": 1.0}, r"BadLoss gives {'loss_bad': 1\.0}"),
+    ):
         with pytest.MonkeyPatch.context() as patch:
-            for name, value in change.items():
-                patch.delattr(BadLoss, name) if value is None else patch.setattr(BadLoss, name, value)
+            patch.delattr(BadLoss, name) if name == "needs_masks" else patch.setattr(BadLoss, name, value)
             with pytest.raises(ConfigError, match=message):
-                tiny_model({"MODEL.EXTRA_LOSSES": ["BadLoss"]})
+                tiny_model({"MODEL.EXTRA_LOSSES": ["BadLoss"]}).train()(batch)
+    for key, message in (
+        ("HEADS", r"EXTRA_HEADS: .*NoPart cannot be made\. .*test_own_parts\.py, line \d+: ZeroDivisionError"),
+        ("LOSSES", "EXTRA_LOSSES: NoPart has no __call__"),
+        ("COSTS", "EXTRA_COSTS: NoPart has no __call__"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            tiny_model({f"MODEL.EXTRA_{key}": ["NoPart"]})
     with pytest.raises(ConfigError, match=r"MODEL\.EXTRA_HEADS: BadHead gives \(\)"):
         tiny_model({"MODEL.EXTRA_HEADS": ["BadHead"]}).train()(batch)
+    _check_model(tiny_cfg(OWN), train=False)
+    for give, message in (
+        (torch.mean, r"\(\)"),
+        (lambda queries: (queries,), "tuple"),
+        (lambda queries: queries[:, 1:], "36"),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(BadHead, "give", staticmethod(give))
+            with pytest.raises(ConfigError, match=rf"BadHead gives .*{message}.* for queries"):  # before any data
+                _check_model(tiny_cfg({"MODEL.EXTRA_HEADS": ["BadHead"]}), train=False)
     with pytest.raises(ConfigError, match=r"MODEL\.EXTRA_HEADS.*Oclusion.*Occlusion"):
         tiny_model({"MODEL.EXTRA_HEADS": ["Oclusion"]})
     with pytest.raises(ConfigError, match=r"occluded.*INPUT\.ANNOTATION_FIELDS"):
@@ -230,9 +267,32 @@ def test_fields_are_numbers_or_lists_of_one_length() -> None:
 
 
 def test_evaluators_of_another_form_are_named(data: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match=r"TEST\.EVALUATORS NoEvaluator .* has no reset"):
-        check_evaluators(tiny_cfg({"TEST.EVALUATORS": ["NoEvaluator"]}))
+    given = {
+        "NoMeasure": (type("NoMeasure", (ImageEvaluator,), {}), "has no measure"),
+        "Short": (lambda cfg: None, "takes no"),
+        "NoEvaluator": (NoEvaluator, "has no reset"),
+    }
+    for name, (build, message) in given.items():
+        monkeypatch.setitem(EVALUATOR_REGISTRY._obj_map, name, build)
+        with pytest.raises(ConfigError, match=rf"TEST\.EVALUATORS {name} .* {message}"):
+            check_evaluators(tiny_cfg({"TEST.EVALUATORS": [name]}))
     evaluator = ImageEvaluator(tiny_cfg(), "occluded_things", "")
-    monkeypatch.setattr(evaluator, "measure", lambda *given: [1.0])
-    with pytest.raises(ConfigError, match=r"TEST\.EVALUATORS: measure of .*ImageEvaluator gives \[1\.0\]"):
-        evaluator.process([{"image_id": 1, "height": 48, "width": 64}], [{}])
+    for measured in ([1.0], {"dice": "0.5"}, {1: 0.5}, {"dice": torch.ones(2)}, None):
+        monkeypatch.setattr(evaluator, "measure", lambda *given, measured=measured: measured)
+        with pytest.raises(ConfigError, match=r"TEST\.EVALUATORS: measure of .*ImageEvaluator gives"):
+            evaluator.process([{"image_id": 1, "height": 48, "width": 64}], [{}])
+
+
+@pytest.mark.parametrize(
+    "scores", [{"x": {"y": "text"}}, [1.0], 0.5, {3: {"a": 1}}, {"x": {"y": torch.ones(2)}}, {"x": "y"}]
+)
+def test_scores_that_no_file_holds_are_named(scores: object) -> None:
+    def evaluated(*given: object) -> dict:
+        parts = [type("Own", (NoEvaluator,), {"evaluate": lambda self, each=each: each})() for each in given]
+        return EvaluatorGroup(parts).evaluate()
+
+    with pytest.raises(ConfigError, match=r"TEST\.EVALUATORS: evaluate of .*Own gives"):
+        evaluated(scores)
+    with pytest.raises(ConfigError, match="Own.* x, .*another name"):
+        evaluated({"x": {}}, {"x": {}})
+    assert json.dumps(evaluated({"x": {"y": np.float32(3)}, "z": torch.tensor(1)})) == '{"x": {"y": 3.0}, "z": 1}'

@@ -97,7 +97,7 @@ def _object(shape: Any, where: str, size: tuple[int, int]) -> LabeledObject:
         return LabeledObject(label, where, box_around(points))
     if kind == "circle":
         radius = math.dist(*points)
-        circle = ellipse(*points[0], radius, radius)
+        circle = ellipse(points[0, 0], points[0, 1], radius, radius)
         return LabeledObject(label, where, polygons=[circle.clip(0, (size[1], size[0])).ravel().tolist()])
     if kind == "mask":
         return LabeledObject(label, where, mask=_mask(shape, points, size))

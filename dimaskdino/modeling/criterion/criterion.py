@@ -195,6 +195,10 @@ def with_extra_terms(cfg: CfgNode, terms: Sequence[LossTerm]) -> list[LossTerm]:
             raise ConfigError(
                 f"MODEL.EXTRA_LOSSES: {registered} has no {' and no '.join(missing)}; see docs/extend.md."
             )
+        if not callable(term):
+            raise ConfigError(f"MODEL.EXTRA_LOSSES: {registered} has no __call__; see docs/extend.md.")
+        if isinstance(term.names, str) or not all(isinstance(name, str) for name in term.names):
+            raise ConfigError(f'MODEL.EXTRA_LOSSES: {registered}.names is {term.names!r}; write ("loss_mine",).')
         if shared := sorted(taken & {*term.names}):
             raise ConfigError(
                 f"MODEL.EXTRA_LOSSES: {registered} gives {', '.join(shared)}, which another loss of the model gives as "
@@ -205,19 +209,26 @@ def with_extra_terms(cfg: CfgNode, terms: Sequence[LossTerm]) -> list[LossTerm]:
 
 
 def extra_costs(cfg: CfgNode) -> list[CostTerm]:
-    """The costs that MODEL.EXTRA_COSTS names."""
-    return list(build_registered(COST_REGISTRY, cfg.MODEL.EXTRA_COSTS, "MODEL.EXTRA_COSTS", cfg).values())
+    """The costs that MODEL.EXTRA_COSTS names; raises ConfigError if one cannot be called."""
+    costs = build_registered(COST_REGISTRY, cfg.MODEL.EXTRA_COSTS, "MODEL.EXTRA_COSTS", cfg)
+    for name, cost in costs.items():
+        if not callable(cost):
+            raise ConfigError(f"MODEL.EXTRA_COSTS: {name} has no __call__; see docs/extend.md.")
+    return list(costs.values())
 
 
 def _losses_of(term: LossTerm, chosen: Sequence[Supervision], targets: Sequence[Targets]) -> Mapping[str, Tensor]:
     """The losses of a term, which must be those that it names, one number for each stage."""
     losses = term(SupervisedStages(chosen, targets))
-    shapes = {name: tuple(values.shape) for name, values in losses.items()}
+    shapes: Any = type(losses).__name__
+    if isinstance(losses, Mapping):
+        shapes = {name: tuple(x.shape) if isinstance(x, Tensor) else x for name, x in losses.items()}
     if shapes != dict.fromkeys(term.names, (len(chosen),)):
         kind = type(term)
         raise ConfigError(
-            f"The loss {kind.__module__}.{kind.__qualname__} gives {shapes}, but its names are {tuple(term.names)}, "
-            f"and each needs one value for each of {len(chosen)} stages (see SupervisedStages.sum_pairs)."
+            f"The loss {kind.__module__}.{kind.__qualname__} gives {shapes!s:.200}, but its names are "
+            f"{tuple(term.names)}, and each needs one value for each of {len(chosen)} stages (see "
+            "SupervisedStages.sum_pairs)."
         )
     return losses
 

@@ -145,10 +145,11 @@ def _cost_of(term: CostTerm, stages: Sequence[StagePrediction], image: int, targ
     """The cost of a term, which must have a row for each query of all stages and a column for each object."""
     cost = term(stages, image, target)
     shape = sum(stage.logits.shape[1] for stage in stages), len(target)
-    if cost.shape != shape:
+    if not isinstance(cost, Tensor) or cost.shape != shape:
+        found = tuple(cost.shape) if isinstance(cost, Tensor) else f"a {type(cost).__name__}"
         kind = type(term)
         raise ConfigError(
-            f"The matching cost {kind.__module__}.{kind.__qualname__} gives {tuple(cost.shape)} where {shape} is "
+            f"The matching cost {kind.__module__}.{kind.__qualname__} gives {found} where {shape} is "
             "needed: a row for each query of all stages, and a column for each object."
         )
     return cost

@@ -1,5 +1,6 @@
 """The terms of the criterion: each computes its losses for all supervised stages at once."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -171,10 +172,11 @@ class ClassOptions:
         """
         weights, share = tuple(cfg.MODEL.CLASS_WEIGHTS), cfg.MODEL.IGNORE_CROWD_SHARE
         num_classes = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
-        if weights and (len(weights) != num_classes or min(weights) < 0):
+        numbers = all(isinstance(each, int | float) and 0 <= each < math.inf for each in weights)
+        if weights and (len(weights) != num_classes or not numbers):
             raise ConfigError(
                 f"MODEL.CLASS_WEIGHTS has {len(weights)} numbers, and MODEL.SEM_SEG_HEAD.NUM_CLASSES is {num_classes}; "
-                "give a weight of at least 0 for each class."
+                "give a number of at least 0 for each class."
             )
         if not 0 <= share <= 1:
             raise ConfigError(f"MODEL.IGNORE_CROWD_SHARE is {share}; give a share from 0 (off) to 1.")

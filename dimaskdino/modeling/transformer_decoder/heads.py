@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
+import torch
 from torch import Tensor, nn
 
 from dimaskdino.errors import ConfigError
@@ -36,6 +37,10 @@ class PredictionHeads(nn.Module):
         extra: Mapping[str, nn.Module] = MappingProxyType({}),
     ) -> None:
         super().__init__()
+        for name, head in extra.items():
+            if not isinstance(head, nn.Module):
+                raise ConfigError(f"MODEL.EXTRA_HEADS: {name} makes a {type(head).__name__}, not a torch.nn.Module.")
+        self.dim = dim
         self.eps, self.no_object_class = eps, no_object_class
         self.norm = nn.LayerNorm(dim) if norm else nn.Identity()
         self.class_embed = nn.Linear(dim, num_logits)
@@ -72,11 +77,25 @@ class PredictionHeads(nn.Module):
         if mask_features is not None and self.mask_embed is not None:
             masks = MaskLogits(self.mask_embed(normed), mask_features)
         queries = None if self.training else normed
+        return StagePrediction(stage, self.class_embed(normed), boxes, masks, queries, self.extra_values(normed))
+
+    def extra_values(self, normed: Tensor) -> dict[str, Tensor]:
+        """What the further heads give for normed queries (B, Q, C).
+
+        Raises:
+            ConfigError: something else than (B, Q, ...).
+        """
         extra = {name: head(normed) for name, head in self.extra.items()}
         for name, values in extra.items():
-            if values.shape[:2] != normed.shape[:2]:
+            shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            if not isinstance(values, Tensor) or values.shape[:2] != normed.shape[:2]:
                 raise ConfigError(
-                    f"MODEL.EXTRA_HEADS: {name} gives {tuple(values.shape)} for queries {tuple(normed.shape)}; it must "
-                    "begin with the number of images and of queries."
+                    f"MODEL.EXTRA_HEADS: {name} gives {shape} for queries {tuple(normed.shape)}; give a tensor that "
+                    "begins with the number of images and of queries."
                 )
-        return StagePrediction(stage, self.class_embed(normed), boxes, masks, queries, extra)
+        return extra
+
+    def check_extra(self) -> None:
+        """Raise ConfigError if a further head gives something else than values of its queries."""
+        if len(self.extra):
+            self.extra_values(torch.zeros(2, 37, self.dim, device=self.class_embed.weight.device))

@@ -235,6 +235,7 @@ def test_classes_are_weighed() -> None:
     for options, said in (
         ({"MODEL.CLASS_WEIGHTS": [1.0]}, "has 1 numbers.*NUM_CLASSES is 5"),
         ({"MODEL.CLASS_WEIGHTS": [1.0, 1.0, 1.0, 1.0, -1.0]}, "at least 0"),
+        ({"MODEL.CLASS_WEIGHTS": ["a", 1.0, 1.0, 1.0, 1.0]}, "at least 0"),
         ({"MODEL.IGNORE_CROWD_SHARE": 1.5}, "IGNORE_CROWD_SHARE is 1.5"),
     ):
         with pytest.raises(ConfigError, match=said):
