@@ -50,7 +50,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     import_modules(args.modules)
     weights = args.weights or [1.0] * len(args.runs)
-    if len(weights) != len(args.runs) or not all(0 < weight < float("inf") for weight in weights):
+    if len(weights) != len(args.runs) or not all(0 < weight < 1e9 for weight in weights):
         raise UserError(f"--weights has {len(weights)} numbers for {len(args.runs)} runs; give each a positive one.")
     files = [find_results(run, args.dataset) for run in args.runs]
     evaluator = build(args) if args.dataset else None

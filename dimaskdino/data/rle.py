@@ -32,12 +32,14 @@ def checked_rle(segmentation: Rle, size: Size) -> Rle:
         raise ValueError("an RLE without size or counts") from None
     if given != tuple(size) or not all(isinstance(side, int | np.integer) for side in given):
         raise ValueError("an RLE of another size than the image")
+    if len(given) != 2 or min(given) < 1:
+        raise ValueError(f"an RLE of the size {given}, which is no (height, width)")
     if isinstance(counts, str):
         counts = counts.encode("utf-8")
     if not isinstance(counts, bytes | list):
         raise ValueError("an RLE whose counts are neither text nor a list")
     runs = run_lengths(counts) if isinstance(counts, bytes) else np.array(counts)
-    if runs.dtype.kind not in "iu" or (runs < 0).any() or runs.sum() != size[0] * size[1]:
+    if runs.dtype.kind not in "iu" or not ((runs >= 0) & (runs < 2**32)).all() or runs.sum() != size[0] * size[1]:
         raise ValueError("an RLE whose runs do not cover the image")
     if isinstance(counts, list):
         return mask_util.frPyObjects({"size": list(size), "counts": counts}, *size)

@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 Result = dict[str, Any]
 
+_LARGEST_PX = 1e7  # more than any image has, and fewer than float32 has exactly
+
 RESULTS_FILE = "coco_instances_results.json"
 # Where a folder may hold its results: a run, an evaluation, or tools/predict.py's.
 _PLACES = ("inference/{dataset}/" + RESULTS_FILE, "inference/" + RESULTS_FILE, RESULTS_FILE, "coco_results.json")
@@ -58,18 +60,23 @@ def _checked(result: Any, name: str) -> Result:
     missing = [key for key in ("image_id", "category_id", "score") if not isinstance(result, dict) or key not in result]
     if missing:
         raise UserError(f"{name} has no {missing[0]}; give detections in COCO's results format.")
+    for key in ("image_id", "category_id"):
+        if not isinstance(result[key], int | float | str) or isinstance(result[key], bool):
+            raise UserError(f"{name} has the {key} {result[key]!r:.40}; ids are numbers or text.")
     if not isinstance(result["score"], int | float) or not 0 <= result["score"] <= 1:
         raise UserError(f"{name} has the score {result['score']!r:.40}; scores are numbers from 0 to 1.")
     mask = result.get("segmentation")
     if mask is not None:
         try:
-            mask = checked_rle(mask, tuple(mask["size"]))
-        except (KeyError, TypeError, ValueError) as error:
+            mask = checked_rle(mask, mask["size"] if isinstance(mask, dict) and "size" in mask else ())
+        except (TypeError, ValueError) as error:
             raise UserError(f"{name} has a mask that cannot be used ({error}); masks are RLE.") from error
     box = result.get("bbox", mask and mask_util.toBbox(mask).tolist())
     numbers = isinstance(box, list) and all(isinstance(side, int | float) and math.isfinite(side) for side in box)
     if not numbers or len(box) != 4:
         raise UserError(f"{name} has neither a box of four numbers (x, y, width, height) nor a mask.")
+    if min(box[2:]) < 0 or max(map(abs, box)) > _LARGEST_PX:
+        raise UserError(f"{name} has the box {box}; give x, y, width, height in pixels.")
     kept = {key: result[key] for key in ("image_id", "category_id", "score")} | {"bbox": box}
     return kept if mask is None else kept | {"segmentation": mask}
 
@@ -96,7 +103,11 @@ def join_results(sources: Sequence[Sequence[Result]], fusion: Fusion) -> list[Re
     with_masks = not any(boxes_alone)
     if not with_masks and any("segmentation" in result for source in sources for result in source):
         logger.warning("Masks are left out: in the runs, in their order, %s detections have none.", boxes_alone)
-    categories = list({result["category_id"]: None for source in sources for result in source})
+    of_runs = [{result["category_id"]: None for result in source} for source in sources]
+    if len(of_runs) > 1 and all(of_runs) and not set.intersection(*map(set, of_runs)):
+        first = [next(iter(each)) for each in of_runs]
+        logger.warning("The runs have no category_id in common (they begin with %s), so no objects are joined.", first)
+    categories = list({category: None for each in of_runs for category in each})
     index_of = {category: index for index, category in enumerate(categories)}
     joined: list[Result] = []
     for image, parts in by_image.items():

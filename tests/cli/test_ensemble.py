@@ -118,6 +118,22 @@ def test_masks_that_some_runs_lack_are_left_out_aloud(run, tmp_path: Path, caplo
     assert "Masks are left out: in the runs, in their order, [0, 1] detections have none." in caplog.text
     (found,) = json.loads((tmp_path / "out" / "coco_instances_results.json").read_text())
     assert "segmentation" not in found
+    third = write(tmp_path / "third.json", detection(5, [0, 0, 20, 20], 0.5, category="7"))
+    assert run("tools/ensemble.py", one, third, "--output", tmp_path / "out").status == 0
+    assert "no category_id in common (they begin with [7, '7'])" in caplog.text
+
+
+# What one detection has in place of the usual, by the word that the error shows.
+ODD = {
+    "category_id": {"category_id": [7]},
+    "image_id": {"image_id": None},
+    "width": {"bbox": [9, 9, -9, -9]},
+    "pixels": {"bbox": [0, 0, 1e300, 1]},
+    "size": {"segmentation": {"size": [-40, -60], "counts": [2400]}},
+    "height": {"segmentation": {"size": [40, 60, 1], "counts": "x"}},
+    "runs": {"segmentation": {"size": SIZE, "counts": [2**63 - 1, 2**63 - 1, 2402]}},
+    "RLE": {"segmentation": []},
+}
 
 
 @pytest.mark.parametrize(
@@ -137,6 +153,8 @@ def test_masks_that_some_runs_lack_are_left_out_aloud(run, tmp_path: Path, caplo
         (["good.json", "others.json", "--dataset", "ensemble_farm"], "others.json: .*image 9"),
         (["good.json", "category.json", "--dataset", "ensemble_farm"], "category.json: .*category 8.*ensemble_farm"),
         (["good.json", "--dataset", "ensemble_frm"], "ensemble_frm"),
+        (["good.json", "--weights", "1e308"], "--weights"),
+        *((["good.json", f"{odd}.json"], rf"{odd}\.json: detection number 1 has .*{odd}") for odd in ODD),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
@@ -152,6 +170,8 @@ def test_what_does_not_fit_is_named_in_one_line(run, farm: Path, flags: list[str
     write(farm / "garbage.json", good | {"segmentation": {"size": SIZE, "counts": "garbage!!"}})
     write(farm / "polygons.json", good | {"segmentation": [[0, 0, 9, 0, 9, 9]]})
     write(farm / "category.json", good | {"category_id": 8})
+    for name, odd in ODD.items():
+        write(farm / f"{name}.json", good | odd)
     paths = [farm / flag if flag.endswith(".json") or flag == "empty" else flag for flag in flags]
     done = run("tools/ensemble.py", *paths, "--output", farm / "out")
     assert done.status == 2
