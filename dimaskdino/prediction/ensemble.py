@@ -68,7 +68,7 @@ def _checked(result: Any, name: str) -> Result:
     mask = result.get("segmentation")
     if mask is not None:
         try:
-            mask = checked_rle(mask, mask["size"] if isinstance(mask, dict) and "size" in mask else ())
+            mask = checked_rle(mask, mask["size"] if isinstance(mask, dict) and "size" in mask else (0, 0))
         except (TypeError, ValueError) as error:
             raise UserError(f"{name} has a mask that cannot be used ({error}); masks are RLE.") from error
     box = result.get("bbox", mask and mask_util.toBbox(mask).tolist())
