@@ -61,15 +61,11 @@ def watched(model: DIMaskDINO) -> Iterator[list[Any]]:
     def keep_frame(module: nn.Module, args: tuple, output: Any) -> None:
         seen[1] = args[2]
 
-    hooks = [
+    with (
         model.sem_seg_head.register_forward_hook(keep_output),
         model.post_processor.register_forward_hook(keep_frame),
-    ]
-    try:
+    ):
         yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def compare_stages(output: DecoderOutput, frame: Frame, truth: TrueObjects, model: DIMaskDINO) -> list[SeenStage]:

@@ -101,12 +101,11 @@ def _watching(model: nn.Module, done: Replay) -> Iterator[None]:
 
         return look
 
-    hooks = [each.register_forward_hook(watch(name)) for name, each in model.named_modules() if name]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if name:
+                hooks.enter_context(module.register_forward_hook(watch(name)))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

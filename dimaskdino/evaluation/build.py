@@ -188,22 +188,16 @@ def _check_methods(name: str, module: str, made: Any) -> None:
 @EVALUATOR_REGISTRY.register()
 def coco(cfg: CfgNode, dataset_name: str, output_folder: str) -> DatasetEvaluator:
     """AP of boxes and masks, of several stages where TEST.EVAL_LAYERS names them."""
-    final = CocoEvaluator(
-        dataset_name=dataset_name,
-        output_dir=output_folder,
-        seen_only=_seen_only(cfg),
-        max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
-        options=CocoOptions.from_config(cfg),
-    )
+    options = CocoOptions.from_config(cfg)
+    final = CocoEvaluator(dataset_name=dataset_name, options=options, **_of_instances(cfg, output_folder))
     return _by_stage(cfg, final, output_folder)
 
 
 @EVALUATOR_REGISTRY.register()
 def lvis(cfg: CfgNode, dataset_name: str, output_folder: str) -> DatasetEvaluator:
     """LVIS's AP of boxes and masks, of several stages where TEST.EVAL_LAYERS names them."""
-    limit = cfg.TEST.DETECTIONS_PER_IMAGE
-    options = {"output_dir": output_folder, "seen_only": _seen_only(cfg), "max_detections": limit}
-    return _by_stage(cfg, LvisEvaluator(dataset_name=dataset_name, **options), output_folder)
+    final = LvisEvaluator(dataset_name=dataset_name, **_of_instances(cfg, output_folder))
+    return _by_stage(cfg, final, output_folder)
 
 
 @EVALUATOR_REGISTRY.register()
@@ -215,10 +209,8 @@ def coco_panoptic_seg(cfg: CfgNode, dataset_name: str, output_folder: str) -> Da
     parts: list[DatasetEvaluator] = []
     instances, things = register_things(dataset_name)
     if test.INSTANCE_ON and things:
-        seen_only, limit = _seen_only(cfg), cfg.TEST.DETECTIONS_PER_IMAGE
-        options = {"output_dir": output_folder, "seen_only": seen_only, "max_detections": limit}
-        options["options"] = CocoOptions.from_config(cfg)
-        parts.append(ThingsEvaluator(CocoEvaluator(dataset_name=instances, **options), things))
+        arguments = {"options": CocoOptions.from_config(cfg), **_of_instances(cfg, output_folder)}
+        parts.append(ThingsEvaluator(things=things, dataset_name=instances, **arguments))
     if test.PANOPTIC_ON:
         parts.append(PanopticEvaluator(dataset_name=dataset_name, output_dir=output_folder))
     if test.SEMANTIC_ON:
@@ -238,9 +230,12 @@ def cityscapes_sem_seg(cfg: CfgNode, dataset_name: str, output_folder: str) -> D
     return sem_seg(cfg, dataset_name, output_folder)
 
 
-def _seen_only(cfg: CfgNode) -> bool:
-    """Whether a part of the dataset is predicted, and so scored, alone."""
-    return bool(cfg.DATASETS.MAX_IMAGES > 0 or cfg.DATASETS.FOLDS.NUM)
+def _of_instances(cfg: CfgNode, output_folder: str) -> dict[str, Any]:
+    """Arguments of every evaluator of instances."""
+    # Of a part of a dataset, only that part is scored.
+    seen_only = bool(cfg.DATASETS.MAX_IMAGES > 0 or cfg.DATASETS.FOLDS.NUM)
+    limit = cfg.TEST.DETECTIONS_PER_IMAGE
+    return {"output_dir": output_folder, "seen_only": seen_only, "max_detections": limit}
 
 
 def _semantic(cfg: CfgNode, dataset_name: str, output_folder: str) -> SemanticEvaluator:

@@ -215,38 +215,22 @@ class SemanticEvaluator(DatasetEvaluator):
         return {"sem_seg": scores}
 
 
-class ThingsEvaluator(DatasetEvaluator):
+class ThingsEvaluator(CocoEvaluator):
     """AP of the instances of thing classes, numbered among the things; those of stuff do not count."""
 
-    def __init__(self, coco: CocoEvaluator, things: Sequence[int]) -> None:
-        self._coco, self._things = coco, list(things)
-        self._of_things = torch.tensor(self._things)
-        self._place = torch.zeros(max(self._things) + 1, dtype=torch.int64)
-        self._place[self._things] = torch.arange(len(self._things))
-
-    def for_stage(self, name: str) -> "ThingsEvaluator":
-        """An empty evaluator with the same ground truth."""
-        return ThingsEvaluator(self._coco.for_stage(name), self._things)
-
-    def reset(self) -> None:
-        """Forget all predictions."""
-        self._coco.reset()
+    def __init__(self, *, things: Sequence[int], **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._things = torch.tensor(list(things))
+        self._place = torch.zeros(max(things) + 1, dtype=torch.int64)
+        self._place[self._things] = torch.arange(len(things))
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
         """Add the predicted ``instances`` of a batch."""
         for image, output in zip(inputs, outputs, strict=True):
             instances = output["instances"].to(torch.device("cpu"))
-            instances = instances[torch.isin(instances.pred_classes, self._of_things)]
+            instances = instances[torch.isin(instances.pred_classes, self._things)]
             instances.pred_classes = self._place[instances.pred_classes]
-            self._coco.process([image], [{"instances": instances}])
-
-    def evaluate(self) -> dict[str, Scores]:
-        """Score the predictions of all processes and log the table."""
-        return self._coco.evaluate()
-
-    def score(self) -> dict[str, Scores]:
-        """Score the predictions of all processes."""
-        return self._coco.score()
+            super().process([image], [{"instances": instances}])
 
 
 def register_things(name: str) -> tuple[str, list[int]]:

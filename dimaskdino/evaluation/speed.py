@@ -55,12 +55,8 @@ class ForwardTimer:
 def timed(model: nn.Module, device: torch.device | None = None) -> Iterator[ForwardTimer]:
     """Time every forward pass of ``model`` inside the block; see :class:`ForwardTimer`."""
     timer = ForwardTimer(model, device)
-    hooks = [timer.model.register_forward_pre_hook(timer.before), timer.model.register_forward_hook(timer.after)]
-    try:
+    with timer.model.register_forward_pre_hook(timer.before), timer.model.register_forward_hook(timer.after):
         yield timer
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 class SpeedEvaluator(DatasetEvaluator):

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,25 +53,19 @@ def average_top_k(distances: Sequence[float], k: int) -> float:
     return sum(largest) / len(largest)
 
 
-class _Recorder:
-    """Keeps what a decoder starts from and gives, while it is open."""
+@contextmanager
+def _recorded(decoder: Any) -> Iterator[dict[str, Any]]:
+    """Inside the block, the dictionary holds the anchors that the decoder last started from, and its last stage."""
+    kept: dict[str, Any] = {}
 
-    def __init__(self, decoder: Any) -> None:
-        self._hooks = [
-            decoder.layers[0].register_forward_pre_hook(self._keep_anchors),
-            decoder.register_forward_hook(self._keep_output),
-        ]
+    def keep_anchors(layer: nn.Module, given: tuple[Any, ...]) -> None:
+        kept["anchors"] = given[2].float()  # content, position, reference boxes
 
-    def _keep_anchors(self, layer: nn.Module, given: tuple[Any, ...]) -> None:
-        self.anchors: Tensor = given[2].float()  # content, position, reference boxes
+    def keep_output(decoder: nn.Module, given: Any, output: Any) -> None:
+        kept["stage"] = output.stages[-1]
 
-    def _keep_output(self, decoder: nn.Module, given: Any, output: Any) -> None:
-        self.result = output.stages[-1]
-
-    def close(self) -> None:
-        """Stop keeping."""
-        for hook in self._hooks:
-            hook.remove()
+    with decoder.layers[0].register_forward_pre_hook(keep_anchors), decoder.register_forward_hook(keep_output):
+        yield kept
 
 
 @torch.no_grad()
@@ -87,21 +82,18 @@ def object_distances(model: Any, images: Iterable[Mapping[str, Any]]) -> Iterato
 
     Source: DINO, section 3.3.
     """
-    recorder = _Recorder(model.sem_seg_head.predictor)
-    try:
+    with _recorded(model.sem_seg_head.predictor) as kept:
         for image in images:
             height, width = image["image"].shape[-2:]
             targets = Targets.from_instances(
                 image["instances"], height, width, model.num_classes, model.device, with_masks=False
             )
             model([image])
-            ((queries, objects),) = model.criterion.matcher([recorder.result], [targets])[0]
+            ((queries, objects),) = model.criterion.matcher([kept["stage"]], [targets])[0]
             boxes = targets.boxes[objects]
             area_px2 = boxes[:, 2:].prod(-1) * image["height"] * image["width"]
-            distance = (recorder.anchors[0, queries] - boxes).abs().sum(-1)
+            distance = (kept["anchors"][0, queries] - boxes).abs().sum(-1)
             yield ObjectDistances(distance.cpu(), (area_px2 < SMALL_PX2).cpu())
-    finally:
-        recorder.close()
 
 
 def measure_run(folder: Path, progress: Progress = no_progress) -> Distances:
