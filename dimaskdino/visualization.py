@@ -52,21 +52,13 @@ def to_picture(pixels: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class Objects:
-    """Objects of one image, or segments of a panoptic or semantic map.
+    """Objects of one image, or segments of a panoptic or semantic map."""
 
-    Attributes:
-        classes: class index of each.
-        names: class name of each.
-        scores: in [0, 1]; None for ground truth.
-        boxes: (N, 4) xyxy px, nan for an object without one; None for segments, which have masks alone.
-        masks: N masks (H, W) bool; None for objects with boxes alone.
-    """
-
-    classes: Sequence[int]
-    names: Sequence[str]
-    scores: Sequence[float] | None = None
-    boxes: np.ndarray | None = None
-    masks: Sequence[np.ndarray] | np.ndarray | None = None
+    classes: Sequence[int]  # class index of each
+    names: Sequence[str]  # class name of each
+    scores: Sequence[float] | None = None  # in [0, 1]; None for ground truth
+    boxes: np.ndarray | None = None  # (N, 4) xyxy px, nan for an object without one; None for segments
+    masks: Sequence[np.ndarray] | np.ndarray | None = None  # N masks (H, W) bool; None for objects with boxes alone
 
     @classmethod
     def from_instances(cls, instances: Instances, class_names: Sequence[str]) -> "Objects":

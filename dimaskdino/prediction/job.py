@@ -33,33 +33,19 @@ _AHEAD = 4  # inputs that are read, or results that wait to be written, for each
 
 @dataclass(kw_only=True)
 class Job:
-    """Predicts inputs and writes what is found.
+    """Predicts inputs and writes what is found."""
 
-    Attributes:
-        read: the path of an image to what ``predict`` takes.
-        predict: images that were read, or frames (H, W, 3) RGB, and their sources to predictions.
-        outputs: writes the files of an image.
-        records: what is done.
-        batch_size: images that go through the model together.
-        pictures: draw videos.
-        by_instance: a color for each object in videos.
-        track_score: track the objects of videos that score at least this; None does not track.
-        image_ids: ids of images by file name; others have their place among the inputs, from 1.
-        max_frames: of a camera or video; None is all.
-        failed: what could not be predicted, with the reason.
-    """
-
-    read: Read
-    predict: Predict
-    outputs: Outputs
-    records: Records
-    batch_size: int = 1
-    pictures: bool = True
-    by_instance: bool = False
-    track_score: float | None = None
-    image_ids: Mapping[str, Any] = field(default_factory=dict)
-    max_frames: int | None = None
-    failed: list[str] = field(default_factory=list)
+    read: Read  # the path of an image to what ``predict`` takes
+    predict: Predict  # images that were read, or frames (H, W, 3) RGB, and their sources to predictions
+    outputs: Outputs  # writes the files of an image
+    records: Records  # what is done
+    batch_size: int = 1  # images that go through the model together
+    pictures: bool = True  # draw videos
+    by_instance: bool = False  # a color for each object in videos
+    track_score: float | None = None  # track the objects of videos that score at least this; None does not track
+    image_ids: Mapping[str, Any] = field(default_factory=dict)  # by file name; others are numbered from 1, as inputs
+    max_frames: int | None = None  # of a camera or video; None is all
+    failed: list[str] = field(default_factory=list)  # what could not be predicted, and why
 
     def run(self, sources: Sequence[Source]) -> None:
         """Predict all inputs in their order, with a progress bar; bad ones are noted in :attr:`failed`."""

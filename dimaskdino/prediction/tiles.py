@@ -27,18 +27,10 @@ Region = tuple[int, int, int, int]  # left, top, right, bottom, px
 
 @dataclass(frozen=True)
 class Tiling:
-    """Square tiles that overlap.
+    """Square tiles that overlap; raises ConfigError for a number out of range."""
 
-    Attributes:
-        side: of a tile, px.
-        overlap: share of the side that neighbors have in common. Objects up to this size are whole in some tile.
-
-    Raises:
-        ConfigError: a number out of range.
-    """
-
-    side: int
-    overlap: float = 0.2
+    side: int  # px
+    overlap: float = 0.2  # share of the side that neighbors have in common; objects up to this size are whole in a tile
 
     def __post_init__(self) -> None:
         """Check the range of both."""

@@ -5,6 +5,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,14 @@ class Problems:
     def add(self, where: str, problem: str) -> None:
         """Remember one."""
         self.found.append(f"{where}: {problem}")
+
+    @contextmanager
+    def at(self, where: str) -> Iterator[None]:
+        """Remember what a ValueError in the block says; what follows the block goes on."""
+        try:
+            yield
+        except ValueError as error:
+            self.add(where, str(error))
 
     def leave_out(self, objects: Sequence[LabeledObject], since: int) -> bool:
         """Whether an image lost all of its objects to the problems after the first ``since``: it is no background."""
@@ -149,10 +158,8 @@ def checked(images: Sequence[LabeledImage], problems: Problems) -> list[LabeledI
     for image in images:
         objects, since = [], len(problems.found)
         for each in image.objects:
-            try:
+            with problems.at(each.where):
                 objects.append(_checked(each, image.size, problems))
-            except ValueError as error:
-                problems.add(each.where, str(error))
         if problems.leave_out(objects, since):
             continue
         problems.notes["images without objects (background)"] += not objects

@@ -40,10 +40,8 @@ def read_masks(
             continue
         else:
             used[file] = path
-            try:
+            with problems.at(str(file)):
                 image.objects.extend(_objects(file, image.size, list(classes), instances=instances))
-            except ValueError as error:
-                problems.add(str(file), str(error))
         if not problems.leave_out(image.objects, since):
             found.append(image)
     if not used:

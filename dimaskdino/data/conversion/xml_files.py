@@ -117,10 +117,8 @@ def read_voc(
             continue
         for number, node in enumerate(root.all("object"), start=1):
             where = f"{file}, line {node.line}"
-            try:
+            with problems.at(where):
                 image.objects.append(_voc_object(node, where, one_based, None if masks is None else masks == number))
-            except ValueError as error:
-                problems.add(where, str(error))
         if not problems.leave_out(image.objects, since):
             found.append(image)
     return found, known_classes(found, classes, problems)

@@ -83,19 +83,15 @@ def _candidates(image: Path, source: Path, root: Path) -> list[Path]:
 
 
 def _objects(file: Path, size: tuple[int, int], names: list[str], problems: Problems) -> list[LabeledObject]:
-    objects = []
-    try:
+    objects: list[LabeledObject] = []
+    lines: list[str] = []
+    with problems.at(str(file)):
         lines = read_text(file).splitlines()
-    except ValueError as error:
-        problems.add(str(file), str(error))
-        return []
     for number, line in enumerate(lines, start=1):
         if line.strip():
             where = f"{file}, line {number}"
-            try:
+            with problems.at(where):
                 objects.append(_object(line.split(), where, size, names, problems))
-            except ValueError as error:
-                problems.add(where, str(error))
     return objects
 
 

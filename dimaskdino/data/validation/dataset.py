@@ -26,32 +26,23 @@ PORTION = 5_000  # objects that are looked at together
 
 @dataclass(frozen=True)
 class Picture:
-    """An image of a dataset: its path, its size where the dataset says it, and its annotations."""
+    """An image of a dataset."""
 
     path: str
-    size: Size | None
+    size: Size | None  # where the dataset gives it
     annotations: Sequence[Json]
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset to check.
+    """A dataset to check."""
 
-    Attributes:
-        name: in detectron2's catalog.
-        source: its annotation file, or "" for a function.
-        classes: category id -> class name, in the order of the class indices.
-        pictures: its images in the order that they are loaded in.
-        annotated: whether it has annotations at all.
-        listing: what is wrong with its lists, apart from the objects.
-    """
-
-    name: str
-    source: str
-    classes: dict[Any, str]
-    pictures: list[Picture]
-    annotated: bool
-    listing: list[Found]
+    name: str  # in detectron2's catalog
+    source: str  # its annotation file, or "" for a function
+    classes: dict[Any, str]  # category id -> class name, in the order of the class indices
+    pictures: list[Picture]  # in the order in which they are loaded
+    annotated: bool  # whether it has annotations at all
+    listing: list[Found]  # what is wrong with its lists, apart from the objects
 
     def rules(self, *, with_masks: bool, scored: bool) -> Rules:
         """The rules for its annotations."""

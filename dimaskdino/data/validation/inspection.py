@@ -15,19 +15,12 @@ from dimaskdino.errors import DatasetError
 
 @dataclass(frozen=True)
 class Inspection:
-    """A dataset and what is wrong with it.
-
-    Attributes:
-        dataset: what was inspected.
-        counts: its objects.
-        findings: everything that is wrong.
-        exif: what EXIF does to its photos, and which way of reading them fits the labels; "" if no photo has it.
-    """
+    """A dataset and what is wrong with it."""
 
     dataset: Dataset
-    counts: Counts
+    counts: Counts  # its objects
     findings: list[Finding]
-    exif: str
+    exif: str  # what EXIF does to its photos, and which way of reading them fits the labels; "" if no photo has it
 
 
 def inspect_dataset(

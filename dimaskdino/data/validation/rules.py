@@ -44,19 +44,12 @@ class Level(enum.Enum):
 
 
 class Problem(NamedTuple):
-    """One thing that is wrong.
+    """One thing that is wrong."""
 
-    Attributes:
-        kind: what is wrong, the same text for everything that has this problem.
-        level: what it leads to.
-        detail: the values in this case.
-        remedy: what the user can do, as far as ``kind`` does not say it.
-    """
-
-    kind: str
-    level: Level
-    detail: str = ""
-    remedy: str = ""
+    kind: str  # what is wrong, the same text for everything that has this problem
+    level: Level  # what it leads to
+    detail: str = ""  # the values in this case
+    remedy: str = ""  # what the user can do, where ``kind`` does not say it
 
     def __str__(self) -> str:
         """The problem in one line, without its place."""
@@ -68,19 +61,12 @@ class MaskError(ValueError):
 
 
 class Shape(NamedTuple):
-    """What a mask or a box covers.
+    """What a mask or a box covers."""
 
-    Attributes:
-        extent: of the corners of polygons, of the pixels of an RLE, or the box.
-        area: of the polygons, pixels or box, in square pixels.
-        polygons: those of at least three points; empty for an RLE and for a box.
-        rle: the mask, for an RLE.
-    """
-
-    extent: Extent
-    area: float
-    polygons: list[Any]
-    rle: Rle | None = None
+    extent: Extent  # of the corners of polygons, of the pixels of an RLE, or the box
+    area: float  # of the polygons, pixels or box, in square pixels
+    polygons: list[Any]  # those of at least three points; empty for an RLE and for a box
+    rle: Rle | None = None  # the mask, for an RLE
 
     @classmethod
     def of_box(cls, box: Extent) -> "Shape":
@@ -105,19 +91,12 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """The rules for the annotations of one dataset.
+    """The rules for the annotations of one dataset."""
 
-    Args:
-        categories: known category ids, each with its class name.
-        with_masks: whether the model needs masks; otherwise boxes are enough.
-        scored: whether predictions are compared with these annotations, which need more for that than for training.
-        in_file: whether they come from a COCO file, where boxes are x, y, width, height and have an area beside them.
-    """
-
-    categories: Mapping[Any, str]
-    with_masks: bool = True
-    scored: bool = False
-    in_file: bool = False
+    categories: Mapping[Any, str]  # class name by known category id
+    with_masks: bool = True  # whether the model needs masks; otherwise boxes are enough
+    scored: bool = False  # whether predictions are compared with these annotations, which asks more of them
+    in_file: bool = False  # whether they come from a COCO file: boxes are x, y, width, height, with an area beside them
 
     def problems(self, annotation: Json, size: Size | None) -> list[Problem]:
         """Find everything that is wrong with an annotation.

@@ -41,17 +41,11 @@ class Plain(msgspec.Struct, gc=False):
 
 
 class Look(NamedTuple):
-    """What a quick look finds.
+    """What a quick look finds."""
 
-    Attributes:
-        fine: (n,) bool; True if :meth:`Rules.problems` would find nothing wrong, False if that is not known.
-        kept: (n,) bool; True if, in addition, training keeps the object and its image has no duplicate of it.
-        classes: (n,) int, index of the class among the rules' categories; only valid where ``fine``.
-    """
-
-    fine: np.ndarray
-    kept: np.ndarray
-    classes: np.ndarray
+    fine: np.ndarray  # (n,) bool; True if :meth:`Rules.problems` would find nothing wrong, False if that is not known
+    kept: np.ndarray  # (n,) bool; True if, in addition, training keeps the object and its image has no duplicate of it
+    classes: np.ndarray  # (n,) int, index of the class among the rules' categories; only valid where ``fine``
 
 
 _decode = msgspec.json.Decoder(list[Plain]).decode
