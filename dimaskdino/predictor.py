@@ -18,7 +18,14 @@ from dimaskdino.data.coco_file import category_names, read_json
 from dimaskdino.data.datasets import register_all
 from dimaskdino.data.readers import image_reader
 from dimaskdino.data.transforms import test_resize
-from dimaskdino.errors import CheckpointError, ConfigError, UserError, check_range, file_errors_in_one_line
+from dimaskdino.errors import (
+    CheckpointError,
+    ConfigError,
+    UserError,
+    check_choice,
+    check_range,
+    file_errors_in_one_line,
+)
 from dimaskdino.modeling.meta_arch import build_model
 from dimaskdino.prediction.augmented import AugmentedModel, check_augmentation, whole_images
 from dimaskdino.prediction.canvases import Canvas, open_canvas
@@ -81,8 +88,7 @@ class Predictor:
         layers: str | Sequence[str] = (),
         **refinement: Any,
     ) -> None:
-        if channels not in CHANNEL_ORDERS:
-            raise ConfigError(f"channels is {channels!r}; it must be one of {', '.join(CHANNEL_ORDERS)}.")
+        check_choice("channels", channels, CHANNEL_ORDERS)
         check_range("batch_size", batch_size, 1)
         self.input_format, self.batch_size = channels, batch_size
         self.refine = Refinement(**refinement)

@@ -13,7 +13,7 @@ from typing import Any
 
 from dimaskdino.command_line import add_model_flags, at_least, fraction, import_modules
 from dimaskdino.cpu import keep_freed_memory
-from dimaskdino.errors import UserError, run_cli
+from dimaskdino.errors import UserError, require, run_cli
 
 
 def parse_args() -> argparse.Namespace:
@@ -107,10 +107,7 @@ def build_page(browser: Browser, score: float) -> Any:
         UserError: gradio is missing.
     """
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # a local page tells nobody
-    try:
-        import gradio
-    except ImportError as error:
-        raise UserError('The page needs the package gradio: pip install "dimaskdino[browse]".') from error
+    gradio: Any = require("gradio", "The page", "browse")
 
     def look(
         image: np.ndarray | None, first: str, second: str, layer: str, task: str, score: float

@@ -17,7 +17,7 @@ from dimaskdino.data.pixels import augment
 from dimaskdino.data.readers import PilReader, Reader, image_reader
 from dimaskdino.data.rle import Size
 from dimaskdino.data.transforms import large_scale_jitter, shortest_edge, test_resize
-from dimaskdino.errors import ConfigError, DatasetError, make_part
+from dimaskdino.errors import ConfigError, DatasetError, check_choice, make_part
 
 Mapper = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -123,33 +123,30 @@ class InstanceMapper:
 
 
 @MAPPER_REGISTRY.register()
-def coco_instance_lsj(cfg: CfgNode, *, is_train: bool, with_instances: bool, with_masks: bool = True) -> InstanceMapper:
+def coco_instance_lsj(cfg: CfgNode, **use: bool) -> InstanceMapper:
     """Large-scale jitter on a square canvas in training."""
-    return _instance_mapper(cfg, large_scale_jitter, is_train, with_instances, with_masks)
+    return _instance_mapper(cfg, large_scale_jitter, **use)
 
 
 @MAPPER_REGISTRY.register()
-def coco_instance_detr(
-    cfg: CfgNode, *, is_train: bool, with_instances: bool, with_masks: bool = True
-) -> InstanceMapper:
+def coco_instance_detr(cfg: CfgNode, **use: bool) -> InstanceMapper:
     """DETR's resizing of the shortest edge, with its random crop if asked for, in training."""
-    return _instance_mapper(cfg, shortest_edge, is_train, with_instances, with_masks)
+    return _instance_mapper(cfg, shortest_edge, **use)
 
 
 @MAPPER_REGISTRY.register()
-def coco_detection_detr(
-    cfg: CfgNode, *, is_train: bool, with_instances: bool, with_masks: bool = False
-) -> InstanceMapper:
+def coco_detection_detr(cfg: CfgNode, *, with_masks: bool = False, **use: bool) -> InstanceMapper:
     """As coco_instance_detr, with boxes alone."""
-    return coco_instance_detr(cfg, is_train=is_train, with_instances=with_instances, with_masks=with_masks)
+    return coco_instance_detr(cfg, with_masks=with_masks, **use)
 
 
 def mapper_arguments(
     cfg: CfgNode,
     default: Callable[[CfgNode], list[T.Augmentation]],
+    *,
     is_train: bool,
     with_instances: bool,
-    with_masks: bool,
+    with_masks: bool = True,
 ) -> dict[str, Any]:
     """Arguments of :class:`InstanceMapper` that mappers of every task take.
 
@@ -170,19 +167,13 @@ def mapper_arguments(
     }
 
 
-def _instance_mapper(
-    cfg: CfgNode,
-    default: Callable[[CfgNode], list[T.Augmentation]],
-    is_train: bool,
-    with_instances: bool,
-    with_masks: bool,
-) -> InstanceMapper:
+def _instance_mapper(cfg: CfgNode, default: Callable[[CfgNode], list[T.Augmentation]], **use: bool) -> InstanceMapper:
     return InstanceMapper(
         fields=cfg.INPUT.ANNOTATION_FIELDS,
         annotated_boxes=cfg.INPUT.BOXES_OF_ANNOTATIONS,
         partial_labels=cfg.INPUT.PARTIAL_LABELS,
         crowd=cfg.MODEL.IGNORE_CROWD_SHARE > 0,
-        **mapper_arguments(cfg, default, is_train, with_instances, with_masks),
+        **mapper_arguments(cfg, default, **use),
     )
 
 
@@ -201,9 +192,7 @@ def build_mapper(
         ConfigError: if no mapper has that name, it cannot be made, or its augmentations contradict each other.
     """
     name = cfg.INPUT.DATASET_MAPPER_NAME
-    if name not in MAPPER_REGISTRY:
-        known = ", ".join(sorted(known_name for known_name, _ in MAPPER_REGISTRY))
-        raise ConfigError(f"INPUT.DATASET_MAPPER_NAME is {name!r}; known mappers: {known}.")
+    check_choice("INPUT.DATASET_MAPPER_NAME", name, sorted(known for known, _ in MAPPER_REGISTRY))
     options = {} if with_masks else {"with_masks": False}
     wanted = is_train if with_instances is None else with_instances
     options |= {"is_train": is_train, "with_instances": wanted}

@@ -48,21 +48,19 @@ class SemanticMapper(InstanceMapper):
 
 
 @MAPPER_REGISTRY.register()
-def coco_panoptic_lsj(cfg: CfgNode, *, is_train: bool, with_instances: bool, with_masks: bool = True) -> PanopticMapper:
+def coco_panoptic_lsj(cfg: CfgNode, **use: bool) -> PanopticMapper:
     """Panoptic labels, large-scale jitter on a square canvas in training."""
-    arguments = mapper_arguments(cfg, large_scale_jitter, is_train, with_instances, with_masks)
-    return PanopticMapper(crowd=cfg.MODEL.IGNORE_CROWD_SHARE > 0, **arguments)
+    crowd = cfg.MODEL.IGNORE_CROWD_SHARE > 0
+    return PanopticMapper(crowd=crowd, **mapper_arguments(cfg, large_scale_jitter, **use))
 
 
 @MAPPER_REGISTRY.register()
-def mask_former_semantic(
-    cfg: CfgNode, *, is_train: bool, with_instances: bool, with_masks: bool = True
-) -> SemanticMapper:
+def mask_former_semantic(cfg: CfgNode, **use: bool) -> SemanticMapper:
     """Semantic labels, MaskFormer's resize, crop and padding in training."""
-    if is_train and copy_paste(cfg):
+    if use["is_train"] and copy_paste(cfg):
         raise ConfigError("INPUT.AUGMENTATIONS lists CopyPaste, which needs objects, not a map of classes; remove it.")
-    arguments = mapper_arguments(cfg, semantic_crop, is_train, with_instances, with_masks)
-    return SemanticMapper(ignore=cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE, **arguments)
+    ignore = cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
+    return SemanticMapper(ignore=ignore, **mapper_arguments(cfg, semantic_crop, **use))
 
 
 def semantic_crop(cfg: CfgNode) -> list[T.Augmentation]:

@@ -73,10 +73,11 @@ def _names(folders: Sequence[Path]) -> list[str]:
 def _read_run(folder: Path) -> dict[str, Series]:
     path = folder / METRICS_FILE
     series: dict[str, Series] = {}
-    for line, iteration in records(path):
-        for name, value in json.loads(line).items():
-            if name != "iteration" and isinstance(value, int | float) and math.isfinite(value):
-                series.setdefault(name, {})[iteration] = float(value)
+    for _, record in records(path):
+        at = record.pop("iteration")
+        for name, value in record.items():
+            if isinstance(value, int | float) and math.isfinite(value):
+                series.setdefault(name, {})[at] = float(value)
     if not series:
         raise UserError(f"{path} has no records; give the OUTPUT_DIR of a run that has trained for 20 iterations.")
     return series

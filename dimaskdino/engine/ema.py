@@ -4,11 +4,9 @@ import contextlib
 from collections.abc import Iterator, Mapping
 
 import torch
-from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from torch import Tensor, nn
 
-from dimaskdino.engine.run_folder import in_subfolder
 from dimaskdino.layers.shards import local, part_of
 
 
@@ -67,8 +65,3 @@ class UpdateAverage(HookBase):
     def after_step(self) -> None:
         """Update."""
         self._average.update(self.trainer.iter)
-
-
-def in_ema_folder(cfg: CfgNode) -> CfgNode:
-    """``cfg`` for the evaluation of the average, whose results are under OUTPUT_DIR/ema."""
-    return in_subfolder(cfg, "ema")

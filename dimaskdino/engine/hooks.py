@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dimaskdino.checkpoint import BEST, Checkpointer
 from dimaskdino.engine.writers import WINDOW
-from dimaskdino.errors import ConfigError, check_choice, make_part
+from dimaskdino.errors import ConfigError, check_choice, check_range, make_part
 from dimaskdino.modeling.meta_arch import needs_masks
 from dimaskdino.structures import is_final_loss
 
@@ -319,9 +319,8 @@ def check_best(cfg: CfgNode) -> None:
         ConfigError: names the keys that contradict each other.
     """
     metric, patience = cfg.TEST.BEST_METRIC, cfg.TEST.EARLY_STOP_PATIENCE
-    if patience < 0 or cfg.SOLVER.CHECKPOINT_KEEP < 0:
-        key = "TEST.EARLY_STOP_PATIENCE" if patience < 0 else "SOLVER.CHECKPOINT_KEEP"
-        raise ConfigError(f"{key} is {min(patience, cfg.SOLVER.CHECKPOINT_KEEP)}; it must be at least 0.")
+    check_range("TEST.EARLY_STOP_PATIENCE", patience, 0)
+    check_range("SOLVER.CHECKPOINT_KEEP", cfg.SOLVER.CHECKPOINT_KEEP, 0)
     if metric and not cfg.DATASETS.TEST:
         raise ConfigError(f"TEST.BEST_METRIC is {metric!r}, but DATASETS.TEST is empty; name a dataset, or unset it.")
     if metric and (reason := _why_never_computed(cfg, metric)):

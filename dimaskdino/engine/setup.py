@@ -342,8 +342,7 @@ def _schedule(cfg: Config, num_images: int) -> dict[str, Any]:
     """
     node = cfg.SOLVER.AUTO_SCHEDULE
     for name, least in (("EPOCHS", 0), ("MIN_ITER", 1)):
-        if node[name] < least:
-            raise ConfigError(f"SOLVER.AUTO_SCHEDULE.{name} is {node[name]}; it must be at least {least}.")
+        check_range(f"SOLVER.AUTO_SCHEDULE.{name}", node[name], least)
     batch = max(cfg.SOLVER.IMS_PER_BATCH, 1)  # A smaller one is refused later.
     iterations = max(node.MIN_ITER, math.ceil(node.EPOCHS * num_images / batch))
     steps = {round(step * iterations / cfg.SOLVER.MAX_ITER) for step in cfg.SOLVER.STEPS}

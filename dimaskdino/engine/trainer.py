@@ -27,7 +27,7 @@ from dimaskdino.checkpoint import AVERAGE, Checkpointer
 from dimaskdino.data import build_mapper, build_test_loader, build_train_loader, register_all
 from dimaskdino.data.loaders import test_entries
 from dimaskdino.engine.devices import distribute, evaluation_autocast, is_sharding, training_dtype, whole_weights
-from dimaskdino.engine.ema import AveragedWeights, UpdateAverage, in_ema_folder
+from dimaskdino.engine.ema import AveragedWeights, UpdateAverage
 from dimaskdino.engine.hooks import (
     AverageRunningStatistics,
     EvaluateWhenTrained,
@@ -146,7 +146,7 @@ class Trainer(ResumableTrainer):
         results = test(self.cfg, self.model)
         if self._average:
             with self._average.applied():
-                results = {**results, "ema": test(in_ema_folder(self.cfg), self.model)}
+                results = {**results, "ema": test(in_subfolder(self.cfg, "ema"), self.model)}
         self._last_eval_results = results
         return results
 
@@ -287,7 +287,7 @@ def evaluate(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
         results = Trainer.test_with_views(cfg, model)
         if resume and AVERAGE in content:
             model.load_state_dict(content[AVERAGE])
-            results = {**results, "ema": Trainer.test_with_views(in_ema_folder(cfg), model)}
+            results = {**results, "ema": Trainer.test_with_views(in_subfolder(cfg, "ema"), model)}
     if comm.is_main_process():
         verify_results(cfg, results)
     return results

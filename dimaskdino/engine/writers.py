@@ -17,7 +17,7 @@ from detectron2.utils.registry import Registry
 
 from dimaskdino.checkpoint import replacing
 from dimaskdino.config import flatten
-from dimaskdino.errors import ConfigError
+from dimaskdino.errors import ConfigError, check_choice, check_range
 
 logger = logging.getLogger(__name__)
 
@@ -65,33 +65,40 @@ class MetricsFile(JSONWriter):
 
 def last_record(path: Path) -> int:
     """The last iteration in a metrics.json; -1 if there is none."""
-    return max((iteration for _, iteration in records(path)), default=-1)
+    return max((record["iteration"] for _, record in records(path)), default=-1)
 
 
 def record_of(path: Path, iteration: int) -> dict[str, float]:
     """What a metrics.json holds of one iteration."""
-    return {key: value for line, at in records(path) if at == iteration for key, value in json.loads(line).items()}
+    found = [record for _, record in records(path) if record["iteration"] == iteration]
+    return {key: value for record in found for key, value in record.items()}
 
 
 def cut_records(path: Path, last: int) -> None:
     """Remove the records after iteration ``last`` from a metrics.json, and lines that are not whole."""
     if not path.is_file():
         return
-    kept = [f"{line}\n" for line, iteration in records(path) if iteration <= last]
+    kept = [f"{line}\n" for line, record in records(path) if record["iteration"] <= last]
     if (text := "".join(kept)) != path.read_text(encoding="utf-8", errors="replace"):
         with replacing(path) as partial:
             partial.write_text(text, encoding="utf-8")
         logger.info("Removed the records after iteration %d from %s.", last, path)
 
 
-def records(path: Path) -> Iterator[tuple[str, int]]:
-    """The readable lines of a metrics.json with their iterations."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    for line in text.splitlines():
-        try:
-            yield line, int(json.loads(line)["iteration"])
-        except (ValueError, TypeError, KeyError):
-            continue
+def records(path: Path, holding: str = "", *, last_bytes: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of a metrics.json, or of its end, that hold a text, and their content; lines cut off are skipped."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        file.seek(max(path.stat().st_size - last_bytes, 0) if last_bytes else 0)
+        lines = file.read().decode(errors="replace").splitlines()
+    for line in lines:
+        if holding in line:
+            try:
+                record = json.loads(line)
+                yield line, record | {"iteration": int(record["iteration"])}
+            except (ValueError, TypeError, KeyError):
+                continue
 
 
 def changed_settings(before: str, now: str) -> list[str]:
@@ -241,13 +248,11 @@ def check_writers(cfg: CfgNode) -> None:
     Raises:
         ConfigError: a writer is not registered, needs a package, or is missing; a number is out of range.
     """
-    if cfg.LOG.PICTURES < 0:
-        raise ConfigError(f"LOG.PICTURES is {cfg.LOG.PICTURES}; it must be at least 0.")
+    check_range("LOG.PICTURES", cfg.LOG.PICTURES, 0)
     names = list(cfg.LOG.WRITERS)
     known = sorted(name for name, _ in WRITER_REGISTRY)
     for name in names:
-        if name not in known:
-            raise ConfigError(f"LOG.WRITERS names {name!r}; these are registered: {', '.join(known)}.")
+        check_choice("An entry of LOG.WRITERS", name, known)
         package = PACKAGES.get(name)
         if package and importlib.util.find_spec(package) is None:
             raise ConfigError(f"LOG.WRITERS names {name!r}, which needs a package: pip install 'dimaskdino[{name}]'.")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dimaskdino.data.images import upright
 from dimaskdino.data.readers import Reader
-from dimaskdino.errors import UserError
+from dimaskdino.errors import UserError, check_choice
 
 CHANNEL_ORDERS = ("RGB", "BGR")
 
@@ -98,8 +98,7 @@ def check_depth(image: Image.Image, name: str) -> None:
 
 
 def _from_array(array: np.ndarray, channels: str) -> np.ndarray:
-    if channels not in CHANNEL_ORDERS:
-        raise UserError(f"channels is {channels!r}; it must be one of {', '.join(CHANNEL_ORDERS)}.")
+    check_choice("channels", channels, CHANNEL_ORDERS)
     array = array[..., None] if array.ndim == 2 else array
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape:
         raise UserError(

@@ -20,11 +20,11 @@ from dimaskdino.data.datasets import register_all
 from dimaskdino.data.datasets.registration import load_dataset
 from dimaskdino.data.parallel import Progress, no_progress
 from dimaskdino.data.validation.dataset import find_dataset
+from dimaskdino.engine.writers import METRICS_FILE, records
 from dimaskdino.errors import UserError
 from dimaskdino.modeling.meta_arch import build_model
 from dimaskdino.predictor import default_device
 from dimaskdino.reproduction.charts import RUN_STYLES
-from dimaskdino.reproduction.runs import read_records
 from dimaskdino.reproduction.tables import EPOCH_IMAGES
 from dimaskdino.structures import Targets
 
@@ -159,12 +159,12 @@ def score_curve(folder: Path, label: str, metric: str, epoch_images: int | None 
     Raises:
         UserError: the folder holds no run, no such score, or the images of an epoch are not known.
     """
-    path = folder / "metrics.json"
+    path = folder / METRICS_FILE
     if not path.is_file():
         raise UserError(f"{folder} is not the folder of a training: it has no metrics.json.")
     # An evaluation that was repeated counts once.
-    scores = {record["iteration"]: record[metric] for record in read_records(path, f'"{metric}"') if metric in record}
-    scores = {iteration: score for iteration, score in scores.items() if isinstance(score, int | float)}
+    found = {record["iteration"]: record.get(metric) for _, record in records(path, f'"{metric}"')}
+    scores = {iteration: score for iteration, score in found.items() if isinstance(score, int | float)}
     if not scores:
         raise UserError(
             f"{path} has no {metric}: evaluate during the training (TEST.EVAL_PERIOD), or name another score."

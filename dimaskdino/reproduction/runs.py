@@ -4,13 +4,14 @@ import functools
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from dimaskdino.config import Config, flatten, get_cfg, read_config, read_yaml
+from dimaskdino.engine.writers import METRICS_FILE, records
 from dimaskdino.errors import ConfigError, UserError
 from dimaskdino.evaluation.report import stage_columns
 from dimaskdino.evaluation.speed import SPEED_FILE
@@ -98,10 +99,10 @@ class Run:
     @property
     def is_finished(self) -> bool:
         """Whether it was trained to its end and evaluated there."""
-        path, tasks = self.folder / "metrics.json", list(self._scores())
-        if not (path.is_file() and tasks):
+        if not (tasks := list(self._scores())):
             return False
-        evaluated = [record["iteration"] for record in read_records(path, f'"{tasks[0]}/', last_bytes=_TAIL_BYTES)]
+        found = records(self.folder / METRICS_FILE, f'"{tasks[0]}/', last_bytes=_TAIL_BYTES)
+        evaluated = [record["iteration"] for _, record in found]
         return bool(evaluated) and evaluated[-1] >= self.max_iter
 
     @property
@@ -160,7 +161,7 @@ class Run:
     def _check_config(self) -> None:
         path = self.folder / "config.yaml"
         # A training that ended before its first iteration leaves nothing that another one could be confused with.
-        if not (path.is_file() and (self.has_checkpoint or (self.folder / "metrics.json").is_file())):
+        if not (path.is_file() and (self.has_checkpoint or (self.folder / METRICS_FILE).is_file())):
             return
         found = differences(read_yaml(str(path)), self.cfg)
         if found:
@@ -193,8 +194,7 @@ def differences(of_run: Mapping[str, Any], cfg: Config) -> list[str]:
 
 def seconds_per_iteration(folder: Path) -> float | None:
     """The median over the training in ``folder``; None if too few iterations were trained."""
-    path = folder / "metrics.json"
-    times = [record["time"] for record in read_records(path, '"time"')] if path.is_file() else []
+    times = [record["time"] for _, record in records(folder / METRICS_FILE, '"time"')]
     return median(times) if times else None
 
 
@@ -267,20 +267,6 @@ def _read_json(path: Path, kind: type, advice: str) -> Any:
     if not isinstance(content, kind):
         raise UserError(f"{path} holds a {type(content).__name__}, not a {kind.__name__}. {advice}")
     return content
-
-
-def read_records(path: Path, holding: str, *, last_bytes: int = 0) -> Iterator[dict[str, Any]]:
-    """The records of a metrics.json, or of its end, that hold a text; lines cut off by a crash are skipped."""
-    with path.open("rb") as file:
-        file.seek(max(path.stat().st_size - last_bytes, 0) if last_bytes else 0)
-        lines = file.read().decode(errors="replace").splitlines()
-    for line in lines:
-        if holding in line:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            yield record
 
 
 def _plain(cfg: Config) -> dict[str, Any]:

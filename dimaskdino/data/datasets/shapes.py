@@ -35,7 +35,7 @@ from dimaskdino.data.datasets.shapes_drawing import (
 )
 from dimaskdino.data.datasets.shapes_labels import visible_object
 from dimaskdino.data.parallel import parallel_map
-from dimaskdino.errors import ConfigError, DatasetError
+from dimaskdino.errors import DatasetError, check_range
 
 logger = logging.getLogger(__name__)
 
@@ -65,9 +65,7 @@ class ShapesSpec:
     def __post_init__(self) -> None:
         """Refuse numbers out of range."""
         for name, least in (("num_train", 1), ("num_val", 1), ("image_size", SMALLEST_SIDE), ("seed", 0)):
-            value = getattr(self, name)
-            if value < least:
-                raise ConfigError(f"DATASETS.SHAPES.{name.upper()} is {value}; it must be at least {least}.")
+            check_range(f"DATASETS.SHAPES.{name.upper()}", getattr(self, name), least)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> "ShapesSpec":
