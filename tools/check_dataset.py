@@ -59,12 +59,12 @@ from dimaskdino.data.label_maps import read_label_map, read_segment_ids
 from dimaskdino.data.orders import Samples
 from dimaskdino.data.parallel import Progress
 from dimaskdino.data.readers import PilReader, Reader, image_reader
-from dimaskdino.data.rle import Size
 from dimaskdino.data.validation.dataset import Dataset, find_dataset
-from dimaskdino.data.validation.inspection import inspect_dataset
+from dimaskdino.data.validation.files import inspect_dataset
 from dimaskdino.data.validation.report import Finding, problem_table, region_kind
 from dimaskdino.data.validation.rules import read_mask
 from dimaskdino.data.validation.segmentation import inspect_segmentation, label_file, truth_of
+from dimaskdino.structures.rle_masks import Size
 from dimaskdino.visualization import Objects, draw_objects, to_picture
 
 PROBLEMS_STATUS = 1

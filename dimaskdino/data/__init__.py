@@ -1,6 +1,5 @@
 """Datasets, mappers, loaders and checks; knows detectron2, not the model."""
 
-from dimaskdino.data import segmentation  # noqa: F401  (registers mappers)
 from dimaskdino.data.datasets import register_all
 from dimaskdino.data.loaders import build_test_loader, build_train_loader
 from dimaskdino.data.mapper import build_mapper

@@ -15,10 +15,9 @@ from detectron2.structures import BitMasks, Boxes, BoxMode, Instances
 from pycocotools import mask as mask_util
 
 from dimaskdino.data.fields import fields_of
-from dimaskdino.data.rle import Rle, Size
 from dimaskdino.data.validation.rules import MISSING_MASK, Level, Rules, Shape, has_mask, read_mask
 from dimaskdino.errors import DatasetError
-from dimaskdino.structures.rle_masks import crop_of
+from dimaskdino.structures.rle_masks import Rle, Size, crop_of
 
 Annotation = dict[str, Any]
 Box = tuple[float, float, float, float]  # xyxy in pixels

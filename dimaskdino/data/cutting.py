@@ -5,9 +5,8 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as mask_util
 
-from dimaskdino.data.rle import Rle, Size
 from dimaskdino.data.validation.rules import Shape, has_mask, read_mask
-from dimaskdino.structures.rle_masks import crop_of
+from dimaskdino.structures.rle_masks import Rle, Size, crop_of
 
 Json = dict[str, Any]
 

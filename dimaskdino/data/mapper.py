@@ -13,11 +13,12 @@ from dimaskdino.data.augmentations import copy_paste, own_augmentations
 from dimaskdino.data.copy_paste import CopyPaste
 from dimaskdino.data.fields import unlabeled_classes
 from dimaskdino.data.images import size_problem
+from dimaskdino.data.label_maps import panoptic_annotations, read_segments, read_semantic, semantic_annotations
 from dimaskdino.data.pixels import augment
 from dimaskdino.data.readers import PilReader, Reader, image_reader
-from dimaskdino.data.rle import Size
-from dimaskdino.data.transforms import large_scale_jitter, shortest_edge, test_resize
+from dimaskdino.data.transforms import large_scale_jitter, semantic_crop, shortest_edge, test_resize
 from dimaskdino.errors import ConfigError, DatasetError, check_choice, make_part
+from dimaskdino.structures.rle_masks import Size
 
 Mapper = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -122,6 +123,38 @@ class InstanceMapper:
             raise DatasetError(f"Image {entry['file_name']} is {problem}.")
 
 
+class PanopticMapper(InstanceMapper):
+    """Reads an image and its panoptic PNG; every segment that is no crowd region is an object.
+
+    The box of an object encloses its mask, for stuff as for things.
+    """
+
+    def read_labels(self, entry: dict[str, Any], size: tuple[int, int]) -> tuple[list[Annotation], None]:
+        """The segments of an image."""
+        if "segments_info" not in entry:
+            raise DatasetError(f"Image {entry['file_name']} has no panoptic labels (pan_seg_file_name, segments_info).")
+        return panoptic_annotations(read_segments(entry, size), entry["segments_info"]), None
+
+
+class SemanticMapper(InstanceMapper):
+    """Reads an image and its label map; what a class covers in the image is one object.
+
+    Pixels without a class have the label ``ignore``.
+    """
+
+    def __init__(self, *, ignore: int, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.ignore = ignore
+
+    def read_labels(self, entry: dict[str, Any], size: tuple[int, int]) -> tuple[list[Annotation], np.ndarray]:
+        """The classes of an image."""
+        if "sem_seg_file_name" not in entry and "segments_info" not in entry:
+            raise DatasetError(f"Image {entry['file_name']} has no semantic labels (sem_seg_file_name).")
+        labels = read_semantic(entry, num_classes=self.num_classes, ignore=self.ignore, size=size)
+        # Resized by detectron2 in floating point, as labels may be larger than 255; only the choice of a crop sees it.
+        return semantic_annotations(labels, self.ignore), labels.astype(np.float32)
+
+
 @MAPPER_REGISTRY.register()
 def coco_instance_lsj(cfg: CfgNode, **use: bool) -> InstanceMapper:
     """Large-scale jitter on a square canvas in training."""
@@ -138,6 +171,22 @@ def coco_instance_detr(cfg: CfgNode, **use: bool) -> InstanceMapper:
 def coco_detection_detr(cfg: CfgNode, *, with_masks: bool = False, **use: bool) -> InstanceMapper:
     """As coco_instance_detr, with boxes alone."""
     return coco_instance_detr(cfg, with_masks=with_masks, **use)
+
+
+@MAPPER_REGISTRY.register()
+def coco_panoptic_lsj(cfg: CfgNode, **use: bool) -> PanopticMapper:
+    """Panoptic labels, large-scale jitter on a square canvas in training."""
+    crowd = cfg.MODEL.IGNORE_CROWD_SHARE > 0
+    return PanopticMapper(crowd=crowd, **mapper_arguments(cfg, large_scale_jitter, **use))
+
+
+@MAPPER_REGISTRY.register()
+def mask_former_semantic(cfg: CfgNode, **use: bool) -> SemanticMapper:
+    """Semantic labels, MaskFormer's resize, crop and padding in training."""
+    if use["is_train"] and copy_paste(cfg):
+        raise ConfigError("INPUT.AUGMENTATIONS lists CopyPaste, which needs objects, not a map of classes; remove it.")
+    ignore = cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
+    return SemanticMapper(ignore=ignore, **mapper_arguments(cfg, semantic_crop, **use))
 
 
 def mapper_arguments(

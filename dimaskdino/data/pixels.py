@@ -10,8 +10,8 @@ from fvcore.transforms.transform import CropTransform, HFlipTransform, NoOpTrans
 from PIL import Image
 from torch import Tensor
 
-from dimaskdino.data.rle import Size
 from dimaskdino.data.transforms import KeepAPixel
+from dimaskdino.structures.rle_masks import Size
 
 # Augmentations that look at the size of an image alone, so that its pixels can wait for those that follow.
 _BY_SIZE = (T.RandomFlip, KeepAPixel, T.FixedSizeCrop)

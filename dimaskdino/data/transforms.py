@@ -65,6 +65,33 @@ def shortest_edge(cfg: CfgNode) -> list[T.Augmentation]:
     return [*augmentations, KeepAPixel(T.ResizeShortestEdge(sizes, cfg.INPUT.MAX_SIZE_TRAIN, style))]
 
 
+def semantic_crop(cfg: CfgNode) -> list[T.Augmentation]:
+    """Resize the shortest edge, crop if wanted, distort colors if wanted, flip, and pad to INPUT.SIZE_DIVISIBILITY.
+
+    Args:
+        cfg: reads INPUT.{MIN_SIZE_TRAIN, MAX_SIZE_TRAIN, MIN_SIZE_TRAIN_SAMPLING, CROP, COLOR_AUG_SSD, RANDOM_FLIP,
+            SIZE_DIVISIBILITY}.
+
+    Source: MaskFormer (Cheng et al., 2021), section 4.1.
+    """
+    sizes, style = cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING
+    augmentations: list[T.Augmentation] = [KeepAPixel(T.ResizeShortestEdge(sizes, cfg.INPUT.MAX_SIZE_TRAIN, style))]
+    crop = cfg.INPUT.CROP
+    if crop.ENABLED and crop.SINGLE_CATEGORY_MAX_AREA < 1:
+        augmentations.append(
+            T.RandomCrop_CategoryAreaConstraint(
+                crop.TYPE, crop.SIZE, crop.SINGLE_CATEGORY_MAX_AREA, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
+            )
+        )
+    elif crop.ENABLED:
+        augmentations.append(T.RandomCrop(crop.TYPE, crop.SIZE))
+    augmentations += color_and_flip(cfg)
+    side = cfg.INPUT.SIZE_DIVISIBILITY
+    if side > 0:
+        augmentations.append(T.FixedSizeCrop((side, side), pad_value=pad_value(cfg, PAD_VALUE)))
+    return augmentations
+
+
 def test_resize(cfg: CfgNode) -> list[T.Augmentation]:
     """Resize the shortest edge to INPUT.MIN_SIZE_TEST, the longest staying within INPUT.MAX_SIZE_TEST."""
     return [KeepAPixel(T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, "choice"))]

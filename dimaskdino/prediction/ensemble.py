@@ -11,10 +11,9 @@ from detectron2.structures import Boxes, Instances
 from pycocotools import mask as mask_util
 
 from dimaskdino.data.coco_file import read_json
-from dimaskdino.data.rle import checked_rle
 from dimaskdino.errors import DatasetError, UserError
 from dimaskdino.prediction.fusion import Fusion
-from dimaskdino.structures import RleMasks, instances_to_coco
+from dimaskdino.structures.rle_masks import RleMasks, checked_rle, instances_to_coco
 
 logger = logging.getLogger(__name__)
 

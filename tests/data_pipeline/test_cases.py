@@ -18,7 +18,7 @@ from PIL import Image
 from dimaskdino.config import Config
 from dimaskdino.data import build_mapper, build_test_loader, build_train_loader, register_all
 from dimaskdino.data.datasets.registration import load_dataset
-from dimaskdino.data.validation.inspection import Inspection, inspect_dataset
+from dimaskdino.data.validation.files import Inspection, inspect_dataset
 from dimaskdino.data.validation.start import check_datasets
 from dimaskdino.errors import ConfigError, DatasetError, UserError
 from dimaskdino.evaluation import CocoEvaluator, build_evaluator

@@ -16,7 +16,7 @@ from PIL import Image
 from dimaskdino.config import Config
 from dimaskdino.data import register_all
 from dimaskdino.data.datasets.registration import register_coco_format
-from dimaskdino.data.validation.inspection import Inspection, inspect_dataset
+from dimaskdino.data.validation.files import Inspection, inspect_dataset
 from dimaskdino.data.validation.report import Finding, problem_table
 from dimaskdino.errors import DatasetError
 from tests.data_pipeline.conftest import HEIGHT, WIDTH, Json

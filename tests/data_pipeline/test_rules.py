@@ -16,15 +16,15 @@ from dimaskdino.config import Config
 from dimaskdino.data import build_mapper
 from dimaskdino.data.coco_file import Annotations
 from dimaskdino.data.datasets.registration import load_dataset
-from dimaskdino.data.rle import checked_rle, run_lengths
 from dimaskdino.data.validation import screen
 from dimaskdino.data.validation.dataset import open_file
-from dimaskdino.data.validation.inspection import inspect_dataset
+from dimaskdino.data.validation.files import inspect_dataset
 from dimaskdino.data.validation.report import Counts
 from dimaskdino.data.validation.rules import Level, Rules
 from dimaskdino.data.validation.screen import look
 from dimaskdino.data.validation.start import check_datasets
 from dimaskdino.errors import DatasetError
+from dimaskdino.structures.rle_masks import checked_rle, run_lengths
 from tests.data_pipeline.conftest import HEIGHT, POLYGON, WIDTH, Json
 
 pytestmark = pytest.mark.usefixtures("registrations")

@@ -12,8 +12,8 @@ from PIL import Image
 from dimaskdino.data.datasets.bdd100k import CLASSES, Finding, Task, annotation_file, find_tasks
 from dimaskdino.data.datasets.bdd100k_labels import labels_of_bitmask, labels_of_frame
 from dimaskdino.data.parallel import Progress, no_progress, parallel_map
-from dimaskdino.data.rle import Size
 from dimaskdino.errors import DatasetError
+from dimaskdino.structures.rle_masks import Size
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from matplotlib.transforms import Affine2D
 from pycocotools import mask as mask_util
 
 from dimaskdino.data.datasets.bdd100k import CLASSES
-from dimaskdino.data.rle import Rle, Size, checked_rle
+from dimaskdino.structures.rle_masks import Rle, Size, checked_rle
 
 PATH_CODES = {"L": Path.LINETO, "C": Path.CURVE4}
 DOTS_PER_INCH = 72  # any: only widths of lines depend on it, and none are drawn

@@ -18,9 +18,9 @@ from dimaskdino.data.coco_file import (
     read_coco,
     without_collecting,
 )
-from dimaskdino.data.rle import checked_rle
 from dimaskdino.data.shared import once_a_machine
 from dimaskdino.errors import DatasetError
+from dimaskdino.structures.rle_masks import checked_rle
 
 Json = dict[str, Any]
 

@@ -14,12 +14,12 @@ from detectron2.data.catalog import Metadata
 from dimaskdino.data.coco_file import annotations_by_image, category_names, read_coco
 from dimaskdino.data.datasets import data_root
 from dimaskdino.data.datasets.registration import is_coco_file, load_dataset, take_over
-from dimaskdino.data.rle import Size
 from dimaskdino.data.validation.coco import Found, listing_problems
 from dimaskdino.data.validation.report import Counts
 from dimaskdino.data.validation.rules import Json, Level, Problem, Rules, has_mask
 from dimaskdino.data.validation.screen import look
 from dimaskdino.errors import DatasetError
+from dimaskdino.structures.rle_masks import Size
 
 PORTION = 5_000  # objects that are looked at together
 

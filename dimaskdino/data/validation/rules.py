@@ -13,7 +13,7 @@ from detectron2.structures import BoxMode
 from pycocotools import mask as mask_util
 
 from dimaskdino.data.coco_file import MOST_PIXELS, Json
-from dimaskdino.data.rle import Rle, Size, checked_rle
+from dimaskdino.structures.rle_masks import Rle, Size, checked_rle
 
 Extent = tuple[float, float, float, float]  # xyxy in pixels
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from dimaskdino.data.coco_file import Annotations
-from dimaskdino.data.rle import Size
 from dimaskdino.data.validation.rules import (
     AREA_TOLERANCE,
     AREA_TOLERANCE_PX,
@@ -22,6 +21,7 @@ from dimaskdino.data.validation.rules import (
     Rules,
 )
 from dimaskdino.layers.ms_deform_attn_ops import COMPILED
+from dimaskdino.structures.rle_masks import Size
 
 ROUNDING = 1e-6  # sums here and in the rules may differ by this share: what is closer to a limit is left to the rules
 _WEIGHTS = np.sqrt((2.0, 3.0, 5.0, 7.0, 11.0))  # of a sum that is the same for the same class and box
