@@ -18,6 +18,7 @@ from dimaskdino.data.coco_file import category_names, read_json
 from dimaskdino.data.datasets import register_all
 from dimaskdino.data.readers import image_reader
 from dimaskdino.data.transforms import test_resize
+from dimaskdino.devices import usable_device
 from dimaskdino.errors import (
     CheckpointError,
     ConfigError,
@@ -254,26 +255,6 @@ def _read_saved(path: Path) -> tuple[Config, Path, Classes | None]:
             "or a file that Predictor.save wrote."
         )
     return config_of_dump(content[CONFIG_ENTRY]), path, Classes(**json.loads(content[CLASSES_ENTRY]))
-
-
-def default_device() -> str:
-    """The device of a tool that is given none: a GPU if there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def usable_device(name: str | None) -> str:
-    """The device that a user names, or :func:`default_device`.
-
-    Raises:
-        UserError: torch has no such device here.
-    """
-    name = name or default_device()
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"The device {name!r} cannot be used ({reason}); give cpu, or cuda:0 for a GPU.") from error
-    return name
 
 
 def _prepare(cfg: Config, device: str | None, refinement: Refinement) -> None:

@@ -182,7 +182,7 @@ def test_the_accelerator_refuses_what_a_gpu_refuses():
 
 
 # These choose a device, report it, or say what it can compute in; everything else takes it from its inputs.
-MAY_NAME_DEVICES = {"engine/launch.py", "engine/devices.py", "env.py", "layers/precision.py", "predictor.py"}
+MAY_NAME_DEVICES = {"engine/launch.py", "engine/devices.py", "env.py", "layers/precision.py", "devices.py"}
 
 
 def device_literals(path: Path) -> list[str]:

@@ -44,11 +44,11 @@ from dimaskdino.checkpoint import Checkpointer
 from dimaskdino.config import Config, read_config
 from dimaskdino.data.datasets import register_all
 from dimaskdino.data.transforms import test_resize
+from dimaskdino.devices import usable_device
 from dimaskdino.evaluation.speed import device_name
 from dimaskdino.modeling.meta_arch import build_model
 from dimaskdino.prediction.images import to_model_input, to_rgb
 from dimaskdino.prediction.outputs import check_writable
-from dimaskdino.predictor import usable_device
 
 
 def main() -> None:

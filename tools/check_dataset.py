@@ -60,7 +60,7 @@ from dimaskdino.data.orders import Samples
 from dimaskdino.data.parallel import Progress
 from dimaskdino.data.readers import PilReader, Reader, image_reader
 from dimaskdino.data.validation.dataset import Dataset, find_dataset
-from dimaskdino.data.validation.files import inspect_dataset
+from dimaskdino.data.validation.files import evenly_spread, inspect_dataset
 from dimaskdino.data.validation.report import Finding, problem_table, region_kind
 from dimaskdino.data.validation.rules import read_mask
 from dimaskdino.data.validation.segmentation import inspect_segmentation, label_file, truth_of
@@ -139,21 +139,14 @@ def write(findings: list[Finding], folder: Path) -> Path:
 def draw_samples(dataset: Dataset, count: int, folder: Path, reader: Reader | None = None) -> list[Path]:
     """Draw images that have annotations, chosen evenly over the dataset; skips those that cannot be read.
 
-    Args:
-        dataset: what to draw.
-        count: pictures to draw; fewer if fewer images have annotations.
-        folder: where they go, as PNG; made if missing.
-        reader: reads the images; None means PIL.
-
     Returns:
-        The pictures' paths.
+        The paths of at most ``count`` pictures, PNG files in ``folder``, which is made if missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
     reader = reader or PilReader("RGB")
     annotated = [picture for picture in dataset.pictures if picture.annotations]
-    chosen = np.unique(np.linspace(0, len(annotated) - 1, min(count, len(annotated))).astype(int))
     paths: list[Path] = []
-    for picture in (annotated[index] for index in chosen.tolist()):
+    for picture in (annotated[index] for index in evenly_spread(len(annotated), count)):
         try:
             pixels = to_picture(reader.read(picture.path))
         except DatasetError:
@@ -165,26 +158,14 @@ def draw_samples(dataset: Dataset, count: int, folder: Path, reader: Reader | No
 
 
 def draw_augmented(cfg: CfgNode, name: str, class_names: list[str], count: int, folder: Path) -> list[Path]:
-    """Draw images as the training mapper gives them, chosen evenly over the dataset.
-
-    Args:
-        cfg: reads INPUT and SEED.
-        name: of the dataset.
-        class_names: by class index.
-        count: pictures to draw.
-        folder: where they go, as PNG; made if missing.
-
-    Returns:
-        The pictures' paths.
-    """
+    """Draw images as the training mapper gives them; see :func:`draw_samples`. Reads the keys INPUT and SEED."""
     folder.mkdir(parents=True, exist_ok=True)
     cfg = cfg.clone()
     cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = len(class_names)
     entries = [entry for entry in load_dataset(name, cfg.INPUT.ANNOTATION_FIELDS) if entry.get("annotations")]
     samples = Samples(entries, build_mapper(cfg, is_train=True), max(cfg.SEED, 0))
     paths: list[Path] = []
-    chosen = np.unique(np.linspace(0, len(entries) - 1, min(count, len(entries))).astype(int)).tolist()
-    for place, index in enumerate(chosen):
+    for place, index in enumerate(evenly_spread(len(entries), count)):
         mapped = samples[place, index]
         pixels = mapped["image"].numpy().transpose(1, 2, 0)
         pixels = to_picture(pixels[..., ::-1] if cfg.INPUT.FORMAT == "BGR" and not cfg.INPUT.READER else pixels)
@@ -199,9 +180,8 @@ def draw_label_maps(
 ) -> list[Path]:
     """Draw images of a panoptic or semantic dataset with their segments or classes; see :func:`draw_samples`."""
     folder.mkdir(parents=True, exist_ok=True)
-    chosen = np.unique(np.linspace(0, len(entries) - 1, min(count, len(entries))).astype(int))
     paths: list[Path] = []
-    for entry in (entries[index] for index in chosen.tolist()):
+    for entry in (entries[index] for index in evenly_spread(len(entries), count)):
         segments = entry.get("segments_info")
         try:
             pixels = read_image(entry["file_name"], "RGB", apply_exif=apply_exif)

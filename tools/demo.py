@@ -52,7 +52,7 @@ if __name__ == "__main__":
 import numpy as np
 
 from dimaskdino.engine import Trainer, argument_parser, evaluate, launch, setup
-from dimaskdino.engine.launch import num_cores
+from dimaskdino.engine.launch import cpu_processes
 from dimaskdino.engine.pictures import rows_of_checkpoint, save_pictures
 from dimaskdino.engine.setup import load_config
 from dimaskdino.evaluation import coco_table, layer_table
@@ -60,8 +60,6 @@ from dimaskdino.evaluation.report import panoptic_table, semantic_table
 from dimaskdino.structures.stages import Stage
 from dimaskdino.visualization import save_grid
 
-# Two processes that average gradients use two cores better than two threads do.
-MAX_PROCESSES = 2
 # --quick evaluates on the pictures of the demo and trains on none.
 QUICK = ["DATASETS.SHAPES.NUM_TRAIN", "1"]
 SMOKE = [
@@ -103,7 +101,7 @@ def show_one(demo: argparse.Namespace) -> None:
     args = run_arguments(demo, demo.config_file, run)
     what = f"Evaluating {MODEL.name}" if demo.quick else "Training and evaluating"
     print(f"1. {what} on the CPU; all details are in {run}/log.txt", flush=True)
-    launch(work, args, cpu_processes=min(MAX_PROCESSES, num_cores()))
+    launch(work, args, cpu_processes=cpu_processes())
     print(f"\n{report(run)}\n")
     print("2. Drawing what the model finds", flush=True)
     picture = demo.output / "predictions.png"
@@ -120,7 +118,7 @@ def show_all(demo: argparse.Namespace) -> None:
         run = demo.output / task.config / "run"
         args = run_arguments(demo, str(CONFIGS / f"{task.config}.yaml"), run, resume=True)
         print(f"{number} of {len(TASKS)}. Training and evaluating {task.config}; details: {run}/log.txt", flush=True)
-        launch(work, args, cpu_processes=min(MAX_PROCESSES, num_cores()))
+        launch(work, args, cpu_processes=cpu_processes())
         print(f"\n{report(run)}\n", flush=True)
         if task.column:
             rows = rows_of_checkpoint(load_config(args), run / "model_final.pth", demo.pictures)

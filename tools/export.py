@@ -42,6 +42,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+from predict import DEMO_CONFIG, DEMO_WEIGHTS
 from predict_onnx import Model, open_onnx
 
 from dimaskdino import Predictor
@@ -50,8 +51,6 @@ from dimaskdino.export.formats import FORMATS, Export, require
 from dimaskdino.export.graph import ExportGraph, check_exportable, describe, has_enough_tokens, predict
 from dimaskdino.prediction.outputs import check_writable
 
-DEMO_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo" / "dimaskdino_shapes.yaml"
-DEMO_WEIGHTS = Path(__file__).resolve().with_name("demo_model.pth")
 CHECK_FAILED_STATUS = 1
 
 

@@ -41,13 +41,10 @@ if __name__ == "__main__":
     parse_args()  # --help and mistakes end here, before the imports that take seconds
 
 from dimaskdino.engine import Trainer, argument_parser, launch, setup
-from dimaskdino.engine.launch import num_cores
+from dimaskdino.engine.launch import cpu_processes
 from dimaskdino.engine.pictures import save_pictures
 from dimaskdino.engine.setup import load_config
 from dimaskdino.evaluation import coco_table
-
-# Two processes that average gradients use two cores better than two threads do.
-MAX_CPU_PROCESSES = 2
 
 
 def main() -> None:
@@ -56,7 +53,7 @@ def main() -> None:
     check_paths(own)
     started = time.perf_counter()
     args = run_arguments(own)
-    launch(work, args, cpu_processes=min(MAX_CPU_PROCESSES, num_cores()))
+    launch(work, args, cpu_processes=cpu_processes())
     results = own.output / "inference" / "results.json"
     print(f"\nAP in percent, on {own.val_json or own.json}\n\n{coco_table(json.loads(results.read_text()))}\n")
     weights, picture = own.output / "model_final.pth", own.output / "predictions.png"

@@ -80,10 +80,9 @@ def parse_args() -> argparse.Namespace:
 if __name__ == "__main__":
     parse_args()  # --help and mistakes end here, before the imports that take seconds
 
-import torch
-
 from dimaskdino import Predictor
 from dimaskdino.config import Config
+from dimaskdino.devices import device_of_process
 from dimaskdino.modeling.meta_arch import needs_masks
 from dimaskdino.prediction.canvases import Canvas
 from dimaskdino.prediction.inputs import Source, find_sources
@@ -151,7 +150,7 @@ def build_predictor(args: argparse.Namespace) -> Predictor:
         run,
         weights,
         options=[*keys, *args.opts],
-        device=device(args.device),
+        device=device_of_process(args.device),
         exif=False if args.no_exif else None,
         batch_size=args.batch_size,
         tile=args.tile,
@@ -176,13 +175,6 @@ def demo_model() -> tuple[Path, Path | None]:
         return DEMO_RUN, None
     print(f"No model is named, no {DEMO_RUN}: this is the repository's small model of colored shapes, {DEMO_WEIGHTS}")
     return DEMO_CONFIG, DEMO_WEIGHTS
-
-
-def device(asked: str | None) -> str | None:
-    """The device of this process: under torchrun each has a GPU of its own."""
-    if asked or not torch.cuda.is_available():
-        return asked
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
 
 
 def settings(args: argparse.Namespace, sources: list[Source]) -> dict[str, Any]:

@@ -42,12 +42,9 @@ def main() -> None:
     print(f"iteration {recorded['iteration']}, process {recorded['process']} of {recorded['processes']}")
     print("images: " + ", ".join(images))
     names = sorted({*recorded["losses"], *again.losses})
-    rows = [[name, *(each.get(name) for each in (recorded["losses"], again.losses))] for name in names]
+    rows = [[name, *(_shown(each.get(name)) for each in (recorded["losses"], again.losses))] for name in names]
     if rows:
-        shown = [
-            [name, *("" if value is None else f"{value.item():.7g}" for value in values)] for name, *values in rows
-        ]
-        print(tabulate(shown, ["loss", "then", "now"], disable_numparse=True))
+        print(tabulate(rows, ["loss", "then", "now"], disable_numparse=True))
     differing = again.differences(recorded)
     print(f"losses that differ in any bit: {len(differing)} of {len(names)}")
     print(f"not finite then: {', '.join(recorded['terms'])}")

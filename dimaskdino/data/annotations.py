@@ -77,26 +77,31 @@ def annotations_to_instances(
     objects = [annotation for annotation in annotations if not annotation.get("iscrowd", 0)]
     rules = Rules(categories=dict.fromkeys(range(num_classes), ""), with_masks=with_masks)
     _check(annotations, rules, source_size, file_name)
-    kept: list[Annotation] = []
-    regions: list[Region] = []
+    kept: dict[int, Region] = {}
     found = _regions(objects, transforms, source_size, target_size, with_masks=with_masks)
-    for each, region in zip(objects, found, strict=True):
-        if annotated_boxes and "bbox" in each:
-            region = region._replace(box=_region_of_box(each, transforms, target_size).box)
+    for index, region in enumerate(found):
+        if annotated_boxes and "bbox" in objects[index]:
+            region = region._replace(box=_region_of_box(objects[index], transforms, target_size).box)
         if Shape(region.box, 0, [], region.rle).has_pixel(target_size):
-            kept.append(each)
-            regions.append(region)
-    instances = Instances(target_size)
-    instances.gt_classes = torch.tensor([each["category_id"] for each in kept], dtype=torch.int64)
+            kept[index] = region
+    objects = [objects[index] for index in kept]
+    instances = _targets(objects, list(kept.values()), target_size, with_masks=with_masks)
+    for name, values in _optional_fields(annotations, objects, fields, file_name).items():
+        instances.set(name, values)
+    return instances
+
+
+def _targets(objects: list[Annotation], regions: list[Region], size: Size, *, with_masks: bool) -> Instances:
+    """Classes, boxes and masks of the objects that are kept."""
+    instances = Instances(size)
+    instances.gt_classes = torch.tensor([each["category_id"] for each in objects], dtype=torch.int64)
     boxes = torch.tensor([region.box for region in regions], dtype=torch.float32)
     instances.gt_boxes = Boxes(boxes.reshape(-1, 4))
     if with_masks:
         rles = [region.rle for region in regions]
-        instances.gt_masks = BitMasks(_unpack(rles, target_size))
+        instances.gt_masks = BitMasks(_unpack(rles, size))
         if None in rles:
             instances.gt_mask_supervised = torch.tensor([rle is not None for rle in rles])
-    for name, values in _optional_fields(annotations, kept, fields, file_name).items():
-        instances.set(name, values)
     return instances
 
 

@@ -67,6 +67,11 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def cpu_processes() -> int:
+    """Processes of a job on this machine's CPU: two that average gradients use two cores better than two threads do."""
+    return min(2, num_cores())
+
+
 def one_line(error: BaseException) -> str:
     """The message of ``error`` in one line, without the traceback that a data-loader worker wraps it in."""
     message = str(error).strip()

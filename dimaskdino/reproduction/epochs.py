@@ -20,10 +20,10 @@ from dimaskdino.data.datasets import register_all
 from dimaskdino.data.datasets.registration import load_dataset
 from dimaskdino.data.parallel import Progress, no_progress
 from dimaskdino.data.validation.dataset import find_dataset
+from dimaskdino.devices import default_device
 from dimaskdino.engine.writers import METRICS_FILE, records
 from dimaskdino.errors import UserError
 from dimaskdino.modeling.meta_arch import build_model
-from dimaskdino.predictor import default_device
 from dimaskdino.reproduction.charts import RUN_STYLES
 from dimaskdino.reproduction.tables import EPOCH_IMAGES
 from dimaskdino.structures import Targets

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dimaskdino.engine.launch import num_cores
+from dimaskdino.engine.launch import cpu_processes
 from dimaskdino.errors import UserError, require
 from dimaskdino.reproduction.runs import Run
 
@@ -23,8 +23,6 @@ Command = list[str]
 Execute = Callable[[Command], int]
 
 JOB_FILE = "slurm_job"  # holds the id of a run's job, so that no second one is submitted while it waits or runs
-# Two processes that average gradients use two cores better than two threads do.
-_MAX_CPU_PROCESSES = 2
 # How often submitit queues a job again after its time limit. Its own 3 would give up on most runs; this is enough for
 # every run, and still ends one that never reaches a checkpoint.
 _MAX_TIMEOUTS_KEY, _MAX_TIMEOUTS = "slurm_max_num_timeout", 1000
@@ -70,7 +68,7 @@ class Launcher:
     def _program(self, run: Run) -> Command:
         script = str(self.repository / "train_net.py")
         on_cpu = self.num_gpus == 0 or (self.num_gpus is None and torch.cuda.device_count() == 0)
-        processes = math.gcd(run.cfg.SOLVER.IMS_PER_BATCH, min(_MAX_CPU_PROCESSES, num_cores())) if on_cpu else 1
+        processes = math.gcd(run.cfg.SOLVER.IMS_PER_BATCH, cpu_processes()) if on_cpu else 1
         if processes == 1:
             return [sys.executable, script]
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 import sys
 import types
@@ -164,7 +165,7 @@ def test_two_processes_share_a_divisible_batch_on_a_cpu(
     num_gpus, available, cores, batch, processes, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: available)
-    monkeypatch.setattr(jobs, "num_cores", lambda: cores)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
     run = open_run(tmp_path, options=("SOLVER.IMS_PER_BATCH", str(batch)))
     command = Launcher(REPOSITORY, num_gpus).train(run)
     assert ("torch.distributed.run" in command) is (processes > 1)
