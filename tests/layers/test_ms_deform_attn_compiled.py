@@ -330,6 +330,13 @@ def test_autocast_samples_in_its_dtype_at_exact_locations(form, dtype):
         assert_close(one, other, dtype=dtype, factor=4)
 
 
+def spoiled(spoil, *names):
+    """Arguments of an op by name, some of them changed."""
+    case = Case(dtype=torch.float32, channels=4, shapes=SHAPES[:2], points=2, queries=FEW)
+    args = {name: flat(case.shapes) if name == "shapes" else getattr(case, name) for name in names}
+    return [spoil.get(name, lambda given: given)(value) for name, value in args.items()]
+
+
 @pytest.mark.parametrize(
     ("spoil", "error", "message"),
     [
@@ -351,13 +358,8 @@ def test_autocast_samples_in_its_dtype_at_exact_locations(form, dtype):
     ids=lambda x: "-".join(x) if isinstance(x, dict) else None,
 )
 def test_the_op_itself_refuses_what_it_could_not_read(spoil, error, message):
-    case = Case(dtype=torch.float32, channels=4, shapes=SHAPES[:2], points=2, queries=FEW)
-    args = {"grad": case.grad, "value": case.value, "shapes": flat(case.shapes)}
-    args |= {"locations": case.locations, "weights": case.weights}
-    for name, change in spoil.items():
-        args[name] = change(args[name])
     with pytest.raises(error, match=message):
-        torch.ops.dimaskdino.ms_deform_attn_backward(*args.values())
+        torch.ops.dimaskdino.ms_deform_attn_backward(*spoiled(spoil, "grad", "value", "shapes", "locations", "weights"))
 
 
 @pytest.mark.parametrize(
@@ -372,10 +374,5 @@ def test_the_op_itself_refuses_what_it_could_not_read(spoil, error, message):
     ids=lambda x: "-".join(x) if isinstance(x, dict) else None,
 )
 def test_the_fused_op_itself_refuses_what_it_could_not_read(spoil, error, message):
-    case = Case(dtype=torch.float32, channels=4, shapes=SHAPES[:2], points=2, queries=FEW)
-    args = {"value": case.value, "shapes": flat(case.shapes)}
-    args |= {"reference": case.reference, "offsets": case.offsets, "logits": case.logits}
-    for name, change in spoil.items():
-        args[name] = change(args[name])
     with pytest.raises(error, match=message):
-        torch.ops.dimaskdino.ms_deform_attn_fused(*args.values())
+        torch.ops.dimaskdino.ms_deform_attn_fused(*spoiled(spoil, "value", "shapes", "reference", "offsets", "logits"))

@@ -157,22 +157,14 @@ class Stub(torch.nn.Module):
         return self.output
 
 
-def test_selected_box_has_the_last_refinements_gradient_alone():
+@pytest.mark.parametrize("which", ["selected", "supervised"])
+def test_boxes_have_the_gradient_of_the_last_layer_alone(which):
     di = module()
     stubs = [torch.randn(2, 12, DIM, requires_grad=True) for _ in range(2)]
     di.layers = torch.nn.ModuleList(Stub(stub) for stub in stubs)
-    t_s2, _ = di(t_s1(), heads())
-    first, second = torch.autograd.grad(t_s2.boxes.sum(), stubs, allow_unused=True)
-    assert first is None
-    assert second.any()
-
-
-def test_supervised_box_has_its_own_layers_gradient_alone():
-    di = module()
-    stubs = [torch.randn(2, 12, DIM, requires_grad=True) for _ in range(2)]
-    di.layers = torch.nn.ModuleList(Stub(stub) for stub in stubs)
-    _, predictions = di(t_s1(), heads())
-    first, second = torch.autograd.grad(predictions[1].boxes.sum(), stubs, allow_unused=True)
+    t_s2, predictions = di(t_s1(), heads())
+    boxes = {"selected": t_s2, "supervised": predictions[1]}[which].boxes
+    first, second = torch.autograd.grad(boxes.sum(), stubs, allow_unused=True)
     assert first is None
     assert second.any()
 
