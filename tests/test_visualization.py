@@ -178,9 +178,7 @@ def test_a_system_font_draws_other_scripts(monkeypatch: pytest.MonkeyPatch, capl
 
 
 @pytest.mark.usefixtures("clear_fonts")
-def test_the_class_index_replaces_names_that_no_font_has(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_class_index_replaces_names_that_no_font_has(monkeypatch, caplog):
     monkeypatch.setattr(visualization, "_system_fonts", tuple)
     objects = Objects(classes=[4, 5], names=["螺栓", "螺母"], scores=[0.5, 0.4])
     with caplog.at_level(logging.INFO):

@@ -82,9 +82,7 @@ def test_a_run_is_measured_with_this_many_queries(train: bool, monkeypatch: pyte
     assert cfg.MODEL.MaskDINO.NUM_OBJECT_QUERIES == cfg.TEST.DETECTIONS_PER_IMAGE == 20
 
 
-def test_every_point_varies_one_thing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_point_varies_one_thing(tmp_path, monkeypatch, capsys):
     asked: list[tuple[Case, list[str]]] = []
 
     def measure(tree: Path, case: Case, config_file: Path, options: list[str]) -> dict[str, float]:

@@ -110,9 +110,7 @@ def test_torchvisions_resnet_computes_the_same_in_detectron2s(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("make", [torchvision.models.resnet18, lambda: timm.create_model("resnet18")])
-def test_only_the_head_of_a_classifier_is_unused(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, make: Callable[[], nn.Module]
-) -> None:
+def test_only_the_head_of_a_classifier_is_unused(tmp_path, caplog, make):
     with caplog.at_level("INFO"):
         loaded(resnet(), save(make().state_dict(), tmp_path / "resnet18.pth"))
     assert "Not used: fc." in caplog.text
@@ -181,9 +179,7 @@ def original_swin_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("rename", [dict, original_swin_names])
 @torch.no_grad()
-def test_swin_classifiers_load_into_the_releases_swin(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, rename: Callable
-) -> None:
+def test_swin_classifiers_load_into_the_releases_swin(tmp_path, caplog, rename):
     theirs = timm_swin()
     with caplog.at_level("INFO"):
         backbone = loaded(swin(), save({"model": rename(theirs.state_dict())}, tmp_path / "swin.pth"))

@@ -93,9 +93,7 @@ def test_a_file_may_have_both_names_at_once() -> None:
     ],
 )
 @pytest.mark.parametrize("finetune", [False, True])
-def test_a_misfit_names_the_likely_cause(
-    tmp_path: Path, file: dict[str, Any], model: dict[str, Any], message: str, finetune: bool
-) -> None:
+def test_a_misfit_names_the_likely_cause(tmp_path, file, model, message, finetune):
     target = small_model(model)
     before = {key: value.clone() for key, value in target.state_dict().items()}
     path = save({"model": to_release(randomised(small_model(file)))}, tmp_path / "theirs.pth")
@@ -274,9 +272,7 @@ def test_the_same_class_names_or_none_are_accepted(tmp_path: Path) -> None:
     Checkpointer(small_model(), class_names=CLASSES).load(str(tmp_path / "unnamed.pth"))
 
 
-def test_fine_tuning_on_other_class_names_reinitializes_class_weights(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_fine_tuning_on_other_class_names_reinitializes_class_weights(tmp_path, caplog):
     path = saved_with_classes(tmp_path)
     saved = torch.load(path)["model"]
     model = small_model()

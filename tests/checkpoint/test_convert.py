@@ -65,14 +65,7 @@ def test_dino_makes_a_round_trip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("to", "strip", "kept"), [("ours", [], True), ("ours", ["--strip"], False), ("release", [], False)]
 )
-def test_training_state_is_kept_only_if_names_stay(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-    to: str,
-    strip: list[str],
-    kept: bool,
-) -> None:
+def test_training_state_is_kept_only_if_names_stay(tmp_path, monkeypatch, capsys, to, strip, kept):
     content = {"model": randomised(small_model()), "trainer": {"optimizer": {}}, "iteration": 3}
     run(monkeypatch, save(content, tmp_path / "a.pth"), tmp_path / "b.pth", "--to", to, *strip)
     written = torch.load(tmp_path / "b.pth", weights_only=True)
@@ -88,9 +81,7 @@ def test_training_state_is_kept_only_if_names_stay(
         ({"model": {"a": torch.zeros(1)}, "trainer": RunsCode()}, "could run code"),
     ],
 )
-def test_unusable_input_ends_with_one_line_and_status_2(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, content: object, message: str
-) -> None:
+def test_unusable_input_ends_with_one_line_and_status_2(tmp_path, monkeypatch, capsys, content, message):
     if content is not None:
         save(content, tmp_path / "a.pth")
     with pytest.raises(SystemExit) as ended:
@@ -103,9 +94,7 @@ def test_unusable_input_ends_with_one_line_and_status_2(
     assert not (tmp_path / "b.pth").exists()
 
 
-def test_a_file_without_heads_keeps_its_names(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_file_without_heads_keeps_its_names(tmp_path, monkeypatch, capsys):
     path = save({"model": {"fc.weight": torch.zeros(1)}, "__author__": "Caffe2"}, tmp_path / "a.pth")
     run(monkeypatch, path, tmp_path / "b.pth", "--to", "release")
     assert "names are kept" in capsys.readouterr().out
@@ -128,9 +117,7 @@ def test_safetensors_make_a_round_trip(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("strip", [[], ["--strip"]])
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_descriptions_stay_with_the_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, strip: list[str]
-) -> None:
+def test_descriptions_stay_with_the_weights(tmp_path, monkeypatch, suffix, strip):
     content = {"blobs": {"conv1_w": np.ones(2, np.float32)}, "class_names": ["car", "bus"]}
     (tmp_path / "a.pkl").write_bytes(pickle.dumps(content))  # "blobs" are Caffe2's.
     for source, target in (("a.pkl", f"b{suffix}"), (f"b{suffix}", f"c{suffix}")):
@@ -156,9 +143,7 @@ def broken_save(content: object, file: BinaryIO) -> None:
         ("new/b.pth", "cannot be written .*the disk is full"),
     ],
 )
-def test_a_failed_write_leaves_nothing_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, output: str, message: str
-) -> None:
+def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch, capsys, output, message):
     content = {"model": randomised(small_model()), "trainer": {"optimizer": {}}, "iteration": 3}
     path = save(content, tmp_path / "a.pth")
     (tmp_path / "folder").mkdir()
@@ -172,18 +157,14 @@ def test_a_failed_write_leaves_nothing_behind(
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["a.pth"]
 
 
-def test_the_input_is_not_overwritten(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_the_input_is_not_overwritten(tmp_path, monkeypatch, capsys):
     path = save({"model": randomised(small_model())}, tmp_path / "a.pth")
     with pytest.raises(SystemExit):
         run(monkeypatch, path, path, "--to", "release")
     assert "is the input itself" in capsys.readouterr().err
 
 
-def test_a_trusted_file_is_converted_with_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_trusted_file_is_converted_with_a_warning(tmp_path, monkeypatch, caplog):
     path = save({"model": randomised(small_model()), "trainer": RunsCode()}, tmp_path / "a.pth")
     run(monkeypatch, path, tmp_path / "b.pth", "--to", "ours", "--strip", "--trust")
     assert "is trusted" in caplog.text

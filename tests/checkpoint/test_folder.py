@@ -2,7 +2,6 @@
 
 import logging
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -59,9 +58,7 @@ def zeros(path: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", [halve, cut_the_end, flip, empty, zeros, Path.unlink])
-def test_checkpoint_before_a_damaged_one_is_used(
-    tmp_path: Path, spoil: Callable[[Path], None], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_checkpoint_before_a_damaged_one_is_used(tmp_path, spoil, caplog):
     save(tmp_path, 3, 7, 11)
     assert resumed(tmp_path) == 11
     last = tmp_path / "model_0000011.pth"

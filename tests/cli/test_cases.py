@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -104,9 +103,7 @@ def test_every_case_has_an_outcome() -> None:
 @pytest.mark.cases
 @pytest.mark.slow
 @pytest.mark.parametrize("case", TABLE.values(), ids=TABLE.keys())
-def test_case_ends_as_its_user_expects(
-    case: Case, arguments: tuple[str, list[object]], run: Any, tiny: list[str], tmp_path: Path
-) -> None:
+def test_case_ends_as_its_user_expects(case, arguments, run, tiny, tmp_path):
     name, keys = arguments
     imports = ["--import", name] if keys else []
     trained = run("train_net.py", *imports, *tiny, *keys, *case.keys, "TEST.EVAL_LAYERS", "[]")

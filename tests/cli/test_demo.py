@@ -41,9 +41,7 @@ def assert_shown(finished, output: Path) -> None:
         assert min(image.size) > 400
 
 
-def test_demo_trains_and_reports_and_quick_shows_its_model(
-    run, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_demo_trains_and_reports_and_quick_shows_its_model(run, config, tmp_path, monkeypatch):
     output, quick = tmp_path / "demo", tmp_path / "quick"
     assert_shown(run(SCRIPT, "--output", output, "--config-file", config, "--pictures", 2), output)
     weights = output / "run" / "model_final.pth"

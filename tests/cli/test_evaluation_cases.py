@@ -16,9 +16,7 @@ for split in ("train", "val"):
 
 
 @pytest.mark.cases
-def test_eval_only_refuses_classes_in_another_order(
-    run, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_eval_only_refuses_classes_in_another_order(run, tiny, tmp_path, monkeypatch):
     for number in (1, 2):
         Image.new("RGB", (96, 64)).save(tmp_path / f"part_0{number}.png")
     (tmp_path / "order_data.py").write_text(REGISTRATION.format(case=CASES / "06-class-order", images=tmp_path))

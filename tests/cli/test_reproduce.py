@@ -41,9 +41,7 @@ def folders(text: str) -> list[str]:
     return [name for name in names if "/" in name]
 
 
-def test_a_table_is_trained_once_resumed_and_collected(
-    run, trainings: list[list[str]], tmp_path: Path, shapes_root: Path
-) -> None:
+def test_a_table_is_trained_once_resumed_and_collected(run, trainings, tmp_path, shapes_root):
     tiny = ["--options", *TINY, "DATASETS.SHAPES.ROOT", shapes_root]
     common = [SCRIPT, "table6", "--dataset", "shapes", "--num-gpus", 0, "--output", tmp_path]
 
@@ -116,9 +114,7 @@ def test_a_table_is_planned_and_collected_before_any_run(name, run, tmp_path: Pa
         assert {path.suffix for path in (tmp_path / dataset).iterdir()} == {".md", ".csv"}
 
 
-def test_a_measured_iteration_gives_the_hours(
-    run, trainings: list[list[str]], tmp_path: Path, shapes_root: Path
-) -> None:
+def test_a_measured_iteration_gives_the_hours(run, trainings, tmp_path, shapes_root):
     # The first iterations are not timed.
     options = ["--options", *TINY, "DATASETS.SHAPES.ROOT", shapes_root]
     finished = run(

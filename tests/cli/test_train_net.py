@@ -98,9 +98,7 @@ def test_missing_configuration_is_named(run) -> None:
     assert_one_error_line(run(SCRIPT, "--config-file", "configs/none.yaml"), "configs/none.yaml")
 
 
-def test_missing_dataset_names_the_folder(
-    run, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_dataset_names_the_folder(run, tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "nowhere"))
     options = ["DATASETS.TRAIN", "('coco_2017_train',)", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 80]
     finished = run(SCRIPT, *tiny, *options)

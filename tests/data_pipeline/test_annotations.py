@@ -64,9 +64,7 @@ def rectangle(size: tuple[int, int], left: int, top: int, right: int, bottom: in
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, T.Transform) else None,
 )
-def test_every_kind_of_label_moves_with_the_image(
-    label: str, transform: T.Transform, size: tuple[int, int], box: tuple[int, int, int, int]
-) -> None:
+def test_every_kind_of_label_moves_with_the_image(label, transform, size, box):
     instances = targets(LABELS[label], [transform], size)
     assert instances.image_size == size
     assert isinstance(instances.gt_masks, BitMasks)

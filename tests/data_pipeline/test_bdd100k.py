@@ -205,9 +205,7 @@ def test_file_depends_on_neither_workers_nor_label_order(folder: Path) -> None:
     assert output(folder) == in_order
 
 
-def test_interrupted_run_resumes_and_gives_the_same_file(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_interrupted_run_resumes_and_gives_the_same_file(folder, monkeypatch, caplog):
     convert_split(folder, "val", "rles")
     expected = output(folder)
     annotation_file(folder, "val").unlink()
@@ -239,9 +237,7 @@ def test_interrupted_run_resumes_and_gives_the_same_file(
 
 
 @pytest.mark.parametrize("damage", [b'{"key": "half", "si', b"\xff\xfe", b"5", b'{"key": "3"}', b""])
-def test_damaged_lines_of_an_interrupted_run_are_redone(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, damage: bytes
-) -> None:
+def test_damaged_lines_of_an_interrupted_run_are_redone(folder, monkeypatch, caplog, damage):
     convert_split(folder, "val", "rles")
     expected = output(folder)
     with pytest.raises(KeyboardInterrupt):
@@ -381,9 +377,7 @@ def test_training_leaves_crowd_and_ignored_regions_out(bdd: Config) -> None:
         assert len(mapper(entry)["instances"]) == len(objects)
 
 
-def test_command_converts_once_and_counts(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_command_converts_once_and_counts(folder, monkeypatch, capfd, caplog):
     write_bitmask(folder, "val", "lost.jpg", np.zeros((*record()["size"], 4), dtype=np.uint8))
 
     def prepare(*arguments: str) -> tuple[int, str, str]:

@@ -187,9 +187,7 @@ class Label(NamedTuple):
     ignoreInEval: bool = False  # noqa: N815
 
 
-def test_cityscapes_trains_with_its_package(
-    cityscapes: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
+def test_cityscapes_trains_with_its_package(cityscapes, monkeypatch, caplog, tmp_path):
     helpers = ModuleType("cityscapesscripts.helpers.labels")
     helpers.labels = [Label("road", 7, hasInstances=False), Label("person", 24), Label("car", 26)]
     helpers.id2label = {label.id: label for label in helpers.labels}

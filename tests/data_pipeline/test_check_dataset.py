@@ -167,9 +167,7 @@ def test_dataset_of_a_function_is_inspected(tmp_path: Path) -> None:
         (3, [1, 1, 7, 1, 7, 3, 1, 3], "1 fit both"),
     ],
 )
-def test_labels_tell_whether_exif_applies(
-    inspect: Callable[..., Inspection], coco: Json, orientation: int, label: list[int], fits: str
-) -> None:
+def test_labels_tell_whether_exif_applies(inspect, coco, orientation, label, fits):
     annotation(coco)["segmentation"] = [label]
     inspection = inspect(lambda _, images: turn(images / "one.png", orientation))
     assert fits in inspection.exif
@@ -205,9 +203,7 @@ def test_synthetic_dataset_is_sound_and_drawn_with_its_objects(shapes: Config, t
         assert 0.05 < changed.mean() < 0.95
 
 
-def test_unusable_masks_boxes_and_images_do_not_stop_the_drawing(
-    inspect: Callable[..., Inspection], tmp_path: Path
-) -> None:
+def test_unusable_masks_boxes_and_images_do_not_stop_the_drawing(inspect, tmp_path):
     def damage(coco: Json, images: Path) -> None:
         coco["annotations"] += [
             {**SOUND, "id": 12, "image_id": 1, "segmentation": [[1, 1]], "bbox": None},
@@ -237,9 +233,7 @@ def test_images_of_one_stem_get_files_of_their_own(coco: Json, write_coco: Write
     assert corners == pytest.approx([0, 60, 120, 180], abs=5)
 
 
-def test_command_answers_by_its_status_and_lists_every_problem(
-    coco: Json, write_coco: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
-) -> None:
+def test_command_answers_by_its_status_and_lists_every_problem(coco, write_coco, tmp_path, monkeypatch, capfd):
     def check(*arguments: object) -> int:
         return run_script(monkeypatch, "tools/check_dataset.py", *arguments, "--output", tmp_path / "out")
 
@@ -267,9 +261,7 @@ def test_command_answers_by_its_status_and_lists_every_problem(
     assert errors[-1].startswith("error: Dataset mein is not registered; did you mean ")
 
 
-def test_augmented_images_are_drawn_with_their_objects(
-    coco: Json, write_coco: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
-) -> None:
+def test_augmented_images_are_drawn_with_their_objects(coco, write_coco, tmp_path, monkeypatch, capfd):
     register_coco_format("mine", *write_coco(coco), ["ball", "box"])
     keys = ["INPUT.AUGMENTATIONS", "[{'MultiScaleResize': {'sizes': [300]}}, 'Rotate90', 'CopyPaste']", "SEED", 3]
 
@@ -291,16 +283,12 @@ def test_augmented_images_are_drawn_with_their_objects(
     [("tools/check_dataset.py", ["shapes_val"]), ("tools/make_shapes.py", []), ("datasets/prepare_bdd100k.py", [])],
     ids=["check", "make", "prepare"],
 )
-def test_negative_number_of_workers_is_refused(
-    script: str, name: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
-) -> None:
+def test_negative_number_of_workers_is_refused(script, name, monkeypatch, capfd):
     assert run_script(monkeypatch, script, *name, "--workers", -1) == 2
     assert "argument --workers: -1 is too small" in capfd.readouterr().err
 
 
-def test_dataset_of_an_imported_module_is_checked(
-    coco: Json, write_coco: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
-) -> None:
+def test_dataset_of_an_imported_module_is_checked(coco, write_coco, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     json_file, image_root = write_coco(coco)
@@ -312,9 +300,7 @@ def test_dataset_of_an_imported_module_is_checked(
     assert "No problem was found." in capfd.readouterr().out
 
 
-def test_output_below_a_file_gives_one_line(
-    coco: Json, write_coco: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
-) -> None:
+def test_output_below_a_file_gives_one_line(coco, write_coco, tmp_path, monkeypatch, capfd):
     register_coco_format("mine", *write_coco(coco), ["ball", "box"])
     output = tmp_path / "annotations.json" / "look"
     assert run_script(monkeypatch, "tools/check_dataset.py", "mine", "--draw", 1, "--output", output) == 2

@@ -95,9 +95,7 @@ def test_negative_number_of_images_is_refused(mine: Config) -> None:
             build()
 
 
-def test_training_without_objects_names_dataset_and_key(
-    mine: Config, coco: Json, write_coco: Callable[[Json], tuple[Path, Path]]
-) -> None:
+def test_training_without_objects_names_dataset_and_key(mine, coco, write_coco):
     coco["annotations"] = [annotation for annotation in coco["annotations"] if annotation["iscrowd"]]
     write_coco(coco)
     with pytest.raises(DatasetError, match=r"No image with an object .* in mine; .*FILTER_EMPTY_ANNOTATIONS"):

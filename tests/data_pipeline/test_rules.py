@@ -1,8 +1,6 @@
 """The rules for one annotation, and that the mapper, the check at the start and the tool all apply them."""
 
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -172,9 +170,7 @@ def test_masks_are_measured_from_their_text(compiled: bool, monkeypatch: pytest.
     assert screen._measured([])[0].shape == (4, 0)
 
 
-def test_the_quick_look_changes_neither_problems_nor_counts(
-    coco: Json, write_coco: Callable[[Json], tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_quick_look_changes_neither_problems_nor_counts(coco, write_coco, monkeypatch):
     finite = [change for change, *_ in DAMAGES if all(text not in repr(change) for text in ("nan", "inf", "0" * 99))]
     changes: list[Json] = [*finite, {"iscrowd": 1}, {"iscrowd": True}, {"category_id": 3}, {"category_id": 3}]
     damaged = [{**SOUND, **change, "id": 100 + i, "image_id": 1} for i, change in enumerate(changes)]
@@ -268,16 +264,7 @@ def test_run_lengths_are_those_that_pycocotools_compresses() -> None:
 
 
 @pytest.mark.parametrize(("change", "kind", "scored", "trained"), DAMAGES)
-def test_mapper_start_and_tool_find_the_same(
-    change: Json,
-    kind: str,
-    scored: Level,
-    trained: Level,
-    cfg: Config,
-    coco: Json,
-    write_coco: Callable[[Json], tuple[Path, Path]],
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_mapper_start_and_tool_find_the_same(change, kind, scored, trained, cfg, coco, write_coco, caplog):
     coco["annotations"][0].update(change)
     sound = [{**SOUND, "id": number, "image_id": 2} for number in range(20, 40)]
     coco["annotations"] += sound

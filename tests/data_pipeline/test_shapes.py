@@ -223,9 +223,7 @@ def test_another_seed_or_root_is_another_dataset(cfg: Config, tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("registrations")
-def test_shared_folder_is_used_only_if_it_holds_the_dataset(
-    cfg: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_shared_folder_is_used_only_if_it_holds_the_dataset(cfg, monkeypatch, tmp_path):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     cfg.merge_from_list(["DATASETS.SHAPES.ROOT", "", "OUTPUT_DIR", str(tmp_path / "run")])
     register_all(cfg=cfg)

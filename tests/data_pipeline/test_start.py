@@ -305,9 +305,7 @@ AS_CORNERS = {"segmentation": [[3, 3, 6, 3, 6, 5, 3, 5]], "bbox": [3, 3, 6, 5]}
     ],
 )
 @pytest.mark.parametrize("which", [{"train": False}, {"test": False}], ids=["test", "train"])
-def test_dataset_that_loses_its_objects_is_refused(
-    mine: Config, change: Json, cause: str, which: dict[str, bool]
-) -> None:
+def test_dataset_that_loses_its_objects_is_refused(mine, change, cause, which):
     rewrite(lambda coco: coco["annotations"][0].update(change))
     text = message(mine, **which)
     assert cause in text
@@ -432,9 +430,7 @@ def test_exif_that_only_mirrors_is_said(mine: Config, orientation: int, caplog: 
 
 
 @pytest.mark.parametrize(("seconds", "number"), [(0.0, 3), (3600.0, 9)], ids=["no time", "time enough"])
-def test_headers_are_read_evenly_and_then_in_time(
-    mine: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, seconds: float, number: int
-) -> None:
+def test_headers_are_read_evenly_and_then_in_time(mine, monkeypatch, caplog, seconds, number):
     image = Path(image_path("two.png")).read_bytes()
     for other in range(3, 10):
         image_path(f"{other}.png").write_bytes(image)
@@ -485,9 +481,7 @@ def test_function_needs_class_names_images_and_annotations(listed: tuple[Config,
     ],
 )
 @pytest.mark.parametrize("which", [{"train": False}, {"test": False}], ids=["test", "train"])
-def test_unusable_image_of_a_function_is_named(
-    listed: tuple[Config, list[Json]], change: Json, words: str, which: dict[str, bool]
-) -> None:
+def test_unusable_image_of_a_function_is_named(listed, change, words, which):
     cfg, entries = listed
     entries[1].update(change)
     text = message(cfg, **which)
@@ -505,9 +499,7 @@ def test_unusable_image_of_a_function_is_named(
         (lambda entry: entry.pop("height"), "size: missing"),
     ],
 )
-def test_evaluation_needs_ids_and_sizes_of_a_function(
-    listed: tuple[Config, list[Json]], change: Callable[[Json], Any], words: str
-) -> None:
+def test_evaluation_needs_ids_and_sizes_of_a_function(listed, change, words):
     cfg, entries = listed
     change(entries[1])
     assert words in message(cfg, train=False)
@@ -515,9 +507,7 @@ def test_evaluation_needs_ids_and_sizes_of_a_function(
     check_datasets(cfg, test=False)
 
 
-def test_file_that_replaces_annotations_in_evaluation_is_checked(
-    listed: tuple[Config, list[Json]], coco: Json, write_coco: Write
-) -> None:
+def test_file_that_replaces_annotations_in_evaluation_is_checked(listed, coco, write_coco):
     cfg, entries = listed
     entries[1]["annotations"][0].pop("segmentation")
     json_file, _ = write_coco(coco)

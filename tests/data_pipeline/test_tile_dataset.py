@@ -1,7 +1,6 @@
 """tools/tile_dataset.py: large pictures and their labels in tiles."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,9 +57,7 @@ def test_boxes_are_cut() -> None:
     assert cut_annotation(annotation, SIZE, (20, 0, 40, 40)) is None
 
 
-def test_tiles_cover_pictures_and_objects(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
-) -> None:
+def test_tiles_cover_pictures_and_objects(tmp_path, monkeypatch, capfd):
     left = blob()
     left[:, 28:] = False
     pixels = np.random.default_rng(0).integers(0, 255, (*SIZE, 3), dtype=np.uint8)

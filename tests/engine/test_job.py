@@ -129,9 +129,7 @@ def test_killed_job_goes_on_exactly(of_two_processes, job_folder: Path) -> None:
     assert (job_folder / "signal" / "model_0000005.pth").is_file()
 
 
-def test_segmentation_scores_of_two_processes_equal_those_of_one(
-    of_two_processes, job_folder: Path, tmp_path: Path
-) -> None:
+def test_segmentation_scores_of_two_processes_equal_those_of_one(of_two_processes, job_folder, tmp_path):
     of_main, of_other = of_two_processes("segmentation_scores")
     shutil.copytree(job_folder / "stuff", tmp_path / "stuff")
     alone = segmentation_scores(get_cfg(), tmp_path)

@@ -130,9 +130,7 @@ def refuse_in_both(args: argparse.Namespace) -> None:
     ],
     ids=["user error", "user error of both", "bug", "kill", "early end"],
 )
-def test_failure_of_a_process_ends_the_job(
-    main, status: int, first: str | None, last: str | None, tmp_path: Path, monkeypatch, capfd
-) -> None:
+def test_failure_of_a_process_ends_the_job(main, status, first, last, tmp_path, monkeypatch, capfd):
     before = multiprocessing.active_children()
     # Forked processes need not import torch anew.
     monkeypatch.setattr(mp, "spawn", functools.partial(mp.start_processes, start_method="fork"))

@@ -138,9 +138,7 @@ class Heads(nn.Module):
 
 
 @pytest.mark.parametrize(("names", "kept"), [(COCO_NAMES, True), ([f"part {n}" for n in range(80)], False)])
-def test_eighty_other_classes_do_not_inherit_cocos(
-    names: list[str], kept: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_eighty_other_classes_do_not_inherit_cocos(names, kept, tmp_path, caplog):
     torch.save({"model": Heads(80, 1.0).state_dict()}, tmp_path / "release.pth")  # as a release, without class names
     model = Heads(80, 0.0)
     with caplog.at_level(logging.WARNING):

@@ -233,9 +233,7 @@ def by_function(register: Callable[..., str]) -> Callable[..., str]:
     return lambda load=entries, **metadata: register("by_function", load, thing_classes=["cat", "dog"], **metadata)
 
 
-def test_a_function_dataset_is_checked_and_evaluated_repeatedly(
-    by_function: Callable[..., str], tmp_path: Path
-) -> None:
+def test_a_function_dataset_is_checked_and_evaluated_repeatedly(by_function, tmp_path):
     name = by_function(lambda: [{**entry, "file_name": str(tmp_path / entry["file_name"])} for entry in entries()])
     for image_id in IMAGE_IDS:
         Image.new("RGB", (SIDE, SIDE)).save(tmp_path / f"{image_id}.png")
@@ -269,9 +267,7 @@ def run_length_form(found: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("form", [numpy_form, tuple_form, rle_form, run_length_form], ids=lambda form: form.__name__)
-def test_annotations_mean_the_same_in_every_form(
-    by_function: Callable[..., str], tmp_path: Path, form: Callable[[dict[str, Any]], dict[str, Any]]
-) -> None:
+def test_annotations_mean_the_same_in_every_form(by_function, tmp_path, form):
     listed = [
         {**entry, "annotations": [{**found, **form(found)} for found in entry["annotations"]]} for entry in entries()
     ]
@@ -377,9 +373,7 @@ def dense_case(register: Callable[..., str], found: int) -> tuple[str, Instances
 
 
 @pytest.mark.cases
-def test_more_than_100_objects_are_scored_under_their_own_name(
-    register: Callable[..., str], tmp_path: Path, caplog: Any
-) -> None:
+def test_more_than_100_objects_are_scored_under_their_own_name(register, tmp_path, caplog):
     name, found = dense_case(register, 176)
     evaluator = CocoEvaluator(dataset_name=name, output_dir=str(tmp_path), max_detections=400)
     scores = scores_of(evaluator, {1: found})["bbox"]
@@ -390,9 +384,7 @@ def test_more_than_100_objects_are_scored_under_their_own_name(
         assert part in caplog.text
 
 
-def test_too_few_detections_for_the_objects_are_reported(
-    register: Callable[..., str], tmp_path: Path, caplog: Any
-) -> None:
+def test_too_few_detections_for_the_objects_are_reported(register, tmp_path, caplog):
     name, found = dense_case(register, 100)
     scores = scores_of(CocoEvaluator(dataset_name=name, output_dir=str(tmp_path), max_detections=100), {1: found})
     assert scores["bbox"]["AP@176"] == scores["bbox"]["AP"] == pytest.approx(100 * 57 / 101)

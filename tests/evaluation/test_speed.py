@@ -93,9 +93,7 @@ def test_too_few_images_give_no_speed(clock: Clock, tmp_path: Path) -> None:
     assert measure(clock, tmp_path, WARM_UP) == {}
 
 
-def test_several_processes_report_the_speed_of_one(
-    clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_several_processes_report_the_speed_of_one(clock, tmp_path, monkeypatch):
     other = [(1, 0.5), (1, 1.0)]
     monkeypatch.setattr("dimaskdino.evaluation.speed.comm.gather", lambda mine: [mine, other])
     speed = measure(clock, tmp_path, [*WARM_UP, [0.25], [0.25]])

@@ -16,9 +16,7 @@ def no_pip(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(installer, "pip", refuse)
 
 
-def test_wrong_hash_is_an_error_before_anything_is_installed(
-    tmp_path: Path, no_pip: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_hash_is_an_error_before_anything_is_installed(tmp_path, no_pip, monkeypatch, capfd):
     sdist = tmp_path / "detectron2_cdo-0.5.tar.gz"
     sdist.write_bytes(b"another file")
     monkeypatch.setattr(installer, "installed_version", lambda: None)
@@ -29,17 +27,13 @@ def test_wrong_hash_is_an_error_before_anything_is_installed(
     assert error.count("\n") == 1
 
 
-def test_missing_sdist_file_is_one_line(
-    no_pip: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_missing_sdist_file_is_one_line(no_pip, monkeypatch, capfd):
     monkeypatch.setattr(installer, "installed_version", lambda: None)
     assert installer.main(["--source", "index", "--sdist", "no/such/file.tar.gz"]) == 2
     assert "no/such/file.tar.gz" in capfd.readouterr().err
 
 
-def test_missing_torch_is_one_line(
-    no_pip: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_missing_torch_is_one_line(no_pip, monkeypatch, capfd):
     monkeypatch.setattr(installer.importlib.util, "find_spec", lambda name: None)
     assert installer.main([]) == 2
     assert capfd.readouterr().err.startswith("error: torch is not installed in ")
@@ -64,9 +58,7 @@ def test_auto_takes_the_index_and_says_why(monkeypatch: pytest.MonkeyPatch, capf
     assert output.count("\n") == 1
 
 
-def test_official_out_of_reach_is_one_line_and_no_fallback(
-    no_pip: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_official_out_of_reach_is_one_line_and_no_fallback(no_pip, monkeypatch, capfd):
     monkeypatch.setattr(installer, "UPSTREAM_URL", "file:///no/such/repository.git")
     monkeypatch.setattr(installer, "installed_commit", lambda: None)
     assert installer.main(["--source", "official"]) == 2
