@@ -23,6 +23,12 @@ def run(monkeypatch: pytest.MonkeyPatch, *args: str | Path) -> None:
     runpy.run_path(str(TOOL), run_name="__main__")
 
 
+def assert_same_weights(path: Path, ours: dict[str, torch.Tensor]) -> None:
+    back = read_weights(path)["model"]
+    assert back.keys() == ours.keys()
+    assert all(torch.equal(back[key], ours[key]) for key in ours)
+
+
 def test_a_round_trip_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = randomised(small_model())
     save({"model": ours}, tmp_path / "ours.pth")
@@ -35,9 +41,7 @@ def test_a_round_trip_changes_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     shared = {theirs[f"sem_seg_head.predictor.{name}.layers.0.bias"].data_ptr() for name in names}
     assert len(shared) == 1
     run(monkeypatch, tmp_path / "new" / "theirs.pth", tmp_path / "back.pth", "--to", "ours")
-    back = torch.load(tmp_path / "back.pth", weights_only=True)["model"]
-    assert back.keys() == ours.keys()
-    assert all(torch.equal(back[key], ours[key]) for key in ours)
+    assert_same_weights(tmp_path / "back.pth", ours)
 
 
 @pytest.mark.parametrize("to", ["release", "detrex"])
@@ -57,9 +61,7 @@ def test_dino_makes_a_round_trip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(theirs["class_embed.1.bias"]) == (91 if to == "release" else 80)
     run(monkeypatch, tmp_path / "theirs.pth", tmp_path / "back.pth", "--to", "ours")
     assert ("category id" in capsys.readouterr().out) == (to == "release")
-    back = torch.load(tmp_path / "back.pth", weights_only=True)["model"]
-    assert back.keys() == ours.keys()
-    assert all(torch.equal(back[key], ours[key]) for key in ours)
+    assert_same_weights(tmp_path / "back.pth", ours)
 
 
 @pytest.mark.parametrize(
@@ -110,9 +112,7 @@ def test_safetensors_make_a_round_trip(tmp_path: Path, monkeypatch: pytest.Monke
     run(monkeypatch, path, tmp_path / "theirs.safetensors", "--to", "release", "--strip")
     assert is_release(load_file(tmp_path / "theirs.safetensors"))
     run(monkeypatch, tmp_path / "theirs.safetensors", tmp_path / "back.safetensors", "--to", "ours")
-    back = read_weights(tmp_path / "back.safetensors")["model"]
-    assert back.keys() == ours.keys()
-    assert all(torch.equal(back[key], ours[key]) for key in ours)
+    assert_same_weights(tmp_path / "back.safetensors", ours)
 
 
 @pytest.mark.parametrize("strip", [[], ["--strip"]])

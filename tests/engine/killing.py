@@ -1,14 +1,14 @@
 """A trainer that dies where a test wants it to."""
 
+import functools
 import os
 import signal
 from typing import Any
 
-import torch
 from detectron2.utils import comm
 
-from dimaskdino.config import Config
 from dimaskdino.engine import Trainer
+from tests.engine import toy
 
 
 class Killed(BaseException):
@@ -54,11 +54,4 @@ class KillableTrainer(Trainer):
             raise Killed
 
 
-def train(cfg: Config, *, resume: bool = False, kill_at: int = -1, phase: str = "step") -> Trainer:
-    """Train until the end or death."""
-    torch.manual_seed(7)
-    trainer = KillableTrainer(cfg)
-    trainer.kill_at, trainer.phase = kill_at, phase
-    trainer.resume_or_load(resume=resume)
-    trainer.train()
-    return trainer
+train = functools.partial(toy.train, kind=KillableTrainer)  # until the end or death

@@ -1,5 +1,6 @@
 """The end of a run, its best checkpoint, and the average of its weights."""
 
+import functools
 import json
 import multiprocessing
 import os
@@ -19,7 +20,7 @@ from dimaskdino.engine.hooks import check_best
 from dimaskdino.engine.run_folder import check_not_locked, folder_lock
 from dimaskdino.errors import ConfigError, UserError
 from dimaskdino.solver import check_solver
-from tests.engine import killing
+from tests.engine import killing, toy
 from tests.engine.killing import Killed
 
 
@@ -42,14 +43,7 @@ class ScriptedTrainer(Trainer):
         return self._last_eval_results
 
 
-def train(cfg: Config, *, resume: bool = False, **script: Any) -> Trainer:
-    torch.manual_seed(7)
-    trainer = ScriptedTrainer(cfg)
-    for name, value in script.items():
-        setattr(trainer, name, value)
-    trainer.resume_or_load(resume=resume)
-    trainer.train()
-    return trainer
+train = functools.partial(toy.train, kind=ScriptedTrainer)
 
 
 def recorded(cfg: Config) -> list[int]:

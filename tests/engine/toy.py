@@ -80,10 +80,12 @@ for detector in (ToyDetector, ReorderedToyDetector, RandomToyDetector):
         META_ARCH_REGISTRY.register(detector)
 
 
-def train(cfg: Config, *, resume: bool = False) -> Trainer:
-    """Train as train_net.py does, from known weights."""
+def train(cfg: Config, *, resume: bool = False, kind: type[Trainer] = Trainer, **attributes: Any) -> Trainer:
+    """Train as train_net.py does, from known weights, with a trainer that has some attributes."""
     torch.manual_seed(7)
-    trainer = Trainer(cfg)
+    trainer = kind(cfg)
+    for name, value in attributes.items():
+        setattr(trainer, name, value)
     trainer.resume_or_load(resume=resume)
     trainer.train()
     return trainer

@@ -12,7 +12,7 @@ from detectron2.data.datasets.builtin import _PREDEFINED_SPLITS_COCO_PANOPTIC
 from detectron2.data.datasets.builtin_meta import _get_builtin_metadata
 
 from dimaskdino.data.coco_file import check_entries, read_json
-from dimaskdino.data.datasets.registration import register
+from dimaskdino.data.datasets.registration import made_metadata, register
 from dimaskdino.errors import ConfigError, DatasetError
 
 Json = dict[str, Any]
@@ -189,9 +189,7 @@ def _check_annotations(content: Json) -> None:
 
 def load_panoptic(name: str) -> list[Json]:
     """List the annotated images of a dataset of :func:`register_panoptic` in detectron2's format, by image id."""
-    metadata = MetadataCatalog.get(name)
-    if metadata.get("make") is not None:
-        metadata.make()
+    metadata = made_metadata(name)
     if not os.path.isfile(metadata.panoptic_json):
         raise DatasetError(
             f"Dataset {name}: annotation file {metadata.panoptic_json} does not exist; check DETECTRON2_DATASETS "

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.catalog import Metadata
 from detectron2.structures import BoxMode
 
 from dimaskdino.data.coco_file import (
@@ -114,14 +115,20 @@ def load_dataset(
     raise DatasetError(f"Dataset {name} {message}.")
 
 
+def made_metadata(name: str) -> Metadata:
+    """The metadata of a dataset; its files are made first if it is one that is made on first use."""
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("make") is not None:
+        metadata.make()
+    return metadata
+
+
 @without_collecting()
 def _load_coco(
     name: str, fields: Sequence[str] = (), image_keys: Sequence[str] = (), *, packed: bool = False
 ) -> list[Json]:
     """What detectron2's ``load_coco_json`` returns, and adds to the metadata; annotations are as in the file."""
-    metadata = MetadataCatalog.get(name)
-    if metadata.get("make") is not None:
-        metadata.make()
+    metadata = made_metadata(name)
     coco = read_coco(metadata.json_file)
     indices = set_classes(name, category_names(coco))
     kept = tuple(dict.fromkeys((*KEPT_KEYS, *fields)))

@@ -11,7 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data.datasets.builtin_meta import ADE20K_SEM_SEG_CATEGORIES, _get_builtin_metadata
 
-from dimaskdino.data.datasets.registration import register
+from dimaskdino.data.datasets.registration import made_metadata, register
 from dimaskdino.errors import ConfigError, DatasetError
 
 logger = logging.getLogger(__name__)
@@ -119,9 +119,7 @@ def load_semantic(name: str, endings: dict[str, tuple[str, ...]]) -> list[dict[s
     Raises:
         DatasetError: a folder is missing or empty, images have no label map, or two files differ by their ending alone.
     """
-    metadata = MetadataCatalog.get(name)
-    if metadata.get("make") is not None:
-        metadata.make()
+    metadata = made_metadata(name)
     images = _files(metadata.image_root, endings.get("images", IMAGE_ENDINGS))
     labels = _files(metadata.sem_seg_root, endings.get("labels", (".png",)))
     for folder, files, hint in (

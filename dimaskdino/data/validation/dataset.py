@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
 from detectron2.data.catalog import Metadata
 
 from dimaskdino.data.coco_file import annotations_by_image, category_names, read_coco
 from dimaskdino.data.datasets import data_root
-from dimaskdino.data.datasets.registration import is_coco_file, load_dataset, take_over
+from dimaskdino.data.datasets.registration import is_coco_file, load_dataset, made_metadata, take_over
 from dimaskdino.data.validation.coco import Found, listing_problems
 from dimaskdino.data.validation.report import Counts
 from dimaskdino.data.validation.rules import Json, Level, Problem, Rules, has_mask
@@ -171,9 +171,7 @@ def find_dataset(name: str) -> Metadata:
         closest = difflib.get_close_matches(name, registered, n=1, cutoff=0)[0]
         raise DatasetError(f"Dataset {name} is not registered; did you mean {closest}?")
     take_over(name)
-    metadata = MetadataCatalog.get(name)
-    if metadata.get("make") is not None:
-        metadata.make()
+    metadata = made_metadata(name)
     if is_coco_file(name):
         json_file, image_root = Path(metadata.json_file), Path(metadata.image_root)
         for kind, path, exists in (
