@@ -3,6 +3,7 @@
 import os
 import random
 import socket
+from pathlib import Path
 from typing import Any
 
 # Before torch is imported, and inherited by the processes that tests start. One thread keeps sums in one order and two
@@ -26,6 +27,12 @@ def seeded() -> None:
 @pytest.fixture(autouse=True, scope="session")
 def single_threaded() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shapes_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder where the tiny dataset is made once for the session."""
+    return tmp_path_factory.mktemp("shapes")
 
 
 @pytest.fixture(autouse=True)

@@ -15,20 +15,8 @@ DEMO = str(Path(__file__).parents[2] / "configs" / "demo" / "dimaskdino_shapes.y
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    arguments = [
-        "--config-file",
-        DEMO,
-        "--device",
-        "cpu",
-        "--sizes",
-        "64",
-        "96",
-        "--train-sizes",
-        "64",
-        "--rounds",
-        "1",
-    ]
-    monkeypatch.setattr(sys, "argv", ["whole_model", *arguments])
+    arguments = ["--device", "cpu", "--sizes", "64", "96", "--train-sizes", "64", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", ["whole_model", "--config-file", DEMO, *arguments])
 
     def table() -> list[list[str]]:
         whole_model.main()

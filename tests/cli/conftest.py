@@ -2,15 +2,14 @@
 
 import logging
 import os
-import runpy
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-REPO = Path(__file__).parents[2]
+from tests.data_pipeline.scripts import REPO, run_script
+
 # A model and pictures that train in milliseconds a step.
 TINY = [
     *("MODEL.MaskDINO.HIDDEN_DIM", "64", "MODEL.SEM_SEG_HEAD.CONVS_DIM", "64", "MODEL.SEM_SEG_HEAD.MASK_DIM", "64"),
@@ -50,23 +49,12 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, fresh_log
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
 
-    def run_script(script: str, *arguments: object) -> Finished:
-        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-        status = 0
-        try:
-            runpy.run_path(str(REPO / script), run_name="__main__")
-        except SystemExit as stopped:
-            status = stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
+    def run_in_root(script: str, *arguments: object) -> Finished:
+        status = run_script(monkeypatch, script, *arguments)
         captured = capfd.readouterr()
         return Finished(status, captured.out, captured.err)
 
-    return run_script
-
-
-@pytest.fixture(scope="session")
-def shapes_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the tiny dataset is made once for the session."""
-    return tmp_path_factory.mktemp("shapes")
+    return run_in_root
 
 
 @pytest.fixture

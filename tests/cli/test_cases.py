@@ -19,23 +19,14 @@ register_coco_instances("{name}", {{}}, r"{file}", r"{images}")
 
 @dataclass(frozen=True)
 class Case:
-    """What becomes of a case.
+    """What becomes of a case."""
 
-    Attributes:
-        folder: the number that the name of its folder begins with.
-        status: of train_net.py.
-        words: parts of what train_net.py prints.
-        keys: KEY VALUE pairs.
-        file: the annotations, for training and testing.
-        checked: the status of tools/check_dataset.py; None where the case is not about the dataset.
-    """
-
-    folder: str
-    status: int
-    words: tuple[str, ...]
+    folder: str  # the number that the name of its folder begins with
+    status: int  # of train_net.py
+    words: tuple[str, ...]  # parts of what train_net.py prints
     keys: tuple[object, ...] = ()
-    file: str = "train.json"
-    checked: int | None = 0
+    file: str = "train.json"  # the annotations, for training and testing
+    checked: int | None = 0  # the status of tools/check_dataset.py; None where the case is not about the dataset
 
 
 GRAY = ("INPUT.FORMAT", "L", "MODEL.PIXEL_MEAN", "[127.5]", "MODEL.PIXEL_STD", "[64.0]")
@@ -62,7 +53,7 @@ TABLE = {
     "merged files": Case("32", 2, ("image id 1 of monday/part_01.png and tuesday/part_01.png",), checked=1),
 }
 # The class order is a case of two files, and Cityscapes one of a package; both are quick.
-ELSEWHERE = {"06": "tests/cli/test_evaluation_cases.py", "29": "tests/data_pipeline/test_cases.py"}
+ELSEWHERE = {"06": "tests/cli/test_cases.py", "29": "tests/data_pipeline/test_cases.py"}
 
 
 def folder_of(number: str) -> Path:
@@ -117,3 +108,30 @@ def test_case_ends_as_its_user_expects(case, arguments, run, tiny, tmp_path):
         drawn = ("--draw", 2, "--output", tmp_path / "drawn")
         checked = run("tools/check_dataset.py", name, *imports, *drawn)
         assert checked.status == case.checked, checked.out + checked.err
+
+
+@pytest.mark.cases
+def test_eval_only_refuses_classes_in_another_order(run, tiny, tmp_path, monkeypatch):
+    for number in (1, 2):
+        Image.new("RGB", (96, 64)).save(tmp_path / f"part_0{number}.png")
+    folder = CASES / "06-class-order"
+    parts = [
+        REGISTRATION.format(name=f"order_{split}", file=folder / f"{split}.json", images=tmp_path)
+        for split in ("train", "val")
+    ]
+    (tmp_path / "order_data.py").write_text("".join(parts))
+    monkeypatch.syspath_prepend(tmp_path)
+    names = ["DATASETS.TRAIN", "('order_train',)", "DATASETS.TEST", "('order_val',)"]
+    try:
+        finished = run(
+            *("train_net.py", "--eval-only", "--import", "order_data", *tiny, *names),
+            *("MODEL.SEM_SEG_HEAD.NUM_CLASSES", 3, "MODEL.WEIGHTS", "absent.pth"),
+        )
+    finally:
+        for name in ("order_train", "order_val"):
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
+    assert finished.status == 2
+    message = finished.err.strip().splitlines()[-1]
+    for part in ("order_train", "order_val", "1 'nut', 2 'washer'", "1 'washer', 2 'nut'"):
+        assert part in message

@@ -16,5 +16,5 @@ def run_script(monkeypatch: pytest.MonkeyPatch, script: str, *arguments: object)
         try:
             runpy.run_path(str(REPO / script), run_name="__main__")
         except SystemExit as stopped:
-            return int(stopped.code or 0)
+            return stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
     return 0

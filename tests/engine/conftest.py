@@ -19,12 +19,6 @@ from tests.documentation import example
 from tests.engine import job, toy  # noqa: F401  toy registers ToyDetector
 
 
-@pytest.fixture(scope="session")
-def shapes_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder where the tiny dataset is made once for the session."""
-    return tmp_path_factory.mktemp("shapes")
-
-
 def make_toy_cfg(shapes_root: Path, output_dir: Path) -> Config:
     """Ten iterations of :class:`ToyDetector` on eight images of 64 pixels."""
     cfg = get_cfg()

@@ -45,6 +45,12 @@ def assert_same(one, two) -> None:
     assert (one.pred_masks == two.pred_masks).float().mean() > 0.999
 
 
+def check_gradients(model: DIMaskDINO, losses: dict[str, torch.Tensor]) -> None:
+    """Data-parallel training waits for the gradient of every parameter, even if it is zero."""
+    sum(losses.values()).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+
+
 def on_canvas(model: DIMaskDINO, small: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """The image in the upper left corner of a canvas of mean color, which is zero where the model pads."""
     canvas = model.pixel_mean.expand(3, height, width).clone()
@@ -169,13 +175,10 @@ def test_every_parameter_gets_a_finite_gradient(node):
     ids=str,
 )
 def test_images_without_objects_train_every_parameter(node, boxes):
-    # Data-parallel training waits for the gradient of every parameter, even if it is zero.
     model = tiny_model(**node).train()
     losses = model(train_batch(*boxes))
     assert all(value.isfinite() for value in losses.values())
-    sum(losses.values()).backward()
-    missing = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
-    assert not missing
+    check_gradients(model, losses)
 
 
 @pytest.mark.parametrize("dn", ["no", "standard", "seg"])
@@ -233,8 +236,7 @@ def test_half_precision_step_gives_every_parameter_a_finite_gradient(dtype):
     with torch.autocast("cpu", dtype=dtype):
         losses = model(batch)
     assert all(loss.dtype == torch.float32 for loss in losses.values())
-    torch.stack(list(losses.values())).sum().backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+    check_gradients(model, losses)
     assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
     with torch.autocast("cpu", dtype=dtype), torch.no_grad():
         (result, _) = model.eval()(batch)
@@ -289,8 +291,7 @@ def test_every_task_trains_every_parameter(node, boxes):
     model = tiny_model(**node).train()
     losses = model(train_batch(*boxes))
     assert all(value.isfinite() for value in losses.values())
-    sum(losses.values()).backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+    check_gradients(model, losses)
 
 
 def test_pano_box_loss_supervises_the_boxes_of_things_alone():
@@ -344,8 +345,7 @@ def test_a_model_without_masks_trains_every_parameter_on_boxes(node, boxes):
         each["instances"].remove("gt_masks")
     losses = model(batch)
     assert {name.split("_")[1] for name in losses} == {"ce", "bbox", "giou"}
-    sum(losses.values()).backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+    check_gradients(model, losses)
     (result,) = predict(model.eval(), image(50, 60), height=100, width=90)
     assert len(result) == 6
     assert not result.has("pred_masks")
@@ -367,8 +367,7 @@ def test_images_without_masks_train_a_model_with_masks(images):
     batch[0]["instances"].remove("gt_masks")
     losses = model(batch)
     assert (losses["loss_mask"] > 0) == (images == 2)
-    sum(losses.values()).backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+    check_gradients(model, losses)
 
 
 @pytest.mark.parametrize(
