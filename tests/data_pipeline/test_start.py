@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,14 +69,19 @@ def rewrite(change: Callable[[Json], Any]) -> Path:
     return path
 
 
+def logged_table(cfg: Config, caplog: pytest.LogCaptureFixture) -> list[list[str]]:
+    """The cells of the table that the check logs."""
+    with caplog.at_level(logging.INFO):
+        check_datasets(cfg)
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in caplog.text.splitlines() if "|" in line]
+
+
 def image_path(name: str) -> Path:
     return Path(MetadataCatalog.get("mine").image_root) / name
 
 
 def test_sound_dataset_passes_with_a_table(mine: Config, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
-        check_datasets(mine)
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in caplog.text.splitlines() if "|" in line]
+    rows = logged_table(mine, caplog)
     assert rows[0] == ["class", "kept", "images"]
     assert rows[2:] == [["ball", "0", "0"], ["box", "1", "1"], ["all", "1", "1"]]
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
@@ -174,42 +180,28 @@ def test_malformed_annotation_file_is_named(mine: Config, text: str, words: str)
         (lambda coco: coco["images"][1].update(id="two"), "some ids of images are numbers"),
         (lambda coco: coco["images"][1].update(file_name=2), "has the file_name 2"),
         (lambda coco: coco["images"][1].pop("height"), "has the height None, not a whole number"),
-        (lambda coco: coco["images"][1].update(height=6.0), "has the height 6.0"),
+        (lambda coco: coco["images"][1].update(height=6.0), r"has the height 6\.0"),
         (lambda coco: coco["images"][1].update(height=True), "has the height True"),
-        (lambda coco: coco["images"][1].update(height=0), "two.png) is 8x0 px"),
-        (lambda coco: coco["images"][1].update(width=2**40), "two.png) is 1099511627776x6 px"),
+        (lambda coco: coco["images"][1].update(height=0), r"two\.png\) is 8x0 px"),
+        (lambda coco: coco["images"][1].update(width=2**40), r"two\.png\) is 1099511627776x6 px"),
         (lambda coco: coco.update(annotations=None), '"annotations" is None'),
         (lambda coco: coco["annotations"][0].pop("id"), "has the id None"),
         (lambda coco: coco["annotations"][0].pop("category_id"), "with id 11, has the category_id None"),
-        (lambda coco: coco["annotations"][0].update(image_id=[1]), "with id 11, has the image_id [1]"),
+        (lambda coco: coco["annotations"][0].update(image_id=[1]), r"with id 11, has the image_id \[1\]"),
+        (lambda coco: coco["categories"].append({"id": 3, "name": "cone"}), "category id 3.*used more than once"),
+        (lambda coco: coco["categories"].append({"id": 9, "name": "box"}), "category name 'box'.*used more than once"),
+        (lambda coco: coco["images"][1].update(id=1), "image id 1 of one.png and two.png.*used more than once"),
+        (
+            lambda coco: coco["annotations"].append({**coco["annotations"][0], "image_id": 2}),
+            "annotation 11.*used more",
+        ),
+        (lambda coco: coco["annotations"][0].update(image_id="1"), "annotation 11.*'1'"),
     ],
 )
-def test_entry_that_cannot_be_read_is_named(mine: Config, change: Callable[[Json], Any], words: str) -> None:
-    path = rewrite(change)
-    assert words in message(mine)
-    assert str(path) in message(mine)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda coco: coco["categories"].append({"id": 3, "name": "cone"}), "category id 3"),
-        (lambda coco: coco["categories"].append({"id": 9, "name": "box"}), "category name 'box'"),
-        (lambda coco: coco["images"][1].update(id=1), "image id 1 of one.png and two.png"),
-        (lambda coco: coco["annotations"].append({**coco["annotations"][0], "image_id": 2}), "annotation 11"),
-    ],
-)
-def test_ids_used_twice_are_refused(mine: Config, change: Callable[[Json], Any], words: str) -> None:
-    path = rewrite(change)
-    assert words in message(mine)
-    assert "used more than once" in message(mine)
-    assert str(path) in message(mine)
-
-
-def test_image_id_of_another_type_is_refused(mine: Config) -> None:
-    rewrite(lambda coco: coco["annotations"][0].update(image_id="1"))
-    assert "'1'" in message(mine)
-    assert "annotation 11" in message(mine)
+def test_entry_that_cannot_be_used_is_named(mine: Config, change: Callable[[Json], Any], words: str) -> None:
+    path, found = rewrite(change), message(mine)
+    assert re.search(words, found)
+    assert str(path) in found
 
 
 def test_annotations_of_unlisted_images_are_counted(mine: Config, caplog: pytest.LogCaptureFixture) -> None:
@@ -324,9 +316,7 @@ def test_dropped_objects_are_counted_by_class_and_reason(mine: Config, caplog: p
         ]
 
     rewrite(add)
-    with caplog.at_level(logging.INFO):
-        check_datasets(mine)
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in caplog.text.splitlines() if "|" in line]
+    rows = logged_table(mine, caplog)
     assert rows[0] == ["class", "kept", "crowd", "no pixel", "images"]
     assert rows[3] == ["box", "11", "1", "1", "1"]
     mine.DATASETS.MAX_DROPPED_SHARE = 1 / 13
