@@ -28,6 +28,7 @@ from dimaskdino.errors import (
     file_errors_in_one_line,
 )
 from dimaskdino.modeling.meta_arch import build_model
+from dimaskdino.modeling.postprocessing import thing_classes
 from dimaskdino.prediction.augmented import AugmentedModel, check_augmentation, whole_images
 from dimaskdino.prediction.canvases import Canvas, open_canvas
 from dimaskdino.prediction.images import CHANNEL_ORDERS, of_own_kind, to_model_input, to_rgb
@@ -200,7 +201,10 @@ class Predictor:
         with file_errors_in_one_line():  # torch and safetensors would not name the file
             path.parent.mkdir(parents=True, exist_ok=True)
             path.open("ab").close()
-        extra = {CONFIG_ENTRY: self.cfg.dump(), CLASSES_ENTRY: json.dumps(vars(self.classes))}
+        cfg, node = self.cfg.clone(), self.cfg.MODEL.MaskDINO
+        if node.TEST.PANOPTIC_ON or node.PANO_BOX_LOSS:  # The data that says it need not be where the file goes.
+            cfg.MODEL.MaskDINO.THING_CLASSES = thing_classes(self.cfg, "MODEL.MaskDINO.TEST.PANOPTIC_ON")
+        extra = {CONFIG_ENTRY: cfg.dump(), CLASSES_ENTRY: json.dumps(vars(self.classes))}
         state = {key: value.cpu().clone().contiguous() for key, value in self.model.state_dict().items()}
         if path.suffix == ".safetensors":
             from safetensors.torch import save_file
@@ -262,6 +266,10 @@ def _prepare(cfg: Config, device: str | None, refinement: Refinement) -> None:
     node = cfg.MODEL.MaskDINO.TEST
     cfg.MODEL.DEVICE = usable_device(device)
     cfg.MODEL.WEIGHTS = ""
+    own = cfg.DATASETS.PANOPTIC
+    for split in ("TRAIN", "VAL"):
+        if not Path(own[f"{split}_JSON"]).expanduser().is_file():  # Prediction does without the data.
+            own.update(dict.fromkeys((f"{split}_JSON", f"{split}_LABELS", f"{split}_IMAGES"), ""))
     if not cfg.SOLVER.CHECKPOINT_WITHOUT_FROZEN:
         cfg.MODEL.TIMM.PRETRAINED = cfg.MODEL.VIT.PRETRAINED = False
     if not cfg.TEST.AUG.ENABLED:  # What one view finds with a low score, another one may find with a high one.

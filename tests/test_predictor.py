@@ -1,6 +1,7 @@
 """The predictor gives what the model gives, for every form of image and of trained model."""
 
 import json
+import shutil
 import sys
 import threading
 from collections.abc import Iterator
@@ -35,7 +36,7 @@ BOXES_ALONE |= {"MODEL.MaskDINO.INITIALIZE_BOX_TYPE": "no", "MODEL.MaskDINO.BATO
 
 
 def make_run(folder: Path, options: dict | None = None) -> Path:
-    options = SIZES | (options or {}) | {"DATASETS.TRAIN": ("farm",)}
+    options = SIZES | {"DATASETS.TRAIN": ("farm",)} | (options or {})
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(tiny_cfg(options).dump())
     torch.save({"model": tiny_model(options).state_dict()}, folder / "model_final.pth")
@@ -227,6 +228,26 @@ def test_things_and_stuff_have_the_ids_of_a_panoptic_dataset(tmp_path) -> None:
     classes = classes_of(tiny_cfg(coco))
     assert len(classes.things) == len(classes.category_ids) == 133
     assert (classes.category_ids[79], classes.category_ids[80], classes.category_ids[132]) == (90, 92, 200)
+
+
+@pytest.mark.usefixtures("registrations")
+def test_a_panoptic_model_does_without_its_data(tmp_path, pixels) -> None:
+    own = {"DATASETS.TRAIN": ("panoptic_val",), "MODEL.SEM_SEG_HEAD.NUM_CLASSES": 3} | write_panoptic(tmp_path / "set")
+    run, saved = make_run(tmp_path / "run", own), tmp_path / "saved.pth"
+    on = ["MODEL.MaskDINO.TEST.PANOPTIC_ON", True]
+    predictor = Predictor(run, device="cpu", score=0, options=on)
+    predictor.save(saved)
+    expected = predictor(pixels)["panoptic_seg"][1]
+    shutil.rmtree(tmp_path / "set")
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        catalog.remove("panoptic_val")
+    again = Predictor(saved, device="cpu", score=0)
+    assert again(pixels)["panoptic_seg"][1] == expected
+    assert again.model.post_processor.is_thing.tolist() == [True, True, False]
+    assert again.classes.things == ["cell", "bug", "grass"]
+    with pytest.raises(UserError, match=r"panoptic_val is not registered.*THING_CLASSES"):
+        Predictor(run, device="cpu", options=on)
+    assert Predictor(run, device="cpu", options=[*on, "MODEL.MaskDINO.THING_CLASSES", "[0, 1]"])
 
 
 def test_classes_come_from_the_weights_where_no_dataset_is_there(run) -> None:

@@ -71,8 +71,8 @@ class Misfit:
 
 
 def num_classes(state: State) -> int | None:
-    """Rows of the class head."""
-    return next((len(weight) for key, weight in state.items() if is_class_key(key)), None)
+    """The classes that the weights know; the head of a semantic model has one more row, for no object."""
+    return min((len(weight) for key, weight in state.items() if is_class_key(key)), default=None)
 
 
 def describe_backbone(state: State) -> str:
