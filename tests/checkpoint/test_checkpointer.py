@@ -18,6 +18,8 @@ from tests.checkpoint.models import Counter, assert_loaded, randomised, save, sm
 MASKDINO = {"MODEL.MaskDINO.TRANSFORMER_DECODER_NAME": "MaskDINODecoder"}
 ONE_STAGE = {**MASKDINO, "MODEL.MaskDINO.TWO_STAGE": False, "MODEL.MaskDINO.INITIALIZE_BOX_TYPE": "no"}
 OTHER_CLASSES = {"MODEL.SEM_SEG_HEAD.NUM_CLASSES": 7}
+# Its class head has a logit for no object besides.
+SEMANTIC = {"MODEL.MaskDINO.SEMANTIC_CE_LOSS": True, "MODEL.MaskDINO.TEST.INSTANCE_ON": False}
 
 
 @pytest.mark.parametrize("options", [{}, MASKDINO, ONE_STAGE])
@@ -110,10 +112,13 @@ def test_evaluation_refuses_another_number_of_classes(tmp_path: Path) -> None:
         Checkpointer(small_model(OTHER_CLASSES)).load(path)
 
 
-def test_fine_tuning_reinitializes_class_weights_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model = small_model(OTHER_CLASSES)
+@pytest.mark.parametrize("options", [{}, SEMANTIC], ids=["objects", "semantic"])
+def test_fine_tuning_reinitializes_class_weights_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, options: dict[str, Any]
+) -> None:
+    model = small_model({**options, **OTHER_CLASSES})
     fresh = {key: model.state_dict()[key].clone() for key in CLASS_KEYS}
-    trained = randomised(small_model())
+    trained = randomised(small_model(options))
     with caplog.at_level(logging.INFO):
         Checkpointer(model, finetune=True).load(save({"model": to_release(trained)}, tmp_path / "theirs.pth"))
     assert_loaded(model, trained, but=CLASS_KEYS)
