@@ -18,6 +18,7 @@ PREFIX = "hf:/"
 # A Path makes one slash of two. Windows' drives have one letter.
 _SCHEME = re.compile(r"([A-Za-z][\w+.-]+):/{1,2}(?!/)")
 _ADDRESS = re.compile(r"hf://?([\w.-]+/[\w.-]+)(?:@([^/@]+))?(?:/(.+))?")
+_MISSPELLED = re.compile(r"(hf|huggingface)(:|//)", re.IGNORECASE)
 _WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".pkl", ".bin")
 
 
@@ -70,6 +71,8 @@ def local_path(path: str | Path, remedy: str = "name a local file") -> Path:
         CheckpointError: the address cannot be fetched.
     """
     address = _SCHEME.sub(r"\1://", str(path), count=1) if _SCHEME.match(str(path)) else ""
+    if _MISSPELLED.match(str(path)) and not address.startswith(PREFIX) and not Path(path).exists():
+        HubAddress.parse(str(path))
     if not address:
         return Path(path)
     try:

@@ -114,7 +114,7 @@ def _optional_fields(
         supervised = [bool(each.get("box_supervised", True)) for each in kept]
         found["gt_box_supervised"] = torch.tensor(supervised, dtype=torch.bool)
     if any("box_weight" in each for each in annotations):
-        weights = [_box_weight(each, file_name) for each in kept]
+        weights = [float(each.get("box_weight", 1.0)) for each in kept]
         found["gt_box_weight"] = torch.tensor(weights, dtype=torch.float32)
     return found | fields_of(kept, fields, file_name)
 
@@ -133,16 +133,6 @@ def crowd_regions(annotations: list[Annotation], **arguments: Any) -> Instances:
             left, top, right, bottom = box
             mask[top:bottom, left:right] = True
     return regions
-
-
-def _box_weight(annotation: Annotation, file_name: str) -> float:
-    weight = annotation.get("box_weight", 1.0)
-    if not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
-        raise DatasetError(
-            f"Annotation {annotation.get('id', '')} of {file_name}: box_weight is {weight!r:.40}; give a number of at "
-            "least 0."
-        )
-    return float(weight)
 
 
 def boxes_of(annotations: list[Annotation], size: Size) -> np.ndarray:

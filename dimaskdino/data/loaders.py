@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from dimaskdino.data.coco_file import forget_files, has_objects, without_collecting
 from dimaskdino.data.datasets import register_all
 from dimaskdino.data.datasets.panoptic import forget_panoptic_files
-from dimaskdino.data.datasets.registration import is_coco_file, load_dataset, share_classes
+from dimaskdino.data.datasets.registration import CATEGORY_LISTS, is_coco_file, load_dataset, share_classes
 from dimaskdino.data.mapper import build_mapper
 from dimaskdino.data.orders import (
     BatchSampler,
@@ -104,6 +104,9 @@ def _train_entries(cfg: CfgNode) -> tuple[PackedEntries, list[bool]]:
 
     def entries() -> list[dict[str, Any]]:
         listed = _entries(cfg, cfg.DATASETS.TRAIN, train=True)
+        if cfg.INPUT.PARTIAL_LABELS and not any(key in entry for entry in listed for key in CATEGORY_LISTS):
+            names = " or ".join(CATEGORY_LISTS)
+            logger.warning("INPUT.PARTIAL_LABELS has no effect: no training image has %s; add them.", names)
         if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and any("annotations" in entry for entry in listed[:1]):
             number = len(listed)
             listed = [entry for entry in listed if has_objects(entry.get("annotations", ()))]

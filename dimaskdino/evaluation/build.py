@@ -62,6 +62,8 @@ class LvisEvaluator(CocoEvaluator):
         found = evaluation.get_results()
         scores = {name: 100 * found[name] if found[name] > -1 else math.nan for name in _METRICS}
         self._check_measured(scores, seen)
+        if all(math.isnan(scores[name]) for name in ("APr", "APc", "APf")):
+            logger.warning("The categories have no frequency (r, c, or f), so APr, APc, and APf are not measured.")
         return scores
 
 

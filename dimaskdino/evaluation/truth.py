@@ -107,7 +107,7 @@ def make_truth(dataset: Json, source: str) -> Truth:
             {
                 "id": categories[category["id"]],
                 "name": str(category["name"]),
-                **({"frequency": category["frequency"]} if "frequency" in category else {}),
+                **({"frequency": found} if (found := category.get("frequency")) in ("r", "c", "f") else {}),
             }
             for category in dataset["categories"]
         ],

@@ -66,8 +66,9 @@ def _checked(result: Any, name: str) -> Result:
         raise UserError(f"{name} has the score {result['score']!r:.40}; scores are numbers from 0 to 1.")
     mask = result.get("segmentation")
     if mask is not None:
+        size: Any = mask.get("size", ()) if isinstance(mask, dict) else ()
         try:
-            mask = checked_rle(mask, mask["size"] if isinstance(mask, dict) and "size" in mask else (0, 0))
+            mask = checked_rle(mask, size)
         except (TypeError, ValueError) as error:
             raise UserError(f"{name} has a mask that cannot be used ({error}); masks are RLE.") from error
     box = result.get("bbox", mask and mask_util.toBbox(mask).tolist())

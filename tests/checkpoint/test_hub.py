@@ -54,6 +54,14 @@ def test_other_addresses_are_refused(text: str) -> None:
         hub.fetch(text)
 
 
+@pytest.mark.parametrize("text", ["hf:a/b", "HF://a/b", "hf//a/b", "hf:///a/b", "huggingface://a/b"])
+def test_misspelled_address_is_no_local_file(text: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=rf"{text} is .*hf://owner/name"):
+        hub.local_path(text)
+    for name in ("hf/model.pth", "hf_model.pth"):
+        assert hub.local_path(name) == Path(name)
+
+
 def test_named_file_comes_from_the_cache(cache: Path) -> None:
     path = put(cache, "sub/model.pth", b"weights", ref="v1")
     for revision in ("v1", COMMIT):

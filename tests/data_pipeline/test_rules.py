@@ -51,7 +51,7 @@ def found(change: Json, size: tuple[int, int] | None = SIZE, **use: bool) -> set
 @pytest.mark.parametrize(
     "change",
     [
-        {},
+        {"box_supervised": False, "box_weight": 0.5, "ignored": None},
         {"segmentation": rle(*RUNS)},
         {"segmentation": {"size": list(SIZE), "counts": COMPRESSED}, "iscrowd": 1, "ignored": 1},
         # COCO's crowd boxes end one pixel early; coordinates are rounded.
@@ -71,6 +71,12 @@ DAMAGES: list[tuple[Json, str, Level, Level]] = [
     ({"iscrowd": 2}, "iscrowd: neither 0 nor 1", REFUSED, REFUSED),
     ({"iscrowd": None}, "iscrowd: neither 0 nor 1", REFUSED, REFUSED),
     ({"ignore": 1}, "ignore: not supported", REFUSED, REFUSED),
+    ({"ignored": "no", "iscrowd": 1}, "ignored: neither true nor false", REFUSED, REFUSED),
+    ({"box_supervised": "no"}, "box_supervised: neither true nor false", REFUSED, REFUSED),
+    ({"box_supervised": None}, "box_supervised: neither true nor false", REFUSED, REFUSED),
+    ({"box_weight": "1"}, "box_weight: not a weight", REFUSED, REFUSED),
+    ({"box_weight": -1}, "box_weight: not a weight", REFUSED, REFUSED),
+    ({"box_weight": 1e300}, "box_weight: not a weight", REFUSED, REFUSED),
     ({"ignored": 1}, "ignored: the region is trained on", NOTE, NOTE),
     ({"bbox": [1, 1, 3]}, "box: not four finite numbers", REFUSED, REFUSED),
     ({"bbox": 5}, "box: not four finite numbers", REFUSED, REFUSED),
@@ -120,7 +126,12 @@ DAMAGES: list[tuple[Json, str, Level, Level]] = [
 
 def test_the_quick_look_passes_nothing_that_the_rules_object_to() -> None:
     several: Json = {"segmentation": [POLYGON, [5, 1, 7, 1, 7, 4, 5, 4]], "bbox": [1, 1, 6, 3], "area": 12}
-    changes = [{}, several, {"iscrowd": 1}, *(change for change, *_ in DAMAGES)]
+    changes = [
+        {},
+        several,
+        {"iscrowd": 1, "box_supervised": False, "box_weight": 0.5},
+        *(change for change, *_ in DAMAGES),
+    ]
     annotations = [{**SOUND, **change} for change in changes]
     for one in annotations[3:]:  # each fault alone, as some make the quick look give up
         for with_masks in (True, False):

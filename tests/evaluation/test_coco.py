@@ -635,7 +635,9 @@ def test_limits_and_areas_that_are_none_are_refused(key: str, value: Any) -> Non
         CocoOptions.from_config(cfg)
 
 
-def test_lvis_counts_what_was_labeled(register: Callable[..., str], tmp_path: Path) -> None:
+def test_lvis_counts_what_was_labeled(
+    register: Callable[..., str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     boxes = [(2, 2, 20, 20), (20, 22, 38, 36)]
     content = {
         "images": [
@@ -665,6 +667,17 @@ def test_lvis_counts_what_was_labeled(register: Callable[..., str], tmp_path: Pa
         evaluator.reset()
         found.pred_classes = torch.tensor([0, 1, 2, 0])  # a false positive of the rare class, before its object
         assert scores_of(evaluator, {5: found})["bbox"]["APr"] == pytest.approx(50.0)
+        for category in content["categories"]:
+            category["frequency"] = 5
+        path.write_text(json.dumps(content))
+        assert "APr" not in caplog.text
+        evaluator = build_evaluator(get_cfg(), "lvis_like", str(tmp_path))
+        assert math.isnan(scores_of(evaluator, {5: found})["bbox"]["APr"])
+        assert "APr, APc, and APf are not measured" in caplog.text
+        content["images"][0]["neg_category_ids"] = [[1]]
+        path.write_text(json.dumps(content))
+        with pytest.raises(DatasetError, match=r"neg_category_ids of .*5\.jpg has \[1\]"):
+            load_dataset("lvis_like")
     finally:
         DatasetCatalog.remove("lvis_like")
         MetadataCatalog.remove("lvis_like")

@@ -205,9 +205,15 @@ def _category_lists(image: Json, indices: dict[Any, int]) -> Json:
     """The classes that an image lists, by index."""
     lists = {key: image[key] for key in CATEGORY_LISTS if key in image}
     for key, listed in lists.items():
-        unknown = [each for each in listed if each not in indices] if isinstance(listed, list) else [listed]
+        unknown = (
+            [each for each in listed if not isinstance(each, int | str) or each not in indices]
+            if isinstance(listed, list)
+            else [listed]
+        )
         if unknown:
-            raise DatasetError(f"{key} of {image['file_name']} has {unknown[0]!r}, which the file does not define.")
+            raise DatasetError(
+                f"{key} of {image['file_name']} has {unknown[0]!r}, which is none of the file's categories."
+            )
     return {key: [indices[each] for each in listed] for key, listed in lists.items()}
 
 

@@ -25,6 +25,7 @@ TOLERANCE_PX = 1.01
 AREA_TOLERANCE, AREA_TOLERANCE_PX = 0.5, 10
 # A polygon of at least this area is taken to have a pixel; a smaller one is drawn to find out.
 AREA_WITH_PIXEL = 4.0
+MOST_WEIGHT = 1e6
 
 # Looked up once, since the rules run over millions of annotations.
 _IDS, _NUMBERS, _LISTS = (int, str, float, np.integer), (int, float), (list, tuple, np.ndarray)
@@ -274,6 +275,16 @@ def _check_flags(annotation: Json, found: list[Problem]) -> None:
     if annotation.get("ignore", 0) != 0:
         remedy = 'write "iscrowd": 1 to leave a region out, or remove the key'
         found.append(Problem("ignore: not supported", Level.REFUSED, f"{annotation['ignore']!r:.40}", remedy))
+    for key, value in (
+        ("ignored", annotation.get("ignored") or 0),
+        ("box_supervised", annotation.get("box_supervised", 1)),
+    ):
+        if value not in (0, 1):
+            found.append(Problem(f"{key}: neither true nor false", Level.REFUSED, f"{value!r:.40}"))
+    weight = annotation.get("box_weight", 1)
+    if not isinstance(weight, _NUMBERS) or not 0 <= weight <= MOST_WEIGHT:
+        remedy = f"give a number from 0 to {MOST_WEIGHT:g}"
+        found.append(Problem("box_weight: not a weight", Level.REFUSED, f"{weight!r:.40}", remedy))
     if annotation.get("ignored") and not crowd:
         found.append(Problem("ignored: the region is trained on", Level.NOTE, "", 'add "iscrowd": 1 to leave it out'))
 

@@ -16,6 +16,7 @@ from dimaskdino.data.validation.rules import (
     AREA_TOLERANCE,
     AREA_TOLERANCE_PX,
     AREA_WITH_PIXEL,
+    MOST_WEIGHT,
     TOLERANCE_PX,
     Json,
     Rules,
@@ -38,6 +39,8 @@ class Plain(msgspec.Struct, gc=False):
     iscrowd: Literal[0, 1] | bool = 0
     ignore: Literal[0] = 0
     ignored: Literal[0] = 0
+    box_supervised: Literal[0, 1] | bool = 1
+    box_weight: Annotated[float, msgspec.Meta(ge=0, le=MOST_WEIGHT)] = 1.0
 
 
 class Look(NamedTuple):
