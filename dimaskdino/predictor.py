@@ -255,8 +255,8 @@ def _read_saved(path: Path) -> tuple[Config, Path, Classes | None]:
         content = read_weights(path)
     if not (isinstance(content.get(CONFIG_ENTRY), str) and isinstance(content.get(CLASSES_ENTRY), str)):
         raise UserError(
-            f"{path} holds weights without their configuration; give the configuration first and the weights second, "
-            "or a file that Predictor.save wrote."
+            f"{path} holds weights without their configuration; give that too (Predictor(configuration, weights), "
+            "--config-file of tools/predict.py), or a file that Predictor.save wrote."
         )
     return config_of_dump(content[CONFIG_ENTRY]), path, Classes(**json.loads(content[CLASSES_ENTRY]))
 
