@@ -188,7 +188,14 @@ def _shared_heads(misfit: Misfit) -> str:
     return f"heads {'of each layer' if separate[0] else 'that layers share'} in the file (MODEL.DINO.SHARED_HEADS)"
 
 
+def _adapters(misfit: Misfit) -> str:
+    if not any(".lora_" in key for key in (*misfit.missing, *misfit.unexpected, *misfit.reshaped)):
+        return ""
+    return "other adapters (set MODEL.VIT.LORA as in the config.yaml of that run)"
+
+
 _CAUSES: tuple[Callable[[Misfit], str], ...] = (
+    _adapters,
     _backbone,
     _classes,
     _architecture,

@@ -69,6 +69,9 @@ RANGES: dict[str, tuple[float, float]] = {
     "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS": (0, math.inf),
     **{f"MODEL.{node}.FOCAL_ALPHA": (0.0, 1.0) for node in ("MaskDINO", "DINO")},
     **{f"MODEL.{node}.FOCAL_GAMMA": (0.0, math.inf) for node in ("MaskDINO", "DINO")},
+    "MODEL.VIT.OUT_CHANNELS": (1, math.inf),
+    "MODEL.VIT.LORA.ALPHA": (0.0, math.inf),
+    **{f"MODEL.{node}.DROP_PATH_RATE": (0.0, 1.0) for node in ("VIT", "TIMM", "SWIN")},
     **{f"MODEL.{node}.NHEADS": (1, math.inf) for node in ("MaskDINO", "DINO")},
     **{f"MODEL.{node}.DROPOUT": (0.0, 1.0) for node in ("MaskDINO", "DINO")},
     **{

@@ -219,6 +219,9 @@ def test_unusable_output_folder_is_named(run, tiny: list[str], tmp_path: Path) -
         ("MODEL.MaskDINO.DEC_LAYERS", "two", "int"),
         ("MODEL.MaskDINO.BATO.GUIDANCE", "t_i", "DI.ENABLED False"),
         ("TEST.EVAL_LAYERS", "['layer.9']", "layer.1"),
+        ("TEST.COCO.LIMITS", "[0]", "at least 1"),
+        ("MODEL.MaskDINO.FOCAL_GAMMA", "-1.0", "at least 0.0"),
+        ("MODEL.VIT.LORA.ALPHA", "-1.0", "at least 0.0"),
     ],
 )
 def test_bad_key_is_refused_before_data_is_made(run, tiny, tmp_path: Path, key: str, value: str, choice: str) -> None:

@@ -192,7 +192,7 @@ def _with_adapters(vit: nn.Module, *, rank: int, alpha: float, layers: list[str]
         raise ConfigError("MODEL.VIT.LORA needs the package peft: pip install 'dimaskdino[lora]'.") from error
     try:
         adapted = inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers), vit)
-    except ValueError as error:
+    except (AttributeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"MODEL.VIT.LORA: rank {rank} and layers {layers} cannot be used ({reason:.200}).") from error
     count = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)

@@ -319,8 +319,9 @@ def test_adapters_alone_are_trained() -> None:
     )
     for each, other in zip(plain.eval()(images).values(), backbone.eval()(images).values(), strict=True):
         assert torch.allclose(each, other, atol=1e-6)  # a new adapter changes nothing
-    with pytest.raises(ConfigError, match=r"MODEL\.VIT\.LORA.*qkw"):
-        vit(lora={"rank": 2, "alpha": 4.0, "layers": ["qkw"]})
+    for layers, said in ((["qkw"], "qkw"), ([3], r"\[3\]")):
+        with pytest.raises(ConfigError, match=rf"MODEL\.VIT\.LORA.*{said}"):
+            vit(lora={"rank": 2, "alpha": 4.0, "layers": layers})
 
 
 @pytest.mark.parametrize(
@@ -389,6 +390,8 @@ def test_checkpoint_without_frozen_weights(tmp_path: Path) -> None:
     (first,), (second,) = predict(trained.eval(), picture), predict(again.eval(), picture)
     assert torch.equal(first.scores, second.scores)
 
+    with pytest.raises(CheckpointError, match=r"of another shape.*Likely cause: .*MODEL\.VIT\.LORA"):
+        Checkpointer(build_model(model_cfg(LORA__RANK=3))).load(str(tmp_path / "run" / "model_final.pth"))
     torch.save(timm.create_model(NAME).state_dict(), tmp_path / "vit.pth")
     with pytest.raises(CheckpointError, match=r"model_final\.pth.*vit\.pth"):
         Checkpointer(make(4)).load(str(tmp_path / "run" / "model_final.pth"))
