@@ -93,18 +93,26 @@ def time_exported(path: Path, size: tuple[int, int], *, threads: int, warmup: in
     ``size`` is the (height, width) of the image where the file leaves it open.
 
     Raises:
-        UserError: the file is missing or of another kind, or the package that runs it is missing.
+        UserError: the file is missing, of another kind, or does not run, or the package that runs it is missing.
     """
     if path.suffix not in _SESSIONS:
         raise UserError(f"{path} is neither .onnx nor OpenVINO's .xml; name an exported file.")
     if not path.is_file():
         raise UserError(f"{path} does not exist; write it with tools/export.py.")
-    run = _SESSIONS[path.suffix](path, size, threads)
     seconds = []
-    for _ in range(warmup + runs):
-        started = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - started)
+    try:
+        run = _SESSIONS[path.suffix](path, size, threads)
+        for _ in range(warmup + runs):
+            started = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - started)
+    except UserError:
+        raise
+    except Exception as error:  # runtimes raise errors of many types
+        raise UserError(
+            f"{path} does not run on {size[0]} x {size[1]} px ({error}); write it anew with tools/export.py, or give "
+            "larger images."
+        ) from error
     return Times(np.array(seconds[warmup:]))
 
 

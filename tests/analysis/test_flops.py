@@ -187,7 +187,8 @@ def test_open_sides_of_an_input_are_those_of_the_image(shape, kind, expected) ->
 
 
 def test_a_file_that_cannot_be_timed_is_named(tmp_path) -> None:
-    for name in ("model.pt", "missing.onnx"):
+    (tmp_path / "broken.onnx").write_text("not a model")  # without onnxruntime, the package is named beside it
+    for name in ("model.pt", "missing.onnx", "broken.onnx"):
         with pytest.raises(UserError, match=name):
             time_exported(tmp_path / name, (64, 64), threads=1, warmup=0, runs=1)
 
