@@ -1,6 +1,6 @@
 """Weight files: reading them safely, the names that others use, and fitting them to the model."""
 
-from dimaskdino.checkpoint.checkpointer import AVERAGE, BEST, Checkpointer
+from dimaskdino.checkpoint.checkpointer import AVERAGE, BEST, Checkpointer, check_weights
 from dimaskdino.checkpoint.dino import pick_coco_rows
 from dimaskdino.checkpoint.folder import FINAL
 from dimaskdino.checkpoint.hub import local_path
@@ -13,6 +13,7 @@ __all__ = [
     "DESCRIPTIONS",
     "FINAL",
     "Checkpointer",
+    "check_weights",
     "class_names_of",
     "from_release",
     "is_release",

@@ -23,7 +23,7 @@ from dimaskdino.checkpoint.fitting import (
     without_frozen,
 )
 from dimaskdino.checkpoint.folder import FINAL, TAG_FILE, newest_good
-from dimaskdino.checkpoint.hub import local_path
+from dimaskdino.checkpoint.hub import PREFIX, HubAddress, is_address, local_path
 from dimaskdino.checkpoint.names import is_class_key
 from dimaskdino.checkpoint.reading import AUTHOR, CLASS_NAMES, class_names_of, read_weights, replacing, write_weights
 from dimaskdino.checkpoint.releases import from_release, is_release
@@ -142,7 +142,7 @@ class Checkpointer(DetectionCheckpointer):
         self._is_resuming = checkpointables is None and bool(self.checkpointables)
         self._path, self.base = path, path
         # Not detectron2's `load`: it resolves addresses once more, each version in its own way.
-        content = FvcoreCheckpointer.load(self, self._local_path(path) if path else path, [])
+        content = FvcoreCheckpointer.load(self, _local_file(path) if path else path, [])
         if path:
             for name in self.checkpointables if checkpointables is None else checkpointables:
                 self._load_state(name, content)
@@ -182,13 +182,6 @@ class Checkpointer(DetectionCheckpointer):
             self._last = newest_good(Path(self.save_dir), self.run_id)
         return self._last
 
-    def _local_path(self, path: str) -> str:
-        local = str(local_path(path, 'set MODEL.WEIGHTS to a local file, or to "" for random weights'))
-        if not os.path.isfile(local):
-            what = "is a folder, not a weight file" if os.path.isdir(local) else "does not exist"
-            raise CheckpointError(f"The weight file {path} {what}; MODEL.WEIGHTS names it.")
-        return local
-
     def _load_state(self, name: str, content: dict[str, Any]) -> None:
         """Give a checkpointable its state, and remove that from ``content``."""
         if name not in content:
@@ -224,7 +217,7 @@ class Checkpointer(DetectionCheckpointer):
         """The weights of a file that leaves frozen ones out, with these from the file that they are from."""
         self.base = about[BASE]
         if self.base:
-            of_base = read_weights(self._local_path(self.base), trust=self.trust)
+            of_base = read_weights(_local_file(self.base), trust=self.trust)
             was = self.finetune, self._is_resuming
             self.finetune, self._is_resuming = True, False
             self._take(self._weights(of_base.pop("model"), of_base))
@@ -287,6 +280,27 @@ class Checkpointer(DetectionCheckpointer):
                 f"The weights were trained on other classes: {_difference(names, self.class_names)}. Evaluate "
                 "or resume on a dataset with the file's classes, in its order."
             )
+
+
+def check_weights(path: str) -> None:
+    """Raise CheckpointError if MODEL.WEIGHTS is neither a file nor an address; nothing is fetched."""
+    try:
+        if path.startswith(PREFIX):
+            HubAddress.parse(path)
+        elif not is_address(path):
+            local_path(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"MODEL.WEIGHTS: {error}") from error
+    if path and not is_address(path):
+        _local_file(path)
+
+
+def _local_file(path: str) -> str:
+    local = str(local_path(path, 'set MODEL.WEIGHTS to a local file, or to "" for random weights'))
+    if not os.path.isfile(local):
+        what = "is a folder, not a weight file" if os.path.isdir(local) else "does not exist"
+        raise CheckpointError(f"The weight file {path} {what}; MODEL.WEIGHTS names it.")
+    return local
 
 
 def _check_finite(path: Path, weights: Mapping[str, Tensor]) -> None:

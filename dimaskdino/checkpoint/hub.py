@@ -59,6 +59,11 @@ class HubHandler(PathHandler):
 PathManager.register_handler(HubHandler(), allow_override=True)
 
 
+def is_address(path: str | Path) -> bool:
+    """Whether a path begins as an address does."""
+    return bool(_SCHEME.match(str(path)))
+
+
 def local_path(path: str | Path, remedy: str = "name a local file") -> Path:
     """The path itself, or the local copy of what an address names.
 
@@ -70,7 +75,7 @@ def local_path(path: str | Path, remedy: str = "name a local file") -> Path:
     Raises:
         CheckpointError: the address cannot be fetched.
     """
-    address = _SCHEME.sub(r"\1://", str(path), count=1) if _SCHEME.match(str(path)) else ""
+    address = _SCHEME.sub(r"\1://", str(path), count=1) if is_address(path) else ""
     if _MISSPELLED.match(str(path)) and not address.startswith(PREFIX) and not Path(path).exists():
         HubAddress.parse(str(path))
     if not address:

@@ -50,6 +50,8 @@ def read_weights(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
     """
     path = Path(path)
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):  # reading a pipe waits
+            raise CheckpointError("is not a regular file; give the path of a weight file.")
         content = _read_content(path, trust)
         if not isinstance(content, Mapping):
             raise CheckpointError(f"holds a {type(content).__name__}, not weights by name.")

@@ -19,6 +19,7 @@ from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 
+from dimaskdino.checkpoint import check_weights
 from dimaskdino.command_line import import_modules
 from dimaskdino.config import Config, get_cfg, report_unused_keys
 from dimaskdino.cpu import keep_freed_memory
@@ -122,6 +123,8 @@ def setup(args: Namespace) -> Config:
             keep_freed_memory()
         if not args.eval_only:
             torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
+        if not args.resume:
+            check_weights(cfg.MODEL.WEIGHTS)
         check_datasets_once(cfg, train=not args.eval_only)
     return cfg
 

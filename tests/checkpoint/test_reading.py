@@ -1,5 +1,6 @@
 """Weight files of every kind are read, soon and without running code."""
 
+import os
 import pickle
 import time
 import zipfile
@@ -46,6 +47,12 @@ def test_pickled_arrays_and_tensors_are_read(tmp_path: Path, protocol: int) -> N
     arrays = {key: value.numpy() for key, value in WEIGHTS.items()}
     for weights in (arrays, OrderedDict(arrays), WEIGHTS):
         assert_weights(read_weights(save_pickle({"model": weights, "__author__": "us"}, tmp_path / "a.pkl", protocol)))
+
+
+def test_pipe_in_place_of_weights_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=r"a\.pth is not a regular file"):
+        read_weights(tmp_path / "a.pth")
 
 
 def test_a_torch_file_may_be_called_pkl(tmp_path: Path) -> None:

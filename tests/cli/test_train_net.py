@@ -222,6 +222,9 @@ def test_unusable_output_folder_is_named(run, tiny: list[str], tmp_path: Path) -
         ("TEST.COCO.LIMITS", "[0]", "at least 1"),
         ("MODEL.MaskDINO.FOCAL_GAMMA", "-1.0", "at least 0.0"),
         ("MODEL.VIT.LORA.ALPHA", "-1.0", "at least 0.0"),
+        ("MODEL.WEIGHTS", "absent.pth", "does not exist"),
+        ("MODEL.WEIGHTS", "hf://owner", "hf://owner/name"),
+        ("MODEL.WEIGHTS", "HF:owner/name", "hf://owner/name"),
     ],
 )
 def test_bad_key_is_refused_before_data_is_made(run, tiny, tmp_path: Path, key: str, value: str, choice: str) -> None:
