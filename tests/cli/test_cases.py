@@ -120,12 +120,13 @@ def test_eval_only_refuses_classes_in_another_order(run, tiny, tmp_path, monkeyp
         for split in ("train", "val")
     ]
     (tmp_path / "order_data.py").write_text("".join(parts))
+    (tmp_path / "unread.pth").touch()
     monkeypatch.syspath_prepend(tmp_path)
     names = ["DATASETS.TRAIN", "('order_train',)", "DATASETS.TEST", "('order_val',)"]
     try:
         finished = run(
             *("train_net.py", "--eval-only", "--import", "order_data", *tiny, *names),
-            *("MODEL.SEM_SEG_HEAD.NUM_CLASSES", 3, "MODEL.WEIGHTS", "absent.pth"),
+            *("MODEL.SEM_SEG_HEAD.NUM_CLASSES", 3, "MODEL.WEIGHTS", tmp_path / "unread.pth"),
         )
     finally:
         for name in ("order_train", "order_val"):
