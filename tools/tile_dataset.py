@@ -35,7 +35,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from dimaskdino.data.coco_file import Json, annotations_by_image, read_coco
+from dimaskdino.data.conversion.labels import below
 from dimaskdino.data.cutting import cut_annotation
+from dimaskdino.data.validation.rules import why_refused
 from dimaskdino.prediction.canvases import Canvas, open_canvas
 from dimaskdino.prediction.tiles import Tile, Tiling
 
@@ -46,6 +48,8 @@ def main() -> None:
     tiling, coco = Tiling(args.side, args.overlap), read_coco(str(args.annotations))
     images: list[Json] = []
     annotations: list[Json] = []
+    names = {category["id"]: category["name"] for category in coco["categories"]}
+    stems: dict[str, str] = {}
     (args.output / "images").mkdir(parents=True, exist_ok=True)
     for picture, objects in tqdm(annotations_by_image(coco), unit="image"):
         canvas = open_canvas(args.images / picture["file_name"], exif=not args.no_exif)
@@ -53,9 +57,16 @@ def main() -> None:
         if canvas.size != size:
             found = f"{canvas.size[1]}x{canvas.size[0]} px, listed as {size[1]}x{size[0]}"
             raise DatasetError(f"{args.images / picture['file_name']} is {found}; correct the size.")
+        if other := stems.get(stem_of(picture)):
+            both = f"{other} and {picture['file_name']}"
+            raise DatasetError(f"{args.annotations} lists {both}, whose tiles would have the same names; rename one.")
+        stems[stem_of(picture)] = picture["file_name"]
+        for each in objects:
+            if wrong := why_refused(each, size, names, scored="bbox" in each):
+                raise DatasetError(f"Annotation {each['id']} in {args.annotations}: {wrong}.")
         for tile in tiling.tiles(size):
             images.append(write_tile(canvas, picture, tile, args.output, len(images) + 1))
-            annotations += cut_objects(objects, size, tile, len(images), args, first_id=len(annotations) + 1)
+            annotations += cut_objects(objects, size, tile, len(images), args.least_share, len(annotations) + 1)
     content = {"images": images, "annotations": annotations, "categories": coco["categories"]}
     path = args.output / "annotations.json"
     path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
@@ -65,8 +76,7 @@ def main() -> None:
 
 def write_tile(canvas: Canvas, picture: Json, tile: Tile, output: Path, image_id: int) -> Json:
     """Write one tile as PNG; returns its entry, which says where it is from."""
-    stem = Path(picture["file_name"]).with_suffix("").as_posix()
-    name = f"{stem}_{tile.top}_{tile.left}.png"
+    name = f"{stem_of(picture)}_{tile.top}_{tile.left}.png"
     height, width = tile.bottom - tile.top, tile.right - tile.left
     (output / "images" / name).parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(canvas.read(tile.top, tile.left, height, width)).save(output / "images" / name)
@@ -74,18 +84,19 @@ def write_tile(canvas: Canvas, picture: Json, tile: Tile, output: Path, image_id
     return {"id": image_id, "file_name": name, "height": height, "width": width, **place}
 
 
+def stem_of(picture: Json) -> str:
+    """The path of a picture's tiles below the output, without what tells them apart."""
+    return below(picture["file_name"]).with_suffix("").as_posix()
+
+
 def cut_objects(
-    objects: list[Json], size: tuple[int, int], tile: Tile, image_id: int, args: argparse.Namespace, *, first_id: int
+    objects: list[Json], size: tuple[int, int], tile: Tile, image_id: int, least_share: float, first_id: int
 ) -> list[Json]:
     """The objects of a picture that lie in a tile."""
     window = tile.top, tile.left, tile.bottom, tile.right
     cut: list[Json] = []
     for each in objects:
-        try:
-            inside = cut_annotation(each, size, window, args.least_share)
-        except ValueError as error:
-            raise DatasetError(f"Annotation {each['id']} in {args.annotations}: {error}.") from error
-        if inside is not None:
+        if (inside := cut_annotation(each, size, window, least_share)) is not None:
             cut.append({**inside, "id": first_id + len(cut), "image_id": image_id})
     return cut
 

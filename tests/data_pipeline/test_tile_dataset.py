@@ -1,6 +1,7 @@
 """tools/tile_dataset.py: large pictures and their labels in tiles."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -87,6 +88,24 @@ def test_tiles_cover_pictures_and_objects(tmp_path, monkeypatch, capfd):
             covered[place] |= mask_util.decode(objects[image["id"]]["segmentation"]).astype(bool)
     assert np.array_equal(seen, pixels)
     assert np.array_equal(covered, left)
+    sound, image = content["annotations"][0], content["images"][0]
+    for change, said in (
+        ({"category_id": 9}, "Annotation 1 in .*train.json: category: unknown"),
+        ({"segmentation": [[1, 2, 3]]}, "Annotation 1 in .*no polygon with three points"),
+        ({"segmentation": None, "bbox": ["a", 1, 2, 3]}, "Annotation 1 in .*box: not four finite numbers"),
+        ({"file_name": "a b/1.gif"}, "a b/1.png and a b/1.gif"),
+    ):
+        content["annotations"] = [] if "file_name" in change else [sound | change]
+        content["images"] = [image, image | {"id": 4} | change] if "file_name" in change else [image]
+        Image.fromarray(pixels).save(tmp_path / "photos" / "a b" / "1.gif")
+        (tmp_path / "train.json").write_text(json.dumps(content))
+        assert run_script(monkeypatch, "tools/tile_dataset.py", *command) == 2
+        assert re.search(said, capfd.readouterr().err)
+    content["annotations"], content["images"] = [], [image | {"file_name": str(tmp_path / "photos" / "a b" / "1.png")}]
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    assert run_script(monkeypatch, "tools/tile_dataset.py", *command) == 0
+    assert len(list((tmp_path / "photos").rglob("1*"))) == 2  # the tiles of an absolute path are below the output too
+    content["images"] = [image]
     content["images"][0]["height"] = 41
     content["annotations"] = []
     (tmp_path / "train.json").write_text(json.dumps(content))

@@ -237,6 +237,12 @@ def _rounded(value: float) -> float:
     return round(float(value), 3)
 
 
+def below(file_name: str) -> Path:
+    """Where something of an image goes below a folder, also for an absolute path or one with ".."."""
+    image = Path(file_name)
+    return Path(*(part for part in image.parts if part not in ("..", image.anchor)))
+
+
 def write_json(content: Json, path: Path) -> None:
     """Write a COCO file; the same content gives the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)

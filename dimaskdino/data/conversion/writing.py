@@ -15,8 +15,8 @@ from PIL import Image
 from pycocotools import mask as mask_util
 
 from dimaskdino.data.coco_file import read_coco, read_json
-from dimaskdino.data.conversion.labels import Json, check_names
-from dimaskdino.data.validation.rules import Level, Rules, has_mask, read_mask
+from dimaskdino.data.conversion.labels import Json, below, check_names
+from dimaskdino.data.validation.rules import has_mask, read_mask, why_refused
 from dimaskdino.errors import DatasetError
 
 
@@ -51,9 +51,7 @@ def _problem(item: Any, sizes: Mapping[Any, tuple[int, int]], names: Mapping[Any
     score = item.get("score", 1.0)
     if not isinstance(score, int | float) or not math.isfinite(score):
         return f"its score, {score!r:.40}, is not a number"
-    rules = Rules(categories=names, with_masks=has_mask(item), scored=True, in_file=True)
-    refused = (problem for problem in rules.problems(item, sizes[key]) if problem.level is Level.REFUSED)
-    return str(next(refused, ""))
+    return why_refused(item, sizes[key], names)
 
 
 def write_labelme(images: Iterator[tuple[Json, list[Json]]], output: Path) -> int:
@@ -76,9 +74,8 @@ def write_labelme(images: Iterator[tuple[Json, list[Json]]], output: Path) -> in
 
 
 def _write(folder: Path, file_name: str, ending: str, text: str, written: set[Path]) -> None:
-    """Write the labels of an image; always below the folder, also for an absolute path or one with ".."."""
-    image = Path(file_name)
-    path = folder.joinpath(*(part for part in image.parts if part not in ("..", image.anchor))).with_suffix(ending)
+    """Write the labels of an image below a folder."""
+    path = (folder / below(file_name)).with_suffix(ending)
     if path in written:
         raise DatasetError(f"{path} would hold the labels of two images, one of them {file_name}; rename it.")
     written.add(path)

@@ -200,6 +200,13 @@ class Rules:
         return mask
 
 
+def why_refused(annotation: Json, size: Size, categories: Mapping[Any, str], *, scored: bool = True) -> str:
+    """Why an object of a COCO file can be used for nothing, whether it has a mask or a box alone; "" if it can."""
+    rules = Rules(categories=categories, with_masks=has_mask(annotation), scored=scored, in_file=True)
+    refused = (problem for problem in rules.problems(annotation, size) if problem.level is Level.REFUSED)
+    return str(next(refused, ""))
+
+
 def has_mask(annotation: Json) -> bool:
     """Whether an annotation has a segmentation of any kind."""
     mask = annotation.get("segmentation")
