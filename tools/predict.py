@@ -171,7 +171,7 @@ def build_predictor(args: argparse.Namespace) -> Predictor:
 
 def demo_model() -> tuple[Path, Path | None]:
     """The run of make demo, or else the configuration and weights of the repository's small model."""
-    if (DEMO_RUN / "last_checkpoint").is_file():
+    if any(DEMO_RUN.glob("*.pth")):
         return DEMO_RUN, None
     print(f"No model is named, and {DEMO_RUN} has none: this is the repository's, of colored shapes, {DEMO_WEIGHTS}")
     return DEMO_CONFIG, DEMO_WEIGHTS

@@ -136,7 +136,9 @@ def test_the_demo_model_is_used_unless_another_is_named(run, job, tmp_path, monk
     assert done.status == 3
     assert "demo_model.pth" in done.out
     assert {result["image_id"] for result in read(tmp_path)} == {1, 2, 4}
-    (tmp_path / "output" / "demo").mkdir(parents=True)
+    (tmp_path / "output" / "demo" / "run").mkdir(parents=True)  # of a training that was stopped early
+    assert "demo_model.pth" in run("tools/predict.py", *job, "--overwrite").out
+    (tmp_path / "output" / "demo" / "run").rmdir()
     (tmp_path / "run").rename(tmp_path / "output" / "demo" / "run")
     done = run("tools/predict.py", *job, "--overwrite")
     assert done.status == 3

@@ -54,9 +54,10 @@ def test_dino_trains_resumes_and_evaluates_boxes(run, dino: list[str], tmp_path:
     assert "segm" not in evaluated.out
 
 
-def test_a_dataset_without_masks_is_enough(run, dino, shapes_root, tmp_path, monkeypatch):
+def test_a_dataset_without_masks_is_enough(run, dino, tmp_path, monkeypatch):
+    dino += ["DATASETS.SHAPES.ROOT", str(tmp_path / "shapes")]
     assert run(SCRIPT, *dino, "SOLVER.MAX_ITER", 1).status == 0  # makes the shapes
-    (file,) = shapes_root.rglob("instances_train.json")
+    (file,) = (tmp_path / "shapes").rglob("instances_train.json")
     folder = file.parents[1]
     for part in ("train", "val"):
         drop_masks(folder, part)
