@@ -292,11 +292,11 @@ def test_dataset_of_an_imported_module_is_checked(coco, write_coco, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     json_file, image_root = write_coco(coco)
-    (tmp_path / "own_data.py").write_text(
+    (tmp_path / "checked_data.py").write_text(
         "from detectron2.data.datasets import register_coco_instances\n"
-        f"register_coco_instances('own_train', {{}}, '{json_file.name}', '{image_root.name}')\n"
+        f"register_coco_instances('checked_train', {{}}, '{json_file.name}', '{image_root.name}')\n"
     )
-    assert run_script(monkeypatch, "tools/check_dataset.py", "own_train", "--import", "own_data") == 0
+    assert run_script(monkeypatch, "tools/check_dataset.py", "checked_train", "--import", "checked_data") == 0
     assert "No problem was found." in capfd.readouterr().out
 
 
