@@ -15,7 +15,7 @@ TRIM_THRESHOLD, MMAP_MAX = -1, -4
 ENVIRONMENT = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_")
 TUNABLES = ("glibc.malloc.trim_threshold", "glibc.malloc.mmap_max", "glibc.malloc.mmap_threshold")
 
-# Tests of a waiting thread before it sleeps, of GNU's OpenMP: about a tenth of a millisecond.
+# How often a waiting thread of GNU's OpenMP looks for work before it sleeps: about a tenth of a millisecond.
 SPINS = "10000"
 
 
@@ -55,7 +55,7 @@ def _wait_passively() -> None:
     """Make threads of OpenMP sleep after a short spin, instead of spinning, while they wait for each other.
 
     On busy cores, threads that spin take the time that the others need: an image takes 20 to 60 times as long. Threads
-    that sleep at once are woken for each of the thousands of small layers, which costs a small model a third of its
+    that sleep at once are woken for each of the thousands of small layers, which costs a small model two fifths of its
     time. OpenMP reads both variables when torch loads it. If torch is loaded already, a team of idle threads has much
     the same effect: GNU's OpenMP hardly spins while it has more threads than there are cores.
 

@@ -13,6 +13,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.structures import Instances
 
 from dimaskdino.checkpoint import Checkpointer, class_names_of, local_path, read_weights
+from dimaskdino.checkpoint.reading import replacing
 from dimaskdino.config import Config, config_of_dump, read_config
 from dimaskdino.data.coco_file import category_names, read_json
 from dimaskdino.data.datasets import register_all
@@ -25,7 +26,6 @@ from dimaskdino.errors import (
     UserError,
     check_choice,
     check_range,
-    file_errors_in_one_line,
 )
 from dimaskdino.modeling.meta_arch import build_model
 from dimaskdino.modeling.postprocessing import thing_classes
@@ -195,23 +195,21 @@ class Predictor:
         """Write one file (safetensors if it ends so) that :class:`Predictor` loads: weights, configuration, classes.
 
         Raises:
-            UserError: the file cannot be written.
+            CheckpointError: the file cannot be written; what was there before stays.
         """
         path = Path(path)
-        with file_errors_in_one_line():  # torch and safetensors would not name the file
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.open("ab").close()
         cfg, node = self.cfg.clone(), self.cfg.MODEL.MaskDINO
         if node.TEST.PANOPTIC_ON or node.PANO_BOX_LOSS:  # The data that says it need not be where the file goes.
             cfg.MODEL.MaskDINO.THING_CLASSES = thing_classes(self.cfg, "MODEL.MaskDINO.TEST.PANOPTIC_ON")
         extra = {CONFIG_ENTRY: cfg.dump(), CLASSES_ENTRY: json.dumps(vars(self.classes))}
         state = {key: value.cpu().clone().contiguous() for key, value in self.model.state_dict().items()}
-        if path.suffix == ".safetensors":
-            from safetensors.torch import save_file
+        with replacing(path) as partial:
+            if path.suffix == ".safetensors":
+                from safetensors.torch import save_file
 
-            save_file(state, path, extra)
-        else:
-            torch.save({"model": state, **extra}, path)
+                save_file(state, partial, extra)
+            else:
+                torch.save({"model": state, **extra}, partial)
 
 
 def _read_run(run: Path, weights: Path | None) -> tuple[Config, Path, Classes | None]:

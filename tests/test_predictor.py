@@ -1,6 +1,7 @@
 """The predictor gives what the model gives, for every form of image and of trained model."""
 
 import json
+import re
 import shutil
 import sys
 import threading
@@ -116,8 +117,7 @@ def test_a_saved_model_needs_nothing_else(run, pixels, tmp_path, suffix) -> None
 def test_a_file_that_cannot_be_written_is_named(run, tmp_path) -> None:
     predictor = Predictor(run, device="cpu")
     for path in (run / "config.yaml" / "model.pth", tmp_path, Path("/proc/absent/model.safetensors")):
-        named = path.parent if path.name.startswith("model") else path
-        with pytest.raises(UserError, match=rf"{named}: .*; (check the path|there is a file)"):
+        with pytest.raises(UserError, match=re.escape(str(path))):
             predictor.save(path)
 
 

@@ -26,7 +26,7 @@ def parse_args() -> argparse.Namespace:
     kind.add_argument("--quick", action="store_true", help=f"evaluate and draw {MODEL.name} instead of training")
     kind.add_argument("--smoke", action="store_true", help="train a few iterations: tests the code, learns nothing")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--all", action="store_true", help="all tasks: boxes, instances, panoptic, semantic (an hour)")
+    what.add_argument("--all", action="store_true", help="boxes, instances, panoptic, semantic: over an hour")
     config = CONFIGS / "dimaskdino_shapes.yaml"
     what.add_argument("--config-file", default=str(config), help="model and schedule (default: the demo's)")
     parser.add_argument(
@@ -148,7 +148,7 @@ def run_arguments(demo: argparse.Namespace, config_file: str, run: Path, *, resu
         if not MODEL.is_file():
             raise UserError(
                 f"--quick evaluates {MODEL}, which does not exist; take it from the repository, or train a model with "
-                "tools/demo.py (12 minutes on two cores)."
+                "tools/demo.py (15 to 20 minutes on two cores)."
             )
         arguments.append("--eval-only")
         options += [*QUICK, "MODEL.WEIGHTS", str(MODEL)]

@@ -173,7 +173,7 @@ def demo_model() -> tuple[Path, Path | None]:
     """The run of make demo, or else the configuration and weights of the repository's small model."""
     if any(DEMO_RUN.glob("*.pth")):
         return DEMO_RUN, None
-    print(f"No model is named, and {DEMO_RUN} has none: this is the repository's, of colored shapes, {DEMO_WEIGHTS}")
+    print(f"No model is named, and {DEMO_RUN} has none, so this uses the repository's: colored shapes, {DEMO_WEIGHTS}")
     return DEMO_CONFIG, DEMO_WEIGHTS
 
 

@@ -86,7 +86,7 @@ def cut_records(path: Path, last: int) -> None:
 
 
 def records(path: Path, holding: str = "", *, last_bytes: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The lines of a metrics.json, or of its end, that hold a text, and their content; lines cut off are skipped."""
+    """Complete lines of a metrics.json that contain ``holding``, and their records; or of its ``last_bytes`` alone."""
     if not path.is_file():
         return
     with path.open("rb") as file:

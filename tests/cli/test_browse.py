@@ -59,7 +59,7 @@ def test_what_a_run_does_not_give_is_said(browser, pixels) -> None:
         browser.look(pixels, "a", "selection.2", "objects", 0.0)
 
 
-def test_without_a_run_the_demo_model_is_shown_and_a_taken_port_named(monkeypatch, tmp_path) -> None:
+def test_demo_model_is_the_default_and_a_taken_port_is_named(monkeypatch, tmp_path) -> None:
     class Page:
         def launch(self, **_: object) -> None:
             raise OSError("Cannot find empty port")

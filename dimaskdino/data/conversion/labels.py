@@ -238,7 +238,7 @@ def _rounded(value: float) -> float:
 
 
 def below(file_name: str) -> Path:
-    """Where something of an image goes below a folder, also for an absolute path or one with ".."."""
+    """The path of an image's files relative to an output folder, even if its name is absolute or contains ".."."""
     image = Path(file_name)
     return Path(*(part for part in image.parts if part not in ("..", image.anchor)))
 

@@ -71,7 +71,7 @@ def parse_xml(path: Path) -> Node:
     def text(data: str) -> None:
         stack[-1].text += data
 
-    def entity(*declared: object) -> None:  # of a few lines it can make gigabytes
+    def entity(*declared: object) -> None:  # a few lines of them can expand to gigabytes
         raise ValueError("it declares entities, which no label file needs")
 
     parser.StartElementHandler, parser.CharacterDataHandler, parser.EntityDeclHandler = start, text, entity

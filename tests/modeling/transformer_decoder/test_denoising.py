@@ -88,7 +88,7 @@ def run_layer(decoder: DIMaskDINODecoder, queries: DenoisingQueries, content: to
 @pytest.mark.parametrize(
     ("changed", "reached"), [(0, slice(0, 3)), (3, slice(3, 6)), (6, slice(6, 9)), (-1, slice(None))]
 )
-def test_change_of_one_group_reaches_nothing_else_and_of_a_matching_query_all(changed, reached):
+def test_groups_see_themselves_and_matching_queries_reach_all(changed, reached):
     decoder = scramble(DIMaskDINODecoder(tiny_cfg())).eval()
     queries = denoising(10)(targets(BOXES))
     content = torch.randn(1, queries.num_queries + 8, DIM)
