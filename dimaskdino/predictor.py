@@ -40,7 +40,7 @@ from dimaskdino.visualization import to_picture
 logger = logging.getLogger(__name__)
 
 # What suits large pictures, unless the caller's options say otherwise.
-TILE_OPTIONS = ("MODEL.MaskDINO.TEST.MASK_FORMAT", "rle", "MODEL.MaskDINO.TEST.MASK_INTERPOLATION", "direct")
+TILE_OPTIONS = ("MODEL.MaskDINO.TEST.MASK_FORMAT", "rle")
 # Entries of a self-contained weight file.
 CONFIG_ENTRY, CLASSES_ENTRY = "dimaskdino_config", "dimaskdino_classes"
 

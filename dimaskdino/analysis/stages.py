@@ -71,7 +71,7 @@ def watched(model: DIMaskDINO) -> Iterator[list[Any]]:
 def compare_stages(output: DecoderOutput, frame: Frame, truth: TrueObjects, model: DIMaskDINO) -> list[SeenStage]:
     """Compare every stage of the only image of a batch with its truth, which is in px of the result."""
     options = model.post_processor.instance_options
-    rendering = replace(options["rendering"], format="rle", interpolation="direct")
+    rendering = replace(options["rendering"], format="rle")
     by_mask = options["score_by_mask"]
     return [_compare(each, frame, truth, rendering, by_mask) for each in output.stages if each.stage.kind in KINDS]
 

@@ -32,7 +32,7 @@ class RleMasks:
         if isinstance(masks, cls):
             return masks
         dense = getattr(masks, "tensor", masks)
-        rles = [mask_util.encode(np.asfortranarray(mask.cpu().numpy(), dtype=np.uint8)) for mask in dense]
+        rles = [_encode(mask.cpu().numpy()) for mask in dense]
         return cls(rles, (int(dense.shape[1]), int(dense.shape[2])))
 
     @property
@@ -100,6 +100,16 @@ def run_edges(mask: np.ndarray, top: int, left: int, height: int) -> np.ndarray:
     flat = np.concatenate(([False], padded.ravel()))
     column, row = np.divmod(np.flatnonzero(flat[1:] != flat[:-1]), rows + 1)
     return (left + column) * height + top + row
+
+
+def _encode(mask: np.ndarray) -> Rle:
+    """The RLE of a mask (H, W) bool, with one look at what is above and below it."""
+    rows = np.flatnonzero(mask.any(1))
+    if not len(rows):
+        return place_crop(mask[:0, :0], 0, 0, mask.shape)
+    columns = np.flatnonzero(mask[rows[0] : rows[-1] + 1].any(0))
+    crop = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    return place_crop(crop, int(rows[0]), int(columns[0]), mask.shape)
 
 
 def rle_from_edges(edges: np.ndarray, size: Size) -> Rle:

@@ -139,8 +139,7 @@ def test_pictures_of_objects_keep_their_proportions() -> None:
 
 def test_stages_are_compared_in_the_frame_of_the_result() -> None:
     # Objects that are exactly what the model found, mask by mask.
-    options = {"MODEL.MaskDINO.TEST.MASK_INTERPOLATION": "direct"}
-    _, found = stages_of(tiny_model(options), rectangles((0, 0, 50, 50)))
+    _, found = stages_of(tiny_model(), rectangles((0, 0, 50, 50)))
     kept = [index for index in range(len(found)) if found.pred_masks[index].any()][:2]
     assert kept
     boxes = found.pred_boxes.tensor[kept].double().numpy()
@@ -148,7 +147,7 @@ def test_stages_are_compared_in_the_frame_of_the_result() -> None:
     truth = TrueObjects(
         classes=found.pred_classes[kept].tolist(), boxes=boxes, rles=RleMasks.of(found.pred_masks[kept]).rles
     )
-    stages, _ = stages_of(tiny_model(options), truth)
+    stages, _ = stages_of(tiny_model(), truth)
     last = stages[-1]
     assert [each.stage.name for each in stages] == ["interm", "initial", "layer.0", "layer.1", "layer.2"]
     for index, place in enumerate(kept):

@@ -7,7 +7,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from dimaskdino.layers.boxes import cxcywh_to_xyxy
-from dimaskdino.modeling.postprocessing.masks import TWO_STEP, Frame, MaskRendering
+from dimaskdino.modeling.postprocessing.masks import DIRECT, Frame, MaskRendering
 from dimaskdino.structures import FeatureTokens, StagePrediction
 
 
@@ -19,7 +19,7 @@ def instances_of_image(
     max_detections: int,
     score_by_mask: bool,
     min_score: float = 0.0,
-    rendering: MaskRendering = TWO_STEP,
+    rendering: MaskRendering = DIRECT,
     with_queries: bool = False,
     is_thing: Tensor | None = None,
 ) -> Instances:

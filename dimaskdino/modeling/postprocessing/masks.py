@@ -1,10 +1,9 @@
 """Mask logits to masks at the asked size, in bounded memory, as bitmaps or straight to RLE."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
@@ -13,37 +12,35 @@ from torch import Tensor
 from dimaskdino.errors import check_choice
 from dimaskdino.layers.ms_deform_attn_ops import use_loops
 from dimaskdino.structures import MaskLogits, RleMasks
-from dimaskdino.structures.rle_masks import Size, rle_from_edges, run_edges
+from dimaskdino.structures.rle_masks import Size
 
-INTERPOLATIONS = ("two_step", "direct")
+INTERPOLATIONS = ("direct", "two_step")
 FORMATS = ("bitmask", "rle")
 _BYTES_PER_PIXEL = 20  # of a mask while it is made: logits of two sizes, probabilities, their product, the bitmap
+# Which cells make each pixel of an axis, (taps, pixels) int32, and their weights, (taps, pixels) float32.
+Taps = tuple[Tensor, Tensor]
 
 
-def resized_masks(logits: Tensor, steps: Sequence[tuple[Size, Size]], masks: Tensor) -> Tensor:
-    """Interpolate logits bilinearly, step by step, and keep where they are positive.
-
-    The steps of an axis are joined to one sum of cells first, so that no map between them is ever made.
+def resized_masks(logits: Tensor, rows: Taps, columns: Taps, masks: Tensor) -> Tensor:
+    """Interpolate logits, and keep where they are positive, without a map of interpolated logits.
 
     Args:
         logits: (N, h, w) float32.
-        steps: (size after the step, part of it that is kept), each (height, width) in px.
-        masks: (N, H, W) bool of the last kept size, which is filled.
+        rows: of the masks, as sums of rows of the logits.
+        columns: the same of the columns.
+        masks: (N, H, W) bool, which is filled.
 
     Returns:
         (N,) mean probability inside each mask; 0 for an empty one.
     """
-    axes: list[Tensor] = []
-    for axis, cells in enumerate(logits.shape[1:]):
-        axes += _taps(cells, [(size[axis], kept[axis]) for size, kept in steps])
-    probability, area = torch.ops.dimaskdino.resized_masks(logits, *axes, masks).unbind(1)
+    probability, area = torch.ops.dimaskdino.resized_masks(logits, *rows, *columns, masks).unbind(1)
     return probability / (area + 1e-6)
 
 
-def _taps(cells: int, steps: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-    """Which cells make each pixel of an axis, (taps, pixels) int32, and their weights, float32."""
+def _two_step_taps(cells: int, padded: int, image: int, output: int) -> Taps:
+    """Two bilinear steps, with a cut to the image between them, joined to one sum of cells."""
     index, weights = torch.arange(cells)[None], torch.ones(1, cells)
-    for size, kept in steps:
+    for size, kept in [(padded, image), *([(output, output)] if image != output else [])]:
         # As torch.nn.functional.interpolate without aligned corners, in its precision.
         place = ((torch.arange(size, dtype=torch.float32) + 0.5) * (cells / size) - 0.5).clamp(min=0)
         lower = place.long().clamp(max=cells - 1)
@@ -53,6 +50,22 @@ def _taps(cells: int, steps: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]
         weights = torch.cat((weights[:, lower] * (1 - share), weights[:, upper] * share))
         cells = kept
     return index.int().contiguous(), weights.contiguous()
+
+
+def _direct_taps(cells: int, padded: int, image: int, output: int) -> Taps:
+    """One bilinear step from the logits to the result."""
+    centers = (torch.arange(output, dtype=torch.float64) + 0.5) * (image / output)
+    place = (centers * (cells / padded) - 0.5).clamp(0, cells - 1)
+    lower = place.long()
+    share = (place - lower).float()
+    return torch.stack((lower, (lower + 1).clamp(max=cells - 1))).int(), torch.stack((1 - share, share))
+
+
+def _interpolate(logits: Tensor, axis: int, taps: Taps) -> Tensor:
+    """Logits (N, h, w) with one of the axes at the size of the result."""
+    cells, weights = (each.to(logits.device) for each in taps)
+    weights = weights.unflatten(1, (-1, *[1] * (2 - axis)))
+    return sum(logits.index_select(axis, each) * weight for each, weight in zip(cells, weights, strict=True))
 
 
 @dataclass(frozen=True)
@@ -101,9 +114,9 @@ def _resize(maps: Tensor, size: Size) -> Tensor:
 class MaskRendering:
     """How masks are made."""
 
-    # ``two_step`` resizes the logits to the padded size, crops, and resizes to the asked size, as the releases do;
-    # ``direct`` interpolates once, and only where a mask is, which differs in few pixels
-    interpolation: str = "two_step"
+    # ``direct`` interpolates once, from the logits to the asked size; ``two_step`` resizes to the padded size, crops,
+    # and resizes to the asked size, as the releases do, which differs in few pixels
+    interpolation: str = "direct"
     format: str = "bitmask"  # ``bitmask`` for a (N, H, W) bool tensor, or ``rle`` for :class:`RleMasks`
     memory_mb: int = 256  # masks are made in chunks that need about this much memory, in MiB
 
@@ -133,133 +146,34 @@ class MaskRendering:
         Returns:
             The masks, and the mean probability inside each, (N,) float32; 0 for an empty one.
         """
-        canvas = _Rles(frame.output, len(queries)) if self.format == "rle" else _Bitmaps(frame.output, queries)
-        pixels = self.memory_mb * 2**20 // _BYTES_PER_PIXEL
-        per_mask = math.prod(predicted.features.shape[-2:])
-        qualities, done = [queries.new_zeros(0, dtype=torch.float32)], 0
-        if self.interpolation == "two_step":
-            largest = max(math.prod(frame.padded), math.prod(frame.output))
-            # The loops need nothing of the larger sizes but the bitmap.
-            per_mask = max(per_mask, math.ceil(largest / _BYTES_PER_PIXEL) if use_loops(qualities[0]) else largest)
-        for chunk in queries.split(max(1, pixels // per_mask)):
-            logits = predicted.select(image, chunk).float()
-            make = _two_step if self.interpolation == "two_step" else _direct
-            qualities.append(make(logits, frame, canvas, done, pixels))
+        made = _BYTES_PER_PIXEL * math.prod(predicted.features.shape[-2:])
+        if use_loops(predicted.features):
+            made = max(made, math.prod(frame.output))  # nothing of a larger size but the bitmap
+        else:
+            made = max(made, *(_BYTES_PER_PIXEL * math.prod(size) for size in (frame.output, frame.padded)))
+        chunks = queries.split(max(1, self.memory_mb * 2**20 // made))
+        as_rle = self.format == "rle"
+        masks = queries.new_empty((len(chunks[0]) if as_rle else len(queries), *frame.output), dtype=torch.bool)
+        rles, qualities, done = [], [], 0
+        for chunk in chunks:
+            room = masks[: len(chunk)] if as_rle else masks[done : done + len(chunk)]
+            qualities.append(self._fill(room, predicted.select(image, chunk).float(), frame))
+            rles += RleMasks.of(room).rles if as_rle else []
             done += len(chunk)
-        return canvas.result(), torch.cat(qualities)
+        return RleMasks(rles, frame.output) if as_rle else masks, torch.cat(qualities)
+
+    def _fill(self, masks: Tensor, logits: Tensor, frame: Frame) -> Tensor:
+        """Fill (N, H, W) masks from (N, h, w) logits; returns the qualities (N,)."""
+        taps = _two_step_taps if self.interpolation == "two_step" else _direct_taps
+        rows, columns = zip(logits.shape[1:], frame.padded, frame.image, frame.output, strict=True)
+        if use_loops(logits):
+            return resized_masks(logits, taps(*rows), taps(*columns), masks)
+        if self.interpolation == "two_step":
+            logits = frame.crop_and_resize(frame.on_canvas(logits))
+        else:
+            logits = _interpolate(_interpolate(logits, 1, taps(*rows)), 2, taps(*columns))
+        masks.copy_(logits > 0)
+        return (logits.sigmoid() * masks).sum((1, 2)) / (masks.sum((1, 2)) + 1e-6)
 
 
-TWO_STEP = MaskRendering()
-
-
-def _two_step(logits: Tensor, frame: Frame, canvas: "_Canvas", first: int, _: int) -> Tensor:
-    """Resize (N, h, w) logits to the padded size, crop, and resize to the asked size; returns the qualities (N,)."""
-    if use_loops(logits):
-        masks = canvas.room(first, len(logits))
-        steps = [(frame.padded, frame.image), *([(frame.output, frame.output)] if frame.image != frame.output else [])]
-        qualities = resized_masks(logits, steps, masks)
-        canvas.add_all(first, masks)
-        return qualities
-    logits = frame.crop_and_resize(frame.on_canvas(logits))
-    masks = logits > 0
-    for number, mask in enumerate(masks, start=first):
-        canvas.add(number, mask, 0, 0)
-    return (logits.sigmoid() * masks).sum((1, 2)) / (masks.sum((1, 2)) + 1e-6)
-
-
-def _direct(logits: Tensor, frame: Frame, canvas: "_Canvas", first: int, pixels: int) -> Tensor:
-    """Interpolate (N, h, w) logits once, only around what is positive, at most ``pixels`` at a time."""
-    sizes = zip(logits.shape[-2:], frame.padded, frame.image, frame.output, strict=True)
-    rows, columns = (_Axis.of(*each, logits.device) for each in sizes)
-    positive = logits > 0
-    row_spans, column_spans = rows.spans(positive.any(2)), columns.spans(positive.any(1))
-    qualities = logits.new_zeros(len(logits))
-    for index, (each, (top, bottom), (left, right)) in enumerate(zip(logits, row_spans, column_spans, strict=True)):
-        total = area = logits.new_zeros(())
-        step = max(1, pixels // max(1, bottom - top))
-        for start in range(left, right, step):
-            strip = rows.interpolate(columns.interpolate(each, 1, start, min(start + step, right)), 0, top, bottom)
-            mask = strip > 0
-            canvas.add(first + index, mask, top, start)
-            total, area = total + (strip.sigmoid() * mask).sum(), area + mask.sum()
-        qualities[index] = total / (area + 1e-6)
-    return qualities
-
-
-@dataclass(frozen=True)
-class _Axis:
-    """Linear interpolation along one axis, from cells of the logits to pixels of the result."""
-
-    lower: Tensor  # (n,) int64, cell before the center of each pixel
-    upper: Tensor  # (n,) int64, cell after it
-    weight: Tensor  # (n,) float32, of the cell after it
-
-    @classmethod
-    def of(cls, cells: int, padded: int, image: int, output: int, device: torch.device) -> "_Axis":
-        centers = (torch.arange(output, device=device, dtype=torch.float64) + 0.5) * (image / output)
-        place = (centers * (cells / padded) - 0.5).clamp(0, cells - 1)
-        lower = place.long()
-        return cls(lower, (lower + 1).clamp(max=cells - 1), (place - lower).float())
-
-    def spans(self, occupied: Tensor) -> list[tuple[int, int]]:
-        """For each row of ``occupied`` (N, cells) bool, the range of pixels that an occupied cell reaches."""
-        first = occupied.int().argmax(1)
-        last = occupied.shape[1] - 1 - occupied.flip(1).int().argmax(1)
-        begin = torch.searchsorted(self.upper, first)
-        end = torch.searchsorted(self.lower, last, right=True)
-        end = torch.where(occupied.any(1), end, begin)
-        return list(zip(begin.tolist(), end.tolist(), strict=True))
-
-    def interpolate(self, values: Tensor, dim: int, begin: int, end: int) -> Tensor:
-        """Values at the pixels ``begin`` to ``end``."""
-        shape = (-1, 1) if dim == 0 else (1, -1)
-        lower, upper = (values.index_select(dim, cells[begin:end]) for cells in (self.lower, self.upper))
-        return torch.lerp(lower, upper, self.weight[begin:end].view(shape))
-
-
-class _Bitmaps:
-    """Collects pieces of masks as bitmaps."""
-
-    def __init__(self, size: Size, queries: Tensor) -> None:
-        self._bitmaps = queries.new_zeros((len(queries), *size), dtype=torch.bool)
-
-    def add(self, number: int, piece: Tensor, top: int, left: int) -> None:
-        """Add a piece (h, w) bool of a mask at its place."""
-        self._bitmaps[number, top : top + piece.shape[0], left : left + piece.shape[1]] = piece
-
-    def room(self, first: int, count: int) -> Tensor:
-        """(count, H, W) bool to be filled with some whole masks, for :meth:`add_all`."""
-        return self._bitmaps[first : first + count]
-
-    def add_all(self, first: int, masks: Tensor) -> None:
-        """Whole masks from :meth:`room`, which are where they belong."""
-
-    def result(self) -> Tensor:
-        return self._bitmaps
-
-
-class _Rles:
-    """Collects pieces of masks as run lengths; those of a mask come from left to right, each of whole columns."""
-
-    def __init__(self, size: Size, count: int) -> None:
-        self._size = size
-        self._edges = [[np.zeros(0, dtype=np.int64)] for _ in range(count)]
-
-    def add(self, number: int, piece: Tensor, top: int, left: int) -> None:
-        """Add a piece (h, w) bool of a mask at its place."""
-        self._edges[number].append(run_edges(piece.cpu().numpy(), top, left, self._size[0]))
-
-    def room(self, first: int, count: int) -> Tensor:
-        """(count, H, W) bool to be filled with some whole masks, for :meth:`add_all`."""
-        return torch.empty((count, *self._size), dtype=torch.bool)
-
-    def add_all(self, first: int, masks: Tensor) -> None:
-        """Add whole masks (n, H, W) bool."""
-        for number, mask in enumerate(masks, start=first):
-            self.add(number, mask, 0, 0)
-
-    def result(self) -> RleMasks:
-        return RleMasks([rle_from_edges(np.concatenate(edges), self._size) for edges in self._edges], self._size)
-
-
-_Canvas = _Bitmaps | _Rles
+DIRECT = MaskRendering()

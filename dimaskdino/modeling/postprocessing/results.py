@@ -10,7 +10,7 @@ from torch import nn
 
 from dimaskdino.errors import ConfigError
 from dimaskdino.modeling.postprocessing.instances import instances_of_image
-from dimaskdino.modeling.postprocessing.masks import TWO_STEP, Frame, MaskRendering
+from dimaskdino.modeling.postprocessing.masks import DIRECT, Frame, MaskRendering
 from dimaskdino.modeling.postprocessing.segments import class_probabilities, panoptic_of_image, semantic_of_image
 from dimaskdino.modeling.transformer_decoder.checks import uses_no_object_class
 from dimaskdino.structures import StagePrediction
@@ -49,7 +49,7 @@ class PostProcessor(nn.Module):
         things: Sequence[int] | None = None,
         score_by_mask: bool = False,
         min_score: float = 0.0,
-        rendering: MaskRendering = TWO_STEP,
+        rendering: MaskRendering = DIRECT,
         with_queries: bool = False,
         no_object_class: bool = False,
         temperature: float | None = None,

@@ -434,8 +434,7 @@ def test_thousands_of_queries_train_and_predict() -> None:
     many = {"NUM_OBJECT_QUERIES": 3000, "FIRST_SELECTED_QUERIES": 3000, "DEC_LAYERS": 1, "TI_LAYERS": 1}
     # 3,000 tokens need a picture of at least that many cells of its four levels.
     picture = image(384, 448)
-    results = {"TEST.DETECTIONS_PER_IMAGE": 3000, "MODEL.MaskDINO.TEST.MASK_INTERPOLATION": "direct"}
-    model = tiny_model(results, BATO__ENABLED=False, DN="no", **many)
+    model = tiny_model({"TEST.DETECTIONS_PER_IMAGE": 3000}, BATO__ENABLED=False, DN="no", **many)
     assert len(predict(model, picture, height=24, width=28)[0]) == 3000
     boxes = [[8 * n, 8, 8 * n + 6, 14] for n in range(20)]
     losses = model.train()([{"image": picture, "instances": instances(384, 448, boxes)}])

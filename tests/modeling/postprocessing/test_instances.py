@@ -128,13 +128,13 @@ def test_each_result_has_mask_and_box_of_its_query():
 
 def test_only_masks_that_are_reported_are_enlarged_and_each_once(monkeypatch):
     # The releases enlarge the masks of all queries before they choose.
-    rows, enlarge = [], rendering._two_step
+    rows, enlarge = [], rendering.MaskRendering._fill
 
-    def count(logits, *others):
-        rows.append(len(logits))
-        return enlarge(logits, *others)
+    def count(rendering, masks, *others):
+        rows.append(len(masks))
+        return enlarge(rendering, masks, *others)
 
-    monkeypatch.setattr(rendering, "_two_step", count)
+    monkeypatch.setattr(rendering.MaskRendering, "_fill", count)
     logits = torch.full((60, 3), LOW)
     logits[:2] = 5.0
     infer(prediction(logits.tolist(), flat_masks(60)), max_detections=6)

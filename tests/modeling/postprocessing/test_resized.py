@@ -6,7 +6,7 @@ import torch
 from dimaskdino.layers import ms_deform_attn_ops
 from dimaskdino.modeling.postprocessing import Frame, MaskRendering
 from dimaskdino.modeling.postprocessing import masks as rendering
-from dimaskdino.modeling.postprocessing.masks import resized_masks
+from dimaskdino.modeling.postprocessing.masks import _direct_taps, resized_masks
 from dimaskdino.structures import MaskLogits
 
 pytestmark = pytest.mark.skipif(not ms_deform_attn_ops.LOOPS_COMPILED, reason="the op was built without it")
@@ -23,12 +23,13 @@ pytestmark = pytest.mark.skipif(not ms_deform_attn_ops.LOOPS_COMPILED, reason="t
     ids=str,
 )
 @pytest.mark.parametrize("form", ["bitmask", "rle"])
-def test_masks_and_qualities_are_those_of_the_steps(padded, image, output, form, monkeypatch):
+@pytest.mark.parametrize("interpolation", ["direct", "two_step"])
+def test_masks_and_qualities_are_those_of_the_steps(padded, image, output, form, interpolation, monkeypatch):
     torch.manual_seed(0)
     predicted = MaskLogits(torch.randn(1, 9, 4), torch.randn(1, 4, padded[0] // 4, padded[1] // 4))
     predicted.embed[0, 3] = 0.0  # an empty mask
     queries, frame = torch.tensor([0, 3, 8, 5]), Frame(padded, image, output)
-    make = MaskRendering(format=form)
+    make = MaskRendering(format=form, interpolation=interpolation)
     masks, quality = make(predicted, 0, queries, frame)
     monkeypatch.setattr(rendering, "use_loops", lambda logits: False)
     expected, expected_quality = make(predicted, 0, queries, frame)
@@ -45,7 +46,7 @@ def test_one_positive_cell_by_hand():
     logits = torch.full((1, 1, 4), -1.0)
     logits[0, 0, 1] = 1.0
     masks = torch.ones(1, 2, 8, dtype=torch.bool)
-    quality = resized_masks(logits, [((2, 8), (2, 8))], masks)
+    quality = resized_masks(logits, _direct_taps(1, 2, 2, 2), _direct_taps(4, 8, 8, 8), masks)
     # Two pixels lie 0.25 cells from the center of the cell: 1 - 2 * 0.25.
     assert masks[0].tolist() == [[False, False, True, True, False, False, False, False]] * 2
     assert quality.item() == pytest.approx(torch.tensor(0.5).sigmoid().item(), abs=1e-6)
@@ -53,5 +54,6 @@ def test_one_positive_cell_by_hand():
 
 def test_probabilities_are_those_of_the_sigmoid():
     logits = torch.linspace(1e-4, 90.0, 1001).expand(1, 1, 1001)
-    quality = resized_masks(logits, [((1, 1001), (1, 1001))], torch.empty(1, 1, 1001, dtype=torch.bool))
+    taps = _direct_taps(1, 1, 1, 1), _direct_taps(1001, 1001, 1001, 1001)
+    quality = resized_masks(logits, *taps, torch.empty(1, 1, 1001, dtype=torch.bool))
     assert quality.item() == pytest.approx(logits.double().sigmoid().mean().item(), rel=2e-6)

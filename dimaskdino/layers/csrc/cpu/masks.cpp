@@ -1,5 +1,5 @@
 // Turns mask logits into bitmaps of a given size on the CPU: interpolates, thresholds, and sums the probabilities in
-// each mask in one pass, with no tensor of interpolated logits. Used by dimaskdino/modeling/postprocessing/resized.py.
+// each mask in one pass, with no tensor of interpolated logits. Used by dimaskdino/modeling/postprocessing/masks.py.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
