@@ -167,8 +167,10 @@ class Model:
         masks = np.zeros((len(query), *frame.size), bool)
         if "masks" in outputs:
             qualities = np.zeros(len(query), np.float32)
+            # Files of earlier versions do not say; their models interpolate in two steps.
+            resize = frame.resize_directly if told.get("mask_interpolation") == "direct" else frame.resize
             for index, logits in enumerate(outputs["masks"][query]):
-                resized = frame.resize(logits)
+                resized = resize(logits)
                 masks[index] = resized > 0
                 qualities[index] = (sigmoid(resized) * masks[index]).sum() / (masks[index].sum() + 1e-6)
             scores = scores * qualities if told["score_by_mask"] else scores
@@ -249,6 +251,10 @@ class Frame:
         """Both steps in one: interpolation is linear along each axis, so that two matrices do it."""
         return self._interpolate(logits, "both")
 
+    def resize_directly(self, logits: Array) -> Array:
+        """A map (h, w) of the canvas, cut to the image, at the size of the result, interpolated once."""
+        return self._interpolate(logits, "direct")
+
     def _interpolate(self, values: Array, step: str) -> Array:
         key = (step, values.shape)
         if key not in self._matrices:
@@ -259,13 +265,18 @@ class Frame:
     def _matrix(self, step: str, axis: int, cells: int) -> Array:
         if step == "enlarge":
             return interpolation(cells, self.canvas[axis])
+        if step == "direct":
+            return interpolation(cells, self.size[axis], cells * self.inner[axis] / self.canvas[axis])
         fit = interpolation(self.inner[axis], self.size[axis])
         return fit if step == "fit" else fit @ interpolation(cells, self.canvas[axis])[: self.inner[axis]]
 
 
-def interpolation(cells: int, pixels: int) -> Array:
-    """(pixels, cells) float32 weights of linear interpolation between the centers of cells."""
-    place = np.maximum((np.arange(pixels) + 0.5) * (cells / pixels) - 0.5, 0)
+def interpolation(cells: int, pixels: int, covered: float = 0) -> Array:
+    """(pixels, cells) float32 weights of linear interpolation between the centers of cells.
+
+    The pixels lie on the first ``covered`` cells; 0 for all of them.
+    """
+    place = np.maximum((np.arange(pixels) + 0.5) * ((covered or cells) / pixels) - 0.5, 0)
     lower = place.astype(np.int64)
     matrix = np.zeros((pixels, cells), np.float32)
     matrix[np.arange(pixels), lower] = 1 - (place - lower)

@@ -182,6 +182,7 @@ def describe(
         "max_detections": options["max_detections"],
         "min_score": options["min_score"],
         "score_by_mask": options["score_by_mask"],
+        "mask_interpolation": options["rendering"].interpolation,
         "temperature": post.temperature,
         "no_object_class": post.no_object_class,
         "crop_first": post.crop_first,

@@ -21,6 +21,8 @@ from dimaskdino.export.check import differences, to_detectron2
 from dimaskdino.layers import ms_deform_attn_fused
 from dimaskdino.layers.exporting import exporting
 from dimaskdino.modeling.postprocessing import Frame as TorchFrame
+from dimaskdino.modeling.postprocessing import MaskRendering
+from dimaskdino.structures import MaskLogits
 from dimaskdino.visualization import class_color
 from tests.documentation import example
 from tests.test_predictor import make_run
@@ -283,6 +285,23 @@ def test_masks_are_resized_as_by_the_model(sizes):
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-4)
     in_steps = np.stack([frame.crop(frame.on_canvas(each.numpy())) for each in logits])
     np.testing.assert_allclose(in_steps, expected.numpy(), atol=1e-4)
+    for interpolation, resize in (("two_step", frame.resize), ("direct", frame.resize_directly)):
+        rendering = MaskRendering(interpolation=interpolation)
+        masks, _ = rendering(MaskLogits(torch.eye(2)[None], logits[None]), 0, torch.arange(2), TorchFrame(*sizes))
+        assert np.array_equal([resize(each.numpy()) > 0 for each in logits], masks.numpy())
+
+
+def test_runner_interpolates_masks_as_its_model_does():
+    outputs = {"scores": torch.ones(1).numpy(), "labels": np.zeros(1, np.int64), "boxes": np.zeros((1, 4), np.float32)}
+    outputs["masks"] = torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(0)).numpy()
+    told = {"results": ["instances"], "min_score": 0, "score_by_mask": False}
+    frames = (32, 32), (30, 31), (90, 17)
+    found = {
+        kind: model(**told, mask_interpolation=kind).results(outputs, *frames)["masks"][0]
+        for kind in ("direct", "two_step")
+    }
+    assert np.array_equal(found["direct"], Frame(*frames).resize_directly(outputs["masks"][0]) > 0)
+    assert not np.array_equal(found["direct"], found["two_step"])
 
 
 def test_interpolation_is_between_centers_of_cells():
