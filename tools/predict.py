@@ -12,6 +12,8 @@ import logging
 import os
 import sys
 import time
+import zlib
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -80,6 +82,8 @@ def parse_args() -> argparse.Namespace:
 if __name__ == "__main__":
     parse_args()  # --help and mistakes end here, before the imports that take seconds
 
+import torch
+
 from dimaskdino import Predictor
 from dimaskdino.config import Config
 from dimaskdino.devices import device_of_process
@@ -103,12 +107,12 @@ def main() -> None:
     if share.count > 1 and "-" in args.inputs:
         raise UserError("Several processes cannot share a list on stdin; write it to a file and give @FILE.")
     check_together(args)
-    sources = find_sources(args.inputs, sys.stdin, camera=args.camera)
+    sources = find_sources(args.inputs, sys.stdin, camera=args.camera, output=args.output)
     ids = image_ids(args.annotations)  # before the folder takes the settings of a job that may not begin
     check_writable(args.output)
     predictor = build_predictor(args)
     check_model(args, predictor.cfg)
-    records = Records(args.output, settings(args, sources), share, overwrite=args.overwrite)
+    records = Records(args.output, settings(args, sources, predictor), share, overwrite=args.overwrite)
     done = {number for number, succeeded in records.state().items() if succeeded}
     own = [source for source in sources[share.index :: share.count] if source.number not in done]
     if done:
@@ -177,11 +181,15 @@ def demo_model() -> tuple[Path, Path | None]:
     return DEMO_CONFIG, DEMO_WEIGHTS
 
 
-def settings(args: argparse.Namespace, sources: list[Source]) -> dict[str, Any]:
+def settings(args: argparse.Namespace, sources: list[Source], predictor: Predictor) -> dict[str, Any]:
     """What a folder of results was made from."""
     listed = hashlib.sha256("\n".join(source.path for source in sources).encode()).hexdigest()
     chosen = {name: value for name, value in vars(args).items() if name not in NO_SETTINGS}
-    return {"number": len(sources), "sha256": listed} | json.loads(json.dumps(chosen, default=str))
+    weights = 0  # a run that was trained again has other weights under the same name
+    for tensor in predictor.model.state_dict().values():
+        weights = zlib.crc32(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), weights)
+    known = {"number": len(sources), "sha256": listed, "crc32_of_weights": weights}
+    return known | json.loads(json.dumps(chosen, default=str))
 
 
 def check_model(args: argparse.Namespace, cfg: Config) -> None:
@@ -224,14 +232,16 @@ def read_map(predictor: Predictor, path: str) -> Canvas:
 
 
 def image_ids(path: Path | None) -> dict[str, Any]:
-    """Image ids of a COCO file by file name."""
+    """Image ids of a COCO file by file name, and by its last part where no other image has that."""
     if path is None:
         return {}
     try:
         images = json.loads(path.read_text(encoding="utf-8-sig"))["images"]
-        return {Path(image["file_name"]).name: image["id"] for image in images}
-    except (ValueError, KeyError, TypeError) as error:
+        ids = {image["file_name"].replace("\\", "/"): image["id"] for image in images}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a COCO file with images ({type(error).__name__}: {error}).") from error
+    count = Counter(Path(name).name for name in ids)
+    return ids | {Path(name).name: number for name, number in ids.items() if count[Path(name).name] == 1}
 
 
 def merge(args: argparse.Namespace, predictor: Predictor, records: Records, count: int) -> None:

@@ -40,7 +40,7 @@ def to_rgb(source: Any, *, channels: str = "RGB", exif: bool = True) -> np.ndarr
         with _errors_of_decoding("The PIL image"):  # PIL decodes late
             return _from_pil(source, exif, "The PIL image")
     if isinstance(source, Tensor):
-        array = source.detach().cpu().numpy()
+        array = (source.float() if source.dtype == torch.bfloat16 else source).detach().cpu().numpy()
         return _from_array(array if array.ndim == 2 else np.moveaxis(array, 0, -1), channels)
     if isinstance(source, np.ndarray):
         return _from_array(source, channels)

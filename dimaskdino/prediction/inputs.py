@@ -25,7 +25,9 @@ class Source:
     number: int  # place among all inputs, from 0
 
 
-def find_sources(given: Sequence[str], stdin: TextIO, *, camera: int | None = None) -> list[Source]:
+def find_sources(
+    given: Sequence[str], stdin: TextIO, *, camera: int | None = None, output: Path | None = None
+) -> list[Source]:
     """List what is to be predicted, in an order that every process of a job finds.
 
     Args:
@@ -33,11 +35,16 @@ def find_sources(given: Sequence[str], stdin: TextIO, *, camera: int | None = No
             and ``@FILE`` for a list in a file.
         stdin: for ``-``.
         camera: number of a camera to add.
+        output: folder of the results, which is no input where it lies below a folder that is given.
 
     Raises:
         UserError: a folder or glob that holds no image or video, a list that cannot be read, or nothing is given.
     """
-    paths = list(dict.fromkeys(path for each in _expand_lists(given, stdin) for path in _find_files(each)))
+    written = (
+        [output / kind for kind in ("pictures", "masks")] if output and (output / "settings.json").exists() else []
+    )
+    own = tuple(os.path.join(os.path.abspath(folder), "") for folder in written)
+    paths = list(dict.fromkeys(path for each in _expand_lists(given, stdin) for path in _find_files(each, own)))
     names = _output_names(paths)
     sources = [
         Source(path, "video" if Path(path).suffix.lower() in VIDEO_SUFFIXES else "image", name, number)
@@ -63,14 +70,19 @@ def _expand_lists(given: Iterable[str], stdin: TextIO) -> Iterator[str]:
             yield each
 
 
-def _find_files(given: str) -> list[str]:
-    """The files of a folder or glob; anything else is a file, which may turn out not to be there."""
+def _find_files(given: str, own: tuple[str, ...]) -> list[str]:
+    """The files of a folder or glob; anything else is a file, which may turn out not to be there.
+
+    What the job itself has written, below the folders ``own``, counts only if a folder in there is given.
+    """
     if os.path.isdir(given):
         found = [path for path in glob.glob(os.path.join(glob.escape(given), "**"), recursive=True) if _is_known(path)]
     elif not os.path.exists(given) and glob.has_magic(given):
         found = [path for path in glob.glob(given, recursive=True) if os.path.isfile(path)]
     else:
         return [given]
+    if not os.path.join(os.path.abspath(given), "").startswith(own):
+        found = [path for path in found if not os.path.abspath(path).startswith(own)]
     if not found:
         raise UserError(f"{given} holds no image or video; check the path.")
     return sorted(found)
@@ -82,7 +94,7 @@ def _is_known(path: str) -> bool:
 
 
 def _output_names(paths: Sequence[str]) -> list[str]:
-    """A name for the outputs of each file: its path below the shared folder; with its suffix if two differ in it."""
+    """A name for the outputs of each file: its path below the shared folder, with its suffix where names are equal."""
     full = [os.path.abspath(path) for path in paths]
     try:
         root = os.path.commonpath([os.path.dirname(path) for path in full]) if full else ""
@@ -90,5 +102,5 @@ def _output_names(paths: Sequence[str]) -> list[str]:
         root = ""
     below = [os.path.relpath(path, root) if root else path.replace(":", "") for path in full]
     stems = [os.path.splitext(path)[0] for path in below]
-    count = Counter(stems)
+    count = Counter(stems) + Counter({path for path, stem in zip(below, stems, strict=True) if path != stem})
     return [stem if count[stem] == 1 else path for stem, path in zip(stems, below, strict=True)]

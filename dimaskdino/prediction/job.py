@@ -43,7 +43,7 @@ class Job:
     pictures: bool = True  # draw videos
     by_instance: bool = False  # a color for each object in videos
     track_score: float | None = None  # track the objects of videos that score at least this; None does not track
-    image_ids: Mapping[str, Any] = field(default_factory=dict)  # by file name; others are numbered from 1, as inputs
+    image_ids: Mapping[str, Any] = field(default_factory=dict)  # by file name; others are numbered behind, as inputs
     max_frames: int | None = None  # of a camera or video; None is all
     failed: list[str] = field(default_factory=list)  # what could not be predicted, and why
 
@@ -86,9 +86,15 @@ class Job:
         source, found = item
         if isinstance(found, UserError):
             return {"number": source.number, "error": str(found), "file": source.path}
-        image_id = self.image_ids.get(source.path.replace("\\", "/").rsplit("/", 1)[-1], source.number + 1)
         with file_errors_in_one_line():
-            return self.outputs.write(source, found, image_id)
+            return self.outputs.write(source, found, self._image_id(source))
+
+    def _image_id(self, source: Source) -> Any:
+        """The id of the longest end of a path that has one; others must not take an id of another image."""
+        parts = source.path.replace("\\", "/").split("/")
+        ends = ("/".join(parts[start:]) for start in range(len(parts)))
+        largest = max((each for each in self.image_ids.values() if isinstance(each, int)), default=0)
+        return next((self.image_ids[end] for end in ends if end in self.image_ids), largest + source.number + 1)
 
     def _note(self, record: dict[str, Any]) -> None:
         self.records.add(record)

@@ -71,6 +71,17 @@ def test_a_second_run_does_what_is_left(run, job, tmp_path) -> None:
     assert done.status == 0
     assert "3 of 4" in done.out
     assert {result["image_id"] for result in read(tmp_path)} == {1, 2, 3, 4}
+    torch.save({"model": tiny_model(SIZES, seed=1).state_dict()}, tmp_path / "run" / "model_final.pth")
+    done = run("tools/predict.py", *job)  # the run was trained again
+    assert done.status == 2
+    assert "--overwrite" in done.err
+
+
+def test_annotations_give_ids_to_the_images_that_they_mean(run, job, tmp_path) -> None:
+    images = [{"file_name": f"{name}.png", "id": number} for number, name in enumerate(("in/0", "b/0", "b/3"))]
+    (tmp_path / "a.json").write_text(json.dumps({"images": images}))
+    run("tools/predict.py", *job, "--annotations", str(tmp_path / "a.json"))
+    assert {result["image_id"] for result in read(tmp_path)} == {0, 4, 2}
 
 
 def test_augment_joins_several_views(run, job, tmp_path) -> None:

@@ -52,6 +52,22 @@ def test_a_file_named_like_a_glob_is_that_file(folder) -> None:
     assert names(folder / "[a].png") == ["[a]"]
 
 
+def test_each_file_has_outputs_of_its_own(folder) -> None:
+    (folder / "a.png.gif").touch()
+    assert names(folder) == ["a.jpg", "a.png", "a.png.gif", "b", "deep/c", "deep/d"]
+
+
+def test_results_below_a_given_folder_are_no_inputs(folder) -> None:
+    before = names(folder, output=folder / "out")
+    (folder / "out" / "pictures").mkdir(parents=True)
+    for path in (folder / "out" / "settings.json", folder / "out" / "pictures" / "b.jpg"):
+        path.touch()
+    assert names(folder, output=folder / "out") == before
+    assert names(folder / "**" / "*.jpg", output=folder / "out") == ["a"]
+    assert names(folder / "out" / "pictures", output=folder / "out") == ["b"]
+    assert "out/pictures/b" in names(folder)
+
+
 def test_missing_file_is_left_to_the_job(folder) -> None:
     assert names(folder / "absent.png") == ["absent"]
 

@@ -115,9 +115,10 @@ def test_a_job_that_was_stopped_goes_on(folder, tmp_path) -> None:
 
 
 def test_image_ids_come_from_annotations(folder, tmp_path) -> None:
-    work = job(tmp_path / "out", image_ids={"2.png": 77})
+    # The others take no id of the file.
+    work = job(tmp_path / "out", image_ids={"2.png": 77, "in/3.png": 1, "other/3.png": 2, "3.png": 5})
     work.run(sources(folder))
-    assert [record["results"][0]["image_id"] for record in work.records.merged()] == [1, 2, 77, 4, 5]
+    assert [record["results"][0]["image_id"] for record in work.records.merged()] == [78, 79, 77, 1, 82]
 
 
 def test_an_output_that_cannot_be_written_ends_the_job(folder, tmp_path) -> None:
