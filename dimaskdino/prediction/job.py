@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -93,8 +94,11 @@ class Job:
         """The id of the longest end of a path that has one; others must not take an id of another image."""
         parts = source.path.replace("\\", "/").split("/")
         ends = ("/".join(parts[start:]) for start in range(len(parts)))
-        largest = max((each for each in self.image_ids.values() if isinstance(each, int)), default=0)
-        return next((self.image_ids[end] for end in ends if end in self.image_ids), largest + source.number + 1)
+        return next((self.image_ids[end] for end in ends if end in self.image_ids), self._largest + source.number + 1)
+
+    @cached_property
+    def _largest(self) -> int:
+        return max((each for each in self.image_ids.values() if isinstance(each, int)), default=0)
 
     def _note(self, record: dict[str, Any]) -> None:
         self.records.add(record)
