@@ -124,10 +124,10 @@ def _backbone(misfit: Misfit) -> str:
 def _classes(misfit: Misfit) -> str:
     if not any(is_class_key(key) for key in misfit.reshaped):
         return ""
-    return (
-        f"the file was trained for {num_classes(misfit.state)} classes, MODEL.SEM_SEG_HEAD.NUM_CLASSES asks for "
-        f"{num_classes(misfit.model_state)}"
-    )
+    in_file, in_model = num_classes(misfit.state), num_classes(misfit.model_state)
+    if in_file == in_model:
+        return "one of the class heads has a row for no object (MODEL.MaskDINO.SEMANTIC_CE_LOSS)"
+    return f"the file was trained for {in_file} classes, MODEL.SEM_SEG_HEAD.NUM_CLASSES asks for {in_model}"
 
 
 def _architecture(misfit: Misfit) -> str:

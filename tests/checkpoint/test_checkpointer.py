@@ -110,6 +110,8 @@ def test_evaluation_refuses_another_number_of_classes(tmp_path: Path) -> None:
         CheckpointError, match=r"class_embed\.weight \(5, 32\) for \(7, 32\).*trained for 5 classes, .*for 7"
     ):
         Checkpointer(small_model(OTHER_CLASSES)).load(path)
+    with pytest.raises(CheckpointError, match=r"cause: one of the class heads has a row for no object .*SEMANTIC_CE"):
+        Checkpointer(small_model(SEMANTIC)).load(path)
 
 
 @pytest.mark.parametrize("options", [{}, SEMANTIC], ids=["objects", "semantic"])
