@@ -29,6 +29,7 @@ from dimaskdino.errors import (
 )
 from dimaskdino.modeling.meta_arch import build_model
 from dimaskdino.modeling.postprocessing import thing_classes
+from dimaskdino.modeling.transformer_decoder.checks import NO_THINGS
 from dimaskdino.prediction.augmented import AugmentedModel, check_augmentation, whole_images
 from dimaskdino.prediction.canvases import Canvas, open_canvas
 from dimaskdino.prediction.images import CHANNEL_ORDERS, of_own_kind, to_model_input, to_rgb
@@ -200,7 +201,8 @@ class Predictor:
         path = Path(path)
         cfg, node = self.cfg.clone(), self.cfg.MODEL.MaskDINO
         if node.TEST.PANOPTIC_ON or node.PANO_BOX_LOSS:  # The data that says it need not be where the file goes.
-            cfg.MODEL.MaskDINO.THING_CLASSES = thing_classes(self.cfg, "MODEL.MaskDINO.TEST.PANOPTIC_ON")
+            things = thing_classes(self.cfg, "MODEL.MaskDINO.TEST.PANOPTIC_ON")
+            cfg.MODEL.MaskDINO.THING_CLASSES = things or NO_THINGS
         extra = {CONFIG_ENTRY: cfg.dump(), CLASSES_ENTRY: json.dumps(vars(self.classes))}
         state = {key: value.cpu().clone().contiguous() for key, value in self.model.state_dict().items()}
         with replacing(path) as partial:

@@ -231,8 +231,12 @@ def test_things_and_stuff_have_the_ids_of_a_panoptic_dataset(tmp_path) -> None:
 
 
 @pytest.mark.usefixtures("registrations")
-def test_a_panoptic_model_does_without_its_data(tmp_path, pixels) -> None:
+@pytest.mark.parametrize("things", [[0, 1], []])
+def test_a_panoptic_model_does_without_its_data(tmp_path, pixels, things) -> None:
     own = {"DATASETS.TRAIN": ("panoptic_val",), "MODEL.SEM_SEG_HEAD.NUM_CLASSES": 3} | write_panoptic(tmp_path / "set")
+    if not things:
+        path = tmp_path / "set" / "panoptic.json"
+        path.write_text(path.read_text().replace('"isthing": 1', '"isthing": 0'))
     run, saved = make_run(tmp_path / "run", own), tmp_path / "saved.pth"
     on = ["MODEL.MaskDINO.TEST.PANOPTIC_ON", True]
     predictor = Predictor(run, device="cpu", score=0, options=on)
@@ -243,7 +247,7 @@ def test_a_panoptic_model_does_without_its_data(tmp_path, pixels) -> None:
         catalog.remove("panoptic_val")
     again = Predictor(saved, device="cpu", score=0)
     assert again(pixels)["panoptic_seg"][1] == expected
-    assert again.model.post_processor.is_thing.tolist() == [True, True, False]
+    assert again.model.post_processor.is_thing.nonzero().flatten().tolist() == things
     assert again.classes.things == ["cell", "bug", "grass"]
     with pytest.raises(UserError, match=r"panoptic_val is not registered.*THING_CLASSES"):
         Predictor(run, device="cpu", options=on)

@@ -12,7 +12,7 @@ from dimaskdino.errors import ConfigError
 from dimaskdino.modeling.postprocessing.instances import instances_of_image
 from dimaskdino.modeling.postprocessing.masks import DIRECT, Frame, MaskRendering
 from dimaskdino.modeling.postprocessing.segments import class_probabilities, panoptic_of_image, semantic_of_image
-from dimaskdino.modeling.transformer_decoder.checks import uses_no_object_class
+from dimaskdino.modeling.transformer_decoder.checks import NO_THINGS, uses_no_object_class
 from dimaskdino.structures import StagePrediction
 
 
@@ -153,9 +153,10 @@ def thing_classes(cfg: CfgNode, key: str) -> list[int]:
         ConfigError: neither says which classes are things, or a dataset is not registered.
     """
     if cfg.MODEL.MaskDINO.THING_CLASSES:
-        return list(cfg.MODEL.MaskDINO.THING_CLASSES)
+        return [] if list(cfg.MODEL.MaskDINO.THING_CLASSES) == NO_THINGS else list(cfg.MODEL.MaskDINO.THING_CLASSES)
     names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
-    for name in names:
+    # Panoptic sets first: to a set of objects, whatever it lists is a thing.
+    for name in sorted(names, key=lambda name: MetadataCatalog.get(name).get("truth") != "panoptic"):
         metadata = MetadataCatalog.get(name)
         things = set(metadata.get("thing_dataset_id_to_contiguous_id", {}).values())
         stuff = set(metadata.get("stuff_dataset_id_to_contiguous_id", {}).values())

@@ -6,6 +6,8 @@ from detectron2.config import CfgNode
 
 from dimaskdino.errors import ConfigError, check_choice
 
+NO_THINGS = [-1]  # MODEL.MaskDINO.THING_CLASSES of a model of stuff alone
+
 
 def uses_no_object_class(cfg: CfgNode) -> bool:
     """Whether the class head has a no-object logit: semantic segmentation with softmax cross entropy."""
@@ -64,7 +66,8 @@ def _check_results(cfg: CfgNode) -> None:
     node, test = cfg.MODEL.MaskDINO, cfg.MODEL.MaskDINO.TEST
     softmax = test.SEMANTIC_ON and node.SEMANTIC_CE_LOSS
     num_classes = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
-    unknown = [each for each in node.THING_CLASSES if each not in range(num_classes)]
+    listed = [] if list(node.THING_CLASSES) == NO_THINGS else node.THING_CLASSES
+    unknown = [each for each in listed if each not in range(num_classes)]
     _refuse(
         {
             "TEST.INSTANCE_ON, SEMANTIC_ON and PANOPTIC_ON are all False; set one of them.": not (

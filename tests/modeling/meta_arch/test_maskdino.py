@@ -311,6 +311,10 @@ def test_panoptic_models_ask_the_datasets_which_classes_are_things():
     tiny = {"MODEL.SEM_SEG_HEAD.NUM_CLASSES": 133, "DATASETS.TEST": ["coco_2017_val_panoptic"]}
     model = build_model(tiny_cfg(tiny, TEST__PANOPTIC_ON=True))
     assert model.post_processor.is_thing.nonzero().flatten().tolist() == list(range(80))
+    # To a set of objects alone, all that it lists are things.
+    mixed = {"DATASETS.TRAIN": ["coco_2017_train"], "DATASETS.TEST": ["shapes_panoptic_val"]}
+    model = build_model(tiny_cfg({**mixed, "MODEL.SEM_SEG_HEAD.NUM_CLASSES": 10}, TEST__PANOPTIC_ON=True))
+    assert model.post_processor.is_thing.nonzero().flatten().tolist() == list(range(6))
     for dataset, what in (
         ("coco_2017_val_panoptic_separated", "metadata of coco_2017_val_panoptic_separated"),
         ("ade20k_sem_seg_val", "metadata of ade20k_sem_seg_val"),
