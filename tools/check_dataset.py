@@ -54,7 +54,6 @@ from dimaskdino.config import get_cfg
 from dimaskdino.data import build_mapper, register_all
 from dimaskdino.data.coco_file import Json
 from dimaskdino.data.datasets.registration import load_dataset
-from dimaskdino.data.images import read_image
 from dimaskdino.data.label_maps import read_label_map, read_segment_ids
 from dimaskdino.data.orders import Samples
 from dimaskdino.data.parallel import Progress
@@ -82,11 +81,11 @@ def main() -> None:
     cfg.merge_from_list(args.keys)
     register_all(cfg=cfg)
     progress = partial(tqdm, desc=args.name, unit="image")
-    exif = not args.no_exif
+    exif = cfg.INPUT.APPLY_EXIF and not args.no_exif
     reader = image_reader(cfg) if cfg.INPUT.READER else PilReader("RGB", apply_exif=exif)
     find_dataset(args.name)
     if truth_of(args.name) != "instance":
-        check_label_maps(args, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE, progress)
+        check_label_maps(args, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE, reader, progress, exif=exif)
         return
     inspection = inspect_dataset(args.name, apply_exif=exif, reader=reader, num_workers=args.workers, progress=progress)
     dataset, folder = inspection.dataset, args.output / args.name
@@ -103,16 +102,16 @@ def main() -> None:
     report(inspection.findings, folder)
 
 
-def check_label_maps(args: argparse.Namespace, ignore: int, progress: Progress) -> None:
+def check_label_maps(args: argparse.Namespace, ignore: int, reader: Reader, progress: Progress, *, exif: bool) -> None:
     """Check, report and draw a panoptic or semantic dataset."""
-    folder, exif = args.output / args.name, not args.no_exif
-    options = {"apply_exif": exif, "num_workers": args.workers, "progress": progress}
+    folder = args.output / args.name
+    options = {"apply_exif": exif, "reader": reader, "num_workers": args.workers, "progress": progress}
     entries, counts, findings = inspect_segmentation(args.name, ignore=ignore, **options)
     rows = [[label, *numbers] for label, numbers in counts.items()]
     table = tabulate(rows, ["class", "pixels", "segments", "images"], tablefmt="github")
     print(f"\n{table}\n\n{len(entries)} images\n")
     if args.draw > 0:
-        paths = draw_label_maps(entries, list(counts), args.draw, folder, apply_exif=exif)
+        paths = draw_label_maps(entries, list(counts), args.draw, folder, reader)
         print(f"Drew {len(paths)} images in {folder}")
     report(findings, folder)
 
@@ -175,16 +174,14 @@ def draw_augmented(cfg: CfgNode, name: str, class_names: list[str], count: int, 
     return paths
 
 
-def draw_label_maps(
-    entries: list[Json], names: list[str], count: int, folder: Path, *, apply_exif: bool = True
-) -> list[Path]:
+def draw_label_maps(entries: list[Json], names: list[str], count: int, folder: Path, reader: Reader) -> list[Path]:
     """Draw images of a panoptic or semantic dataset with their segments or classes; see :func:`draw_samples`."""
     folder.mkdir(parents=True, exist_ok=True)
     paths: list[Path] = []
     for entry in (entries[index] for index in evenly_spread(len(entries), count)):
         segments = entry.get("segments_info")
         try:
-            pixels = read_image(entry["file_name"], "RGB", apply_exif=apply_exif)
+            pixels = to_picture(reader.read(entry["file_name"]))
             read = read_label_map if segments is None else read_segment_ids
             labels = read(label_file(entry), pixels.shape[:2])
         except DatasetError:

@@ -223,6 +223,6 @@ def _entries(cfg: CfgNode, names: Sequence[str], *, train: bool) -> list[dict[st
     ]
     labeled = ("annotations", "segments_info", "sem_seg_file_name")
     entries = [entry if any(key in entry for key in labeled) else {**entry, "annotations": []} for entry in loaded]
-    if MetadataCatalog.get(names[0]).get("thing_classes") is not None:
+    if all(MetadataCatalog.get(name).get("thing_classes") is not None for name in names):  # not so of semantic ones
         check_metadata_consistency("thing_classes", names)
     return entries[:number] if number else entries

@@ -16,6 +16,7 @@ from torch import nn
 from dimaskdino.checkpoint import Checkpointer
 from dimaskdino.data import build_mapper, register_all
 from dimaskdino.data.datasets.registration import load_dataset
+from dimaskdino.data.validation.segmentation import mapping_truth_of
 from dimaskdino.engine.devices import whole_weights
 from dimaskdino.engine.nonfinite import unwrapped
 from dimaskdino.modeling.meta_arch import build_model
@@ -91,7 +92,7 @@ def rows_of_checkpoint(cfg: CfgNode, weights: Path, number: int) -> list[list[np
 
 def picture_inputs(cfg: CfgNode, dataset_name: str, number: int) -> list[Input]:
     """The first images of a dataset that hold objects, as :func:`picture_rows` draws them."""
-    mapper = build_mapper(cfg, is_train=False, with_instances=True)
+    mapper = build_mapper(mapping_truth_of(cfg, dataset_name), is_train=False, with_instances=True)
     entries = [entry for entry in load_dataset(dataset_name) if any(entry.get(key) for key in _LABELS)]
     mapped = [mapper(entry) for entry in entries[:number]]
     # Results are asked for in the frame of the truth, that of the resized image.

@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from dimaskdino.checkpoint import AVERAGE, Checkpointer
 from dimaskdino.data import build_mapper, build_test_loader, build_train_loader, register_all
 from dimaskdino.data.loaders import test_entries
+from dimaskdino.data.validation.segmentation import mapping_truth_of
 from dimaskdino.engine.devices import distribute, evaluation_autocast, is_sharding, training_dtype, whole_weights
 from dimaskdino.engine.ema import AveragedWeights, UpdateAverage
 from dimaskdino.engine.hooks import (
@@ -306,7 +307,8 @@ def validation_losses(cfg: CfgNode, model: nn.Module, dataset_name: str) -> dict
     """
     entries = test_entries(cfg, dataset_name)
     entries = [entry for entry in entries if entry.get("annotations") != []]
-    mapper = build_mapper(cfg, is_train=False, with_instances=True, with_masks=needs_masks(cfg))
+    options = {"is_train": False, "with_instances": True, "with_masks": needs_masks(cfg)}
+    mapper = build_mapper(mapping_truth_of(cfg, dataset_name), **options)
     model = unwrapped(model)
     sums: dict[str, Tensor] = {}
     with _loss_mode(model):

@@ -17,8 +17,10 @@ from dimaskdino.config import Config, get_cfg
 from dimaskdino.data import build_mapper, build_test_loader, build_train_loader, register_all
 from dimaskdino.data.datasets.registration import load_dataset
 from dimaskdino.data.label_maps import read_label_map, read_semantic
+from dimaskdino.data.readers import PilReader, image_reader
 from dimaskdino.data.validation.segmentation import inspect_segmentation
 from dimaskdino.data.validation.start import check_datasets
+from dimaskdino.engine.pictures import picture_inputs
 from dimaskdino.errors import ConfigError, DatasetError, UserError
 from tests.data_pipeline.label_maps import (
     CATEGORIES,
@@ -30,6 +32,7 @@ from tests.data_pipeline.label_maps import (
     write_panoptic,
     write_semantic,
 )
+from tests.engine.test_own_data import write_coco
 
 pytestmark = pytest.mark.usefixtures("registrations")
 
@@ -37,6 +40,7 @@ TASKS = {
     "panoptic": {"INPUT.DATASET_MAPPER_NAME": "coco_panoptic_lsj", "MODEL.MaskDINO.TEST.PANOPTIC_ON": True},
     "semantic": {"INPUT.DATASET_MAPPER_NAME": "mask_former_semantic", "MODEL.MaskDINO.TEST.INSTANCE_ON": False},
 }
+IGNORE_VALUE = "MODEL.SEM_SEG_HEAD.IGNORE_VALUE"
 COMMON = {
     **{"MODEL.SEM_SEG_HEAD.NUM_CLASSES": 3, "INPUT.IMAGE_SIZE": 32, "INPUT.FORMAT": "RGB"},
     **{
@@ -167,6 +171,73 @@ def test_only_things_or_only_stuff(is_thing, tmp_path, caplog):
         assert_refused(lambda: check_datasets(cfg), ["INSTANCE_ON", "panoptic_val", "without things", "PANOPTIC_ON"])
     del MetadataCatalog.get("panoptic_val").thing_dataset_id_to_contiguous_id
     assert_refused(lambda: check_datasets(cfg, train=False), ["panoptic_val", "thing_dataset_id_to_contiguous_id"])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda categories: categories[1].update(isthing=0), ["'cell' is a thing in panoptic_train and stuff in"]),
+        (lambda categories: categories.append({"id": 5, "name": "new", "isthing": 0}), ["val has 4 classes; give it"]),
+    ],
+    ids=["stuff", "class"],
+)
+def test_a_set_to_test_on_has_the_classes_and_things_of_training(change, words, tmp_path):
+    keys = write_panoptic(tmp_path / "set")
+    content = json.loads((tmp_path / "set" / "panoptic.json").read_text())
+    change(content["categories"])
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    cfg = configured("panoptic", keys | {"DATASETS.PANOPTIC.VAL_JSON": str(tmp_path / "val.json")})
+    assert_refused(lambda: check_datasets(cfg), [*words, "panoptic_train", "panoptic_val"])
+    check_datasets(configured("panoptic", keys))  # the keys name the other file again
+
+
+def test_images_of_16_bits_and_turned_photos(tmp_path):
+    keys = write_semantic(tmp_path / "set") | {"INPUT.READER": "OpenCvReader"}
+    for path in (tmp_path / "set" / "images").rglob("*.png"):
+        Image.fromarray(np.full(SIZE, 40000, dtype=np.uint16)).save(path)
+    cfg = configured("semantic", keys, **{"MODEL.PIXEL_MEAN": [30000.0], "MODEL.PIXEL_STD": [9000.0]})
+    check_datasets(cfg)
+    assert inspect_segmentation("semantic_val", ignore=255, apply_exif=True, reader=image_reader(cfg))[2] == []
+    quarter_turn = Image.Exif()
+    quarter_turn[0x0112] = 6
+    for path in (tmp_path / "set" / "images").rglob("*.png"):
+        Image.new("RGB", SIZE[::-1]).save(path, exif=quarter_turn)
+    cfg = configured("semantic", keys | {"INPUT.READER": ""})
+    assert_refused(lambda: check_datasets(cfg), ["labels/below/1.png is 24x16", "INPUT.APPLY_EXIF False"])
+    cfg.INPUT.APPLY_EXIF = False
+    check_datasets(cfg)
+
+
+def test_sets_of_several_kinds_go_together(tmp_path):
+    keys = write_panoptic(tmp_path / "panoptic") | write_semantic(tmp_path / "semantic")
+    names = {"DATASETS.TRAIN": ("panoptic_train", "semantic_train"), "DATASETS.TEST": ("semantic_val", "panoptic_val")}
+    cfg = configured("semantic", keys | names)
+    check_datasets(cfg)
+    assert len(next(iter(build_train_loader(cfg)))) == 2
+    cfg.INPUT.DATASET_MAPPER_NAME = "coco_panoptic_lsj"
+    for name in names["DATASETS.TEST"]:  # what pictures and losses of a test set are made of
+        assert len(picture_inputs(cfg, name, 1)[0]["instances"]) > 0
+
+
+def test_a_class_with_the_ignored_number_is_told(tmp_path, caplog):
+    check_datasets(configured("semantic", write_semantic(tmp_path / "set")))
+    assert "'bug'" not in caplog.text
+    with pytest.raises(DatasetError, match="label 255"):
+        check_datasets(configured("semantic", write_semantic(tmp_path / "one"), **{IGNORE_VALUE: 1}))
+    assert "IGNORE_VALUE is 1, the label of the class 'bug'" in caplog.text
+
+
+def test_other_folders_of_the_same_files_count(tmp_path):
+    keys = write_panoptic(tmp_path / "set")
+    configured("panoptic", keys)
+    cfg = configured("panoptic", keys | {"DATASETS.PANOPTIC.TRAIN_LABELS": "elsewhere"})
+    assert load_dataset("panoptic_train")[0]["pan_seg_file_name"] == "elsewhere/1.png"
+    write_coco(tmp_path / "own.json", images=2)
+    cfg.DATASETS.TRAIN_JSON = str(tmp_path / "own.json")
+    for folder in ("photos", "elsewhere"):
+        cfg.DATASETS.TRAIN_IMAGES = folder
+        register_all(cfg=cfg)
+    assert load_dataset("own_train")[0]["file_name"] == "elsewhere/0.png"
 
 
 @pytest.mark.parametrize("kind", ["panoptic", "semantic"])
@@ -321,6 +392,7 @@ def test_mapper_names_a_label_map_that_breaks_later(panoptic, tmp_path):
         ("semantic", {"DATASETS.SEMANTIC.CLASSES": ["a", "b", "a"]}, ["semantic_train", "'a' more than once"]),
         ("semantic", {"DATASETS.SEMANTIC.VAL_LABELS": ""}, ["DATASETS.SEMANTIC.VAL_LABELS"]),
         ("semantic", {"DATASETS.SEMANTIC.TRAIN_LABELS": "nowhere"}, ["nowhere", "does not exist", "TRAIN_LABELS"]),
+        ("semantic", {"DATASETS.SEMANTIC.VAL_LABELS": str(Path(__file__).parent)}, ["end in .png", "VAL_LABELS"]),
         ("semantic", {"DATASETS.SEMANTIC.VAL_IMAGES": "nowhere"}, ["nowhere", "correct DATASETS.SEMANTIC.VAL_IMAGES"]),
         ("panoptic", {"DATASETS.PANOPTIC.TRAIN_IMAGES": "nowhere"}, ["images", "DATASETS.PANOPTIC.TRAIN_IMAGES"]),
         ("panoptic", {"DATASETS.PANOPTIC.VAL_LABELS": "nowhere"}, ["label maps", "DATASETS.PANOPTIC.VAL_LABELS"]),
@@ -358,7 +430,7 @@ def test_missing_public_sets_say_where_they_belong(name, words, tmp_path):
 
 
 def test_every_segment_and_label_is_inspected(panoptic, tmp_path):
-    options = {"ignore": 255, "apply_exif": True}
+    options = {"ignore": 255, "apply_exif": True, "reader": PilReader("RGB")}
     entries, counts, findings = inspect_segmentation("panoptic_val", **options)
     assert len(entries) == 2
     assert counts == {"cell": [80 + 60 + 36, 3, 2], "bug": [84, 1, 1], "grass": [192 + 48, 2, 2]}
@@ -370,7 +442,7 @@ def test_every_segment_and_label_is_inspected(panoptic, tmp_path):
 
 
 def test_semantic_labels_are_inspected(semantic, tmp_path):
-    options = {"ignore": 255, "apply_exif": True}
+    options = {"ignore": 255, "apply_exif": True, "reader": PilReader("RGB")}
     assert inspect_segmentation("semantic_val", **options)[1] == {
         **{"cell": [140, 1, 1], "bug": [84, 1, 1], "grass": [192 + 48, 2, 2]}
     }

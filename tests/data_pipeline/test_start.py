@@ -139,7 +139,7 @@ def test_missing_file_of_own_data_does_not_blame_the_variable(mine: Config) -> N
 
 def test_class_count_names_both_numbers_key_and_dataset(mine: Config) -> None:
     mine.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 80
-    assert message(mine) == "MODEL.SEM_SEG_HEAD.NUM_CLASSES is 80, but dataset mine has 2 categories; set it to 2."
+    assert message(mine) == "MODEL.SEM_SEG_HEAD.NUM_CLASSES is 80, but dataset mine has 2 classes; set it to 2."
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
@@ -230,7 +230,7 @@ def test_set_without_annotations_can_only_be_predicted(mine: Config) -> None:
 def test_changed_annotation_file_is_read_again(mine: Config) -> None:
     check_datasets(mine)
     rewrite(lambda coco: coco["categories"].append({"id": 9, "name": "cone"}))
-    assert "has 3 categories" in message(mine)
+    assert "has 3 classes" in message(mine)
 
 
 def test_other_classes_than_registered_name_the_first(mine: Config) -> None:
@@ -447,7 +447,7 @@ def test_function_needs_class_names_images_and_annotations(listed: tuple[Config,
     cfg, entries = listed
     check_datasets(cfg)
     MetadataCatalog.get("function").thing_classes += ["cone"]
-    assert "has 3 categories" in message(cfg)
+    assert "has 3 classes" in message(cfg)
     del MetadataCatalog.get("function").thing_classes
     assert "no class names" in message(cfg)
     MetadataCatalog.get("function").thing_classes = ["ball", "box"]
@@ -511,7 +511,7 @@ def test_file_that_replaces_annotations_in_evaluation_is_checked(listed, coco, w
 
 def test_synthetic_dataset_is_made_by_the_check(cfg: Config, tmp_path: Path) -> None:
     cfg.merge_from_list(["DATASETS.TRAIN", ("shapes_train",), "DATASETS.TEST", ("shapes_val",)])
-    assert "dataset shapes_train has 6 categories" in message(cfg)
+    assert "dataset shapes_train has 6 classes" in message(cfg)
     cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 6
     cfg.DATASETS.MAX_DROPPED_SHARE = 1.0
     check_datasets(cfg)

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 from detectron2.data.datasets.builtin import _PREDEFINED_SPLITS_COCO
 from detectron2.data.datasets.builtin_meta import _get_builtin_metadata
 
@@ -79,7 +80,8 @@ def register_own(cfg: CfgNode, known: Mapping[str, list[str]] = MappingProxyType
         json_file, images = _paths(cfg, split)
         if json_file is None or images is None or not json_file.is_file():
             continue
-        if not is_registered_at(own_name(split), json_file):
+        registered = is_registered_at(own_name(split), json_file)
+        if not registered or MetadataCatalog.get(own_name(split)).image_root != str(images):
             names = known.get(split) or list(category_names(read_coco(str(json_file))).values())
             keys = {"images": f"DATASETS.{split.upper()}_IMAGES"}
             register_coco_format(own_name(split), json_file, images, names, keys=keys)

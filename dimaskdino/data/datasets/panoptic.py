@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.builtin import _PREDEFINED_SPLITS_COCO_PANOPTIC
 from detectron2.data.datasets.builtin_meta import _get_builtin_metadata
 
@@ -83,10 +83,15 @@ def register_panoptic(
         metadata: what :func:`categories_metadata` gives; also ``make``, called before the files are first read.
         instances_json: instance annotations of the same images, by which instances are scored if the file exists.
     """
-    found = MetadataCatalog.get(name)
-    if found.get("panoptic_json") == str(json_file) and found.get("truth") == "panoptic":
+    source = {**metadata, "make": None, "roots": (str(json_file), str(panoptic_root), str(image_root))}
+    if MetadataCatalog.get(name).get("source") == source:
         return
+    things = f"{name}_things"
+    for catalog in (DatasetCatalog, MetadataCatalog):  # what evaluation made of a set of that name
+        if things in catalog.list():
+            catalog.remove(things)
     metadata = {
+        "source": source,
         **{"truth": "panoptic", "evaluator_type": "coco_panoptic_seg", "ignore_label": 255, "label_divisor": 1000},
         **{"panoptic_json": str(json_file), "panoptic_root": str(panoptic_root), "image_root": str(image_root)},
         "json_file": None if instances_json is None else str(instances_json),

@@ -120,14 +120,16 @@ def load_semantic(name: str, endings: dict[str, tuple[str, ...]]) -> list[dict[s
         DatasetError: a folder is missing or empty, images have no label map, or two files differ by their ending alone.
     """
     metadata = made_metadata(name)
-    images = _files(metadata.image_root, endings.get("images", IMAGE_ENDINGS))
-    labels = _files(metadata.sem_seg_root, endings.get("labels", (".png",)))
-    for folder, files, hint in (
-        (metadata.image_root, images, metadata.image_hint),
-        (metadata.sem_seg_root, labels, metadata.hint),
+    of_images, of_labels = endings.get("images", IMAGE_ENDINGS), endings.get("labels", (".png",))
+    images, labels = _files(metadata.image_root, of_images), _files(metadata.sem_seg_root, of_labels)
+    for folder, files, ends, hint in (
+        (metadata.image_root, images, of_images, metadata.image_hint),
+        (metadata.sem_seg_root, labels, of_labels, metadata.hint),
     ):
         if not files:
-            state = "holds no such files" if os.path.isdir(folder) else "does not exist"
+            state = (
+                f"holds no files of names that end in {', '.join(ends)}" if os.path.isdir(folder) else "does not exist"
+            )
             raise DatasetError(f"Dataset {name}: folder {folder} {state}; {hint}.")
     missing = sorted(images.keys() - labels.keys())
     if missing:

@@ -1,7 +1,8 @@
 """The rules for panoptic and semantic datasets: which truth a job needs, and whether the label maps can be used."""
 
+import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,9 +11,10 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
 from dimaskdino.data.datasets.registration import is_coco_file, load_dataset
-from dimaskdino.data.images import read_header, size_problem
+from dimaskdino.data.images import size_problem
 from dimaskdino.data.label_maps import VOID, labels_present, read_segments, read_semantic
 from dimaskdino.data.parallel import Progress, no_progress, parallel_map
+from dimaskdino.data.readers import Reader, image_reader
 from dimaskdino.data.validation.files import check_files_exist, spread_first
 from dimaskdino.data.validation.report import Finding, list_all, saying_how_to_list_all
 from dimaskdino.errors import ConfigError, DatasetError
@@ -31,6 +33,20 @@ _TRUTH_OF_MAPPERS = {
     "coco_panoptic_lsj": ("panoptic",),
     "mask_former_semantic": ("semantic", "panoptic"),
 }
+
+
+def mapping_truth_of(cfg: CfgNode, name: str) -> CfgNode:
+    """The configuration with a mapper that reads the labels of dataset ``name``: its own one where that does."""
+    truth = truth_of(name)
+    cfg = cfg.clone()
+    cfg.defrost()
+    if truth not in _TRUTH_OF_MAPPERS.get(cfg.INPUT.DATASET_MAPPER_NAME, (truth,)):
+        cfg.INPUT.DATASET_MAPPER_NAME = _mapper_of(truth)
+    return cfg
+
+
+def _mapper_of(truth: str) -> str:
+    return next(known for known, kinds in _TRUTH_OF_MAPPERS.items() if truth in kinds)
 
 
 def truth_of(name: str) -> str:
@@ -69,10 +85,9 @@ def check_truth(cfg: CfgNode, name: str, *, trained: bool, tested: bool, with_ma
             f"{cfg.MODEL.META_ARCHITECTURE}) finds boxes alone; choose a dataset of objects, or a model with masks."
         )
     if trained and truth not in needed:
-        fitting = next(known for known, kinds in _TRUTH_OF_MAPPERS.items() if truth in kinds)
         raise ConfigError(
             f"INPUT.DATASET_MAPPER_NAME {mapper} trains on {' or '.join(needed)} labels, but dataset {name} has "
-            f"{truth} labels; set it to {fitting}, or choose another DATASETS.TRAIN."
+            f"{truth} labels; set it to {_mapper_of(truth)}, or choose another DATASETS.TRAIN."
         )
     things = MetadataCatalog.get(name).get("thing_dataset_id_to_contiguous_id")
     if tested and truth == "panoptic" and things is None:
@@ -94,17 +109,53 @@ def check_truth(cfg: CfgNode, name: str, *, trained: bool, tested: bool, with_ma
             f"{truth} labels{' without things' * no_things}; set {' or '.join(others)}, or choose another "
             "DATASETS.TEST."
         )
+    _check_things(cfg, name)
     if tested and no_things and test.INSTANCE_ON:
         logger.info("Dataset %s has no things: instances (MODEL.MaskDINO.TEST.INSTANCE_ON) are not scored on it.", name)
 
 
-def check_segmentation(cfg: CfgNode, name: str, *, trained: bool) -> tuple[list[Json], list[str]]:
+def _check_things(cfg: CfgNode, name: str) -> None:
+    """Refuse a panoptic dataset of the same classes as the job's first one, but with other things among them."""
+    panoptic = [each for each in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST) if _things(each) is not None]
+    if name not in panoptic or (first := panoptic[0]) == name or class_names(first) != class_names(name):
+        return
+    for index in (_things(name) or set()) ^ (_things(first) or set()):
+        kinds = [f"{'a thing' if index in (_things(each) or ()) else 'stuff'} in {each}" for each in (first, name)]
+        raise DatasetError(
+            f"The class {class_names(name)[index]!r} is {' and '.join(kinds)}; give isthing the same value in both."
+        )
+
+
+def _things(name: str) -> set[int] | None:
+    """The thing classes of a panoptic dataset; None of another one."""
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("truth") != "panoptic":
+        return None
+    return set(metadata.get("thing_dataset_id_to_contiguous_id", {}).values())
+
+
+def check_class_count(cfg: CfgNode, name: str, number: int, fitting: str) -> None:
+    """Refuse another number of classes than the model's; ``fitting`` is a dataset with that many, "" for none yet.
+
+    Raises:
+        DatasetError: naming the key and the dataset.
+    """
+    wanted = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+    if number != wanted:
+        remedy = f"give it the {wanted} of dataset {fitting}, in their order" if fitting else f"set it to {number}"
+        raise DatasetError(
+            f"MODEL.SEM_SEG_HEAD.NUM_CLASSES is {wanted}, but dataset {name} has {number} classes; {remedy}."
+        )
+
+
+def check_segmentation(cfg: CfgNode, name: str, *, trained: bool, fitting: str = "") -> tuple[list[Json], list[str]]:
     """Check the classes and the label maps of a panoptic or semantic dataset, as far as it takes seconds.
 
     Args:
-        cfg: reads MODEL.SEM_SEG_HEAD.{NUM_CLASSES, IGNORE_VALUE} and INPUT.APPLY_EXIF.
+        cfg: reads MODEL.SEM_SEG_HEAD.{NUM_CLASSES, IGNORE_VALUE} and INPUT.{APPLY_EXIF, READER}.
         name: of the dataset.
         trained: whether it is trained on, so that it needs a pixel with a class.
+        fitting: see :func:`check_class_count`.
 
     Returns:
         Its images in detectron2's format, and its class names.
@@ -115,17 +166,21 @@ def check_segmentation(cfg: CfgNode, name: str, *, trained: bool) -> tuple[list[
     """
     entries, names = load_dataset(name), class_names(name)
     num_classes, ignore = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
-    if len(names) != num_classes:
-        raise DatasetError(
-            f"MODEL.SEM_SEG_HEAD.NUM_CLASSES is {num_classes}, but dataset {name} has {len(names)} classes; set it to "
-            f"{len(names)}."
+    check_class_count(cfg, name, len(names), fitting)
+    if 0 <= ignore < num_classes:
+        logger.warning(
+            "Dataset %s: MODEL.SEM_SEG_HEAD.IGNORE_VALUE is %d, the label of the class %r, so that its pixels are "
+            "ignored in semantic segmentation; set it to the label of no class unless that is meant.",
+            *(name, ignore, names[ignore]),
         )
-    check_files_exist(name, [entry["file_name"] for entry in entries])
+    reader = image_reader(cfg)
+    check_files_exist(name, [reader.file(entry["file_name"]) for entry in entries])
     check_files_exist(name, [label_file(entry) for entry in entries], kind="label maps")
+    options: Json = {"num_classes": num_classes, "ignore": ignore, "apply_exif": cfg.INPUT.APPLY_EXIF, "reader": reader}
     number, labeled = 0, False
     with saying_how_to_list_all(name):
         for entry in spread_first(entries, LEAST_LABEL_MAPS):
-            labels = check_labels_of(entry, num_classes=num_classes, ignore=ignore, apply_exif=cfg.INPUT.APPLY_EXIF)
+            labels = check_labels_of(entry, **options)
             labeled |= bool((labels != (VOID if "segments_info" in entry else ignore)).any())
             number += 1
     if trained and not labeled and number == len(entries):
@@ -147,24 +202,32 @@ def label_file(entry: Json) -> str:
     return entry["pan_seg_file_name"] if "segments_info" in entry else entry["sem_seg_file_name"]
 
 
-def check_labels_of(entry: Json, *, num_classes: int, ignore: int, apply_exif: bool) -> np.ndarray:
+def check_labels_of(entry: Json, *, num_classes: int, ignore: int, apply_exif: bool, reader: Reader) -> np.ndarray:
     """Read the label map of an image; returns its segment ids, or its labels.
 
     Raises:
         DatasetError: if it cannot be used, or the image cannot be read.
     """
-    header = read_header(entry["file_name"])
-    size = header.size(apply_exif=apply_exif)
+    header = reader.header(entry["file_name"])
+    size, other = header.size(apply_exif=apply_exif), header.size(apply_exif=not apply_exif)
     listed = entry.get("height", size[0]), entry.get("width", size[1])
     if problem := size_problem(header, listed, apply_exif=apply_exif):
         raise DatasetError(f"Image {entry['file_name']} is {problem}.")
-    if "segments_info" in entry:
-        return read_segments(entry, size)
-    return read_semantic(entry, num_classes=num_classes, ignore=ignore, size=size)
+    of_classes = partial(read_semantic, num_classes=num_classes, ignore=ignore)
+    read: Callable[..., np.ndarray] = read_segments if "segments_info" in entry else of_classes
+    try:
+        return read(entry, size=size)
+    except DatasetError as error:
+        hint = ""
+        with contextlib.suppress(DatasetError):
+            if read(entry, size=other).shape != size:
+                frame = "as stored" if apply_exif else "turned upright"
+                hint = f" It fits the photo {frame}: set INPUT.APPLY_EXIF {not apply_exif} if it was drawn on that."
+        raise DatasetError(f"{error}{hint}") from None
 
 
 def inspect_segmentation(
-    name: str, *, ignore: int, apply_exif: bool, num_workers: int = 0, progress: Progress = no_progress
+    name: str, *, ignore: int, apply_exif: bool, reader: Reader, num_workers: int = 0, progress: Progress = no_progress
 ) -> tuple[list[Json], "dict[str, list[int]]", list[Finding]]:
     """Read every image and label map of a panoptic or semantic dataset.
 
@@ -172,6 +235,7 @@ def inspect_segmentation(
         name: of the dataset.
         ignore: the label of pixels without a class.
         apply_exif: read photos as INPUT.APPLY_EXIF says.
+        reader: reads the images.
         num_workers: processes that read; 0 reads in this one.
         progress: passes the inspected images on and may draw a bar.
 
@@ -180,7 +244,7 @@ def inspect_segmentation(
         and what is wrong.
     """
     entries, names = load_dataset(name), class_names(name)
-    check = partial(_inspect, num_classes=len(names), ignore=ignore, apply_exif=apply_exif)
+    check = partial(_inspect, num_classes=len(names), ignore=ignore, apply_exif=apply_exif, reader=reader)
     counts = {label: [0, 0, 0] for label in names}
     findings: list[Finding] = []
     results = progress(parallel_map(check, entries, num_workers=num_workers), total=len(entries))
@@ -192,12 +256,10 @@ def inspect_segmentation(
     return entries, counts, findings
 
 
-def _inspect(
-    entry: Json, *, num_classes: int, ignore: int, apply_exif: bool
-) -> tuple[list[Finding], dict[int, tuple[int, int]]]:
+def _inspect(entry: Json, *, ignore: int, **options: Any) -> tuple[list[Finding], dict[int, tuple[int, int]]]:
     """What is wrong with one label map, and the pixels and segments of each of its classes."""
     try:
-        labels = check_labels_of(entry, num_classes=num_classes, ignore=ignore, apply_exif=apply_exif)
+        labels = check_labels_of(entry, ignore=ignore, **options)
     except DatasetError as error:
         return [Finding("label map cannot be used", str(error))], {}
     if "segments_info" not in entry:

@@ -22,7 +22,7 @@ from dimaskdino.data.validation.dataset import Dataset, Picture, find_dataset, o
 from dimaskdino.data.validation.files import check_files_exist, exif_note, spread_first
 from dimaskdino.data.validation.report import KEPT, Counts, list_all
 from dimaskdino.data.validation.rules import CORNERS, NORMALIZED, Level
-from dimaskdino.data.validation.segmentation import check_segmentation, check_truth, truth_of
+from dimaskdino.data.validation.segmentation import check_class_count, check_segmentation, check_truth, truth_of
 from dimaskdino.errors import ConfigError, DatasetError
 
 logger = logging.getLogger(__name__)
@@ -72,12 +72,14 @@ def check_datasets(cfg: CfgNode, *, train: bool = True, test: bool = True, with_
         find_dataset(name)
         check_truth(cfg, name, trained=name in trained, tested=name in tested, with_masks=with_masks)
         if truth_of(name) != "instance":
-            entries, names = check_segmentation(cfg, name, trained=name in trained)
+            fitting = next(iter(classes), "")
+            entries, names = check_segmentation(cfg, name, trained=name in trained, fitting=fitting)
             take_fold(cfg, name, entries, train=name in trained)
             image_reader(cfg).read(entries[0]["file_name"])
             classes[name] = tuple(names)
             continue
-        dataset = _check_dataset(cfg, name, trained=name in trained, tested=name in tested, with_masks=with_masks)
+        use = {"trained": name in trained, "tested": name in tested, "with_masks": with_masks}
+        dataset = _check_dataset(cfg, name, **use, fitting=next(iter(classes), ""))
         to_test = _of_fold(cfg, dataset, train=False)[: cfg.DATASETS.MAX_IMAGES or None] if name in tested else []
         to_train: list[Picture] = []
         if name in trained:
@@ -93,19 +95,14 @@ def check_datasets(cfg: CfgNode, *, train: bool = True, test: bool = True, with_
     _note_shared_images(images)
 
 
-def _check_dataset(cfg: CfgNode, name: str, *, trained: bool, tested: bool, with_masks: bool) -> Dataset:
+def _check_dataset(cfg: CfgNode, name: str, *, trained: bool, tested: bool, with_masks: bool, fitting: str) -> Dataset:
     """Check the lists, classes and objects of one dataset."""
     dataset = open_dataset(name, tested=tested)
     truth = "" if dataset.source else MetadataCatalog.get(name).get("json_file", "")
     _refuse_first(dataset, dataset.listing)
     if trained and not dataset.annotated:
         raise DatasetError(f"Dataset {name} has no annotations, so it can be predicted but not trained on.")
-    num_classes = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
-    if len(dataset.classes) != num_classes:
-        raise DatasetError(
-            f"MODEL.SEM_SEG_HEAD.NUM_CLASSES is {num_classes}, but dataset {name} has {len(dataset.classes)} "
-            f"categories; set it to {len(dataset.classes)}."
-        )
+    check_class_count(cfg, name, len(dataset.classes), fitting)
     if trained and cfg.INPUT.ANNOTATION_FIELDS:
         annotations = [each for picture in dataset.pictures for each in picture.annotations]
         check_fields(annotations, cfg.INPUT.ANNOTATION_FIELDS, name)
@@ -125,7 +122,8 @@ def _check_objects(cfg: CfgNode, dataset: Dataset, *, with_masks: bool, scored: 
     ):
         raise DatasetError(
             f"Dataset {dataset.name} has boxes but no masks (segmentation), and this model needs masks; add polygons "
-            "or RLEs, or choose a model without masks."
+            "or RLEs, or choose a model without masks (MODEL.META_ARCHITECTURE DINO, or MODEL.MaskDINO.PREDICT_MASKS "
+            "False)."
         )
     rules = dataset.rules(with_masks=with_masks, scored=scored)
     counts = Counts(dataset.classes)
