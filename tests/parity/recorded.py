@@ -53,6 +53,7 @@ def model(name: str, **node: Any) -> DIMaskDINO:
         node: other keys below MODEL.MaskDINO; a double underscore stands for the dot.
     """
     cfg = release(name).cfg()
+    cfg.MODEL.MaskDINO.TEST.MASK_INTERPOLATION = "two_step"
     for key, value in node.items():
         cfg.merge_from_list([f"MODEL.MaskDINO.{key.replace('__', '.')}", value])
     built = DIMaskDINO(cfg, point_sampler=DenseGrid(*MASK_LOGITS_SIZE))

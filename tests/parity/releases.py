@@ -47,7 +47,6 @@ class Release:
         for key, value in self.config_values.items():
             cfg.merge_from_list([key, value])
         cfg.merge_from_list(["MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu"])
-        cfg.MODEL.MaskDINO.TEST.MASK_INTERPOLATION = "two_step"
         return cfg
 
 
