@@ -5,12 +5,14 @@ import contextlib
 import functools
 import gc
 import json
+import math
 import mmap
 import os
 import shutil
 from array import array
 from collections.abc import Iterator, Sequence
-from typing import Any
+from itertools import chain
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
@@ -20,7 +22,9 @@ from dimaskdino.errors import DatasetError
 Json = dict[str, Any]
 
 MOST_PIXELS = 2**16  # of a side
+MOST_WEIGHT = 1e6
 BLOCK = 2**20  # bytes of a file that are copied at once
+BATCH = 2**13  # annotations that are decoded at once
 
 # Keys that every entry needs, and their types.
 _NEEDED: dict[str, dict[str, tuple[type, ...]]] = {
@@ -113,6 +117,24 @@ class _Keys(msgspec.Struct, gc=False):
     iscrowd: Any = 0
 
 
+class _Plain(_Keys, gc=False, kw_only=True):
+    """An annotation of the usual types, with a mask as text; msgspec refuses all others."""
+
+    category_id: int
+    bbox: tuple[float, float, float, float]
+    area: float
+    segmentation: msgspec.Raw = msgspec.Raw(b"null")
+    iscrowd: Literal[0, 1] | bool = 0
+    ignore: Literal[0] = 0
+    ignored: Literal[0] = 0
+    box_supervised: Literal[0, 1] | bool = 1
+    box_weight: Annotated[float, msgspec.Meta(ge=0, le=MOST_WEIGHT)] = 1.0
+
+
+_decode_keys = msgspec.json.Decoder(_Keys).decode
+_decode_plain = msgspec.json.Decoder(_Plain).decode
+
+
 class _Lists(msgspec.Struct):
     """A COCO file whose annotations are text still."""
 
@@ -127,78 +149,107 @@ class Annotations(Sequence[Json]):
     Decoded, they would need six times the memory.
 
     Args:
-        texts: of all annotations of a file.
-        columns: their ids, image_ids, category_ids and iscrowd.
+        columns: of all annotations of a file: text, id, image_id, category_id, iscrowd (bool), bbox (n, 4), area and
+            segmentation (text); of those with any value of an unusual type, the last three are nan, nan and null.
         path: of the file, for errors.
         which: the positions of these annotations among them.
     """
 
-    __slots__ = ("_columns", "_path", "_texts", "_which")
+    __slots__ = ("_columns", "_path", "_which")
 
-    def __init__(
-        self, texts: list[msgspec.Raw], columns: dict[str, Sequence[Any]], path: str, which: Sequence[int] | np.ndarray
-    ) -> None:
-        self._texts, self._columns, self._path, self._which = texts, columns, path, which
+    def __init__(self, columns: dict[str, np.ndarray], path: str, which: np.ndarray) -> None:
+        self._columns, self._path, self._which = columns, path, which
 
     @classmethod
-    def of_file(cls, texts: list[msgspec.Raw], path: str) -> "Annotations":
-        """All annotations of a file; raises ValueError if an entry lacks a key or has one of another type."""
-        keys = list(map(msgspec.json.Decoder(_Keys).decode, texts))
-        columns: dict[str, Sequence[Any]] = {
-            "id": _compact([each.id for each in keys]),
-            "image_id": _compact([each.image_id for each in keys]),
-            "category_id": _compact([each.category_id for each in keys]),
-            "iscrowd": bytes([bool(each.iscrowd) for each in keys]),
-        }
-        return cls(texts, columns, path, range(len(texts)))
+    def of_texts(cls, texts: Sequence[msgspec.Raw | bytes], path: str = "") -> "Annotations":
+        """All annotations of a file; raises ValueError if one lacks an id of :class:`_Keys` or has another type."""
+        columns: dict[str, np.ndarray] = {}
+        for start in range(0, len(texts) or 1, BATCH):
+            for key, part in _columns(texts[start : start + BATCH]).items():
+                whole = columns.get(key, np.empty((len(texts), *part.shape[1:]), dtype=part.dtype))
+                columns[key] = whole.astype(np.promote_types(whole.dtype, part.dtype), copy=False)
+                columns[key][start : start + BATCH] = part
+        return cls(columns, path, np.arange(len(texts)))
+
+    @classmethod
+    def together(cls, images: Sequence[Sequence[Json]]) -> "Annotations":
+        """The annotations of some images of a file; raises ValueError or TypeError where they are no JSON."""
+        parts = [each for each in images if isinstance(each, Annotations)]
+        if parts:
+            return parts[0].take(np.concatenate([each._which for each in parts]))
+        return cls.of_texts([msgspec.json.encode({**x, "id": 0, "image_id": 0}) for x in chain.from_iterable(images)])
 
     def __len__(self) -> int:
         return len(self._which)
 
     def __getitem__(self, index: Any) -> Any:
-        return list(self)[index]
+        if isinstance(index, slice):
+            return list(self)[index]
+        return decode_annotations(self._columns["text"][self._which[index]], self._path)
 
     def __iter__(self) -> Iterator[Json]:
         return iter(decode_annotations(self.text(), self._path))
 
-    def take(self, which: Sequence[int] | np.ndarray) -> "Annotations":
+    def take(self, which: np.ndarray) -> "Annotations":
         """Those at some positions in the file."""
-        return Annotations(self._texts, self._columns, self._path, which)
-
-    def texts(self) -> list[msgspec.Raw]:
-        """Each annotation as JSON."""
-        which = self._which.tolist() if isinstance(self._which, np.ndarray) else self._which
-        return [self._texts[index] for index in which]
+        return Annotations(self._columns, self._path, which)
 
     def text(self) -> bytes:
         """The annotations as JSON, a list."""
-        return b"[" + b",".join(self.texts()) + b"]"
+        return b"[" + b",".join(self.column("text")) + b"]"
 
-    def column(self, key: str) -> Sequence[Any]:
-        """The id, image_id, category_id or iscrowd (0 or 1) of each."""
-        values = self._columns[key]
-        return values if isinstance(self._which, range) else [values[index] for index in self._which]
+    def array(self, key: str) -> np.ndarray:
+        """A column's values of these annotations."""
+        return self._columns[key][self._which]
+
+    def column(self, key: str) -> list[Any]:
+        """As :meth:`array`, as a list."""
+        return self.array(key).tolist()
 
 
-def _compact(values: list[Any]) -> Sequence[Any]:
+def _columns(texts: Sequence[msgspec.Raw | bytes]) -> dict[str, np.ndarray]:
+    try:
+        keys = [*map(_decode_plain, texts)]
+    except ValueError:
+        keys = [*map(_keys_of, texts)]
+    return {
+        "text": np.fromiter(texts, dtype=object),
+        "id": _compact([each.id for each in keys]),
+        "image_id": _compact([each.image_id for each in keys]),
+        "category_id": _compact([each.category_id for each in keys]),
+        "iscrowd": np.array([bool(each.iscrowd) for each in keys]),
+        "bbox": np.fromiter(chain.from_iterable([each.bbox for each in keys]), dtype=float).reshape(-1, 4),
+        "area": np.fromiter([each.area for each in keys], dtype=float),
+        "segmentation": np.fromiter([each.segmentation for each in keys], dtype=object),
+    }
+
+
+def _keys_of(text: msgspec.Raw | bytes) -> _Plain:
+    try:
+        return _decode_plain(text)
+    except ValueError:
+        return _Plain(**msgspec.structs.asdict(_decode_keys(text)), bbox=(math.nan,) * 4, area=math.nan)
+
+
+def _compact(values: list[Any]) -> np.ndarray:
     """Numbers in eight bytes each, where all are whole numbers."""
     try:
-        return array("q", values)
+        return np.array(array("q", values))
     except (TypeError, OverflowError):
-        return values
+        return np.array(values, dtype=object)
 
 
-def decode_annotations(text: bytes, path: str) -> list[Json]:
-    """What :meth:`Annotations.text` holds; ``path`` is that of the file."""
+def decode_annotations(text: bytes | msgspec.Raw, path: str) -> Any:
+    """What :meth:`Annotations.text` holds, or the text of one; ``path`` is that of the file."""
     try:
         return _decoded(text)
     except ValueError as error:
         raise _not_valid(path, error) from error
 
 
-def column(entries: Sequence[Json], key: str) -> Sequence[Any]:
+def column(entries: Sequence[Json], key: str) -> np.ndarray:
     """The values of a key of annotations, or of the other entries of a COCO file."""
-    return entries.column(key) if isinstance(entries, Annotations) else [entry[key] for entry in entries]
+    return entries.array(key) if isinstance(entries, Annotations) else np.array([x[key] for x in entries], dtype=object)
 
 
 def has_objects(annotations: Sequence[Json]) -> bool:
@@ -245,7 +296,7 @@ def _with_annotations(lists: _Lists, path: str) -> Json:
     coco = {key: value for key, value in msgspec.structs.asdict(lists).items() if value is not msgspec.UNSET}
     if "annotations" in coco:
         try:
-            coco["annotations"] = Annotations.of_file(coco["annotations"], path)
+            coco["annotations"] = Annotations.of_texts(coco["annotations"], path)
         except ValueError:  # which _check_structure names
             coco["annotations"] = decode_annotations(b"[" + b",".join(coco["annotations"]) + b"]", path)
     return coco
@@ -298,7 +349,7 @@ def annotations_by_image(coco: Json) -> list[tuple[Json, Sequence[Json]]]:
     keys = sorted(images)
     number = {key: index for index, key in enumerate(keys)}
     annotations = coco.get("annotations", [])
-    of_image = np.array([number.get(key, len(keys)) for key in column(annotations, "image_id")], dtype=int)
+    of_image = np.array([number.get(key, len(keys)) for key in column(annotations, "image_id").tolist()], dtype=int)
     order = np.argsort(of_image, kind="stable")
     ends = np.searchsorted(of_image[order], np.arange(len(keys) + 1)).tolist()
     return [

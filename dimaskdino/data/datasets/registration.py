@@ -157,8 +157,11 @@ class PackedAnnotations(Annotations):
     __slots__ = ("_arguments",)
 
     def __init__(self, annotations: Annotations, *arguments: Any) -> None:
-        super().__init__(annotations._texts, annotations._columns, annotations._path, annotations._which)
+        super().__init__(annotations._columns, annotations._path, annotations._which)
         self._arguments = arguments
+
+    def __getitem__(self, index: Any) -> Any:
+        return list(self)[index]
 
     def __iter__(self) -> Iterator[Json]:
         return (_entry(annotation, *self._arguments) for annotation in super().__iter__())

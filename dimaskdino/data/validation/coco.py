@@ -4,6 +4,8 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from dimaskdino.data.coco_file import Json, column
 from dimaskdino.data.validation.rules import Level, Problem
 
@@ -44,12 +46,12 @@ def listing_problems(coco: Json, path: str, registered: list[str] | None) -> Ite
 
 def _unlisted(annotations: Sequence[Json], images: set[Any]) -> Iterator[Found]:
     """Annotations of images that the file does not list."""
-    as_text = None
-    for key, image_id in zip(column(annotations, "id"), column(annotations, "image_id"), strict=True):
+    as_text, ids = None, column(annotations, "id")
+    for index, image_id in enumerate(column(annotations, "image_id").tolist()):
         if image_id in images:
             continue
         as_text = {str(value) for value in images} if as_text is None else as_text
-        where = f"annotation {key} of image id {image_id!r:.40}"
+        where = f"annotation {ids[index]} of image id {image_id!r:.40}"
         if str(image_id) in as_text:
             remedy = "write ids of images and image_id both as numbers or both as text"
             yield where, Problem("image_id: the id is of another type", Level.REFUSED, f"{image_id!r:.40}", remedy)
@@ -75,12 +77,12 @@ def _repeated(
     Values are the same if ``plain`` makes the same of them.
     """
     values = column(entries, key)
-    values = values if plain is None else [*map(plain, values)]
-    if len({*values}) == len(entries):
+    values = values if plain is None else np.fromiter(map(plain, values), dtype=object)
+    if len({*values}) == len(values) if values.dtype == object else np.diff(np.sort(values)).all():
         return
     first: dict[Any, Json] = {}
     again: dict[Any, Json] = {}
-    for value, entry in zip(values, entries, strict=True):
+    for value, entry in zip(values.tolist(), entries, strict=True):
         if first.setdefault(value, entry) is not entry:
             again.setdefault(value, entry)
     yield from ((value, first[value], entry) for value, entry in again.items())

@@ -1,8 +1,9 @@
 """A registered dataset as the rules see it, and everything that is wrong with it."""
 
 import difflib
+import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ class Dataset:
             counts.add_image((annotation, ()) for annotation in picture.annotations)
         return counts
 
-    def problems(self, rules: Rules, counts: Counts | None = None) -> Iterator[Found]:
+    def problems(self, rules: Rules, counts: Counts) -> Iterator[Found]:
         """Everything that is wrong with its lists and objects, and where.
 
         Args:
@@ -69,48 +70,43 @@ class Dataset:
         yield from self.listing
         for pictures in _portions(self.pictures):
             found = look([each.annotations for each in pictures], [each.size for each in pictures], rules)
-            lengths = np.array([len(each.annotations) for each in pictures], dtype=int)
-            ends, of_object = lengths.cumsum(), np.repeat(np.arange(len(pictures)), lengths)
-            doubtful = np.zeros(len(pictures), dtype=bool)
-            doubtful[of_object[~found.kept]] = True
-            if counts is not None:
-                sure = ~doubtful[of_object]
-                counts.add_kept(found.classes[sure], of_object[sure])
-            for index in np.flatnonzero(doubtful).tolist():
-                passed = found.fine[ends[index] - lengths[index] : ends[index]].tolist()
-                yield from _problems_of(pictures[index], passed, rules, counts)
-        for name in counts.crowd_alone() if counts is not None else ():
+            unclear = np.zeros(len(pictures), dtype=bool)  # images whose objects must all be compared
+            unclear[found.of_image[~found.single]] = True
+            sure = ~unclear[found.of_image]
+            counts.add_kept(found.classes[sure], found.of_image[sure], found.kept[sure])
+            for index in np.flatnonzero(np.bincount(found.of_image[~found.kept])).tolist():
+                first, end = np.searchsorted(found.of_image, (index, index + 1))
+                which = np.flatnonzero(~found.kept[first:end] | unclear[index]).tolist()
+                count = counts.add_image if unclear[index] else counts.add_objects
+                yield from _problems_of(pictures[index], which, found.fine[first:end], rules, count)
+        for name in counts.crowd_alone():
             yield f"class {name!r}", Problem("class: all of its annotations are crowd regions", Level.NOTE)
 
 
-def _problems_of(picture: Picture, passed: Sequence[bool], rules: Rules, counts: Counts | None) -> Iterator[Found]:
-    """What is wrong with the objects of an image; no rule objects to those that have ``passed``."""
+def _problems_of(
+    picture: Picture, which: Sequence[int], passed: np.ndarray, rules: Rules, count: Callable[..., object]
+) -> Iterator[Found]:
+    """What is wrong with some objects of an image; no rule objects to those that have ``passed``."""
     seen: dict[Any, Json] = {}
     judged: list[tuple[Json, Sequence[Problem]]] = []
-    for index, annotation in enumerate(picture.annotations):
+    for index in which:
+        annotation = picture.annotations[index]
         found = [] if passed[index] else rules.problems(annotation, picture.size)
         judged.append((annotation, found))
         if _is_repeated(annotation, seen):
             found.append(Problem("object: annotated more than once", Level.NOTE))
         if found:
-            which = annotation.get("id", f"number {index}, counted from 0,")
-            where = f"annotation {which} of {os.path.basename(picture.path)}"
+            named = annotation.get("id", f"number {index}, counted from 0,")
+            where = f"annotation {named} of {os.path.basename(picture.path)}"
             yield from ((where, problem) for problem in found)
-    if counts is not None:
-        counts.add_image(judged)
+    count(judged)
 
 
 def _portions(pictures: Sequence[Picture]) -> Iterator[list[Picture]]:
     """Pictures in lists that are small beside a dataset, and large enough to be looked at together."""
-    portion: list[Picture] = []
-    objects = 0
-    for picture in pictures:
-        portion.append(picture)
-        objects += len(picture.annotations)
-        if objects >= PORTION:
-            yield portion
-            portion, objects = [], 0
-    yield portion
+    ends = itertools.accumulate(len(each.annotations) for each in pictures)
+    for _, portion in itertools.groupby(zip(ends, pictures, strict=True), key=lambda each: each[0] // PORTION):
+        yield [picture for _, picture in portion]
 
 
 def _is_repeated(annotation: Json, seen: dict[Any, Json]) -> bool:

@@ -95,10 +95,9 @@ def check_files_exist(dataset: str, paths: Collection[str], kind: str = "images"
         DatasetError: with the number of files that are missing, and the first.
     """
     local = [path for path in paths if "://" not in path]
-    listed = {folder: _names_in(folder) for folder in {os.path.dirname(path) for path in local}}
-    unlisted = [path for path in local if os.path.basename(path) not in listed[os.path.dirname(path)]]
+    listed = {file for folder in {os.path.dirname(path) for path in local} for file in _files_in(folder)}
     # A file system may accept other spellings of a listed name, for example with letters of the other case.
-    missing = [path for path in unlisted if not os.path.isfile(path)]
+    missing = [path for path in local if path not in listed and not os.path.isfile(path)]
     if missing:
         folder = MetadataCatalog.get(dataset).get("keys", {}).get(kind, "the folder")
         raise DatasetError(
@@ -108,14 +107,13 @@ def check_files_exist(dataset: str, paths: Collection[str], kind: str = "images"
         )
 
 
-def _names_in(folder: str) -> frozenset[str]:
-    """Names of the files and links of a folder, without a look at each of them."""
+def _files_in(folder: str) -> list[str]:
+    """Paths of the files and links of a folder, without a look at each of them."""
     try:
         with os.scandir(folder or os.curdir) as entries:
-            files = (entry for entry in entries if entry.is_symlink() or entry.is_file(follow_symlinks=False))
-            return frozenset(entry.name for entry in files)
+            return [each.path for each in entries if each.is_symlink() or each.is_file(follow_symlinks=False)]
     except OSError:
-        return frozenset()
+        return []
 
 
 @dataclass(frozen=True)

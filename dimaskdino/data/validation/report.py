@@ -56,6 +56,12 @@ class Counts:
 
     def add_image(self, annotations: Iterable[tuple[Json, Sequence[Problem]]]) -> None:
         """Count the objects of an image, each with its problems."""
+        labels = self.add_objects(annotations)
+        self.images.update(labels)
+        self.images_with_any += bool(labels)
+
+    def add_objects(self, annotations: Iterable[tuple[Json, Sequence[Problem]]]) -> set[Any]:
+        """Count objects, but not their images; returns their category ids."""
         labels = set()
         for annotation, problems in annotations:
             label = annotation.get("category_id")
@@ -63,20 +69,16 @@ class Counts:
                 continue
             labels.add(label)
             self.objects[label, _outcome(annotation, problems)] += 1
-        self.images.update(labels)
-        self.images_with_any += bool(labels)
+        return labels
 
-    def add_kept(self, classes: np.ndarray, images: np.ndarray) -> None:
-        """Count objects that are kept, all of their images, by the numbers (n,) of their classes and images."""
+    def add_kept(self, classes: np.ndarray, images: np.ndarray, kept: np.ndarray) -> None:
+        """Count those objects that are kept, and all of their images, by the numbers (n,) of classes and images."""
         keys = [*self.classes]
         _, one_each = np.unique(images * len(keys) + classes, return_index=True)
-        for key, objects, having in zip(
-            keys, _histogram(classes, len(keys)), _histogram(classes[one_each], len(keys)), strict=True
-        ):
-            if objects:
-                self.objects[key, KEPT] += objects
-                self.images[key] += having
-        self.images_with_any += len(np.unique(images))
+        numbers, having = (np.bincount(each, minlength=len(keys)) for each in (classes[kept], classes[one_each]))
+        self.objects += Counter({(key, KEPT): number for key, number in zip(keys, numbers.tolist(), strict=True)})
+        self.images += Counter(dict(zip(keys, having.tolist(), strict=True)))
+        self.images_with_any += np.count_nonzero(np.bincount(images))
 
     def total(self) -> "Counter[str]":
         """Objects of all classes by outcome."""
@@ -120,10 +122,6 @@ class Counts:
             rows = [sum((rows[index + length * group] for group in range(_GROUPS)), []) for index in range(length)]
             headers = headers * _GROUPS
         return tabulate(rows, headers=headers, tablefmt="github")
-
-
-def _histogram(numbers: np.ndarray, length: int) -> list[int]:
-    return np.bincount(numbers, minlength=length).tolist()
 
 
 def _outcome(annotation: Json, problems: Iterable[Problem]) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from detectron2.structures import BoxMode
 from pycocotools import mask as mask_util
 
-from dimaskdino.data.coco_file import MOST_PIXELS, Json
+from dimaskdino.data.coco_file import MOST_PIXELS, MOST_WEIGHT, Json
 from dimaskdino.structures.rle_masks import Rle, Size, checked_rle
 
 Extent = tuple[float, float, float, float]  # xyxy in pixels
@@ -25,7 +25,6 @@ TOLERANCE_PX = 1.01
 AREA_TOLERANCE, AREA_TOLERANCE_PX = 0.5, 10
 # A polygon of at least this area is taken to have a pixel; a smaller one is drawn to find out.
 AREA_WITH_PIXEL = 4.0
-MOST_WEIGHT = 1e6
 
 # Looked up once, since the rules run over millions of annotations.
 _IDS, _NUMBERS, _LISTS = (int, str, float, np.integer), (int, float), (list, tuple, np.ndarray)
