@@ -217,7 +217,7 @@ def _columns(texts: Sequence[msgspec.Raw | bytes]) -> dict[str, np.ndarray]:
         "id": _compact([each.id for each in keys]),
         "image_id": _compact([each.image_id for each in keys]),
         "category_id": _compact([each.category_id for each in keys]),
-        "iscrowd": np.array([bool(each.iscrowd) for each in keys]),
+        "iscrowd": np.array([bool(each.iscrowd) for each in keys], dtype=bool),
         "bbox": np.fromiter(chain.from_iterable([each.bbox for each in keys]), dtype=float).reshape(-1, 4),
         "area": np.fromiter([each.area for each in keys], dtype=float),
         "segmentation": np.fromiter([each.segmentation for each in keys], dtype=object),

@@ -207,6 +207,23 @@ def test_the_quick_look_changes_neither_problems_nor_counts(coco, write_coco, mo
         assert counts.objects[3, "kept"] >= 1
 
 
+@pytest.mark.parametrize(
+    "change", [{}, {"iscrowd": 1}, {"area": 30}, {"area": None}, {"category_id": 7.0}, {"bbox": SOUND["bbox"]}, SOUND]
+)
+def test_objects_beside_a_doubtful_one_are_counted_without_a_look_at_them(change, coco, write_coco, monkeypatch):
+    others = [{**SOUND, "id": label, "image_id": 1, "category_id": label} for label in CATEGORIES]
+    last = {**SOUND, "segmentation": [[5, 1, 7, 1, 7, 4, 5, 4]], "bbox": [5, 1, 2, 3], **change, "image_id": 1}
+    coco["annotations"] = [*others, last]
+    file = open_file("mine", *map(str, write_coco(coco)))
+    seen: list[Any] = []
+    for looked in (look, lambda images, *_: look(images, [], Rules(categories={}))):
+        monkeypatch.setattr("dimaskdino.data.validation.dataset.look", looked)
+        counts = Counts(file.classes)
+        seen.append((list(file.problems(file.rules(with_masks=True, scored=True), counts)), vars(counts)))
+    assert seen[0] == seen[1]
+    assert (seen[0][1]["images"], seen[0][1]["images_with_any"]) == ({3: 1, 7: 1}, 1)
+
+
 @pytest.mark.parametrize(("change", "kind", "scored", "trained"), DAMAGES)
 def test_each_fault_is_found_at_its_level(change: Json, kind: str, scored: Level, trained: Level) -> None:
     for use, level in ((True, scored), (False, trained)):
