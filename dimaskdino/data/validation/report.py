@@ -78,7 +78,7 @@ class Counts:
         numbers, having = (np.bincount(each, minlength=len(keys)) for each in (classes[kept], classes[one_each]))
         self.objects += Counter({(key, KEPT): number for key, number in zip(keys, numbers.tolist(), strict=True)})
         self.images += Counter(dict(zip(keys, having.tolist(), strict=True)))
-        self.images_with_any += np.count_nonzero(np.bincount(images))
+        self.images_with_any += len(np.flatnonzero(np.bincount(images)))
 
     def total(self) -> "Counter[str]":
         """Objects of all classes by outcome."""
