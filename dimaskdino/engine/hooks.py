@@ -281,6 +281,8 @@ class KeepBest(HookBase):
             raise ConfigError(
                 f"TEST.BEST_METRIC is {self._metric!r}, but the evaluation gives only {', '.join(sorted(results))}."
             )
+        if math.isnan(results[self._metric]):
+            logger.warning("TEST.BEST_METRIC %s is not measured here, so this model is not the best one.", self._metric)
         if self.count(results, iteration):
             self._checkpointer.write(BEST, iteration=iteration)
 
@@ -337,14 +339,19 @@ def _why_never_computed(cfg: CfgNode, metric: str) -> str:
     first, _, rest = metric.partition("/")
     if first == "ema":
         return _why_never_computed(cfg, rest) if cfg.SOLVER.EMA.ENABLED else "SOLVER.EMA.ENABLED is False"
-    if first in cfg.DATASETS.TEST:
-        return _why_never_computed(cfg, rest) if len(cfg.DATASETS.TEST) > 1 else f"with one test set it is {rest!r}"
     if len(cfg.DATASETS.TEST) > 1:
-        return f"it begins with one of DATASETS.TEST, {', '.join(cfg.DATASETS.TEST)}"
+        if first not in cfg.DATASETS.TEST:
+            return f"it begins with one of DATASETS.TEST, {', '.join(cfg.DATASETS.TEST)}"
+        first = rest.partition("/")[0]
+    elif first in cfg.DATASETS.TEST:
+        return f"with one test set it is {rest!r}"
     if first == "loss":
         return "" if cfg.TEST.LOSS else "TEST.LOSS is False"
-    if first == "segm" and not needs_masks(cfg):
+    key = {"bbox": "INSTANCE_ON", "segm": "INSTANCE_ON", "sem_seg": "SEMANTIC_ON", "panoptic_seg": "PANOPTIC_ON"}.get(
+        first
+    )
+    if key is None or (first == "bbox" and not needs_masks(cfg)):
+        return ""
+    if not needs_masks(cfg):
         return f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} as configured predicts no masks"
-    if first == "panoptic_seg" and not cfg.MODEL.MaskDINO.TEST.PANOPTIC_ON:
-        return "MODEL.MaskDINO.TEST.PANOPTIC_ON is False"
-    return ""
+    return "" if cfg.MODEL.MaskDINO.TEST[key] else f"MODEL.MaskDINO.TEST.{key} is False"

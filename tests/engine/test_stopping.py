@@ -106,7 +106,7 @@ def best_of(cfg: Config) -> int:
     return torch.load(Path(cfg.OUTPUT_DIR) / "model_best.pth")["iteration"]
 
 
-def test_best_checkpoint_survives_a_resume(cfg: Config) -> None:
+def test_best_checkpoint_survives_a_resume(cfg: Config, caplog: pytest.LogCaptureFixture) -> None:
     cfg.TEST.BEST_METRIC = "bbox/AP"
     scores = {1: 3.0, 3: 7.0, 5: 5.0, 7: 6.0, 9: float("nan"), 12: 6.5}
     with pytest.raises(Killed):
@@ -114,6 +114,7 @@ def test_best_checkpoint_survives_a_resume(cfg: Config) -> None:
     assert best_of(cfg) == 3
     train(cfg, scores=scores, resume=True)
     assert best_of(cfg) == 3
+    assert caplog.text.count("TEST.BEST_METRIC bbox/AP is not measured") == 1
     cfg.SOLVER.MAX_ITER = 16
     train(cfg, scores={13: 6.9, 16: 7.1}, resume=True)
     assert best_of(cfg) == 15
@@ -150,12 +151,17 @@ def test_score_that_is_not_computed_names_the_others(cfg: Config) -> None:
         (["TEST.BEST_METRIC", "loss/total_loss"], r"TEST\.LOSS"),
         (["TEST.BEST_METRIC", "segm/AP", "MODEL.META_ARCHITECTURE", "DINO"], "DINO .*no masks"),
         (["TEST.BEST_METRIC", "panoptic_seg/PQ"], "PANOPTIC_ON"),
+        (["TEST.BEST_METRIC", "segm/AP", "MODEL.MaskDINO.TEST.INSTANCE_ON", False], "INSTANCE_ON is False"),
+        (["TEST.BEST_METRIC", "two/loss/total_loss", "DATASETS.TEST", ("one", "two")], r"TEST\.LOSS"),
         (["TEST.BEST_METRIC", "bbox/AP", "DATASETS.TEST", ("one", "two")], "one, two"),
         (["TEST.BEST_METRIC", "one/bbox/AP", "DATASETS.TEST", ("one",)], "'bbox/AP'"),
     ],
 )
 def test_contradicting_keys_are_refused(cfg: Config, options: list[Any], keys: str) -> None:
     check_best(cfg)
+    several = cfg.clone()
+    several.merge_from_list(["DATASETS.TEST", ("one", "two"), "TEST.BEST_METRIC", "two/bbox/AP"])
+    check_best(several)
     cfg.merge_from_list(options)
     with pytest.raises(ConfigError, match=keys):
         check_best(cfg)
