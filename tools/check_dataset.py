@@ -62,7 +62,7 @@ from dimaskdino.data.validation.dataset import Dataset, find_dataset
 from dimaskdino.data.validation.files import evenly_spread, inspect_dataset
 from dimaskdino.data.validation.report import Finding, problem_table, region_kind
 from dimaskdino.data.validation.rules import read_mask
-from dimaskdino.data.validation.segmentation import inspect_segmentation, label_file, truth_of
+from dimaskdino.data.validation.segmentation import inspect_segmentation, label_file, mapping_truth_of, truth_of
 from dimaskdino.structures.rle_masks import Size
 from dimaskdino.visualization import Objects, draw_objects, to_picture
 
@@ -85,7 +85,7 @@ def main() -> None:
     reader = image_reader(cfg) if cfg.INPUT.READER else PilReader("RGB", apply_exif=exif)
     find_dataset(args.name)
     if truth_of(args.name) != "instance":
-        check_label_maps(args, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE, reader, progress, exif=exif)
+        check_label_maps(args, cfg, reader, progress, exif=exif)
         return
     inspection = inspect_dataset(args.name, apply_exif=exif, reader=reader, num_workers=args.workers, progress=progress)
     dataset, folder = inspection.dataset, args.output / args.name
@@ -102,15 +102,19 @@ def main() -> None:
     report(inspection.findings, folder)
 
 
-def check_label_maps(args: argparse.Namespace, ignore: int, reader: Reader, progress: Progress, *, exif: bool) -> None:
+def check_label_maps(args: argparse.Namespace, cfg: CfgNode, reader: Reader, progress: Progress, *, exif: bool) -> None:
     """Check, report and draw a panoptic or semantic dataset."""
     folder = args.output / args.name
     options = {"apply_exif": exif, "reader": reader, "num_workers": args.workers, "progress": progress}
+    ignore = cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
     entries, counts, findings = inspect_segmentation(args.name, ignore=ignore, **options)
     rows = [[label, *numbers] for label, numbers in counts.items()]
     table = tabulate(rows, ["class", "pixels", "segments", "images"], tablefmt="github")
     print(f"\n{table}\n\n{len(entries)} images\n")
-    if args.draw > 0:
+    if args.draw > 0 and args.augmented:
+        paths = draw_augmented(mapping_truth_of(cfg, args.name), args.name, list(counts), args.draw, folder)
+        print(f"Drew {len(paths)} augmented images in {folder}")
+    elif args.draw > 0:
         paths = draw_label_maps(entries, list(counts), args.draw, folder, reader)
         print(f"Drew {len(paths)} images in {folder}")
     report(findings, folder)
@@ -161,7 +165,9 @@ def draw_augmented(cfg: CfgNode, name: str, class_names: list[str], count: int, 
     folder.mkdir(parents=True, exist_ok=True)
     cfg = cfg.clone()
     cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = len(class_names)
-    entries = [entry for entry in load_dataset(name, cfg.INPUT.ANNOTATION_FIELDS) if entry.get("annotations")]
+    labels = ("annotations", "segments_info", "sem_seg_file_name")
+    listed = load_dataset(name, cfg.INPUT.ANNOTATION_FIELDS)
+    entries = [entry for entry in listed if any(entry.get(key) for key in labels)]
     samples = Samples(entries, build_mapper(cfg, is_train=True), max(cfg.SEED, 0))
     paths: list[Path] = []
     for place, index in enumerate(evenly_spread(len(entries), count)):

@@ -15,6 +15,7 @@ from dimaskdino.analysis.missed import StageView
 from dimaskdino.config import Config
 from dimaskdino.data.datasets import register_all
 from dimaskdino.data.datasets.registration import load_dataset
+from dimaskdino.data.validation.segmentation import truth_of
 from dimaskdino.errors import DatasetError
 from dimaskdino.evaluation.truth import Truth, truth_of_entries
 from dimaskdino.modeling.meta_arch.maskdino import DIMaskDINO
@@ -116,6 +117,8 @@ def read_dataset(cfg: Config, name: str, count: int) -> tuple[list[str], list[di
     """
     register_all(cfg=cfg)
     entries = load_dataset(name)[:count]
+    if (labels := truth_of(name)) != "instance":
+        raise DatasetError(f"{name} has {labels} labels, of which no objects are read; choose a --dataset of objects.")
     names = list(MetadataCatalog.get(name).get("thing_classes") or [])
     if not names or not any(entry.get("annotations") for entry in entries):
         raise DatasetError(f"{name} has no objects in its first {count} images; choose another --dataset.")

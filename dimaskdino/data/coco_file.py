@@ -285,9 +285,12 @@ def _read_coco(path: str, modified_ns: int) -> Json:
     try:
         _check_structure(coco)
     except ValueError as error:
+        entries = coco.get("annotations") if isinstance(coco, dict) else None
+        panoptic = isinstance(entries, list) and any(isinstance(x, dict) and "segments_info" in x for x in entries)
+        hint = " It is a panoptic file: name it in DATASETS.PANOPTIC (datasets/README.md)." * panoptic
         raise DatasetError(
             f"Annotation file {path} is not in COCO's format: {error}. It needs images (id, file_name, height, width), "
-            "categories (id, name) and, unless it is a test set, annotations (id, image_id, category_id)."
+            f"categories (id, name) and, unless it is a test set, annotations (id, image_id, category_id).{hint}"
         ) from None
     return coco
 

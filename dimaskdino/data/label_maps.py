@@ -146,6 +146,15 @@ def panoptic_annotations(ids: np.ndarray, segments: Sequence[Json]) -> list[Json
     ]
 
 
+def labeled_objects(entry: Json, *, num_classes: int, ignore: int) -> Sequence[Json]:
+    """The annotations of an image of any dataset: the segments of a panoptic one, each class of a semantic one."""
+    if "segments_info" in entry:
+        return panoptic_annotations(read_segments(entry), entry["segments_info"])
+    if "sem_seg_file_name" in entry and "annotations" not in entry:
+        return semantic_annotations(read_semantic(entry, num_classes=num_classes, ignore=ignore), ignore)
+    return entry.get("annotations", [])
+
+
 def _masks(values: np.ndarray) -> Callable[[int], Json]:
     by_column = np.asfortranarray(values)
     return lambda value: mask_util.encode((by_column == value).view(np.uint8))

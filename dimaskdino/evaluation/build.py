@@ -22,6 +22,7 @@ from detectron2.utils.registry import Registry
 from dimaskdino.data.annotations import annotations_to_instances
 from dimaskdino.data.coco_file import category_names, read_json
 from dimaskdino.data.datasets.registration import load_dataset
+from dimaskdino.data.label_maps import labeled_objects
 from dimaskdino.data.validation.segmentation import truth_of
 from dimaskdino.errors import ConfigError, DatasetError, check_choice, make_part
 from dimaskdino.evaluation.coco import CocoEvaluator, Result, Scores
@@ -111,12 +112,13 @@ class ImageEvaluator(DatasetEvaluator):
     def truth(self, image: dict[str, Any]) -> Instances:
         """The objects of an image at its own size."""
         entry, size = self._entries[image["image_id"]], (image["height"], image["width"])
+        head = self.cfg.MODEL.SEM_SEG_HEAD
         return annotations_to_instances(
-            entry.get("annotations", []),
+            list(labeled_objects(entry, num_classes=head.NUM_CLASSES, ignore=head.IGNORE_VALUE)),
             transforms=TransformList([NoOpTransform()]),
             source_size=size,
             target_size=size,
-            num_classes=self.cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
+            num_classes=head.NUM_CLASSES,
             file_name=entry["file_name"],
             fields=self.cfg.INPUT.ANNOTATION_FIELDS,
         )

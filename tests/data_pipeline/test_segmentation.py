@@ -13,6 +13,7 @@ import torch
 from detectron2.data import MetadataCatalog
 from PIL import Image
 
+from dimaskdino.analysis.stages import read_dataset
 from dimaskdino.config import Config, get_cfg
 from dimaskdino.data import build_mapper, build_test_loader, build_train_loader, register_all
 from dimaskdino.data.datasets.registration import load_dataset
@@ -22,6 +23,7 @@ from dimaskdino.data.validation.segmentation import inspect_segmentation
 from dimaskdino.data.validation.start import check_datasets
 from dimaskdino.engine.pictures import picture_inputs
 from dimaskdino.errors import ConfigError, DatasetError, UserError
+from dimaskdino.evaluation import ImageEvaluator
 from tests.data_pipeline.label_maps import (
     CATEGORIES,
     NAMES,
@@ -32,6 +34,7 @@ from tests.data_pipeline.label_maps import (
     write_panoptic,
     write_semantic,
 )
+from tests.data_pipeline.scripts import run_script
 from tests.engine.test_own_data import write_coco
 
 pytestmark = pytest.mark.usefixtures("registrations")
@@ -217,6 +220,28 @@ def test_sets_of_several_kinds_go_together(tmp_path):
     cfg.INPUT.DATASET_MAPPER_NAME = "coco_panoptic_lsj"
     for name in names["DATASETS.TEST"]:  # what pictures and losses of a test set are made of
         assert len(picture_inputs(cfg, name, 1)[0]["instances"]) > 0
+
+
+@pytest.mark.parametrize(("kind", "classes"), [("panoptic", [0, 2, 0]), ("semantic", [0, 2])])
+def test_tools_and_own_evaluators_see_the_labels(kind, classes, tmp_path, monkeypatch):
+    write = {"panoptic": write_panoptic, "semantic": write_semantic}[kind]
+    keys = write(tmp_path / "set") | {"INPUT.IMAGE_SIZE": 32}
+    cfg = configured(kind, keys)
+    evaluator = ImageEvaluator(cfg, f"{kind}_val", "")
+    image = {"image_id": load_dataset(f"{kind}_val")[0]["image_id"], "height": SIZE[0], "width": SIZE[1]}
+    assert evaluator.truth(image).gt_classes.tolist() == classes
+    options = [
+        "--augmented",
+        "--draw",
+        1,
+        "--output",
+        tmp_path,
+        "--keys",
+        *(item for pair in keys.items() for item in pair),
+    ]
+    assert run_script(monkeypatch, "tools/check_dataset.py", f"{kind}_train", *options) == 0
+    assert [path.name for path in (tmp_path / f"{kind}_train").iterdir()] == ["1_augmented.png"]
+    assert_refused(lambda: read_dataset(cfg, f"{kind}_val", 2), [f"{kind} labels", "--dataset"])
 
 
 def test_a_class_with_the_ignored_number_is_told(tmp_path, caplog):

@@ -21,6 +21,7 @@ from dimaskdino.data.validation.start import check_datasets
 from dimaskdino.engine.setup import load_config
 from dimaskdino.engine.writers import changed_settings
 from dimaskdino.errors import ConfigError, DatasetError
+from tests.data_pipeline.label_maps import write_panoptic
 from tests.documentation import REPOSITORY
 
 CLASSES = ("bolt", "nut", "washer")
@@ -76,6 +77,12 @@ def test_an_empty_folder_names_the_key(own: list[str], tmp_path: Path) -> None:
         photo.unlink()
     with pytest.raises(DatasetError, match=r"of dataset own_train do not exist.* check DATASETS\.TRAIN_IMAGES"):
         check_datasets(cfg)
+
+
+def test_a_panoptic_file_is_told_where_it_belongs(own: list[str], tmp_path: Path) -> None:
+    write_panoptic(tmp_path / "set")
+    with pytest.raises(DatasetError, match=r"panoptic\.json is not in COCO's format.*DATASETS\.PANOPTIC"):
+        configured(*own[2:], "DATASETS.TRAIN_JSON", str(tmp_path / "set" / "panoptic.json"))
 
 
 def test_few_images_train_for_the_fewest_iterations(own: list[str]) -> None:
