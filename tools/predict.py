@@ -94,6 +94,9 @@ from dimaskdino.prediction.job import Job
 from dimaskdino.prediction.outputs import Outputs, check_writable
 from dimaskdino.prediction.records import Records, Share, write_coco, write_csv
 
+# Flags that say nothing about semantic maps.
+OF_OBJECTS = ("track", "query_features", "classes", "score_class", "max_detections", "mask_nms")
+OF_OBJECTS += ("boxes_from_masks", "keep_largest", "min_area")
 # These do not decide the results; a folder takes those of one choice of all others.
 NO_SETTINGS = ("inputs", "output", "batch_size", "device", "overwrite")
 
@@ -198,9 +201,10 @@ def check_model(args: argparse.Namespace, cfg: Config) -> None:
     Raises:
         UserError: naming the flag.
     """
-    of_objects = "--track" if args.track else "--query-features" if args.query_features else ""
+    of_objects = [name for name in OF_OBJECTS if getattr(args, name)]
     if of_objects and not cfg.MODEL.MaskDINO.TEST.INSTANCE_ON:
-        raise UserError(f"{of_objects} needs a model of objects (MODEL.MaskDINO.TEST.INSTANCE_ON); leave it out.")
+        flag = f"--{of_objects[0].replace('_', '-')}"
+        raise UserError(f"{flag} needs a model of objects (MODEL.MaskDINO.TEST.INSTANCE_ON); leave it out.")
     if args.query_features and cfg.MODEL.META_ARCHITECTURE == "DINO":
         raise UserError(
             "--query-features needs MaskDINO or DI-MaskDINO, not DINO (MODEL.META_ARCHITECTURE); leave it out."

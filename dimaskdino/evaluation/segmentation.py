@@ -68,7 +68,7 @@ class PanopticEvaluator(DatasetEvaluator):
                 with saying_how_to_list_all(self._name):
                     read_segments(image, (pixels.shape[0], pixels.shape[1]))
             path = image["pan_seg_file_name"]
-            name = f"{str(image['image_id']).replace(os.sep, '_')}.png"
+            name = f"{str(image['image_id']).replace('%', '%25').replace(os.sep, '%2F')}.png"  # of this image alone
             _write_ids(pixels.cpu().numpy(), os.path.join(self._folder, name))
             predicted = [{"id": each["id"], "category_id": each["category_id"] + 1} for each in segments]
             self._predictions.append({"image_id": image["image_id"], "file_name": name, "segments_info": predicted})

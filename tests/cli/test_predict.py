@@ -137,9 +137,10 @@ def test_a_model_of_boxes_alone_saves_no_masks(run, job, tmp_path) -> None:
     segments = ["MODEL.MaskDINO.TEST.INSTANCE_ON", "False", "MODEL.MaskDINO.TEST.SEMANTIC_ON", "True"]
     done = run("tools/predict.py", *job, "--query-features", "--opts", "MODEL.META_ARCHITECTURE", "DINO")
     assert "--query-features needs MaskDINO" in done.err
-    done = run("tools/predict.py", *job, "--query-features", "--opts", *segments)
-    assert done.status == 2
-    assert done.err.splitlines()[-1].startswith("error: --query-features needs a model of objects")
+    for flag in (["--query-features"], ["--max-detections", "3"]):
+        done = run("tools/predict.py", *job, *flag, "--opts", *segments)
+        assert done.status == 2
+        assert done.err.splitlines()[-1].startswith(f"error: {flag[0]} needs a model of objects")
 
 
 def test_the_demo_model_is_used_unless_another_is_named(run, job, tmp_path, monkeypatch) -> None:

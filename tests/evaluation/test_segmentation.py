@@ -90,6 +90,13 @@ def test_perfect_panoptic_results_score_100(panoptic, tmp_path):
     assert read_segment_ids(str(tmp_path / "out" / "panoptic" / "1.png")).max() == 3
 
 
+def test_images_with_text_ids_have_files_of_their_own(panoptic, tmp_path):
+    evaluator = PanopticEvaluator(dataset_name="panoptic_val", output_dir=str(tmp_path / "out"))
+    for entry, key in zip(load_dataset("panoptic_val"), ("a/1", "a_1"), strict=True):
+        evaluator.process([{**entry, "image_id": key}], [perfect(entry)])
+    assert evaluator.evaluate()["panoptic_seg"]["PQ"] == pytest.approx(100.0)
+
+
 @pytest.mark.parametrize("kind", ["panoptic", "semantic"])
 def test_label_map_that_breaks_later_says_how_to_find_all(kind, request, tmp_path, monkeypatch):
     cfg, named = request.getfixturevalue(kind), rf"2\.png has .*tools/check_dataset\.py {kind}_"
