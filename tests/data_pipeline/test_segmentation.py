@@ -271,6 +271,7 @@ def test_sound_sets_pass_and_load(kind, request, caplog):
     with caplog.at_level(logging.INFO, logger="dimaskdino"):
         check_datasets(cfg)
     assert "3 classes" in caplog.text
+    assert f"2 images of {kind}_val, such as" in caplog.text  # which are those of training
     assert ("IGNORE_VALUE" in caplog.text) == (kind == "semantic")
     batch = next(iter(build_train_loader(cfg)))
     assert all(len(each["instances"]) for each in batch)

@@ -4,7 +4,7 @@ import itertools
 import logging
 import os
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -74,7 +74,11 @@ def check_datasets(cfg: CfgNode, *, train: bool = True, test: bool = True, with_
         if truth_of(name) != "instance":
             fitting = next(iter(classes), "")
             entries, names = check_segmentation(cfg, name, trained=name in trained, fitting=fitting)
-            take_fold(cfg, name, entries, train=name in trained)
+            files = [
+                _paths(each["file_name"] for each in take_fold(cfg, name, entries, train=train) if name in names_of_use)
+                for train, names_of_use in ((True, trained), (False, tested))
+            ]
+            images[name] = files[0], files[1]
             image_reader(cfg).read(entries[0]["file_name"])
             classes[name] = tuple(names)
             continue
@@ -87,10 +91,10 @@ def check_datasets(cfg: CfgNode, *, train: bool = True, test: bool = True, with_
             to_train = _trained_on(pictures[:left], cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
             left = left and max(left - len(pictures), 0)
         _check_files(cfg, dataset, to_train, to_test)
-        images[name] = _paths(to_train), _paths(to_test)
+        images[name] = _paths(each.path for each in to_train), _paths(each.path for each in to_test)
         classes[name] = tuple(dataset.classes.values())
     _check_same_classes(classes, trained)
-    if trained and not any(images.get(name, ("semantic",))[0] for name in trained):
+    if trained and not any(images[name][0] for name in trained):
         raise nothing_to_train_on(trained)
     _note_shared_images(images)
 
@@ -212,8 +216,8 @@ def _check_files(cfg: CfgNode, dataset: Dataset, to_train: Sequence[Picture], to
         reader.read(used[0].path)
 
 
-def _paths(pictures: Sequence[Picture]) -> set[str]:
-    return {os.path.normpath(picture.path) for picture in pictures}
+def _paths(paths: Iterable[str]) -> set[str]:
+    return {os.path.normpath(path) for path in paths}
 
 
 def _note_shared_images(images: dict[str, tuple[set[str], set[str]]]) -> None:
