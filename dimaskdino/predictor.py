@@ -264,6 +264,7 @@ def _read_saved(path: Path) -> tuple[Config, Path, Classes | None]:
 def _prepare(cfg: Config, device: str | None, refinement: Refinement) -> None:
     """Set the keys that prediction decides."""
     node = cfg.MODEL.MaskDINO.TEST
+    check_range("TEST.DETECTIONS_PER_IMAGE", cfg.TEST.DETECTIONS_PER_IMAGE, 1)
     cfg.MODEL.DEVICE = usable_device(device)
     cfg.MODEL.WEIGHTS = ""
     own = cfg.DATASETS.PANOPTIC

@@ -144,11 +144,11 @@ def save_grid(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], path:
         titles: of the columns.
         path: of the file; its suffix decides the format, and its folder exists.
     """
-    font = _font("", 20)
     margin, head = _GRID_MARGIN_PX, 20 + 2 * _GRID_MARGIN_PX
     scaled = [[_to_width(picture, row[0].shape[1]) for picture in row] for row in rows]
     column = max((row[0].shape[1] for row in scaled), default=0) + margin
     heights = [max(picture.shape[0] for picture in row) + margin for row in scaled]
+    titles, font = _fitting(titles, column - margin)
     sheet = Image.new("RGB", (margin + column * len(titles), head + sum(heights)), _GRID_BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     for index, title in enumerate(titles):
@@ -159,6 +159,17 @@ def save_grid(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], path:
             sheet.paste(Image.fromarray(picture), (margin + column * index, top))
         top += height
     sheet.save(path)
+
+
+def _fitting(titles: Sequence[str], width: int) -> tuple[list[str], ImageFont.FreeTypeFont]:
+    """Titles, and the largest font in which all fit a width in px; of one that fits in none, the end."""
+    fonts = [_font("", size) for size in range(20, 9, -1)]
+    font = next((font for font in fonts if all(font.getlength(title) <= width for title in titles)), fonts[-1])
+    shown = []
+    for title in titles:
+        ends = (title, *(f"…{title[start:]}" for start in range(1, len(title))), "")
+        shown.append(next(end for end in ends if font.getlength(end) <= width or not end))
+    return shown, font
 
 
 def _to_width(picture: np.ndarray, width: int) -> np.ndarray:

@@ -207,6 +207,18 @@ def test_a_grid_has_a_row_for_each_image(tmp_path: Path) -> None:
     assert not colored[:, 616:].any()
 
 
+def test_titles_of_a_grid_do_not_overlap(tmp_path: Path) -> None:
+    title = "a_run_with_a_name_of_its_own, last layer"
+    for width in (300, 64):
+        row = [np.full((20, width, 3), 255, np.uint8)] * 2
+        save_grid([row], ["", title], tmp_path / "grid.png")
+        with Image.open(tmp_path / "grid.png") as sheet:
+            inked = np.flatnonzero((np.asarray(sheet) < 128).any((0, 2)))
+        assert len(inked)
+        assert inked.min() >= width + 16 - 1  # columns of the second picture alone
+        assert inked.max() <= 2 * width + 16
+
+
 @pytest.mark.parametrize("size", [(64, 48), (200, 150), (33, 20), (1, 1)])
 def test_patch_is_the_nonempty_part_of_the_resized_mask(size) -> None:
     rows, columns = np.mgrid[:48, :64]

@@ -39,7 +39,7 @@ if __name__ == "__main__":
 import torch
 from tabulate import tabulate
 
-from dimaskdino.analysis.timing import Times, compiled, time_exported, time_model, time_parts
+from dimaskdino.analysis.timing import Times, check_exported, compiled, time_exported, time_model, time_parts
 from dimaskdino.checkpoint import Checkpointer
 from dimaskdino.config import Config, read_config
 from dimaskdino.data.datasets import register_all
@@ -57,6 +57,8 @@ def main() -> None:
     import_modules(args.modules)
     if args.json:
         check_writable(args.json.parent)
+    for path in args.exported:  # before the minutes that the model may take
+        check_exported(path)
     torch.set_num_threads(args.threads or torch.get_num_threads())
     cfg = configuration(args)
     register_all(cfg=cfg)

@@ -407,7 +407,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("output/onnx"), help="folder (default: output/onnx)")
     parser.add_argument("--score", type=float, default=0.35, help="least score of a detection (default: 0.35)")
     parser.add_argument("--threads", type=int, default=0, help="of onnxruntime (default: it chooses)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not 0 <= args.score <= 1:
+        parser.error(f"argument --score: {args.score} is not a number from 0 to 1")
+    return args
 
 
 def main() -> int:

@@ -15,6 +15,7 @@ from dimaskdino.analysis.missed import StageView
 from dimaskdino.config import Config
 from dimaskdino.data.datasets import register_all
 from dimaskdino.data.datasets.registration import load_dataset
+from dimaskdino.data.validation.dataset import find_dataset
 from dimaskdino.data.validation.segmentation import truth_of
 from dimaskdino.errors import DatasetError
 from dimaskdino.evaluation.truth import Truth, truth_of_entries
@@ -113,9 +114,11 @@ def read_dataset(cfg: Config, name: str, count: int) -> tuple[list[str], list[di
     """Class names, the first images, and their truth, whose category ids are class indices plus one.
 
     Raises:
-        DatasetError: they have no annotated objects, or the dataset has another number of classes than the model.
+        DatasetError: it is not registered or its files are missing, the images have no annotated objects, or the
+            dataset has another number of classes than the model.
     """
     register_all(cfg=cfg)
+    find_dataset(name)
     entries = load_dataset(name)[:count]
     if (labels := truth_of(name)) != "instance":
         raise DatasetError(f"{name} has {labels} labels, of which no objects are read; choose a --dataset of objects.")

@@ -95,10 +95,7 @@ def time_exported(path: Path, size: tuple[int, int], *, threads: int, warmup: in
     Raises:
         UserError: the file is missing, of another kind, or does not run, or the package that runs it is missing.
     """
-    if path.suffix not in _SESSIONS:
-        raise UserError(f"{path} is neither .onnx nor OpenVINO's .xml; name an exported file.")
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; write it with tools/export.py.")
+    check_exported(path)
     seconds = []
     try:
         run = _SESSIONS[path.suffix](path, size, threads)
@@ -114,6 +111,18 @@ def time_exported(path: Path, size: tuple[int, int], *, threads: int, warmup: in
             "larger images."
         ) from error
     return Times(np.array(seconds[warmup:]))
+
+
+def check_exported(path: Path) -> None:
+    """Check that there is a file of a kind that can be timed.
+
+    Raises:
+        UserError: there is not.
+    """
+    if path.suffix not in _SESSIONS:
+        raise UserError(f"{path} is neither .onnx nor OpenVINO's .xml; name an exported file.")
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; write it with tools/export.py.")
 
 
 def _onnx_session(path: Path, size: tuple[int, int], threads: int) -> Callable[[], Any]:

@@ -118,6 +118,8 @@ def check_exportable(model: nn.Module, cfg: Config) -> None:
             f"MODEL.EXTRA_HEADS {cfg.MODEL.EXTRA_HEADS} cannot be exported: the runner does not know what their "
             "outputs mean; set it to []."
         )
+    if cfg.TEST.AUG.ENABLED:
+        raise ConfigError("TEST.AUG.ENABLED cannot be exported: a graph sees one view of an image; set it to False.")
     if cfg.INPUT.READER:
         raise ConfigError(f"INPUT.READER {cfg.INPUT.READER} cannot be exported: the runner reads RGB images alone.")
     if cfg.INPUT.FORMAT not in ("RGB", "BGR"):

@@ -122,7 +122,8 @@ class Job:
                     count += 1
                     progress.update()
             path = writer.frames.relative_to(self.outputs.folder).as_posix()
-        self._note({"number": source.number, "file": source.path, "frames": path, "count": count, "rate": frames.rate})
+        record = {"number": source.number, "file": source.path, "frames": path, "count": count, "rate": frames.rate}
+        self._note(record | ({"error": frames.missing} if frames.missing else {}))
 
     def _frames(self, frames: Frames, source: Source) -> Iterator[Prediction]:
         try:

@@ -16,10 +16,16 @@ from dimaskdino.prediction.outputs import Outputs, results_of
 from dimaskdino.prediction.results import Prediction
 
 FALLBACK_RATE = 25.0  # frames per second, where a file or camera does not say
+_WHOLE = 0.9  # least share of a video that is read, as many files say only about how many frames they have
 
 
 class Frames:
     """The frames of a video or camera, (H, W, 3) uint8 RGB, of which one is in memory at a time.
+
+    Attributes:
+        rate: frames per second.
+        count: frames, as the file says; None where nothing does.
+        missing: after the last frame, a message if the file breaks off.
 
     Raises:
         UserError: it cannot be opened, or has no frames.
@@ -40,13 +46,21 @@ class Frames:
         self.rate = rate if 0 < rate < 1000 else FALLBACK_RATE
         count = int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT))
         self.count = min(count, limit or count) if count > 0 else None
+        self.missing = ""
 
     def __iter__(self) -> Iterator[np.ndarray]:
         frame = self._first
-        for _ in itertools.count() if self._limit is None else range(self._limit):
+        for number in itertools.count(1) if self._limit is None else range(1, self._limit + 1):
+            seconds = self._capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
             yield np.ascontiguousarray(frame[..., ::-1])
             read, frame = self._capture.read()
             if not read:
+                # Where frames have no even rate, their number is a guess, and the time says more.
+                if self.count and max(number, seconds * self.rate) < _WHOLE * self.count:
+                    self.missing = (
+                        f"{self._name} breaks off: {number} of {self.count} frames can be read, and what was found in "
+                        "them is kept; replace the file."
+                    )
                 break
         self._capture.release()
 

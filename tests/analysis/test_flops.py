@@ -193,6 +193,13 @@ def test_a_file_that_cannot_be_timed_is_named(tmp_path) -> None:
             time_exported(tmp_path / name, (64, 64), threads=1, warmup=0, runs=1)
 
 
+def test_exported_files_are_checked_before_the_model_is_timed(monkeypatch) -> None:
+    monkeypatch.setattr(benchmark, "build_model", None)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "absent.yaml", "--exported", "absent.onnx"])
+    with pytest.raises(UserError, match=r"absent\.onnx"):
+        benchmark.main()
+
+
 def test_the_tool_prints_forms_and_parts(tmp_path, monkeypatch, capsys) -> None:
     config = tmp_path / "tiny.yaml"
     config.write_text(tiny_cfg().dump())

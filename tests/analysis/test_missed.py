@@ -252,3 +252,5 @@ def test_the_tool_explains_every_object_of_the_demo_model(tmp_path, monkeypatch,
 def test_a_dataset_without_objects_is_refused(tmp_path, monkeypatch) -> None:
     with pytest.raises(DatasetError, match=r"shapes_semantic_val.*--dataset"):
         run_tool(monkeypatch, tmp_path, "--dataset", "shapes_semantic_val")
+    with pytest.raises(DatasetError, match=r"shapes_vall .*shapes_val\?"):
+        run_tool(monkeypatch, tmp_path, "--dataset", "shapes_vall")

@@ -110,6 +110,7 @@ def test_options_choose_what_is_reported(run, job, tmp_path) -> None:
         (["--weights", "absent"], "absent"),
         (["--output", "{file}"], "file"),
         (["--opts", "INPUT.MIN_SIZE_TST", "3"], "INPUT.MIN_SIZE_TEST"),
+        (["--opts", "TEST.DETECTIONS_PER_IMAGE", "0"], "TEST.DETECTIONS_PER_IMAGE"),
         (["--annotations", "{file}"], "file"),
         (["--tile", "64", "--overlap", "2"], "overlap"),
         (["--tile", "64", "--query-features"], "--query-features"),

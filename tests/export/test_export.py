@@ -178,6 +178,7 @@ def test_a_file_that_finds_something_else_is_not_kept(tmp_path, monkeypatch, pic
         ("torchscript", "model.pt", ["--batch", "2"], {}, "--batch"),
         ("torchscript", "model.pt", [], {"MODEL.MaskDINO.DI.RANDOM_POSITION": True}, "RANDOM_POSITION"),
         ("torchscript", "model.pt", [], {"INPUT.READER": "auto"}, "INPUT.READER"),
+        ("torchscript", "model.pt", [], {"TEST.AUG.ENABLED": True}, "TEST.AUG.ENABLED"),
     ],
 )
 def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch, pictures, kind, name, more, options, named):
@@ -225,6 +226,12 @@ def result(**changes: object) -> dict:
 
 def test_the_same_is_the_same():
     assert differences(result(), result()) == []
+    tiny = np.zeros((2, 20, 20), bool)
+    tiny[:, 4:8, 4:8] = True
+    one_less, two_less = tiny.copy(), tiny.copy()
+    one_less[0, 4, 4], two_less[0, 4, 4:6] = False, False
+    assert differences(result(masks=one_less), result(masks=tiny)) == []  # 1/16 of its pixels
+    assert differences(result(masks=two_less), result(masks=tiny)) != []
     assert differences(result(boxes=result()["boxes"] + 0.09, scores=np.array([0.9009, 0.5])), result()) == []
 
 
@@ -352,6 +359,13 @@ def test_labels_cover_no_other_one():
         taken.append(predict_onnx.free_spot(box, text, picture, taken))
         assert taken[-1] == (*expected, expected[0] + 10, expected[1] + 8)
     assert predict_onnx.free_spot(box, text, picture, taken) is None
+
+
+def test_a_score_out_of_range_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["predict_onnx.py", "shapes.onnx", "a.png", "--score", "35"])
+    with pytest.raises(SystemExit, match="2"):
+        predict_onnx.main()
+    assert "--score" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_written_is_named_before_anything_is_predicted(tmp_path, monkeypatch, capsys):

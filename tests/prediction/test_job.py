@@ -1,5 +1,6 @@
 import io
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from dimaskdino.prediction.images import to_rgb
 from dimaskdino.prediction.inputs import Source, find_sources
 from dimaskdino.prediction.job import Job, quick_turns
 from dimaskdino.prediction.outputs import Outputs, mask_map
-from dimaskdino.prediction.records import Records, Share
+from dimaskdino.prediction.records import Records, Share, write_csv
 from dimaskdino.prediction.results import Classes, Prediction
 from dimaskdino.prediction.video import FALLBACK_RATE, Frames, Tracker
 from dimaskdino.structures import RleMasks
@@ -62,8 +63,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "in"
 
 
-def video(path: Path, frames: int = 9, rate: float = 12.5) -> Path:
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), rate, (64, 64))
+def video(path: Path, frames: int = 9, rate: float = 12.5, codec: str = "mp4v") -> Path:
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*codec), rate, (64, 64))
     for frame in range(frames):
         writer.write(picture(3 * frame))
     writer.release()
@@ -193,6 +194,21 @@ def test_a_video_without_frames_is_noted(tmp_path, content) -> None:
     work.run(sources(tmp_path / "v.mp4", tmp_path / f"{'x' * 300}.mp4"))
     assert "v.mp4" in work.failed[0]
     assert "xxx.mp4" in work.failed[1]
+
+
+def test_a_video_that_breaks_off_is_noted_with_what_it_gave(tmp_path) -> None:
+    content = video(tmp_path / "v.avi", frames=20, codec="MJPG").read_bytes()
+    (tmp_path / "v.avi").write_bytes(content[: len(content) // 2])
+    work = job(tmp_path / "out")
+    work.run(sources(tmp_path / "v.avi"))
+    assert re.search(r"v\.avi .* of 20 frames", work.failed[0])
+    (record,) = work.records.merged()
+    lines = (tmp_path / "out" / record["frames"]).read_text().splitlines()
+    assert 0 < record["count"] == len(lines) < 18
+    whole = Frames(sources(video(tmp_path / "v.mp4"))[0])
+    assert (len(list(whole)), whole.missing) == (9, "")
+    write_csv(work.records, CLASSES)
+    assert len((tmp_path / "out" / "detections.csv").read_text().splitlines()) == 1 + len(lines)
 
 
 def test_tracks_follow_objects(tmp_path) -> None:
