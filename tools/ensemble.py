@@ -40,7 +40,7 @@ from dimaskdino.config import get_cfg
 from dimaskdino.data.datasets import register_all
 from dimaskdino.data.validation.dataset import find_dataset
 from dimaskdino.evaluation import CocoEvaluator, build_evaluator, run_table, write_results
-from dimaskdino.prediction.ensemble import RESULTS_FILE, find_results, join_results, read_results
+from dimaskdino.prediction.ensemble import RESULTS_FILE, check_images, find_results, join_results, read_results
 from dimaskdino.prediction.fusion import Fusion
 
 
@@ -53,6 +53,7 @@ def main() -> None:
     if len(weights) != len(args.runs) or not all(0 < weight < 1e9 for weight in weights):
         raise UserError(f"--weights has {len(weights)} numbers for {len(args.runs)} runs; give each a positive one.")
     files = [find_results(run, args.dataset) for run in args.runs]
+    check_images(files)
     evaluator = build(args) if args.dataset else None
     sources = [read_results(file) for file in files]
     scores = {}

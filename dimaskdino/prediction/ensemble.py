@@ -43,6 +43,26 @@ def find_results(path: Path, dataset: str | None) -> Path:
     return found
 
 
+def check_images(files: Sequence[Path]) -> None:
+    """Check that an image id means the same image in all results of tools/predict.py, which says what it means.
+
+    Raises:
+        DatasetError: it does not.
+    """
+    known: dict[Any, tuple[str, Path]] = {}
+    for file in files:
+        listing = file.with_name("coco_images.json")
+        there = file.name == "coco_results.json" and listing.is_file()
+        for image in read_json(listing)["images"] if there else ():
+            name = Path(image["file_name"]).name
+            other, where = known.setdefault(image["id"], (name, listing))
+            if name != other:
+                raise DatasetError(
+                    f"{listing}: image {image['id']} is {name}, but in {where} it is {other}; join predictions of the "
+                    "same images (--annotations of tools/predict.py gives them ids)."
+                )
+
+
 def read_results(path: Path) -> list[Result]:
     """Read detections in COCO's results format, each with a box, a mask (RLE), or both; a missing box is the mask's.
 

@@ -110,6 +110,17 @@ def test_weights_and_limit_of_results_files(run, tmp_path: Path) -> None:
     assert found["segmentation"] == mask([0, 0, 20, 20])  # three of four shares
 
 
+def test_predictions_of_different_images_are_refused(run, tmp_path) -> None:
+    for folder, name in (("one", "a.png"), ("two", "b.png")):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "coco_results.json", detection(1, [0, 0, 20, 20], 0.5))
+        listed = {"images": [{"id": 1, "file_name": f"{folder}/{name}"}]}
+        (tmp_path / folder / "coco_images.json").write_text(json.dumps(listed))
+    done = run("tools/ensemble.py", tmp_path / "one", tmp_path / "two", "--output", tmp_path / "out")
+    assert done.status == 2
+    assert re.search(r"two/coco_images\.json: image 1 is b\.png.*a\.png", done.err)
+
+
 def test_masks_that_some_runs_lack_are_left_out_aloud(run, tmp_path: Path, caplog) -> None:
     one = write(tmp_path / "one.json", detection(5, [0, 0, 20, 20], 0.5))
     other = write(tmp_path / "other.json", detection(5, [0, 0, 20, 20], 0.5, masks=False))
