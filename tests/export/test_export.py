@@ -176,6 +176,7 @@ def test_a_file_that_finds_something_else_is_not_kept(tmp_path, monkeypatch, pic
         ("torchscript", "model.pt", ["--size", "96", "90"], {}, "multiples"),
         ("torchscript", "model.pt", ["--size", "32", "32"], {"MODEL.MaskDINO.FIRST_SELECTED_QUERIES": 80}, "too small"),
         ("torchscript", "model.pt", ["--batch", "2"], {}, "--batch"),
+        ("torchscript", "model.pt", ["--evaluate"], {"DATASETS.TEST": ("absent_val",)}, "DATASETS.TEST.*absent_val"),
         ("torchscript", "model.pt", [], {"MODEL.MaskDINO.DI.RANDOM_POSITION": True}, "RANDOM_POSITION"),
         ("torchscript", "model.pt", [], {"INPUT.READER": "auto"}, "INPUT.READER"),
         ("torchscript", "model.pt", [], {"TEST.AUG.ENABLED": True}, "TEST.AUG.ENABLED"),
