@@ -166,7 +166,7 @@ class Annotations(Sequence[Json]):
         columns: dict[str, np.ndarray] = {}
         for start in range(0, len(texts) or 1, BATCH):
             for key, part in _columns(texts[start : start + BATCH]).items():
-                whole = columns.get(key, np.empty((len(texts), *part.shape[1:]), dtype=part.dtype))
+                whole = columns[key] if start else np.empty((len(texts), *part.shape[1:]), dtype=part.dtype)
                 columns[key] = whole.astype(np.promote_types(whole.dtype, part.dtype), copy=False)
                 columns[key][start : start + BATCH] = part
         return cls(columns, path, np.arange(len(texts)))
