@@ -3,18 +3,19 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.utils.file_io import PathManager
-from PIL import Image
+from PIL import Image, ImageFile
 
 from dimaskdino.errors import DatasetError
 
 Size = tuple[int, int]  # (height, width) in pixels
 
 _ORIENTATION_TAG = 0x0112  # of EXIF
+_PNG_METADATA = {b"eXIf", b"tEXt", b"zTXt", b"iTXt"}  # chunks in which a PNG may have EXIF
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -67,11 +68,24 @@ def read_header(file_name: str, *, any_depth: bool = False) -> Header:
         DatasetError: as :func:`read_image`.
     """
     with _opened(file_name, any_depth=any_depth) as image:
-        return Header((image.height, image.width), _orientation(image))
+        # PIL decodes all pixels of a PNG to look for EXIF behind them.
+        plain = image.format == "PNG" and _PNG_METADATA.isdisjoint(_png_chunks(image.fp))
+        return Header((image.height, image.width), 1 if plain else _orientation(image))
+
+
+def _png_chunks(file: Any) -> set[bytes]:
+    """The names of the chunks of a PNG; leaves the file where it is."""
+    place, names = file.tell(), set()
+    file.seek(8)
+    while len(head := file.read(8)) == 8:
+        names.add(head[4:])
+        file.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)
+    file.seek(place)
+    return names
 
 
 @contextmanager
-def _opened(file_name: str, *, any_depth: bool = False) -> Iterator[Image.Image]:
+def _opened(file_name: str, *, any_depth: bool = False) -> Iterator[ImageFile.ImageFile]:
     if "://" not in file_name and not os.path.isfile(file_name) and os.path.exists(file_name):
         raise DatasetError(f"Image {file_name} is not a regular file; replace it with an image.")
     try:

@@ -1,5 +1,6 @@
 """Reading images, and their way through augmentations."""
 
+import io
 import os
 import pickle
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import pytest
 import torch
 from detectron2.data import transforms as T
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngImageFile
 
 from dimaskdino.config import Config
 from dimaskdino.data.images import read_header, read_image
@@ -84,6 +86,24 @@ def test_exif_orientation_is_applied_or_ignored(tmp_path: Path, orientation: int
     for apply_exif, pixels in expected.items():
         assert np.array_equal(read_image(str(tmp_path / "photo.jpg"), "L", apply_exif=apply_exif)[..., 0], pixels)
         assert header.size(apply_exif=apply_exif) == pixels.shape
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_header_of_a_png_is_read_without_its_pixels(tmp_path: Path, orientation: int, monkeypatch) -> None:
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    Image.fromarray(RAMP[:4, :6]).save(file, "PNG", exif=exif if orientation > 1 else b"")
+    content = file.getvalue()
+    if orientation > 1:  # moved behind the pixels, where PIL finds it by decoding them
+        start = content.index(b"eXIf") - 4
+        end = start + 12 + int.from_bytes(content[start : start + 4], "big")
+        content = content[:start] + content[end:-12] + content[start:end] + content[-12:]
+    (tmp_path / "one.png").write_bytes(content)
+    loaded = []
+    load = PngImageFile.load
+    monkeypatch.setattr(PngImageFile, "load", lambda image: loaded.append(image) or load(image))
+    assert read_header(str(tmp_path / "one.png")) == ((4, 6), orientation)
+    assert len(loaded) == (orientation > 1)
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "folder"])
