@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 import zlib
 from collections import Counter
 from functools import partial
@@ -83,6 +84,7 @@ if __name__ == "__main__":
     parse_args()  # --help and mistakes end here, before the imports that take seconds
 
 import torch
+from PIL import Image
 
 from dimaskdino import Predictor
 from dimaskdino.config import Config
@@ -105,6 +107,7 @@ def main() -> None:
     """Predict what the command line names; the exit status is 3 if some of it could not be predicted."""
     args = parse_args()
     logging.getLogger("dimaskdino").addHandler(logging.StreamHandler())  # warnings, and the names of bad files
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # photos of 90 megapixels are no attack
     import_modules(args.modules)
     share = Share.from_environment(os.environ)
     if share.count > 1 and "-" in args.inputs:

@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -416,6 +417,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> int:
     """Predict the images one by one; returns the exit status."""
     args = parse_args()
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # photos of 90 megapixels are no attack
     try:
         model = Model(args.model, threads=args.threads)
         args.output.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 import json
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,13 @@ def test_a_folder_is_predicted_and_the_bad_file_named(run, job, tmp_path) -> Non
         assert sorted(path.name for path in (tmp_path / "out" / kind).iterdir()) == [f"{i}.{suffix}" for i in (0, 1, 3)]
     assert load_file(tmp_path / "out" / "features" / "0.safetensors")["query_features"].shape == (6, 64)
     assert len((tmp_path / "out" / "detections.csv").read_text().splitlines()) == 1 + len(read(tmp_path))
+
+
+def test_a_large_photo_is_no_attack(run, job, monkeypatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)  # the pictures have 4096; PIL refuses twice as many
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        assert run("tools/predict.py", *job).status == 3
 
 
 def test_processes_share_the_inputs_and_the_last_merges(run, job, tmp_path, monkeypatch) -> None:
