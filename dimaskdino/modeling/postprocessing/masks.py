@@ -52,18 +52,17 @@ def _two_step_taps(cells: int, padded: int, image: int, output: int) -> Taps:
     return index.int().contiguous(), weights.contiguous()
 
 
-def _direct_taps(cells: int, padded: int, image: int, output: int) -> Taps:
+def _direct_taps(cells: int, padded: int, image: int, output: int, device: torch.device | str = "cpu") -> Taps:
     """One bilinear step from the logits to the result."""
-    centers = (torch.arange(output, dtype=torch.float64) + 0.5) * (image / output)
+    centers = (torch.arange(output, dtype=torch.float32, device=device) + 0.5) * (image / output)
     place = (centers * (cells / padded) - 0.5).clamp(0, cells - 1)
     lower = place.long()
-    share = (place - lower).float()
+    share = place - lower
     return torch.stack((lower, (lower + 1).clamp(max=cells - 1))).int(), torch.stack((1 - share, share))
 
 
-def _interpolate(logits: Tensor, axis: int, taps: Taps) -> Tensor:
+def _interpolate(logits: Tensor, axis: int, cells: Tensor, weights: Tensor) -> Tensor:
     """Logits (N, h, w) with one of the axes at the size of the result."""
-    cells, weights = (each.to(logits.device) for each in taps)
     weights = weights.unflatten(1, (-1, *[1] * (2 - axis)))
     return sum(logits.index_select(axis, each) * weight for each, weight in zip(cells, weights, strict=True))
 
@@ -171,7 +170,8 @@ class MaskRendering:
         if self.interpolation == "two_step":
             logits = frame.crop_and_resize(frame.on_canvas(logits))
         else:
-            logits = _interpolate(_interpolate(logits, 1, taps(*rows)), 2, taps(*columns))
+            for axis, sizes in enumerate((rows, columns), start=1):
+                logits = _interpolate(logits, axis, *_direct_taps(*sizes, logits.device))
         masks.copy_(logits > 0)
         return (logits.sigmoid() * masks).sum((1, 2)) / (masks.sum((1, 2)) + 1e-6)
 
