@@ -108,8 +108,11 @@ class Predictor:
         named = [layers] if isinstance(layers, str) else list(layers)
         self.cfg.TEST.EVAL_LAYERS = named if self.tiling is None else []
         self.exif = self.cfg.INPUT.APPLY_EXIF if exif is None else exif
-        if self.tiling and not self.cfg.MODEL.MaskDINO.TEST.INSTANCE_ON:
+        test = self.cfg.MODEL.MaskDINO.TEST
+        if self.tiling and not test.INSTANCE_ON:
             raise ConfigError("Pictures are predicted in tiles by models of objects (MODEL.MaskDINO.TEST.INSTANCE_ON).")
+        if self.tiling and (maps := [key for key in ("PANOPTIC_ON", "SEMANTIC_ON") if test[key]]):
+            logger.warning("Tiles give objects alone; what MODEL.MaskDINO.TEST.%s asks for is left out.", maps[0])
         reader = image_reader(self.cfg)
         self.reader = reader if self.cfg.INPUT.READER else None
         if self.tiling and self.reader:

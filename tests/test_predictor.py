@@ -325,6 +325,12 @@ def test_tiles_of_one_picture_are_the_picture(run, pixels) -> None:
     assert np.array_equal(np.asarray(tiled.draw()), np.asarray(whole.draw()))
 
 
+@pytest.mark.parametrize("semantic", [True, False])
+def test_tiles_tell_what_they_leave_out(run, semantic, caplog) -> None:
+    Predictor(run, device="cpu", tile=64, options=["MODEL.MaskDINO.TEST.SEMANTIC_ON", semantic])
+    assert ("SEMANTIC_ON" in caplog.text) == semantic
+
+
 def test_a_large_picture_is_predicted_in_tiles(run) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (100, 2500, 3), dtype=np.uint8)
     found = Predictor(run, device="cpu", score=0, tile=400, overlap=0.1, batch_size=4, min_area=9)(picture)

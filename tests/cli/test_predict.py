@@ -122,6 +122,7 @@ def test_options_choose_what_is_reported(run, job, tmp_path) -> None:
         (["--annotations", "{file}"], "file"),
         (["--tile", "64", "--overlap", "2"], "overlap"),
         (["--tile", "64", "--query-features"], "--query-features"),
+        (["--overlap", "0.3"], "--tile"),
         (["--save", "geojson"], "--tile"),
         (["--track"], "dimaskdino[track]"),
     ],
