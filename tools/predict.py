@@ -27,6 +27,7 @@ DEMO_RUN = Path("output/demo/run")
 # What stands in for it where make demo did not run.
 DEMO_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo" / "dimaskdino_shapes.yaml"
 DEMO_WEIGHTS = Path(__file__).resolve().with_name("demo_model.pth")
+OVERLAP = 0.2
 
 
 def class_score(text: str) -> tuple[str, float]:
@@ -71,7 +72,9 @@ def parse_args() -> argparse.Namespace:
     add("--annotations", type=Path, help="COCO file whose image ids the results take, by file name")
     add("--tile", type=at_least(16), metavar="PX", help="predict images in tiles of this side, for huge ones")
     add("--augment", action="store_true", help="join what several sizes and mirror images show (keys TEST.AUG)")
-    add("--overlap", type=float, help="share of a tile that the next one repeats (default: 0.2)")
+    add(
+        "--overlap", type=float, default=OVERLAP, help=f"share of a tile that the next one repeats (default: {OVERLAP})"
+    )
     add("--batch-size", type=at_least(1), default=1, help="images that go through the model together (default: 1)")
     add("--max-frames", type=at_least(1), help="of each video and of the camera")
     add("--no-exif", action="store_true", help="leave images as stored, whatever their EXIF data says")
@@ -145,7 +148,7 @@ def check_together(args: argparse.Namespace) -> None:
         require("trackers", "--track", "track")
     if args.query_features and args.tile:
         raise UserError("--query-features and --tile do not go together: an object of several tiles has no one query.")
-    if args.overlap is not None and not args.tile:
+    if args.overlap != OVERLAP and not args.tile:
         raise UserError("--overlap is a share of tiles; give --tile as well.")
     if "geojson" in args.save and not args.tile:
         raise UserError("--save geojson takes GeoTIFF in tiles; give --tile as well.")
@@ -166,7 +169,7 @@ def build_predictor(args: argparse.Namespace) -> Predictor:
         exif=False if args.no_exif else None,
         batch_size=args.batch_size,
         tile=args.tile,
-        overlap=0.2 if args.overlap is None else args.overlap,
+        overlap=args.overlap,
         score=args.score,
         class_scores=dict(args.score_class),
         classes=args.classes,
