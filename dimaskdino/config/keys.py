@@ -327,7 +327,7 @@ KEYS: dict[str, Any] = {
     "MODEL.MaskDINO.TEST.INSTANCE_ON": True,
     "MODEL.MaskDINO.TEST.SEMANTIC_ON": True,
     "MODEL.MaskDINO.TEST.PANOPTIC_ON": False,
-    # The thing classes by index; [] means what the dataset's metadata says, [-1] that there is none.
+    # The thing classes by index; [] takes them from the dataset's metadata, [-1] means none.
     "MODEL.MaskDINO.THING_CLASSES": [],
     # Panoptic results: queries whose best sigmoid score is above this take part.
     "MODEL.MaskDINO.TEST.OBJECT_MASK_THRESHOLD": 0.0,

@@ -44,7 +44,7 @@ class Job:
     pictures: bool = True  # draw videos
     by_instance: bool = False  # a color for each object in videos
     track_score: float | None = None  # track the objects of videos that score at least this; None does not track
-    image_ids: Mapping[str, Any] = field(default_factory=dict)  # by file name; others are numbered behind, as inputs
+    image_ids: Mapping[str, Any] = field(default_factory=dict)  # by path or its end; others get larger numbers
     max_frames: int | None = None  # of a camera or video; None is all
     failed: list[str] = field(default_factory=list)  # what could not be predicted, and why
 

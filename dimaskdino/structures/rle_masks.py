@@ -103,7 +103,7 @@ def run_edges(mask: np.ndarray, top: int, left: int, height: int) -> np.ndarray:
 
 
 def _encode(mask: np.ndarray) -> Rle:
-    """The RLE of a mask (H, W) bool, with one look at what is above and below it."""
+    """The RLE of a mask (H, W) bool; only its bounding box is encoded."""
     rows = np.flatnonzero(mask.any(1))
     if not len(rows):
         return place_crop(mask[:0, :0], 0, 0, mask.shape)
