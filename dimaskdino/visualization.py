@@ -92,6 +92,7 @@ class Objects:
         )
 
 
+@functools.lru_cache(maxsize=1024)
 def class_color(index: int) -> Color:
     """A bright RGB color, the same for a class wherever it is drawn."""
     saturation, value = _TONES[index % len(_TONES)]

@@ -91,7 +91,7 @@ def draw_row(path: Path, truth: Truth, predictors: list[Predictor], width: int) 
     row = [draw_objects(image, truth(image.shape[:2]), width=width)]
     for predictor in predictors:
         found = predictor(path)
-        row += [np.asarray(found.at(stage).draw(width=width)) for stage in first_and_last(predictor)]
+        row += [found.at(stage).drawn(width=width) for stage in first_and_last(predictor)]
     return row
 
 

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from PIL import Image
@@ -40,8 +41,9 @@ class Outputs:
     def write(self, source: Source, found: Prediction, image_id: Any) -> dict[str, Any]:
         """Write the files of an image and return its record."""
         if "pictures" in self._kinds:
-            path = self.path("pictures", source.name, ".jpg")
-            found.draw(by_instance=self._by_instance).save(path, quality=JPEG_QUALITY)
+            picture = cv2.cvtColor(found.drawn(by_instance=self._by_instance), cv2.COLOR_RGB2BGR)
+            content = cv2.imencode(".jpg", picture, (cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY))[1]
+            self.path("pictures", source.name, ".jpg").write_bytes(content)
         if "masks" in self._kinds:
             mask_map(found).save(self.path("masks", source.name, ".png"))
         if "features" in self._kinds:

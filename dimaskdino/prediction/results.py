@@ -103,6 +103,10 @@ class Prediction(dict):
             by_instance: a color of its own for each object instead of each class.
             labels: put before each object's class name, such as the number of its track.
         """
+        return Image.fromarray(self.drawn(width=width, by_instance=by_instance, labels=labels))
+
+    def drawn(self, *, width: int | None = None, by_instance: bool = False, labels: Sequence[str] = ()) -> np.ndarray:
+        """:meth:`draw` as an array (H, W, 3) uint8 RGB."""
         size = _drawn_size(self.size, width)
         if "panoptic_seg" in self:
             objects = self._panoptic_objects()
@@ -112,7 +116,7 @@ class Prediction(dict):
             objects = self._semantic_objects()
         same = size is None or size == self.image.shape[1::-1]
         reduced = self.image if same else cv2.resize(self.image, size, interpolation=cv2.INTER_AREA)
-        return Image.fromarray(draw_objects(reduced, objects, width=width, by_instance=by_instance))
+        return draw_objects(reduced, objects, width=width, by_instance=by_instance)
 
     def _detected_objects(self, size: tuple[int, int] | None, labels: Sequence[str]) -> Objects:
         """The objects in the frame of the image as drawn: reduced to ``size`` (width, height), or as it is."""

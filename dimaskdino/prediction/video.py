@@ -124,7 +124,7 @@ class VideoWriter:
         self._file.write(json.dumps(record) + "\n")
         if self._pictures:
             labels = [f"#{track}" if track >= 0 else "" for track in tracks or ()]
-            self._draw(np.asarray(found.draw(by_instance=by_instance, labels=labels)))
+            self._draw(found.drawn(by_instance=by_instance, labels=labels))
 
     def _draw(self, picture: np.ndarray) -> None:
         height, width = (side - side % 2 for side in picture.shape[:2])  # codecs take even sides
