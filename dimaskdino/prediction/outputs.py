@@ -43,7 +43,7 @@ class Outputs:
         if "pictures" in self._kinds:
             picture = cv2.cvtColor(found.drawn(by_instance=self._by_instance), cv2.COLOR_RGB2BGR)
             content = cv2.imencode(".jpg", picture, (cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY))[1]
-            self.path("pictures", source.name, ".jpg").write_bytes(content)
+            self.path("pictures", source.name, ".jpg").write_bytes(content.tobytes())
         if "masks" in self._kinds:
             mask_map(found).save(self.path("masks", source.name, ".png"))
         if "features" in self._kinds:

@@ -69,6 +69,16 @@ def test_training_repeats_without_end_by_default(mine: Config) -> None:
     assert [next(batches)[0]["image_id"] for _ in range(3)] == [1, 1, 1]
 
 
+def test_seed_0_is_a_seed_like_any_other(mine: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine.merge_from_list(["SEED", 0, "DATALOADER.FILTER_EMPTY_ANNOTATIONS", False])
+    orders = []
+    for of_none in (11, 12):  # what a run without a seed would draw
+        monkeypatch.setattr("detectron2.utils.comm.shared_random_seed", lambda of_none=of_none: of_none)
+        batches = iter(build_train_loader(mine))
+        orders.append([next(batches)[0]["image_id"] for _ in range(12)])
+    assert orders[0] == orders[1]
+
+
 def test_unknown_sampler_names_the_known_ones(mine: Config) -> None:
     mine.merge_from_list(["DATALOADER.SAMPLER_TRAIN", "Foo"])
     message = r"DATALOADER\.SAMPLER_TRAIN is 'Foo'; it must be one of TrainingSampler, RepeatFactorTrainingSampler"

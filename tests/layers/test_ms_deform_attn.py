@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dimaskdino.layers import MSDeformAttn, ms_deform_attn, ms_deform_attn_fused, ms_deform_attn_ops
+from dimaskdino.layers.ms_deform_attn_reference import ms_deform_attn_gather
 
 SHAPES = [(3, 4), (2, 1)]
 
@@ -66,19 +67,21 @@ def slow_attention(value, shapes, locations, weights):
     return output.flatten(2)
 
 
-def test_agrees_with_a_loop_over_everything():
+@pytest.mark.parametrize("form", [ms_deform_attn, ms_deform_attn_gather])
+def test_agrees_with_a_loop_over_everything(form):
     value, locations, weights = inputs()
     torch.testing.assert_close(
-        ms_deform_attn(value, SHAPES, locations, weights), slow_attention(value, SHAPES, locations, weights)
+        form(value, SHAPES, locations, weights), slow_attention(value, SHAPES, locations, weights)
     )
 
 
 @pytest.mark.parametrize("place", [(0.0, 0.0), (1.0, 1.0), (0.0, 0.5), (-0.125, 0.5), (1.125, 1.0), (5.0, -5.0)])
-def test_agrees_with_the_loop_on_and_over_the_borders(place):
+@pytest.mark.parametrize("form", [ms_deform_attn, ms_deform_attn_gather])
+def test_agrees_with_the_loop_on_and_over_the_borders(form, place):
     value, locations, weights = inputs(batch=1, queries=1)
     locations = torch.tensor(place, dtype=torch.float64).expand_as(locations)
     torch.testing.assert_close(
-        ms_deform_attn(value, SHAPES, locations, weights), slow_attention(value, SHAPES, locations, weights)
+        form(value, SHAPES, locations, weights), slow_attention(value, SHAPES, locations, weights)
     )
 
 

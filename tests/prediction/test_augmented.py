@@ -9,8 +9,9 @@ from detectron2.data import transforms as T
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
+from dimaskdino.data.transforms import test_resize as resize_of
 from dimaskdino.errors import ConfigError
-from dimaskdino.prediction.augmented import AugmentedModel, check_augmentation, view
+from dimaskdino.prediction.augmented import AugmentedModel, check_augmentation, view, whole_images
 from dimaskdino.prediction.fusion import Fusion, majority
 from dimaskdino.structures import RleMasks
 from tests.tiny_model import TINY_DINO, image, tiny_cfg, tiny_model
@@ -117,6 +118,14 @@ def test_what_cannot_be_joined_is_refused(options: dict[str, Any], key: str) -> 
     with pytest.raises(ConfigError, match=key):
         check_augmentation(tiny_cfg(AUG | options))
     check_augmentation(tiny_cfg(options | {"TEST.AUG.ENABLED": False}))
+
+
+def test_loader_of_whole_images_does_not_resize() -> None:
+    cfg = tiny_cfg({})
+    (resize,) = resize_of(whole_images(cfg))
+    pixels = np.zeros((50, 70, 3), dtype=np.uint8)
+    assert resize.get_transform(pixels).apply_image(pixels).shape == (50, 70, 3)
+    assert cfg.INPUT.MIN_SIZE_TEST > 0
 
 
 def test_view_one_pixel_wide_is_mirrored() -> None:
