@@ -28,6 +28,7 @@ from dimaskdino.structures import is_final_loss
 
 logger = logging.getLogger(__name__)
 
+_LONGEST_SILENCE_S = 10.0
 HOOK_REGISTRY = Registry("HOOK")
 HOOK_REGISTRY.__doc__ = """
 Builders of hooks by the names in SOLVER.HOOKS. Each is called as ``builder(cfg)`` in every process and returns one of
@@ -37,15 +38,13 @@ detectron2's ``HookBase``. They run after evaluation and before the records are 
 
 
 class ProgressLog(HookBase):
-    """Logs one line every ``period`` iterations, and every ``seconds`` when iterations are slow.
+    """Logs a :func:`progress_line` every 20 iterations, and every 10 seconds when iterations are slow.
 
-    The line shows the total loss and the losses of the last stage, and with ``images`` of an iteration, their rate;
-    metrics.json and TensorBoard have every term.
+    Args:
+        images: of an iteration.
     """
 
-    def __init__(self, *, period: int = 20, seconds: float = 10.0, images: int = 0) -> None:
-        self._period = period
-        self._seconds = seconds
+    def __init__(self, *, images: int) -> None:
         self._images = images
         self._last = 0.0
 
@@ -57,14 +56,16 @@ class ProgressLog(HookBase):
         """Log a line if one is due."""
         done = self.trainer.iter + 1
         now = time.perf_counter()
-        if done % self._period and done != self.trainer.max_iter and now - self._last < self._seconds:
-            return
-        self._last = now
-        logger.info(progress_line(self.trainer.storage, done, self.trainer.max_iter, images=self._images))
+        if done % WINDOW == 0 or done == self.trainer.max_iter or now - self._last >= _LONGEST_SILENCE_S:
+            self._last = now
+            logger.info(progress_line(self.trainer.storage, done, self.trainer.max_iter, images=self._images))
 
 
 def progress_line(storage: EventStorage, done: int, max_iter: int, *, images: int = 0) -> str:
-    """The last iterations in one line: total loss and, as far as they are measured, times, lr, grad_norm and others."""
+    """The last iterations in one line: total loss and, as far as they are measured, times, lr, grad_norm and others.
+
+    Of the losses, those of the last stage; metrics.json and TensorBoard have every term.
+    """
     histories = storage.histories()
     parts = [f"{done}/{max_iter}"]
     if "time" in histories:
@@ -77,7 +78,8 @@ def progress_line(storage: EventStorage, done: int, max_iter: int, *, images: in
         parts.append(f"lr {histories['lr'].latest():.4g}")
     if images and "time" in histories:
         parts.append(f"rate {images / max(histories['time'].median(WINDOW), 1e-9):.3g} images/s")
-    parts += [f"{name} {histories[name].latest():.0f}" for name in ("skipped_steps",) if name in histories]
+    if "skipped_steps" in histories:
+        parts.append(f"skipped_steps {histories['skipped_steps'].latest():.0f}")
     parts.append(f"max_mem {peak_memory() / 2**20:.0f}M")
     return "  ".join(parts)
 
@@ -94,7 +96,8 @@ class EvaluateWhenTrained(EvalHook):
     """detectron2's EvalHook, except that a run that fails in its last iteration is not evaluated.
 
     detectron2 would evaluate the unfinished model and write its results. With several processes, the one that failed
-    would wait for the others in the evaluation, and the others for its gradients.
+    would wait for the others in the evaluation, and the others for its gradients. Subclasses that override ``_do_eval``
+    do something else at the same times.
     """
 
     def after_train(self) -> None:
@@ -233,7 +236,7 @@ def build_own_hooks(cfg: CfgNode) -> list[HookBase]:
     return hooks
 
 
-class KeepBest(HookBase):
+class KeepBest(EvaluateWhenTrained):
     """Saves model_best.pth after each evaluation that scores higher than all before; a higher score must be better.
 
     Register it in every process, after the hook that evaluates.
@@ -246,8 +249,8 @@ class KeepBest(HookBase):
     """
 
     def __init__(self, metric: str, *, patience: int, eval_period: int, checkpointer: Checkpointer) -> None:
-        self._metric, self._patience, self._eval_period = metric, patience, eval_period
-        self._checkpointer = checkpointer
+        super().__init__(eval_period, None)
+        self._metric, self._patience, self._checkpointer = metric, patience, checkpointer
         self.best, self.best_at, self._seen, self._without_gain = -math.inf, -1, -1, 0
 
     @property
@@ -263,19 +266,14 @@ class KeepBest(HookBase):
             "trains on)"
         )
 
-    def after_step(self) -> None:
-        """Look at the score if there was an evaluation."""
-        done = self.trainer.iter + 1
-        if self._eval_period > 0 and done % self._eval_period == 0 and done != self.trainer.max_iter:
-            self._look(done - 1)
-
     def after_train(self) -> None:
         """Look at the score of the last evaluation."""
+        super().after_train()
         if self.trainer.iter >= self.trainer.max_iter:
-            self._look(self.trainer.max_iter - 1)
             self.trainer.save("model_final", self.trainer.max_iter - 1)  # with this score, in case the run goes on
 
-    def _look(self, iteration: int) -> None:
+    def _do_eval(self) -> None:
+        iteration = min(self.trainer.iter, self.trainer.max_iter - 1)
         results = comm.all_gather(flatten_results_dict(self.trainer._last_eval_results or {}))[0]
         if self._metric not in results:
             raise ConfigError(

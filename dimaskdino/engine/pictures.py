@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import nn
 
@@ -18,6 +17,7 @@ from dimaskdino.data import build_mapper, register_all
 from dimaskdino.data.datasets.registration import load_dataset
 from dimaskdino.data.validation.segmentation import mapping_truth_of
 from dimaskdino.engine.devices import whole_weights
+from dimaskdino.engine.hooks import EvaluateWhenTrained
 from dimaskdino.engine.nonfinite import unwrapped
 from dimaskdino.modeling.meta_arch import build_model
 from dimaskdino.prediction.results import Classes, Prediction, on_cpu
@@ -35,7 +35,7 @@ _LABELS = ("annotations", "segments_info", "sem_seg_file_name")
 Input = dict[str, Any]
 
 
-class DrawPredictions(HookBase):
+class DrawPredictions(EvaluateWhenTrained):
     """Puts pictures of predictions beside truth among the records, after each evaluation.
 
     Register it on the main process, after the hook that evaluates and before that of the writers; in every process
@@ -43,22 +43,16 @@ class DrawPredictions(HookBase):
     """
 
     def __init__(self, cfg: CfgNode, model: nn.Module) -> None:
+        super().__init__(cfg.TEST.EVAL_PERIOD, None)
         self._cfg, self._model = cfg, model
         self._inputs: list[Input] | None = None
 
-    def after_step(self) -> None:
-        """Draw if there was an evaluation."""
-        done, period = self.trainer.iter + 1, self._cfg.TEST.EVAL_PERIOD
-        if period > 0 and done % period == 0 and done != self.trainer.max_iter:
-            self._draw()
-
     def after_train(self) -> None:
         """Draw after the last evaluation."""
-        if self.trainer.iter >= self.trainer.max_iter:
-            self._draw()
+        super().after_train()
         self._inputs = None
 
-    def _draw(self) -> None:
+    def _do_eval(self) -> None:
         with whole_weights(self._model):
             if comm.is_main_process():
                 self._draw_alone()

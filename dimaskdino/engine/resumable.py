@@ -31,7 +31,6 @@ from dimaskdino.engine.hooks import (
     is_record_due,
 )
 from dimaskdino.engine.nonfinite import NonFiniteError, NonFiniteSteps
-from dimaskdino.engine.pictures import DrawPredictions
 from dimaskdino.engine.run_folder import (
     StopSignals,
     check_free_space,
@@ -232,7 +231,7 @@ class ResumableTrainer(TrainerBase):
         """Do what came after the checkpoint was saved: evaluate, and write the records."""
         self.iter = self.storage.iter = self.start_iter - 1
         for hook in self._hooks:
-            if isinstance(hook, EvaluateWhenTrained | KeepBest | DrawPredictions | WriteRecords):
+            if isinstance(hook, EvaluateWhenTrained | WriteRecords):
                 hook.after_step()
         self.iter = self.storage.iter = self.start_iter
 

@@ -10,24 +10,10 @@ from dimaskdino.solver.parameters import parameter_rules
 from dimaskdino.solver.schedule import schedule_names
 
 WARMUP_METHODS = ("linear", "constant")
-# The smallest value of each number.
-AT_LEAST = {
-    "BASE_LR": 0.0,
-    "BACKBONE_MULTIPLIER": 0.0,
-    "LAYER_DECAY": 0.0,
-    "WEIGHT_DECAY": 0.0,
-    "WEIGHT_DECAY_NORM": 0.0,
-    "WEIGHT_DECAY_EMBED": 0.0,
-    "MOMENTUM": 0.0,
-    "WARMUP_FACTOR": 0.0,
-    "WARMUP_ITERS": 0,
-    "MAX_ITER": 1,
-    "IMS_PER_BATCH": 1,
-    "ACCUMULATION_STEPS": 1,
-    "REFERENCE_WORLD_SIZE": 0,
-    "REFERENCE_BATCH_SIZE": 0,
-    "CHECKPOINT_PERIOD": 0,
-}
+POSITIVE = ("MAX_ITER", "IMS_PER_BATCH", "ACCUMULATION_STEPS")
+NOT_NEGATIVE = ("BASE_LR", "BACKBONE_MULTIPLIER", "LAYER_DECAY", "MOMENTUM", "WARMUP_FACTOR", "WARMUP_ITERS")
+NOT_NEGATIVE += ("WEIGHT_DECAY", "WEIGHT_DECAY_NORM", "WEIGHT_DECAY_EMBED", "CHECKPOINT_PERIOD")
+NOT_NEGATIVE += ("REFERENCE_WORLD_SIZE", "REFERENCE_BATCH_SIZE")
 MEANINGS = {
     "IMS_PER_BATCH": "images per step over all processes",
     "CHECKPOINT_PERIOD": "0 saves the last checkpoint only",
@@ -44,8 +30,8 @@ def check_solver(cfg: CfgNode, num_processes: int) -> None:
     check_choice("SOLVER.OPTIMIZER", solver.OPTIMIZER, list(OPTIMIZERS))
     check_choice("SOLVER.LR_SCHEDULER_NAME", solver.LR_SCHEDULER_NAME, schedule_names(cfg))
     check_choice("SOLVER.WARMUP_METHOD", solver.WARMUP_METHOD, WARMUP_METHODS)
-    for name, least in AT_LEAST.items():
-        check_range(f"SOLVER.{name}", solver[name], least, meaning=MEANINGS.get(name, ""))
+    for name in (*POSITIVE, *NOT_NEGATIVE):
+        check_range(f"SOLVER.{name}", solver[name], int(name in POSITIVE), meaning=MEANINGS.get(name, ""))
     _check_steps(list(solver.STEPS))
     _check_batch(cfg, num_processes)
     if solver.REFERENCE_BATCH_SIZE and solver.REFERENCE_WORLD_SIZE:

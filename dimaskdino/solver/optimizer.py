@@ -37,15 +37,14 @@ RESTORED = {
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     """The optimizer that SOLVER.OPTIMIZER names, over :func:`parameter_groups`."""
-    groups = parameter_groups(cfg, model)
+    groups, build = parameter_groups(cfg, model), OPTIMIZERS[cfg.SOLVER.OPTIMIZER]
     for group in groups:
         logger.info("%d parameters: lr %g, weight decay %g", len(group["params"]), group["lr"], group["weight_decay"])
     if cfg.SOLVER.SHARDING == "optimizer" and comm.get_world_size() > 1:
         from dimaskdino.solver.sharded import ShardedOptimizer  # takes a second to import
 
-        build: Any = functools.partial(OPTIMIZERS[cfg.SOLVER.OPTIMIZER], cfg=cfg)
-        return ShardedOptimizer(groups, build)
-    return OPTIMIZERS[cfg.SOLVER.OPTIMIZER](groups, cfg)
+        return ShardedOptimizer(groups, functools.partial(build, cfg=cfg))
+    return build(groups, cfg=cfg)
 
 
 class GradientClipper:
@@ -74,48 +73,32 @@ class GradientClipper:
     def __call__(self, parameters: list[nn.Parameter]) -> Tensor:
         """Clip the gradients of ``parameters`` in place; returns their global norm before that, a scalar."""
         gradients = [p.grad for p in parameters if p.grad is not None]
-        if any(is_sharded(gradient) for gradient in gradients):
-            return self._clip_parts([local(gradient) for gradient in gradients])
-        norm = nn.utils.get_total_norm(gradients, self.norm_type)
-        if self.clip_type == "full_model" and self.limit < math.inf:
-            nn.utils.clip_grads_with_norm_(parameters, self.limit, norm)
-        elif self.clip_type == "norm" and gradients:
-            _scale_each(gradients, self.limit, self.norm_type)
-        elif self.clip_type == "value":
-            nn.utils.clip_grad_value_(parameters, self.limit)
-        return norm
-
-    def _clip_parts(self, gradients: list[Tensor]) -> Tensor:
-        """The same for gradients of which each process has a part."""
-        norms = _norms_of_parts(gradients, self.norm_type)
+        if not gradients:
+            return torch.zeros(())
+        parts = [local(gradient) for gradient in gradients]
+        norms = _norms(parts, self.norm_type, sharded=any(map(is_sharded, gradients)))
         norm = torch.linalg.vector_norm(norms, self.norm_type)
         if self.clip_type == "value":
-            torch._foreach_clamp_min_(gradients, -self.limit)
-            torch._foreach_clamp_max_(gradients, self.limit)
-        elif self.clip_type == "norm" or self.limit < math.inf:
-            each = norms if self.clip_type == "norm" else norm.expand(len(gradients))
-            torch._foreach_mul_(gradients, list((self.limit / (each + 1e-6)).clamp(max=1.0).unbind()))
+            torch._foreach_clamp_min_(parts, -self.limit)
+            torch._foreach_clamp_max_(parts, self.limit)
+        elif self.limit < math.inf:
+            too_long = norms if self.clip_type == "norm" else norm
+            factors = (self.limit / (too_long + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(parts, list(factors.unbind()) if self.clip_type == "norm" else factors)
         return norm
 
 
-def _norms_of_parts(gradients: list[Tensor], norm_type: float) -> Tensor:
-    """The norm of each gradient from the parts of all processes."""
+def _norms(parts: list[Tensor], norm_type: float, *, sharded: bool) -> Tensor:
+    """The norm of each gradient; of those that are ``sharded``, from the parts of all processes."""
+    if not sharded:
+        return torch.stack(torch._foreach_norm(parts, norm_type))
     if math.isinf(norm_type):
-        norms = torch.stack([part.abs().max() if part.numel() else part.new_zeros(()) for part in gradients])
+        norms = torch.stack([part.abs().max() if part.numel() else part.new_zeros(()) for part in parts])
         dist.all_reduce(norms, dist.ReduceOp.MAX)
         return norms
-    powers = torch.stack(torch._foreach_norm(gradients, norm_type)) ** norm_type
+    powers = torch.stack(torch._foreach_norm(parts, norm_type)) ** norm_type
     dist.all_reduce(powers)
     return powers ** (1 / norm_type)
-
-
-def _scale_each(gradients: list[Tensor], limit: float, norm_type: float) -> None:
-    """Scale each gradient to a norm of at most ``limit``."""
-    factors = torch._foreach_add(torch._foreach_norm(gradients, norm_type), 1e-6)
-    torch._foreach_reciprocal_(factors)
-    torch._foreach_mul_(factors, limit)
-    torch._foreach_clamp_max_(factors, 1.0)
-    torch._foreach_mul_(gradients, factors)
 
 
 def reorder_state(
