@@ -241,16 +241,13 @@ class KeepBest(EvaluateWhenTrained):
 
     Register it in every process, after the hook that evaluates.
 
-    Args:
-        metric: name of the score, such as "segm/AP"; with several test sets, after the name of one of them.
-        patience: evaluations in a row without a higher score after which the run stops; 0 means that it never does.
-        eval_period: iterations between evaluations.
-        checkpointer: saves.
+    The score is TEST.BEST_METRIC, and after TEST.EARLY_STOP_PATIENCE evaluations without a higher one, the run is over.
     """
 
-    def __init__(self, metric: str, *, patience: int, eval_period: int, checkpointer: Checkpointer) -> None:
-        super().__init__(eval_period, None)
-        self._metric, self._patience, self._checkpointer = metric, patience, checkpointer
+    def __init__(self, cfg: CfgNode, checkpointer: Checkpointer) -> None:
+        super().__init__(cfg.TEST.EVAL_PERIOD, None)
+        self._metric, self._patience = cfg.TEST.BEST_METRIC, cfg.TEST.EARLY_STOP_PATIENCE
+        self._checkpointer = checkpointer
         self.best, self.best_at, self._seen, self._without_gain = -math.inf, -1, -1, 0
 
     @property

@@ -12,7 +12,6 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from dimaskdino.checkpoint import replacing
-from dimaskdino.errors import check_choice
 from dimaskdino.layers.shards import gathered, local
 
 logger = logging.getLogger(__name__)
@@ -102,11 +101,6 @@ class NonFiniteSteps:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Restore a :meth:`state_dict`."""
         self.skipped = state["skipped"]
-
-
-def check_nonfinite(cfg: CfgNode) -> None:
-    """Check the key of this module; raises ConfigError."""
-    check_choice("SOLVER.NONFINITE", cfg.SOLVER.NONFINITE, POLICIES)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

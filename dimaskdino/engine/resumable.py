@@ -21,44 +21,14 @@ from torch.optim import Optimizer
 
 from dimaskdino.checkpoint import AVERAGE, FINAL, Checkpointer
 from dimaskdino.data.loaders import images_in_a_group
+from dimaskdino.engine import hooks, run_folder, writers
 from dimaskdino.engine.devices import is_sharding
 from dimaskdino.engine.ema import AveragedWeights
-from dimaskdino.engine.hooks import (
-    EvaluateWhenTrained,
-    KeepBest,
-    WriteRecords,
-    average_running_statistics,
-    is_record_due,
-)
 from dimaskdino.engine.nonfinite import NonFiniteError, NonFiniteSteps
-from dimaskdino.engine.run_folder import (
-    StopSignals,
-    check_free_space,
-    check_same_checkpoint,
-    folder_lock,
-    full_disk_in_one_line,
-    set_earlier_run_aside,
-    write_config,
-)
 from dimaskdino.engine.train_step import TrainStep
-from dimaskdino.engine.writers import (
-    METRICS_FILE,
-    changed_settings,
-    cut_records,
-    last_record,
-    recent_scalars,
-    record_of,
-    restore_scalars,
-)
 from dimaskdino.errors import CheckpointError, file_errors_in_one_line
-from dimaskdino.solver import (
-    NEW_RUN,
-    batch_factor,
-    restored_settings,
-    scale_learning_rate,
-    take_configured_rates,
-    warn_of_kept_settings,
-)
+from dimaskdino.solver.optimizer import NEW_RUN, restored_settings, warn_of_kept_settings
+from dimaskdino.solver.schedule import batch_factor, scale_learning_rate, take_configured_rates
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +59,7 @@ class ResumableTrainer(TrainerBase):
         self._group_size = images_in_a_group(cfg)
         self._saved_scalars: dict[str, Any] = {}
         self._periodic: PeriodicCheckpointer | None = None
-        self._best: KeepBest | None = None
+        self._best: hooks.KeepBest | None = None
         self.nonfinite = NonFiniteSteps(cfg)
         self._average: AveragedWeights | None = None
 
@@ -109,8 +79,8 @@ class ResumableTrainer(TrainerBase):
         return self.step.optimizer
 
     @property
-    def data_loader(self) -> Iterable[Any] | None:
-        """The training batches; None before :meth:`train` builds the loader."""
+    def data_loader(self) -> Iterable[Any]:
+        """The training batches, once :meth:`train` has built the loader."""
         return self.step.data_loader
 
     def resume_or_load(self, resume: bool = True) -> None:
@@ -119,7 +89,7 @@ class ResumableTrainer(TrainerBase):
         Raises:
             UserError: the processes find different checkpoints, or the checkpoint has another model or optimizer.
         """
-        check_same_checkpoint(self.checkpointer, resume=resume)
+        run_folder.check_same_checkpoint(self.checkpointer, resume=resume)
         resume = resume and self._has_checkpoint()
         configured = restored_settings(self.optimizer)
         content = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
@@ -160,7 +130,7 @@ class ResumableTrainer(TrainerBase):
         with contextlib.ExitStack() as stack:
             if comm.is_main_process():
                 self._claim_folder(folder, stack)
-            signals = stack.enter_context(StopSignals())
+            signals = stack.enter_context(run_folder.StopSignals())
             self.step.wants_to_stop = lambda: bool(signals.received)
             try:
                 super().train(self.start_iter, self.max_iter)
@@ -183,17 +153,17 @@ class ResumableTrainer(TrainerBase):
 
     def _claim_folder(self, folder: Path, stack: contextlib.ExitStack) -> None:
         """Make OUTPUT_DIR the folder of this run: from now on config.yaml describes the checkpoints there."""
-        with full_disk_in_one_line(folder), file_errors_in_one_line():
+        with run_folder.full_disk_in_one_line(folder), file_errors_in_one_line():
             folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(folder_lock(folder))
-            check_free_space(folder, self.model, copies=3 + 2 * bool(self._average))
+            stack.enter_context(run_folder.folder_lock(folder))
+            run_folder.check_free_space(folder, self.model, copies=3 + 2 * bool(self._average))
             if self.start_iter:
                 self._remove_old_checkpoints()
-                cut_records(folder / METRICS_FILE, self.start_iter - 1)
+                writers.cut_records(folder / writers.METRICS_FILE, self.start_iter - 1)
             else:
-                set_earlier_run_aside(folder)
+                run_folder.set_earlier_run_aside(folder)
                 self.checkpointer.run_id = uuid.uuid4().hex
-            write_config(self._given_cfg, folder, self.checkpointer.run_id)
+            run_folder.write_config(self._given_cfg, folder, self.checkpointer.run_id)
 
     def _remove_old_checkpoints(self) -> None:
         """Remove what the run was about to remove when it was interrupted; detectron2's hook removes one at a time."""
@@ -205,15 +175,16 @@ class ResumableTrainer(TrainerBase):
         """Run the hooks before the first iteration; a resumed run first completes the iteration of its checkpoint."""
         super().before_train()
         if self.start_iter:
-            restore_scalars(self.storage, self._saved_scalars)
+            writers.restore_scalars(self.storage, self._saved_scalars)
             if self.start_iter >= self.max_iter and Path(self.checkpointer.get_checkpoint_file()).name != FINAL:
                 self.save("model_final", self.start_iter - 1)  # The run was cut off before it, or it is damaged.
             if self._saved_scalars and comm.all_gather(self._lacks_record())[0]:
                 self._complete_step()
             elif self._best:
                 # The checkpoint was saved before this evaluation.
-                metrics = Path(self.cfg.OUTPUT_DIR) / METRICS_FILE
-                self._best.count(comm.all_gather(record_of(metrics, self.start_iter - 1))[0], self.start_iter - 1)
+                metrics = Path(self.cfg.OUTPUT_DIR) / writers.METRICS_FILE
+                record = writers.record_of(metrics, self.start_iter - 1)
+                self._best.count(comm.all_gather(record)[0], self.start_iter - 1)
             if self._best and self._best.is_over:
                 self._stop(self._best.describe(), self.start_iter - 1)
 
@@ -224,14 +195,14 @@ class ResumableTrainer(TrainerBase):
         self.iter = now
 
     def _lacks_record(self) -> bool:
-        due = is_record_due(self.start_iter, self.max_iter, self.cfg.TEST.EVAL_PERIOD)
-        return due and last_record(Path(self.cfg.OUTPUT_DIR) / METRICS_FILE) < self.start_iter - 1
+        due = hooks.is_record_due(self.start_iter, self.max_iter, self.cfg.TEST.EVAL_PERIOD)
+        return due and writers.last_record(Path(self.cfg.OUTPUT_DIR) / writers.METRICS_FILE) < self.start_iter - 1
 
     def _complete_step(self) -> None:
         """Do what came after the checkpoint was saved: evaluate, and write the records."""
         self.iter = self.storage.iter = self.start_iter - 1
         for hook in self._hooks:
-            if isinstance(hook, EvaluateWhenTrained | WriteRecords):
+            if isinstance(hook, hooks.EvaluateWhenTrained | hooks.WriteRecords):
                 hook.after_step()
         self.iter = self.storage.iter = self.start_iter
 
@@ -247,7 +218,7 @@ class ResumableTrainer(TrainerBase):
 
     def after_step(self) -> None:
         """Run the hooks, which evaluate, save and log."""
-        with full_disk_in_one_line(Path(self.cfg.OUTPUT_DIR)):
+        with run_folder.full_disk_in_one_line(Path(self.cfg.OUTPUT_DIR)):
             super().after_step()
             if self.iter + 1 < self.max_iter:
                 if self._best and self._best.is_over:
@@ -262,20 +233,17 @@ class ResumableTrainer(TrainerBase):
 
     def _save_and_stop(self) -> None:
         """Save, unless this iteration was saved, and end the run."""
-        average_running_statistics(self.model)
+        hooks.average_running_statistics(self.model)
         name = f"model_{self.iter:07d}"
         last = self.checkpointer.get_checkpoint_file() if comm.is_main_process() else ""
-        if comm.all_gather(last)[0] != self._path_of(name):
+        if comm.all_gather(last)[0] != os.path.join(self.cfg.OUTPUT_DIR, f"{name}.pth"):
             self.save(name, self.iter)
         raise _Stopped(f"a signal asked for it; go on after iteration {self.iter + 1} with --resume")
-
-    def _path_of(self, name: str) -> str:
-        return os.path.join(self.cfg.OUTPUT_DIR, f"{name}.pth")
 
     def after_train(self) -> None:
         """Run the hooks at the end of the training, or after an error ended it."""
         self.iter = min(self.iter, self.max_iter)  # detectron2 counts one more where nothing was left to train.
-        with full_disk_in_one_line(Path(self.cfg.OUTPUT_DIR)):
+        with run_folder.full_disk_in_one_line(Path(self.cfg.OUTPUT_DIR)):
             super().after_train()
 
     @functools.cached_property
@@ -290,10 +258,8 @@ class ResumableTrainer(TrainerBase):
             "images_drawn": batches * self.cfg.SOLVER.IMS_PER_BATCH,
             "group_size": self._group_size,
             "config": self._config_text,
-            "periodic": [os.path.basename(path) for path in self._periodic.recent_checkpoints]
-            if self._periodic
-            else [],
-            "scalars": recent_scalars(self.storage) if hasattr(self, "storage") else {},
+            "periodic": [os.path.basename(path) for path in getattr(self._periodic, "recent_checkpoints", ())],
+            "scalars": writers.recent_scalars(self.storage) if hasattr(self, "storage") else {},
             "nonfinite": self.nonfinite.state_dict(),
         }
         return {**super().state_dict(), "step": self.step.state_dict(), "run": run}
@@ -320,7 +286,7 @@ class ResumableTrainer(TrainerBase):
                 "images around the interruption and all later random numbers differ from an uninterrupted run's."
             )
             return
-        if changes := changed_settings(run["config"], self._given_cfg.dump()):
+        if changes := writers.changed_settings(run["config"], self._given_cfg.dump()):
             logger.warning("--resume: settings changed since the checkpoint: %s.", "; ".join(changes))
         if self.cfg.SEED not in (run["seed"], -1):
             logger.warning("--resume keeps the seed of the run, %d. To train with another, %s.", run["seed"], NEW_RUN)

@@ -39,7 +39,7 @@ from dimaskdino.data.validation.start import check_datasets
 from dimaskdino.engine.devices import check_precision, check_sharding
 from dimaskdino.engine.hooks import check_best, check_hooks
 from dimaskdino.engine.launch import num_cores, set_process_timeout
-from dimaskdino.engine.nonfinite import check_nonfinite
+from dimaskdino.engine.nonfinite import POLICIES
 from dimaskdino.engine.run_folder import check_not_locked, setup_loggers
 from dimaskdino.engine.writers import check_writers
 from dimaskdino.errors import ConfigError, OwnPartError, UserError, check_choice, check_range, file_errors_in_one_line
@@ -168,7 +168,7 @@ def _check(cfg: Config, *, train: bool) -> None:
     if train:
         check_solver(cfg, comm.get_world_size())
         check_best(cfg)
-        check_nonfinite(cfg)
+        check_choice("SOLVER.NONFINITE", cfg.SOLVER.NONFINITE, POLICIES)
         check_sharding(cfg)
         check_writers(cfg)
         images_in_a_group(cfg)
@@ -202,11 +202,9 @@ def _check_model(cfg: Config, *, train: bool) -> None:
             if train:
                 check_policies(cfg, model)
                 parameter_groups(cfg, model)
-    except OwnPartError as error:
-        logger.debug("The model was not checked before the data: %s", error)
-    except UserError:
-        raise
-    except Exception as error:  # noqa: BLE001 (a user's part may need real weights; the trainer builds those)
+    except Exception as error:  # a user's part may need real weights; the trainer builds those
+        if isinstance(error, UserError) and not isinstance(error, OwnPartError):
+            raise
         logger.debug("The model was not checked before the data: %s", error)
 
 

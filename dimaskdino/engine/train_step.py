@@ -17,7 +17,7 @@ from dimaskdino.engine.hooks import running_statistics
 from dimaskdino.engine.nonfinite import Batch, NonFiniteError
 from dimaskdino.errors import DatasetError
 from dimaskdino.seeds import STEP, seed_from
-from dimaskdino.solver import GradientClipper, check_optimizer_state, reorder_state, sharded_state
+from dimaskdino.solver.optimizer import GradientClipper, check_optimizer_state, reorder_state, sharded_state
 
 
 class TrainStep:
@@ -41,7 +41,7 @@ class TrainStep:
         self,
         *,
         model: nn.Module,
-        data_loader: Iterable[Batch] | None = None,
+        data_loader: Iterable[Batch] = (),
         optimizer: Optimizer,
         clipper: GradientClipper,
         amp: bool,
@@ -84,7 +84,8 @@ class TrainStep:
             DatasetError: the batch does not fit the model. Both errors name iteration, process and images.
         """
         start = time.perf_counter()
-        self.batch = batch = self._next_batch()
+        self._batches = self._batches or iter(self.data_loader)
+        self.batch = batch = next(self._batches)
         self._statistics_before = [buffer.clone() for buffer in self._statistics.values()]
         data_time = time.perf_counter() - start
         if self.seed is not None:
@@ -118,9 +119,12 @@ class TrainStep:
         size = len(batch) // self.accumulation_steps
         parts = [batch[start : start + size] for start in range(0, len(batch), size)]
         totals: dict[str, Tensor] = {}
+        no_sync = getattr(self.model, "no_sync", contextlib.nullcontext)
         with self._parts_of(batch) as weight:
             for part in parts:
-                with self._gradients_stay_here() if part is not parts[-1] else contextlib.nullcontext():
+                # Processes average their gradients once a step, after its last part.
+                stay_here = contextlib.nullcontext if part is parts[-1] else no_sync
+                with stay_here():
                     with torch.autocast(self._device.type, dtype=self.amp_dtype, enabled=self.amp):
                         losses = self._losses(part)
                         losses = losses if weight == 1 else {name: loss * weight for name, loss in losses.items()}
@@ -138,11 +142,6 @@ class TrainStep:
             return
         with share(batch):
             yield 1.0
-
-    def _gradients_stay_here(self) -> contextlib.AbstractContextManager[None]:
-        """Processes average their gradients once a step, after its last part."""
-        no_sync = getattr(self.model, "no_sync", contextlib.nullcontext)
-        return no_sync()
 
     def _losses(self, batch: Batch) -> dict[str, Tensor]:
         losses: dict[str, Tensor] = {}
@@ -169,13 +168,6 @@ class TrainStep:
     def _place_of(self, batch: Batch) -> str:
         images = ", ".join(str(image.get("file_name", image.get("image_id", "?"))) for image in batch)
         return f"iteration {self.iter}, process {self.process}, images {images}"
-
-    def _next_batch(self) -> Batch:
-        if self._batches is None:
-            if self.data_loader is None:
-                raise RuntimeError("The training step has no data loader yet.")
-            self._batches = iter(self.data_loader)
-        return next(self._batches)
 
     def _record(self, batch: Batch, losses: dict[str, Tensor], grad_norm: Tensor, data_time: float) -> None:
         """Check what was computed and write the averages over the processes to the event storage."""
@@ -230,20 +222,15 @@ class TrainStep:
         """Optimizer and loss scale; the trainer saves the iteration."""
         return {"optimizer": self.optimizer.state_dict(), "grad_scaler": self._scaler.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any], saved_names: Sequence[str] = ()) -> None:
-        """Restore a :meth:`state_dict`.
+    def load_state_dict(self, state: dict[str, Any], saved_names: Sequence[str]) -> None:
+        """Restore a :meth:`state_dict`, whose loss scale is empty if the run did not scale.
 
-        Args:
-            state: its loss scale is empty if the run did not scale.
-            saved_names: names of the parameters in the order of the model that was saved, by default the order of this
-                model.
+        ``saved_names`` are the names of the parameters in the order of the model that was saved.
 
         Raises:
             CheckpointError: the state is of another optimizer.
         """
-        saved = state["optimizer"]
-        if saved_names:
-            saved = reorder_state(self.optimizer, self._bare_model, saved, saved_names)
+        saved = reorder_state(self.optimizer, self._bare_model, state["optimizer"], saved_names)
         check_optimizer_state(self.optimizer, saved)
         self.optimizer.load_state_dict(sharded_state(self.optimizer, saved))
         if self._scaler.is_enabled() and state["grad_scaler"]:

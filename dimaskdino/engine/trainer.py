@@ -23,51 +23,23 @@ from fvcore.nn.precise_bn import get_bn_modules
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dimaskdino import data, evaluation, solver
 from dimaskdino.checkpoint import AVERAGE, Checkpointer
-from dimaskdino.data import build_mapper, build_test_loader, build_train_loader, register_all
 from dimaskdino.data.loaders import test_entries
 from dimaskdino.data.validation.segmentation import mapping_truth_of
+from dimaskdino.engine import hooks, run_folder
 from dimaskdino.engine.devices import distribute, evaluation_autocast, is_sharding, training_dtype, whole_weights
 from dimaskdino.engine.ema import AveragedWeights, UpdateAverage
-from dimaskdino.engine.hooks import (
-    AverageRunningStatistics,
-    EvaluateWhenTrained,
-    KeepBest,
-    ProgressLog,
-    RepeatablePreciseBN,
-    WriteRecords,
-    build_own_hooks,
-)
 from dimaskdino.engine.nonfinite import unwrapped
 from dimaskdino.engine.pictures import DrawPredictions
 from dimaskdino.engine.resumable import ResumableTrainer
-from dimaskdino.engine.run_folder import (
-    check_same_checkpoint,
-    full_disk_in_one_line,
-    in_subfolder,
-    inference_folder,
-    read_run_id,
-    write_config,
-)
 from dimaskdino.engine.train_step import TrainStep
 from dimaskdino.engine.writers import build_writers
 from dimaskdino.errors import UserError
-from dimaskdino.evaluation import (
-    LAST_MEASURED_BATCH,
-    BackgroundEvaluator,
-    ForwardTimer,
-    SpeedEvaluator,
-    build_evaluator,
-    check_classes,
-    class_names,
-    timed,
-    write_results,
-)
 from dimaskdino.modeling.meta_arch import build_model, needs_masks
 from dimaskdino.modeling.policies import checkpoint_activations
 from dimaskdino.prediction.augmented import AugmentedModel, whole_images
 from dimaskdino.seeds import VALIDATION, seed_from
-from dimaskdino.solver import GradientClipper, build_lr_scheduler, build_optimizer, freeze_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -93,9 +65,9 @@ class Trainer(ResumableTrainer):
         if cfg.SOLVER.EMA.ENABLED:  # all processes have the same weights by now
             self._average = AveragedWeights(model, decay=cfg.SOLVER.EMA.DECAY)
         self.scheduler = self.build_lr_scheduler(cfg, self.optimizer)
-        names = class_names(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else ()
+        names = evaluation.class_names(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else ()
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, class_names=names, trainer=weakref.proxy(self))
-        self.checkpointer.run_id = read_run_id(Path(cfg.OUTPUT_DIR))
+        self.checkpointer.run_id = run_folder.read_run_id(Path(cfg.OUTPUT_DIR))
         self.checkpointer.average = self._average.state_dict if self._average else None
         self.checkpointer.is_sharded = is_sharding(cfg)
         self.checkpointer.leaves_out_frozen = cfg.SOLVER.CHECKPOINT_WITHOUT_FROZEN
@@ -104,33 +76,32 @@ class Trainer(ResumableTrainer):
     def build_hooks(self) -> list[HookBase | None]:
         """The hooks in the order in which they run."""
         cfg = self.cfg
-        hooks = [
+        built = [
             IterationTimer(),
             LRScheduler(),
             UpdateAverage(self._average) if self._average else None,
             self._precise_batch_norm(),
             # Only the main process saves, but all take part in the average.
-            AverageRunningStatistics(self.model, periods=(cfg.TEST.EVAL_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD)),
+            hooks.AverageRunningStatistics(self.model, periods=(cfg.TEST.EVAL_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD)),
         ]
         if comm.is_main_process() or is_sharding(cfg):
             # The hook divides by its period; it saves the last checkpoint in any case.
             period = cfg.SOLVER.CHECKPOINT_PERIOD or sys.maxsize
             keep = cfg.SOLVER.CHECKPOINT_KEEP if comm.is_main_process() else 0  # The main process removes.
             self._periodic = PeriodicCheckpointer(self.checkpointer, period, max_to_keep=keep or None)
-            hooks.append(self._periodic)
+            built.append(self._periodic)
         # After the checkpointer, so that an evaluation that fails can be repeated.
-        hooks.append(EvaluateWhenTrained(cfg.TEST.EVAL_PERIOD, self._evaluate))
+        built.append(hooks.EvaluateWhenTrained(cfg.TEST.EVAL_PERIOD, self._evaluate))
         if cfg.TEST.BEST_METRIC:
-            options = {"patience": cfg.TEST.EARLY_STOP_PATIENCE, "eval_period": cfg.TEST.EVAL_PERIOD}
-            self._best = KeepBest(cfg.TEST.BEST_METRIC, checkpointer=self.checkpointer, **options)
-            hooks.append(self._best)
-        hooks += build_own_hooks(cfg)
+            self._best = hooks.KeepBest(cfg, self.checkpointer)
+            built.append(self._best)
+        built += hooks.build_own_hooks(cfg)
         if cfg.LOG.PICTURES and cfg.DATASETS.TEST and (comm.is_main_process() or is_sharding(cfg, "full")):
-            hooks.append(DrawPredictions(cfg, self.model))
+            built.append(DrawPredictions(cfg, self.model))
         if comm.is_main_process():
-            writers = WriteRecords(self.build_writers(), eval_period=cfg.TEST.EVAL_PERIOD)
-            hooks += [writers, ProgressLog(images=cfg.SOLVER.IMS_PER_BATCH)]
-        return hooks
+            writers = hooks.WriteRecords(self.build_writers(), eval_period=cfg.TEST.EVAL_PERIOD)
+            built += [writers, hooks.ProgressLog(images=cfg.SOLVER.IMS_PER_BATCH)]
+        return built
 
     def _precise_batch_norm(self) -> HookBase | None:
         if not (self.cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.model)):
@@ -140,14 +111,14 @@ class Trainer(ResumableTrainer):
         cfg.DATALOADER.NUM_WORKERS = 0
         cfg.SEED = self.seed
         loader = self.build_train_loader(cfg)
-        return RepeatablePreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, cfg.TEST.PRECISE_BN.NUM_ITER)
+        return hooks.RepeatablePreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, cfg.TEST.PRECISE_BN.NUM_ITER)
 
     def _evaluate(self) -> dict[str, Any]:
         test = self.test_with_views if self.iter >= self.max_iter else self.test
         results = test(self.cfg, self.model)
         if self._average:
             with self._average.applied():
-                results = {**results, "ema": test(in_subfolder(self.cfg, "ema"), self.model)}
+                results = {**results, "ema": test(run_folder.in_subfolder(self.cfg, "ema"), self.model)}
         self._last_eval_results = results
         return results
 
@@ -168,13 +139,13 @@ class Trainer(ResumableTrainer):
     @classmethod
     def build_step(cls, cfg: CfgNode, model: nn.Module) -> TrainStep:
         """The step that trains ``model``, with its optimizer."""
-        freeze_parameters(cfg, model)
+        solver.freeze_parameters(cfg, model)
         checkpoint_activations(cfg, model)
         dtype = training_dtype(cfg)
         return TrainStep(
             model=distribute(cfg, model),  # before the optimizer, which has its parameters
             optimizer=cls.build_optimizer(cfg, model),
-            clipper=GradientClipper.from_config(cfg),
+            clipper=solver.GradientClipper.from_config(cfg),
             amp=dtype is not None,
             amp_dtype=dtype or torch.float16,
             accumulation_steps=cfg.SOLVER.ACCUMULATION_STEPS,
@@ -183,28 +154,28 @@ class Trainer(ResumableTrainer):
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
         """See :func:`dimaskdino.solver.build_optimizer`."""
-        return build_optimizer(cfg, model)
+        return solver.build_optimizer(cfg, model)
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: Optimizer) -> LRMultiplier:
         """See :func:`dimaskdino.solver.build_lr_scheduler`."""
-        return build_lr_scheduler(cfg, optimizer)
+        return solver.build_lr_scheduler(cfg, optimizer)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode, start_iter: int = 0, group_size: int = 0) -> Any:
         """Endless training batches after the first ``start_iter``; see :func:`dimaskdino.data.build_train_loader`."""
-        return build_train_loader(cfg, with_masks=needs_masks(cfg), first_batch=start_iter, group_size=group_size)
+        return data.build_train_loader(cfg, with_masks=needs_masks(cfg), first_batch=start_iter, group_size=group_size)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
         """See :func:`dimaskdino.data.build_test_loader`."""
-        return build_test_loader(cfg, dataset_name)
+        return data.build_test_loader(cfg, dataset_name)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> Any:
-        """COCO evaluation, of several stages if TEST.EVAL_LAYERS names them."""
-        register_all(cfg=cfg)
-        return build_evaluator(cfg, dataset_name, inference_folder(cfg, dataset_name))
+        """See :func:`dimaskdino.evaluation.build_evaluator`."""
+        data.register_all(cfg=cfg)
+        return evaluation.build_evaluator(cfg, dataset_name, run_folder.inference_folder(cfg, dataset_name))
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict[str, Any]:
@@ -221,7 +192,7 @@ class Trainer(ResumableTrainer):
         if isinstance(evaluators, DatasetEvaluator):
             evaluators = [evaluators]
         results: dict[str, Any] = OrderedDict()
-        with timed(model) as timer, whole_weights(model):
+        with evaluation.timed(model) as timer, whole_weights(model):
             for index, name in enumerate(cfg.DATASETS.TEST):
                 views = isinstance(model, AugmentedModel)
                 loader = cls.build_test_loader(whole_images(cfg) if views else cfg, name)
@@ -235,8 +206,8 @@ class Trainer(ResumableTrainer):
             results = next(iter(results.values()))
         if comm.is_main_process():
             folder = Path(cfg.OUTPUT_DIR) / "inference"
-            write_results(results, str(folder / "results.json"))
-            write_config(cfg, folder)
+            evaluation.write_results(results, str(folder / "results.json"))
+            run_folder.write_config(cfg, folder)
         return results
 
     @classmethod
@@ -248,20 +219,21 @@ class Trainer(ResumableTrainer):
     @classmethod
     def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:  # noqa: N802 (detectron2's name)
         """As :meth:`test` with the views of TEST.AUG; files are under OUTPUT_DIR/tta, and names end in ``_TTA``."""
-        cfg = in_subfolder(cfg, "tta")
+        cfg = run_folder.in_subfolder(cfg, "tta")
         cfg.TEST.EVAL_LAYERS, cfg.TEST.LOSS = [], False  # These are of the model's single view.
         results = cls.test(cfg, AugmentedModel(cfg, model=model))
         return {f"{name}_TTA": scores for name, scores in results.items()}
 
     @classmethod
-    def _evaluator_with_speed(cls, cfg: CfgNode, dataset_name: str, timer: ForwardTimer) -> DatasetEvaluator:
+    def _evaluator_with_speed(cls, cfg: CfgNode, dataset_name: str, timer: evaluation.ForwardTimer) -> DatasetEvaluator:
         evaluator = cls.build_evaluator(cfg, dataset_name)
         if cfg.TEST.SCORE_IN_BACKGROUND:
-            first = 0 if cfg.TEST.EVAL_LAYERS else LAST_MEASURED_BATCH
-            evaluator = BackgroundEvaluator(evaluator, context=lambda: evaluation_autocast(cfg), first=first)
+            first = 0 if cfg.TEST.EVAL_LAYERS else evaluation.LAST_MEASURED_BATCH
+            evaluator = evaluation.BackgroundEvaluator(evaluator, context=lambda: evaluation_autocast(cfg), first=first)
         if cfg.TEST.EVAL_LAYERS:
             return evaluator
-        return DatasetEvaluators([evaluator, SpeedEvaluator(timer, inference_folder(cfg, dataset_name))])
+        speed = evaluation.SpeedEvaluator(timer, run_folder.inference_folder(cfg, dataset_name))
+        return DatasetEvaluators([evaluator, speed])
 
 
 def evaluate(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
@@ -271,12 +243,12 @@ def evaluate(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
         UserError: there are no weights to evaluate, or the processes find different ones.
         SystemExit: on the main process, with status 1, if the results are not TEST.EXPECTED_RESULTS.
     """
-    check_classes(cfg)
+    evaluation.check_classes(cfg)
     model = Trainer.build_model(cfg)
-    names = class_names(cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else ()
+    names = evaluation.class_names(cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else ()
     checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, class_names=names)
-    checkpointer.run_id = read_run_id(Path(cfg.OUTPUT_DIR))
-    check_same_checkpoint(checkpointer, resume=resume)
+    checkpointer.run_id = run_folder.read_run_id(Path(cfg.OUTPUT_DIR))
+    run_folder.check_same_checkpoint(checkpointer, resume=resume)
     if resume and not checkpointer.has_checkpoint():
         raise UserError(f"--eval-only --resume: no checkpoint in {cfg.OUTPUT_DIR}; train first, or set MODEL.WEIGHTS.")
     if not resume and not cfg.MODEL.WEIGHTS:
@@ -284,11 +256,11 @@ def evaluate(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
     content = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     if set_precision := getattr(model, "set_precision", None):  # a model of the user's own may have none
         set_precision(cfg.MODEL.MaskDINO.TEST.PRECISION)
-    with full_disk_in_one_line(Path(cfg.OUTPUT_DIR)):
+    with run_folder.full_disk_in_one_line(Path(cfg.OUTPUT_DIR)):
         results = Trainer.test_with_views(cfg, model)
         if resume and AVERAGE in content:
             model.load_state_dict(content[AVERAGE])
-            results = {**results, "ema": Trainer.test_with_views(in_subfolder(cfg, "ema"), model)}
+            results = {**results, "ema": Trainer.test_with_views(run_folder.in_subfolder(cfg, "ema"), model)}
     if comm.is_main_process():
         verify_results(cfg, results)
     return results
@@ -308,7 +280,7 @@ def validation_losses(cfg: CfgNode, model: nn.Module, dataset_name: str) -> dict
     entries = test_entries(cfg, dataset_name)
     entries = [entry for entry in entries if entry.get("annotations") != []]
     options = {"is_train": False, "with_instances": True, "with_masks": needs_masks(cfg)}
-    mapper = build_mapper(mapping_truth_of(cfg, dataset_name), **options)
+    mapper = data.build_mapper(mapping_truth_of(cfg, dataset_name), **options)
     model = unwrapped(model)
     sums: dict[str, Tensor] = {}
     with _loss_mode(model):

@@ -26,8 +26,8 @@ WINDOW = 20  # iterations whose median metrics.json and the console show
 # Keys that may differ between the parts of a run and change nothing of it.
 FREE_KEYS = ("OUTPUT_DIR", "VIS_PERIOD", "LOG.WRITERS", "LOG.PROJECT", "LOG.NAME", "LOG.PICTURES")
 NEEDED = "metrics_json"
-# Packages that are not installed with this one, by writer.
-PACKAGES = {"wandb": "wandb", "mlflow": "mlflow"}
+# Writers whose packages, of the same names, are not installed with this one.
+EXTRAS = ("wandb", "mlflow")
 _LONGEST_PARAMETER = 500  # characters, of MLflow
 
 
@@ -53,14 +53,6 @@ def restore_scalars(storage: EventStorage, scalars: dict[str, Any]) -> None:
             storage.iter = at
             storage.put_scalar(name, value, smoothing_hint=recent["smooth"])
     storage.iter = now
-
-
-class MetricsFile(JSONWriter):
-    """detectron2's metrics.json, except that it does not repeat what the file already holds."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(str(path), WINDOW)
-        self._last_write = last_record(path)
 
 
 def last_record(path: Path) -> int:
@@ -118,8 +110,10 @@ process, and returns a :class:`detectron2.utils.events.EventWriter`; ``start_ite
 class OnFirstRecord(EventWriter):
     """A writer that opens its file with the first record, so that a run that fails before leaves no empty file."""
 
-    def __init__(self, open_writer: Callable[[], EventWriter]) -> None:
-        self._open = open_writer
+    def __init__(
+        self, build: Callable[[CfgNode, int], EventWriter], cfg: CfgNode, start_iter: Callable[[], int]
+    ) -> None:
+        self._open = lambda: build(cfg, start_iter())
         self._writer: EventWriter | None = None
 
     def write(self) -> None:
@@ -175,7 +169,10 @@ class Tracker(EventWriter):
 @WRITER_REGISTRY.register()
 def metrics_json(cfg: CfgNode, start_iter: int) -> EventWriter:
     """One line of JSON for each record, which a resumed run continues."""
-    return MetricsFile(Path(cfg.OUTPUT_DIR) / METRICS_FILE)
+    path = Path(cfg.OUTPUT_DIR) / METRICS_FILE
+    writer = JSONWriter(str(path), WINDOW)
+    writer._last_write = last_record(path)  # it does not repeat what the file holds
+    return writer
 
 
 @WRITER_REGISTRY.register()
@@ -189,16 +186,16 @@ def wandb(cfg: CfgNode, start_iter: int) -> EventWriter:
     """Weights & Biases; its own variables choose account, server and mode (WANDB_MODE=offline needs no network)."""
     import wandb as library
 
-    folder = Path(cfg.OUTPUT_DIR)
+    id_file = Path(cfg.OUTPUT_DIR) / "wandb_run_id"
     run = library.init(
         project=cfg.LOG.PROJECT,
         name=_run_name(cfg),
-        dir=str(folder),
+        dir=str(id_file.parent),
         config=dict(flatten(cfg)),
-        id=_earlier_id(folder, "wandb", start_iter),
+        id=_earlier_id(id_file, start_iter),
         resume="allow",
     )
-    _id_file(folder, "wandb").write_text(run.id, encoding="utf-8")
+    id_file.write_text(run.id, encoding="utf-8")
     return Tracker(
         log_scalars=lambda values, at: run.log(values, step=at),
         log_picture=lambda name, picture, at: run.log({name: library.Image(picture)}, step=at),
@@ -218,9 +215,10 @@ def mlflow(cfg: CfgNode, start_iter: int) -> EventWriter:
             pictures = (folder / "mlartifacts").resolve().as_uri()
             library.create_experiment(cfg.LOG.PROJECT, artifact_location=pictures)
     library.set_experiment(cfg.LOG.PROJECT)
-    earlier = _earlier_id(folder, "mlflow", start_iter)
+    id_file = folder / "mlflow_run_id"
+    earlier = _earlier_id(id_file, start_iter)
     run = library.start_run(run_id=earlier, run_name=_run_name(cfg))
-    _id_file(folder, "mlflow").write_text(run.info.run_id, encoding="utf-8")
+    id_file.write_text(run.info.run_id, encoding="utf-8")
     if earlier is None:  # MLflow refuses another value for a parameter.
         library.log_params({key: str(value)[:_LONGEST_PARAMETER] for key, value in flatten(cfg)})
     return Tracker(
@@ -230,16 +228,13 @@ def mlflow(cfg: CfgNode, start_iter: int) -> EventWriter:
     )
 
 
-def build_writers(cfg: CfgNode, start_iter: Callable[[], int] = lambda: 0) -> list[EventWriter]:
+def build_writers(cfg: CfgNode, start_iter: Callable[[], int]) -> list[EventWriter]:
     """The writers of LOG.WRITERS, each of which opens its files with the first record.
 
     TensorBoard's is the last: it removes the pictures from the storage. ``start_iter`` is asked when a writer opens.
     """
-
-    def open_later(name: str) -> EventWriter:
-        return OnFirstRecord(lambda: WRITER_REGISTRY.get(name)(cfg, start_iter()))
-
-    return [open_later(name) for name in sorted(cfg.LOG.WRITERS, key=lambda name: name == "tensorboard")]
+    names = sorted(cfg.LOG.WRITERS, key=lambda name: name == "tensorboard")
+    return [OnFirstRecord(WRITER_REGISTRY.get(name), cfg, start_iter) for name in names]
 
 
 def check_writers(cfg: CfgNode) -> None:
@@ -253,8 +248,7 @@ def check_writers(cfg: CfgNode) -> None:
     known = sorted(name for name, _ in WRITER_REGISTRY)
     for name in names:
         check_choice("An entry of LOG.WRITERS", name, known)
-        package = PACKAGES.get(name)
-        if package and importlib.util.find_spec(package) is None:
+        if name in EXTRAS and importlib.util.find_spec(name) is None:
             raise ConfigError(f"LOG.WRITERS names {name!r}, which needs a package: pip install 'dimaskdino[{name}]'.")
     if NEEDED not in names:
         raise ConfigError(f"LOG.WRITERS is {names}; {NEEDED} must be among them, since --resume reads its records.")
@@ -264,14 +258,9 @@ def _run_name(cfg: CfgNode) -> str:
     return cfg.LOG.NAME or Path(cfg.OUTPUT_DIR).resolve().name
 
 
-def _id_file(folder: Path, writer: str) -> Path:
-    return folder / f"{writer}_run_id"
-
-
-def _earlier_id(folder: Path, writer: str, start_iter: int) -> str | None:
+def _earlier_id(file: Path, start_iter: int) -> str | None:
     """The id of the run that is resumed; None for a new one."""
-    path = _id_file(folder, writer)
-    return path.read_text(encoding="utf-8").strip() if start_iter and path.is_file() else None
+    return file.read_text(encoding="utf-8").strip() if start_iter and file.is_file() else None
 
 
 def _plain(name: str) -> str:

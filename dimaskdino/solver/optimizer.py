@@ -37,14 +37,15 @@ RESTORED = {
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     """The optimizer that SOLVER.OPTIMIZER names, over :func:`parameter_groups`."""
-    groups, build = parameter_groups(cfg, model), OPTIMIZERS[cfg.SOLVER.OPTIMIZER]
+    groups = parameter_groups(cfg, model)
+    build: Any = functools.partial(OPTIMIZERS[cfg.SOLVER.OPTIMIZER], cfg=cfg)
     for group in groups:
         logger.info("%d parameters: lr %g, weight decay %g", len(group["params"]), group["lr"], group["weight_decay"])
     if cfg.SOLVER.SHARDING == "optimizer" and comm.get_world_size() > 1:
         from dimaskdino.solver.sharded import ShardedOptimizer  # takes a second to import
 
-        return ShardedOptimizer(groups, functools.partial(build, cfg=cfg))
-    return build(groups, cfg=cfg)
+        return ShardedOptimizer(groups, build)
+    return build(groups)
 
 
 class GradientClipper:

@@ -92,6 +92,11 @@ def test_evaluation_ignores_solver_keys(monkeypatch: pytest.MonkeyPatch) -> None
         set_up(monkeypatch, "SOLVER.IMS_PER_BATCH", "0")
 
 
+def test_unknown_policy_for_nonfinite_steps_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"SOLVER\.NONFINITE is 'ignore'"):
+        set_up(monkeypatch, "SOLVER.NONFINITE", "ignore")
+
+
 @pytest.fixture
 def precision() -> Iterator[Callable[[], str]]:
     """The precision of float32 matrix products; restored after the test."""

@@ -9,12 +9,9 @@ from torch import nn
 
 from dimaskdino.config import Config, get_cfg
 from dimaskdino.errors import CheckpointError, ConfigError
-from dimaskdino.solver import (
-    GradientClipper,
-    build_optimizer,
+from dimaskdino.solver import GradientClipper, build_optimizer, check_solver, parameter_groups
+from dimaskdino.solver.optimizer import (
     check_optimizer_state,
-    check_solver,
-    parameter_groups,
     reorder_state,
     restored_settings,
     warn_of_kept_settings,
