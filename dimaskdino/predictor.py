@@ -20,13 +20,7 @@ from dimaskdino.data.datasets import register_all
 from dimaskdino.data.readers import image_reader
 from dimaskdino.data.transforms import test_resize
 from dimaskdino.devices import usable_device
-from dimaskdino.errors import (
-    CheckpointError,
-    ConfigError,
-    UserError,
-    check_choice,
-    check_range,
-)
+from dimaskdino.errors import CheckpointError, ConfigError, UserError, check_choice, check_range
 from dimaskdino.modeling.meta_arch import build_model
 from dimaskdino.modeling.postprocessing import thing_classes
 from dimaskdino.modeling.transformer_decoder.checks import NO_THINGS

@@ -4,7 +4,6 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,26 +25,8 @@ PARTS = {
 REST = "preparation"
 
 
-@dataclass(frozen=True)
-class Times:
-    """Seconds of some runs."""
-
-    seconds: np.ndarray  # (N,) of each run
-
-    @property
-    def median(self) -> float:
-        """Half of the runs took longer."""
-        return float(np.median(self.seconds))
-
-    @property
-    def spread(self) -> tuple[float, float]:
-        """One run in ten took less than the first, one in ten more than the second."""
-        low, high = np.percentile(self.seconds, (10, 90)).tolist()
-        return low, high
-
-
-def time_model(model: nn.Module, images: Sequence[dict[str, Any]], *, warmup: int, runs: int) -> Times:
-    """Time a model in evaluation mode, one image at a time: from the image's tensor to instances.
+def time_model(model: nn.Module, images: Sequence[dict[str, Any]], *, warmup: int, runs: int) -> np.ndarray:
+    """The seconds (``runs``,) of a model in evaluation mode, one image at a time: from its tensor to instances.
 
     The first ``warmup`` runs choose kernels, fill caches, and compile; they do not count.
     """
@@ -54,10 +35,10 @@ def time_model(model: nn.Module, images: Sequence[dict[str, Any]], *, warmup: in
         for image in itertools.islice(itertools.cycle(images), warmup + runs):
             model([image])
             seconds.append(timer.seconds)
-    return Times(np.array(seconds[warmup:]))
+    return np.array(seconds[warmup:])
 
 
-def time_parts(model: DIMaskDINO, images: Sequence[dict[str, Any]], *, warmup: int, runs: int) -> dict[str, Times]:
+def time_parts(model: DIMaskDINO, images: Sequence[dict[str, Any]], *, warmup: int, runs: int) -> dict[str, np.ndarray]:
     """Time the parts of a model, :data:`PARTS` and :data:`REST`; arguments as in :func:`time_model`.
 
     The device is waited for between parts, so their sum may be more than what the model takes.
@@ -70,8 +51,7 @@ def time_parts(model: DIMaskDINO, images: Sequence[dict[str, Any]], *, warmup: i
             model([image])
             own = [part.seconds for part in parts]
             seconds.append([*own, whole.seconds - sum(own)])
-    columns = np.array(seconds[warmup:]).T
-    return {name: Times(column) for name, column in zip((*PARTS, REST), columns, strict=True)}
+    return dict(zip((*PARTS, REST), np.array(seconds[warmup:]).T, strict=True))
 
 
 @contextmanager
@@ -87,7 +67,7 @@ def compiled(model: nn.Module) -> Iterator[nn.Module]:
             del part.forward
 
 
-def time_exported(path: Path, size: tuple[int, int], *, threads: int, warmup: int, runs: int) -> Times:
+def time_exported(path: Path, size: tuple[int, int], *, threads: int, warmup: int, runs: int) -> np.ndarray:
     """Time one session of an ONNX file, or of OpenVINO's .xml, on the CPU: from the input to what the file gives.
 
     ``size`` is the (height, width) of the image where the file leaves it open.
@@ -110,15 +90,11 @@ def time_exported(path: Path, size: tuple[int, int], *, threads: int, warmup: in
             f"{path} does not run on {size[0]} x {size[1]} px ({error}); write it anew with tools/export.py, or give "
             "larger images."
         ) from error
-    return Times(np.array(seconds[warmup:]))
+    return np.array(seconds[warmup:])
 
 
 def check_exported(path: Path) -> None:
-    """Check that there is a file of a kind that can be timed.
-
-    Raises:
-        UserError: there is not.
-    """
+    """Raise UserError unless there is a file of a kind that can be timed."""
     if path.suffix not in _SESSIONS:
         raise UserError(f"{path} is neither .onnx nor OpenVINO's .xml; name an exported file.")
     if not path.is_file():

@@ -14,7 +14,6 @@ from dimaskdino.data.transforms import KeepAPixel
 from dimaskdino.errors import ConfigError
 from dimaskdino.prediction.fusion import Fusion
 from dimaskdino.structures import RleMasks
-from dimaskdino.structures.rle_masks import Rle, crop_of, place_crop
 
 
 class AugmentedModel(nn.Module):
@@ -125,13 +124,10 @@ def _on_host(found: Instances, flipped: bool) -> Instances:
     left, top, right, bottom = moved.pred_boxes.tensor.unbind(1)
     moved.pred_boxes = Boxes(torch.stack((width - right, top, width - left, bottom), dim=1))
     if moved.has("pred_masks"):
-        moved.pred_masks = RleMasks([_mirrored(rle) for rle in moved.pred_masks.rles], moved.image_size)
+        moved.pred_masks = moved.pred_masks.placed(
+            lambda crop, top, left: (crop[:, ::-1], top, width - left - crop.shape[1]), moved.image_size
+        )
     return moved
-
-
-def _mirrored(rle: Rle) -> Rle:
-    crop, top, left = crop_of(rle)
-    return place_crop(crop[:, ::-1], top, rle["size"][1] - left - crop.shape[1], rle["size"])
 
 
 def _as_given(joined: Instances, given: Instances) -> Instances:

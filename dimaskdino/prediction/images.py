@@ -35,7 +35,9 @@ def to_rgb(source: Any, *, channels: str = "RGB", exif: bool = True) -> np.ndarr
         UserError: the file is missing or not an image, or the values are not those of one.
     """
     if isinstance(source, str | os.PathLike):
-        return _read_file(local_path(source), exif)
+        path = local_path(source)
+        with errors_of_file(path), Image.open(path) as image:
+            return _from_pil(image, exif, str(path))
     if isinstance(source, Image.Image):
         with _errors_of_decoding("The PIL image"):  # PIL decodes late
             return _from_pil(source, exif, "The PIL image")
@@ -52,11 +54,6 @@ def local_path(source: str | os.PathLike[str]) -> Path:
     if "://" in str(source):
         raise UserError(f"{source} is an address, not a path; download the image first.")
     return Path(source)
-
-
-def _read_file(path: Path, exif: bool) -> np.ndarray:
-    with errors_of_file(path), Image.open(path) as image:
-        return _from_pil(image, exif, str(path))
 
 
 @contextmanager
@@ -88,11 +85,7 @@ def _from_pil(image: Image.Image, exif: bool, name: str) -> np.ndarray:
 
 
 def check_depth(image: Image.Image, name: str) -> None:
-    """Check that an image has 8 bits a channel, as PIL cuts off what is above.
-
-    Raises:
-        UserError: it has more.
-    """
+    """Raise UserError if an image has more than 8 bits a channel, as PIL cuts off what is above."""
     if image.mode.startswith(("I", "F")):
         raise UserError(f"{name} has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits.")
 
@@ -106,17 +99,14 @@ def _from_array(array: np.ndarray, channels: str) -> np.ndarray:
             "their channels first."
         )
     if array.dtype != np.uint8:
-        array = _from_floats(array)
+        if array.dtype.kind != "f" or not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
+            raise UserError(
+                f"An image of {array.dtype} must hold floating-point numbers from 0 to 1; convert it to uint8, 0 to "
+                "255."
+            )
+        array = (array * 255).round().astype(np.uint8)
     colors = np.repeat(array, 3, axis=2) if array.shape[2] == 1 else array[..., :3]
     return np.ascontiguousarray(colors if channels == "RGB" else colors[..., ::-1])
-
-
-def _from_floats(array: np.ndarray) -> np.ndarray:
-    if array.dtype.kind != "f" or not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
-        raise UserError(
-            f"An image of {array.dtype} must hold floating-point numbers from 0 to 1; convert it to uint8, 0 to 255."
-        )
-    return (array * 255).round().astype(np.uint8)
 
 
 def of_own_kind(source: Any, reader: Reader, num_channels: int) -> np.ndarray:

@@ -40,10 +40,8 @@ def find_sources(
     Raises:
         UserError: a folder or glob that holds no image or video, a list that cannot be read, or nothing is given.
     """
-    written = (
-        [output / kind for kind in ("pictures", "masks")] if output and (output / "settings.json").exists() else []
-    )
-    own = tuple(os.path.join(os.path.abspath(folder), "") for folder in written)
+    written = ("pictures", "masks") if output and (output / "settings.json").exists() else ()
+    own = tuple(os.path.join(os.path.abspath(output or ""), folder, "") for folder in written)
     paths = list(dict.fromkeys(path for each in _expand_lists(given, stdin) for path in _find_files(each, own)))
     names = _output_names(paths)
     sources = [
@@ -96,11 +94,8 @@ def _is_known(path: str) -> bool:
 def _output_names(paths: Sequence[str]) -> list[str]:
     """A name for the outputs of each file: its path below the shared folder, with its suffix where names are equal."""
     full = [os.path.abspath(path) for path in paths]
-    try:
-        root = os.path.commonpath([os.path.dirname(path) for path in full]) if full else ""
-    except ValueError:  # several drives
-        root = ""
-    below = [os.path.relpath(path, root) if root else path.replace(":", "") for path in full]
+    root = os.path.commonpath([os.path.dirname(path) for path in full] or ["."])
+    below = [os.path.relpath(path, root) for path in full]
     stems = [os.path.splitext(path)[0] for path in below]
     count = Counter(stems) + Counter({path for path, stem in zip(below, stems, strict=True) if path != stem})
     return [stem if count[stem] == 1 else path for stem, path in zip(stems, below, strict=True)]

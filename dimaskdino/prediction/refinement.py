@@ -12,7 +12,6 @@ from torch import Tensor
 from dimaskdino.errors import ConfigError, check_range
 from dimaskdino.prediction.fusion import by_class, overlaps, suppressed
 from dimaskdino.structures import RleMasks
-from dimaskdino.structures.rle_masks import Rle, crop_of, place_crop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +87,7 @@ class Refinement:
     def _cleaned(self, found: Instances) -> Instances:
         if self.keep_largest or self.min_area > 1:
             masks = RleMasks.of(found.pred_masks)
-            cleaned = RleMasks([self._clean(rle) for rle in masks.rles], masks.size)
+            cleaned = masks.placed(self._clean, masks.size)
             as_given = isinstance(found.pred_masks, RleMasks)
             found.pred_masks = cleaned if as_given else cleaned.tensor.to(found.scores.device)
             found = found[(cleaned.area() > 0).to(found.scores.device)]
@@ -97,9 +96,8 @@ class Refinement:
             found.pred_boxes = Boxes(boxes.tensor.to(found.scores.device))
         return found
 
-    def _clean(self, rle: Rle) -> Rle:
-        crop, top, left = crop_of(rle)
-        return place_crop(clean_mask(crop, self.keep_largest, self.min_area), top, left, rle["size"])
+    def _clean(self, crop: np.ndarray, top: int, left: int) -> tuple[np.ndarray, int, int]:
+        return clean_mask(crop, self.keep_largest, self.min_area), top, left
 
 
 def clean_mask(mask: np.ndarray, keep_largest: bool, min_area: int) -> np.ndarray:

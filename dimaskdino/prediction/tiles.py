@@ -14,7 +14,7 @@ from pycocotools import mask as mask_util
 from dimaskdino.errors import ConfigError
 from dimaskdino.prediction.canvases import Canvas
 from dimaskdino.structures import RleMasks
-from dimaskdino.structures.rle_masks import Rle, crop_of, place_crop
+from dimaskdino.structures.rle_masks import Rle
 
 _TOUCH_PX = 2  # an object that comes this close to the seam may go on beyond it
 _CUT = 0.7  # factor of the score of a detection that a seam may cut, since it may be half an object
@@ -115,15 +115,12 @@ def _place(found: Instances, tile: Tile, size: tuple[int, int]) -> Instances:
             offset = value.tensor.new_tensor((tile.left, tile.top, tile.left, tile.top))
             placed.pred_boxes = Boxes(value.tensor + offset)
         elif name == "pred_masks":
-            placed.pred_masks = RleMasks([_moved(rle, tile, size) for rle in RleMasks.of(value).rles], size)
+            placed.pred_masks = RleMasks.of(value).placed(
+                lambda crop, top, left: (crop, tile.top + top, tile.left + left), size
+            )
         else:
             placed.set(name, value)
     return placed
-
-
-def _moved(rle: Rle, tile: Tile, size: tuple[int, int]) -> Rle:
-    crop, top, left = crop_of(rle)
-    return place_crop(crop, tile.top + top, tile.left + left, size)
 
 
 def merge_tiles(found: Instances, tile_of: np.ndarray, tiles: Sequence[Tile]) -> Instances:

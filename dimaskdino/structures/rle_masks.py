@@ -1,6 +1,6 @@
 """Masks of one image as COCO's run-length encoding: kilobytes where a bitmap of each object takes gigabytes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,10 @@ class RleMasks:
         """The masks of several, which have one size, in one."""
         return RleMasks([rle for masks in several for rle in masks.rles], several[0].size)
 
+    def placed(self, place: Callable[[np.ndarray, int, int], tuple[np.ndarray, int, int]], size: Size) -> "RleMasks":
+        """Each mask as ``place`` changes its crop (h, w) bool, top and left (see :func:`crop_of`), on a canvas."""
+        return RleMasks([place_crop(*place(*crop_of(rle)), size) for rle in self.rles], size)
+
     def area(self) -> Tensor:
         """Pixels of each mask, (N,) float32."""
         return torch.tensor([float(mask_util.area(rle)) for rle in self.rles])
@@ -81,27 +85,6 @@ class RleMasks:
         return Boxes(torch.from_numpy(boxes))
 
 
-def run_edges(mask: np.ndarray, top: int, left: int, height: int) -> np.ndarray:
-    """Where the runs of a mask begin and end, in the column-major order of RLE.
-
-    Args:
-        mask: (h, w) bool, a crop of a canvas.
-        top: row of the canvas where the crop begins.
-        left: column of the canvas where the crop begins.
-        height: of the canvas.
-
-    Returns:
-        (2 R,) int64: begin and end (exclusive) of each run, in increasing order. A run that goes on in the next
-        column ends and begins there; :func:`rle_from_edges` joins it.
-    """
-    rows, columns = mask.shape
-    padded = np.zeros((columns, rows + 1), dtype=bool)  # a gap after each column ends its last run
-    padded[:, :-1] = mask.T
-    flat = np.concatenate(([False], padded.ravel()))
-    column, row = np.divmod(np.flatnonzero(flat[1:] != flat[:-1]), rows + 1)
-    return (left + column) * height + top + row
-
-
 def _encode(mask: np.ndarray) -> Rle:
     """The RLE of a mask (H, W) bool; only its bounding box is encoded."""
     rows = np.flatnonzero(mask.any(1))
@@ -110,15 +93,6 @@ def _encode(mask: np.ndarray) -> Rle:
     columns = np.flatnonzero(mask[rows[0] : rows[-1] + 1].any(0))
     crop = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     return place_crop(crop, int(rows[0]), int(columns[0]), mask.shape)
-
-
-def rle_from_edges(edges: np.ndarray, size: Size) -> Rle:
-    """The RLE of a canvas whose runs begin and end at ``edges`` (see :func:`run_edges`)."""
-    joined = np.flatnonzero(edges[1:-1:2] == edges[2::2])
-    edges = np.delete(edges, np.concatenate((2 * joined + 1, 2 * joined + 2)))
-    ends = [size[0] * size[1]] if not len(edges) or edges[-1] < size[0] * size[1] else []
-    counts = np.diff(np.concatenate(([0], edges, ends)).astype(np.int64))
-    return mask_util.frPyObjects({"size": list(size), "counts": counts.tolist()}, *size)
 
 
 def run_lengths(counts: bytes) -> np.ndarray:
@@ -191,8 +165,19 @@ def crop_of(rle: Rle) -> tuple[np.ndarray, int, int]:
 
 
 def place_crop(crop: np.ndarray, top: int, left: int, size: Size) -> Rle:
-    """The RLE of a canvas of ``size`` that holds a crop (h, w) bool."""
-    return rle_from_edges(run_edges(crop, top, left, size[0]), size)
+    """The RLE of a canvas of ``size`` that holds a crop (h, w) bool; only the crop is looked at."""
+    rows, columns = crop.shape
+    padded = np.zeros((columns, rows + 1), dtype=bool)  # a gap after each column ends its last run
+    padded[:, :-1] = crop.T
+    flat = np.concatenate(([False], padded.ravel()))
+    column, row = np.divmod(np.flatnonzero(flat[1:] != flat[:-1]), rows + 1)
+    edges = (left + column) * size[0] + top + row  # begin and end (exclusive) of each run, in column-major order
+    # A run that goes on in the next column ends and begins there.
+    joined = np.flatnonzero(edges[1:-1:2] == edges[2::2])
+    edges = np.delete(edges, np.concatenate((2 * joined + 1, 2 * joined + 2)))
+    ends = [size[0] * size[1]] if not len(edges) or edges[-1] < size[0] * size[1] else []
+    counts = np.diff(np.concatenate(([0], edges, ends)).astype(np.int64))
+    return mask_util.frPyObjects({"size": list(size), "counts": counts.tolist()}, *size)
 
 
 def instances_to_coco(

@@ -19,7 +19,7 @@ from dimaskdino.structures import (
     instances_to_coco,
     is_final_loss,
 )
-from dimaskdino.structures.rle_masks import crop_of, place_crop, rle_from_edges, run_edges
+from dimaskdino.structures.rle_masks import crop_of, place_crop
 from tests.tiny_model import instances
 
 
@@ -204,17 +204,10 @@ def encode(mask: np.ndarray) -> dict:
 @given(BITMAPS, st.integers(0, 3), st.integers(0, 3), st.integers(0, 3), st.integers(0, 3))
 def test_crop_at_its_place_has_the_canvass_rle(crop, top, left, below, right) -> None:
     canvas = np.pad(crop, ((top, below), (left, right)))
-    assert rle_from_edges(run_edges(crop, top, left, canvas.shape[0]), canvas.shape) == encode(canvas)
     assert place_crop(crop, top, left, canvas.shape) == encode(canvas)
     cut, y, x = crop_of(encode(canvas))
     assert np.array_equal(cut, canvas[y : y + cut.shape[0], x : x + cut.shape[1]])
     assert cut.sum() == canvas.sum()
-
-
-def test_pieces_from_left_to_right_make_one_rle() -> None:
-    mask = np.random.default_rng(0).random((6, 10)) > 0.3
-    pieces = [run_edges(mask[:, start : start + 3], 0, start, 6) for start in range(0, 10, 3)]
-    assert rle_from_edges(np.concatenate(pieces), mask.shape) == encode(mask)
 
 
 @pytest.fixture
