@@ -79,11 +79,7 @@ class Verdict:
 def judge(
     view: StageView, classes: Sequence[int], limits: Limits, *, selections: Sequence[StageView] = ()
 ) -> list[Verdict]:
-    """Judge every object of an image at a stage.
-
-    ``selections`` are the views of the first selection and, where there are more, of the last; none for a model
-    without.
-    """
+    """Judge every object of an image at a stage; ``selections`` are the first and, of several, the last."""
     reported = _reported(view, limits)
     found = _match(view, reported, classes, limits)
     verdicts = []

@@ -46,11 +46,7 @@ class Group:
 
 
 def read_groups(folders: Sequence[Path]) -> list[Group]:
-    """Read the records of runs and group those that differ by the seed alone, in the order given.
-
-    Raises:
-        UserError: a folder has no records.
-    """
+    """Group runs that differ by the seed alone, in the order given; raises UserError if one has no records."""
     names: dict[str, list[str]] = {}
     runs: dict[str, list[dict[str, Series]]] = {}
     for folder, name in zip(folders, _names(folders), strict=True):

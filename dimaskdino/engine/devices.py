@@ -23,11 +23,7 @@ KINDS = ("", "optimizer", "full")
 
 
 def check_precision(cfg: CfgNode) -> None:
-    """Check SOLVER.AMP.DTYPE.
-
-    Raises:
-        ConfigError: the type is unknown, or the GPU cannot compute in it.
-    """
+    """Raise ConfigError if SOLVER.AMP.DTYPE is unknown, or the GPU cannot compute in it."""
     check_choice("SOLVER.AMP.DTYPE", cfg.SOLVER.AMP.DTYPE, list(_DTYPES))
     on_gpu = cfg.MODEL.DEVICE.startswith("cuda") and torch.cuda.is_available()
     if cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.DTYPE == "bfloat16" and on_gpu and not torch.cuda.is_bf16_supported():
@@ -55,11 +51,7 @@ def evaluation_autocast(cfg: CfgNode) -> torch.autocast:
 
 
 def check_sharding(cfg: CfgNode) -> None:
-    """Check SOLVER.SHARDING.
-
-    Raises:
-        ConfigError: an unknown value, or a key that does not go with it.
-    """
+    """Raise ConfigError if SOLVER.SHARDING is unknown, or another key does not go with it."""
     kind = cfg.SOLVER.SHARDING
     check_choice("SOLVER.SHARDING", kind, KINDS)
     scaled = cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.DTYPE == "float16"

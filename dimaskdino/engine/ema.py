@@ -13,10 +13,8 @@ from dimaskdino.layers.shards import local, part_of
 class AveragedWeights:
     """Averages the trainable parameters of a model; all else in :meth:`state_dict` is the model's own.
 
-    Args:
-        model: not wrapped for distribution; its parameters are the same in all processes, and so is their average.
-            Where they are sharded (SOLVER.SHARDING full), so is the average.
-        decay: the part of the average that stays, in [0, 1).
+    The model is not wrapped for distribution; all processes have the same average, or where its parameters are sharded
+    (SOLVER.SHARDING full), their parts of it. ``decay`` is the part of the average that stays, in [0, 1).
     """
 
     def __init__(self, model: nn.Module, *, decay: float) -> None:

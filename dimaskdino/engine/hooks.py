@@ -38,11 +38,7 @@ detectron2's ``HookBase``. They run after evaluation and before the records are 
 
 
 class ProgressLog(HookBase):
-    """Logs a :func:`progress_line` every 20 iterations, and every 10 seconds when iterations are slow.
-
-    Args:
-        images: of an iteration.
-    """
+    """Logs a :func:`progress_line` every 20 iterations, and every 10 seconds if they are slow; of ``images`` each."""
 
     def __init__(self, *, images: int) -> None:
         self._images = images
@@ -220,11 +216,7 @@ def check_hooks(cfg: CfgNode) -> None:
 
 
 def build_own_hooks(cfg: CfgNode) -> list[HookBase]:
-    """The hooks that SOLVER.HOOKS names.
-
-    Raises:
-        ConfigError: a name is not registered, or what is registered makes no hook.
-    """
+    """The hooks that SOLVER.HOOKS names; raises ConfigError if a name is not registered, or what is makes no hook."""
     check_hooks(cfg)
     hooks = [make_part("SOLVER.HOOKS", HOOK_REGISTRY.get(name), cfg) for name in cfg.SOLVER.HOOKS]
     for name, hook in zip(cfg.SOLVER.HOOKS, hooks, strict=True):
@@ -237,11 +229,10 @@ def build_own_hooks(cfg: CfgNode) -> list[HookBase]:
 
 
 class KeepBest(EvaluateWhenTrained):
-    """Saves model_best.pth after each evaluation that scores higher than all before; a higher score must be better.
+    """Saves model_best.pth after each evaluation with a higher TEST.BEST_METRIC than all before.
 
-    Register it in every process, after the hook that evaluates.
-
-    The score is TEST.BEST_METRIC, and after TEST.EARLY_STOP_PATIENCE evaluations without a higher one, the run is over.
+    Register it in every process, after the hook that evaluates. After TEST.EARLY_STOP_PATIENCE evaluations without a
+    higher score, the run is over.
     """
 
     def __init__(self, cfg: CfgNode, checkpointer: Checkpointer) -> None:
@@ -310,11 +301,7 @@ class KeepBest(EvaluateWhenTrained):
 
 
 def check_best(cfg: CfgNode) -> None:
-    """Check the keys of this module, before data is read.
-
-    Raises:
-        ConfigError: names the keys that contradict each other.
-    """
+    """Check the keys of :class:`KeepBest`, before data is read; raises ConfigError."""
     metric, patience = cfg.TEST.BEST_METRIC, cfg.TEST.EARLY_STOP_PATIENCE
     check_range("TEST.EARLY_STOP_PATIENCE", patience, 0)
     check_range("SOLVER.CHECKPOINT_KEEP", cfg.SOLVER.CHECKPOINT_KEEP, 0)

@@ -45,11 +45,7 @@ class NonFiniteSteps:
         self._last = -2
 
     def handle(self, error: NonFiniteError, step: Any) -> None:
-        """Write the step to a file, then undo it, or raise the error again, with the path.
-
-        Raises:
-            NonFiniteError: the run stops.
-        """
+        """Write the step to a file, then undo it, or end the run by raising the error again, with the path."""
         bad = nonfinite_weights(step.model)
         step.undo()
         note = self._write(error, step)

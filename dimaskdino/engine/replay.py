@@ -35,11 +35,7 @@ class Replay:
 
 
 def read_replay(path: Path) -> dict[str, Any]:
-    """Read a replay file as data; nothing in it is executed.
-
-    Raises:
-        UserError: it is missing, unreadable, or another kind of file.
-    """
+    """Read a replay file as data; nothing in it is executed. Raises UserError if it is not a whole one."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:

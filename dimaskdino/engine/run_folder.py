@@ -145,11 +145,7 @@ def read_run_id(folder: Path) -> str:
 
 
 def check_free_space(folder: Path, model: nn.Module, copies: int = 3) -> None:
-    """Check that ``folder`` has room for a checkpoint, which is about ``copies`` times the weights.
-
-    Raises:
-        UserError: gives both numbers.
-    """
+    """Raise UserError if ``folder`` lacks room for a checkpoint, which is about ``copies`` times the weights."""
     weights = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
     needed, free = copies * weights, shutil.disk_usage(folder).free
     if free < needed:
@@ -249,11 +245,7 @@ class StopSignals:
 
 @contextlib.contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Hold the lock on a run's folder; the system releases it when the process ends, however it ends.
-
-    Raises:
-        UserError: another process holds it.
-    """
+    """Hold the lock on a run's folder, which ends with the process; raises UserError if another one holds it."""
     path = folder / LOCK_FILE
     with path.open("a+") as file:
         _lock(file.fileno(), path)

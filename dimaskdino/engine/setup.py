@@ -274,12 +274,7 @@ def merge_cpu_file(cfg: Config, config_file: str, given: Collection[str], *, num
 
 
 def set_keys_of_own_data(cfg: Config, given: Collection[str]) -> None:
-    """Set what follows from DATASETS.TRAIN_JSON, if it is set; keys of the command line stay.
-
-    Raises:
-        ConfigError: a key that cannot be used.
-        DatasetError: the annotation file cannot be used.
-    """
+    """Set what follows from DATASETS.TRAIN_JSON, if it is set and can be used; keys of the command line stay."""
     found = once_a_machine(lambda: _names_and_number(cfg))
     if found is None:
         if cfg.DATASETS.VAL_JSON:
@@ -339,11 +334,7 @@ def _names_and_number(cfg: Config) -> tuple[list[str], int] | None:
 
 
 def _schedule(cfg: Config, num_images: int) -> dict[str, Any]:
-    """The keys of a training of SOLVER.AUTO_SCHEDULE's length.
-
-    Raises:
-        ConfigError: a number of the key is out of range.
-    """
+    """The keys of a training of SOLVER.AUTO_SCHEDULE's length; raises ConfigError for a number out of range."""
     node = cfg.SOLVER.AUTO_SCHEDULE
     for name, least in (("EPOCHS", 0), ("MIN_ITER", 1)):
         check_range(f"SOLVER.AUTO_SCHEDULE.{name}", node[name], least)

@@ -84,7 +84,8 @@ class TrainStep:
             DatasetError: the batch does not fit the model. Both errors name iteration, process and images.
         """
         start = time.perf_counter()
-        self._batches = self._batches or iter(self.data_loader)
+        if self._batches is None:
+            self._batches = iter(self.data_loader)
         self.batch = batch = next(self._batches)
         self._statistics_before = [buffer.clone() for buffer in self._statistics.values()]
         data_time = time.perf_counter() - start

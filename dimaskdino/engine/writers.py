@@ -130,13 +130,7 @@ class OnFirstRecord(EventWriter):
 
 
 class Tracker(EventWriter):
-    """Passes on new scalars, medians as in metrics.json, and pictures.
-
-    Args:
-        log_scalars: takes values by name, and their iteration.
-        log_picture: takes a name, (H, W, 3) uint8 RGB, and an iteration.
-        close: ends the run.
-    """
+    """Passes on new scalars, medians as in metrics.json, and pictures (H, W, 3) uint8 RGB; each with its iteration."""
 
     def __init__(
         self,
@@ -238,11 +232,7 @@ def build_writers(cfg: CfgNode, start_iter: Callable[[], int]) -> list[EventWrit
 
 
 def check_writers(cfg: CfgNode) -> None:
-    """Check the keys of LOG, before data is read.
-
-    Raises:
-        ConfigError: a writer is not registered, needs a package, or is missing; a number is out of range.
-    """
+    """Check the keys of LOG, before data is read; raises ConfigError."""
     check_range("LOG.PICTURES", cfg.LOG.PICTURES, 0)
     names = list(cfg.LOG.WRITERS)
     known = sorted(name for name, _ in WRITER_REGISTRY)

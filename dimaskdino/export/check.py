@@ -117,11 +117,7 @@ def _iou(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def dataset_entries(cfg: Config) -> list[dict[str, Any]]:
-    """The images of the first of DATASETS.TEST.
-
-    Raises:
-        DatasetError: there is no such dataset on this machine.
-    """
+    """The images of the first of DATASETS.TEST; raises DatasetError if this machine has no such dataset."""
     name = next(iter(cfg.DATASETS.TEST), "")
     if name not in DatasetCatalog.list():
         raise DatasetError(

@@ -98,11 +98,7 @@ def predict(model: DIMaskDINO, images: Tensor, image_sizes: Tensor | None = None
 
 
 def check_exportable(model: nn.Module, cfg: Config) -> None:
-    """Check that a graph can do what the model does.
-
-    Raises:
-        UserError: it cannot; the message has the reason.
-    """
+    """Raise UserError with the reason if no graph can do what the model does."""
     if not isinstance(model, DIMaskDINO):
         raise UserError(
             f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} cannot be exported: only DIMaskDINO, MaskDINO, "

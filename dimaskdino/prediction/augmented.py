@@ -77,11 +77,7 @@ class AugmentedModel(nn.Module):
 
 
 def check_augmentation(cfg: CfgNode) -> None:
-    """Check TEST.AUG, if it is on.
-
-    Raises:
-        ConfigError: there is no size, or the model gives panoptic results, which cannot be joined.
-    """
+    """Raise ConfigError if TEST.AUG is on without sizes, or for panoptic results, which cannot be joined."""
     node = cfg.TEST.AUG
     if not node.ENABLED:
         return

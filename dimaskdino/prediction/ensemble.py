@@ -27,11 +27,7 @@ _PLACES = ("inference/{dataset}/" + RESULTS_FILE, "inference/" + RESULTS_FILE, R
 
 
 def find_results(path: Path, dataset: str | None) -> Path:
-    """The results file of a run, or the file itself.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The results file of a run, or the file itself; raises UserError if the run has none."""
     if not path.is_dir():
         return path
     places = [path / place.format(dataset=dataset) for place in _PLACES if dataset or "{" not in place]
@@ -44,11 +40,7 @@ def find_results(path: Path, dataset: str | None) -> Path:
 
 
 def check_images(files: Sequence[Path]) -> None:
-    """Check that an image id means the same image in all results of tools/predict.py, which says what it means.
-
-    Raises:
-        DatasetError: it does not.
-    """
+    """Raise DatasetError if an id is of several images in the results of tools/predict.py, which list their images."""
     known: dict[Any, tuple[str, Path]] = {}
     for file in files:
         listing = file.with_name("coco_images.json")

@@ -53,11 +53,7 @@ class Refinement:
             check_range("max_detections", self.max_detections, 1)
 
     def check(self, class_names: Sequence[str]) -> None:
-        """Check that every class is one of the model's.
-
-        Raises:
-            ConfigError: naming the classes that do not exist, and those that do.
-        """
+        """Raise ConfigError for a class that is not one of the model's; it names those that are."""
         unknown = sorted({*self.class_scores, *(self.classes or ())} - set(class_names))
         if unknown:
             raise ConfigError(f"The model has no class {', '.join(unknown)}; it has {', '.join(class_names)}.")

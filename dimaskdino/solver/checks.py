@@ -21,11 +21,7 @@ MEANINGS = {
 
 
 def check_solver(cfg: CfgNode, num_processes: int) -> None:
-    """Check every SOLVER key that a training reads.
-
-    Raises:
-        ConfigError: names the key, its value and what it may be.
-    """
+    """Check every SOLVER key that a training reads; a ConfigError names the key, its value and what it may be."""
     solver = cfg.SOLVER
     check_choice("SOLVER.OPTIMIZER", solver.OPTIMIZER, list(OPTIMIZERS))
     check_choice("SOLVER.LR_SCHEDULER_NAME", solver.LR_SCHEDULER_NAME, schedule_names(cfg))

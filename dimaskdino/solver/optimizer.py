@@ -148,11 +148,7 @@ def sharded_state(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]
 
 
 def check_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Check that a saved state is of the same kind of optimizer, over the same parameter groups.
-
-    Raises:
-        CheckpointError: says what differs.
-    """
+    """Raise CheckpointError unless a saved state is of the same kind of optimizer, over the same groups."""
     groups, saved = optimizer.param_groups, state["param_groups"]
     # A newer torch adds settings; optimizers of different kinds each have settings that the other lacks.
     here, there = ({name for group in each for name in group} for each in (groups, saved))

@@ -43,11 +43,7 @@ class ParameterRule:
 
 
 def parameter_rules(cfg: CfgNode) -> list[ParameterRule]:
-    """The entries of SOLVER.PARAM_GROUPS.
-
-    Raises:
-        ConfigError: names the entry and what it may hold.
-    """
+    """The entries of SOLVER.PARAM_GROUPS; a ConfigError names the entry and what it may hold."""
     return [_read_rule(entry) for entry in cfg.SOLVER.PARAM_GROUPS]
 
 
@@ -67,11 +63,7 @@ def _read_rule(entry: Any) -> ParameterRule:
 
 
 def freeze_parameters(cfg: CfgNode, model: nn.Module) -> None:
-    """Freeze what SOLVER.PARAM_GROUPS freezes, with the running statistics of its norms.
-
-    Raises:
-        ConfigError: a pattern matches no parameter, or nothing is left to train.
-    """
+    """Freeze what SOLVER.PARAM_GROUPS freezes, with its norms' running statistics; ConfigError if nothing is left."""
     rules = parameter_rules(cfg)
     frozen = [p for name, p in model.named_parameters() if _setting(rules, name, "frozen", default=False)]
     _check_all_match(rules, model)
