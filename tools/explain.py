@@ -44,8 +44,7 @@ from dimaskdino.analysis.explanation import (
     Explained,
     by_stage,
     explain_image,
-    outcome_heads,
-    outcome_rows,
+    outcome_table,
     write_objects,
 )
 from dimaskdino.analysis.figures import draw_outcomes, png, score_results
@@ -104,7 +103,7 @@ def write(
     tasks = [*(["box"] if results else []), *(["mask"] if results and with_masks else [])]
     scores = [score_results(truth.coco, results, task, limits.score) for task in tasks]
     stages = by_stage(explained)
-    print(tabulate(outcome_rows(stages), outcome_heads("stage"), tablefmt="github"))
+    print(tabulate(*outcome_table(stages, "stage"), tablefmt="github"))
     counts = {stage: {outcome.value: count for outcome, count in each.items()} for stage, each in stages.items()}
     content = {"limits": vars(limits), "stages": counts, "tide": {each.task: each.tide for each in scores}}
     (args.output / "missed.json").write_text(json.dumps(content, indent=1), encoding="utf-8")

@@ -31,14 +31,9 @@ class Explained:
     nearest: tuple[float, float, float] | None
 
     @property
-    def outcome(self) -> Outcome:
+    def last(self) -> Verdict:
         """What became of it in the end."""
-        return list(self.verdicts.values())[-1].outcome
-
-    @property
-    def query(self) -> int | None:
-        """The query that found it, or that was nearest."""
-        return list(self.verdicts.values())[-1].query
+        return list(self.verdicts.values())[-1]
 
 
 def explain_image(stages: Sequence[SeenStage], truth: TrueObjects, limits: Limits) -> list[Explained]:
@@ -51,20 +46,18 @@ def explain_image(stages: Sequence[SeenStage], truth: TrueObjects, limits: Limit
         for each in stages
     }
     areas = truth.boxes[:, 2:].prod(1) if truth.rles is None else mask_util.area(list(truth.rles))
-    explained = []
-    for index, label in enumerate(truth.classes):
-        verdicts = {name: verdicts[index] for name, verdicts in by_stage.items()}
-        explained.append(
-            Explained(
-                image_id=truth.image_id,
-                index=index,
-                label=label,
-                area=float(areas[index]),
-                verdicts=verdicts,
-                nearest=_nearest(stages[-1], verdicts[stages[-1].stage.name].query, index, label),
-            )
+    last = list(by_stage.values())[-1]
+    return [
+        Explained(
+            image_id=truth.image_id,
+            index=index,
+            label=label,
+            area=float(areas[index]),
+            verdicts={name: verdicts[index] for name, verdicts in by_stage.items()},
+            nearest=_nearest(stages[-1], last[index].query, index, label),
         )
-    return explained
+        for index, label in enumerate(truth.classes)
+    ]
 
 
 def _nearest(stage: SeenStage, query: int | None, index: int, label: int) -> tuple[float, float, float] | None:
@@ -85,26 +78,22 @@ def by_class(explained: Iterable[Explained], names: Sequence[str]) -> dict[str, 
     """How often each outcome occurs in the end, by class name, for classes that occur."""
     counts: dict[int, Counter[Outcome]] = {}
     for each in explained:
-        counts.setdefault(each.label, Counter())[each.outcome] += 1
+        counts.setdefault(each.label, Counter())[each.last.outcome] += 1
     return {names[label]: counts[label] for label in sorted(counts)}
 
 
 def by_size(explained: Sequence[Explained]) -> dict[str, Counter[Outcome]]:
     """How often each outcome occurs in the end, for COCO's size classes."""
     return {
-        name: Counter(each.outcome for each in explained if low <= each.area < high)
+        name: Counter(each.last.outcome for each in explained if low <= each.area < high)
         for name, (low, high) in SIZES.items()
     }
 
 
-def outcome_rows(counts: Mapping[str, Counter[Outcome]]) -> list[list[Any]]:
-    """Rows of a table: the name, the objects, and how many have which outcome."""
-    return [[name, count.total(), *(count[outcome] for outcome in Outcome)] for name, count in counts.items()]
-
-
-def outcome_heads(first: str) -> list[str]:
-    """The heads of :func:`outcome_rows`."""
-    return [first, "objects", *(outcome.value for outcome in Outcome)]
+def outcome_table(counts: Mapping[str, Counter[Outcome]], first: str) -> tuple[list[list[Any]], list[str]]:
+    """Rows and heads of a table: the name, of what is ``first``, the objects, and how many have which outcome."""
+    rows = [[name, count.total(), *(count[outcome] for outcome in Outcome)] for name, count in counts.items()]
+    return rows, [first, "objects", *(outcome.value for outcome in Outcome)]
 
 
 def write_objects(explained: Sequence[Explained], names: Sequence[str], path: Path) -> None:
@@ -116,6 +105,6 @@ def write_objects(explained: Sequence[Explained], names: Sequence[str], path: Pa
         rows.writerow([*heads, *stages])
         for each in explained:
             numbers = [""] * 3 if each.nearest is None else [f"{value:.4f}" for value in each.nearest]
-            query = "" if each.query is None else each.query
-            own = [each.image_id, each.index, names[each.label], f"{each.area:.0f}", each.outcome.value, query]
-            rows.writerow([*own, *numbers, *(verdict.outcome.value for verdict in each.verdicts.values())])
+            own = [each.image_id, each.index, names[each.label], f"{each.area:.0f}", each.last.outcome.value]
+            verdicts = [verdict.outcome.value for verdict in each.verdicts.values()]
+            rows.writerow([*own, each.last.query, *numbers, *verdicts])  # None is an empty cell

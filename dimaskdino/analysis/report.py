@@ -17,7 +17,7 @@ from pycocotools import mask as mask_util
 from tabulate import tabulate
 
 from dimaskdino.analysis import missed
-from dimaskdino.analysis.explanation import Explained, by_class, by_size, by_stage, outcome_heads, outcome_rows
+from dimaskdino.analysis.explanation import Explained, by_class, by_size, by_stage, outcome_table
 from dimaskdino.analysis.figures import (
     TaskScores,
     draw_calibration,
@@ -59,31 +59,27 @@ class Examples:
     def add(self, image: np.ndarray, truth: TrueObjects, last: SeenStage, explained: Sequence[Explained]) -> None:
         """Draw the objects of an image (H, W, 3) uint8 RGB whose outcomes have room."""
         for each in explained:
-            taken = self.pictures.setdefault(each.outcome, [])
-            if each.outcome is not Outcome.FOUND and len(taken) < self.limit:
-                taken.append(self._draw(image, truth, last, each))
+            taken = self.pictures.get(each.last.outcome, [])
+            if each.last.outcome is not Outcome.FOUND and len(taken) < self.limit:
+                self.pictures[each.last.outcome] = [*taken, self._draw(image, truth, last, each)]
 
     def _draw(
         self, image: np.ndarray, truth: TrueObjects, last: SeenStage, each: Explained
     ) -> tuple[np.ndarray, np.ndarray]:
         x, y, width, height = truth.boxes[each.index]
-        region = _region((x, y, x + width, y + height), image.shape[:2])
-        rle = None if truth.rles is None else truth.rles[each.index]
         box = np.array((x, y, x + width, y + height))
+        region = _region(box, image.shape[:2])
+        rle = None if truth.rles is None else truth.rles[each.index]
         left = _cut(image, region, each.label, self.names[each.label], None, box, rle)
-        if each.query is None:
+        if (query := each.last.query) is None:
             return left, _cut(image, region, 0, "", None, None, None)
-        scores = last.view.scores[each.query] * last.view.quality[each.query]
+        scores = last.view.scores[query] * last.view.quality[query]
         label = int(scores.argmax())
         own = (label, self.names[label], float(scores[label]))
-        return left, _cut(image, region, *own, last.boxes[each.query], last.rles.get(each.query))
-
-    def rows(self) -> list[tuple[Outcome, list[tuple[np.ndarray, np.ndarray]]]]:
-        """The pictures of each outcome that has any, in the order of causes."""
-        return [(outcome, self.pictures[outcome]) for outcome in Outcome if self.pictures.get(outcome)]
+        return left, _cut(image, region, *own, last.boxes[query], last.rles.get(query))
 
 
-def _region(box: tuple[float, float, float, float], size: tuple[int, ...]) -> tuple[int, int, int, int]:
+def _region(box: Sequence[float] | np.ndarray, size: tuple[int, ...]) -> tuple[int, int, int, int]:
     """(left, top, right, bottom) of a square around a box xyxy px, moved into the image as far as it fits."""
     x0, y0, x1, y1 = box
     side = max(x1 - x0, y1 - y0, 16) * _AROUND
@@ -137,22 +133,22 @@ def write_report(
     limits: Limits,
 ) -> None:
     """Write the report as HTML; ``scores`` are of boxes, and of masks where there are any."""
-    stages = by_stage(explained)
-    found = list(stages.values())[-1][missed.Outcome.FOUND] if stages else 0
+    stages, pictures = by_stage(explained), examples.pictures
+    found = sum(each.last.outcome is Outcome.FOUND for each in explained)
     parts = [
         f"<h1>{html.escape(title)}</h1>",
         f"<p>{found} of {len(explained)} objects are found by detections that score at least {limits.score:g}, with an "
         f"IoU of at least {limits.fit:g} of box and mask. What became of the others, had each stage been the last:</p>",
         _figure(draw_outcomes(stages)),
-        _table(outcome_rows(stages), outcome_heads("stage")),
+        _table(*outcome_table(stages, "stage")),
         "<h2>Examples</h2><p class=note>Left the object, right the query that came nearest to it in the last layer, "
         "with its highest score; empty where none came near.</p>",
-        *(_example_row(outcome.value, pairs) for outcome, pairs in examples.rows()),
+        *(_example_row(each.value, pictures[each]) for each in Outcome if each in pictures),
         "<h2>By class and size</h2><p class=note>In the end. Small objects have up to 32 x 32 px, large ones more than "
         "96 x 96.</p>",
-        _table(outcome_rows(by_class(explained, names)), outcome_heads("class")),
+        _table(*outcome_table(by_class(explained, names), "class")),
         "<br>",
-        _table(outcome_rows(by_size(explained)), outcome_heads("size")),
+        _table(*outcome_table(by_size(explained), "size")),
         *_score_parts(scores, names, limits),
         f"<h2>What the words mean</h2><p>near {limits.near:g}, fit {limits.fit:g}, score {limits.score:g}, "
         f"{limits.max_detections} detections of an image</p><pre>{html.escape(_DEFINITIONS)}</pre>",

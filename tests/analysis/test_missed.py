@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dimaskdino.analysis.explanation import Explained, by_class, by_size, by_stage, outcome_rows
+from dimaskdino.analysis.explanation import Explained, by_class, by_size, by_stage, outcome_table
 from dimaskdino.analysis.figures import score_results
 from dimaskdino.analysis.missed import Limits, Outcome, StageView, Verdict, judge
 from dimaskdino.analysis.report import _SIDE_PX, _cut, _region
@@ -182,7 +182,7 @@ def test_sums_by_stage_class_and_size() -> None:
     assert by_class(each, ["a", "b", "c"]) == {"a": {found: 2}, "b": {low: 1}}
     sizes = by_size(each)
     assert (sizes["small"], sizes["medium"], sizes["large"]) == ({found: 1}, {found: 1, low: 1}, {})
-    assert outcome_rows(sizes)[1] == ["medium", 2, 1, 0, 0, 0, 0, 0, 1, 0]
+    assert outcome_table(sizes, "size")[0][1] == ["medium", 2, 1, 0, 0, 0, 0, 0, 1, 0]
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from dimaskdino.solver import (
     check_solver,
     freeze_parameters,
     parameter_groups,
-    scale_learning_rate,
 )
+from dimaskdino.solver.schedule import scale_learning_rate
 from tests.solver.test_optimizer import Parts, cfg_with, settings_by_name
 
 
