@@ -4,7 +4,6 @@ import contextlib
 from collections.abc import Iterator, Mapping
 
 import torch
-from detectron2.engine import HookBase
 from torch import Tensor, nn
 
 from dimaskdino.layers.shards import local, part_of
@@ -52,14 +51,3 @@ class AveragedWeights:
         finally:
             with torch.no_grad():
                 torch._foreach_copy_(self._own, own)
-
-
-class UpdateAverage(HookBase):
-    """Updates the average after every step; register it before the hooks that evaluate and save."""
-
-    def __init__(self, average: AveragedWeights) -> None:
-        self._average = average
-
-    def after_step(self) -> None:
-        """Update."""
-        self._average.update(self.trainer.iter)

@@ -144,25 +144,15 @@ class RepeatablePreciseBN(PreciseBN):
         super().update_stats()
 
 
-class AverageRunningStatistics(HookBase):
-    """Calls :func:`average_running_statistics` before the model is evaluated or saved.
+def average_statistics_before_use(trainer: Any) -> None:
+    """Call :func:`average_running_statistics` after iterations whose model is evaluated or saved, as the last one's.
 
-    Register it in every process, before the hooks that evaluate and save, even if only the main process runs those.
-
-    Args:
-        model: the model in training; may be wrapped for distribution.
-        periods: iterations between two uses, one number for each kind of use; 0 means only after the last iteration.
+    All processes must call it, before the hooks that evaluate and save, even if only the main one has those.
     """
-
-    def __init__(self, model: nn.Module, *, periods: tuple[int, ...]) -> None:
-        self._model = model
-        self._periods = tuple(period for period in periods if period > 0)
-
-    def after_step(self) -> None:
-        """Average after the iterations whose model is evaluated or saved; the last iteration is always one of them."""
-        done = self.trainer.iter + 1
-        if done == self.trainer.max_iter or any(done % period == 0 for period in self._periods):
-            average_running_statistics(self._model)
+    done, solver = trainer.iter + 1, trainer.cfg.SOLVER
+    periods = [period for period in (trainer.cfg.TEST.EVAL_PERIOD, solver.CHECKPOINT_PERIOD) if period > 0]
+    if done == trainer.max_iter or any(done % period == 0 for period in periods):
+        average_running_statistics(trainer.model)
 
 
 @torch.no_grad()

@@ -90,14 +90,6 @@ class NonFiniteSteps:
             return ""
         return f" `python tools/replay.py {path}` computes this step again."
 
-    def state_dict(self) -> dict[str, int]:
-        """The steps that were skipped."""
-        return {"skipped": self.skipped}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Restore a :meth:`state_dict`."""
-        self.skipped = state["skipped"]
-
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model in a data-parallel wrapper."""

@@ -47,11 +47,6 @@ class DrawPredictions(EvaluateWhenTrained):
         self._cfg, self._model = cfg, model
         self._inputs: list[Input] | None = None
 
-    def after_train(self) -> None:
-        """Draw after the last evaluation."""
-        super().after_train()
-        self._inputs = None
-
     def _do_eval(self) -> None:
         with whole_weights(self._model):
             if comm.is_main_process():

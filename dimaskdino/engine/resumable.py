@@ -260,7 +260,7 @@ class ResumableTrainer(TrainerBase):
             "config": self._config_text,
             "periodic": [os.path.basename(path) for path in getattr(self._periodic, "recent_checkpoints", ())],
             "scalars": writers.recent_scalars(self.storage) if hasattr(self, "storage") else {},
-            "nonfinite": self.nonfinite.state_dict(),
+            "nonfinite": {"skipped": self.nonfinite.skipped},
         }
         return {**super().state_dict(), "step": self.step.state_dict(), "run": run}
 
@@ -295,7 +295,7 @@ class ResumableTrainer(TrainerBase):
             saved = os.path.basename(self.checkpointer.get_checkpoint_file())
             names = [*run["periodic"], *([] if saved == FINAL else [saved])]
             self._periodic.recent_checkpoints = [os.path.join(self.cfg.OUTPUT_DIR, name) for name in names]
-        self.nonfinite.load_state_dict(run.get("nonfinite", self.nonfinite.state_dict()))
+        self.nonfinite.skipped = run.get("nonfinite", {}).get("skipped", 0)
         self._first_batch = run["images_drawn"] // self.cfg.SOLVER.IMS_PER_BATCH
         if self.cfg.SOLVER.IMS_PER_BATCH % self._group_size:
             self._group_size = images_in_a_group(self.cfg)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
-from detectron2.engine.hooks import IterationTimer, LRScheduler, PeriodicCheckpointer
+from detectron2.engine.hooks import CallbackHook, IterationTimer, LRScheduler, PeriodicCheckpointer
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators, inference_on_dataset, verify_results
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
@@ -29,7 +29,7 @@ from dimaskdino.data.loaders import test_entries
 from dimaskdino.data.validation.segmentation import mapping_truth_of
 from dimaskdino.engine import hooks, run_folder
 from dimaskdino.engine.devices import distribute, evaluation_autocast, is_sharding, training_dtype, whole_weights
-from dimaskdino.engine.ema import AveragedWeights, UpdateAverage
+from dimaskdino.engine.ema import AveragedWeights
 from dimaskdino.engine.nonfinite import unwrapped
 from dimaskdino.engine.pictures import DrawPredictions
 from dimaskdino.engine.resumable import ResumableTrainer
@@ -75,14 +75,13 @@ class Trainer(ResumableTrainer):
 
     def build_hooks(self) -> list[HookBase | None]:
         """The hooks in the order in which they run."""
-        cfg = self.cfg
+        cfg, average = self.cfg, self._average
         built = [
             IterationTimer(),
             LRScheduler(),
-            UpdateAverage(self._average) if self._average else None,
+            CallbackHook(after_step=lambda trainer: average.update(trainer.iter)) if average else None,
             self._precise_batch_norm(),
-            # Only the main process saves, but all take part in the average.
-            hooks.AverageRunningStatistics(self.model, periods=(cfg.TEST.EVAL_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD)),
+            CallbackHook(after_step=hooks.average_statistics_before_use),
         ]
         if comm.is_main_process() or is_sharding(cfg):
             # The hook divides by its period; it saves the last checkpoint in any case.
