@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from dimaskdino.checkpoint.fitting import Misfit
-from dimaskdino.config import Config, config_of_dump
+from dimaskdino.config import config_of_dump
 from dimaskdino.data import register_all
 from dimaskdino.engine.nonfinite import NonFiniteError, decode
 from dimaskdino.engine.trainer import Trainer
@@ -56,7 +57,10 @@ def replay(path: Path, options: Sequence[str] = ()) -> tuple[dict[str, Any], Rep
         UserError: the file cannot be used, or is of another model than these options make of it.
     """
     recorded = read_replay(path)
-    cfg = _config(recorded["config"], options)
+    cfg = config_of_dump(recorded["config"])
+    cfg.MODEL.WEIGHTS = ""
+    cfg.MODEL.DEVICE = cfg.MODEL.DEVICE if torch.cuda.is_available() else "cpu"
+    cfg.merge_from_list(list(options))
     register_all(cfg=cfg)
     model = Trainer.build_model(cfg)
     if misfit := Misfit.between(recorded["model"], model.state_dict()):
@@ -77,41 +81,18 @@ def replay(path: Path, options: Sequence[str] = ()) -> tuple[dict[str, Any], Rep
     return recorded, done
 
 
-def _config(dump: str, options: Sequence[str]) -> Config:
-    cfg = config_of_dump(dump)
-    cfg.MODEL.WEIGHTS = ""
-    if not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
-    cfg.merge_from_list(list(options))
-    return cfg
-
-
 @contextlib.contextmanager
 def _watching(model: nn.Module, done: Replay) -> Iterator[None]:
     """Note the first module whose output is not finite."""
+    names = {module: name for name, module in model.named_modules()}
 
-    def watch(name: str) -> Any:
-        def look(module: nn.Module, given: Any, output: Any) -> None:
-            if not done.first_module and any(not each.isfinite().all() for each in _tensors(output)):
-                done.first_module = name
+    def look(module: nn.Module, given: Any, output: Any) -> None:
+        tensors = [each for each in tree_leaves(output) if isinstance(each, Tensor)]
+        if not done.first_module and not all(each.isfinite().all() for each in tensors):
+            done.first_module = names.get(module, "")
 
-        return look
-
-    with contextlib.ExitStack() as hooks:
-        for name, module in model.named_modules():
-            if name:
-                hooks.enter_context(module.register_forward_hook(watch(name)))
+    with nn.modules.module.register_module_forward_hook(look):
         yield
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """The floating-point tensors in lists, tuples and dictionaries."""
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value
-    elif isinstance(value, dict | list | tuple):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(each)
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:
