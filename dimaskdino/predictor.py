@@ -103,6 +103,11 @@ class Predictor:
         self.cfg.TEST.EVAL_LAYERS = named if self.tiling is None else []
         self.exif = self.cfg.INPUT.APPLY_EXIF if exif is None else exif
         test = self.cfg.MODEL.MaskDINO.TEST
+        if test.QUERY_FEATURES and self.cfg.MODEL.META_ARCHITECTURE == "DINO":
+            raise ConfigError(
+                "MODEL.MaskDINO.TEST.QUERY_FEATURES (--query-features) needs MaskDINO or DI-MaskDINO, not DINO "
+                "(MODEL.META_ARCHITECTURE); leave it out."
+            )
         if self.tiling and not test.INSTANCE_ON:
             raise ConfigError("Pictures are predicted in tiles by models of objects (MODEL.MaskDINO.TEST.INSTANCE_ON).")
         if self.tiling and (maps := [key for key in ("PANOPTIC_ON", "SEMANTIC_ON") if test[key]]):
@@ -164,7 +169,8 @@ class Predictor:
             copies: list[tuple[np.ndarray, Canvas | None]] = [(to_picture(picture), None) for picture in pictures]
         else:
             canvases = [open_canvas(picture) if isinstance(picture, np.ndarray) else picture for picture in pictures]
-            results = [{"instances": self._predict_tiles(canvas)} for canvas in canvases]
+            objects = [predict_tiles(canvas, self.tiling, self._objects, self.batch_size) for canvas in canvases]
+            results = [{"instances": each} for each in objects]
             copies = [(canvas.copy(), canvas) for canvas in canvases]
         for result in results:
             for each in (result, *result.get("layers", {}).values()):
@@ -182,12 +188,8 @@ class Predictor:
         with torch.inference_mode():
             return [on_cpu(result) for result in self._model(inputs)]
 
-    def _predict_tiles(self, canvas: Canvas) -> Instances:
-        def predict(tiles: Sequence[np.ndarray]) -> list[Instances]:
-            return [result["instances"] for result in self._results(tiles)]
-
-        assert self.tiling is not None
-        return predict_tiles(canvas, self.tiling, predict, self.batch_size)
+    def _objects(self, tiles: Sequence[np.ndarray]) -> list[Instances]:
+        return [result["instances"] for result in self._results(tiles)]
 
     def save(self, path: str | Path) -> None:
         """Write one file (safetensors if it ends so) that :class:`Predictor` loads: weights, configuration, classes.
@@ -279,16 +281,16 @@ def classes_of(cfg: Config, trained: Sequence[str] | None = None) -> Classes:
     """The classes of a configuration's datasets; where none is on this machine, the weights', or "class 0", ...."""
     register_all(cfg=cfg)
     count = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
-    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
-        metadata = MetadataCatalog.get(name) if name in MetadataCatalog.list() else None
+    datasets = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+    for metadata in (MetadataCatalog.get(name) for name in datasets if name in MetadataCatalog.list()):
         # A semantic dataset has names of stuff alone.
-        things = (metadata.get("thing_classes") or metadata.get("stuff_classes")) if metadata else None
+        things = metadata.get("thing_classes") or metadata.get("stuff_classes")
         ids: list[int] = []
-        if metadata is not None and not things and Path(metadata.get("json_file", "")).is_file():
+        if not things and Path(metadata.get("json_file", "")).is_file():
             # register_coco_instances learns the classes when it loads the file.
             by_id = category_names(read_json(metadata.json_file))
             ids, things = list(by_id), list(by_id.values())
-        if metadata is not None and things and len(things) <= count:
+        if things and len(things) <= count:
             # Panoptic datasets number things and stuff together; detectron2's "separated" ones do not.
             maps = [metadata.get(f"{kind}_dataset_id_to_contiguous_id") or {} for kind in ("stuff", "thing")]
             id_of = {index: key for to_index in maps for key, index in to_index.items()}
@@ -296,13 +298,13 @@ def classes_of(cfg: Config, trained: Sequence[str] | None = None) -> Classes:
             ids = ids or [id_of[index] if known else index + 1 for index in range(len(things))]
             more = range(len(things), count)  # a model may have more classes than its dataset
             names = [*things, *(f"class {index}" for index in more)]
-            return Classes(
-                names, [*ids, *(max(ids) + 1 + index for index in more)], list(metadata.get("stuff_classes", []))
-            )
+            ids += [max(ids) + 1 + index for index in more]
+            return Classes(names, ids, list(metadata.get("stuff_classes", [])))
     if trained and len(trained) == count:
         return Classes(list(trained), list(range(1, count + 1)))
-    datasets = ", ".join((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)) or "none"
     logger.warning(
-        "No registered dataset (%s) names the model's %d classes; they are called by number.", datasets, count
+        "No registered dataset (%s) names the model's %d classes; they are called by number.",
+        ", ".join(datasets) or "none",
+        count,
     )
     return Classes([f"class {index}" for index in range(count)], list(range(count)))

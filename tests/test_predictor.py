@@ -295,6 +295,9 @@ def test_query_features_give_the_class_scores(run, pixels) -> None:
     torch.testing.assert_close(scores, instances.class_scores, atol=1e-6, rtol=0)
     assert (instances.scores <= instances.class_scores).all()
     assert found["image_feature"].shape == (64,)
+    options = ["MODEL.MaskDINO.TEST.QUERY_FEATURES", "True", "MODEL.META_ARCHITECTURE", "DINO"]
+    with pytest.raises(UserError, match=r"QUERY_FEATURES.*not DINO"):
+        Predictor(run, device="cpu", options=options)
 
 
 def test_json_and_coco_hold_what_was_found(run, pixels) -> None:

@@ -213,10 +213,6 @@ def check_model(args: argparse.Namespace, cfg: Config) -> None:
     if of_objects and not cfg.MODEL.MaskDINO.TEST.INSTANCE_ON:
         flag = f"--{of_objects[0].replace('_', '-')}"
         raise UserError(f"{flag} needs a model of objects (MODEL.MaskDINO.TEST.INSTANCE_ON); leave it out.")
-    if args.query_features and cfg.MODEL.META_ARCHITECTURE == "DINO":
-        raise UserError(
-            "--query-features needs MaskDINO or DI-MaskDINO, not DINO (MODEL.META_ARCHITECTURE); leave it out."
-        )
     of_masks = sorted({"masks", "geojson"} & {*args.save})
     if of_masks and not needs_masks(cfg):
         raise UserError(f"--save {of_masks[0]} needs a model with masks; this one finds boxes alone, so leave it out.")

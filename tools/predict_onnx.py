@@ -76,6 +76,8 @@ class Model:
         """An image as (H, W, 3) uint8 RGB."""
         if isinstance(image, Array):
             return image
+        if not isinstance(image, Image.Image) and Path(image).is_dir():
+            raise ValueError(f"a folder; name the images in it, such as {image}/*.jpg")
         opened = image if isinstance(image, Image.Image) else Image.open(image)
         if opened.mode.startswith(("I", "F")):
             raise ValueError(f"the image has more than 8 bits a channel (mode {opened.mode}); convert it to 8 bits")
@@ -169,9 +171,9 @@ class Model:
         if "masks" in outputs:
             qualities = np.zeros(len(query), np.float32)
             # Files of earlier versions do not say; their models interpolate in two steps.
-            resize = frame.resize_directly if told.get("mask_interpolation") == "direct" else frame.resize
+            step = "direct" if told.get("mask_interpolation") == "direct" else "both"
             for index, logits in enumerate(outputs["masks"][query]):
-                resized = resize(logits)
+                resized = frame.interpolate(logits, step)
                 masks[index] = resized > 0
                 qualities[index] = (sigmoid(resized) * masks[index]).sum() / (masks[index].sum() + 1e-6)
             scores = scores * qualities if told["score_by_mask"] else scores
@@ -191,7 +193,7 @@ class Model:
         winner, inside = np.zeros(frame.size, np.int64), np.zeros(frame.size, bool)
         best, own = np.full(frame.size, -1, np.float32), np.zeros(len(queries), np.int64)
         for place, query in enumerate(queries):
-            mask = sigmoid(frame.resize(outputs["masks"][query]))
+            mask = sigmoid(frame.interpolate(outputs["masks"][query], "both"))
             own[place] = (mask >= 0.5).sum()
             better = scores[place] * mask > best
             best[better] = (scores[place] * mask)[better]
@@ -222,15 +224,15 @@ class Model:
         told, weights = self.description, outputs["scores"]
         if told["temperature"] is not None and not told["no_object_class"]:
             weights = softmax(weights / told["temperature"])
-        resize = frame.resize if told["crop_first"] else frame.on_canvas
+        step = "both" if told["crop_first"] else "enlarge"
         largest = max(math.prod(frame.size), math.prod(frame.canvas))
-        step = max(1, MASK_BYTES // 8 // largest)
+        count = max(1, MASK_BYTES // 8 // largest)
         total: Any = 0
-        for start in range(0, len(weights), step):
-            chunk = slice(start, start + step)
-            masks = sigmoid(np.stack([resize(logits) for logits in outputs["masks"][chunk]]))
+        for start in range(0, len(weights), count):
+            chunk = slice(start, start + count)
+            masks = sigmoid(np.stack([frame.interpolate(logits, step) for logits in outputs["masks"][chunk]]))
             total = total + np.tensordot(weights[chunk], masks, axes=(0, 0))
-        return total if told["crop_first"] else np.stack([frame.crop(each) for each in total])
+        return total if told["crop_first"] else np.stack([frame.interpolate(each, "fit") for each in total])
 
 
 class Frame:
@@ -240,23 +242,14 @@ class Frame:
         self.canvas, self.inner, self.size = tuple(canvas), tuple(inner), tuple(size)
         self._matrices: dict[Any, list[Array]] = {}
 
-    def on_canvas(self, logits: Array) -> Array:
-        """A map (h, w) at the size of the canvas."""
-        return self._interpolate(logits, "enlarge")
+    def interpolate(self, values: Array, step: str) -> Array:
+        """A map (h, w) of the canvas at another size; linear along each axis, so that two matrices do it.
 
-    def crop(self, on_canvas: Array) -> Array:
-        """A map of the canvas, cut to the image, at the size of the result."""
-        return self._interpolate(on_canvas[: self.inner[0], : self.inner[1]], "fit")
-
-    def resize(self, logits: Array) -> Array:
-        """Both steps in one: interpolation is linear along each axis, so that two matrices do it."""
-        return self._interpolate(logits, "both")
-
-    def resize_directly(self, logits: Array) -> Array:
-        """A map (h, w) of the canvas, cut to the image, at the size of the result, interpolated once."""
-        return self._interpolate(logits, "direct")
-
-    def _interpolate(self, values: Array, step: str) -> Array:
+        The steps: "enlarge" to the canvas; "fit" what is on the image to the result, from the canvas; "both", or
+        "direct" from the map to the result.
+        """
+        if step == "fit":
+            values = values[: self.inner[0], : self.inner[1]]
         key = (step, values.shape)
         if key not in self._matrices:
             self._matrices[key] = [self._matrix(step, axis, cells) for axis, cells in enumerate(values.shape)]
@@ -347,11 +340,10 @@ def run_lengths(mask: Array) -> Result:
 def draw(picture: Array, result: Result, description: dict[str, Any]) -> Image.Image:
     """The picture with what was found."""
     palette = np.array([class_color(index) for index in range(len(description["segment_classes"]))])
-    if "panoptic" in result or "semantic" in result:
-        if "panoptic" in result:
-            labels = np.array([-1, *(segment["category_id"] for segment in result["segments"])])[result["panoptic"]]
-        else:
-            labels = result["semantic"].argmax(0)
+    labels = result["semantic"].argmax(0) if "semantic" in result else None
+    if "panoptic" in result:
+        labels = np.array([-1, *(segment["category_id"] for segment in result["segments"])])[result["panoptic"]]
+    if labels is not None:
         shown = labels >= 0
         blended = picture.copy()
         blended[shown] = (0.5 * picture[shown] + 0.5 * palette[labels[shown]]).astype(np.uint8)
@@ -362,7 +354,8 @@ def draw(picture: Array, result: Result, description: dict[str, Any]) -> Image.I
             mask = result["masks"][index]
             blended[mask] = 0.5 * blended[mask] + 0.5 * palette[label]
     image = Image.fromarray(blended.astype(np.uint8))
-    pen, boxes = ImageDraw.Draw(image), [sorted_box(box) for box in result["boxes"]]
+    corners = result["boxes"].reshape(-1, 2, 2)
+    pen, boxes = ImageDraw.Draw(image), np.hstack((corners.min(1), corners.max(1))).tolist()
     for label, (x0, y0, x1, y1) in zip(result["labels"], boxes, strict=True):
         pen.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline=HALO, width=4)
         pen.rectangle((x0, y0, x1, y1), outline=class_color(label), width=2)
@@ -386,11 +379,6 @@ def free_spot(
         if not any(x < right and start < x + width and y < end and up < y + height for start, up, right, end in taken):
             return x, y, x + width, y + height
     return None
-
-
-def sorted_box(box: Array) -> list[float]:
-    """The corners in the order that Pillow wants."""
-    return [*np.minimum(box[:2], box[2:]).tolist(), *np.maximum(box[:2], box[2:]).tolist()]
 
 
 def class_color(index: int) -> tuple[int, ...]:
@@ -456,11 +444,9 @@ def above(result: Result, score: float) -> Result:
 
 def save_maps(result: Result, path: Path) -> None:
     """Panoptic and semantic maps as PNG of 16 bits: ids of segments, and classes."""
-    maps = {"panoptic": result.get("panoptic")}
-    maps["semantic"] = result["semantic"].argmax(0) if "semantic" in result else None
-    for name, values in maps.items():
-        if values is not None:
-            Image.fromarray(values.astype(np.uint16)).save(f"{path}_{name}.png")
+    for name in {"panoptic", "semantic"} & result.keys():
+        values = result[name].argmax(0) if name == "semantic" else result[name]
+        Image.fromarray(values.astype(np.uint16)).save(f"{path}_{name}.png")
 
 
 if __name__ == "__main__":

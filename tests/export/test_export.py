@@ -134,19 +134,20 @@ def test_runner_equals_predictor_without_torch(tmp_path, monkeypatch, pictures):
         Image.open(pictures[0]).save(twin)
     (tmp_path / "bad.png").write_text("not an image")
     Image.new("RGB", (3000, 4)).save(tmp_path / "long.png")  # 32 x 96 px on the canvas: 48 + 12 + 3 + 2 tokens
-    unusable = [tmp_path / "bad.png", tmp_path / "long.png"]
+    unusable = [tmp_path / "bad.png", tmp_path / "long.png", lone]
     arguments = [output, pictures[0], *unusable, *twins, "--output", tmp_path / "out", "--score", "0"]
     done = subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)], cwd=lone, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert "bad.png" in done.stderr
+    assert f"{lone}: a folder; name the images in it" in done.stderr
     assert re.search(r"long\.png: .* 65 tokens, .* 66; cut it", done.stderr), done.stderr
     content, *_ = json.loads((tmp_path / "out" / "results.json").read_text())
     assert (content["height"], content["width"], len(content["objects"])) == (50, 90, 6)
     assert content["objects"][0]["class"].startswith("class ")
     assert Image.open(tmp_path / "out" / "a.png").size == (90, 50)
-    assert {path.name for path in (tmp_path / "out").glob("i*")} == {"image_3.png", "image_4.png"}
+    assert {path.name for path in (tmp_path / "out").glob("i*")} == {"image_4.png", "image_5.png"}
 
 
 def test_a_file_that_finds_something_else_is_not_kept(tmp_path, monkeypatch, pictures, capsys):
@@ -289,14 +290,14 @@ def test_masks_are_resized_as_by_the_model(sizes):
     logits = torch.randn(2, 16, 24, generator=torch.Generator().manual_seed(0))
     expected = TorchFrame(*sizes).crop_and_resize(TorchFrame(*sizes).on_canvas(logits))
     frame = Frame(*sizes)
-    found = np.stack([frame.resize(each.numpy()) for each in logits])
+    found = np.stack([frame.interpolate(each.numpy(), "both") for each in logits])
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-4)
-    in_steps = np.stack([frame.crop(frame.on_canvas(each.numpy())) for each in logits])
+    in_steps = np.stack([frame.interpolate(frame.interpolate(each.numpy(), "enlarge"), "fit") for each in logits])
     np.testing.assert_allclose(in_steps, expected.numpy(), atol=1e-4)
-    for steps, resize in (("two_step", frame.resize), ("direct", frame.resize_directly)):
+    for steps, name in (("two_step", "both"), ("direct", "direct")):
         rendering = MaskRendering(interpolation=steps)
         masks, _ = rendering(MaskLogits(torch.eye(2)[None], logits[None]), 0, torch.arange(2), TorchFrame(*sizes))
-        found = np.stack([resize(each.numpy()) > 0 for each in logits])
+        found = np.stack([frame.interpolate(each.numpy(), name) > 0 for each in logits])
         assert (found == masks.numpy()).mean() > 0.999
 
 
@@ -309,7 +310,7 @@ def test_runner_interpolates_masks_as_its_model_does():
         kind: model(**told, mask_interpolation=kind).results(outputs, *frames)["masks"][0]
         for kind in ("direct", "two_step")
     }
-    assert np.array_equal(found["direct"], Frame(*frames).resize_directly(outputs["masks"][0]) > 0)
+    assert np.array_equal(found["direct"], Frame(*frames).interpolate(outputs["masks"][0], "direct") > 0)
     assert not np.array_equal(found["direct"], found["two_step"])
 
 
