@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,8 +93,7 @@ def _common_name(names: Sequence[str]) -> str:
     """The name of a run, or what those of several have in common, and their number."""
     if len(names) == 1:
         return names[0]
-    start = next((i for i, letters in enumerate(zip(*names, strict=False)) if len(set(letters)) > 1), len(names[0]))
-    return f"{names[0][:start].rstrip('_-. ') or names[0]} ({len(names)} runs)"
+    return f"{os.path.commonprefix(names).rstrip('_-. ') or names[0]} ({len(names)} runs)"
 
 
 def default_metrics(groups: Sequence[Group]) -> list[str]:

@@ -46,7 +46,8 @@ class NonFiniteSteps:
 
     def handle(self, error: NonFiniteError, step: Any) -> None:
         """Write the step to a file, then undo it, or end the run by raising the error again, with the path."""
-        bad = nonfinite_weights(step.model)
+        weights = unwrapped(step.model).named_parameters()
+        bad = [name for name, weight in weights if not local(weight).isfinite().all()]
         step.undo()
         note = self._write(error, step)
         if bad:
@@ -94,11 +95,6 @@ class NonFiniteSteps:
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model in a data-parallel wrapper."""
     return getattr(model, "module", model)
-
-
-def nonfinite_weights(model: nn.Module) -> list[str]:
-    """The names of the parameters that are not finite."""
-    return [name for name, each in unwrapped(model).named_parameters() if not local(each).isfinite().all()]
 
 
 def encode(batch: Batch) -> list[dict[str, Any]]:

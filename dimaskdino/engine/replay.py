@@ -31,8 +31,11 @@ class Replay:
 
     def differences(self, recorded: dict[str, Any]) -> list[str]:
         """The losses whose bits are not those of the recorded step."""
-        then = recorded["losses"]
-        return [name for name in sorted({*then, *self.losses}) if not _same(then.get(name), self.losses.get(name))]
+        then, now = (
+            {name: value.float().view(torch.int32).item() for name, value in losses.items()}
+            for losses in (recorded["losses"], self.losses)
+        )
+        return sorted(name for name in {*then, *now} if then.get(name) != now.get(name))
 
 
 def read_replay(path: Path) -> dict[str, Any]:
@@ -93,10 +96,3 @@ def _watching(model: nn.Module, done: Replay) -> Iterator[None]:
 
     with nn.modules.module.register_module_forward_hook(look):
         yield
-
-
-def _same(one: Tensor | None, other: Tensor | None) -> bool:
-    """Whether two float32 numbers have the same bits; NaN equals NaN."""
-    if one is None or other is None:
-        return False
-    return torch.equal(one.float().reshape(1).view(torch.int32), other.float().reshape(1).view(torch.int32))

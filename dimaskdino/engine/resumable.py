@@ -1,7 +1,6 @@
 """The part of the trainer that makes a run one run, however often it is interrupted."""
 
 import contextlib
-import functools
 import logging
 import os
 import uuid
@@ -90,7 +89,9 @@ class ResumableTrainer(TrainerBase):
             UserError: the processes find different checkpoints, or the checkpoint has another model or optimizer.
         """
         run_folder.check_same_checkpoint(self.checkpointer, resume=resume)
-        resume = resume and self._has_checkpoint()
+        if resume and not self.checkpointer.has_checkpoint():
+            logger.warning("--resume: no checkpoint in %s; starting from MODEL.WEIGHTS.", self.cfg.OUTPUT_DIR)
+            resume = False
         configured = restored_settings(self.optimizer)
         content = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
         if self._average:
@@ -107,12 +108,6 @@ class ResumableTrainer(TrainerBase):
                 self.start_iter,
                 self.max_iter,
             )
-
-    def _has_checkpoint(self) -> bool:
-        if self.checkpointer.has_checkpoint():
-            return True
-        logger.warning("--resume: no checkpoint in %s; starting from MODEL.WEIGHTS.", self.cfg.OUTPUT_DIR)
-        return False
 
     def train(self) -> dict[str, Any] | None:
         """Train from ``start_iter`` to SOLVER.MAX_ITER; a new run sets an earlier one in its folder aside.
@@ -246,10 +241,6 @@ class ResumableTrainer(TrainerBase):
         with run_folder.full_disk_in_one_line(Path(self.cfg.OUTPUT_DIR)):
             super().after_train()
 
-    @functools.cached_property
-    def _config_text(self) -> str:
-        return self._given_cfg.dump()  # As YAML it takes a twentieth of a second, and it stays what it is.
-
     def state_dict(self) -> dict[str, Any]:
         """Iteration, hooks (with the schedule), step (with the optimizer), and what makes the run repeatable."""
         batches = self._first_batch + self.iter + 1 - self.start_iter
@@ -257,7 +248,7 @@ class ResumableTrainer(TrainerBase):
             "seed": self.seed,
             "images_drawn": batches * self.cfg.SOLVER.IMS_PER_BATCH,
             "group_size": self._group_size,
-            "config": self._config_text,
+            "config": self._given_cfg.dump(),
             "periodic": [os.path.basename(path) for path in getattr(self._periodic, "recent_checkpoints", ())],
             "scalars": writers.recent_scalars(self.storage) if hasattr(self, "storage") else {},
             "nonfinite": {"skipped": self.nonfinite.skipped},

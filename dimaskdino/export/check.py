@@ -84,18 +84,15 @@ def _compare_instances(found: Result, expected: Result) -> list[str]:
         ]
         if not near or not min(distance) <= 1:
             if score - last > SCORE:  # rounding may exchange detections at the end of the list
-                messages.append(f"a detection of class {label} at score {score:.4f} is {_far(distance)}")
+                far = f"off by {min(distance):.3g} times what is allowed" if distance else "missing"
+                messages.append(f"a detection of class {label} at score {score:.4f} is {far}")
             continue
         other = near[int(np.argmin(distance))]
         free.remove(other)
-        if "masks" in expected and _iou(found["masks"][other], expected["masks"][index]) < MASK_IOU:
-            iou = _iou(found["masks"][other], expected["masks"][index])
+        iou = _iou(found["masks"][other], expected["masks"][index]) if "masks" in expected else 1.0
+        if iou < MASK_IOU:
             messages.append(f"the mask at score {score:.4f} has IoU {iou:.4f}")
     return messages
-
-
-def _far(distance: list[float]) -> str:
-    return f"off by {min(distance):.3g} times what is allowed" if distance else "missing"
 
 
 def _compare_segments(found: Result, expected: Result) -> list[str]:

@@ -1,7 +1,5 @@
 """Checks of the SOLVER keys, for the start of a run: before any data is read."""
 
-from typing import Any
-
 from detectron2.config import CfgNode
 
 from dimaskdino.errors import ConfigError, check_choice, check_range
@@ -28,7 +26,11 @@ def check_solver(cfg: CfgNode, num_processes: int) -> None:
     check_choice("SOLVER.WARMUP_METHOD", solver.WARMUP_METHOD, WARMUP_METHODS)
     for name in (*POSITIVE, *NOT_NEGATIVE):
         check_range(f"SOLVER.{name}", solver[name], int(name in POSITIVE), meaning=MEANINGS.get(name, ""))
-    _check_steps(list(solver.STEPS))
+    steps = list(solver.STEPS)
+    if any(type(step) is not int for step in steps) or steps != sorted({*steps}) or min(steps, default=1) < 1:
+        raise ConfigError(
+            f"SOLVER.STEPS is {tuple(steps)}; it must be iterations from 1 on in increasing order, or () for none."
+        )
     _check_batch(cfg, num_processes)
     if solver.REFERENCE_BATCH_SIZE and solver.REFERENCE_WORLD_SIZE:
         raise ConfigError(
@@ -39,13 +41,6 @@ def check_solver(cfg: CfgNode, num_processes: int) -> None:
         raise ConfigError(f"SOLVER.EMA.DECAY is {solver.EMA.DECAY}; it must be at least 0 and below 1.")
     parameter_rules(cfg)
     GradientClipper.from_config(cfg)
-
-
-def _check_steps(steps: list[Any]) -> None:
-    if any(type(step) is not int for step in steps) or steps != sorted({*steps}) or min(steps, default=1) < 1:
-        raise ConfigError(
-            f"SOLVER.STEPS is {tuple(steps)}; it must be iterations from 1 on in increasing order, or () for none."
-        )
 
 
 def _check_batch(cfg: CfgNode, num_processes: int) -> None:

@@ -3,7 +3,7 @@
 import difflib
 import fnmatch
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -80,7 +80,7 @@ def freeze_parameters(cfg: CfgNode, model: nn.Module) -> None:
 
 
 def parameter_groups(cfg: CfgNode, model: nn.Module) -> ParameterGroups:
-    """Trainable parameters grouped by learning rate and weight decay, each parameter once.
+    """Trainable parameters grouped by learning rate and weight decay; a shared one belongs to its first module.
 
     Returns:
         Groups ``{"params": [...], "lr": float, "weight_decay": float}`` in the order in which the model names their
@@ -93,11 +93,15 @@ def parameter_groups(cfg: CfgNode, model: nn.Module) -> ParameterGroups:
     _check_all_match(rules, model)
     depth = _layer_factors(cfg, model)
     by_setting: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for module_name, module, name, parameter in _trainable_parameters(model):
-        full_name = f"{module_name}.{name}" if module_name else name
+    for full_name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        module_name, _, name = full_name.rpartition(".")
         rate = cfg.SOLVER.BASE_LR * (cfg.SOLVER.BACKBONE_MULTIPLIER if "backbone" in module_name else 1.0)
         factor = depth.get(parameter, 1.0) * _setting(rules, full_name, "lr_factor", default=1.0)
-        decay = _setting(rules, full_name, "weight_decay", default=_weight_decay(cfg, module, name))
+        decay = _setting(
+            rules, full_name, "weight_decay", default=_weight_decay(cfg, model.get_submodule(module_name), name)
+        )
         by_setting.setdefault((rate * factor, decay), []).append(parameter)
     return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in by_setting.items()]
 
@@ -141,16 +145,6 @@ def _layer_factors(cfg: CfgNode, model: nn.Module) -> dict[nn.Parameter, float]:
         follow = len(blocks) - latest if own or latest < len(blocks) else -1
         factors[parameter] = decay ** (follow + 1)
     return factors
-
-
-def _trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
-    """Yield (module name, module, name within it, parameter); a shared parameter belongs to its first module."""
-    seen: set[nn.Parameter] = set()
-    for module_name, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.requires_grad and parameter not in seen:
-                seen.add(parameter)
-                yield module_name, module, name, parameter
 
 
 def _weight_decay(cfg: CfgNode, module: nn.Module, name: str) -> float:
