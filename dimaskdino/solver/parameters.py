@@ -99,9 +99,8 @@ def parameter_groups(cfg: CfgNode, model: nn.Module) -> ParameterGroups:
         module_name, _, name = full_name.rpartition(".")
         rate = cfg.SOLVER.BASE_LR * (cfg.SOLVER.BACKBONE_MULTIPLIER if "backbone" in module_name else 1.0)
         factor = depth.get(parameter, 1.0) * _setting(rules, full_name, "lr_factor", default=1.0)
-        decay = _setting(
-            rules, full_name, "weight_decay", default=_weight_decay(cfg, model.get_submodule(module_name), name)
-        )
+        decay = _weight_decay(cfg, model.get_submodule(module_name), name)
+        decay = _setting(rules, full_name, "weight_decay", default=decay)
         by_setting.setdefault((rate * factor, decay), []).append(parameter)
     return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in by_setting.items()]
 
