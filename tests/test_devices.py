@@ -112,7 +112,6 @@ def steps_of_the_trainer(model, clip):
         data_loader=[batch()] * 3,
         optimizer=torch.optim.SGD(parameter_groups(tiny_cfg(), model), lr=1e-3, momentum=0.9),
         clipper=GradientClipper(clip_type=clip, limit=0.1),
-        amp=False,
     )
     losses = []
     with EventStorage() as storage:

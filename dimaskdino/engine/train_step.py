@@ -30,11 +30,9 @@ class TrainStep:
         data_loader: yields batches forever; may be set later, before the first step.
         optimizer: optimizes the parameters of ``model``.
         clipper: clips the gradients after loss scaling is undone.
-        amp: whether to autocast.
-        amp_dtype: what autocast computes in; the loss is scaled for float16, whose small gradients would vanish.
+        autocast_to: what autocast computes in; None for none. The loss is scaled for float16, whose small gradients
+            would vanish.
         accumulation_steps: parts that the batch is computed in, one after the other; divides the images of a batch.
-        seed: of the random numbers that the model draws, which then depend on it, the iteration and the process alone;
-            None leaves the generators as they are.
     """
 
     def __init__(
@@ -44,19 +42,18 @@ class TrainStep:
         data_loader: Iterable[Batch] = (),
         optimizer: Optimizer,
         clipper: GradientClipper,
-        amp: bool,
-        amp_dtype: torch.dtype = torch.float16,
+        autocast_to: torch.dtype | None = None,
         accumulation_steps: int = 1,
-        seed: int | None = None,
     ) -> None:
         model.train()
         self.model = model
         self.data_loader = data_loader
         self.optimizer = optimizer
         self.clipper = clipper
-        self.amp, self.amp_dtype = amp, amp_dtype
+        self.autocast_to = autocast_to
         self.accumulation_steps = accumulation_steps
-        self.seed = seed
+        # If set, the random numbers that the model draws depend on it, the iteration and the process alone.
+        self.seed: int | None = None
         self.iter = 0
         # Number of the process whose random numbers these are.
         self.process = comm.get_rank()
@@ -72,7 +69,7 @@ class TrainStep:
         self._statistics = running_statistics(self._bare_model)
         self._statistics_before: list[Tensor] = []
         self._device = self._parameters[0].device
-        self._scaler = torch.amp.GradScaler(self._device.type, enabled=amp and amp_dtype == torch.float16)
+        self._scaler = torch.amp.GradScaler(self._device.type, enabled=autocast_to is torch.float16)
         self._batches: Iterator[Batch] | None = None
 
     def run_step(self) -> None:
@@ -126,7 +123,7 @@ class TrainStep:
                 # Processes average their gradients once a step, after its last part.
                 stay_here = contextlib.nullcontext if part is parts[-1] else no_sync
                 with stay_here():
-                    with torch.autocast(self._device.type, dtype=self.amp_dtype, enabled=self.amp):
+                    with torch.autocast(self._device.type, self.autocast_to, enabled=self.autocast_to is not None):
                         losses = self._losses(part)
                         losses = losses if weight == 1 else {name: loss * weight for name, loss in losses.items()}
                         total = torch.stack(list(losses.values())).sum()

@@ -140,13 +140,11 @@ class Trainer(ResumableTrainer):
         """The step that trains ``model``, with its optimizer."""
         solver.freeze_parameters(cfg, model)
         checkpoint_activations(cfg, model)
-        dtype = training_dtype(cfg)
         return TrainStep(
             model=distribute(cfg, model),  # before the optimizer, which has its parameters
             optimizer=cls.build_optimizer(cfg, model),
             clipper=solver.GradientClipper.from_config(cfg),
-            amp=dtype is not None,
-            amp_dtype=dtype or torch.float16,
+            autocast_to=training_dtype(cfg),
             accumulation_steps=cfg.SOLVER.ACCUMULATION_STEPS,
         )
 

@@ -34,8 +34,7 @@ def test_bfloat16_reaches_the_backbone_and_no_weight() -> None:
         data_loader=[train_batch(BOXES, BOXES[:1])],
         optimizer=torch.optim.SGD(model.parameters(), lr=1e-3),
         clipper=GradientClipper(clip_type="full_model", limit=1.0),
-        amp=True,
-        amp_dtype=torch.bfloat16,
+        autocast_to=torch.bfloat16,
     )
     before = [p.detach().clone() for p in model.parameters()]
     with EventStorage() as storage:
@@ -53,7 +52,7 @@ def test_bfloat16_gradient_that_is_not_finite_stops() -> None:
     line.weight.register_hook(lambda gradient: gradient * torch.inf)
     options = {"optimizer": torch.optim.SGD(line.parameters(), lr=1.0), "data_loader": [[{}]]}
     clipper = GradientClipper(clip_type="full_model", limit=1.0)
-    step = TrainStep(model=line, clipper=clipper, amp=True, amp_dtype=torch.bfloat16, **options)
+    step = TrainStep(model=line, clipper=clipper, autocast_to=torch.bfloat16, **options)
     with EventStorage(), pytest.raises(FloatingPointError, match="grad_norm"):
         step.run_step()
 

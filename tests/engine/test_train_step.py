@@ -35,7 +35,7 @@ def step_on(*batches: dict[str, Any], clip: float = math.inf, amp: bool = False)
         data_loader=[[batch] for batch in batches],
         optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
         clipper=GradientClipper(clip_type="full_model", limit=clip),
-        amp=amp,
+        autocast_to=torch.float16 if amp else None,
     )
 
 
@@ -122,9 +122,8 @@ def test_non_finite_running_statistics_stop(buffer: str, amp: bool) -> None:
     norm = nn.BatchNorm1d(2)
     norm.running_mean.fill_(3e38)  # finite, though the sum of two is not
     step.model.norm = norm
-    step = TrainStep(
-        model=step.model, data_loader=step.data_loader, optimizer=step.optimizer, clipper=step.clipper, amp=amp
-    )
+    options = {"data_loader": step.data_loader, "autocast_to": torch.float16 if amp else None}
+    step = TrainStep(model=step.model, optimizer=step.optimizer, clipper=step.clipper, **options)
     with EventStorage():
         step.run_step()
         getattr(norm, buffer)[1] = math.inf
@@ -165,7 +164,6 @@ def step_of(model: nn.Module, batches: list[Any], steps: int) -> TrainStep:
         data_loader=batches,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
         clipper=GradientClipper(clip_type="full_model", limit=torch.inf),
-        amp=False,
         accumulation_steps=steps,
     )
 

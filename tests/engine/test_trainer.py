@@ -200,7 +200,7 @@ def test_amp_is_off_on_the_cpu(toy_cfg: Config, caplog: pytest.LogCaptureFixture
     toy_cfg.SOLVER.AMP.ENABLED = True
     with caplog.at_level(logging.INFO):
         trainer = Trainer(toy_cfg)
-    assert not trainer.step.amp
+    assert trainer.step.autocast_to is None
     assert "SOLVER.AMP.ENABLED has no effect on the CPU" in caplog.text
 
 
