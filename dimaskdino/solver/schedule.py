@@ -18,28 +18,22 @@ _POLYNOMIAL = "WarmupPolyLR"
 
 
 class WarmupPolynomial(ParamScheduler):
-    """Factor on the learning rate: (1 - progress) ** power, with a warm-up before and a floor after.
+    """Factor on the learning rate: (1 - progress) ** SOLVER.POLY_LR_POWER.
 
-    Args:
-        power: exponent of the decay.
-        floor: smallest factor after the warm-up; 0 for none.
-        warmup_share: share of the training, in [0, 1], over which the factor is scaled up linearly.
-        warmup_start: scale at the beginning of the warm-up.
+    It is scaled up linearly from WARMUP_FACTOR during WARMUP_ITERS, and then at least POLY_LR_CONSTANT_ENDING.
     """
 
-    def __init__(self, *, power: float, floor: float, warmup_share: float, warmup_start: float) -> None:
-        self.power = power
-        self.floor = floor
-        self.warmup_share = warmup_share
-        self.warmup_start = warmup_start
+    def __init__(self, solver: CfgNode) -> None:
+        self._solver = solver
+        self._warmup_share = min(solver.WARMUP_ITERS / solver.MAX_ITER, 1.0)
 
     def __call__(self, where: float) -> float:
         """The factor at progress ``where`` in [0, 1)."""
-        decay = (1.0 - where) ** self.power
-        if where >= self.warmup_share:
-            return max(decay, self.floor)
-        done = where / self.warmup_share
-        return decay * (self.warmup_start + (1.0 - self.warmup_start) * done)
+        decay = (1.0 - where) ** self._solver.POLY_LR_POWER
+        if where >= self._warmup_share:
+            return max(decay, self._solver.POLY_LR_CONSTANT_ENDING)
+        start = self._solver.WARMUP_FACTOR
+        return decay * (start + (1.0 - start) * (where / self._warmup_share))
 
 
 def batch_factor(solver: Mapping[str, Any]) -> float:
@@ -50,7 +44,6 @@ def batch_factor(solver: Mapping[str, Any]) -> float:
 
 def scale_learning_rate(cfg: CfgNode) -> CfgNode:
     """``cfg`` with SOLVER.BASE_LR in proportion to the images per iteration, if SOLVER.REFERENCE_BATCH_SIZE is set."""
-    reference, images = cfg.SOLVER.REFERENCE_BATCH_SIZE, cfg.SOLVER.IMS_PER_BATCH
     if (factor := batch_factor(cfg.SOLVER)) == 1:
         return cfg
     scaled = cfg.clone()
@@ -61,8 +54,8 @@ def scale_learning_rate(cfg: CfgNode) -> CfgNode:
     logger.info(
         "SOLVER.BASE_LR %g is for %d images per iteration (SOLVER.REFERENCE_BATCH_SIZE); with %d, it is %g.",
         cfg.SOLVER.BASE_LR,
-        reference,
-        images,
+        cfg.SOLVER.REFERENCE_BATCH_SIZE,
+        cfg.SOLVER.IMS_PER_BATCH,
         scaled.SOLVER.BASE_LR,
     )
     return scaled
@@ -89,13 +82,6 @@ def schedule_names(cfg: CfgNode) -> list[str]:
 
 def build_lr_scheduler(cfg: CfgNode, optimizer: Optimizer) -> LRMultiplier:
     """The schedule that SOLVER.LR_SCHEDULER_NAME names, stepped once per iteration."""
-    solver = cfg.SOLVER
-    if solver.LR_SCHEDULER_NAME != _POLYNOMIAL:
+    if cfg.SOLVER.LR_SCHEDULER_NAME != _POLYNOMIAL:
         return build_detectron2_lr_scheduler(cfg, optimizer)
-    schedule = WarmupPolynomial(
-        power=solver.POLY_LR_POWER,
-        floor=solver.POLY_LR_CONSTANT_ENDING,
-        warmup_share=min(solver.WARMUP_ITERS / solver.MAX_ITER, 1.0),
-        warmup_start=solver.WARMUP_FACTOR,
-    )
-    return LRMultiplier(optimizer, schedule, solver.MAX_ITER)
+    return LRMultiplier(optimizer, WarmupPolynomial(cfg.SOLVER), cfg.SOLVER.MAX_ITER)
