@@ -113,9 +113,7 @@ def selections_of(stages: Sequence[SeenStage]) -> list[SeenStage]:
 def read_dataset(cfg: Config, name: str, count: int) -> tuple[list[str], list[dict[str, Any]], Truth]:
     """Class names, the first images, and their truth, whose category ids are class indices plus one.
 
-    Raises:
-        DatasetError: it is not registered or its files are missing, the images have no annotated objects, or the
-            dataset has another number of classes than the model.
+    Raises DatasetError if the dataset is not there, has no annotated objects, or other classes than the model.
     """
     register_all(cfg=cfg)
     find_dataset(name)

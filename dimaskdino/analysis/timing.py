@@ -68,12 +68,10 @@ def compiled(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def time_exported(path: Path, size: tuple[int, int], *, threads: int, warmup: int, runs: int) -> np.ndarray:
-    """Time one session of an ONNX file, or of OpenVINO's .xml, on the CPU: from the input to what the file gives.
+    """The seconds (``runs``,) of one session of an ONNX file, or of OpenVINO's .xml, on the CPU, from input to output.
 
-    ``size`` is the (height, width) of the image where the file leaves it open.
-
-    Raises:
-        UserError: the file is missing, of another kind, or does not run, or the package that runs it is missing.
+    ``size`` is the (height, width) of the image where the file leaves it open. Raises UserError if the file is missing
+    or of another kind, does not run, or lacks the package that runs it.
     """
     check_exported(path)
     seconds = []

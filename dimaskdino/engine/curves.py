@@ -105,13 +105,10 @@ def default_metrics(groups: Sequence[Group]) -> list[str]:
 
 
 def draw_curves(groups: Sequence[Group], metrics: Sequence[str], path: Path) -> None:
-    """Draw a panel for each metric and write a picture.
+    """Draw a panel for each metric and write a picture; raises UserError for a metric that no run has.
 
     The line is the mean over the runs of a group, the band their lowest to highest value; a dashed line is the same
     loss of the validation (TEST.LOSS).
-
-    Raises:
-        UserError: no run has a metric; names those that there are.
     """
     known = sorted({metric for group in groups for run in group.runs for metric in run})
     for metric in metrics:

@@ -92,11 +92,7 @@ def picture_inputs(cfg: CfgNode, dataset_name: str, number: int) -> list[Input]:
 def picture_rows(
     cfg: CfgNode, model: nn.Module, dataset_name: str, inputs: Sequence[Input], *, min_score: float = MIN_SCORE
 ) -> Iterator[list[np.ndarray]]:
-    """Draw images of :func:`picture_inputs`; one row of :data:`COLUMNS` an image.
-
-    Yields:
-        Pictures (H, W, 3) uint8 RGB of :data:`WIDTH_PX`.
-    """
+    """Draw images of :func:`picture_inputs`: a row of :data:`COLUMNS` each, (H, W, 3) uint8 RGB of :data:`WIDTH_PX`."""
     metadata = MetadataCatalog.get(dataset_name)
     names = metadata.get("thing_classes") or metadata.get("stuff_classes")
     classes = Classes(names, range(len(names)), metadata.get("stuff_classes", ()))

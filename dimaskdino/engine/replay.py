@@ -54,10 +54,8 @@ def read_replay(path: Path) -> dict[str, Any]:
 def replay(path: Path, options: Sequence[str] = ()) -> tuple[dict[str, Any], Replay]:
     """Compute a step again, up to its gradients; returns what the file holds, and what was computed.
 
-    It runs on one process, with the random numbers that it had; ``options`` change the file's configuration.
-
-    Raises:
-        UserError: the file cannot be used, or is of another model than these options make of it.
+    It runs on one process, with the random numbers that it had; ``options`` change the file's configuration. Raises
+    UserError if the file cannot be used, or is of another model than these options make of it.
     """
     recorded = read_replay(path)
     cfg = config_of_dump(recorded["config"])

@@ -112,8 +112,7 @@ class ResumableTrainer(TrainerBase):
     def train(self) -> dict[str, Any] | None:
         """Train from ``start_iter`` to SOLVER.MAX_ITER; a new run sets an earlier one in its folder aside.
 
-        Returns:
-            On the main process, the results of the last evaluation if there is a test set.
+        Returns the results of the last evaluation on the main process, if there is a test set.
         """
         self.step.data_loader = self._build_seeded_loader(self._first_batch)
         # Where the weights are sharded, all processes are needed to write them down.

@@ -156,13 +156,10 @@ def check_free_space(folder: Path, model: nn.Module, copies: int = 3) -> None:
 
 
 def check_same_checkpoint(checkpointer: Checkpointer, *, resume: bool) -> None:
-    """Check that all processes start from the same checkpoint; all of them must call this.
+    """Raise UserError in all processes unless all start from the same checkpoint; all of them must call this.
 
     Each process looks for the last checkpoint itself, and only the main process writes it. If machines do not share
     the folder, those without a checkpoint would train another model.
-
-    Raises:
-        UserError: in every process.
     """
     found = comm.all_gather(_find_checkpoint(checkpointer) if resume else "was not given --resume")
     if len(set(found)) > 1:

@@ -93,9 +93,7 @@ _SHOWN_NAMES = 10
 def setup(args: Namespace) -> Config:
     """Import the modules of ``--import``, read and check the configuration, prepare the run folder, check the datasets.
 
-    Args:
-        args: of :func:`dimaskdino.command_line.argument_parser`, after :func:`dimaskdino.engine.launch` has completed
-            them.
+    ``args`` are of :func:`dimaskdino.command_line.argument_parser`, completed by :func:`dimaskdino.engine.launch`.
 
     Returns:
         The frozen configuration of this process.

@@ -146,12 +146,8 @@ def describe(
 ) -> dict[str, Any]:
     """The description of an exported model, which tools/predict_onnx.py reads.
 
-    Args:
-        predictor: of the model.
-        graph: that is exported.
-        canvas: (height, width) in px that a graph of fixed size takes; None for any.
-        batch: images that it takes at a time; None for any number.
-        form: of deformable attention.
+    It takes images on a ``canvas`` of (height, width) px, or of any size, ``batch`` at a time, or any number. ``form``
+    is that of deformable attention.
     """
     cfg, model, classes = predictor.cfg, graph.model, predictor.classes
     post = model.post_processor

@@ -19,11 +19,8 @@ from dimaskdino.structures import RleMasks
 class AugmentedModel(nn.Module):
     """A model in evaluation that looks at several views of each image: every size, and every size mirrored.
 
-    Args:
-        model: images to "instances", "sem_seg", or both, in detectron2's format.
-        resizes: from the image of the file to each view.
-        flip: also mirror each view left to right.
-        max_detections: instances of an image after the views are joined.
+    The model gives "instances", "sem_seg", or both, in detectron2's format. ``resizes`` lead from the image of the file
+    to each view; at most ``max_detections`` instances of an image are left once the views are joined.
     """
 
     @configurable
@@ -46,10 +43,7 @@ class AugmentedModel(nn.Module):
         }
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Evaluate a batch, one view at a time.
-
-        Args:
-            batched_inputs: as the model takes them, with images that were not resized (see :func:`whole_images`).
+        """Evaluate a batch of images that were not resized (see :func:`whole_images`), one view at a time.
 
         Returns:
             For each image, as the model gives them: "instances", joined by :class:`Fusion`; "sem_seg" (K, H, W) and

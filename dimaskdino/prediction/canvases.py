@@ -39,16 +39,10 @@ class Canvas:
 
 
 def open_canvas(source: Any, *, channels: str = "RGB", exif: bool = True) -> Canvas:
-    """Open a picture for reading in pieces.
+    """Open a picture for reading in pieces; arguments and errors as of :func:`to_rgb`.
 
-    Args:
-        source: as :func:`to_rgb` takes it. GeoTIFF is read by rasterio where that is installed, window by window;
-            other files are decoded as a whole, into four bytes a pixel.
-        channels: order of an array's color channels.
-        exif: turn files and PIL images upright.
-
-    Raises:
-        UserError: as :func:`to_rgb`.
+    GeoTIFF is read by rasterio where that is installed, window by window; other files are decoded as a whole, into
+    four bytes a pixel.
     """
     if isinstance(source, str | Path):
         path = local_path(source)

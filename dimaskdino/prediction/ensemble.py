@@ -58,8 +58,7 @@ def check_images(files: Sequence[Path]) -> None:
 def read_results(path: Path) -> list[Result]:
     """Read detections in COCO's results format, each with a box, a mask (RLE), or both; a missing box is the mask's.
 
-    Raises:
-        UserError: the file, or an entry of it, is something else; the message names it.
+    A UserError names what is something else: the file, or an entry of it.
     """
     content = read_json(path)
     if not isinstance(content, list):
@@ -94,10 +93,9 @@ def _checked(result: Any, name: str) -> Result:
 
 
 def join_results(sources: Sequence[Sequence[Result]], fusion: Fusion) -> list[Result]:
-    """Join the detections of several runs, image by image.
+    """Join the detections of several runs, image by image, in COCO's results format.
 
-    Returns:
-        Detections in COCO's results format, with masks if all of them have one; else a warning says how many have none.
+    They have masks if all detections have one; else a warning says how many have none.
 
     Raises:
         DatasetError: the runs have no image in common, or masks of one image have different sizes.

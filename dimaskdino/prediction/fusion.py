@@ -122,16 +122,10 @@ def overlaps(one: Any, other: Any) -> np.ndarray:
 
 
 def suppressed(scores: np.ndarray, ious: np.ndarray, threshold: float, *, soft: bool = False) -> np.ndarray:
-    """Non-maximum suppression of detections of one class.
+    """Non-maximum suppression of detections of one class: their scores (n,) afterwards, -1 for the suppressed ones.
 
-    Args:
-        scores: (n,).
-        ious: (n, n).
-        threshold: IoU with a better detection above which one is suppressed.
-        soft: multiply its score by one minus the IoU.
-
-    Returns:
-        (n,) scores; -1 for the suppressed ones, unless ``soft``.
+    A detection is suppressed by a better one if their IoU, of ``ious`` (n, n), is above the threshold; if ``soft``, its
+    score is multiplied by one minus the IoU instead.
     """
     scores, left = scores.copy(), np.ones(len(scores), dtype=bool)
     for _ in range(len(scores)):

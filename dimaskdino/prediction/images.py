@@ -110,15 +110,10 @@ def _from_array(array: np.ndarray, channels: str) -> np.ndarray:
 
 
 def of_own_kind(source: Any, reader: Reader, num_channels: int) -> np.ndarray:
-    """An image (H, W, C) of what INPUT.READER reads.
+    """An image (H, W, C) of what INPUT.READER reads, with ``num_channels`` channels.
 
-    Args:
-        source: a path; an array (H, W) or (H, W, C); or a tensor (H, W) or (C, H, W).
-        reader: of paths.
-        num_channels: C.
-
-    Raises:
-        UserError: it is something else, or has another number of channels.
+    It is a path for the reader; an array (H, W) or (H, W, C); or a tensor (H, W) or (C, H, W). Raises UserError for
+    something else.
     """
     if isinstance(source, str | os.PathLike):
         return reader.read(str(source))
@@ -135,12 +130,9 @@ def of_own_kind(source: Any, reader: Reader, num_channels: int) -> np.ndarray:
 
 
 def to_model_input(image: np.ndarray, resize: Any, image_format: str) -> dict[str, Any]:
-    """What the model takes for one image.
+    """What the model takes for an image (H, W, 3) uint8 RGB, resized by detectron2's augmentation for evaluation.
 
-    Args:
-        image: (H, W, 3) uint8 RGB; without a format (H, W, C) as in training.
-        resize: detectron2's augmentation for evaluation.
-        image_format: INPUT.FORMAT, "BGR" or a mode of PIL; "" leaves the channels as they are.
+    ``image_format`` is INPUT.FORMAT, "BGR" or a mode of PIL; "" leaves the channels of an (H, W, C) image as they are.
     """
     height, width = image.shape[:2]
     converted = convert_PIL_to_numpy(Image.fromarray(image), image_format) if image_format else image

@@ -30,12 +30,8 @@ def find_sources(
 ) -> list[Source]:
     """List what is to be predicted, in an order that every process of a job finds.
 
-    Args:
-        given: files, folders (searched with their subfolders), globs, ``-`` for a list of these on stdin, one a line,
-            and ``@FILE`` for a list in a file.
-        stdin: for ``-``.
-        camera: number of a camera to add.
-        output: folder of the results, which is no input where it lies below a folder that is given.
+    ``given`` holds files, folders (searched with their subfolders), globs, ``-`` for a list of these on stdin, one a
+    line, and ``@FILE`` for a list in a file. The ``output`` of the job is no input where it lies below a given folder.
 
     Raises:
         UserError: a folder or glob that holds no image or video, a list that cannot be read, or nothing is given.

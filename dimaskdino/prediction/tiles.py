@@ -86,16 +86,9 @@ class Tile:
 def predict_tiles(
     canvas: Canvas, tiling: Tiling, predict: Callable[[Sequence[np.ndarray]], list[Instances]], batch_size: int
 ) -> Instances:
-    """Predict a picture tile by tile.
+    """The objects of a picture by descending score, predicted ``batch_size`` tiles at a time; masks are RLE.
 
-    Args:
-        canvas: the picture.
-        tiling: how it is cut.
-        predict: a batch of (H, W, 3) uint8 RGB tiles to detections, masks as RLE.
-        batch_size: tiles in a batch.
-
-    Returns:
-        The objects of the picture by descending score, masks as RLE.
+    ``predict`` takes a batch of (H, W, 3) uint8 RGB tiles, and gives the detections of each, masks as RLE.
     """
     tiles = tiling.tiles(canvas.size)
     found: list[Instances] = []
@@ -124,20 +117,14 @@ def _place(found: Instances, tile: Tile, size: tuple[int, int]) -> Instances:
 
 
 def merge_tiles(found: Instances, tile_of: np.ndarray, tiles: Sequence[Tile]) -> Instances:
-    """Join the parts of objects that seams cut, and keep one of several detections of an object.
+    """The objects by descending score: parts that seams cut are joined, and of several detections one is kept.
+
+    ``found`` are the detections of all tiles in px of the picture; ``tile_of`` (N,) says which tile each is from.
 
     Two detections are the same object if they have the same class and overlap enough in the region that both tiles
     see. The one with the best score is kept. Scores are lowered for detections that a seam may cut, and for those that
     other tiles should have found and did not. If a seam cuts the best one, a whole detection that reaches beyond its
     tile replaces it, or parts from other tiles are added to it; either must score nearly as high.
-
-    Args:
-        found: detections of all tiles, in px of the picture.
-        tile_of: (N,) tile of each.
-        tiles: all tiles.
-
-    Returns:
-        The objects by descending score.
     """
     merge = _Merge(found, tile_of, tiles)
     left = np.ones(len(found), dtype=bool)
@@ -207,11 +194,9 @@ class _Merge:
             self.agreeing[own[row]].append(int(others[column]))
 
     def parts(self, best: int, left: np.ndarray) -> list[int]:
-        """The detections that make an object: the whole one, or parts from several tiles.
+        """The detections that make the object of its ``best`` one: the whole one, or parts from several tiles.
 
-        Args:
-            best: the object's best detection.
-            left: (N,) bool: detections that belong to no object yet.
+        Those that are not ``left`` (N,) belong to another object.
         """
         parts = [best]
         for part in parts if self._cut[best] else ():

@@ -82,12 +82,9 @@ def freeze_parameters(cfg: CfgNode, model: nn.Module) -> None:
 def parameter_groups(cfg: CfgNode, model: nn.Module) -> ParameterGroups:
     """Trainable parameters grouped by learning rate and weight decay; a shared one belongs to its first module.
 
-    Returns:
-        Groups ``{"params": [...], "lr": float, "weight_decay": float}`` in the order in which the model names their
-        first members, so that a saved optimizer state fits the same model again.
-
-    Raises:
-        ConfigError: a pattern of SOLVER.PARAM_GROUPS matches no parameter, or SOLVER.LAYER_DECAY finds no layers.
+    The groups ``{"params": [...], "lr": float, "weight_decay": float}`` are in the order in which the model names their
+    first members, so that a saved optimizer state fits the same model again. Raises ConfigError if a pattern of
+    SOLVER.PARAM_GROUPS matches no parameter, or SOLVER.LAYER_DECAY finds no layers.
     """
     rules = parameter_rules(cfg)
     _check_all_match(rules, model)
