@@ -41,11 +41,8 @@ def to_rgb(source: Any, *, channels: str = "RGB", exif: bool = True) -> np.ndarr
     if isinstance(source, Image.Image):
         with _errors_of_decoding("The PIL image"):  # PIL decodes late
             return _from_pil(source, exif, "The PIL image")
-    if isinstance(source, Tensor):
-        array = (source.float() if source.dtype == torch.bfloat16 else source).detach().cpu().numpy()
-        return _from_array(array if array.ndim == 2 else np.moveaxis(array, 0, -1), channels)
-    if isinstance(source, np.ndarray):
-        return _from_array(source, channels)
+    if isinstance(source, Tensor | np.ndarray):
+        return _from_array(_channels_last(source), channels)
     raise UserError(f"An image is a path, a PIL image, an array or a tensor, not a {type(source).__name__}.")
 
 
@@ -90,9 +87,16 @@ def check_depth(image: Image.Image, name: str) -> None:
         raise UserError(f"{name} has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits.")
 
 
+def _channels_last(source: Tensor | np.ndarray) -> np.ndarray:
+    """An array (H, W[, C]), or a tensor ([C,] H, W), as an array (H, W, C)."""
+    if isinstance(source, Tensor):
+        array = (source.float() if source.dtype == torch.bfloat16 else source).detach().cpu().numpy()
+        source = array if array.ndim == 2 else np.moveaxis(array, 0, -1)
+    return source[..., None] if source.ndim == 2 else source
+
+
 def _from_array(array: np.ndarray, channels: str) -> np.ndarray:
     check_choice("channels", channels, CHANNEL_ORDERS)
-    array = array[..., None] if array.ndim == 2 else array
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape:
         raise UserError(
             f"An image of shape {array.shape} has no meaning; arrays are (H, W) or (H, W, 1, 3 or 4), tensors have "
@@ -117,13 +121,9 @@ def of_own_kind(source: Any, reader: Reader, num_channels: int) -> np.ndarray:
     """
     if isinstance(source, str | os.PathLike):
         return reader.read(str(source))
-    array = source.detach().cpu().numpy() if isinstance(source, Tensor) else source
-    if not isinstance(array, np.ndarray) or array.ndim not in (2, 3):
+    if not isinstance(source, Tensor | np.ndarray) or source.ndim not in (2, 3):
         raise UserError(f"With INPUT.READER, an image is a path, an array or a tensor, not a {type(source).__name__}.")
-    if array.ndim == 2:
-        array = array[..., None]
-    elif isinstance(source, Tensor):
-        array = np.moveaxis(array, 0, -1)
+    array = _channels_last(source)
     if array.shape[2] != num_channels:
         raise UserError(f"An image has {array.shape[2]} channels, but MODEL.PIXEL_MEAN has {num_channels} numbers.")
     return np.ascontiguousarray(array, dtype=np.uint8 if array.dtype == np.uint8 and num_channels == 3 else np.float32)
