@@ -36,11 +36,7 @@ NOT_MEASURED = "n/a"  # in place of a bar
 
 
 def picture_path(path: Path, name: str) -> Path:
-    """The picture that --output asks for, a PNG if it names no format.
-
-    Raises:
-        UserError: it is a folder, or another format.
-    """
+    """The picture that --output asks for, a PNG without a format; raises UserError for a folder or another format."""
     if not (path.suffix or path.is_dir()):
         path = path.with_name(f"{path.name}.png")
     if path.is_dir():
@@ -131,11 +127,7 @@ class StageResults:
         return cls(label, [_mean_row([row for row in rows if row["stage"] == name]) for name in names])
 
     def ends(self) -> dict[str, dict[str, Any]]:
-        """The ``first`` and the ``last`` decoder layer.
-
-        Raises:
-            UserError: no stage is a decoder layer.
-        """
+        """The ``first`` and the ``last`` decoder layer; raises UserError if no stage is one."""
         layers = decoder_layers(self.stages)
         if not layers:
             raise UserError(f"The results of {self.label} hold no decoder layer; evaluate with --eval-layers all.")

@@ -131,13 +131,8 @@ def effects_markdown(table: Table, dataset: str, found: Sequence[Effect]) -> str
         for effect in found
     ]
     source = _paper_dataset(table, dataset)
-    heads = [
-        "effect",
-        "on",
-        "ours",
-        "95% interval",
-        "paper" if source == dataset else f"paper, {DATASET_NAMES[source]}",
-    ]
+    of_paper = "paper" if source == dataset else f"paper, {DATASET_NAMES[source]}"
+    heads = ["effect", "on", "ours", "95% interval", of_paper]
     first, second = table.label_names
     meaning = (
         f"In points. A main effect is what a module adds on average over the other one being off and on; {first} x "

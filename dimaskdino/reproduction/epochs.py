@@ -42,11 +42,7 @@ class ObjectDistances(NamedTuple):
 
 
 def average_top_k(distances: Sequence[float], k: int) -> float:
-    """ATD(k): the mean of the k largest distances, of all where there are fewer.
-
-    Raises:
-        UserError: there are none.
-    """
+    """ATD(k): the mean of the k largest distances, of all where there are fewer; raises UserError if there are none."""
     if not distances:
         raise UserError("No object was measured, so there is no average top-k distance.")
     largest = sorted(distances, reverse=True)[:k]
@@ -156,8 +152,7 @@ class Curve:
 def score_curve(folder: Path, label: str, metric: str, epoch_images: int | None = None) -> Curve:
     """Read a score (``bbox/AP``, ``panoptic_seg/PQ``, as in metrics.json) of every evaluation during a training.
 
-    Raises:
-        UserError: the folder holds no run, no such score, or the images of an epoch are not known.
+    Raises UserError if the folder holds no run, or no such score, or the images of an epoch are not known.
     """
     path = folder / METRICS_FILE
     if not path.is_file():

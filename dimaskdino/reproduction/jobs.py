@@ -1,12 +1,12 @@
 """Train and evaluate runs: what is missing of each, on this machine or, through submitit, on a Slurm cluster."""
 
-import functools
 import logging
 import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -103,11 +103,7 @@ def unfinished(jobs: Sequence[Job], launcher: Launcher) -> list[Job]:
 
 
 def run_job(job: Job, launcher: Launcher, run_command: Execute = execute) -> None:
-    """Do what is missing of ``job``.
-
-    Raises:
-        UserError: a command failed, or succeeded without leaving its results.
-    """
+    """Do what is missing of ``job``; raises UserError if a command fails, or leaves no results."""
     last = None
     while (command := job.next_command(launcher)) is not None:
         if command == last:
@@ -121,15 +117,11 @@ def run_job(job: Job, launcher: Launcher, run_command: Execute = execute) -> Non
 
 def run_jobs(jobs: Sequence[Job], launcher: Launcher, run_command: Execute = execute) -> list[str]:
     """Do what is missing of every job, also after one fails, and return the failures."""
-    return _failures([functools.partial(run_job, job, launcher, run_command) for job in jobs])
+    return _failures([partial(run_job, job, launcher, run_command) for job in jobs])
 
 
 def measure(run: Run, folder: Path, launcher: Launcher, iterations: int, run_command: Execute = execute) -> None:
-    """Train a few iterations of ``run`` into ``folder`` and keep nothing but their times.
-
-    Raises:
-        UserError: the training failed.
-    """
+    """Train a few iterations of ``run`` into ``folder`` and keep nothing but their times; UserError if that fails."""
     (folder / "metrics.json").unlink(missing_ok=True)
     status = run_command(launcher.measure(run, folder, iterations))
     for weights in folder.glob("*.pth"):
@@ -142,10 +134,8 @@ def measure_all(
     folders: Mapping[Path, Run], launcher: Launcher, iterations: int, run_command: Execute = execute
 ) -> list[str]:
     """:func:`measure` each run into its folder, also after one fails, and return the failures."""
-    steps = (
-        functools.partial(measure, run, folder, launcher, iterations, run_command) for folder, run in folders.items()
-    )
-    return _failures(list(steps))
+    runs = folders.items()
+    return _failures([partial(measure, run, folder, launcher, iterations, run_command) for folder, run in runs])
 
 
 def _failures(steps: Sequence[Callable[[], None]]) -> list[str]:
@@ -177,11 +167,7 @@ class SlurmTask:
 
 
 def check_submission(launcher: Launcher, parameters: Mapping[str, Any]) -> None:
-    """Check what :func:`submit` needs.
-
-    Raises:
-        UserError: the number of GPUs or the time limit is missing, a value is not a number, or submitit is missing.
-    """
+    """Raise UserError if :func:`submit` lacks GPUs, the time limit, or submitit, or if a value is not a number."""
     if launcher.num_gpus is None:
         raise UserError("--submit needs --num-gpus: the number of GPUs of each job.")
     limits = [key for key in ("timeout_min", "slurm_time") if key in parameters]
@@ -198,15 +184,10 @@ def check_submission(launcher: Launcher, parameters: Mapping[str, Any]) -> None:
 
 
 def submit(jobs: Sequence[Job], launcher: Launcher, parameters: Mapping[str, Any], *, cluster: str) -> Iterator[str]:
-    """Submit each job, unless it waits or runs already, when its line is asked for.
+    """Submit each job, unless it waits or runs already, when its line is asked for, which says what became of it.
 
-    The parameters are submitit's, such as ``timeout_min`` and ``slurm_partition``.
-
-    Yields:
-        For every job a line that says what became of it.
-
-    Raises:
-        UserError: submitit cannot submit, or :func:`check_submission` fails.
+    The parameters are submitit's, such as ``timeout_min`` and ``slurm_partition``. Raises UserError if submitit cannot
+    submit, or :func:`check_submission` fails.
     """
     check_submission(launcher, parameters)
     submitit = _submitit()

@@ -71,11 +71,8 @@ def compare(
         for column, metric in enumerate(table.metrics):
             values = [value for value in measured[column] if value is not None] if measured else []
             ours = round(mean(values), 1) if values else None
-            cell: dict[str, Any] = {
-                "ours": ours,
-                "spread": stdev(values) if len(values) > 1 else None,
-                "paper": paper_row[column],
-            }
+            spread = stdev(values) if len(values) > 1 else None
+            cell: dict[str, Any] = {"ours": ours, "spread": spread, "paper": paper_row[column]}
             if metric != SPEED:
                 first = rows[0].cells[column].ours if rows else ours
                 cell["change"] = _minus(ours, first)
@@ -111,9 +108,7 @@ def _status(table: Table, dataset: str, runs: Sequence[Run]) -> str:
         "not evaluated by layer" if run.is_finished and table.needs_layers and not run.layers() else run.status
         for run in runs
     ]
-    if len(each) == 1:
-        return each[0]
-    return f"{each.count('finished')} of {len(each)} seeds finished"
+    return each[0] if len(each) == 1 else f"{each.count('finished')} of {len(each)} seeds finished"
 
 
 def markdown(table: Table, dataset: str, rows: Sequence[ComparedRow]) -> str:

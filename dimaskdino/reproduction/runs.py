@@ -61,8 +61,7 @@ class Run:
     ) -> "Run":
         """Open the run of ``experiment`` under ``output``; each ``seed`` of several has a folder of its own.
 
-        Raises:
-            ConfigError: the folder holds a run of another configuration.
+        Raises ConfigError if the folder holds a run of another configuration.
         """
         name = experiment.name
         if seed is not None:
@@ -201,8 +200,7 @@ def seconds_per_iteration(folder: Path) -> float | None:
 def read_stages(path: Path) -> StageRows:
     """Read the rows of a ``layers.json``, or of the one in a run's folder.
 
-    Raises:
-        UserError: there is none, it holds something else, or the results beside it come from another evaluation.
+    Raises UserError if there is none, or it holds something else, or the results beside it are of another evaluation.
     """
     file = path / "inference" / "layers.json" if path.is_dir() else path
     stages = _read_rows(file)
