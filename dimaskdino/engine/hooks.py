@@ -37,6 +37,11 @@ detectron2's ``HookBase``. They run after evaluation and before the records are 
 """
 
 
+def is_due(done: int, max_iter: int, *periods: int) -> bool:
+    """Whether one of the periods, or the run, ends after ``done`` iterations; a period of 0 never ends."""
+    return done == max_iter or any(period > 0 and done % period == 0 for period in periods)
+
+
 class ProgressLog(HookBase):
     """Logs a :func:`progress_line` every 20 iterations, and every 10 seconds if they are slow; of ``images`` each."""
 
@@ -52,7 +57,7 @@ class ProgressLog(HookBase):
         """Log a line if one is due."""
         done = self.trainer.iter + 1
         now = time.perf_counter()
-        if done % WINDOW == 0 or done == self.trainer.max_iter or now - self._last >= _LONGEST_SILENCE_S:
+        if is_due(done, self.trainer.max_iter, WINDOW) or now - self._last >= _LONGEST_SILENCE_S:
             self._last = now
             logger.info(progress_line(self.trainer.storage, done, self.trainer.max_iter, images=self._images))
 
@@ -116,7 +121,7 @@ class WriteRecords(PeriodicWriter):
 
     def after_step(self) -> None:
         """Write if a record is due."""
-        if is_record_due(self.trainer.iter + 1, self.trainer.max_iter, self._eval_period):
+        if is_due(self.trainer.iter + 1, self.trainer.max_iter, WINDOW, self._eval_period):
             for writer in self._writers:
                 writer.write()
             self.trainer.storage.clear_images()
@@ -128,11 +133,6 @@ class WriteRecords(PeriodicWriter):
                 writer.close()
             return
         super().after_train()
-
-
-def is_record_due(done: int, max_iter: int, eval_period: int) -> bool:
-    """Whether a record follows after ``done`` iterations."""
-    return done % WINDOW == 0 or done == max_iter or (eval_period > 0 and done % eval_period == 0)
 
 
 class RepeatablePreciseBN(PreciseBN):
@@ -149,9 +149,8 @@ def average_statistics_before_use(trainer: Any) -> None:
 
     All processes must call it, before the hooks that evaluate and save, even if only the main one has those.
     """
-    done, solver = trainer.iter + 1, trainer.cfg.SOLVER
-    periods = [period for period in (trainer.cfg.TEST.EVAL_PERIOD, solver.CHECKPOINT_PERIOD) if period > 0]
-    if done == trainer.max_iter or any(done % period == 0 for period in periods):
+    cfg = trainer.cfg
+    if is_due(trainer.iter + 1, trainer.max_iter, cfg.TEST.EVAL_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD):
         average_running_statistics(trainer.model)
 
 

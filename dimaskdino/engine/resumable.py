@@ -189,7 +189,7 @@ class ResumableTrainer(TrainerBase):
         self.iter = now
 
     def _lacks_record(self) -> bool:
-        due = hooks.is_record_due(self.start_iter, self.max_iter, self.cfg.TEST.EVAL_PERIOD)
+        due = hooks.is_due(self.start_iter, self.max_iter, writers.WINDOW, self.cfg.TEST.EVAL_PERIOD)
         return due and writers.last_record(Path(self.cfg.OUTPUT_DIR) / writers.METRICS_FILE) < self.start_iter - 1
 
     def _complete_step(self) -> None:
