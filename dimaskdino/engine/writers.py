@@ -110,9 +110,7 @@ process, and returns a :class:`detectron2.utils.events.EventWriter`; ``start_ite
 class OnFirstRecord(EventWriter):
     """A writer that opens its file with the first record, so that a run that fails before leaves no empty file."""
 
-    def __init__(
-        self, build: Callable[[CfgNode, int], EventWriter], cfg: CfgNode, start_iter: Callable[[], int]
-    ) -> None:
+    def __init__(self, build: Callable[..., EventWriter], cfg: CfgNode, start_iter: Callable[[], int]) -> None:
         self._open = lambda: build(cfg, start_iter())
         self._writer: EventWriter | None = None
 

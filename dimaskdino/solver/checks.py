@@ -24,8 +24,9 @@ def check_solver(cfg: CfgNode, num_processes: int) -> None:
     check_choice("SOLVER.OPTIMIZER", solver.OPTIMIZER, list(OPTIMIZERS))
     check_choice("SOLVER.LR_SCHEDULER_NAME", solver.LR_SCHEDULER_NAME, schedule_names(cfg))
     check_choice("SOLVER.WARMUP_METHOD", solver.WARMUP_METHOD, WARMUP_METHODS)
-    for name in (*POSITIVE, *NOT_NEGATIVE):
-        check_range(f"SOLVER.{name}", solver[name], int(name in POSITIVE), meaning=MEANINGS.get(name, ""))
+    for least, names in ((1, POSITIVE), (0, NOT_NEGATIVE)):
+        for name in names:
+            check_range(f"SOLVER.{name}", solver[name], least, meaning=MEANINGS.get(name, ""))
     steps = list(solver.STEPS)
     if any(type(step) is not int for step in steps) or steps != sorted({*steps}) or min(steps, default=1) < 1:
         raise ConfigError(
