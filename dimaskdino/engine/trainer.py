@@ -16,12 +16,10 @@ from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.engine.hooks import CallbackHook, IterationTimer, LRScheduler, PeriodicCheckpointer
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators, inference_on_dataset, verify_results
-from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from dimaskdino import data, evaluation, solver
 from dimaskdino.checkpoint import AVERAGE, Checkpointer
@@ -56,6 +54,10 @@ class Trainer(ResumableTrainer):
     trainer, it also runs on the CPU in several processes, resumes as if it had not been interrupted, clips and records
     the gradient norm, and evaluates and saves one set of running statistics of batch norm.
     """
+
+    build_optimizer = staticmethod(solver.build_optimizer)
+    build_lr_scheduler = staticmethod(solver.build_lr_scheduler)
+    build_test_loader = staticmethod(data.build_test_loader)
 
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__(cfg)
@@ -149,24 +151,9 @@ class Trainer(ResumableTrainer):
         )
 
     @classmethod
-    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
-        """See :func:`dimaskdino.solver.build_optimizer`."""
-        return solver.build_optimizer(cfg, model)
-
-    @classmethod
-    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: Optimizer) -> LRMultiplier:
-        """See :func:`dimaskdino.solver.build_lr_scheduler`."""
-        return solver.build_lr_scheduler(cfg, optimizer)
-
-    @classmethod
     def build_train_loader(cls, cfg: CfgNode, start_iter: int = 0, group_size: int = 0) -> Any:
         """Endless training batches after the first ``start_iter``; see :func:`dimaskdino.data.build_train_loader`."""
         return data.build_train_loader(cfg, with_masks=needs_masks(cfg), first_batch=start_iter, group_size=group_size)
-
-    @classmethod
-    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
-        """See :func:`dimaskdino.data.build_test_loader`."""
-        return data.build_test_loader(cfg, dataset_name)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> Any:
