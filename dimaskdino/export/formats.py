@@ -1,5 +1,6 @@
 """Writing a graph in each format, and running what was written."""
 
+import functools
 import io
 import json
 import warnings
@@ -7,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from dimaskdino.export.choices import OPSET, SUFFIXES
 from dimaskdino.export.graph import KEY, ExportGraph
 from dimaskdino.layers.exporting import exporting
 
+require = functools.partial(errors.require, who="This format", extra="export")
 Run = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 _EXTRA_FILE = f"{KEY}.json"
 _AXES = {"images": {2: "height", 3: "width"}, "masks": {2: "mask_height", 3: "mask_width"}}
@@ -152,11 +153,6 @@ FORMATS = {
         SUFFIXES["openvino"], write_openvino, open_openvino, ("onnx", "openvino"), files=(".xml", ".bin")
     ),
 }
-
-
-def require(package: str) -> ModuleType:
-    """Import a package that formats need; raises UserError where it is not installed."""
-    return errors.require(package, "This format", "export")
 
 
 @contextmanager
