@@ -26,7 +26,7 @@ def parse_args() -> argparse.Namespace:
 if __name__ == "__main__":
     parse_args()  # --help and mistakes end here, before the imports that take seconds
 
-from dimaskdino.engine.curves import Group, default_metrics, draw_curves, read_groups
+from dimaskdino.analysis.curves import Group, default_metrics, draw_curves, read_groups
 
 
 def main() -> None:

@@ -15,10 +15,10 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+from dimaskdino.analysis.curves import default_metrics, draw_curves, read_groups
 from dimaskdino.config import Config, get_cfg
 from dimaskdino.data import build_mapper, register_all
 from dimaskdino.data.datasets.registration import load_dataset
-from dimaskdino.engine.curves import default_metrics, draw_curves, read_groups
 from dimaskdino.engine.hooks import ProgressLog, peak_memory, progress_line
 from dimaskdino.engine.pictures import picture_inputs, picture_rows
 from dimaskdino.engine.trainer import validation_losses

@@ -39,10 +39,10 @@ class Group:
     def curve(self, metric: str) -> np.ndarray:
         """(n, 4): iteration, mean, lowest and highest value, at the iterations that all runs with the metric have."""
         series = [run[metric] for run in self.runs if metric in run]
-        shared = sorted(set.intersection(*(set(each) for each in series))) if series else []
-        values = np.array([[each[at] for at in shared] for each in series]).reshape(len(series), len(shared))
+        shared = sorted(set(series[0]).intersection(*series)) if series else []
         if not shared:
             return np.zeros((0, 4))
+        values = np.array([[each[at] for at in shared] for each in series])
         return np.stack([np.array(shared, dtype=float), values.mean(0), values.min(0), values.max(0)], axis=1)
 
 
