@@ -1,4 +1,4 @@
-"""The optimizer of the releases (AdamW, a slower backbone, no decay on norms and embeddings), and the checks of SOLVER."""
+"""The optimizer of the releases (AdamW, a slower backbone, no decay on norms and embeddings), and checks of SOLVER."""
 
 import functools
 import logging
