@@ -123,7 +123,8 @@ class TrainStep:
                 # Processes average their gradients once a step, after its last part.
                 stay_here = contextlib.nullcontext if part is parts[-1] else no_sync
                 with stay_here():
-                    with torch.autocast(self._device.type, self.autocast_to, enabled=self.autocast_to is not None):
+                    lower = self.autocast_to
+                    with torch.autocast(self._device.type, dtype=lower, enabled=lower is not None):
                         losses = self._losses(part)
                         losses = losses if weight == 1 else {name: loss * weight for name, loss in losses.items()}
                         total = torch.stack(list(losses.values())).sum()
