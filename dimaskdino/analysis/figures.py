@@ -8,6 +8,7 @@ from typing import Any
 
 import hotcoco
 import numpy as np
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from dimaskdino.analysis.missed import Outcome
@@ -84,7 +85,7 @@ def draw_outcomes(counts: Mapping[str, Counter[Outcome]]) -> Figure:
         texts = [
             str(value) if value / total >= _LEAST_LABELED else "" for value, total in zip(values, totals, strict=True)
         ]
-        dark = sum(int(color[place : place + 2], 16) for place in (1, 3, 5)) < 330
+        dark = sum(to_rgb(color)) < 1.3
         axes.bar_label(bars, texts, label_type="center", fontsize=8, color="white" if dark else "black")
         left += values / totals
     axes.set_yticks(range(len(counts)), list(counts), fontsize=9)

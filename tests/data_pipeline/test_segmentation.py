@@ -35,7 +35,7 @@ from tests.data_pipeline.label_maps import (
     write_semantic,
 )
 from tests.data_pipeline.scripts import run_script
-from tests.engine.test_own_data import write_coco
+from tests.data_pipeline.test_own_data import write_coco
 
 pytestmark = pytest.mark.usefixtures("registrations")
 
@@ -329,6 +329,7 @@ def segment(content: Any, **values: Any) -> None:
         (lambda content: segment(content, id=77), ["labels/1.png", "segment id 1000"]),
         (lambda content: content["categories"][0].pop("isthing"), ["categories", "isthing"]),
         (lambda content: content["categories"].append(CATEGORIES[0]), ["categories", "id more than once"]),
+        (lambda content: content["images"][1].update(id="2"), ["some id of images are numbers"]),
         (lambda content: content["annotations"][0].update(image_id=7), ["1.png", "image 7"]),
         (lambda content: content.pop("images"), ["images", "missing"]),
         (lambda content: segment(content, category_id=[4]), ["1.png", "category_id [4]"]),
