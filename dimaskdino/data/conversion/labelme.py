@@ -5,26 +5,34 @@ import io
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from dimaskdino.data.conversion.labels import Images, Json, LabeledImage, LabeledObject, Problems, box_around, read_text
-from dimaskdino.data.conversion.xml_files import ellipse, joined, known_classes
+from dimaskdino.data.coco_file import Json
+from dimaskdino.data.conversion.labels import (
+    Images,
+    LabeledImage,
+    LabeledObject,
+    Labels,
+    Problems,
+    box_around,
+    of_classes,
+    read_text,
+)
+from dimaskdino.data.conversion.xml_files import ellipse, grouped
 from dimaskdino.errors import DatasetError
 
 
-def read_labelme(
-    source: Path, images: Images, classes: Sequence[str], problems: Problems
-) -> tuple[list[LabeledImage], list[str]]:
+def read_labelme(source: Path, images: Images, classes: Sequence[str], problems: Problems) -> Labels:
     """The images of all JSON files below ``source``; shapes of one label and group_id are one object of many parts."""
     files = sorted(source.rglob("*.json"))
     if not files:
         raise DatasetError(f"{source} has no .json file.")
-    found = []
+    found: list[LabeledImage] = []
     for file in files:
         try:
             text = read_text(file)
@@ -34,17 +42,13 @@ def read_labelme(
             image = images.read(_find(images, content, file), problems, str(file))
         except json.JSONDecodeError as error:
             problems.add(f"{file}, line {error.lineno}", f"not valid JSON ({error.msg})")
-            continue
         except (ValueError, RecursionError) as error:
             problems.add(str(file), str(error))
-            continue
-        if image is None:
-            continue
-        since = len(problems.found)
-        image.objects.extend(_objects(content["shapes"], file, text, image.size, problems))
-        if not problems.leave_out(image.objects, since):
-            found.append(image)
-    return found, known_classes(found, classes, problems)
+        else:
+            if image:
+                parts = _parts(content["shapes"], file, text, image.size, problems)
+                found += problems.filled(image, grouped(parts, image.size))
+    return of_classes(found, classes, problems)
 
 
 def _find(images: Images, content: Json, file: Path) -> Path:
@@ -54,29 +58,16 @@ def _find(images: Images, content: Json, file: Path) -> Path:
         return images.find(file.stem)
 
 
-def _objects(
+def _parts(
     shapes: list[Any], file: Path, text: str, size: tuple[int, int], problems: Problems
-) -> list[LabeledObject]:
-    objects: list[LabeledObject] = []
-    groups: dict[tuple[str, Any], int] = {}
+) -> Iterator[tuple[LabeledObject, Any]]:
+    """Each shape, and the group that it belongs to."""
     starts = [match.start() for match in re.finditer(r'"label"\s*:', text)]
     for number, shape in enumerate(shapes):
         line = text.count("\n", 0, starts[number]) + 1 if len(starts) == len(shapes) else None
         where = f"{file}, " + (f"line {line}" if line else f"shape {number}, counted from 0")
-        try:
-            made = _object(shape, where, size)
-        except ValueError as error:
-            problems.add(where, str(error))
-            continue
-        group = (made.label, shape.get("group_id"))
-        if group[1] is None:
-            objects.append(made)
-        elif group in groups:
-            objects[groups[group]] = joined(objects[groups[group]], made, size)
-        else:
-            groups[group] = len(objects)
-            objects.append(made)
-    return objects
+        with problems.at(where):
+            yield _object(shape, where, size), shape.get("group_id")
 
 
 def _object(shape: Any, where: str, size: tuple[int, int]) -> LabeledObject:

@@ -4,21 +4,20 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from pycocotools import mask as mask_util
 
+from dimaskdino.data.coco_file import Json
 from dimaskdino.data.images import read_header
 from dimaskdino.errors import DatasetError
 
 logger = logging.getLogger(__name__)
 
-Json = dict[str, Any]
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 # How far outside the image a coordinate may lie to be cut: programs round, and people draw to the edge.
 SLACK = 0.01
@@ -49,6 +48,9 @@ class LabeledImage:
     objects: list[LabeledObject]  # in the order of the label file
 
 
+Labels = tuple[list[LabeledImage], list[str]]  # images, and the names of their classes
+
+
 @dataclass
 class Problems:
     """What cannot be used: an error at the end, or, with ``skip``, left out and counted."""
@@ -63,7 +65,7 @@ class Problems:
 
     @contextmanager
     def at(self, where: str) -> Iterator[None]:
-        """Remember what a ValueError in the block says; what follows the block goes on."""
+        """Remember what a ValueError in the block says, and go on behind it."""
         try:
             yield
         except ValueError as error:
@@ -74,6 +76,13 @@ class Problems:
         lost = not objects and len(self.found) > since
         self.notes["images left out, as none of their objects can be used"] += lost
         return lost
+
+    def filled(self, image: LabeledImage, objects: Iterable[LabeledObject], where: str = "") -> list[LabeledImage]:
+        """The image with objects that are made as they are asked for; nothing if :meth:`leave_out` says so."""
+        since, filled = len(self.found), replace(image, objects=[])
+        with self.at(where):
+            filled.objects.extend(objects)
+        return [] if self.leave_out(filled.objects, since) else [filled]
 
     def check(self) -> None:
         """Raise DatasetError, naming the first, unless they are skipped."""
@@ -156,15 +165,30 @@ def checked(images: Sequence[LabeledImage], problems: Problems) -> list[LabeledI
     """Images whose objects lie inside and cover something; others are problems."""
     kept = []
     for image in images:
-        objects, since = [], len(problems.found)
-        for each in image.objects:
-            with problems.at(each.where):
-                objects.append(_checked(each, image.size, problems))
-        if problems.leave_out(objects, since):
-            continue
-        problems.notes["images without objects (background)"] += not objects
-        kept.append(LabeledImage(image.file_name, image.size, objects))
+        kept += problems.filled(image, _sound(image, problems))
+    problems.notes["images without objects (background)"] += sum(not image.objects for image in kept)
     return kept
+
+
+def _sound(image: LabeledImage, problems: Problems) -> Iterator[LabeledObject]:
+    for each in image.objects:
+        with problems.at(each.where):
+            yield _checked(each, image.size, problems)
+
+
+def of_classes(images: Sequence[LabeledImage], classes: Sequence[str], problems: Problems) -> Labels:
+    """Images and ``classes``, or those that occur; objects of others are problems."""
+    if not classes:
+        return list(images), sorted({each.label for image in images for each in image.objects})
+
+    def known(objects: Sequence[LabeledObject]) -> Iterator[LabeledObject]:
+        for each in objects:
+            if each.label in classes:
+                yield each
+            else:
+                problems.add(each.where, f"class {each.label!r} is unknown; there are {', '.join(classes)}")
+
+    return [kept for image in images for kept in problems.filled(image, known(image.objects))], list(classes)
 
 
 def _checked(item: LabeledObject, size: tuple[int, int], problems: Problems) -> LabeledObject:
@@ -187,9 +211,9 @@ def _checked(item: LabeledObject, size: tuple[int, int], problems: Problems) -> 
         if not (left < right and top < bottom):
             raise ValueError(f"the box from ({left:g}, {top:g}) to ({right:g}, {bottom:g}) covers nothing")
         box = (left, top, right, bottom)
-    if box is None and not polygons:
+    elif not polygons:
         raise ValueError("neither a box nor a mask")
-    return LabeledObject(item.label, item.where, box, polygons, None, item.extra)
+    return replace(item, box=box, polygons=polygons)
 
 
 def to_coco(images: Sequence[LabeledImage], classes: Sequence[str]) -> Json:

@@ -1,19 +1,19 @@
 """Label maps: a PNG for each image, whose values are classes or objects."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-from dimaskdino.data.conversion.labels import Images, LabeledImage, LabeledObject, Problems
+from dimaskdino.data.conversion.labels import Images, LabeledImage, LabeledObject, Labels, Problems
 from dimaskdino.data.label_maps import read_label_map
 from dimaskdino.errors import DatasetError
 
 
 def read_masks(
     source: Path, images: Images, classes: Sequence[str], problems: Problems, *, instances: bool = False
-) -> tuple[list[LabeledImage], list[str]]:
+) -> Labels:
     """The images with the label maps of the same names below ``source``; holes and several parts are kept.
 
     Value 0 is background, 255 is left out. With values that are classes, each connected region of class number v
@@ -28,9 +28,10 @@ def read_masks(
     found: list[LabeledImage] = []
     used: dict[Path, Path] = {}  # map -> its image
     for path in images.paths:
-        image, since = images.read(path, problems), len(problems.found)
+        image = images.read(path, problems)
         if image is None:
             continue
+        objects: Iterable[LabeledObject] = ()
         name = path.relative_to(images.root).with_suffix("").as_posix()
         file = files.get(name) or files.get(path.stem)
         if file is None or file == path:
@@ -40,10 +41,8 @@ def read_masks(
             continue
         else:
             used[file] = path
-            with problems.at(str(file)):
-                image.objects.extend(_objects(file, image.size, list(classes), instances=instances))
-        if not problems.leave_out(image.objects, since):
-            found.append(image)
+            objects = _objects(file, image.size, list(classes), instances=instances)
+        found += problems.filled(image, objects, str(file))
     if not used:
         raise DatasetError(f"None of the {len(images.paths)} images below {images.root} has a label map in {source}.")
     problems.notes["label maps without an image"] += len({*files.values()} - {*used, *images.paths})

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dimaskdino.data.conversion.labels import Images, LabeledImage, LabeledObject, Problems, read_text
-from dimaskdino.data.conversion.xml_files import known_classes, to_number
+from dimaskdino.data.conversion.labels import Images, LabeledObject, Labels, Problems, of_classes, read_text
+from dimaskdino.data.conversion.xml_files import to_number
 from dimaskdino.errors import DatasetError
 
 # What columns are called, in lower case.
@@ -28,7 +28,7 @@ _COLUMNS = {
 
 def read_csv(
     source: Path, images: Images, classes: Sequence[str], problems: Problems, *, normalized: bool = False
-) -> tuple[list[LabeledImage], list[str]]:
+) -> Labels:
     """The images that a table names; an image without a row, or with a row of its name alone, is background.
 
     The first row names the columns: the image, the class, and xmin, ymin, xmax, ymax; or x, y, width, height; or
@@ -70,7 +70,7 @@ def read_csv(
         raise DatasetError(f"{files[0]} has no row that names an image below {images.root}; export it again.")
     read = [image for image in found.values() if image]
     listed = [each for each in read if each.file_name not in spoiled or not problems.leave_out(each.objects, 0)]
-    return listed, known_classes(listed, classes, problems)
+    return of_classes(listed, classes, problems)
 
 
 def _text(path: Path) -> str:

@@ -1,15 +1,16 @@
 """XML label files: PASCAL VOC's, one for each image, and CVAT's for all images."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from xml.parsers import expat
 
 import numpy as np
 from pycocotools import mask as mask_util
 
-from dimaskdino.data.conversion.labels import Images, LabeledImage, LabeledObject, Problems
+from dimaskdino.data.conversion.labels import Images, LabeledImage, LabeledObject, Labels, Problems, of_classes
 from dimaskdino.data.label_maps import read_label_map
 from dimaskdino.errors import DatasetError
 
@@ -87,7 +88,7 @@ def parse_xml(path: Path) -> Node:
 
 def read_voc(
     source: Path, images: Images, classes: Sequence[str], problems: Problems, *, one_based: bool = False
-) -> tuple[list[LabeledImage], list[str]]:
+) -> Labels:
     """The images of all files in ``source``/Annotations, or in ``source``.
 
     Masks are those of ``source``/SegmentationObject, where the pixels of the first object of a file are 1, and so on.
@@ -97,31 +98,33 @@ def read_voc(
     files = sorted(folder.glob("*.xml"))
     if not files:
         raise DatasetError(f"{folder} has no .xml file.")
-    found = []
+    found: list[LabeledImage] = []
     for file in files:
         try:
             root = parse_xml(file)
             if root.tag != "annotation":
                 raise ValueError(f"it holds <{root.tag}>, not the <annotation> of PASCAL VOC")
             path = images.find(root.value("filename", file.stem) or file.stem)
-            image, since = images.read(path, problems, str(file)), len(problems.found)
+            image = images.read(path, problems, str(file))
             map_file = source / "SegmentationObject" / f"{file.stem}.png"
             masks = read_label_map(str(map_file), image.size) if image and map_file.is_file() else None
         except DatasetError as error:  # names file and line already
             problems.found.append(str(error).rstrip("."))
-            continue
         except ValueError as error:
             problems.add(str(file), str(error))
-            continue
-        if image is None:
-            continue
-        for number, node in enumerate(root.all("object"), start=1):
-            where = f"{file}, line {node.line}"
-            with problems.at(where):
-                image.objects.append(_voc_object(node, where, one_based, None if masks is None else masks == number))
-        if not problems.leave_out(image.objects, since):
-            found.append(image)
-    return found, known_classes(found, classes, problems)
+        else:
+            if image:
+                found += problems.filled(image, _voc_objects(root, file, one_based, masks, problems))
+    return of_classes(found, classes, problems)
+
+
+def _voc_objects(
+    root: Node, file: Path, one_based: bool, masks: np.ndarray | None, problems: Problems
+) -> Iterator[LabeledObject]:
+    for number, node in enumerate(root.all("object"), start=1):
+        where = f"{file}, line {node.line}"
+        with problems.at(where):
+            yield _voc_object(node, where, one_based, None if masks is None else masks == number)
 
 
 def _voc_object(node: Node, where: str, one_based: bool, mask: np.ndarray | None) -> LabeledObject:
@@ -135,9 +138,7 @@ def _voc_object(node: Node, where: str, one_based: bool, mask: np.ndarray | None
     return LabeledObject(label, where, (left, top, right, bottom), extra=extra)
 
 
-def read_cvat(
-    source: Path, images: Images, classes: Sequence[str], problems: Problems
-) -> tuple[list[LabeledImage], list[str]]:
+def read_cvat(source: Path, images: Images, classes: Sequence[str], problems: Problems) -> Labels:
     """The images of a file of "CVAT for images 1.1": boxes, polygons, ellipses, masks.
 
     A group of any of them but upright boxes is one object of many parts.
@@ -145,23 +146,17 @@ def read_cvat(
     file = source / "annotations.xml" if source.is_dir() else source
     root = parse_xml(file)
     listed = [node.value("name") for node in _below(root, "label") if any(node.all("name"))]
-    if not any(root.all("image")):
+    nodes = list(root.all("image"))
+    if not nodes:
         raise DatasetError(f"{file} lists no <image>; export the task in the format CVAT for images 1.1.")
-    found = []
-    for node in root.all("image"):
+    found: list[LabeledImage] = []
+    for node in nodes:
         where = f"{file}, line {node.line}"
-        try:
+        with problems.at(where):
             image = images.read(images.find(node.attribute("name")), problems, where)
-        except ValueError as error:
-            problems.add(where, str(error))
-            continue
-        if image is None:
-            continue
-        since = len(problems.found)
-        image.objects.extend(_cvat_objects(node, file, image.size, problems))
-        if not problems.leave_out(image.objects, since):
-            found.append(image)
-    return found, known_classes(found, classes or listed, problems)
+            if image:
+                found += problems.filled(image, grouped(_cvat_parts(node, file, image.size, problems), image.size))
+    return of_classes(found, classes or listed, problems)
 
 
 def _below(node: Node, tag: str) -> Iterator[Node]:
@@ -171,27 +166,17 @@ def _below(node: Node, tag: str) -> Iterator[Node]:
         yield from _below(each, tag)
 
 
-def _cvat_objects(image: Node, file: Path, size: tuple[int, int], problems: Problems) -> list[LabeledObject]:
-    objects: list[LabeledObject] = []
-    groups: dict[tuple[str, str], int] = {}
+def _cvat_parts(
+    image: Node, file: Path, size: tuple[int, int], problems: Problems
+) -> Iterator[tuple[LabeledObject, Any]]:
+    """Each shape, and the group that it belongs to."""
     for node in image.children:
-        where = f"{file}, line {node.line}"
+        where, group = f"{file}, line {node.line}", node.attributes.get("group_id", "0")
         if node.tag not in ("box", "polygon", "ellipse", "mask"):
             problems.notes[f"<{node.tag}> of CVAT, which COCO cannot hold"] += node.tag != "tag"
             continue
-        try:
-            made = _cvat_object(node, where, size)
-        except ValueError as error:
-            problems.add(where, str(error))
-            continue
-        group = (made.label, node.attributes.get("group_id", "0"))
-        if node.tag != "box" and group[1] != "0":
-            if group in groups:
-                objects[groups[group]] = joined(objects[groups[group]], made, size)
-                continue
-            groups[group] = len(objects)
-        objects.append(made)
-    return objects
+        with problems.at(where):
+            yield _cvat_object(node, where, size), None if node.tag == "box" or group == "0" else group
 
 
 def _cvat_object(node: Node, where: str, size: tuple[int, int]) -> LabeledObject:
@@ -241,6 +226,15 @@ def turned(points: np.ndarray, degrees: float) -> list[float]:
     return ((points - middle) @ turn + middle).ravel().tolist()
 
 
+def grouped(parts: Iterable[tuple[LabeledObject, Any]], size: tuple[int, int]) -> list[LabeledObject]:
+    """Objects of parts with their groups; those of one label and group are joined, and None is no group."""
+    objects: dict[Any, LabeledObject] = {}
+    for number, (part, group) in enumerate(parts):
+        key = number if group is None else (part.label, group)
+        objects[key] = joined(objects[key], part, size) if key in objects else part
+    return list(objects.values())
+
+
 def joined(first: LabeledObject, second: LabeledObject, size: tuple[int, int]) -> LabeledObject:
     """Two parts of an object: their polygons or boxes, or where one is a mask, what both cover."""
     extra = {**first.extra, **second.extra}
@@ -257,21 +251,6 @@ def joined(first: LabeledObject, second: LabeledObject, size: tuple[int, int]) -
             rle = mask_util.merge(mask_util.frPyObjects([list(each) for each in polygons], *size))
             covered |= mask_util.decode(rle).astype(bool)
     return LabeledObject(first.label, first.where, mask=covered, extra=extra)
-
-
-def known_classes(images: list[LabeledImage], classes: Sequence[str], problems: Problems) -> list[str]:
-    """``classes``, or those that occur; objects of others are problems and are taken out, and images of them alone."""
-    occurring = sorted({each.label for image in images for each in image.objects})
-    if not classes:
-        return occurring
-    for image in list(images):
-        since = len(problems.found)
-        for each in [each for each in image.objects if each.label not in classes]:
-            problems.add(each.where, f"class {each.label!r} is unknown; there are {', '.join(classes)}")
-            image.objects.remove(each)
-        if problems.leave_out(image.objects, since):
-            images.remove(image)
-    return list(classes)
 
 
 def to_number(word: str) -> float:

@@ -1,12 +1,20 @@
 """YOLO's label files: a line for each object, a class number and a box or a polygon in parts of the image."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import yaml
 
-from dimaskdino.data.conversion.labels import Images, LabeledImage, LabeledObject, Problems, box_around, read_text
+from dimaskdino.data.conversion.labels import (
+    Images,
+    LabeledImage,
+    LabeledObject,
+    Labels,
+    Problems,
+    box_around,
+    read_text,
+)
 from dimaskdino.errors import DatasetError
 
 
@@ -40,9 +48,7 @@ def class_names(source: Path) -> list[str]:
     )
 
 
-def read_yolo(
-    source: Path, images: Images, classes: Sequence[str], problems: Problems
-) -> tuple[list[LabeledImage], list[str]]:
+def read_yolo(source: Path, images: Images, classes: Sequence[str], problems: Problems) -> Labels:
     """Every image below the folder of images, with the objects of its label file.
 
     The file has the image's name with the ending .txt. It lies where "labels" stands for "images" in the path, beside
@@ -60,13 +66,8 @@ def read_yolo(
             continue
         else:
             used[file] = path
-        image, since = images.read(path, problems), len(problems.found)
-        if image is None:
-            continue
-        if file is not None:
-            image.objects.extend(_objects(file, image.size, names, problems))
-        if not problems.leave_out(image.objects, since):
-            found.append(image)
+        if image := images.read(path, problems):
+            found += problems.filled(image, _objects(file, image.size, names, problems) if file else ())
     if not used:
         raise DatasetError(f"None of the {len(images.paths)} images below {images.root} has a label file .txt.")
     beside = {file for folder in {each.parent for each in used} for file in folder.glob("*.txt")}
@@ -82,17 +83,13 @@ def _candidates(image: Path, source: Path, root: Path) -> list[Path]:
     return [Path(*parts), image.with_suffix(".txt"), source / "labels" / relative, source / relative]
 
 
-def _objects(file: Path, size: tuple[int, int], names: list[str], problems: Problems) -> list[LabeledObject]:
-    objects: list[LabeledObject] = []
-    lines: list[str] = []
+def _objects(file: Path, size: tuple[int, int], names: list[str], problems: Problems) -> Iterator[LabeledObject]:
     with problems.at(str(file)):
-        lines = read_text(file).splitlines()
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
+        for number, line in enumerate(read_text(file).splitlines(), start=1):
             where = f"{file}, line {number}"
             with problems.at(where):
-                objects.append(_object(line.split(), where, size, names, problems))
-    return objects
+                if line.strip():
+                    yield _object(line.split(), where, size, names, problems)
 
 
 def _object(words: list[str], where: str, size: tuple[int, int], names: list[str], problems: Problems) -> LabeledObject:
