@@ -11,7 +11,7 @@ import yaml
 from detectron2.modeling import build_backbone, build_model
 
 import dimaskdino.data  # noqa: F401  (registers the datasets, which know their things)
-from dimaskdino.checkpoint.names import to_release
+from dimaskdino.checkpoint import to_release
 from dimaskdino.config import Config, flatten, get_cfg
 from dimaskdino.reproduction.tables import EPOCH_IMAGES, find_experiment, paper_tables
 from tests.parity.dino import cfg as release_cfg

@@ -85,12 +85,9 @@ class _Match:
 def match_backbone(
     state: Mapping[str, Tensor], model_state: Mapping[str, Tensor], *, author: str | None = None
 ) -> dict[str, Tensor]:
-    """Find the backbone's weights in a file that holds a backbone, a classifier, or a detector.
+    """The backbone's weights, under our keys, of a file that holds a backbone, a classifier, or a detector.
 
     An ``author`` "Caffe2" merges running statistics into scale and shift.
-
-    Returns:
-        The file's tensors under our keys, all of them below ``backbone.``.
 
     Raises:
         CheckpointError: the backbone of the file is not that of the model.

@@ -48,8 +48,8 @@ class Checkpointer(DetectionCheckpointer):
         save_dir: where :meth:`save` writes and :meth:`resume_or_load` looks for the last checkpoint.
         save_to_disk: whether this process writes; by default, the main process does.
         finetune: take weights as a starting point: a backbone alone is enough, and weights that depend on the classes
-            keep their initial values where the classes differ. Resuming ignores it. None means True for a trainer,
-            that is, with ``checkpointables``, and False for an evaluation.
+            keep their initial values where the classes differ. Resuming ignores it. None means True for a trainer, that
+            is, with ``checkpointables``, and False for an evaluation.
         trust: let weight files run code; logged as a warning.
         class_names: the classes of the training or test data by index: saved with the weights, and compared with those
             that a file holds.

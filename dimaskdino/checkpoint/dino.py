@@ -1,7 +1,4 @@
-"""Names of weights in DINO's release and in detrex, and the classes that their rows stand for.
-
-In the tables, as in those of names.py, the first row that fits is taken.
-"""
+"""Names of weights in DINO's release and in detrex, and the classes that their rows stand for."""
 
 import math
 import re
@@ -12,7 +9,7 @@ import torch
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from torch import Tensor
 
-from dimaskdino.checkpoint.names import DECODER, ENCODER, Table, count_modules, expand_name, is_class_key, name_pattern
+from dimaskdino.checkpoint.names import DECODER, ENCODER, Table, count_modules, is_class_key, to_ours, to_theirs
 from dimaskdino.errors import CheckpointError
 
 Source = Literal["dino", "detrex"]
@@ -105,13 +102,7 @@ def from_dino(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         CheckpointError: two names of what is one tensor there hold different values.
     """
-    rows = [(name_pattern(theirs), row[0]) for row in _table_of_file(state) for theirs in row[1:]]
-    ours: dict[str, Tensor] = {}
-    for key, value in state.items():
-        name = _our_name(key, rows)
-        if name in ours and ours[name] is not value and not torch.equal(ours[name], value):
-            raise CheckpointError(f"{key} is a second name of another tensor, but holds other values than that.")
-        ours.setdefault(name, value)
+    ours = to_ours(state, _table_of_file(state))
     if _LABELS in ours:
         ours[_LABELS] = ours[_LABELS][: len(ours[DECODER + "heads.0.class_embed.weight"])]
     return ours
@@ -136,11 +127,7 @@ def to_dino(state: Mapping[str, Tensor], source: Source = "dino") -> dict[str, T
     else:
         table = (*(_SHARED_HEADS if heads == 1 else _SEPARATE_HEADS), *_DINO)
         state = _with_coco_rows(state)
-    rows = [(name_pattern(row[0]), row[1:]) for row in table]
-    theirs: dict[str, Tensor] = {}
-    for key, value in state.items():
-        theirs |= dict.fromkeys(_their_names(key, rows, layers), value)
-    return theirs
+    return to_theirs(state, table, {"{layer}": layers})
 
 
 def pick_coco_rows(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -183,18 +170,3 @@ def _detrex_table(layers: int, convs: int, levels: int) -> Table:
         neck = f"neck.convs.{level}" if level < convs else f"neck.extra_convs.{level - convs}"
         rows += [(f"{ENCODER}input_proj.{level}.{i}", f"{neck}.{part}") for i, part in enumerate(("conv", "norm"))]
     return (*rows, *_SEPARATE_HEADS, *_DETREX)
-
-
-def _our_name(key: str, rows: list[tuple[re.Pattern[str], str]]) -> str:
-    for pattern, ours in rows:
-        if match := pattern.match(key):
-            return ours.replace("{i}", match[1] if match.groups() else "") + key[match.end() :]
-    return key
-
-
-def _their_names(key: str, rows: list[tuple[re.Pattern[str], tuple[str, ...]]], layers: int) -> list[str]:
-    for pattern, templates in rows:
-        if match := pattern.match(key):
-            named = [template.replace("{i}", match[1] if match.groups() else "") for template in templates]
-            return [name + key[match.end() :] for each in named for name in expand_name(each, {"{layer}": layers})]
-    return [key]

@@ -6,12 +6,14 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dimaskdino.checkpoint.names import DECODER, ENCODER, is_class_key, is_dino
+from dimaskdino.checkpoint.names import DECODER, ENCODER, count_modules, is_class_key, is_dino
 from dimaskdino.errors import CheckpointError
 from dimaskdino.layers.shards import gathered
 
@@ -22,8 +24,10 @@ State = Mapping[str, Tensor]
 BACKBONE = "backbone."
 # Buffers that follow from the architecture, or that nothing reads; old files may lack them.
 _DERIVED = re.compile(r"(?:num_batches_tracked|relative_position_index)$|^pixel_(?:mean|std)$")
-_WIDTH = "MODEL.DINO.DIM_FEEDFORWARD"
+_HEAD, _WIDTH = "MODEL.SEM_SEG_HEAD", "MODEL.DINO.DIM_FEEDFORWARD"
+_LINEAR, _QUERIES = r"layers\.\d+\.linear1\.weight", re.escape(DECODER) + r"query_(?:feat|embed)"
 _COLORS = 3
+_MOST_GROUPS = 8
 # Entries of a checkpoint: the file of the other weights ("" where the model's construction gives them); their digest.
 BASE, DIGEST = "frozen_weights", "frozen_digest"
 
@@ -40,7 +44,7 @@ class Misfit:
 
     @classmethod
     def between(cls, state: State, model_state: State) -> "Misfit":
-        """Compare the weights of a file with those of a model."""
+        """Compare both."""
         return cls(
             state,
             model_state,
@@ -60,10 +64,8 @@ class Misfit:
         if self.unexpected:
             parts.append(f"{len(self.unexpected)} not in the model: {group(self.unexpected, self.model_state)}")
         if self.reshaped:
-            shapes = [
-                f"{key} {tuple(self.state[key].shape)} for {tuple(self.model_state[key].shape)}"
-                for key in self.reshaped[:4]
-            ]
+            both = ((key, tuple(self.state[key].shape), tuple(self.model_state[key].shape)) for key in self.reshaped)
+            shapes = [f"{key} {in_file} for {in_model}" for key, in_file, in_model in islice(both, 4)]
             more = f" and {len(self.reshaped) - 4} more" if len(self.reshaped) > 4 else ""
             parts.append(f"{len(self.reshaped)} of another shape: {', '.join(shapes)}{more}")
         causes = [text for cause in _CAUSES if (text := cause(self))]
@@ -93,7 +95,7 @@ def _depths(keys: Iterable[str], pattern: str) -> list[int]:
     return [count for _, count in sorted(Counter(stage for stage, _ in blocks).items())]
 
 
-def group(keys: Iterable[str], others: Iterable[str], *, at_most: int = 8) -> str:
+def group(keys: Iterable[str], others: Iterable[str]) -> str:
     """Name many keys in few words, by the largest modules that hold none of ``others``: "a.b.* (12), c.weight"."""
     present = {prefix for key in others for prefix in _prefixes(key)}
     groups: Counter[str] = Counter()
@@ -101,8 +103,8 @@ def group(keys: Iterable[str], others: Iterable[str], *, at_most: int = 8) -> st
         groups[next((prefix for prefix in _prefixes(key) if prefix not in present), key)] += 1
     keys = set(keys)
     names = [name if name in keys else f"{name}.* ({count})" for name, count in groups.items()]
-    more = f" and {len(names) - at_most} more groups" if len(names) > at_most else ""
-    return ", ".join(names[:at_most]) + more
+    more = f" and {len(names) - _MOST_GROUPS} more groups" if len(names) > _MOST_GROUPS else ""
+    return ", ".join(names[:_MOST_GROUPS]) + more
 
 
 def _prefixes(key: str) -> list[str]:
@@ -146,27 +148,18 @@ def _architecture(misfit: Misfit) -> str:
     return f"{'; '.join(texts)} ({key})" if texts else ""
 
 
-def _number_of_layers(prefix: str, key: str, key_of_dino: str) -> Callable[[Misfit], str]:
-    def cause(misfit: Misfit) -> str:
-        in_file, in_model = (
-            len({k.removeprefix(prefix).split(".")[0] for k in state if k.startswith(prefix)})
-            for state in (misfit.state, misfit.model_state)
-        )
-        name = key_of_dino if is_dino(misfit.model_state) else key
-        return f"{in_file} layers in the file, {in_model} in the model ({name})" if in_file != in_model else ""
-
-    return cause
+def _number_of_layers(prefix: str, key: str, key_of_dino: str, misfit: Misfit) -> str:
+    in_file, in_model = (count_modules(state, prefix) for state in (misfit.state, misfit.model_state))
+    name = key_of_dino if is_dino(misfit.model_state) else key
+    return f"{in_file} layers in the file, {in_model} in the model ({name})" if in_file != in_model else ""
 
 
-def _size(pattern: str, key: str, key_of_dino: str) -> Callable[[Misfit], str]:
-    def cause(misfit: Misfit) -> str:
-        found = next((k for k in misfit.reshaped if re.search(pattern, k)), None)
-        if found is None:
-            return ""
-        name = key_of_dino if is_dino(misfit.model_state) else key
-        return f"{name} is {misfit.model_state[found].shape[0]} but {misfit.state[found].shape[0]} in the file"
-
-    return cause
+def _size(pattern: str, key: str, key_of_dino: str, misfit: Misfit) -> str:
+    found = next((k for k in misfit.reshaped if re.search(pattern, k)), None)
+    if found is None:
+        return ""
+    name = key_of_dino if is_dino(misfit.model_state) else key
+    return f"{name} is {misfit.model_state[found].shape[0]} but {misfit.state[found].shape[0]} in the file"
 
 
 def _two_stage(misfit: Misfit) -> str:
@@ -180,12 +173,10 @@ def _two_stage(misfit: Misfit) -> str:
 
 
 def _shared_heads(misfit: Misfit) -> str:
-    separate = [
-        any(key.startswith(DECODER + "heads.1.") for key in state) for state in (misfit.state, misfit.model_state)
-    ]
-    if separate[0] == separate[1] or not is_dino(misfit.model_state):
+    separate, wanted = (count_modules(state, DECODER + "heads.1.") > 0 for state in (misfit.state, misfit.model_state))
+    if separate == wanted or not is_dino(misfit.model_state):
         return ""
-    return f"heads {'of each layer' if separate[0] else 'that layers share'} in the file (MODEL.DINO.SHARED_HEADS)"
+    return f"heads {'of each layer' if separate else 'that layers share'} in the file (MODEL.DINO.SHARED_HEADS)"
 
 
 def _adapters(misfit: Misfit) -> str:
@@ -199,12 +190,12 @@ _CAUSES: tuple[Callable[[Misfit], str], ...] = (
     _backbone,
     _classes,
     _architecture,
-    _number_of_layers(DECODER + "layers.", "MODEL.MaskDINO.DEC_LAYERS", "MODEL.DINO.DEC_LAYERS"),
-    _number_of_layers(ENCODER + "layers.", "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS", "MODEL.DINO.ENC_LAYERS"),
-    _size(re.escape(DECODER) + r"layers\.\d+\.linear1\.weight", "MODEL.MaskDINO.DIM_FEEDFORWARD", _WIDTH),
-    _size(re.escape(ENCODER) + r"layers\.\d+\.linear1\.weight", "MODEL.SEM_SEG_HEAD.DIM_FEEDFORWARD", _WIDTH),
-    _size(re.escape(ENCODER) + "level_embed", "MODEL.SEM_SEG_HEAD.TOTAL_NUM_FEATURE_LEVELS", "MODEL.DINO.NUM_LEVELS"),
-    _size(re.escape(DECODER) + r"query_(?:feat|embed)", "MODEL.MaskDINO.NUM_OBJECT_QUERIES", "MODEL.DINO.NUM_QUERIES"),
+    partial(_number_of_layers, DECODER + "layers.", "MODEL.MaskDINO.DEC_LAYERS", "MODEL.DINO.DEC_LAYERS"),
+    partial(_number_of_layers, ENCODER + "layers.", f"{_HEAD}.TRANSFORMER_ENC_LAYERS", "MODEL.DINO.ENC_LAYERS"),
+    partial(_size, re.escape(DECODER) + _LINEAR, "MODEL.MaskDINO.DIM_FEEDFORWARD", _WIDTH),
+    partial(_size, re.escape(ENCODER) + _LINEAR, f"{_HEAD}.DIM_FEEDFORWARD", _WIDTH),
+    partial(_size, re.escape(ENCODER) + "level_embed", f"{_HEAD}.TOTAL_NUM_FEATURE_LEVELS", "MODEL.DINO.NUM_LEVELS"),
+    partial(_size, _QUERIES, "MODEL.MaskDINO.NUM_OBJECT_QUERIES", "MODEL.DINO.NUM_QUERIES"),
     _two_stage,
     _shared_heads,
 )

@@ -31,11 +31,7 @@ class HubAddress(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "HubAddress":
-        """Read an address; ``%2F`` in a revision is a slash.
-
-        Raises:
-            CheckpointError: the text is not of this form.
-        """
+        """Read an address, in which ``%2F`` in a revision is a slash; CheckpointError for text of another form."""
         if not (found := _ADDRESS.fullmatch(text)):
             raise CheckpointError(f"{text} is no address on the hub; write hf://owner/name[@revision][/file].")
         repository, revision, file = found.groups()
@@ -65,15 +61,12 @@ def is_address(path: str | Path) -> bool:
 
 
 def local_path(path: str | Path, remedy: str = "name a local file") -> Path:
-    """The path itself, or the local copy of what an address names.
+    """The path itself, also of a folder, or the local copy of what an address names.
 
-    Args:
-        path: a path, also of a folder; or an address that detectron2's PathManager knows: hf://, http(s)://,
-            detectron2://, or one of a handler that the user has registered.
-        remedy: what the error of an address that cannot be fetched advises.
+    Those are what detectron2's PathManager knows: hf://, http(s)://, detectron2://, and what the user has registered.
 
     Raises:
-        CheckpointError: the address cannot be fetched.
+        CheckpointError: the address cannot be fetched; ends with the remedy.
     """
     address = _SCHEME.sub(r"\1://", str(path), count=1) if is_address(path) else ""
     if _MISSPELLED.match(str(path)) and not address.startswith(PREFIX) and not Path(path).exists():
@@ -93,8 +86,8 @@ def fetch(address: str, *, force: bool = False) -> Path:
     """The local copy of a file on the hub, from the cache of huggingface_hub or fetched into it.
 
     Raises:
-        CheckpointError: huggingface_hub is missing, there is no such repository, revision or file, or the hub cannot
-            be reached and the file is not in the cache.
+        CheckpointError: huggingface_hub is missing, there is no such repository, revision or file, or the hub cannot be
+            reached and the file is not in the cache.
     """
     repository, revision, file = HubAddress.parse(address)
     hub = _package(address)

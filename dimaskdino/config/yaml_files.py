@@ -64,9 +64,8 @@ def scaled_sizes(expression: str) -> list[int]:
 def read_yaml(path: str) -> dict[str, Any]:
     """Read a YAML file on top of the files that its ``_BASE_`` names.
 
-    Args:
-        path: the file. A ``_BASE_`` (one path or a list) is relative to it, absolute, or a URL that iopath knows; a
-            later file overrides an earlier one.
+    That is one path or a list, each relative to the file, absolute, or a URL that iopath knows; a later one overrides
+    an earlier one.
 
     Raises:
         ConfigError: a file that is missing, is not a mapping, asks for code to run, or is too large or nested too

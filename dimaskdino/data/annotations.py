@@ -50,13 +50,13 @@ def annotations_to_instances(
     Args:
         annotations: objects of the image before its transforms, in detectron2's format, with a mask or a box.
         transforms: what the image went through; moves coordinates linearly.
-        source_size: size of the image before, which RLE labels must have.
-        target_size: size of the image after.
+        source_size: (height, width) before, which RLE labels must have.
+        target_size: (height, width) after.
         num_classes: category ids must lie in [0, num_classes).
         file_name: the image's path, for errors.
         with_masks: whether the targets have masks.
-        fields: number fields of the annotations to carry along (INPUT.ANNOTATION_FIELDS).
-        annotated_boxes: whether the annotation's box is that of an object with a mask too (INPUT.BOXES_OF_ANNOTATIONS).
+        fields: as INPUT.ANNOTATION_FIELDS.
+        annotated_boxes: as INPUT.BOXES_OF_ANNOTATIONS.
 
     Returns:
         Instances of ``target_size`` with gt_classes (n,) int64 and gt_boxes (n, 4) float32, xyxy in pixels. With masks,

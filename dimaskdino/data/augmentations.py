@@ -228,12 +228,7 @@ def Color(  # noqa: N802
 
 @AUGMENTATION_REGISTRY.register()
 class Blur(T.Augmentation):
-    """Blur the image by a Gaussian.
-
-    Args:
-        sigma: range of its width in pixels.
-        prob: of blurring.
-    """
+    """Blur the image by a Gaussian of a width in a range (``sigma``, px), with a probability."""
 
     def __init__(self, cfg: CfgNode, sigma: Any = (0.1, 2.0), prob: float = 0.5) -> None:
         super().__init__()

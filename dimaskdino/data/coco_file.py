@@ -50,11 +50,7 @@ def without_collecting() -> Iterator[None]:
 
 @without_collecting()
 def read_json(path: str | os.PathLike[str], form: Any = Any) -> Any:
-    """Read a JSON file in UTF-8, UTF-16 or UTF-32, with or without a byte order mark.
-
-    Args:
-        path: of the file.
-        form: the type that msgspec makes of it; plain objects of Python where the file does not have that form.
+    """Read a JSON file in UTF-8, UTF-16 or UTF-32, as the type ``form`` of msgspec where it has that form.
 
     Raises:
         DatasetError: if it cannot be read, is not valid JSON, or is nested too deep.
@@ -144,9 +140,7 @@ class _Lists(msgspec.Struct):
 
 
 class Annotations(Sequence[Json]):
-    """Annotations as the text of their file, decoded each time they are looked at.
-
-    Decoded, they would need six times the memory.
+    """Annotations as the text of their file, decoded when they are looked at: decoded, they need six times the memory.
 
     Args:
         columns: of all annotations of a file: text, id, image_id, category_id, iscrowd (bool), bbox (n, 4), area and
@@ -262,8 +256,8 @@ def has_objects(annotations: Sequence[Json]) -> bool:
 def read_coco(path: str) -> Json:
     """Read a COCO file whose lists have the form that every other check and reader relies on.
 
-    The last files stay in memory until :func:`forget_files`, so that a job parses a file of hundreds of megabytes once
-    for the check and the loader. Annotations are :class:`Annotations` where they have the usual form.
+    The last files stay in memory until :func:`forget_files`, so that a job parses each once for the check and the
+    loader. Annotations are :class:`Annotations` where they have the usual form.
 
     Raises:
         DatasetError: naming the first entry that cannot be used.

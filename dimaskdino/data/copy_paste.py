@@ -14,14 +14,14 @@ from dimaskdino.errors import ConfigError
 class CopyPaste:
     """Pastes objects of an image, as mapped, over another one of the same data set.
 
-    Source: Ghiasi et al., "Simple Copy-Paste is a Strong Data Augmentation Method for Instance Segmentation".
-
     Args:
         prob: of pasting at all.
         share: of the other image's objects that are pasted, each at random; at least one.
         most: objects to paste at most.
         blend: width in pixels of the Gaussian that softens the seam of the image; 0 cuts sharply.
         least_left: objects of which a smaller share stays visible are left out.
+
+    Source: Ghiasi et al., "Simple Copy-Paste is a Strong Data Augmentation Method for Instance Segmentation".
     """
 
     def __init__(

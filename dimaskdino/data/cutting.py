@@ -16,12 +16,8 @@ def cut_annotation(
 ) -> Json | None:
     """An annotation in the frame of a tile (top, left, bottom, right, px); None with too small a share inside.
 
-    Returns:
-        The annotation, with polygons where the whole object is inside, else with an RLE; with a box where it has one
-        alone. Box and area are those of what is inside.
-
-    Raises:
-        ValueError: the mask cannot be used.
+    It has polygons where the whole object is inside, else an RLE; with a box alone, a box. Box and area are those of
+    what is inside. Raises ValueError for a mask that cannot be used.
     """
     top, left, bottom, right = window
     if not has_mask(annotation):

@@ -89,11 +89,8 @@ def unlabeled_classes(
 ) -> list[int]:
     """The classes of which an image may show objects without labels; predicting them is no mistake there.
 
-    Args:
-        entry: of a dataset. With "neg_category_ids", all classes but those that it lists and those with an object were
-            not looked for; of "not_exhaustive_category_ids", some objects may lack labels.
-        annotations: its objects.
-        num_classes: of the model.
+    With "neg_category_ids" of an entry, these are all classes but those that it lists and those with an object; they
+    were not looked for. Of "not_exhaustive_category_ids", some objects may lack labels.
 
     Source: LVIS (Gupta et al., 2019).
     """

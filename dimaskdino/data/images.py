@@ -39,15 +39,7 @@ class Header(NamedTuple):
 
 
 def read_image(file_name: str, image_format: str, *, apply_exif: bool = True) -> np.ndarray:
-    """Read an image.
-
-    Args:
-        file_name: path of the image.
-        image_format: INPUT.FORMAT: a mode of PIL, or "BGR".
-        apply_exif: turn the picture upright as its EXIF orientation says (INPUT.APPLY_EXIF), or read it as stored.
-
-    Returns:
-        (H, W, C) uint8.
+    """Read an image as (H, W, C) uint8, by INPUT.FORMAT (a mode of PIL, or "BGR") and INPUT.APPLY_EXIF.
 
     Raises:
         DatasetError: if the file is missing, is not a readable image, or has more than 8 bits a channel.
@@ -60,12 +52,8 @@ def read_image(file_name: str, image_format: str, *, apply_exif: bool = True) ->
 def read_header(file_name: str, *, any_depth: bool = False) -> Header:
     """Read the size and orientation of an image without decoding it.
 
-    Args:
-        file_name: path of the image.
-        any_depth: more than 8 bits a channel are no error.
-
     Raises:
-        DatasetError: as :func:`read_image`.
+        DatasetError: as :func:`read_image`; with ``any_depth``, more than 8 bits a channel are no error.
     """
     with _opened(file_name, any_depth=any_depth) as image:
         # PIL decodes all pixels of a PNG to look for EXIF behind them.

@@ -15,14 +15,11 @@ VOID = 0  # the id of pixels without a segment, as COCO defines it
 
 
 def read_label_map(path: str, size: tuple[int, int] | None = None) -> np.ndarray:
-    """Read a map of classes.
+    """Read a map of classes, (H, W) int32.
 
     Args:
         path: an image with one channel of 8 or 16 bits, or with a palette, whose indices are then the labels.
         size: (height, width) that it must have.
-
-    Returns:
-        (H, W) int32.
 
     Raises:
         DatasetError: if it is missing, cannot be read, has several channels, or another size.
@@ -63,11 +60,7 @@ def labels_present(labels: np.ndarray) -> list[int]:
 
 
 def check_labels(labels: np.ndarray, *, num_classes: int, ignore: int, path: str) -> None:
-    """Refuse labels that are neither a class nor ignored.
-
-    Raises:
-        DatasetError: naming the file, the label, and what may be meant.
-    """
+    """Refuse labels that are neither a class nor ignored; DatasetError names file, label, and what may be meant."""
     wrong = [label for label in labels_present(labels) if label != ignore and not 0 <= label < num_classes]
     if wrong:
         shifted = wrong == [num_classes]
@@ -80,11 +73,7 @@ def check_labels(labels: np.ndarray, *, num_classes: int, ignore: int, path: str
 
 
 def check_segments(ids: np.ndarray, segments: Sequence[Json], path: str) -> None:
-    """Refuse pixels whose segment id the JSON does not list.
-
-    Raises:
-        DatasetError: naming the file and the id.
-    """
+    """Refuse pixels whose segment id the JSON does not list; DatasetError names the file and the id."""
     unlisted = set(np.unique(ids).tolist()) - {segment["id"] for segment in segments} - {VOID}
     if unlisted:
         raise DatasetError(
@@ -97,8 +86,7 @@ def read_semantic(entry: Json, *, num_classes: int, ignore: int, size: tuple[int
     """The class of each pixel of an image, from its map of classes or from its panoptic PNG.
 
     Args:
-        entry: of a dataset in detectron2's format, with ``sem_seg_file_name``, or ``pan_seg_file_name`` and
-            ``segments_info``.
+        entry: of a dataset, with ``sem_seg_file_name``, or ``pan_seg_file_name`` and ``segments_info``.
         num_classes: K.
         ignore: the label of pixels without a class, and, from a panoptic PNG, of crowd regions.
         size: (height, width) that the map must have.

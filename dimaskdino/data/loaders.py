@@ -96,9 +96,6 @@ def _train_entries(cfg: CfgNode) -> tuple[PackedEntries, list[bool]]:
     """The images to train on, and for DATALOADER.ASPECT_RATIO_GROUPING which of them are wide.
 
     One process of a machine reads COCO files for all. What a user's function lists, each process calls it for.
-
-    Raises:
-        DatasetError: no image is left.
     """
     group_of: list[bool] = []
 
@@ -130,11 +127,7 @@ def _train_entries(cfg: CfgNode) -> tuple[PackedEntries, list[bool]]:
 
 
 def _checked_batch(batch: list[dict[str, Any]], mapper_name: str, needs_instances: bool) -> list[dict[str, Any]]:
-    """A batch as it is, if the mapper gives what the model takes.
-
-    Raises:
-        ConfigError: it does not; names the mapper, and what it should give.
-    """
+    """A batch, if the mapper gives what the model takes; else ConfigError names it and what it should give."""
     for mapped in batch:
         image = mapped.get("image") if isinstance(mapped, dict) else None
         instances = mapped.get("instances") if isinstance(mapped, dict) else None

@@ -39,10 +39,10 @@ class InstanceMapper:
         num_classes: category ids must lie in [0, num_classes).
         with_instances: whether the annotations become "instances"; they are dropped otherwise.
         with_masks: whether the targets have masks.
-        apply_exif: whether photos are turned upright as EXIF says, as in INPUT.APPLY_EXIF.
-        fields: number fields of annotations that become targets, as in INPUT.ANNOTATION_FIELDS.
+        apply_exif: as in INPUT.APPLY_EXIF.
+        fields: as in INPUT.ANNOTATION_FIELDS.
         reader: reads the images; None means PIL, by ``image_format`` and ``apply_exif``.
-        annotated_boxes: boxes of the annotations as targets, as in INPUT.BOXES_OF_ANNOTATIONS.
+        annotated_boxes: as in INPUT.BOXES_OF_ANNOTATIONS.
         partial_labels: give the classes that were not labeled, as in INPUT.PARTIAL_LABELS.
         crowd: give the crowd regions.
         copy_paste: puts objects of another image, mapped likewise, over an image; the loader draws that image.
@@ -82,8 +82,8 @@ class InstanceMapper:
             positives; with ``crowd``, "crowd_regions" (see :func:`crowd_regions`).
 
         Raises:
-            DatasetError: for an image that cannot be read or has another size than the entry says, and for an
-                annotation that cannot be used.
+            DatasetError: for an image or annotation that cannot be used, or an image of another size than the entry
+                says.
         """
         image = self.reader.read(entry["file_name"])
         source_size = image.shape[:2]
@@ -229,13 +229,9 @@ def _instance_mapper(cfg: CfgNode, default: Callable[[CfgNode], list[T.Augmentat
 def build_mapper(
     cfg: CfgNode, is_train: bool, *, with_instances: bool | None = None, with_masks: bool = True
 ) -> Mapper:
-    """Build the mapper that INPUT.DATASET_MAPPER_NAME names.
+    """Build the mapper that INPUT.DATASET_MAPPER_NAME names, for training or testing.
 
-    Args:
-        cfg: the configuration.
-        is_train: training augmentations, or the plain resize of testing.
-        with_instances: whether annotations become targets; None means in training only.
-        with_masks: whether the targets have masks; False is passed on to the builder.
+    Annotations become targets if ``with_instances`` says so, by default in training only.
 
     Raises:
         ConfigError: if no mapper has that name, it cannot be made, or its augmentations contradict each other.

@@ -50,12 +50,10 @@ def image_keys(cfg: CfgNode) -> list[str]:
 
 
 def take_fold(cfg: CfgNode, name: str, entries: list[dict[str, Any]], *, train: bool) -> list[dict[str, Any]]:
-    """The images of a dataset that a run trains on, or is tested on.
+    """The images of a dataset that a run trains on, or is tested on; all of one that is not in DATASETS.TRAIN.
 
     Images of one group (DATASETS.FOLDS.GROUP) are in one fold. The folds depend on the groups' names and the seed, not
     on the order of the images.
-
-    A dataset that is not in DATASETS.TRAIN is not divided.
 
     Raises:
         DatasetError: an image does not have the key of its group, or there are fewer groups than folds.

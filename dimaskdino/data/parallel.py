@@ -24,16 +24,10 @@ def no_progress(items: Iterable[Any], *, total: int) -> Iterable[Any]:
 def parallel_map(
     function: Callable[[Item], Result], items: Iterable[Item], *, num_workers: int, chunk: int = 8
 ) -> Iterator[Result]:
-    """Apply ``function`` to every item.
+    """Apply ``function`` to every item in ``num_workers`` processes, each of which takes ``chunk`` items at a time.
 
-    Args:
-        function: what the processes run; it, the items and the results must be picklable.
-        items: read at once if there are workers.
-        num_workers: processes to start; 0 works in this one.
-        chunk: items that a process takes at a time.
-
-    Yields:
-        The results, in the order of the items. Closing the generator early cancels what has not begun.
+    0 works in this one. Function, items and results must be picklable. Yields the results in the order of the items;
+    closing the generator early cancels what has not begun.
     """
     if not num_workers:
         yield from map(function, items)

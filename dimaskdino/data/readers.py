@@ -122,10 +122,8 @@ class OwnReader:
 class ByExtension:
     """Takes the reader of a path's extension, and PIL for others.
 
-    Args:
-        makers: extension, such as ".npy" -> what makes its reader when the first such path is met, so that packages of
-            formats that no image has may be missing.
-        other: for paths with another extension.
+    ``makers``, by extension such as ".npy", make a reader when the first such path is met, so that packages of formats
+    that no image has may be missing.
     """
 
     def __init__(self, makers: Mapping[str, Callable[[], Reader]], other: Reader) -> None:

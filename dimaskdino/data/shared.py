@@ -41,9 +41,6 @@ class PackedEntries(Sequence[Any]):
 
     Their pickles lie behind each other in memory that belongs to no named file: it ends with the last process that maps
     it, however that ends. They need a fraction of the entries' memory, and no process has a copy of its own.
-
-    Args:
-        entries: what to pack.
     """
 
     def __init__(self, entries: Sequence[Any]) -> None:

@@ -34,9 +34,6 @@ class KeepAPixel(T.Augmentation):
 def large_scale_jitter(cfg: CfgNode) -> list[T.Augmentation]:
     """Flip, scale by a random factor, then crop or pad at the bottom right to a square canvas.
 
-    Args:
-        cfg: reads INPUT.{RANDOM_FLIP, MIN_SCALE, MAX_SCALE, IMAGE_SIZE, COLOR_AUG_SSD}.
-
     Source: Ghiasi et al., "Simple Copy-Paste is a Strong Data Augmentation Method for Instance Segmentation".
     """
     side = cfg.INPUT.IMAGE_SIZE
@@ -51,9 +48,6 @@ def large_scale_jitter(cfg: CfgNode) -> list[T.Augmentation]:
 def shortest_edge(cfg: CfgNode) -> list[T.Augmentation]:
     """Flip, with INPUT.CROP.ENABLED crop every other image, then resize the shortest edge to one of several sizes.
 
-    Args:
-        cfg: reads INPUT.{RANDOM_FLIP, CROP, MIN_SIZE_TRAIN, MAX_SIZE_TRAIN, MIN_SIZE_TRAIN_SAMPLING, COLOR_AUG_SSD}.
-
     Source: Carion et al., "End-to-End Object Detection with Transformers".
     """
     augmentations = color_and_flip(cfg)
@@ -67,10 +61,6 @@ def shortest_edge(cfg: CfgNode) -> list[T.Augmentation]:
 
 def semantic_crop(cfg: CfgNode) -> list[T.Augmentation]:
     """Resize the shortest edge, crop if wanted, distort colors if wanted, flip, and pad to INPUT.SIZE_DIVISIBILITY.
-
-    Args:
-        cfg: reads INPUT.{MIN_SIZE_TRAIN, MAX_SIZE_TRAIN, MIN_SIZE_TRAIN_SAMPLING, CROP, COLOR_AUG_SSD, RANDOM_FLIP,
-            SIZE_DIVISIBILITY}.
 
     Source: MaskFormer (Cheng et al., 2021), section 4.1.
     """

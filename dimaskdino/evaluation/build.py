@@ -72,11 +72,6 @@ class ImageEvaluator(DatasetEvaluator):
     """Averages what :meth:`measure` of a subclass gives; in results.json under the name of the class.
 
     Register the subclass in EVALUATOR_REGISTRY and name it in TEST.EVALUATORS, beside what the dataset is scored by.
-
-    Args:
-        cfg: of the model that is evaluated.
-        dataset_name: a registered dataset.
-        output_folder: where predictions and tables go.
     """
 
     def __init__(self, cfg: CfgNode, dataset_name: str, output_folder: str) -> None:
@@ -258,9 +253,7 @@ def check_classes(cfg: CfgNode) -> None:
 
     A class is a number to the model: against other classes, or another order, AP is a plausible wrong number. Training
     datasets with another number of classes than the model, or whose files are not on this machine, are not compared.
-
-    Raises:
-        DatasetError: a dataset has other classes or another order; the message shows both.
+    The DatasetError shows the classes of both.
     """
     for tested in cfg.DATASETS.TEST:
         ours = class_names(tested)

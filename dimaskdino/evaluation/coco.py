@@ -175,14 +175,12 @@ class CocoEvaluator(DatasetEvaluator):
         return self._scores_of_tasks(results, seen, with_masks=all(predict_masks))
 
     def score_results(self, results: list[Result]) -> dict[str, Scores]:
-        """Score detections on the whole dataset, as :meth:`score` does.
+        """Score detections, as ``coco_instances_results.json`` holds them, on the whole dataset; see :meth:`score`.
 
-        Args:
-            results: as ``coco_instances_results.json`` holds them; masks are scored if all have one.
+        Masks are scored if all have one.
 
         Raises:
-            DatasetError: a detection is of an image or class that the dataset does not have, the dataset has no
-                annotations, or nothing was measured although there are objects.
+            DatasetError: as :meth:`score`, or the dataset has no annotations.
         """
         known = {*self._category_ids(), *self._truth.category_numbers}
         for result in results:

@@ -21,11 +21,7 @@ class CocoOptions:
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> "CocoOptions":
-        """Read TEST.COCO.
-
-        Raises:
-            ConfigError: a limit is no positive number, or a range is no name with two areas.
-        """
+        """Read TEST.COCO; raises ConfigError if a limit is no positive number, or a range is no name with two areas."""
         limits, ranges = cfg.TEST.COCO.LIMITS, cfg.TEST.COCO.AREA_RANGES
         if any(not isinstance(limit, int) or limit < 1 for limit in limits):
             raise ConfigError(f"TEST.COCO.LIMITS is {list(limits)}; give numbers of detections of at least 1.")

@@ -66,10 +66,7 @@ def semantic_table(scores: Mapping[str, float]) -> str:
 
 
 def stage_row(stage: str, results: Results) -> dict[str, Any]:
-    """One stage's line of the table, as far as scored, and all scores.
-
-    Those are box AP, mask AP, and their difference, PQ, and mIoU.
-    """
+    """One stage's line of the table, as far as scored (box AP, mask AP, their difference, PQ, mIoU), and all scores."""
     row = {f"{TASK_NAMES[task]}_AP": results[task]["AP"] for task in _tasks(results)}
     if len(row) == len(TASK_NAMES):
         row[_GAP] = row["box_AP"] - row["mask_AP"]

@@ -234,14 +234,10 @@ class ThingsEvaluator(CocoEvaluator):
 
 
 def register_things(name: str) -> tuple[str, list[int]]:
-    """Register the things of a panoptic dataset as an instance dataset, once.
+    """Register the things of a panoptic dataset as an instance dataset, once; returns its name and their class indices.
 
-    Args:
-        name: of the panoptic dataset. Instance annotations in COCO's format that its metadata names (json_file) are the
-            truth if the file exists; otherwise the masks of its segments are.
-
-    Returns:
-        The name of the instance dataset, and the class indices of the things in order.
+    Instance annotations in COCO's format that the metadata names (json_file) are the truth if the file exists;
+    otherwise the masks of the segments are.
     """
     metadata, instances = MetadataCatalog.get(name), f"{name}_things"
     to_index = metadata.thing_dataset_id_to_contiguous_id
@@ -317,11 +313,7 @@ class EvaluatorGroup(DatasetEvaluator):
 
 
 def numbers_of(method: str, kind: type, given: Any) -> dict[str, float]:
-    """Numbers by name, each a Python one.
-
-    Raises:
-        ConfigError: the method of an evaluator gives something else.
-    """
+    """Numbers by name, each a Python one; raises ConfigError if the method of an evaluator gives something else."""
     try:
         plain = {name: x.item() if hasattr(x, "item") else x for name, x in given.items()}
         if all(isinstance(name, str) and isinstance(x, int | float) for name, x in plain.items()):

@@ -36,7 +36,7 @@ NOT_MEASURED = "n/a"  # in place of a bar
 
 
 def picture_path(path: Path, name: str) -> Path:
-    """The picture that --output asks for, a PNG without a format; raises UserError for a folder or another format."""
+    """The picture that --output asks for, by default a PNG; UserError for a folder, or another format."""
     if not (path.suffix or path.is_dir()):
         path = path.with_name(f"{path.name}.png")
     if path.is_dir():
@@ -127,7 +127,7 @@ class StageResults:
         return cls(label, [_mean_row([row for row in rows if row["stage"] == name]) for name in names])
 
     def ends(self) -> dict[str, dict[str, Any]]:
-        """The ``first`` and the ``last`` decoder layer; raises UserError if no stage is one."""
+        """The ``first`` and the ``last`` decoder layer; UserError where no stage is one."""
         layers = decoder_layers(self.stages)
         if not layers:
             raise UserError(f"The results of {self.label} hold no decoder layer; evaluate with --eval-layers all.")
@@ -154,13 +154,8 @@ def paper_ends(label: str) -> dict[str, float] | None:
 def draw_imbalance(runs: Sequence[StageResults], path: Path, *, with_paper: bool = False, lines: bool = False) -> None:
     """Draw the scores at the first and the last decoder layer, runs side by side, and write a picture.
 
-    Those are box and mask AP, PQ, and mIoU, as far as the runs have them.
-
-    Args:
-        runs: at least one.
-        path: of the picture; its suffix decides the format.
-        with_paper: hatched bars beside those of runs whose label is a model of the paper's Figure 1.
-        lines: a second panel with every stage.
+    Those are box and mask AP, PQ, and mIoU, as far as the runs have them. ``with_paper`` adds hatched bars beside those
+    of runs whose label is a model of the paper's Figure 1, and ``lines`` a second panel with every stage.
 
     Raises:
         UserError: the paper's bars are asked for, but no label is one of its models.

@@ -42,7 +42,7 @@ class ObjectDistances(NamedTuple):
 
 
 def average_top_k(distances: Sequence[float], k: int) -> float:
-    """ATD(k): the mean of the k largest distances, of all where there are fewer; raises UserError if there are none."""
+    """ATD(k): the mean of the k largest distances, of all where there are fewer; UserError where there are none."""
     if not distances:
         raise UserError("No object was measured, so there is no average top-k distance.")
     largest = sorted(distances, reverse=True)[:k]
@@ -68,10 +68,8 @@ def _recorded(decoder: Any) -> Iterator[dict[str, Any]]:
 def object_distances(model: Any, images: Iterable[Mapping[str, Any]]) -> Iterator[ObjectDistances]:
     """Match the final boxes of each image with its objects, and measure from where their queries started.
 
-    Args:
-        model: a DINO in evaluation mode.
-        images: as the mapper gives them with ``instances``; objects are small below 32 x 32 px of the original image,
-            by the area of their box.
+    The model is a DINO in evaluation mode; images are as the mapper gives them with ``instances``. Objects are small
+    below 32 x 32 px of the original image, by the area of their box.
 
     Yields:
         The L1 distances of boxes cxcywh in parts of the image.
@@ -95,8 +93,7 @@ def object_distances(model: Any, images: Iterable[Mapping[str, Any]]) -> Iterato
 def measure_run(folder: Path, progress: Progress = no_progress) -> Distances:
     """Distances of every checkpoint of a run of DINO on its test set; checkpoints that were measured are not again.
 
-    Returns:
-        By the name of the checkpoint ("model_0007374"), the distances of "all" and of "small" objects.
+    These are, by the name of the checkpoint ("model_0007374"), of "all" and of "small" objects.
 
     Raises:
         UserError: the folder holds no run of DINO, or its test set is not registered.

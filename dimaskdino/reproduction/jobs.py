@@ -103,7 +103,7 @@ def unfinished(jobs: Sequence[Job], launcher: Launcher) -> list[Job]:
 
 
 def run_job(job: Job, launcher: Launcher, run_command: Execute = execute) -> None:
-    """Do what is missing of ``job``; raises UserError if a command fails, or leaves no results."""
+    """Do what is missing of ``job``; UserError if a command failed, or succeeded without leaving its results."""
     last = None
     while (command := job.next_command(launcher)) is not None:
         if command == last:
@@ -121,7 +121,7 @@ def run_jobs(jobs: Sequence[Job], launcher: Launcher, run_command: Execute = exe
 
 
 def measure(run: Run, folder: Path, launcher: Launcher, iterations: int, run_command: Execute = execute) -> None:
-    """Train a few iterations of ``run`` into ``folder`` and keep nothing but their times; UserError if that fails."""
+    """Train a few iterations of ``run`` into ``folder``, keeping nothing but their times; UserError if that failed."""
     (folder / "metrics.json").unlink(missing_ok=True)
     status = run_command(launcher.measure(run, folder, iterations))
     for weights in folder.glob("*.pth"):
@@ -184,10 +184,12 @@ def check_submission(launcher: Launcher, parameters: Mapping[str, Any]) -> None:
 
 
 def submit(jobs: Sequence[Job], launcher: Launcher, parameters: Mapping[str, Any], *, cluster: str) -> Iterator[str]:
-    """Submit each job, unless it waits or runs already, when its line is asked for, which says what became of it.
+    """Submit each job, unless it waits or runs already, when its line, which says what became of it, is asked for.
 
-    The parameters are submitit's, such as ``timeout_min`` and ``slurm_partition``. Raises UserError if submitit cannot
-    submit, or :func:`check_submission` fails.
+    The parameters are submitit's, such as ``timeout_min`` and ``slurm_partition``.
+
+    Raises:
+        UserError: submitit cannot submit, or :func:`check_submission` fails.
     """
     check_submission(launcher, parameters)
     submitit = _submitit()

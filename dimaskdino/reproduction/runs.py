@@ -198,7 +198,7 @@ def seconds_per_iteration(folder: Path) -> float | None:
 
 
 def read_stages(path: Path) -> StageRows:
-    """Read the rows of a ``layers.json``, or of the one in a run's folder.
+    """The rows of a ``layers.json``, or of the one in a run's folder.
 
     Raises UserError if there is none, or it holds something else, or the results beside it are of another evaluation.
     """

@@ -16,15 +16,10 @@ Matches = list[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class MaskLogits:
-    """Predicted masks as the factors of a dot product, so that only the masks or points in use are ever computed.
+    """Predicted masks as the factors of a dot product, so that only the masks or points in use are ever computed."""
 
-    Attributes:
-        embed: (B, Q, C) mask embeddings of the queries.
-        features: (B, C, h, w) mask features.
-    """
-
-    embed: Tensor
-    features: Tensor
+    embed: Tensor  #: (B, Q, C) mask embeddings of the queries
+    features: Tensor  #: (B, C, h, w) mask features
 
     def dense(self) -> Tensor:
         """All masks: (B, Q, h, w) logits."""
@@ -42,22 +37,14 @@ def mask_logits(embed: Tensor, features: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class StagePrediction:
-    """What the heads predict from the queries of one stage.
+    """What the heads predict from the queries of one stage."""
 
-    Attributes:
-        stage: which one.
-        logits: (B, Q, K) class logits.
-        boxes: (B, Q, 4) cxcywh in [0, 1].
-        masks: mask logits, or None where the stage predicts no masks.
-        queries: (B, Q, C) that the class head reads, normed; None in training.
-        extra: (B, Q, ...) of each head of MODEL.EXTRA_HEADS, by its registered name.
-    """
-
-    stage: Stage
-    logits: Tensor
-    boxes: Tensor
-    masks: MaskLogits | None = None
-    queries: Tensor | None = None
+    stage: Stage  #: which one
+    logits: Tensor  #: (B, Q, K) class logits
+    boxes: Tensor  #: (B, Q, 4) cxcywh in [0, 1]
+    masks: MaskLogits | None = None  #: mask logits, or None where the stage predicts no masks
+    queries: Tensor | None = None  #: (B, Q, C) that the class head reads, normed; None in training
+    #: (B, Q, ...) of each head of MODEL.EXTRA_HEADS, by its registered name
     extra: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -96,23 +83,17 @@ def group_by_mask_features(predictions: Sequence[StagePrediction]) -> list[list[
 
 @dataclass(frozen=True)
 class DenoisingQueries:
-    """Noised ground truth, in groups, to be put in front of the matching queries.
+    """Noised ground truth, in groups, to be put in front of the matching queries."""
 
-    Attributes:
-        tokens: (B, padding + P, .) with P = groups * places per group; unused places and the padding in front
-            hold zeros at the box (.5, .5, .5, .5).
-        matches: for each image the (query, target) indices that belong together, each (m,) int64; queries count from
-            the first group.
-        num_groups: copies of every object.
-        group_size: places per group.
-        num_padding: queries before the groups that stand for nothing.
-    """
-
+    #: (B, padding + P, .) with P = groups * places per group; unused places and the padding in front hold zeros at the
+    #: box (.5, .5, .5, .5)
     tokens: Tokens
+    #: for each image the (query, target) indices that belong together, each (m,) int64; queries count from the first
+    #: group
     matches: Matches
-    num_groups: int
-    group_size: int
-    num_padding: int = 0
+    num_groups: int  #: copies of every object
+    group_size: int  #: places per group
+    num_padding: int = 0  #: queries before the groups that stand for nothing
 
     @property
     def num_queries(self) -> int:
@@ -134,16 +115,11 @@ class DenoisingQueries:
 
 @dataclass(frozen=True)
 class DecoderOutput:
-    """Everything that the decoder predicts.
+    """Everything that the decoder predicts."""
 
-    Attributes:
-        stages: predictions in the order in which they are made; the last one is the model's result.
-        denoising_stages: of the denoising queries, one per stage of the matching queries; empty without denoising.
-        denoising: the denoising queries that those belong to.
-        t_i: the encoder's tokens.
-    """
-
+    #: predictions in the order in which they are made; the last one is the model's result
     stages: list[StagePrediction]
+    #: of the denoising queries, one per stage of the matching queries; empty without denoising
     denoising_stages: list[StagePrediction]
-    denoising: DenoisingQueries | None
-    t_i: FeatureTokens | None = None
+    denoising: DenoisingQueries | None  #: the denoising queries that those belong to
+    t_i: FeatureTokens | None = None  #: the encoder's tokens

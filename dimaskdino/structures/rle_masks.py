@@ -17,10 +17,7 @@ class RleMasks:
     """Masks as RLE, with the methods that detectron2's BitMasks has; ``pred_masks`` of a result may be either.
 
     Where a tensor or an array is asked for (:attr:`tensor`, :meth:`numpy`, iteration), masks are decoded on the fly.
-
-    Args:
-        rles: compressed RLEs, each with ``size`` and ``counts`` in bytes.
-        size: (height, width) of every mask, px.
+    The RLEs are compressed, with ``counts`` in bytes; ``size`` is that of every mask.
     """
 
     def __init__(self, rles: Sequence[Rle], size: Size) -> None:
@@ -85,6 +82,21 @@ class RleMasks:
         return Boxes(torch.from_numpy(boxes))
 
 
+def run_edges(mask: np.ndarray, top: int, left: int, height: int) -> np.ndarray:
+    """Where the runs of a mask (h, w) bool, which lies at (top, left) of a canvas, begin and end in its RLE.
+
+    Returns:
+        (2 R,) int64: begin and end (exclusive) of each run, in increasing order. A run that goes on in the next
+        column ends and begins there; :func:`rle_from_edges` joins it.
+    """
+    rows, columns = mask.shape
+    padded = np.zeros((columns, rows + 1), dtype=bool)  # a gap after each column ends its last run
+    padded[:, :-1] = mask.T
+    flat = np.concatenate(([False], padded.ravel()))
+    column, row = np.divmod(np.flatnonzero(flat[1:] != flat[:-1]), rows + 1)
+    return (left + column) * height + top + row
+
+
 def _encode(mask: np.ndarray) -> Rle:
     """The RLE of a mask (H, W) bool; only its bounding box is encoded."""
     rows = np.flatnonzero(mask.any(1))
@@ -126,9 +138,6 @@ def checked_rle(segmentation: Rle, size: Size) -> Rle:
     Args:
         segmentation: ``size`` (height, width) and ``counts``: compressed text or bytes, or a list of run lengths.
         size: size that it must have.
-
-    Returns:
-        An RLE with ``counts`` in bytes, as pycocotools takes it.
 
     Raises:
         ValueError: saying what is wrong with it.
@@ -191,8 +200,8 @@ def instances_to_coco(
         category_ids: by class index; None gives the class index itself.
 
     Returns:
-        For each detection image_id, category_id, bbox (x, y, width, height in px), score, and segmentation (RLE with
-        text counts) where there are masks.
+        For each image_id, category_id, bbox (xywh px), score, and where there are masks segmentation (RLE with text
+        counts).
     """
     boxes = instances.pred_boxes.tensor.clone()
     boxes[:, 2:] -= boxes[:, :2]

@@ -14,21 +14,16 @@ _INTERMEDIATE_LOSS = re.compile(r"_(interm|di_\d+|dn|(dn_)?\d+)$")
 
 @dataclass(frozen=True)
 class Stage:
-    """One point of the decoder at which queries are turned into predictions.
+    """One point of the decoder at which queries are turned into predictions."""
 
-    Attributes:
-        kind: ``interm`` (tokens of the first selection), ``di`` (a token-interaction layer), ``selection`` (tokens of a
-            later selection), ``initial`` (queries before layer 0) or ``layer`` (a decoder layer).
-        index: number of the layer, or of the selection counted from 1; 0 for the kinds that occur once.
-        place: position among the decoder's supervised predictions, which numbers their losses. None for the last one,
-            whose losses have no ending, and for stages before the decoder.
-        denoising: whether the predictions are those of the denoising queries.
-    """
-
+    #: ``interm`` (tokens of the first selection), ``di`` (a token-interaction layer), ``selection`` (tokens of a later
+    #: selection), ``initial`` (queries before layer 0) or ``layer`` (a decoder layer)
     kind: StageKind
-    index: int = 0
+    index: int = 0  #: number of the layer, or of the selection counted from 1; 0 for the kinds that occur once
+    #: position among the decoder's supervised predictions, which numbers their losses. None for the last one, whose
+    #: losses have no ending, and for stages before the decoder.
     place: int | None = None
-    denoising: bool = False
+    denoising: bool = False  #: whether the predictions are those of the denoising queries
 
     @property
     def name(self) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -16,28 +17,17 @@ from dimaskdino.structures.predictions import Matches
 
 @dataclass(frozen=True)
 class Targets:
-    """The objects of one image on the padded canvas.
+    """The objects of one image on the padded canvas."""
 
-    Attributes:
-        labels: (n,) int64 in [0, K).
-        boxes: (n, 4) float32 cxcywh, normalized to the padded canvas.
-        masks: (n, H, W) bool on the padded canvas; None for an image whose objects have boxes alone.
-        box_supervised: (n,) bool, whether the box loss counts the object.
-        mask_supervised: (n,) bool, whether the object has a mask; None where all have, or none.
-        box_weight: (n,) float32, what the box losses of each object are multiplied by; None for 1.
-        unlabeled: (K,) bool, the classes that are no false positives in this image; None for none.
-        crowd: the regions whose predictions are no false positives; None for none.
-        fields: (n, ...) whatever else is known of the objects: ``gt_<name>`` of the instances, by ``<name>``.
-    """
-
-    labels: Tensor
-    boxes: Tensor
-    masks: Tensor | None
-    box_supervised: Tensor
-    mask_supervised: Tensor | None = None
-    box_weight: Tensor | None = None
-    unlabeled: Tensor | None = None
-    crowd: "CrowdRegions | None" = None
+    labels: Tensor  #: (n,) int64 in [0, K)
+    boxes: Tensor  #: (n, 4) float32 cxcywh, normalized to the padded canvas
+    masks: Tensor | None  #: (n, H, W) bool on the padded canvas; None for an image whose objects have boxes alone
+    box_supervised: Tensor  #: (n,) bool, whether the box loss counts the object
+    mask_supervised: Tensor | None = None  #: (n,) bool, whether the object has a mask; None where all have, or none
+    box_weight: Tensor | None = None  #: (n,) float32, what the box losses of each object are multiplied by; None for 1
+    unlabeled: Tensor | None = None  #: (K,) bool, the classes that are no false positives in this image; None for none
+    crowd: "CrowdRegions | None" = None  #: the regions whose predictions are no false positives; None for none
+    #: (n, ...) whatever else is known of the objects: ``gt_<name>`` of the instances, by ``<name>``
     fields: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -96,7 +86,7 @@ class Targets:
             box_supervised=torch.ones_like(labels, dtype=torch.bool) if supervised is None else supervised,
             mask_supervised=has_mask,
             box_weight=instances.gt_box_weight.to(device) if instances.has("gt_box_weight") else None,
-            unlabeled=_class_mask(unlabeled, num_classes, device) if len(unlabeled) else None,
+            unlabeled=_class_mask(unlabeled, num_classes).to(device) if len(unlabeled) else None,
             crowd=CrowdRegions.from_instances(crowd, height, width, device) if crowd else None,
             fields={
                 name.removeprefix("gt_"): values.to(device)
@@ -112,16 +102,11 @@ class Targets:
 
 @dataclass(frozen=True)
 class CrowdRegions:
-    """Regions of one image with objects that were not labeled one by one.
+    """Regions of one image with objects that were not labeled one by one."""
 
-    Attributes:
-        labels: (m,) int64 in [0, K), the class of each; -1 for any class.
-        masks: (m, H, W) bool, the pixels of each on the padded canvas.
-        integral: (m, H + 1, W + 1) float32, pixels of a region above and left of each corner of the canvas' pixels.
-    """
-
-    labels: Tensor
-    masks: Tensor
+    labels: Tensor  #: (m,) int64 in [0, K), the class of each; -1 for any class
+    masks: Tensor  #: (m, H, W) bool, the pixels of each on the padded canvas
+    #: (m, H + 1, W + 1) float32, pixels of a region above and left of each corner of the canvas' pixels
     integral: Tensor
 
     @classmethod
@@ -156,10 +141,8 @@ class CrowdRegions:
         return torch.stack([(self.masks & each[:, None, None]).any(0) for each in applies])
 
 
-def _class_mask(classes: Sequence[int], num_classes: int, device: torch.device) -> Tensor:
-    mask = torch.zeros(num_classes, dtype=torch.bool)
-    mask[list(classes)] = True
-    return mask.to(device)
+def _class_mask(classes: Sequence[int], num_classes: int) -> Tensor:
+    return torch.isin(torch.arange(num_classes), torch.tensor(list(classes)))
 
 
 # Fields of instances that targets have attributes for.
@@ -167,51 +150,29 @@ _OWN_FIELDS = ("gt_classes", "gt_boxes", "gt_masks", "gt_box_supervised", "gt_ma
 
 
 class JoinedTargets:
-    """The objects of a whole batch in one row, so that all stages are supervised at once.
-
-    Args:
-        targets: of each image.
-
-    Attributes:
-        labels: (n,) int64.
-        boxes: (n, 4) float32 cxcywh.
-        box_supervised: (n,) bool.
-        box_weight: (n,) float32; None where all are 1.
-        fields: (n, ...) by name, those that every image with objects has.
-        masks: (m, H, W) bool, of the images that have masks.
-        mask_supervised: (m,) bool, which of these are the masks of objects.
-    """
+    """The objects of the images of a whole batch in one row, so that all stages are supervised at once."""
 
     def __init__(self, targets: Sequence[Targets]) -> None:
-        self.labels = torch.cat([target.labels for target in targets])
-        self.boxes = torch.cat([target.boxes for target in targets])
-        self.box_supervised = torch.cat([target.box_supervised for target in targets])
-        weights = [target.box_weight for target in targets]
-        self.box_weight = None
-        if any(weight is not None for weight in weights):
-            of_images = zip(targets, weights, strict=True)
-            ones = [torch.ones_like(target.boxes[:, 0]) if weight is None else weight for target, weight in of_images]
-            self.box_weight = torch.cat(ones)
+        self.labels = torch.cat([target.labels for target in targets])  #: (n,) int64
+        self.boxes = torch.cat([target.boxes for target in targets])  #: (n, 4) float32 cxcywh
+        self.box_supervised = torch.cat([target.box_supervised for target in targets])  #: (n,) bool
+        weights = [_given_or_ones(target.box_weight, target.boxes[:, 0]) for target in targets]
+        #: (n,) float32; None where all are 1
+        self.box_weight = torch.cat(weights) if any(target.box_weight is not None for target in targets) else None
         filled = [target for target in targets if len(target)] or list(targets[:1])
         names = [name for name in filled[0].fields if all(name in target.fields for target in filled)]
+        #: (n, ...) by name, those that every image with objects has
         self.fields = {name: torch.cat([target.fields[name] for target in filled]) for name in names}
+        places = [image for image, target in enumerate(targets) if target.masks is not None]
+        self._with_masks = [targets[image] for image in places]
         masks = [target.masks for target in targets if target.masks is not None]
+        #: (m, H, W) bool, of the images that have masks
         self.masks = torch.cat(masks) if masks else self.labels.new_zeros((0, 1, 1), dtype=torch.bool)
-        have_masks = [
-            torch.ones_like(target.box_supervised) if target.mask_supervised is None else target.mask_supervised
-            for target in targets
-            if target.masks is not None
-        ]
+        have_masks = [_given_or_ones(target.mask_supervised, target.box_supervised) for target in self._with_masks]
+        #: (m,) bool, which of these are the masks of objects
         self.mask_supervised = torch.cat(have_masks) if have_masks else self.box_supervised[:0]
-        self._with_masks = [target for target in targets if target.masks is not None]
-        self._starts: list[int] = []
-        self._mask_starts: list[int | None] = []
-        num_objects = num_masks = 0
-        for target in targets:
-            self._starts.append(num_objects)
-            self._mask_starts.append(None if target.masks is None else num_masks)
-            num_objects += len(target)
-            num_masks += 0 if target.masks is None else len(target)
+        self._starts = list(accumulate(map(len, targets[:-1]), initial=0))
+        self._mask_starts = dict(zip(places, accumulate(map(len, self._with_masks), initial=0), strict=False))
 
     @cached_property
     def unjudged(self) -> tuple[Tensor | None, Tensor]:
@@ -224,15 +185,16 @@ class JoinedTargets:
 
     def masks_of(self, image: int, obj: Tensor) -> Tensor | None:
         """Places in :attr:`masks` of objects (N,) of one image; None where the image has no masks."""
-        start = self._mask_starts[image]
+        start = self._mask_starts.get(image)
         return None if start is None else obj + start
 
 
-def unjudged_regions(targets: Sequence[Targets]) -> tuple[Tensor | None, Tensor]:
-    """Where the masks of objects are not judged, as a crowd is there.
+def _given_or_ones(given: Tensor | None, like: Tensor) -> Tensor:
+    return torch.ones_like(like) if given is None else given
 
-    Args:
-        targets: of images with masks.
+
+def unjudged_regions(targets: Sequence[Targets]) -> tuple[Tensor | None, Tensor]:
+    """Where the masks of objects are not judged, as a crowd is there, in images with masks.
 
     Returns:
         (r, H, W) bool, the regions of some classes in some images, the first one empty, or None where no image has a

@@ -13,15 +13,10 @@ from dimaskdino.layers.padding import ValidCells
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens or queries.
+    """Tokens or queries."""
 
-    Attributes:
-        content: (B, N, C).
-        boxes: (B, N, 4) cxcywh in [0, 1], the position part.
-    """
-
-    content: Tensor
-    boxes: Tensor
+    content: Tensor  #: (B, N, C)
+    boxes: Tensor  #: (B, N, 4) cxcywh in [0, 1], the position part
 
     def gather(self, index: Tensor) -> "Tokens":
         """The tokens at ``index`` (B, k) int64."""
@@ -42,35 +37,23 @@ def take(values: Tensor, index: Tensor) -> Tensor:
 
 
 class EncoderOutput(NamedTuple):
-    """What the encoder gives the decoder.
+    """What the encoder gives the decoder."""
 
-    Attributes:
-        levels: feature maps (B, C, h_l, w_l), in the order that MODEL.SEM_SEG_HEAD.FEATURE_ORDER names.
-        mask_features: (B, C_mask, h, w) at the common stride (4), with which predicted masks are dot products; None for
-            a model without masks.
-        valid: the cells of the levels that lie on the images, where padding is to be ignored.
-    """
-
-    levels: list[Tensor]
+    levels: list[Tensor]  #: feature maps (B, C, h_l, w_l), in the order that MODEL.SEM_SEG_HEAD.FEATURE_ORDER names
+    #: (B, C_mask, h, w) at the common stride (4), with which predicted masks are dot products; None for a model without
+    #: masks
     mask_features: Tensor | None
-    valid: ValidCells | None = None
+    valid: ValidCells | None = None  #: the cells of the levels that lie on the images, where padding is to be ignored
 
 
 @dataclass(frozen=True)
 class FeatureTokens:
-    """T_i or T_bal: feature maps flattened into one sequence.
+    """T_i or T_bal: feature maps flattened into one sequence."""
 
-    Attributes:
-        tokens: (B, N, C).
-        position: (N, C) sine positions; None for a decoder that uses none.
-        spatial_shapes: (height, width) of each level.
-        valid: the tokens that lie on the images, where padding is to be ignored.
-    """
-
-    tokens: Tensor
-    position: Tensor | None
-    spatial_shapes: SpatialShapes
-    valid: ValidCells | None = None
+    tokens: Tensor  #: (B, N, C)
+    position: Tensor | None  #: (N, C) sine positions; None for a decoder that uses none
+    spatial_shapes: SpatialShapes  #: (height, width) of each level
+    valid: ValidCells | None = None  #: the tokens that lie on the images, where padding is to be ignored
 
     @property
     def finest_level(self) -> Tensor:
@@ -87,13 +70,5 @@ def flatten_levels(levels: list[Tensor]) -> tuple[Tensor, SpatialShapes]:
 
 
 def highest_scores(logits: Tensor, num_selected: int) -> Tensor:
-    """S(., k): the tokens whose best class logit is highest.
-
-    Args:
-        logits: (B, N, K).
-        num_selected: k; all N are taken, best first, where there are fewer.
-
-    Returns:
-        (B, min(k, N)) int64 indices, highest first.
-    """
+    """S(., k): (B, min(k, N)) int64, the tokens whose best class logit of (B, N, K) is highest, best first."""
     return logits.max(-1).values.topk(min(num_selected, logits.shape[1]), dim=1).indices

@@ -274,11 +274,7 @@ def write_json(content: Json, path: Path) -> None:
 
 
 def read_text(path: Path) -> str:
-    """The text of a label file, in UTF-8 with or without a byte order mark.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
+    """The text of a label file, in UTF-8 with or without a byte order mark; raises ValueError if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

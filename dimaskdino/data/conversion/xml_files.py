@@ -53,11 +53,7 @@ class Node:
 
 
 def parse_xml(path: Path) -> Node:
-    """The root of a file.
-
-    Raises:
-        DatasetError: it cannot be read; names the line.
-    """
+    """The root of a file; raises DatasetError if it cannot be read; names the line."""
     root = Node("", {}, 0)
     stack = [root]
     parser = expat.ParserCreate()

@@ -30,9 +30,8 @@ def register_all(root: str | Path | None = None, *, cfg: CfgNode | None = None) 
 
     Args:
         root: folder of all datasets, remembered for later calls; None leaves it as :func:`data_root` says.
-        cfg: its DATASETS.SHAPES and OUTPUT_DIR decide where the synthetic dataset lies and what it holds; None means
-            the defaults.
-            DATASETS.TRAIN_JSON, DATASETS.PANOPTIC and DATASETS.SEMANTIC name datasets of your own.
+        cfg: its DATASETS name datasets of your own, and say, with OUTPUT_DIR, where the synthetic dataset lies and what
+            it holds; None means the defaults.
     """
     global _given_root
     if root is not None:

@@ -68,10 +68,7 @@ class Task(NamedTuple):
 
 
 def find_tasks(folder: Path, split: str, source: str) -> tuple[list[Task], list[Finding]]:
-    """Every image of a split that has labels.
-
-    Returns:
-        The images by name, and the images and labels that lack the other or occur twice.
+    """Every image of a split that has labels, by name; and the images and labels that lack the other or occur twice.
 
     Raises:
         DatasetError: if a folder or label file is missing or malformed.

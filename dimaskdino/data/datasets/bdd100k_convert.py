@@ -26,12 +26,10 @@ Json = dict[str, Any]
 def convert_split(
     folder: Path, split: str, source: str, *, num_workers: int = 0, progress: Progress = no_progress
 ) -> tuple[Json, list[Finding]]:
-    """Convert a split and write its annotation file.
+    """Convert a split and write its annotation file, whose bytes do not depend on ``num_workers``.
 
     Converted images are kept in a journal beside the annotation file until that is written, so that an interrupted run
     resumes; an image whose files have changed since is converted again.
-
-    The file does not depend on ``num_workers``; 0 converts in this process.
 
     Returns:
         What was written, and everything that was left out or strange.

@@ -54,12 +54,9 @@ class PolygonPainter:
 def outline(part: dict[str, Any]) -> Path:
     """The closed path of one part of a label's ``poly2d``.
 
-    Args:
-        part: ``vertices`` (N, 2) in pixels and ``types``, a letter for each: L for a corner; C begins a cubic Bezier
-            curve: that vertex and the next are its control points, and the one after them, or the first, is its end.
-
-    Raises:
-        ValueError: if it has fewer than three vertices, or they or their types are malformed.
+    That has ``vertices`` (N, 2) in pixels and ``types``, a letter for each: L for a corner; C begins a cubic Bezier
+    curve: that vertex and the next are its control points, and the one after them, or the first, is its end. Raises
+    ValueError if it is malformed or has fewer than three vertices.
     """
     try:
         vertices = np.array(part["vertices"], dtype=np.float64).reshape(-1, 2)
@@ -82,8 +79,7 @@ class ImageLabels:
 def labels_of_bitmask(bitmask: np.ndarray) -> ImageLabels:
     """One annotation per instance of a bitmask, by instance id.
 
-    Args:
-        bitmask: (H, W, 4) uint8: category id, attribute bits, and the high and low byte of the instance id.
+    The bitmask (H, W, 4) uint8 holds category id, attribute bits, and the high and low byte of the instance id.
 
     Deviation: where the pixels of one instance id differ in category or attributes, the toolkit's evaluation stops;
     here, as in its conversion, they become objects of their own.

@@ -34,10 +34,10 @@ class Conversion(NamedTuple):
 def convert_all(
     conversions: Sequence[Conversion], *, num_workers: int = 0, force: bool = False, progress: Progress = no_progress
 ) -> int:
-    """Make what is missing, and check what is there: that it can be read, and has the size of its source.
+    """Make what is missing, and check that what is there can be read and has the size of its source.
 
     A file appears once it is whole, so that a second run continues where the first one ended. Returns how many were
-    made; the files do not depend on ``num_workers``, and ``force`` makes again what is there.
+    made.
 
     Raises:
         DatasetError: there is nothing to convert, or a source or an earlier target cannot be used.
@@ -91,11 +91,7 @@ def parse_args(description: str | None, root: Path, splits: Sequence[str]) -> ar
 
 
 def label_files(folder: Path, ending: str) -> list[Path]:
-    """The files of a folder and its subfolders with an ending, in order.
-
-    Raises:
-        DatasetError: there are none.
-    """
+    """The files of a folder and its subfolders with an ending, in order; raises DatasetError if there are none."""
     files = sorted(folder.rglob(f"*{ending}"))
     if not files:
         raise DatasetError(f"{folder} holds no file *{ending}; check --root (layouts: datasets/README.md).")

@@ -95,9 +95,8 @@ def load_dataset(
     """Load a registered dataset in detectron2's format.
 
     COCO files are read by this package: in any Unicode encoding, with the ids of annotations and the further keys of
-    annotations (``fields``) and images, from memory where the check at the start has read them. Everything else is
-    loaded by the function that it is registered with.
-    With ``packed``, annotations may be :class:`PackedAnnotations`, which become lists where they are unpickled.
+    annotations (``fields``) and images, from memory where the check at the start has read them. With ``packed``, their
+    annotations may be :class:`PackedAnnotations`. Everything else is loaded by the function that it is registered with.
 
     Raises:
         DatasetError: if a COCO file cannot be read, or a function needs a package or files that are missing.
@@ -149,9 +148,7 @@ def _load_coco(
 class PackedAnnotations(Annotations):
     """Annotations of an image on their way to memory that processes share; unpickled they are a list of entries.
 
-    Args:
-        annotations: of the image, in its file.
-        arguments: of :func:`_entry`, after the annotation.
+    ``arguments`` are those of :func:`_entry`, after the annotation.
     """
 
     __slots__ = ("_arguments",)

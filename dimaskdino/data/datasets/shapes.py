@@ -103,12 +103,10 @@ def register_shapes(root: Path, spec: ShapesSpec) -> None:
 
 
 def make_shapes(root: Path, spec: ShapesSpec, *, num_workers: int = 0) -> Path:
-    """Make the dataset unless it is there; safe when several processes ask at once.
+    """Make the dataset unless it is there, safe when several processes ask at once; returns its folder.
 
-    The files depend on ``spec`` alone, not on ``num_workers``; 0 draws in this process.
-
-    Returns:
-        The dataset's folder: ``train/*.png``, ``val/*.png``, ``annotations/instances_{train,val}.json``.
+    That holds ``train/*.png``, ``val/*.png``, ``annotations/instances_{train,val}.json``, which depend on ``spec``
+    alone, not on ``num_workers``.
 
     Raises:
         DatasetError: if the folder cannot be written.
@@ -117,11 +115,7 @@ def make_shapes(root: Path, spec: ShapesSpec, *, num_workers: int = 0) -> Path:
 
 
 def make_folder(folder: Path, spec: ShapesSpec, write: Callable[[Path], None]) -> Path:
-    """Make a dataset's folder unless it is there.
-
-    Raises:
-        DatasetError: if the folder cannot be written.
-    """
+    """Make a dataset's folder unless it is there; raises DatasetError if it cannot be written."""
     if folder.is_dir():
         return folder
     try:

@@ -9,11 +9,9 @@ Corner = tuple[int, int]  # (x, y), a corner between pixels
 
 
 def visible_object(mask: np.ndarray) -> dict[str, Any]:
-    """The geometry of one COCO annotation, from a mask (H, W) bool with at least one pixel.
+    """``segmentation``, ``area`` (px^2) and ``bbox`` (x, y, width, height; px) of a mask (H, W) bool with any pixel.
 
-    Returns:
-        ``segmentation`` (polygons, or a compressed RLE where the mask has a hole), ``area`` in pixels and ``bbox`` as
-        (x, y, width, height) in pixels. The segmentation rasterises to exactly ``mask``.
+    The segmentation, polygons or a compressed RLE where the mask has a hole, rasterizes to exactly ``mask``.
     """
     rle = mask_util.encode(np.asfortranarray(mask, dtype=np.uint8))
     left, top, width, height = (int(value) for value in mask_util.toBbox(rle))
@@ -31,11 +29,10 @@ def visible_object(mask: np.ndarray) -> dict[str, Any]:
 
 
 def trace_outlines(mask: np.ndarray) -> list[list[Corner]]:
-    """Walk along the borders between the pixels of a mask (H, W) bool and the rest.
+    """The borders between the pixels of a mask (H, W) bool and the rest, each a closed polygon of its turning corners.
 
-    Returns:
-        One closed polygon per border, as its turning corners: positive signed area around a piece of the mask, negative
-        around a hole. Pixels that touch only in a corner count as apart, so that no outline crosses itself.
+    Their signed area is positive around a piece of the mask, negative around a hole. Pixels that touch only in a corner
+    count as apart, so that no outline crosses itself.
     """
     steps = _border_steps(mask)
     outlines = []

@@ -15,13 +15,7 @@ Found = tuple[str, Problem]  # where, and what
 
 
 def listing_problems(coco: Json, path: str, registered: list[str] | None) -> Iterator[Found]:
-    """What is wrong with the lists of a COCO file, apart from its objects.
-
-    Args:
-        coco: what :func:`read_coco` returns.
-        path: of the file.
-        registered: class names that the dataset is registered with, if any.
-    """
+    """What is wrong with the lists of a COCO file, registered with these classes if any, apart from its objects."""
     for key in ("id", "name"):
         for value, first, _ in _repeated(coco["categories"], key):
             problem = Problem(f"category {key}: used more than once", Level.REFUSED, "", "give each category its own")
@@ -72,10 +66,7 @@ def _class_problem(names: list[str], registered: list[str]) -> Problem:
 def _repeated(
     entries: Sequence[Json], key: str, plain: Callable[[Any], Any] | None = None
 ) -> Iterator[tuple[Any, Json, Json]]:
-    """Every value of ``key`` that occurs again, with the first entry that has it and one that has it again.
-
-    Values are the same if ``plain`` makes the same of them.
-    """
+    """Every value of ``key``, or what ``plain`` makes of it, that occurs again, with its first and its next entry."""
     values = column(entries, key)
     values = values if plain is None else np.fromiter(map(plain, values), dtype=object)
     if len({*values}) == len(values) if values.dtype == object else np.diff(np.sort(values)).all():

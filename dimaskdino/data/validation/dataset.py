@@ -61,12 +61,7 @@ class Dataset:
         return counts
 
     def problems(self, rules: Rules, counts: Counts) -> Iterator[Found]:
-        """Everything that is wrong with its lists and objects, and where.
-
-        Args:
-            rules: from :meth:`rules`.
-            counts: to which every object is added.
-        """
+        """Everything that is wrong with its lists and objects, and where; every object is added to ``counts``."""
         yield from self.listing
         for pictures in _portions(self.pictures):
             found = look([each.annotations for each in pictures], [each.size for each in pictures], rules)
@@ -121,9 +116,7 @@ def _is_repeated(annotation: Json, seen: dict[Any, Json]) -> bool:
 def open_dataset(name: str, *, tested: bool) -> Dataset:
     """Read a registered dataset, after making it where it is made on first use.
 
-    Args:
-        name: in detectron2's catalog.
-        tested: whether its images are predicted, which needs an id for each.
+    If it is ``tested``, its images need ids.
 
     Raises:
         DatasetError: if it is not registered, or its files are missing or cannot be read.

@@ -27,12 +27,7 @@ Item = TypeVar("Item")
 
 
 def exif_note(turned: Sequence[tuple[Picture, Header]], rules: Rules) -> str:
-    """What EXIF does to photos, and which way of reading them fits their labels.
-
-    Args:
-        turned: photos with an EXIF orientation.
-        rules: of their dataset.
-    """
+    """What EXIF does to photos that have an orientation, and which way of reading them fits their labels."""
     if not turned:
         return ""
     fits = [_fitting_frame(*each, rules) for each in turned]
@@ -82,17 +77,12 @@ def spread_first(items: Sequence[Item], least: int) -> Iterator[Item]:
 
 
 def check_files_exist(dataset: str, paths: Collection[str], kind: str = "images") -> None:
-    """Find missing files before a job that takes hours meets them.
+    """Find missing files, but not those of other storage (``s3://...``), before a job that takes hours meets them.
 
     Folders are listed, which on network file systems takes a small part of the time of a request for every file.
 
-    Args:
-        dataset: its name, for the error.
-        kind: what the files are, for the error.
-        paths: of files; those of other storage (``s3://...``) are not looked for.
-
     Raises:
-        DatasetError: with the number of files that are missing, and the first.
+        DatasetError: with the number of files that are missing, and the first; ``kind`` says what they are.
     """
     local = [path for path in paths if "://" not in path]
     listed = {file for folder in {os.path.dirname(path) for path in local} for file in _files_in(folder)}
@@ -136,14 +126,8 @@ def inspect_dataset(
 ) -> Inspection:
     """Inspect a registered dataset, as strictly as training and evaluation of a model with masks together need.
 
-    A dataset without any mask is inspected for a model without masks.
-
-    Args:
-        name: of the dataset in detectron2's catalog.
-        apply_exif: read photos as INPUT.APPLY_EXIF says.
-        reader: reads the images; None means PIL.
-        num_workers: processes that read images; 0 reads in this one.
-        progress: passes the inspected images on and may draw a bar.
+    A dataset without any mask is inspected for a model without masks. Images are read by ``reader``, by default PIL, in
+    ``num_workers`` processes, by default this one.
 
     Raises:
         DatasetError: if it is not registered, lacks its files, lists no image or is not in COCO's format at all.

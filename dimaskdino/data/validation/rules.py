@@ -99,11 +99,9 @@ class Rules:
     in_file: bool = False  # whether they come from a COCO file: boxes are x, y, width, height, with an area beside them
 
     def problems(self, annotation: Json, size: Size | None) -> list[Problem]:
-        """Find everything that is wrong with an annotation.
+        """Everything that is wrong with an annotation in COCO's format, or in detectron2's with a category index.
 
-        Args:
-            annotation: in COCO's format, or in detectron2's with a category index.
-            size: of its image; None where it is not known, which leaves out the checks against it.
+        Without the size of its image, checks against that are left out.
         """
         found: list[Problem] = []
         self.class_name(annotation, found)
@@ -213,14 +211,7 @@ def has_mask(annotation: Json) -> bool:
 
 
 def read_mask(segmentation: Any, size: Size | None) -> Shape | None:
-    """Read polygons or an RLE.
-
-    Args:
-        segmentation: of an annotation in COCO's or detectron2's format.
-        size: of the image; without it nothing is known of an RLE.
-
-    Returns:
-        What it covers; None for an RLE in an image of unknown size.
+    """What polygons or an RLE cover; None for an RLE in an image of unknown size.
 
     Raises:
         MaskError: it is neither, or malformed.

@@ -42,13 +42,7 @@ _decode_mask = msgspec.json.Decoder(list[Annotated[list[float], msgspec.Meta(min
 
 
 def look(images: Sequence[Sequence[Json]], sizes: Sequence[Size | None], rules: Rules) -> Look:
-    """Look at the annotations of some images.
-
-    Args:
-        images: the annotations of each.
-        sizes: of each image.
-        rules: of their dataset.
-    """
+    """Look at the annotations of some images of known sizes."""
     of_image = np.repeat(np.arange(len(images)), [*map(len, images)])
     nothing = np.zeros(len(of_image), dtype=bool)
     try:

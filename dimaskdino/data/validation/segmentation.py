@@ -135,10 +135,9 @@ def _things(name: str) -> set[int] | None:
 
 
 def check_class_count(cfg: CfgNode, name: str, number: int, fitting: str) -> None:
-    """Refuse another number of classes than the model's; ``fitting`` is a dataset with that many, "" for none yet.
+    """Refuse another number of classes than the model's, with a DatasetError that names the key and the dataset.
 
-    Raises:
-        DatasetError: naming the key and the dataset.
+    ``fitting`` is a dataset with that many, "" for none yet.
     """
     wanted = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
     if number != wanted:
@@ -151,18 +150,12 @@ def check_class_count(cfg: CfgNode, name: str, number: int, fitting: str) -> Non
 def check_segmentation(cfg: CfgNode, name: str, *, trained: bool, fitting: str = "") -> tuple[list[Json], list[str]]:
     """Check the classes and the label maps of a panoptic or semantic dataset, as far as it takes seconds.
 
-    Args:
-        cfg: reads MODEL.SEM_SEG_HEAD.{NUM_CLASSES, IGNORE_VALUE} and INPUT.{APPLY_EXIF, READER}.
-        name: of the dataset.
-        trained: whether it is trained on, so that it needs a pixel with a class.
-        fitting: see :func:`check_class_count`.
-
     Returns:
         Its images in detectron2's format, and its class names.
 
     Raises:
         DatasetError: another number of classes than the model's, files that are missing, or a label map of another size
-            than its image or with labels that are not listed; names used twice; no label at all to train on.
+            than its image or with labels that are not listed; names used twice; no pixel with a class to train on.
     """
     entries, names = load_dataset(name), class_names(name)
     num_classes, ignore = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
@@ -229,15 +222,7 @@ def check_labels_of(entry: Json, *, num_classes: int, ignore: int, apply_exif: b
 def inspect_segmentation(
     name: str, *, ignore: int, apply_exif: bool, reader: Reader, num_workers: int = 0, progress: Progress = no_progress
 ) -> tuple[list[Json], "dict[str, list[int]]", list[Finding]]:
-    """Read every image and label map of a panoptic or semantic dataset.
-
-    Args:
-        name: of the dataset.
-        ignore: the label of pixels without a class.
-        apply_exif: read photos as INPUT.APPLY_EXIF says.
-        reader: reads the images.
-        num_workers: processes that read; 0 reads in this one.
-        progress: passes the inspected images on and may draw a bar.
+    """Read every image and label map of a panoptic or semantic dataset, in ``num_workers`` processes or in this one.
 
     Returns:
         The images; for each class its pixels, its segments (or images with it, in a semantic dataset), and its images;

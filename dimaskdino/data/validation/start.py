@@ -42,12 +42,6 @@ _CAUSES = {
 def check_datasets(cfg: CfgNode, *, train: bool = True, test: bool = True, with_masks: bool = True) -> None:
     """Check the datasets that a job will use, and log what they hold; draws the synthetic dataset if it is missing.
 
-    Args:
-        cfg: reads DATASETS, DATALOADER.FILTER_EMPTY_ANNOTATIONS, INPUT and MODEL.SEM_SEG_HEAD.NUM_CLASSES.
-        train: whether DATASETS.TRAIN will be used.
-        test: whether DATASETS.TEST will be used.
-        with_masks: whether the model needs masks.
-
     Raises:
         ConfigError: if there is no dataset to train on, or, without training, to evaluate on, or if keys of INPUT
             contradict each other.
@@ -239,9 +233,7 @@ def _note_shared_images(images: dict[str, tuple[set[str], set[str]]]) -> None:
 def _check_same_classes(classes: dict[str, tuple[str, ...]], trained: Collection[str]) -> None:
     """Class numbers must mean the same everywhere: against others even perfect predictions score AP 0.
 
-    Args:
-        classes: dataset -> class names by number, as many in each; the others are compared with the first.
-        trained: the datasets that are trained on.
+    ``classes`` are those of each dataset by number, as many in each; the others are compared with the first.
     """
     first = next(iter(classes), "")
     for name, names in classes.items():
