@@ -39,12 +39,12 @@ def find(name: str, unknown: str) -> Callable[..., T.Augmentation]:
     def build(cfg: CfgNode, **arguments: Any) -> T.Augmentation:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=r"Argument\(s\)")  # which it does not know, and would leave out
-            return FromAlbumentations(name, known[name](**arguments))
+            return _FromAlbumentations(name, known[name](**arguments))
 
     return build
 
 
-class FromAlbumentations(T.Augmentation):
+class _FromAlbumentations(T.Augmentation):
     """Draws the random numbers of a transform once for an image, and applies the same to its objects."""
 
     def __init__(self, name: str, transform: Any) -> None:
@@ -57,7 +57,6 @@ class FromAlbumentations(T.Augmentation):
         self._replay = A.ReplayCompose([transform], keypoint_params=points)
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
-        """The transform of one image."""
         # Albumentations has generators of its own; the mapper's random numbers must follow from the run's seed.
         self._replay.set_random_seed(int(np.random.randint(2**31)))
         try:
@@ -73,7 +72,6 @@ class FromAlbumentations(T.Augmentation):
         return _Replayed(result["replay"], result["image"], image.shape)
 
     def __repr__(self) -> str:
-        """As Albumentations shows it."""
         return repr(self.transform)
 
 
@@ -85,7 +83,6 @@ class _Repainted(T.NoOpTransform):
         self.image = image
 
     def apply_image(self, img: np.ndarray) -> np.ndarray:
-        """The other image."""
         return self.image
 
 
@@ -99,15 +96,12 @@ class _Replayed(T.Transform):
         self.replay, self.image, self.shape = replay, image, shape
 
     def apply_image(self, img: np.ndarray) -> np.ndarray:
-        """The image, transformed already."""
         return self.image
 
     def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
-        """Labels, by the nearest pixel."""
         return self._again(mask=segmentation)["mask"]
 
     def apply_coords(self, coords: np.ndarray) -> np.ndarray:
-        """Points (n, 2)."""
         return np.asarray(self._again(keypoints=np.asarray(coords, np.float32))["keypoints"]).reshape(-1, 2)
 
     def _again(self, **labels: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import mmap
 import os
 import shutil
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Annotated, Any, Literal
 
@@ -190,15 +190,11 @@ class Annotations(Sequence[Json]):
 
     def text(self) -> bytes:
         """The annotations as JSON, a list."""
-        return b"[" + b",".join(self.column("text")) + b"]"
+        return b"[" + b",".join(self.array("text")) + b"]"
 
     def array(self, key: str) -> np.ndarray:
         """A column's values of these annotations."""
         return self._columns[key][self._which]
-
-    def column(self, key: str) -> list[Any]:
-        """As :meth:`array`, as a list."""
-        return self.array(key).tolist()
 
 
 def _columns(texts: Sequence[msgspec.Raw | bytes]) -> dict[str, np.ndarray]:
@@ -249,7 +245,7 @@ def column(entries: Sequence[Json], key: str) -> np.ndarray:
 def has_objects(annotations: Sequence[Json]) -> bool:
     """Whether any of the annotations of an image is not a crowd region."""
     if isinstance(annotations, Annotations):
-        return not all(annotations.column("iscrowd"))
+        return not annotations.array("iscrowd").all()
     return any(not each.get("iscrowd", 0) for each in annotations)
 
 
@@ -349,16 +345,22 @@ def annotations_by_image(coco: Json) -> list[tuple[Json, Sequence[Json]]]:
     of_image = np.array([number.get(key, len(keys)) for key in column(annotations, "image_id").tolist()], dtype=int)
     order = np.argsort(of_image, kind="stable")
     ends = np.searchsorted(of_image[order], np.arange(len(keys) + 1)).tolist()
-    return [
-        (images[key], _taken(annotations, order[first:end]))
-        for key, first, end in zip(keys, ends[:-1], ends[1:], strict=True)
-    ]
-
-
-def _taken(annotations: Sequence[Json], which: np.ndarray) -> Sequence[Json]:
+    places = [order[first:end] for first, end in zip(ends[:-1], ends[1:], strict=True)]
     if isinstance(annotations, Annotations):
-        return annotations.take(which)
-    return [annotations[index] for index in which.tolist()]
+        return [(images[key], annotations.take(which)) for key, which in zip(keys, places, strict=True)]
+    return [(images[key], [annotations[each] for each in which]) for key, which in zip(keys, places, strict=True)]
+
+
+def coco_content(images: Iterable[tuple[Json, Iterable[Json]]], classes: Sequence[str], **about: Any) -> Json:
+    """A COCO file's content: ``about`` itself, images, each with its annotations, and categories; ids count from 1."""
+    listed: list[Json] = []
+    annotations: list[Json] = []
+    for image, objects in images:
+        listed.append({"id": len(listed) + 1, **image})
+        for each in objects:
+            annotations.append({"id": len(annotations) + 1, "image_id": len(listed), **each})
+    categories = [{"id": number, "name": name} for number, name in enumerate(classes, start=1)]
+    return {**about, "images": listed, "annotations": annotations, "categories": categories}
 
 
 def category_names(coco: Json) -> dict[Any, str]:

@@ -27,9 +27,9 @@ def read_field(annotation: Mapping[str, Any], name: str) -> list[float] | float 
         ValueError: it is something else; says what.
     """
     value = annotation.get(name)
-    if value is None or _is_number(value):
+    if isinstance(value, int | float | None):
         return value
-    if isinstance(value, list | tuple) and value and all(_is_number(each) for each in value):
+    if isinstance(value, list | tuple) and value and all(isinstance(each, int | float) for each in value):
         return list(value)
     raise ValueError(f"{name} is {value!r:.60}, but a field is a number or a list of numbers")
 
@@ -78,10 +78,6 @@ def fields_of(annotations: Sequence[Mapping[str, Any]], names: Sequence[str], wh
         rows = [missing if value is None else value for value in values]
         found[f"gt_{name}"] = torch.tensor(rows, dtype=torch.float32).reshape(shape)
     return found
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
 
 
 def unlabeled_classes(

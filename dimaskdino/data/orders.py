@@ -245,19 +245,16 @@ class ClassBalancedSampler:
         self._images, self._seed = [images[category] for category in sorted(images)], seed
 
     def __iter__(self) -> Iterator[int]:
-        passes = [
-            itertools.chain.from_iterable(_passes(members, self._seed, number))
-            for number, members in enumerate(self._images)
-        ]
+        passes = [_endless_passes(members, self._seed, number) for number, members in enumerate(self._images)]
         generator = np.random.default_rng((self._seed, len(self._images)))
         while True:
             yield next(passes[generator.integers(len(passes))])
 
 
-def _passes(members: list[int], seed: int, number: int) -> Iterator[list[int]]:
+def _endless_passes(members: list[int], seed: int, number: int) -> Iterator[int]:
     generator = np.random.default_rng((seed, 1, number))
     while True:
-        yield generator.permutation(members).tolist()
+        yield from generator.permutation(members).tolist()
 
 
 class _Mixed:

@@ -3,17 +3,12 @@
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-class Progress(Protocol):
-    """What draws a progress bar: passes on the items of an iterable, whose number it gets."""
-
-    def __call__(self, items: Iterable[Any], *, total: int) -> Iterable[Any]:
-        """Pass on ``items``, one after the other."""
+# What draws a progress bar: called as no_progress, it passes on the items of an iterable of a length.
+Progress = Callable[..., Iterable[Any]]
 
 
 def no_progress(items: Iterable[Any], *, total: int) -> Iterable[Any]:

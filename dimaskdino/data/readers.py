@@ -2,9 +2,10 @@
 
 import importlib
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import cv2
 import numpy as np
@@ -25,20 +26,23 @@ Readers of image files by INPUT.READER. Each is called as ``cls(cfg)`` and has `
 AUTO = "auto"
 
 
-class Reader(Protocol):
+class Reader(ABC):
     """Reads the images of a dataset."""
 
+    @abstractmethod
     def read(self, path: str) -> np.ndarray:
         """(H, W, C): uint8 of 1 or 3 channels, or float32; raises DatasetError, naming the file."""
 
+    @abstractmethod
     def header(self, path: str) -> Header:
         """Size and EXIF orientation, without more reading than needed; raises as :meth:`read`."""
 
     def file(self, path: str) -> str:
         """The file that must exist."""
+        return path
 
 
-class PilReader:
+class PilReader(Reader):
     """Reads what PIL can read, 8 bits a channel, by INPUT.FORMAT and INPUT.APPLY_EXIF.
 
     ``problem`` says why an image of this format cannot be used, "" if it can.
@@ -57,19 +61,14 @@ class PilReader:
         """See :func:`read_header`."""
         return read_header(path)
 
-    def file(self, path: str) -> str:
-        """The path itself."""
-        return path
 
-
-class OwnReader:
+class _OwnReader(Reader):
     """A registered reader, with the form of what it gives checked."""
 
     def __init__(self, name: str, inner: Any, num_channels: int) -> None:
         self.name, self.inner, self.num_channels = name, inner, num_channels
 
     def read(self, path: str) -> np.ndarray:
-        """Read and check an image."""
         pixels = np.asarray(self._call("read", path))
         pixels = pixels[..., None] if pixels.ndim == 2 else pixels
         problem = self._problem(pixels)
@@ -80,7 +79,6 @@ class OwnReader:
         return np.ascontiguousarray(pixels, dtype=np.float32)  # what resizes without PIL
 
     def header(self, path: str) -> Header:
-        """The size that the reader says, else that of the pixels."""
         size = self._call("size", path) if hasattr(self.inner, "size") else self.read(path).shape[:2]
         try:
             height, width = map(int, size)
@@ -91,7 +89,6 @@ class OwnReader:
         return Header((height, width), 1)
 
     def file(self, path: str) -> str:
-        """What the reader says, else the path itself."""
         found = self._call("file", path) if hasattr(self.inner, "file") else path
         if not isinstance(found, str | os.PathLike):
             raise DatasetError(f"{self.name} (INPUT.READER) gives {found!r:.60} as file of {path}; give its path.")
@@ -119,7 +116,7 @@ class OwnReader:
         return "" if np.isfinite(pixels).all() else "holds numbers that are not finite; replace them"
 
 
-class ByExtension:
+class _ByExtension(Reader):
     """Takes the reader of a path's extension, and PIL for others.
 
     ``makers``, by extension such as ".npy", make a reader when the first such path is met, so that packages of formats
@@ -139,15 +136,12 @@ class ByExtension:
         return self._made[extension]
 
     def read(self, path: str) -> np.ndarray:
-        """As that reader."""
         return self._of(path).read(path)
 
     def header(self, path: str) -> Header:
-        """As that reader."""
         return self._of(path).header(path)
 
     def file(self, path: str) -> str:
-        """As that reader."""
         return self._of(path).file(path)
 
 
@@ -160,9 +154,9 @@ def image_reader(cfg: CfgNode) -> Reader:
     problem = _check_pixel_keys(cfg)
     pil = PilReader(cfg.INPUT.FORMAT, apply_exif=cfg.INPUT.APPLY_EXIF, problem=problem)
     name = cfg.INPUT.READER
-    if not name and problem:
-        raise ConfigError(problem)
     if not name:
+        if problem:
+            raise ConfigError(problem)
         return pil
     check_choice("INPUT.READER", name, ["", AUTO, *(known for known, _ in READER_REGISTRY)])
     if name != AUTO:
@@ -172,7 +166,7 @@ def image_reader(cfg: CfgNode) -> Reader:
         for known, build in READER_REGISTRY
         for extension in getattr(build, "extensions", ())
     }
-    return ByExtension(makers, pil)
+    return _ByExtension(makers, pil)
 
 
 def _check_pixel_keys(cfg: CfgNode) -> str:
@@ -198,8 +192,8 @@ def _check_pixel_keys(cfg: CfgNode) -> str:
     )
 
 
-def _own_reader(name: str, cfg: CfgNode) -> OwnReader:
-    return OwnReader(name, make_part("INPUT.READER", READER_REGISTRY.get(name), cfg), len(cfg.MODEL.PIXEL_MEAN))
+def _own_reader(name: str, cfg: CfgNode) -> Reader:
+    return _OwnReader(name, make_part("INPUT.READER", READER_REGISTRY.get(name), cfg), len(cfg.MODEL.PIXEL_MEAN))
 
 
 def pad_value(cfg: CfgNode, of_pil: float) -> float:

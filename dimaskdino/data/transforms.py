@@ -27,7 +27,6 @@ class KeepAPixel(T.Augmentation):
         return transform
 
     def __repr__(self) -> str:
-        """As the resize itself."""
         return repr(self.resize)
 
 

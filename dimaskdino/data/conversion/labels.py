@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from pycocotools import mask as mask_util
 
-from dimaskdino.data.coco_file import Json
+from dimaskdino.data.coco_file import Json, coco_content
 from dimaskdino.data.images import read_header
 from dimaskdino.errors import DatasetError
 
@@ -219,19 +219,18 @@ def _checked(item: LabeledObject, size: tuple[int, int], problems: Problems) -> 
 def to_coco(images: Sequence[LabeledImage], classes: Sequence[str]) -> Json:
     """A COCO file's content; ids count from 1 in the order of ``classes`` and ``images``."""
     numbers = {name: number for number, name in enumerate(classes, start=1)}
-    annotations: list[Json] = []
-    for image_id, image in enumerate(images, start=1):
-        for each in image.objects:
-            ids = {"id": len(annotations) + 1, "image_id": image_id, "category_id": numbers[each.label]}
-            annotations.append({**ids, **_shape(each, image.size), "iscrowd": 0, **each.extra})
-    return {
-        "images": [
-            {"id": number, "file_name": image.file_name, "height": image.size[0], "width": image.size[1]}
-            for number, image in enumerate(images, start=1)
-        ],
-        "annotations": annotations,
-        "categories": [{"id": number, "name": name} for name, number in numbers.items()],
-    }
+
+    def annotation(each: LabeledObject, size: tuple[int, int]) -> Json:
+        return {"category_id": numbers[each.label], **_shape(each, size), "iscrowd": 0, **each.extra}
+
+    pairs = (
+        (
+            {"file_name": image.file_name, "height": image.size[0], "width": image.size[1]},
+            [annotation(each, image.size) for each in image.objects],
+        )
+        for image in images
+    )
+    return coco_content(pairs, classes)
 
 
 def _shape(item: LabeledObject, size: tuple[int, int]) -> Json:
@@ -257,7 +256,6 @@ def box_around(points: np.ndarray) -> tuple[float, float, float, float]:
 
 
 def _rounded(value: float) -> float:
-    """To a thousandth of a pixel."""
     return round(float(value), 3)
 
 

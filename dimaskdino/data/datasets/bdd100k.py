@@ -87,8 +87,7 @@ def find_tasks(folder: Path, split: str, source: str) -> tuple[list[Task], list[
 
 
 def _task(image: Path, labels: str | Frame) -> Task:
-    files = [image]
-    frame = 0
+    files, frame = [image], 0
     if isinstance(labels, str):
         files.append(Path(labels))
     else:

@@ -4,11 +4,11 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from dimaskdino.data.coco_file import Json, coco_content
 from dimaskdino.data.datasets.bdd100k import CLASSES, Finding, Task, annotation_file, find_tasks
 from dimaskdino.data.datasets.bdd100k_labels import labels_of_bitmask, labels_of_frame
 from dimaskdino.data.parallel import Progress, no_progress, parallel_map
@@ -19,8 +19,6 @@ logger = logging.getLogger(__name__)
 
 CONVERSION_VERSION = 1  # raise when the annotations of an image change: journals of older versions are then ignored
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-
-Json = dict[str, Any]
 
 
 def convert_split(
@@ -111,17 +109,15 @@ class _Journal:
         self.records = {record["key"]: record for record in self._read()}
 
     def _read(self) -> list[Json]:
-        if not self.path.is_file():
-            return []
-        header, *lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
+        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.is_file() else ""
+        header, *lines = text.split("\n")
         if header != self._header:
             return []
         # After the last end of a line comes nothing, or what an interrupted run was writing.
-        records = [_record(line) for line in lines[:-1]]
-        damaged = records.count(None)
-        if damaged:
+        records = [record for line in lines[:-1] if (record := _record(line)) is not None]
+        if damaged := len(lines) - 1 - len(records):
             logger.warning("%s: %d lines are damaged; their images are converted again", self.path, damaged)
-        return [record for record in records if record is not None]
+        return records
 
     def __enter__(self) -> None:
         """Write the intact lines to a new file, and continue in it."""
@@ -158,18 +154,10 @@ def _write_whole(path: Path, text: str) -> None:
 
 
 def _assemble(records: list[Json], split: str, source: str) -> Json:
-    images: list[Json] = []
-    annotations: list[Json] = []
-    for record in records:
-        if "annotations" not in record:
-            continue
-        height, width = record["size"]
-        images.append({"id": len(images) + 1, "file_name": record["file_name"], "width": width, "height": height})
-        for annotation in record["annotations"]:
-            annotations.append({"id": len(annotations) + 1, "image_id": len(images), **annotation})
-    return {
-        "info": {"description": f"BDD100K instance segmentation, {split}", "source": source},
-        "images": images,
-        "annotations": annotations,
-        "categories": [{"id": index + 1, "name": name} for index, name in enumerate(CLASSES)],
-    }
+    pairs = (
+        ({"file_name": record["file_name"], "width": record["size"][1], "height": record["size"][0]}, annotations)
+        for record in records
+        if (annotations := record.get("annotations")) is not None
+    )
+    info = {"description": f"BDD100K instance segmentation, {split}", "source": source}
+    return coco_content(pairs, CLASSES, info=info)

@@ -88,6 +88,5 @@ def register_own(cfg: CfgNode, known: Mapping[str, list[str]] = MappingProxyType
 
 
 def _paths(cfg: CfgNode, split: str) -> tuple[Path | None, Path | None]:
-    """The annotation file and the folder of images of a split, as far as they are named."""
     json_file, images = (cfg.DATASETS[f"{split.upper()}_{kind}"] for kind in ("JSON", "IMAGES"))
     return (Path(json_file).expanduser() if json_file else None, Path(images).expanduser() if images else None)

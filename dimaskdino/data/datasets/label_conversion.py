@@ -72,7 +72,6 @@ def _make(conversion: Conversion) -> None:
 
 
 def _size(path: Path, advice: str) -> tuple[int, int]:
-    """(width, height) from the header."""
     try:
         with Image.open(path) as image:
             return image.size

@@ -174,9 +174,8 @@ def _unpacked(text: bytes, path: str, *arguments: Any) -> list[Json]:
 def _annotations(
     annotations: Sequence[Json], indices: dict[Any, int], image: Json, kept: Sequence[str], *, packed: bool
 ) -> Sequence[Json]:
-    """The annotations of an image in detectron2's format."""
     if packed and isinstance(annotations, Annotations):
-        labels = {*annotations.column("category_id")}
+        labels = {*annotations.array("category_id").tolist()}
         if labels <= indices.keys():
             place = {key: image[key] for key in ("file_name", "height", "width")}
             return PackedAnnotations(annotations, {label: indices[label] for label in labels}, place, kept)
@@ -205,15 +204,11 @@ def _category_lists(image: Json, indices: dict[Any, int]) -> Json:
     """The classes that an image lists, by index."""
     lists = {key: image[key] for key in CATEGORY_LISTS if key in image}
     for key, listed in lists.items():
-        unknown = (
-            [each for each in listed if not isinstance(each, int | str) or each not in indices]
-            if isinstance(listed, list)
-            else [listed]
-        )
-        if unknown:
-            raise DatasetError(
-                f"{key} of {image['file_name']} has {unknown[0]!r}, which is none of the file's categories."
-            )
+        for each in listed if isinstance(listed, list) else [listed]:  # itself where it is no list
+            if listed is each or not isinstance(each, int | str) or each not in indices:
+                raise DatasetError(
+                    f"{key} of {image['file_name']} has {each!r}, which is none of the file's categories."
+                )
     return {key: [indices[each] for each in listed] for key, listed in lists.items()}
 
 

@@ -9,18 +9,18 @@ import logging
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode
 from iopath.common.file_io import file_lock
 from PIL import Image
 
+from dimaskdino.data.coco_file import Json, coco_content
 from dimaskdino.data.datasets.panoptic import register_panoptic
 from dimaskdino.data.datasets.registration import is_registered_at, register_coco_format
 from dimaskdino.data.datasets.semantic import register_semantic
@@ -63,7 +63,6 @@ class ShapesSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse numbers out of range."""
         for name, least in (("num_train", 1), ("num_val", 1), ("image_size", SMALLEST_SIDE), ("seed", 0)):
             check_range(f"DATASETS.SHAPES.{name.upper()}", getattr(self, name), least)
 
@@ -111,7 +110,8 @@ def make_shapes(root: Path, spec: ShapesSpec, *, num_workers: int = 0) -> Path:
     Raises:
         DatasetError: if the folder cannot be written.
     """
-    return make_folder(root / spec.folder_name, spec, partial(_write_dataset, spec=spec, num_workers=num_workers))
+    write = partial(_write_dataset, spec, "instances", SPLITS, _write_picture, _coco_json, num_workers)
+    return make_folder(root / spec.folder_name, spec, write)
 
 
 def make_folder(folder: Path, spec: ShapesSpec, write: Callable[[Path], None]) -> Path:
@@ -149,25 +149,26 @@ def _make_then_rename(folder: Path, spec: ShapesSpec, write: Callable[[Path], No
     logger.info("Made it in %.1f s", time.perf_counter() - started)
 
 
-def _draw_splits(
-    draw: Callable[[tuple[str, int]], list[dict[str, Any]]], spec: ShapesSpec, num_workers: int
-) -> Iterator[tuple[str, list[list[dict[str, Any]]]]]:
-    """Draw all pictures; yields each split with what ``draw`` returns for its pictures."""
-    tasks = [(split, index) for split in SPLITS for index in range(spec.num_images(split))]
-    drawn = parallel_map(draw, tasks, num_workers=num_workers, chunk=32)
-    for split in SPLITS:
-        yield split, list(islice(drawn, spec.num_images(split)))
-
-
-def _write_dataset(folder: Path, spec: ShapesSpec, num_workers: int) -> None:
-    for made in ("annotations", *SPLITS):
+def _write_dataset(
+    spec: ShapesSpec,
+    name: str,
+    folders: Sequence[str],
+    draw: Callable[[Path, ShapesSpec, tuple[str, int]], list[Json]],
+    content: Callable[[ShapesSpec, Sequence[list[Json]]], Json],
+    num_workers: int,
+    folder: Path,
+) -> None:
+    """Draw all pictures, and write the ``content`` of what ``draw`` returns for those of each split."""
+    for made in ("annotations", *folders):
         (folder / made).mkdir(parents=True)
-    for split, labels in _draw_splits(partial(_write_picture, folder, spec), spec, num_workers):
-        content = json.dumps(_coco_json(spec, labels), separators=(",", ":"))
-        annotation_file(folder, split).write_text(content, encoding="utf-8")
+    tasks = [(split, index) for split in SPLITS for index in range(spec.num_images(split))]
+    drawn = parallel_map(partial(draw, folder, spec), tasks, num_workers=num_workers, chunk=32)
+    for split in SPLITS:
+        text = json.dumps(content(spec, list(islice(drawn, spec.num_images(split)))), separators=(",", ":"))
+        (folder / "annotations" / f"{name}_{split}.json").write_text(text, encoding="utf-8")
 
 
-def _write_picture(folder: Path, spec: ShapesSpec, task: tuple[str, int]) -> list[dict[str, Any]]:
+def _write_picture(folder: Path, spec: ShapesSpec, task: tuple[str, int]) -> list[Json]:
     """Draw a picture from a generator of its own, save it, and return its labels, back to front."""
     split, index = task
     picture = draw_picture(np.random.default_rng([*spec.seeds(split), index]), spec.image_size)
@@ -183,21 +184,11 @@ def file_name(index: int) -> str:
     return f"{index + 1:06d}.png"
 
 
-def _coco_json(spec: ShapesSpec, labels_per_picture: Iterable[list[dict[str, Any]]]) -> dict[str, Any]:
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for index, labels in enumerate(labels_per_picture):
-        side = spec.image_size
-        images.append({"id": index + 1, "file_name": file_name(index), "width": side, "height": side})
-        for label in labels:
-            annotations.append({"id": len(annotations) + 1, "image_id": index + 1, **label})
-    return {
-        "info": {"description": "dimaskdino synthetic shapes", "version": spec.folder_name},
-        "licenses": [],
-        "images": images,
-        "annotations": annotations,
-        "categories": [{"id": index + 1, "name": name} for index, name in enumerate(SHAPES)],
-    }
+def _coco_json(spec: ShapesSpec, labels: Sequence[list[Json]]) -> Json:
+    size = {"width": spec.image_size, "height": spec.image_size}
+    images = [{"file_name": file_name(index), **size} for index in range(len(labels))]
+    info = {"description": "dimaskdino synthetic shapes", "version": spec.folder_name}
+    return coco_content(zip(images, labels, strict=True), list(SHAPES), info=info, licenses=[])
 
 
 def stuff_folder(root: Path, spec: ShapesSpec) -> Path:
@@ -238,18 +229,12 @@ def register_shapes_with_stuff(root: Path, spec: ShapesSpec) -> None:
 
 def make_shapes_with_stuff(root: Path, spec: ShapesSpec, *, num_workers: int = 0) -> Path:
     """Make the datasets unless they are there; see :func:`dimaskdino.data.datasets.shapes.make_shapes`."""
-    return make_folder(stuff_folder(root, spec), spec, partial(_write_with_stuff, spec=spec, num_workers=num_workers))
+    folders = [f"{kind}{split}" for kind in ("", "panoptic_", "semantic_") for split in SPLITS]
+    write = partial(_write_dataset, spec, "panoptic", folders, _write_picture_with_stuff, _panoptic_json, num_workers)
+    return make_folder(stuff_folder(root, spec), spec, write)
 
 
-def _write_with_stuff(folder: Path, spec: ShapesSpec, num_workers: int) -> None:
-    for made in ("annotations", *(f"{kind}{split}" for kind in ("", "panoptic_", "semantic_") for split in SPLITS)):
-        (folder / made).mkdir(parents=True)
-    for split, segments in _draw_splits(partial(_write_picture_with_stuff, folder, spec), spec, num_workers):
-        content = json.dumps(_panoptic_json(spec.image_size, segments), separators=(",", ":"))
-        (folder / "annotations" / f"panoptic_{split}.json").write_text(content, encoding="utf-8")
-
-
-def _write_picture_with_stuff(folder: Path, spec: ShapesSpec, task: tuple[str, int]) -> list[dict[str, Any]]:
+def _write_picture_with_stuff(folder: Path, spec: ShapesSpec, task: tuple[str, int]) -> list[Json]:
     """Draw a picture, save it with its label maps, and return its segments."""
     split, index = task
     picture, stuff = draw_with_stuff(spec.seeds(split), index, spec.image_size)
@@ -288,12 +273,12 @@ def draw_with_stuff(seeds: tuple[int, int], index: int, size: int) -> tuple[Pict
     return draw_picture(np.random.default_rng([*seeds, index]), size, canvas), stuff
 
 
-def _panoptic_json(size: int, segments_per_picture: Iterable[list[dict[str, Any]]]) -> dict[str, Any]:
+def _panoptic_json(spec: ShapesSpec, segments: Sequence[list[Json]]) -> Json:
     images, annotations = [], []
-    for index, segments in enumerate(segments_per_picture):
-        name = file_name(index)
-        images.append({"id": index + 1, "file_name": name, "width": size, "height": size})
-        annotations.append({"image_id": index + 1, "file_name": name, "segments_info": segments})
+    for index, of_picture in enumerate(segments):
+        name, side = file_name(index), spec.image_size
+        images.append({"id": index + 1, "file_name": name, "width": side, "height": side})
+        annotations.append({"image_id": index + 1, "file_name": name, "segments_info": of_picture})
     categories = [
         {"id": index + 1, "name": name, "isthing": int(index < len(SHAPES))} for index, name in enumerate(CLASSES)
     ]

@@ -53,7 +53,7 @@ def look(images: Sequence[Sequence[Json]], sizes: Sequence[Size | None], rules: 
         return Look(nothing, nothing, nothing, nothing.astype(int), of_image)
     far = np.array([size or (np.nan, np.nan) for size in sizes], dtype=float)[of_image, ::-1].T
     known = {key: index for index, key in enumerate(rules.categories) if type(key) is int}
-    classes = np.array([known.get(each, -1) for each in objects.column("category_id")], dtype=int)
+    classes = np.array([known.get(each, -1) for each in objects.array("category_id").tolist()], dtype=int)
     with np.errstate(all="ignore"):  # what is not finite does not pass
         key = (np.stack((classes, *objects.array("bbox").T, of_image)) * _WEIGHTS[:, None]).sum(0)
         single = (classes >= 0) & np.isfinite(key) & ~_repeated(key)
