@@ -8,9 +8,10 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Mapping
+from itertools import chain
+from statistics import fmean
 from typing import Any
 
-import hotcoco
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.transforms import NoOpTransform, TransformList
@@ -39,6 +40,7 @@ from dimaskdino.evaluation.segmentation import (
 
 logger = logging.getLogger(__name__)
 
+_MOST_SHOWN = 5  # classes that differ
 _METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf", "AR@300")
 
 
@@ -52,8 +54,7 @@ class LvisEvaluator(CocoEvaluator):
     """
 
     def _scores(self, results: list[Result], task: str, seen: list[int] | None) -> Scores:
-        coco = self._truth.coco
-        evaluation = hotcoco.COCOeval(coco, coco.load_res(self._numbered(results, task)), task, lvis_style=True)
+        evaluation = self._evaluation(results, task, lvis_style=True)
         if seen is not None:
             evaluation.params.img_ids = seen
         evaluation.evaluate()
@@ -124,10 +125,10 @@ class ImageEvaluator(DatasetEvaluator):
         if not comm.is_main_process():
             return {}
         values = defaultdict(list)
-        for measured in (each for part in gathered for each in part):
+        for measured in chain.from_iterable(gathered):
             for name, value in measured.items():
                 values[name].append(value)
-        means = {name: math.fsum(numbers) / len(numbers) for name, numbers in sorted(values.items())}
+        means = {name: fmean(numbers) for name, numbers in sorted(values.items())}
         kind = type(self).__name__
         logger.info("%s of %s: %s", kind, self.dataset_name, ", ".join(f"{k} {v:.4g}" for k, v in means.items()))
         return {kind: means}
@@ -233,8 +234,7 @@ def _of_instances(cfg: CfgNode, output_folder: str) -> dict[str, Any]:
     """Arguments of every evaluator of instances."""
     # Of a part of a dataset, only that part is scored.
     seen_only = bool(cfg.DATASETS.MAX_IMAGES > 0 or cfg.DATASETS.FOLDS.NUM)
-    limit = cfg.TEST.DETECTIONS_PER_IMAGE
-    return {"output_dir": output_folder, "seen_only": seen_only, "max_detections": limit}
+    return {"output_dir": output_folder, "seen_only": seen_only, "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE}
 
 
 def _semantic(cfg: CfgNode, dataset_name: str, output_folder: str) -> SemanticEvaluator:
@@ -243,9 +243,7 @@ def _semantic(cfg: CfgNode, dataset_name: str, output_folder: str) -> SemanticEv
 
 
 def _by_stage(cfg: CfgNode, final: DatasetEvaluator, output_folder: str) -> DatasetEvaluator:
-    if not cfg.TEST.EVAL_LAYERS:
-        return final
-    return LayerwiseEvaluator(final=final, output_dir=output_folder)
+    return LayerwiseEvaluator(final=final, output_dir=output_folder) if cfg.TEST.EVAL_LAYERS else final
 
 
 def check_classes(cfg: CfgNode) -> None:
@@ -284,9 +282,8 @@ def _difference(trained: str, theirs: list[str], tested: str, ours: list[str]) -
     )
 
 
-def _shown(names: list[str], others: list[str], most: int = 5) -> str:
+def _shown(names: list[str], others: list[str]) -> str:
     """The number of classes and the first that differ, by class index."""
-    differing = [index for index, name in enumerate(names) if others[index : index + 1] != [name]]
-    shown = [f"{index} {names[index]!r}" for index in differing[:most]]
-    more = f" and {len(differing) - most} more" if len(differing) > most else ""
-    return f"{len(names)} classes, with {', '.join(shown)}{more}" if shown else f"{len(names)} classes"
+    shown = [f"{index} {name!r}" for index, name in enumerate(names) if others[index : index + 1] != [name]]
+    more = f" and {len(shown) - _MOST_SHOWN} more" if len(shown) > _MOST_SHOWN else ""
+    return f"{len(names)} classes" + (f", with {', '.join(shown[:_MOST_SHOWN])}{more}" if shown else "")

@@ -20,7 +20,7 @@ from dimaskdino.data.datasets.registration import load_dataset
 from dimaskdino.errors import DatasetError, UserError
 from dimaskdino.evaluation.coco_options import AREA_RANGES, NO_OPTIONS, CocoOptions
 from dimaskdino.evaluation.report import class_table, coco_table
-from dimaskdino.evaluation.truth import Truth, read_truth, truth_of_entries
+from dimaskdino.evaluation.truth import read_truth, truth_of_entries
 from dimaskdino.structures import instances_to_coco
 
 logger = logging.getLogger(__name__)
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 Result = dict[str, Any]
 Scores = dict[str, float]
 
+BOOTSTRAP_SAMPLES = 1000
 COCO_LIMIT = 100  # detections of a class in an image that COCO's AP counts
 # Index of the IoU threshold (0.50 to 0.95 by 0.05) and of the area range of each metric.
 _ALL = slice(None)
@@ -65,26 +66,21 @@ class CocoEvaluator(DatasetEvaluator):
         max_detections: int = COCO_LIMIT,
         options: CocoOptions = NO_OPTIONS,
     ) -> None:
-        self._options = options
         self._metadata = MetadataCatalog.get(dataset_name)
-        self._output_dir = output_dir
-        self._seen_only = seen_only
+        self._options, self._output_dir, self._seen_only = options, output_dir, seen_only
         os.makedirs(output_dir, exist_ok=True)
         if self._metadata.get("json_file") and not self._metadata.get("thing_classes"):
             load_dataset(dataset_name)  # register_coco_instances learns the classes when the file is read
         if not self._metadata.get("thing_classes"):
             raise DatasetError(f"{dataset_name} has no object classes (thing_classes), so it has no box or mask AP.")
-        self._truth = self._read_truth()
+        if path := self._metadata.get("json_file"):
+            self._truth = read_truth(path)
+        else:
+            names, categories = self._metadata.thing_classes, self._category_ids()
+            self._truth = truth_of_entries(load_dataset(dataset_name), dataset_name, names, categories)
         self._limit = max(COCO_LIMIT, max_detections, *self._truth.objects.values())
         self._report_limit(max_detections)
         self.reset()
-
-    def _read_truth(self) -> Truth:
-        path = self._metadata.get("json_file")
-        if path:
-            return read_truth(path)
-        names, categories = self._metadata.thing_classes, self._category_ids()
-        return truth_of_entries(load_dataset(self._metadata.name), self._metadata.name, names, categories)
 
     def _category_ids(self) -> list[Any]:
         """The dataset's category ids by class index."""
@@ -218,21 +214,20 @@ class CocoEvaluator(DatasetEvaluator):
             )
         return self._truth.image_numbers[image_id]
 
-    def ap_difference(
-        self, one: list[Result], other: list[Result], task: str, *, samples: int = 1000
-    ) -> tuple[float, float]:
+    def ap_difference(self, one: list[Result], other: list[Result], task: str) -> tuple[float, float]:
         """The 95% interval of AP of ``other`` minus AP of ``one``, in percent, over images drawn with replacement.
 
         The images drawn are always the same; the detections are as ``coco_instances_results.json`` holds them.
         """
-        before, after = (self._matched(results, task) for results in (one, other))
-        interval = hotcoco.compare(before, after, n_bootstrap=samples, confidence=0.95)["ci"]["AP"]
+        before, after = (self._evaluation(results, task) for results in (one, other))
+        for each in (before, after):
+            each.evaluate()
+        interval = hotcoco.compare(before, after, n_bootstrap=BOOTSTRAP_SAMPLES, confidence=0.95)["ci"]["AP"]
         return 100 * interval["lower"], 100 * interval["upper"]
 
-    def _matched(self, results: list[Result], task: str) -> hotcoco.COCOeval:
-        evaluation = hotcoco.COCOeval(self._truth.coco, self._truth.coco.load_res(self._numbered(results, task)), task)
-        evaluation.evaluate()
-        return evaluation
+    def _evaluation(self, results: list[Result], task: str, *, lvis_style: bool = False) -> hotcoco.COCOeval:
+        coco = self._truth.coco
+        return hotcoco.COCOeval(coco, coco.load_res(self._numbered(results, task)), task, lvis_style=lvis_style)
 
     def _scores(self, results: list[Result], task: str, seen: list[int] | None) -> Scores:
         categories = self._truth.category_numbers

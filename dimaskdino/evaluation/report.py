@@ -40,8 +40,7 @@ def class_table(results: Results) -> str:
     tasks = _tasks(results)
     names = [key for key in results[tasks[0]] if key.startswith("AP-")]
     rows = [[name.removeprefix("AP-")] + [results[task][name] for task in tasks] for name in names]
-    heads = ["class", *(f"{TASK_NAMES[task]} AP" for task in tasks)]
-    return _table(rows, heads)
+    return _table(rows, ["class", *(f"{TASK_NAMES[task]} AP" for task in tasks)])
 
 
 def panoptic_table(scores: Mapping[str, float]) -> str:
@@ -83,9 +82,7 @@ def stage_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def layer_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """AP (percent) of boxes and masks by stage, and box minus mask where both were scored; PQ and mIoU likewise."""
     columns = stage_columns(rows)
-    cells = [
-        [row["stage"], Stage.from_name(row["stage"]).title, *(row.get(column) for column in columns)] for row in rows
-    ]
+    cells = [[row["stage"], Stage.from_name(row["stage"]).title, *map(row.get, columns)] for row in rows]
     heads = ["stage", "after", *(_GAP_HEAD if column == _GAP else column.replace("_", " ") for column in columns)]
     formats = ("", "", *("+.1f" if column == _GAP else ".1f" for column in columns))
     return _table(cells, heads, formats)
@@ -132,8 +129,7 @@ class LayerwiseEvaluator(DatasetEvaluator):
     """
 
     def __init__(self, *, final: Any, output_dir: str) -> None:
-        self._final = final
-        self._output_dir = output_dir
+        self._final, self._output_dir = final, output_dir
         self.reset()
 
     def reset(self) -> None:
@@ -157,11 +153,9 @@ class LayerwiseEvaluator(DatasetEvaluator):
             ``<stage>/PQ`` and ``<stage>/mIoU`` where they are scored. On other processes an empty dict.
         """
         results = self._final.evaluate()
-        rows = []
-        for name in self._stage_names():
-            scores = self._stage(name).score()
-            if scores:
-                rows.append(stage_row(name, scores))
+        # In the model's order; a process that got no image knows none of them.
+        names = dict.fromkeys(itertools.chain.from_iterable(comm.all_gather(list(self._stages))))
+        rows = [stage_row(name, scores) for name in names if (scores := self._stage(name).score())]
         if not comm.is_main_process():
             return {}
         self._write(rows)
@@ -173,11 +167,6 @@ class LayerwiseEvaluator(DatasetEvaluator):
         if name not in self._stages:
             self._stages[name] = self._final.for_stage(name)
         return self._stages[name]
-
-    def _stage_names(self) -> list[str]:
-        """Stages in the model's order; a process that got no image knows none of them."""
-        names = comm.all_gather(list(self._stages))
-        return list(dict.fromkeys(itertools.chain.from_iterable(names)))
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         write_results(rows, os.path.join(self._output_dir, "layers.json"))

@@ -16,6 +16,7 @@ from hotcoco import panoptic, semantic
 from PIL import Image
 from pycocotools import mask as mask_util
 
+from dimaskdino.data.coco_file import Json
 from dimaskdino.data.datasets.registration import load_dataset
 from dimaskdino.data.label_maps import panoptic_annotations, read_segments, read_semantic
 from dimaskdino.data.validation.report import saying_how_to_list_all
@@ -25,7 +26,6 @@ from dimaskdino.evaluation.report import panoptic_table, semantic_table
 
 logger = logging.getLogger(__name__)
 
-Json = dict[str, Any]
 Scores = dict[str, float]
 # What hotcoco calls the parts of a panoptic score, and their endings in detectron2's names.
 _GROUPS = {"All": "", "Things": "_th", "Stuff": "_st"}
@@ -54,11 +54,8 @@ class PanopticEvaluator(DatasetEvaluator):
         """Forget all predictions."""
         self._truth: list[Json] = []
         self._predictions: list[Json] = []
+        self._folder = os.path.join(self._output_dir, "panoptic")
         os.makedirs(self._folder, exist_ok=True)
-
-    @property
-    def _folder(self) -> str:
-        return os.path.join(self._output_dir, "panoptic")
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
         """Add the predicted ``panoptic_seg`` of a batch."""
@@ -67,7 +64,6 @@ class PanopticEvaluator(DatasetEvaluator):
             if self._check:
                 with saying_how_to_list_all(self._name):
                     read_segments(image, (pixels.shape[0], pixels.shape[1]))
-            path = image["pan_seg_file_name"]
             name = f"{str(image['image_id']).replace('%', '%25').replace(os.sep, '%2F')}.png"  # of this image alone
             _write_ids(pixels.cpu().numpy(), os.path.join(self._folder, name))
             predicted = [{"id": each["id"], "category_id": each["category_id"] + 1} for each in segments]
@@ -76,8 +72,8 @@ class PanopticEvaluator(DatasetEvaluator):
                 {**each, "category_id": each["category_id"] + 1, "iscrowd": each.get("iscrowd", 0)}
                 for each in image["segments_info"]
             ]
-            annotation = {"image_id": image["image_id"], "file_name": os.path.abspath(path), "segments_info": true}
-            self._truth.append(annotation)
+            path = os.path.abspath(image["pan_seg_file_name"])
+            self._truth.append({"image_id": image["image_id"], "file_name": path, "segments_info": true})
 
     def evaluate(self) -> dict[str, Scores]:
         """Score the predictions of all processes and log the table; returns the same as :meth:`score`."""

@@ -86,12 +86,9 @@ class SpeedEvaluator(DatasetEvaluator):
         if not comm.is_main_process():
             return {}
         if not batches:
-            logger.info(
-                "Inference speed is not measured: it needs more than %d batches per process.", NUM_WARMUP_BATCHES
-            )
+            logger.info("Inference speed is not measured: it needs more than %d batches a process.", NUM_WARMUP_BATCHES)
             return {}
-        images = sum(count for count, _ in batches)
-        seconds = sum(seconds for _, seconds in batches)
+        images, seconds = (sum(column) for column in zip(*batches, strict=True))
         speed = {
             "images_per_second": images / seconds,
             "device": device_name(self._timer.device),

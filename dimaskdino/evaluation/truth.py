@@ -12,14 +12,12 @@ from typing import Any
 import hotcoco
 from detectron2.structures import BoxMode
 
-from dimaskdino.data.coco_file import read_json
+from dimaskdino.data.coco_file import Json, read_json
 from dimaskdino.data.datasets.registration import CATEGORY_LISTS
 from dimaskdino.data.validation.rules import Level, Rules, has_mask, read_mask
 from dimaskdino.errors import DatasetError
 
 logger = logging.getLogger(__name__)
-
-Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -39,11 +37,8 @@ class Truth:
     @cached_property
     def objects(self) -> Counter[tuple[int, int]]:
         """Objects, without crowd regions, by the numbers of image and category."""
-        return Counter(
-            (annotation["image_id"], annotation["category_id"])
-            for annotation in self.annotations or ()
-            if not annotation["iscrowd"]
-        )
+        objects = (each for each in self.annotations or () if not each["iscrowd"])
+        return Counter((each["image_id"], each["category_id"]) for each in objects)
 
 
 def read_truth(path: str | Path) -> Truth:
@@ -90,19 +85,7 @@ def make_truth(dataset: Json, source: str) -> Truth:
     annotations = dataset.get("annotations")
     kept = None if annotations is None else _numbered(annotations, images, categories, source)
     plain: Json = {
-        "images": [
-            {
-                "id": images[image["id"]],
-                "height": image.get("height", 0),
-                "width": image.get("width", 0),
-                **{
-                    key: [categories[each] for each in image[key] if each in categories]
-                    for key in CATEGORY_LISTS
-                    if key in image
-                },
-            }
-            for image in dataset["images"]
-        ],
+        "images": [_plain_image(image, images[image["id"]], categories) for image in dataset["images"]],
         "categories": [
             {
                 "id": categories[category["id"]],
@@ -116,13 +99,20 @@ def make_truth(dataset: Json, source: str) -> Truth:
     coco = hotcoco.COCO(plain)
     without = [annotation for annotation in plain["annotations"] if annotation["area"] is None]
     if without:
-        _fill_areas(coco, without)
+        for annotation in without:
+            annotation["area"] = _area_px2(coco, annotation)
         coco = hotcoco.COCO(plain)
         logger.info(
             "%d of %d annotations of %s have no area; the area of the mask, or of the box without a mask, stands in.",
             *(len(without), len(plain["annotations"]), source),
         )
     return Truth(coco, images, categories, kept)
+
+
+def _plain_image(image: Json, number: int, categories: dict[Any, int]) -> Json:
+    lists = {key: image[key] for key in CATEGORY_LISTS if key in image}
+    known = {key: [categories[each] for each in listed if each in categories] for key, listed in lists.items()}
+    return {"id": number, "height": image.get("height", 0), "width": image.get("width", 0), **known}
 
 
 def _check_objects(dataset: Json, source: str) -> None:
@@ -177,14 +167,11 @@ def _numbered(annotations: list[Json], images: dict[Any, int], categories: dict[
     ]
 
 
-def _fill_areas(coco: hotcoco.COCO, annotations: list[Json]) -> None:
-    """Set the area (px^2) of each annotation."""
-    for annotation in annotations:
-        if "segmentation" in annotation:
-            annotation["area"] = float(hotcoco.mask.area(coco.ann_to_rle(annotation)))
-        else:
-            width, height = annotation["bbox"][2:]
-            annotation["area"] = float(width * height)
+def _area_px2(coco: hotcoco.COCO, annotation: Json) -> float:
+    if "segmentation" in annotation:
+        return float(hotcoco.mask.area(coco.ann_to_rle(annotation)))
+    width, height = annotation["bbox"][2:]
+    return float(width * height)
 
 
 def _is_number(value: Any) -> bool:

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
 
-from dimaskdino.data.datasets.registration import is_registered_at, register_coco_format
+from dimaskdino.data.datasets.registration import SPLITS, is_registered_at, register_coco_format
 from dimaskdino.errors import DatasetError
 
-SPLITS = ("train", "val")
 # In the order of the category ids 1 to 8 of bitmasks and of the COCO file.
 CLASSES = ("pedestrian", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle")
 SOURCES = ("bitmasks", "rles", "polygons")

@@ -10,10 +10,10 @@ from detectron2.data.datasets.builtin import _PREDEFINED_SPLITS_COCO
 from detectron2.data.datasets.builtin_meta import _get_builtin_metadata
 
 from dimaskdino.data.coco_file import Json, category_names, read_coco
-from dimaskdino.data.datasets.registration import is_registered_at, register_coco_format
-from dimaskdino.errors import ConfigError, DatasetError
+from dimaskdino.data.datasets.registration import SPLITS, is_registered_at, own_paths, register_coco_format
+from dimaskdino.errors import DatasetError
 
-SPLITS = ("train", "val")
+_KINDS = ("JSON", "IMAGES")
 
 
 def register_coco(root: Path) -> None:
@@ -25,7 +25,7 @@ def register_coco(root: Path) -> None:
 
 def register_lvis(root: Path) -> None:
     """Register lvis_v1_{train,val} of ``root``/lvis in place of detectron2's, which need another package."""
-    for split in ("train", "val"):
+    for split in SPLITS:
         name, json_file = f"lvis_v1_{split}", root / "lvis" / f"lvis_v1_{split}.json"
         if not is_registered_at(name, json_file):
             register_coco_format(name, json_file, root / "coco", None, evaluator_type="lvis")
@@ -33,7 +33,7 @@ def register_lvis(root: Path) -> None:
 
 def register_objects365(root: Path) -> None:
     """Register objects365_{train,val} of ``root``/objects365; their class names are read with the annotations."""
-    for split in ("train", "val"):
+    for split in SPLITS:
         name, folder = f"objects365_{split}", root / "objects365"
         json_file = folder / "annotations" / f"zhiyuan_objv2_{split}.json"
         if not is_registered_at(name, json_file):
@@ -52,15 +52,10 @@ def read_own(cfg: CfgNode, split: str) -> Json | None:
         ConfigError: the file or the folder of images is named without the other, or is not there.
         DatasetError: the file is not in COCO's format.
     """
-    json_key, images_key = f"DATASETS.{split.upper()}_JSON", f"DATASETS.{split.upper()}_IMAGES"
-    json_file, images = _paths(cfg, split)
-    if json_file is None and images is None:
+    paths = own_paths(cfg.DATASETS, "DATASETS", split, _KINDS)
+    if not paths:
         return None
-    for key, path, other in ((json_key, json_file, images_key), (images_key, images, json_key)):
-        if path is None:
-            raise ConfigError(f"{other} is set and {key} is empty; a dataset of your own needs both.")
-    assert json_file is not None
-    assert images is not None
+    (json_key, json_file), (images_key, images) = paths.items()
     if not json_file.is_file():
         raise DatasetError(f"{json_key} names {json_file}, which is not a file; correct the path.")
     if not images.is_dir():
@@ -77,16 +72,11 @@ def register_own(cfg: CfgNode, known: Mapping[str, list[str]] = MappingProxyType
         DatasetError: a file is not in COCO's format.
     """
     for split in SPLITS:
-        json_file, images = _paths(cfg, split)
-        if json_file is None or images is None or not json_file.is_file():
+        json_file, images = (Path(cfg.DATASETS[f"{split.upper()}_{kind}"]).expanduser() for kind in _KINDS)
+        if not json_file.is_file() or not cfg.DATASETS[f"{split.upper()}_IMAGES"]:
             continue
         registered = is_registered_at(own_name(split), json_file)
         if not registered or MetadataCatalog.get(own_name(split)).image_root != str(images):
             names = known.get(split) or list(category_names(read_coco(str(json_file))).values())
             keys = {"images": f"DATASETS.{split.upper()}_IMAGES"}
             register_coco_format(own_name(split), json_file, images, names, keys=keys)
-
-
-def _paths(cfg: CfgNode, split: str) -> tuple[Path | None, Path | None]:
-    json_file, images = (cfg.DATASETS[f"{split.upper()}_{kind}"] for kind in ("JSON", "IMAGES"))
-    return (Path(json_file).expanduser() if json_file else None, Path(images).expanduser() if images else None)

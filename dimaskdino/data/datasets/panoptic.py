@@ -11,12 +11,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.builtin import _PREDEFINED_SPLITS_COCO_PANOPTIC
 from detectron2.data.datasets.builtin_meta import _get_builtin_metadata
 
-from dimaskdino.data.coco_file import check_entries, read_json
-from dimaskdino.data.datasets.registration import made_metadata, register
-from dimaskdino.errors import ConfigError, DatasetError
-
-Json = dict[str, Any]
-SPLITS = ("train", "val")
+from dimaskdino.data.coco_file import Json, check_entries, read_json
+from dimaskdino.data.datasets.registration import SPLITS, made_metadata, own_paths, register
+from dimaskdino.errors import DatasetError
 
 
 def register_coco_panoptic(root: Path) -> None:
@@ -41,26 +38,17 @@ def register_own_panoptic(cfg: CfgNode) -> None:
         ConfigError: some of the files of a split are named, but not all.
         DatasetError: a JSON file cannot be used.
     """
-    node = cfg.DATASETS.PANOPTIC
-    files = {
-        "train": (node.TRAIN_JSON, node.TRAIN_LABELS, node.TRAIN_IMAGES),
-        "val": (node.VAL_JSON, node.VAL_LABELS, node.VAL_IMAGES),
-    }
-    for split, given in files.items():
-        if not any(given):
+    for split in SPLITS:
+        paths = own_paths(cfg.DATASETS.PANOPTIC, "DATASETS.PANOPTIC", split, ("JSON", "LABELS", "IMAGES"))
+        if not paths:
             continue
-        keys = [f"DATASETS.PANOPTIC.{split.upper()}_{kind}" for kind in ("JSON", "LABELS", "IMAGES")]
-        if not all(given):
-            raise ConfigError(f"{keys[given.index('')]} is empty; a panoptic dataset needs {', '.join(keys)}.")
-        paths = [Path(path).expanduser() for path in given]
-        if not paths[0].is_file():
-            raise DatasetError(f"{keys[0]} names {given[0]}, which is not a file; correct the path.")
+        (json_key, json_file), (labels_key, labels), (images_key, images) = paths.items()
+        if not json_file.is_file():
+            raise DatasetError(f"{json_key} names {json_file}, which is not a file; correct the path.")
+        keys = {"label maps": labels_key, "images": images_key}
+        metadata = {**categories_metadata(str(json_file)), "keys": keys}
         register_panoptic(
-            f"panoptic_{split}",
-            json_file=paths[0],
-            panoptic_root=paths[1],
-            image_root=paths[2],
-            metadata={**categories_metadata(str(paths[0])), "keys": {"label maps": keys[1], "images": keys[2]}},
+            f"panoptic_{split}", json_file=json_file, panoptic_root=labels, image_root=images, metadata=metadata
         )
 
 

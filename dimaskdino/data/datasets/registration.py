@@ -7,12 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 from detectron2.structures import BoxMode
 
 from dimaskdino.data.coco_file import (
     Annotations,
+    Json,
     annotations_by_image,
     category_names,
     decode_annotations,
@@ -20,11 +22,10 @@ from dimaskdino.data.coco_file import (
     without_collecting,
 )
 from dimaskdino.data.shared import once_a_machine
-from dimaskdino.errors import DatasetError
+from dimaskdino.errors import ConfigError, DatasetError
 from dimaskdino.structures.rle_masks import checked_rle
 
-Json = dict[str, Any]
-
+SPLITS = ("train", "val")
 # Keys of an annotation that reach the mapper; "ignore" does so that it is refused there too.
 KEPT_KEYS = (
     *("id", "iscrowd", "ignore", "bbox", "keypoints", "category_id", "segmentation", "box_supervised"),
@@ -32,6 +33,21 @@ KEPT_KEYS = (
 )
 # Keys of an image with lists of categories, as in LVIS.
 CATEGORY_LISTS = ("neg_category_ids", "not_exhaustive_category_ids")
+
+
+def own_paths(node: CfgNode, name: str, split: str, kinds: Sequence[str]) -> dict[str, Path]:
+    """What the keys SPLIT_KIND of the node ``name`` give, by key; empty if they give nothing.
+
+    Raises:
+        ConfigError: only some of them are given.
+    """
+    given = {f"{name}.{split.upper()}_{kind}": node[f"{split.upper()}_{kind}"] for kind in kinds}
+    if not any(given.values()):
+        return {}
+    for key, path in given.items():
+        if not path:
+            raise ConfigError(f"{key} is empty; a dataset of your own needs {', '.join(given)}.")
+    return {key: Path(path).expanduser() for key, path in given.items()}
 
 
 def is_registered_at(name: str, json_file: Path) -> bool:

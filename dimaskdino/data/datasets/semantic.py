@@ -11,12 +11,11 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data.datasets.builtin_meta import ADE20K_SEM_SEG_CATEGORIES, _get_builtin_metadata
 
-from dimaskdino.data.datasets.registration import made_metadata, register
+from dimaskdino.data.datasets.registration import SPLITS, made_metadata, own_paths, register
 from dimaskdino.errors import ConfigError, DatasetError
 
 logger = logging.getLogger(__name__)
 
-SPLITS = ("train", "val")
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 CITYSCAPES_ENDINGS: dict[str, tuple[str, ...]] = {
     "images": ("_leftImg8bit.png",),
@@ -59,22 +58,20 @@ def register_own_semantic(cfg: CfgNode) -> None:
         ConfigError: a folder is named without the other, or there are no class names.
     """
     node = cfg.DATASETS.SEMANTIC
-    folders = {"train": (node.TRAIN_IMAGES, node.TRAIN_LABELS), "val": (node.VAL_IMAGES, node.VAL_LABELS)}
-    for split, (image_root, label_root) in folders.items():
-        if not image_root and not label_root:
+    for split in SPLITS:
+        paths = own_paths(node, "DATASETS.SEMANTIC", split, ("IMAGES", "LABELS"))
+        if not paths:
             continue
-        if not image_root or not label_root:
-            kind = "LABELS" if image_root else "IMAGES"
-            raise ConfigError(f"DATASETS.SEMANTIC.{split.upper()}_{kind} is empty; name the folders of both.")
         if not node.CLASSES:
             raise ConfigError("DATASETS.SEMANTIC.CLASSES is empty; list the class names, first that of label 0.")
+        (images_key, images), (labels_key, labels) = paths.items()
         register_semantic(
             f"semantic_{split}",
-            image_root=Path(image_root).expanduser(),
-            label_root=Path(label_root).expanduser(),
+            image_root=images,
+            label_root=labels,
             classes=[str(name) for name in node.CLASSES],
-            hint=f"correct DATASETS.SEMANTIC.{split.upper()}_LABELS",
-            image_hint=f"correct DATASETS.SEMANTIC.{split.upper()}_IMAGES",
+            hint=f"correct {labels_key}",
+            image_hint=f"correct {images_key}",
         )
 
 
@@ -120,17 +117,13 @@ def load_semantic(name: str, endings: dict[str, tuple[str, ...]]) -> list[dict[s
         DatasetError: a folder is missing or empty, images have no label map, or two files differ by their ending alone.
     """
     metadata = made_metadata(name)
-    of_images, of_labels = endings.get("images", IMAGE_ENDINGS), endings.get("labels", (".png",))
-    images, labels = _files(metadata.image_root, of_images), _files(metadata.sem_seg_root, of_labels)
-    for folder, files, ends, hint in (
-        (metadata.image_root, images, of_images, metadata.image_hint),
-        (metadata.sem_seg_root, labels, of_labels, metadata.hint),
-    ):
-        if not files:
-            state = (
-                f"holds no files of names that end in {', '.join(ends)}" if os.path.isdir(folder) else "does not exist"
-            )
-            raise DatasetError(f"Dataset {name}: folder {folder} {state}; {hint}.")
+    images, labels = (
+        _files(name, folder, ends, hint)
+        for folder, ends, hint in (
+            (metadata.image_root, endings.get("images", IMAGE_ENDINGS), metadata.image_hint),
+            (metadata.sem_seg_root, endings.get("labels", (".png",)), metadata.hint),
+        )
+    )
     missing = sorted(images.keys() - labels.keys())
     if missing:
         raise DatasetError(
@@ -142,7 +135,7 @@ def load_semantic(name: str, endings: dict[str, tuple[str, ...]]) -> list[dict[s
     return [{"file_name": images[stem], "sem_seg_file_name": labels[stem], "image_id": stem} for stem in sorted(images)]
 
 
-def _files(root: str, endings: Sequence[str]) -> dict[str, str]:
+def _files(dataset: str, root: str, endings: Sequence[str], hint: str) -> dict[str, str]:
     """Path by name relative to ``root`` and without ending, of the files with one of the endings."""
     found: dict[str, str] = {}
     for folder, _, names in os.walk(root, followlinks=True):
@@ -154,4 +147,8 @@ def _files(root: str, endings: Sequence[str]) -> dict[str, str]:
                 if stem in found:
                     raise DatasetError(f"{found[stem]} and {path} differ by their ending alone; rename or remove one.")
                 found[stem] = path
+    if not found:
+        missing = f"holds no files of names that end in {', '.join(endings)}"
+        state = missing if os.path.isdir(root) else "does not exist"
+        raise DatasetError(f"Dataset {dataset}: folder {root} {state}; {hint}.")
     return found

@@ -22,7 +22,7 @@ from PIL import Image
 
 from dimaskdino.data.coco_file import Json, coco_content
 from dimaskdino.data.datasets.panoptic import register_panoptic
-from dimaskdino.data.datasets.registration import is_registered_at, register_coco_format
+from dimaskdino.data.datasets.registration import SPLITS, is_registered_at, register_coco_format
 from dimaskdino.data.datasets.semantic import register_semantic
 from dimaskdino.data.datasets.shapes_drawing import (
     SHAPES,
@@ -40,7 +40,6 @@ from dimaskdino.errors import DatasetError, check_range
 logger = logging.getLogger(__name__)
 
 DRAWING_VERSION = 3  # raise when the pictures of a seed change: folders of older versions are then ignored
-SPLITS = ("train", "val")
 SMALLEST_SIDE = 32
 STUFF_VERSION = 1  # of the pictures with stuff; as above
 NO_CLASS_SHARE = 0.15  # of the regions

@@ -163,13 +163,10 @@ def find_dataset(name: str) -> Metadata:
     metadata = made_metadata(name)
     if is_coco_file(name):
         json_file, image_root = Path(metadata.json_file), Path(metadata.image_root)
-        for kind, path, exists in (
-            ("annotation file", json_file, json_file.is_file()),
-            ("image folder", image_root, image_root.is_dir()),
-        ):
-            if not exists:
-                hint = _layout_hint(json_file, image_root)
-                raise DatasetError(f"Dataset {name}: {kind} {path} does not exist; {hint}")
+        missing = "" if image_root.is_dir() else f"image folder {image_root}"
+        missing = missing if json_file.is_file() else f"annotation file {json_file}"
+        if missing:
+            raise DatasetError(f"Dataset {name}: {missing} does not exist; {_layout_hint(json_file, image_root)}")
     return metadata
 
 
@@ -198,7 +195,7 @@ def _check_entry(entry: Json, where: str) -> None:
 
 
 def _size_of(entry: Json) -> Size | None:
-    return (int(entry["height"]), int(entry["width"])) if "height" in entry and "width" in entry else None
+    return (int(entry["height"]), int(entry["width"])) if entry.keys() >= {"height", "width"} else None
 
 
 def _id_problems(entries: list[Json]) -> Iterator[Found]:
@@ -206,12 +203,12 @@ def _id_problems(entries: list[Json]) -> Iterator[Found]:
     first: dict[Any, str] = {}
     for entry in entries:
         value = entry.get("image_id")
+        where, detail = entry["file_name"], f"{value!r:.40}"
         if not isinstance(value, int | str):
-            problem = Problem("image_id: not a number or text", Level.REFUSED, f"{value!r:.40}", "give each image one")
-            yield entry["file_name"], problem
-        elif first.setdefault(value, entry["file_name"]) != entry["file_name"]:
-            problem = Problem("image_id: used more than once", Level.REFUSED, f"{value!r:.40}", "give each its own")
-            yield f"{first[value]} and {entry['file_name']}", problem
+            yield where, Problem("image_id: not a number or text", Level.REFUSED, detail, "give each image one")
+        elif (other := first.setdefault(value, where)) != where:
+            both = f"{other} and {where}"
+            yield both, Problem("image_id: used more than once", Level.REFUSED, detail, "give each its own")
         if _size_of(entry) is None:
-            problem = Problem("size: missing", Level.REFUSED, "", "give height and width, which evaluation needs")
-            yield entry["file_name"], problem
+            remedy = "give height and width, which evaluation needs"
+            yield where, Problem("size: missing", Level.REFUSED, "", remedy)

@@ -15,7 +15,7 @@ from dimaskdino.data.parallel import Progress, no_progress, parallel_map
 from dimaskdino.data.readers import PilReader, Reader
 from dimaskdino.data.validation.dataset import Dataset, Picture, open_dataset
 from dimaskdino.data.validation.report import Counts, Finding
-from dimaskdino.data.validation.rules import TOLERANCE_PX, Extent, Rules
+from dimaskdino.data.validation.rules import TOLERANCE_PX, Rules
 from dimaskdino.errors import DatasetError
 from dimaskdino.structures.rle_masks import Size
 
@@ -49,15 +49,12 @@ def exif_note(turned: Sequence[tuple[Picture, Header]], rules: Rules) -> str:
 def _fitting_frame(picture: Picture, header: Header, rules: Rules) -> str:
     """Which frame the labels of a photo lie in: stored, upright, both or neither."""
     extents = [extent for each in picture.annotations if (extent := rules.extent(each, header.stored))]
-    stored, upright = (_holds(header.size(apply_exif=turned), extents) for turned in (False, True))
-    if stored == upright:
-        return "both" if stored else "neither"
-    return "stored" if stored else "upright"
-
-
-def _holds(size: tuple[int, int], extents: list[Extent]) -> bool:
-    """Whether every label lies in an image of ``size``."""
-    return all(right <= size[1] + TOLERANCE_PX and bottom <= size[0] + TOLERANCE_PX for _, _, right, bottom in extents)
+    fits = []
+    for name, turned in (("stored", False), ("upright", True)):
+        height, width = header.size(apply_exif=turned)
+        if all(each[2] <= width + TOLERANCE_PX and each[3] <= height + TOLERANCE_PX for each in extents):
+            fits.append(name)
+    return fits[0] if len(fits) == 1 else "both" if fits else "neither"
 
 
 def evenly_spread(number: int, most: int) -> list[int]:

@@ -42,14 +42,10 @@ def saying_how_to_list_all(name: str) -> Iterator[None]:
 
 
 class Counts:
-    """Objects by class and by what becomes of them in training: kept, or left out and why.
-
-    Args:
-        classes: category id -> class name.
-    """
+    """Objects by class and by what becomes of them in training: kept, or left out and why."""
 
     def __init__(self, classes: Mapping[Any, str]) -> None:
-        self.classes = classes
+        self.classes = classes  # name by category id
         self.objects: Counter[tuple[Any, str]] = Counter()  # by category id and outcome
         self.images: Counter[Any] = Counter()  # by category id
         self.images_with_any = 0
@@ -82,7 +78,7 @@ class Counts:
 
     def total(self) -> "Counter[str]":
         """Objects of all classes by outcome."""
-        total: Counter[str] = Counter()
+        total = Counter[str]()
         for (_, outcome), number in self.objects.items():
             total[outcome] += number
         return total
@@ -142,11 +138,7 @@ def region_kind(annotation: Json) -> str:
 
 
 def problem_table(findings: Sequence[tuple[str, str]]) -> str:
-    """How often each kind of problem occurs, the most frequent first, and where it occurs first.
-
-    Args:
-        findings: kind and place of each.
-    """
+    """How often each kind of problem (kind, place) occurs, the most frequent first, and where it occurs first."""
     counts = Counter(kind for kind, _ in findings)
     first = dict(reversed(findings))
     rows = [[kind, count, textwrap.shorten(first[kind], _WIDEST_CELL)] for kind, count in counts.most_common()]

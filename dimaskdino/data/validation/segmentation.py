@@ -10,6 +10,7 @@ import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
+from dimaskdino.data.coco_file import Json
 from dimaskdino.data.datasets.registration import is_coco_file, load_dataset
 from dimaskdino.data.images import size_problem
 from dimaskdino.data.label_maps import VOID, labels_present, read_segments, read_semantic
@@ -20,8 +21,6 @@ from dimaskdino.data.validation.report import Finding, list_all, saying_how_to_l
 from dimaskdino.errors import ConfigError, DatasetError
 
 logger = logging.getLogger(__name__)
-
-Json = dict[str, Any]
 
 # Label maps that the check at the start reads in any case, evenly spread over a dataset.
 LEAST_LABEL_MAPS = 100
@@ -116,22 +115,19 @@ def check_truth(cfg: CfgNode, name: str, *, trained: bool, tested: bool, with_ma
 
 def _check_things(cfg: CfgNode, name: str) -> None:
     """Refuse a panoptic dataset of the same classes as the job's first one, but with other things among them."""
-    panoptic = [each for each in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST) if _things(each) is not None]
-    if name not in panoptic or (first := panoptic[0]) == name or class_names(first) != class_names(name):
+    listed = dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
+    panoptic = [each for each in listed if MetadataCatalog.get(each).get("truth") == "panoptic"]
+    if name not in panoptic or class_names(first := panoptic[0]) != class_names(name):
         return
-    for index in (_things(name) or set()) ^ (_things(first) or set()):
-        kinds = [f"{'a thing' if index in (_things(each) or ()) else 'stuff'} in {each}" for each in (first, name)]
+    things = {
+        each: {*MetadataCatalog.get(each).get("thing_dataset_id_to_contiguous_id", {}).values()}
+        for each in (first, name)
+    }
+    for index in things[name] ^ things[first]:
+        kinds = [f"{'a thing' if index in things[each] else 'stuff'} in {each}" for each in (first, name)]
         raise DatasetError(
             f"The class {class_names(name)[index]!r} is {' and '.join(kinds)}; give isthing the same value in both."
         )
-
-
-def _things(name: str) -> set[int] | None:
-    """The thing classes of a panoptic dataset; None of another one."""
-    metadata = MetadataCatalog.get(name)
-    if metadata.get("truth") != "panoptic":
-        return None
-    return set(metadata.get("thing_dataset_id_to_contiguous_id", {}).values())
 
 
 def check_class_count(cfg: CfgNode, name: str, number: int, fitting: str) -> None:
@@ -232,12 +228,10 @@ def inspect_segmentation(
     check = partial(_inspect, num_classes=len(names), ignore=ignore, apply_exif=apply_exif, reader=reader)
     counts = {label: [0, 0, 0] for label in names}
     findings: list[Finding] = []
-    results = progress(parallel_map(check, entries, num_workers=num_workers), total=len(entries))
-    for found, present in results:
+    for found, present in progress(parallel_map(check, entries, num_workers=num_workers), total=len(entries)):
         findings += found
-        for index, (pixels, segments) in present.items():
-            row = counts[names[index]]
-            row[0], row[1], row[2] = row[0] + pixels, row[1] + segments, row[2] + 1
+        for index, numbers in present.items():
+            counts[names[index]] = [a + b for a, b in zip(counts[names[index]], (*numbers, 1), strict=True)]
     return entries, counts, findings
 
 

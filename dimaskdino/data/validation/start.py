@@ -82,7 +82,8 @@ def check_datasets(cfg: CfgNode, *, train: bool = True, test: bool = True, with_
         to_train: list[Picture] = []
         if name in trained:
             pictures = _of_fold(cfg, dataset, train=True)
-            to_train = _trained_on(pictures[:left], cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+            background = not cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+            to_train = [each for each in pictures[:left] if background or has_objects(each.annotations)]
             left = left and max(left - len(pictures), 0)
         _check_files(cfg, dataset, to_train, to_test)
         images[name] = _paths(each.path for each in to_train), _paths(each.path for each in to_test)
@@ -94,7 +95,6 @@ def check_datasets(cfg: CfgNode, *, train: bool = True, test: bool = True, with_
 
 
 def _check_dataset(cfg: CfgNode, name: str, *, trained: bool, tested: bool, with_masks: bool, fitting: str) -> Dataset:
-    """Check the lists, classes and objects of one dataset."""
     dataset = open_dataset(name, tested=tested)
     truth = "" if dataset.source else MetadataCatalog.get(name).get("json_file", "")
     _refuse_first(dataset, dataset.listing)
@@ -112,12 +112,7 @@ def _check_dataset(cfg: CfgNode, name: str, *, trained: bool, tested: bool, with
 
 
 def _check_objects(cfg: CfgNode, dataset: Dataset, *, with_masks: bool, scored: bool) -> None:
-    if (
-        with_masks
-        and dataset.annotated
-        and not dataset.has_masks()
-        and any(each.annotations for each in dataset.pictures)
-    ):
+    if with_masks and any(each.annotations for each in dataset.pictures) and not dataset.has_masks():
         raise DatasetError(
             f"Dataset {dataset.name} has boxes but no masks (segmentation), and this model needs masks; add polygons "
             "or RLEs, or choose a model without masks (MODEL.META_ARCHITECTURE DINO, or MODEL.MaskDINO.PREDICT_MASKS "
@@ -176,19 +171,11 @@ def _of_fold(cfg: CfgNode, dataset: Dataset, *, train: bool) -> list[Picture]:
     return [picture for picture in dataset.pictures if picture.path in paths]
 
 
-def _trained_on(pictures: Sequence[Picture], filter_empty: bool) -> list[Picture]:
-    """The images that training draws from, as :func:`dimaskdino.data.build_train_loader` chooses them."""
-    if not filter_empty:
-        return list(pictures)
-    return [each for each in pictures if has_objects(each.annotations)]
-
-
 def _check_files(cfg: CfgNode, dataset: Dataset, to_train: Sequence[Picture], to_test: Sequence[Picture]) -> None:
     """Look whether the images exist, read the headers of many, and decode one."""
     reader = image_reader(cfg)
     tested = {picture.path: picture for picture in to_test}
-    trained = {picture.path: picture for picture in to_train if picture.path not in tested}
-    used = [*tested.values(), *trained.values()]
+    used = [*(tested | {picture.path: tested.get(picture.path, picture) for picture in to_train}).values()]
     check_files_exist(dataset.name, [reader.file(each.path) for each in used])
     local = [each for each in used if "://" not in each.path]
     turned: list[tuple[Picture, Header]] = []
