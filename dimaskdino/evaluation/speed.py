@@ -86,7 +86,8 @@ class SpeedEvaluator(DatasetEvaluator):
         if not comm.is_main_process():
             return {}
         if not batches:
-            logger.info("Inference speed is not measured: it needs more than %d batches a process.", NUM_WARMUP_BATCHES)
+            needs = f"it needs more than {NUM_WARMUP_BATCHES} batches per process"
+            logger.info("Inference speed is not measured: %s.", needs)
             return {}
         images, seconds = (sum(column) for column in zip(*batches, strict=True))
         speed = {

@@ -19,14 +19,9 @@ from dimaskdino.reproduction.tables import DATASET_NAMES, Table, metric_name, pa
 from dimaskdino.structures.stages import Stage
 
 # Okabe and Ito's colors, which most color-blind people tell apart.
-_BOX_COLOR, _MASK_COLOR, _PANOPTIC_COLOR, _SEMANTIC_COLOR = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
-_TABLE_COLORS = {
-    "panoptic_seg/PQ": _PANOPTIC_COLOR,
-    "bbox/AP": _BOX_COLOR,
-    "segm/AP": _MASK_COLOR,
-    "sem_seg/mIoU": _SEMANTIC_COLOR,
-}
-_STAGE_COLORS = {"box_AP": _BOX_COLOR, "mask_AP": _MASK_COLOR, "PQ": _PANOPTIC_COLOR, "mIoU": _SEMANTIC_COLOR}
+_STAGE_COLORS = {"box_AP": "#0072B2", "mask_AP": "#E69F00", "PQ": "#009E73", "mIoU": "#CC79A7"}
+# The stage's score that has the color of a metric of a table.
+_TABLE_COLORS = {"panoptic_seg/PQ": "PQ", "bbox/AP": "box_AP", "segm/AP": "mask_AP", "sem_seg/mIoU": "mIoU"}
 _PAPER_STYLE: dict[str, Any] = {"fill": True, "alpha": 0.25, "hatch": "////", "linewidth": 0.8}
 RUN_STYLES = ("o-", "s--", "^:", "D-.")
 _THICKNESS = 0.36
@@ -54,7 +49,7 @@ def draw_table(table: Table, dataset: str, rows: Sequence[ComparedRow], path: Pa
     panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
     for axes, metric in zip(panels, metrics, strict=True):
         cells = [row.cells[table.metrics.index(metric)] for row in rows]
-        _draw_panel(axes, cells, [row.status for row in rows], _TABLE_COLORS[metric], of_paper)
+        _draw_panel(axes, cells, [row.status for row in rows], _STAGE_COLORS[_TABLE_COLORS[metric]], of_paper)
         axes.set_title(f"{metric_name(metric)} (%)", fontsize=10)
     panels[0].set_yticks(range(len(rows)), ["\n".join(_label(table, row)) for row in rows], fontsize=9)
     panels[0].invert_yaxis()
@@ -145,10 +140,8 @@ def _mean_row(rows: StageRows) -> dict[str, Any]:
 def paper_ends(label: str) -> dict[str, float] | None:
     """What the paper's Figure 1 shows of a model, by ``first/box_AP`` and the like; None for another model."""
     figure = paper_tables()["figure1"]
-    for row in figure.rows:
-        if row.labels == (label,):
-            return dict(zip(figure.metrics, row.paper["bdd100k"], strict=True))  # type: ignore[arg-type]
-    return None
+    values = next((row.paper["bdd100k"] for row in figure.rows if row.labels == (label,)), None)
+    return values and dict(zip(figure.metrics, values, strict=True))  # type: ignore[arg-type]
 
 
 def draw_imbalance(runs: Sequence[StageResults], path: Path, *, with_paper: bool = False, lines: bool = False) -> None:
@@ -166,9 +159,8 @@ def draw_imbalance(runs: Sequence[StageResults], path: Path, *, with_paper: bool
     step = 1.45 if with_paper else 1.0
     width = 1.3 + 2 * (1.35 if with_paper else 1.0) * len(runs)
     figure = Figure(figsize=(max(width, 3.6) + (_LINES_WIDTH if lines else 0.0), 3.6), layout="constrained")
-    panels = figure.subplots(1, 2 if lines else 1, squeeze=False, width_ratios=[width, _LINES_WIDTH] if lines else [1])[
-        0
-    ]
+    widths = [width, _LINES_WIDTH] if lines else [1]
+    panels = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
     keys = [key for key in _STAGE_COLORS if any(key in row for run in runs for row in run.stages)]
     ticks: dict[float, str] = {}
     for index, run in enumerate(runs):
@@ -208,8 +200,7 @@ def _draw_group(
     width = min(_THICKNESS * (0.85 if paper else 1.0), 0.86 / len(scores))
     for index, (height, style) in enumerate(bars):
         place = position + (index - (len(bars) - 1) / 2) * width
-        text = f"{height:.1f}" if _is_measured(height) else NOT_MEASURED
-        top = height if _is_measured(height) else 0.0
+        top, text = (height, f"{height:.1f}") if _is_measured(height) else (0.0, NOT_MEASURED)
         axes.bar(place, top, width * 0.94, **style)
         axes.annotate(text, (place, top), (0, 2), textcoords="offset points", ha="center", fontsize=7.5)
 
@@ -236,8 +227,7 @@ def _draw_lines(axes: Axes, runs: Sequence[StageResults], keys: Sequence[str]) -
         style = RUN_STYLES[index % len(RUN_STYLES)]
         places = [names.index(row["stage"]) for row in run.stages]
         for key in keys:
-            scores = [row.get(key) for row in run.stages]
-            heights = [score if _is_measured(score) else math.nan for score in scores]
+            heights = [math.nan if row.get(key) is None else row[key] for row in run.stages]
             axes.plot(places, heights, style, color=_STAGE_COLORS[key], markersize=4, linewidth=1.2)
         look: dict[str, Any] = {"marker": style[0], "linestyle": style[1:], "markersize": 4}
         handles.append(Line2D([], [], color="0.35", label=run.label, **look))

@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 from tabulate import tabulate
 
+from dimaskdino.engine.writers import METRICS_FILE
 from dimaskdino.reproduction.runs import Run, seconds_per_iteration
 from dimaskdino.reproduction.tables import EPOCH_IMAGES
 
@@ -32,18 +34,16 @@ def speeds(runs: Sequence[Run], output: Path) -> dict[Run, Speed]:
     """The speed of every run whose speed is known: its own, or else the newest one measured among similar runs."""
     own: dict[Run, Speed] = {}
     newest: dict[Path, tuple[float, Speed]] = {}
-    for run in runs:
-        group = measure_folder(run, output)
+    groups = {run: measure_folder(run, output) for run in runs}
+    for run, group in groups.items():
         for folder in (run.folder, group):
             seconds = seconds_per_iteration(folder)
             if seconds is None:
                 continue
-            speed, measured = Speed(seconds, folder.name), (folder / "metrics.json").stat().st_mtime
-            if group not in newest or measured > newest[group][0]:
-                newest[group] = (measured, speed)
+            speed, measured = Speed(seconds, folder.name), (folder / METRICS_FILE).stat().st_mtime
+            newest[group] = max(newest.get(group, (0.0, speed)), (measured, speed), key=itemgetter(0))
             if folder == run.folder:
                 own[run] = speed
-    groups = {run: measure_folder(run, output) for run in runs}
     return {run: own.get(run) or newest[group][1] for run, group in groups.items() if group in newest}
 
 
@@ -53,11 +53,10 @@ def cost_table(runs: Sequence[Run], known: Mapping[Run, Speed], num_gpus: Mappin
     hours = [hours_left(run, known.get(run)) for run in runs]
     iterations, images = sum(run.iterations_left for run in runs), sum(images_left(run) for run in runs)
     rows.append(["together", "", "", iterations, images, "", _total(hours), ""])
-    heads = list(_HEADS)
     if num_gpus:
-        heads.append("GPUs")
         for run, row in zip(runs, rows, strict=False):
             row.append(num_gpus.get(run, ""))
+    heads = [*_HEADS, *(["GPUs"] if num_gpus else [])]
     return tabulate(rows, headers=heads, tablefmt="github", disable_numparse=True)
 
 
@@ -86,7 +85,5 @@ def _cost_row(run: Run, speed: Speed | None) -> list[str | int]:
 
 def _total(hours: Sequence[float | None]) -> str:
     known = [left for left in hours if left is not None]
-    unknown = len(hours) - len(known)
-    if not known:
-        return "unknown"
-    return f"{sum(known):.1f}" + (f" and {unknown} unknown" if unknown else "")
+    unknown = f" and {len(hours) - len(known)} unknown" if len(known) < len(hours) else ""
+    return f"{sum(known):.1f}{unknown}" if known else "unknown"

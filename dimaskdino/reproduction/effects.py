@@ -91,12 +91,10 @@ def effects(table: Table, dataset: str, runs: Mapping[str, Sequence[Run]]) -> li
 
 
 def _paper_dataset(table: Table, dataset: str) -> str:
-    """Where the paper's numbers beside ours come from."""
     return dataset if table.has_paper_values(dataset) else table.reference_dataset
 
 
 def _contrasts(table: Table) -> dict[str, list[float]]:
-    """The weight of each row in each effect."""
     signs = [[1 if label == "yes" else -1 for label in row.labels] for row in table.rows]
     first, second = table.label_names
     return {
@@ -131,26 +129,31 @@ def effects_markdown(table: Table, dataset: str, found: Sequence[Effect]) -> str
         for effect in found
     ]
     source = _paper_dataset(table, dataset)
-    of_paper = "paper" if source == dataset else f"paper, {DATASET_NAMES[source]}"
-    heads = ["effect", "on", "ours", "95% interval", of_paper]
+    paper = "paper" if source == dataset else f"paper, {DATASET_NAMES[source]}"
     first, second = table.label_names
     meaning = (
         f"In points. A main effect is what a module adds on average over the other one being off and on; {first} x "
         f"{second} is what {first} adds beside {second}, minus what it adds alone. The interval is over seeds "
         "(--seeds); one that holds 0 shows no effect."
     )
+    heads = ["effect", "on", "ours", "95% interval", paper]
     text = tabulate(body, headers=heads, tablefmt="github", disable_numparse=True)
     return f"### {table.heading(dataset)}\n\n{meaning}\n\n{text}\n"
 
 
 def effects_csv(table: Table, dataset: str, found: Sequence[Effect]) -> str:
     """The effects with a line for each; cells without a number are empty."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["table", "dataset", "effect", "on", "ours", "margin", "paper"])
+    lines = [["table", "dataset", "effect", "on", "ours", "margin", "paper"]]
     for effect in found:
         numbers = ["" if value is None else f"{value:.2f}" for value in (effect.ours, effect.margin, effect.paper)]
-        writer.writerow([table.name, dataset, effect.name, metric_name(effect.metric), *numbers])
+        lines.append([table.name, dataset, effect.name, metric_name(effect.metric), *numbers])
+    return csv_text(lines)
+
+
+def csv_text(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells as CSV."""
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows(lines)
     return file.getvalue()
 
 

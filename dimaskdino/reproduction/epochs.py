@@ -79,9 +79,8 @@ def object_distances(model: Any, images: Iterable[Mapping[str, Any]]) -> Iterato
     with _recorded(model.sem_seg_head.predictor) as kept:
         for image in images:
             height, width = image["image"].shape[-2:]
-            targets = Targets.from_instances(
-                image["instances"], height, width, model.num_classes, model.device, with_masks=False
-            )
+            frame = height, width, model.num_classes, model.device
+            targets = Targets.from_instances(image["instances"], *frame, with_masks=False)
             model([image])
             ((queries, objects),) = model.criterion.matcher([kept["stage"]], [targets])[0]
             boxes = targets.boxes[objects]
@@ -195,7 +194,6 @@ def _iterations_of_epoch(folder: Path, epoch_images: int | None) -> float:
 def draw_curves(panels: Mapping[str, Sequence[Curve]], path: Path) -> None:
     """Draw curves over epochs, a panel for each score, and write a picture."""
     figure = Figure(figsize=(0.6 + 3.8 * len(panels), 3.4), layout="constrained")
-
     for axes, (score, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for index, curve in enumerate(curves):
             style = RUN_STYLES[index % len(RUN_STYLES)]

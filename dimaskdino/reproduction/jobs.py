@@ -4,7 +4,7 @@ import logging
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -59,11 +59,9 @@ class Launcher:
 
     def measure(self, run: Run, folder: Path, iterations: int) -> Command:
         """The command that trains a few iterations of ``run`` from random weights."""
-        options = [
-            *("MODEL.WEIGHTS", "", "DATASETS.TEST", "()"),
-            *("SOLVER.MAX_ITER", str(iterations), "SOLVER.STEPS", "()"),
-        ]
-        return [*self._program(run), *self._arguments(replace(run, folder=folder, options=(*run.options, *options)))]
+        keys = {"MODEL.WEIGHTS": "", "DATASETS.TEST": "()", "SOLVER.MAX_ITER": str(iterations), "SOLVER.STEPS": "()"}
+        options = (*run.options, *(word for pair in keys.items() for word in pair))
+        return [*self._program(run), *self._arguments(replace(run, folder=folder, options=options))]
 
     def _program(self, run: Run) -> Command:
         script = str(self.repository / "train_net.py")
@@ -117,7 +115,7 @@ def run_job(job: Job, launcher: Launcher, run_command: Execute = execute) -> Non
 
 def run_jobs(jobs: Sequence[Job], launcher: Launcher, run_command: Execute = execute) -> list[str]:
     """Do what is missing of every job, also after one fails, and return the failures."""
-    return _failures([partial(run_job, job, launcher, run_command) for job in jobs])
+    return _failures(functools.partial(run_job, job, launcher, run_command) for job in jobs)
 
 
 def measure(run: Run, folder: Path, launcher: Launcher, iterations: int, run_command: Execute = execute) -> None:
@@ -134,11 +132,11 @@ def measure_all(
     folders: Mapping[Path, Run], launcher: Launcher, iterations: int, run_command: Execute = execute
 ) -> list[str]:
     """:func:`measure` each run into its folder, also after one fails, and return the failures."""
-    runs = folders.items()
-    return _failures([partial(measure, run, folder, launcher, iterations, run_command) for folder, run in runs])
+    options = launcher, iterations, run_command
+    return _failures(functools.partial(measure, run, folder, *options) for folder, run in folders.items())
 
 
-def _failures(steps: Sequence[Callable[[], None]]) -> list[str]:
+def _failures(steps: Iterable[Callable[[], None]]) -> list[str]:
     failures = []
     for step in steps:
         try:
@@ -167,7 +165,7 @@ class SlurmTask:
 
 
 def check_submission(launcher: Launcher, parameters: Mapping[str, Any]) -> None:
-    """Raise UserError if :func:`submit` lacks GPUs, the time limit, or submitit, or if a value is not a number."""
+    """Raise UserError if the number of GPUs, the time limit or submitit is missing, or a value is not a number."""
     if launcher.num_gpus is None:
         raise UserError("--submit needs --num-gpus: the number of GPUs of each job.")
     limits = [key for key in ("timeout_min", "slurm_time") if key in parameters]
@@ -209,7 +207,6 @@ def submit(jobs: Sequence[Job], launcher: Launcher, parameters: Mapping[str, Any
 
 
 def _submit_one(submitit: ModuleType, job: Job, launcher: Launcher, parameters: Mapping[str, Any], cluster: str) -> str:
-    """Submit one job, remember its id, and return it."""
     try:
         max_timeouts = {_MAX_TIMEOUTS_KEY: parameters.get(_MAX_TIMEOUTS_KEY, _MAX_TIMEOUTS)}
         executor = submitit.AutoExecutor(folder=job.run.folder / "slurm", cluster=cluster, **max_timeouts)

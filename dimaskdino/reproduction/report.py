@@ -1,15 +1,13 @@
 """Our results beside the paper's, as Markdown to read and as CSV to process."""
 
-import csv
-import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
 from tabulate import tabulate
 
-from dimaskdino.reproduction.effects import Interval
+from dimaskdino.reproduction.effects import NOT_THERE, Interval, csv_text
 from dimaskdino.reproduction.runs import Run
 from dimaskdino.reproduction.tables import DATASET_NAMES, SPEED, Table, metric_name
 
@@ -18,8 +16,6 @@ _NOTES = {
     "shapes": "The paper has no numbers on shapes, a synthetic set. Rows keep the paper's labels, but the model is a "
     "small one: 2/15 of the tokens (80 for 600, 40 for 300), 2/3 of the decoder layers (4 for 6), a shorter schedule."
 }
-NOT_THERE = "–"
-
 Runs = Mapping[str, Sequence[Run]]
 IntervalOf = Callable[[Run, Run, str], Interval | None]
 
@@ -54,7 +50,7 @@ class ComparedRow:
     experiment: str
     status: str
     cells: tuple[Compared, ...]
-    devices: tuple[str, ...] = field(default=())
+    devices: tuple[str, ...] = ()
 
 
 def compare(
@@ -66,27 +62,29 @@ def compare(
     changes = paper if table.has_paper_values(dataset) else _columns(table, table.reference_dataset)
     rows: list[ComparedRow] = []
     for row, paper_row, changes_row in zip(table.rows, paper, changes, strict=True):
-        measured = list(zip(*(run.results(table) for run in runs[row.experiment]), strict=True))
+        of_row = runs[row.experiment]
+        measured = [run.results(table) for run in of_row]
+        this_run = _only_run(of_row) if rows else None
         cells = []
         for column, metric in enumerate(table.metrics):
-            values = [value for value in measured[column] if value is not None] if measured else []
+            values = [value for results in measured if (value := results[column]) is not None]
             ours = round(mean(values), 1) if values else None
-            spread = stdev(values) if len(values) > 1 else None
-            cell: dict[str, Any] = {"ours": ours, "spread": spread, "paper": paper_row[column]}
+            cell: dict[str, Any] = {"ours": ours, "paper": paper_row[column], "is_speed": metric == SPEED}
+            if len(values) > 1:
+                cell["spread"] = stdev(values)
             if metric != SPEED:
-                first = rows[0].cells[column].ours if rows else ours
-                cell["change"] = _minus(ours, first)
+                cell["change"] = _minus(ours, rows[0].cells[column].ours if rows else ours)
                 cell["paper_change"] = _minus(changes_row[column], changes[0][column])
-            this_run = _only_run(runs[row.experiment]) if rows else None
-            interval = interval_of(first_run, this_run, metric) if first_run and this_run else None
-            cells.append(Compared(**cell, interval=interval, is_speed=metric == SPEED))
+            if first_run and this_run:
+                cell["interval"] = interval_of(first_run, this_run, metric)
+            cells.append(Compared(**cell))
         rows.append(
             ComparedRow(
                 labels=row.labels,
-                experiment=next((run.experiment.name for run in runs[row.experiment]), row.experiment),
-                status=_status(table, dataset, runs[row.experiment]),
+                experiment=of_row[0].experiment.name if of_row else row.experiment,
+                status=_status(table, dataset, of_row),
                 cells=tuple(cells),
-                devices=tuple(dict.fromkeys(filter(None, (run.speed().get("device") for run in runs[row.experiment])))),
+                devices=tuple(dict.fromkeys(device for run in of_row if (device := run.speed().get("device")))),
             )
         )
     return rows
@@ -104,10 +102,9 @@ def _columns(table: Table, dataset: str) -> list[Sequence[float | None]]:
 def _status(table: Table, dataset: str, runs: Sequence[Run]) -> str:
     if not runs:
         return f"not on {DATASET_NAMES[dataset]}"
-    each = [
-        "not evaluated by layer" if run.is_finished and table.needs_layers and not run.layers() else run.status
-        for run in runs
-    ]
+    each = [run.status for run in runs]
+    if table.needs_layers:
+        each = ["not evaluated by layer" if run.is_finished and not run.layers() else run.status for run in runs]
     return each[0] if len(each) == 1 else f"{each.count('finished')} of {len(each)} seeds finished"
 
 
@@ -135,7 +132,7 @@ def markdown(table: Table, dataset: str, rows: Sequence[ComparedRow]) -> str:
 
 def _interval_table(table: Table, rows: Sequence[ComparedRow]) -> str:
     """The changes against the first row with their intervals; empty where there are none."""
-    columns = [index for index in range(len(table.metrics)) if any(row.cells[index].interval for row in rows)]
+    columns = _with_intervals(table, rows)
     if not columns:
         return ""
     body = [[*row.labels, *(_changed(row.cells[index]) for index in columns)] for row in rows[1:]]
@@ -145,6 +142,10 @@ def _interval_table(table: Table, rows: Sequence[ComparedRow]) -> str:
         "\nChange against the first row, and its 95% interval over the images of the test set (bootstrap). It says "
         f"nothing about another seed: that takes --seeds.\n\n{text}\n"
     )
+
+
+def _with_intervals(table: Table, rows: Sequence[ComparedRow]) -> list[int]:
+    return [index for index in range(len(table.metrics)) if any(row.cells[index].interval for row in rows)]
 
 
 def _changed(cell: Compared) -> str:
@@ -179,26 +180,21 @@ def _cell(cell: Compared, of_paper: bool, *, first: bool) -> str:
 
 def to_csv(table: Table, dataset: str, rows: Sequence[ComparedRow]) -> str:
     """The table with named columns and a line for each row; cells without a number are empty."""
-    columns = {"": "ours", " paper": "paper", " difference": "difference"}
-    columns |= {" change": "change", " paper change": "paper_change"} | (
-        {" spread": "spread"} if _has_spread(rows) else {}
-    )
+    columns = {"": "ours", " paper": "paper", " difference": "difference", " change": "change"}
+    columns |= {" paper change": "paper_change"} | ({" spread": "spread"} if _has_spread(rows) else {})
     names = [f"{metric_name(metric)}{column}" for metric in table.metrics for column in columns]
-    intervals = [index for index in range(len(table.metrics)) if any(row.cells[index].interval for row in rows)]
-    names += [
-        f"{metric_name(table.metrics[index])} change {end}" for index in intervals for end in ("at least", "at most")
-    ]
+    intervals = _with_intervals(table, rows)
+    ends = ("at least", "at most")
+    names += [f"{metric_name(table.metrics[index])} change {end}" for index in intervals for end in ends]
     device = ["FPS device"] if SPEED in table.metrics else []
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["table", "dataset", *table.label_names, "run", "status", *names, *device])
+    lines = [["table", "dataset", *table.label_names, "run", "status", *names, *device]]
     for row in rows:
         values = [getattr(cell, attribute) for cell in row.cells for attribute in columns.values()]
         values += [end for index in intervals for end in row.cells[index].interval or (None, None)]
         texts = ["" if value is None else f"{value:.1f}" for value in values]
         where = ["; ".join(row.devices)] if device else []
-        writer.writerow([table.name, dataset, *row.labels, row.experiment, row.status, *texts, *where])
-    return file.getvalue()
+        lines.append([table.name, dataset, *row.labels, row.experiment, row.status, *texts, *where])
+    return csv_text(lines)
 
 
 def _has_spread(rows: Sequence[ComparedRow]) -> bool:

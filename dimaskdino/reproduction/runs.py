@@ -114,11 +114,10 @@ class Run:
         """``finished``, ``not run``, or how far it got."""
         if self.is_finished:
             return "finished"
-        if self.iterations_done >= self.max_iter:
+        done = self.iterations_done
+        if done >= self.max_iter:
             return "not evaluated"
-        if self.iterations_done:
-            return f"stopped at {self.iterations_done} of {self.max_iter}"
-        return "not run"
+        return f"stopped at {done} of {self.max_iter}" if done else "not run"
 
     def results(self, table: Table) -> Values:
         """The metrics of ``table``: AP in percent, speed in images per second, None for what was not measured."""

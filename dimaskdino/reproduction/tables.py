@@ -11,7 +11,6 @@ from dimaskdino.errors import UserError
 
 Values = tuple[float | None, ...]
 
-DATASETS = ("coco", "bdd100k", "ade20k", "cityscapes", "shapes")
 DATASET_NAMES = {
     "coco": "COCO",
     "bdd100k": "BDD100K",
@@ -19,6 +18,7 @@ DATASET_NAMES = {
     "cityscapes": "Cityscapes",
     "shapes": "shapes",
 }
+DATASETS = tuple(DATASET_NAMES)
 # Images of an epoch as the schedules count them: MaskDINO's release rounds COCO's 118,287.
 EPOCH_IMAGES = {"coco": 118_000, "bdd100k": 7_000, "ade20k": 20_210, "cityscapes": 2_975, "shapes": 2_000}
 SPEED = "speed/images_per_second"
