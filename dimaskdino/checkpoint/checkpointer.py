@@ -247,8 +247,11 @@ class Checkpointer(DetectionCheckpointer):
                 names = COCO_NAMES  # The releases do not say so.
             state = fit_channels(state, model_state)
             state, model_state = self._without_other_classes(state, model_state, names)
-        else:
-            self._check_classes(names)
+        elif names and self.class_names and names != self.class_names:
+            raise CheckpointError(
+                f"The weights were trained on other classes: {_difference(names, self.class_names)}. Evaluate "
+                "or resume on a dataset with the file's classes, in its order."
+            )
         if misfit := Misfit.between(state, model_state):
             raise CheckpointError(f"The weights do not fit the model: {misfit.describe()}")
         return {key: value for key, value in state.items() if key in model_state}
@@ -269,17 +272,8 @@ class Checkpointer(DetectionCheckpointer):
             f" ({_difference(names or [], self.class_names)})" if other_names else "",
             ", ".join(fresh),
         )
-        known, wanted = (
-            {key: value for key, value in each.items() if key not in fresh} for each in (state, model_state)
-        )
-        return known, wanted
-
-    def _check_classes(self, names: list[str] | None) -> None:
-        if names and self.class_names and names != self.class_names:
-            raise CheckpointError(
-                f"The weights were trained on other classes: {_difference(names, self.class_names)}. Evaluate "
-                "or resume on a dataset with the file's classes, in its order."
-            )
+        kept = [{key: value for key, value in each.items() if key not in fresh} for each in (state, model_state)]
+        return kept[0], kept[1]
 
 
 def check_weights(path: str) -> None:
@@ -322,7 +316,6 @@ def _shown(names: list[str], others: list[str]) -> str:
     """All names, or of many, those from the first difference on."""
     first = next((i for i, pair in enumerate(zip(names, others, strict=False)) if pair[0] != pair[1]), len(others))
     start = first if len(names) > _SHOWN_NAMES else 0
-    shown = [f"{index} {name!r}" for index, name in enumerate(names)][start : start + _SHOWN_NAMES]
-    return (
-        f"{len(names)} classes ({'... ' * (start > 0)}{', '.join(shown)}{' ...' * (start + _SHOWN_NAMES < len(names))})"
-    )
+    end = start + _SHOWN_NAMES
+    shown = ", ".join(f"{index} {name!r}" for index, name in enumerate(names[start:end], start=start))
+    return f"{len(names)} classes ({'... ' * (start > 0)}{shown}{' ...' * (end < len(names))})"

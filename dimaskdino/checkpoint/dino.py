@@ -150,7 +150,6 @@ def _with_coco_rows(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _table_of_file(state: Mapping[str, Tensor]) -> Table:
-    """The rows for the names of a file."""
     if source_of(state) == "detrex":
         layers, convs = count_modules(state, "transformer.decoder.layers."), count_modules(state, "neck.convs.")
         return _detrex_table(layers, convs, convs + count_modules(state, "neck.extra_convs."))

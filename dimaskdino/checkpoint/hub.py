@@ -12,7 +12,7 @@ from typing import IO, Any, NamedTuple
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import PathHandler
 
-from dimaskdino.errors import CheckpointError
+from dimaskdino.errors import CheckpointError, require
 
 PREFIX = "hf:/"
 # A Path makes one slash of two. Windows' drives have one letter.
@@ -90,7 +90,9 @@ def fetch(address: str, *, force: bool = False) -> Path:
             reached and the file is not in the cache.
     """
     repository, revision, file = HubAddress.parse(address)
-    hub = _package(address)
+    hub = require("huggingface_hub", address, "hub", CheckpointError)
+    for submodule in ("constants", "errors"):
+        importlib.import_module(f"huggingface_hub.{submodule}")
     try:
         with _quiet():
             files, online = _files(hub, repository, revision, file)
@@ -115,17 +117,7 @@ def _quiet() -> Iterator[None]:
         package.setLevel(level)
 
 
-def _package(address: str) -> ModuleType:
-    try:
-        for submodule in ("constants", "errors"):
-            importlib.import_module(f"huggingface_hub.{submodule}")
-        return importlib.import_module("huggingface_hub")
-    except ImportError as error:
-        raise CheckpointError(f"{address} needs the package huggingface_hub: pip install 'dimaskdino[hub]'.") from error
-
-
 def _weight_file(files: list[str]) -> str:
-    """The only weight file of a repository."""
     files = sorted(name for name in files if name.endswith(_WEIGHT_FILES))
     if len(files) == 1:
         return files[0]
@@ -165,7 +157,6 @@ def _cached_files(hub: ModuleType, repository: str, revision: str) -> list[str]:
 
 
 def _reason(hub: ModuleType, error: Exception, repository: str, revision: str | None, file: str) -> str:
-    """What went wrong, and what to do."""
     errors = hub.errors
     if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
         return f"there is no repository {repository}, or it is private; check its name, or log in (hf auth login)."

@@ -80,11 +80,14 @@ def write_weights(path: Path, content: Mapping[str, Any]) -> None:
         )
     with replacing(path) as partial:
         if path.suffix == SAFETENSORS:
-            _write_safetensors(partial, content)
-        else:
-            # torch's own files do not say why they cannot be written.
-            with partial.open("wb") as file:
-                torch.save(dict(content), file)
+            # safetensors refuses tensors that share memory, as the names of one head do in a release.
+            copies = {
+                key: value.clone(memory_format=torch.contiguous_format) for key, value in content["model"].items()
+            }
+            save_file(copies, partial, {key: json.dumps(content[key]) for key in DESCRIPTIONS if key in content})
+            return
+        with partial.open("wb") as file:  # torch's own files do not say why they cannot be written
+            torch.save(dict(content), file)
 
 
 @contextlib.contextmanager
@@ -120,13 +123,6 @@ def _sync(path: Path) -> None:
             os.close(handle)
 
 
-def _write_safetensors(path: Path, content: Mapping[str, Any]) -> None:
-    metadata = {key: json.dumps(content[key]) for key in DESCRIPTIONS if key in content}
-    # safetensors refuses tensors that share memory, as the names of one head do in a release.
-    copies = {key: value.clone(memory_format=torch.contiguous_format) for key, value in content["model"].items()}
-    save_file(copies, path, metadata)
-
-
 def _read_content(path: Path, trust: bool) -> Any:
     if trust:
         logger.warning("%s is trusted: whatever code it holds is run while it is read.", path)
@@ -149,17 +145,11 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         _check_number(file.keys())
         metadata = file.metadata() or {}
     content: dict[str, Any] = {"model": load_file(path)}
-    for key in DESCRIPTIONS:
-        if key in metadata:
-            content[key] = _from_metadata(metadata[key])
+    content |= {key: metadata[key] for key in DESCRIPTIONS if key in metadata}
+    for key in metadata.keys() & content.keys():
+        with contextlib.suppress(ValueError):  # files of earlier versions hold the author as it is
+            content[key] = json.loads(metadata[key])
     return content
-
-
-def _from_metadata(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text  # Files of earlier versions hold the author as it is.
 
 
 def _check_number(names: Collection[str]) -> None:

@@ -58,7 +58,7 @@ def register_keys(keys: Mapping[str, Any]) -> None:
 
 def _is_plain(value: Any) -> bool:
     if isinstance(value, dict):
-        return all(map(_is_plain, (*value, *value.values())))
+        value = [*value, *value.values()]
     return (
         all(map(_is_plain, value)) if isinstance(value, list | tuple) else isinstance(value, str | int | float | None)
     )
@@ -131,7 +131,11 @@ class Config(CfgNode):
         ignored = sorted(key for key in pairs if key in IGNORED_KEYS and key not in known)
         newer = sorted(key for key in pairs if key in NEWER_KEYS and key not in known)
         for key in newer:
-            _check_newer(key, self._decode_cfg_value(pairs[key]))
+            if (value := self._decode_cfg_value(pairs[key])) != NEWER_KEYS[key]:
+                raise ConfigError(
+                    f"Cannot set {key} to {value!r}: detectron2 {detectron2.__version__} lacks this key and behaves as "
+                    f"with {NEWER_KEYS[key]!r}. Remove the key, or install a newer detectron2."
+                )
         _report_ignored(tuple(ignored), "nothing reads them, nor did the releases")
         _report_ignored(tuple(newer), "the installed detectron2 lacks them but behaves as they ask")
         for key, value in pairs.items():
@@ -178,15 +182,6 @@ def _unknown_key_message(key: str, known: list[str]) -> str:
     closest = difflib.get_close_matches(key.lower(), by_lower, n=1, cutoff=0.5)
     hint = f" Did you mean {by_lower[closest[0]]}?" if closest else " dimaskdino/config/keys.py lists all keys."
     return f"Unknown configuration key {key}.{hint}"
-
-
-def _check_newer(key: str, value: Any) -> None:
-    """Check that the installed detectron2, which lacks the key, behaves as the value asks."""
-    if value != NEWER_KEYS[key]:
-        raise ConfigError(
-            f"Cannot set {key} to {value!r}: detectron2 {detectron2.__version__} lacks this key and behaves as with "
-            f"{NEWER_KEYS[key]!r}. Remove the key, or install a newer detectron2."
-        )
 
 
 @functools.cache

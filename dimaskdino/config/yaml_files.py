@@ -88,7 +88,8 @@ def _files(path: str, readers: tuple[str, ...]) -> Iterator[dict[str, Any]]:
         raise ConfigError(f"{readers[0]}: _BASE_ leads to more than {_MAX_FILES} files; name each file once.")
     own = _read(path)
     for base in _bases(own.pop(_BASE_KEY, []), path):
-        yield from _files(_resolve(base, path), (*readers, file))
+        base = os.path.expanduser(base)
+        yield from _files(base if "://" in base else os.path.join(os.path.dirname(path), base), (*readers, file))
     yield own
 
 
@@ -173,11 +174,6 @@ def _bases(given: Any, path: str) -> list[str]:
     if not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
         raise ConfigError(f"{path}: _BASE_ is {given!r}; it must be the path of a file, or a list of paths.")
     return bases
-
-
-def _resolve(base: str, path: str) -> str:
-    base = os.path.expanduser(base)
-    return base if "://" in base else os.path.join(os.path.dirname(path), base)
 
 
 def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:

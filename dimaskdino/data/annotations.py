@@ -22,7 +22,6 @@ from dimaskdino.structures.rle_masks import Rle, Size, crop_of
 Annotation = dict[str, Any]
 Box = tuple[float, float, float, float]  # xyxy in pixels
 
-
 MAX_LABELS = 127  # in one image of labels
 
 
@@ -92,7 +91,6 @@ def annotations_to_instances(
 
 
 def _targets(objects: list[Annotation], regions: list[Region], size: Size, *, with_masks: bool) -> Instances:
-    """Classes, boxes and masks of the objects that are kept."""
     instances = Instances(size)
     instances.gt_classes = torch.tensor([each["category_id"] for each in objects], dtype=torch.int64)
     boxes = torch.tensor([region.box for region in regions], dtype=torch.float32)
@@ -110,12 +108,9 @@ def _optional_fields(
 ) -> dict[str, torch.Tensor]:
     """The fields that only some datasets have; an image has one if any of its annotations has the key."""
     found: dict[str, torch.Tensor] = {}
-    if any("box_supervised" in each for each in annotations):
-        supervised = [bool(each.get("box_supervised", True)) for each in kept]
-        found["gt_box_supervised"] = torch.tensor(supervised, dtype=torch.bool)
-    if any("box_weight" in each for each in annotations):
-        weights = [float(each.get("box_weight", 1.0)) for each in kept]
-        found["gt_box_weight"] = torch.tensor(weights, dtype=torch.float32)
+    for key, kind in (("box_supervised", torch.bool), ("box_weight", torch.float32)):
+        if any(key in each for each in annotations):
+            found[f"gt_{key}"] = torch.tensor([each.get(key, 1) for each in kept], dtype=kind)
     return found | fields_of(kept, fields, file_name)
 
 
@@ -182,7 +177,6 @@ def _regions(
 
 
 def _as_pixels(mask: Shape, size: Size) -> Shape:
-    """A mask as RLE."""
     rle = mask.rasterized(size) if mask.rle or mask.polygons else _empty_rle(size)
     return mask._replace(polygons=[], rle=rle)
 

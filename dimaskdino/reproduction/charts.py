@@ -141,7 +141,7 @@ def paper_ends(label: str) -> dict[str, float] | None:
     """What the paper's Figure 1 shows of a model, by ``first/box_AP`` and the like; None for another model."""
     figure = paper_tables()["figure1"]
     values = next((row.paper["bdd100k"] for row in figure.rows if row.labels == (label,)), None)
-    return values and dict(zip(figure.metrics, values, strict=True))  # type: ignore[arg-type]
+    return None if values is None else dict(zip(figure.metrics, values, strict=True))  # type: ignore[arg-type]
 
 
 def draw_imbalance(runs: Sequence[StageResults], path: Path, *, with_paper: bool = False, lines: bool = False) -> None:

@@ -13,16 +13,7 @@ import numpy as np
 from PIL import Image
 
 from dimaskdino.data.coco_file import Json
-from dimaskdino.data.conversion.labels import (
-    Images,
-    LabeledImage,
-    LabeledObject,
-    Labels,
-    Problems,
-    box_around,
-    of_classes,
-    read_text,
-)
+from dimaskdino.data.conversion.labels import Images, LabeledObject, Labels, Problems, box_around, of_classes, read_text
 from dimaskdino.data.conversion.xml_files import ellipse, grouped
 from dimaskdino.errors import DatasetError
 
@@ -32,7 +23,7 @@ def read_labelme(source: Path, images: Images, classes: Sequence[str], problems:
     files = sorted(source.rglob("*.json"))
     if not files:
         raise DatasetError(f"{source} has no .json file.")
-    found: list[LabeledImage] = []
+    found = []
     for file in files:
         try:
             text = read_text(file)
@@ -47,7 +38,7 @@ def read_labelme(source: Path, images: Images, classes: Sequence[str], problems:
         else:
             if image:
                 parts = _parts(content["shapes"], file, text, image.size, problems)
-                found += problems.filled(image, grouped(parts, image.size))
+                found.extend(problems.filled(image, grouped(parts, image.size)))
     return of_classes(found, classes, problems)
 
 

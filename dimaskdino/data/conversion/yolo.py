@@ -6,15 +6,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from dimaskdino.data.conversion.labels import (
-    Images,
-    LabeledImage,
-    LabeledObject,
-    Labels,
-    Problems,
-    box_around,
-    read_text,
-)
+from dimaskdino.data.conversion.labels import Images, LabeledObject, Labels, Problems, box_around, read_text
 from dimaskdino.errors import DatasetError
 
 
@@ -55,7 +47,7 @@ def read_yolo(source: Path, images: Images, classes: Sequence[str], problems: Pr
     the image, or in ``source`` or its folder "labels". An image without a file, or with an empty one, is background.
     """
     names = list(classes) or class_names(source)
-    found: list[LabeledImage] = []
+    found = []
     used: dict[Path, Path] = {}  # label file -> its image
     for path in images.paths:
         file = next((each for each in _candidates(path, source, images.root) if each.is_file()), None)
@@ -67,7 +59,7 @@ def read_yolo(source: Path, images: Images, classes: Sequence[str], problems: Pr
         else:
             used[file] = path
         if image := images.read(path, problems):
-            found += problems.filled(image, _objects(file, image.size, names, problems) if file else ())
+            found.extend(problems.filled(image, _objects(file, image.size, names, problems) if file else ()))
     if not used:
         raise DatasetError(f"None of the {len(images.paths)} images below {images.root} has a label file .txt.")
     beside = {file for folder in {each.parent for each in used} for file in folder.glob("*.txt")}

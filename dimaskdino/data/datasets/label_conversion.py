@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from dimaskdino.command_line import at_least
 from dimaskdino.data.label_maps import check_segments, read_label_map, read_segment_ids, relabel
-from dimaskdino.data.parallel import Progress, no_progress, parallel_map
+from dimaskdino.data.parallel import parallel_map
 from dimaskdino.errors import DatasetError
 
 IGNORED = 255
@@ -31,13 +31,11 @@ class Conversion(NamedTuple):
     convert: Callable[[Path], np.ndarray]
 
 
-def convert_all(
-    conversions: Sequence[Conversion], *, num_workers: int = 0, force: bool = False, progress: Progress = no_progress
-) -> int:
+def convert_and_report(conversions: Sequence[Conversion], args: argparse.Namespace) -> str:
     """Make what is missing, and check that what is there can be read and has the size of its source.
 
     A file appears once it is whole, so that a second run continues where the first one ended. Returns how many were
-    made.
+    made, in words.
 
     Raises:
         DatasetError: there is nothing to convert, or a source or an earlier target cannot be used.
@@ -46,8 +44,10 @@ def convert_all(
         raise DatasetError("There is no label map to convert; check --root (layouts: datasets/README.md).")
     for folder in {each.target.parent for each in conversions}:
         folder.mkdir(parents=True, exist_ok=True)
-    work = partial(_make_or_check, force=force)
-    return sum(progress(parallel_map(work, conversions, num_workers=num_workers), total=len(conversions)))
+    work = partial(_make_or_check, force=args.force)
+    results = parallel_map(work, conversions, num_workers=args.workers)
+    made = sum(tqdm(results, total=len(conversions), unit="map"))
+    return f"{made} label maps made, {len(conversions) - made} were there already"
 
 
 def _make_or_check(conversion: Conversion, *, force: bool) -> bool:
@@ -95,13 +95,6 @@ def label_files(folder: Path, ending: str) -> list[Path]:
     if not files:
         raise DatasetError(f"{folder} holds no file *{ending}; check --root (layouts: datasets/README.md).")
     return files
-
-
-def convert_and_report(conversions: Sequence[Conversion], args: argparse.Namespace) -> str:
-    """Make what is missing and check the rest as the command line says; returns how many were made, in words."""
-    progress = partial(tqdm, unit="map")
-    made = convert_all(conversions, num_workers=args.workers, force=args.force, progress=progress)
-    return f"{made} label maps made, {len(conversions) - made} were there already"
 
 
 def shift_ade20k(path: Path) -> np.ndarray:

@@ -179,15 +179,9 @@ class _Patch:
 
 
 def _random_shape(rng: np.random.Generator, label: int, size: int) -> _Patch:
-    diameter = size * MIN_DIAMETER * (MAX_DIAMETER / MIN_DIAMETER) ** (rng.random() ** 0.7)
-    center_x, center_y = rng.uniform(0, size, 2)
+    radius = size * MIN_DIAMETER * (MAX_DIAMETER / MIN_DIAMETER) ** (rng.random() ** 0.7) / 2
+    center = rng.uniform(0, size, 2)
     angle, stretch = rng.uniform(0, 2 * np.pi), rng.uniform(0.75, 1)
-    return _rasterize(label, size, (center_x, center_y), diameter / 2, angle, stretch)
-
-
-def _rasterize(
-    label: int, size: int, center: tuple[float, float], radius: float, angle: float, stretch: float
-) -> _Patch:
     left, top = (int(np.floor(c - radius)) for c in center)
     side = int(np.ceil(2 * radius)) + 2
     offsets = (np.arange(side * SAMPLES) + 0.5) / SAMPLES

@@ -17,8 +17,7 @@ from dimaskdino.data.images import Header, size_problem
 from dimaskdino.data.orders import image_keys, nothing_to_train_on, take_fold
 from dimaskdino.data.readers import image_reader
 from dimaskdino.data.transforms import check_color_distortion
-from dimaskdino.data.validation.coco import UNLISTED, Found
-from dimaskdino.data.validation.dataset import Dataset, Picture, find_dataset, open_dataset, open_file
+from dimaskdino.data.validation.dataset import UNLISTED, Dataset, Found, Picture, find_dataset, open_dataset, open_file
 from dimaskdino.data.validation.files import check_files_exist, exif_note, spread_first
 from dimaskdino.data.validation.report import KEPT, Counts, list_all
 from dimaskdino.data.validation.rules import CORNERS, NORMALIZED, Level
