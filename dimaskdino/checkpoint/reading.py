@@ -145,8 +145,8 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         _check_number(file.keys())
         metadata = file.metadata() or {}
     content: dict[str, Any] = {"model": load_file(path)}
-    content |= {key: metadata[key] for key in DESCRIPTIONS if key in metadata}
-    for key in metadata.keys() & content.keys():
+    for key in metadata.keys() & {*DESCRIPTIONS}:
+        content[key] = metadata[key]
         with contextlib.suppress(ValueError):  # files of earlier versions hold the author as it is
             content[key] = json.loads(metadata[key])
     return content

@@ -59,9 +59,9 @@ def register_keys(keys: Mapping[str, Any]) -> None:
 def _is_plain(value: Any) -> bool:
     if isinstance(value, dict):
         value = [*value, *value.values()]
-    return (
-        all(map(_is_plain, value)) if isinstance(value, list | tuple) else isinstance(value, str | int | float | None)
-    )
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, str | int | float | None)
 
 
 def own_keys() -> dict[str, Any]:
