@@ -2,12 +2,12 @@
 
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from dimaskdino.checkpoint.fitting import BACKBONE, describe_backbone, fit_channels, group
+from dimaskdino.checkpoint.fitting import BACKBONE, State, describe_backbone, fit_channels, group
 from dimaskdino.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -82,9 +82,7 @@ class _Match:
     names: dict[str, str]
 
 
-def match_backbone(
-    state: Mapping[str, Tensor], model_state: Mapping[str, Tensor], *, author: str | None = None
-) -> dict[str, Tensor]:
+def match_backbone(state: State, model_state: State, *, author: str | None = None) -> dict[str, Tensor]:
     """The backbone's weights, under our keys, of a file that holds a backbone, a classifier, or a detector.
 
     An ``author`` "Caffe2" merges running statistics into scale and shift.
@@ -103,7 +101,7 @@ def match_backbone(
     return {BACKBONE + ours: state[theirs] for theirs, ours in match.names.items()}
 
 
-def _best_match(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> _Match:
+def _best_match(state: State, wanted: State) -> _Match:
     # timm joins the first two parts of a name by _ when it cuts a model into stages, so dots are compared as _.
     # peft puts the layers that it adapts into others.
     plain = {key.replace(".base_layer.", ".").replace(".", "_"): key for key in wanted}
@@ -118,7 +116,7 @@ def _best_match(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> _M
     return max(matches, key=lambda match: len(match.names))
 
 
-def _misfit(match: _Match, state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], author: str | None) -> str:
+def _misfit(match: _Match, state: State, wanted: State, author: str | None) -> str:
     """Say how the file differs from the model's backbone; "" if the backbone can be loaded."""
     found = {ours: state[theirs] for theirs, ours in match.names.items()}
     stages = {_stage(key) for key in match.names}
@@ -141,7 +139,7 @@ def _misfit(match: _Match, state: Mapping[str, Tensor], wanted: Mapping[str, Ten
     return f"{'; '.join(parts)}. Likely cause: the file is of another backbone (MODEL.BACKBONE, MODEL.RESNETS.DEPTH)."
 
 
-def _left_out(match: _Match, state: Mapping[str, Tensor]) -> list[str]:
+def _left_out(match: _Match, state: State) -> list[str]:
     return [key for key in state if key not in match.names and not _DERIVED.search(key)]
 
 
@@ -157,7 +155,7 @@ def _stage(key: str) -> str:
     return match[0] if match else key.split(".")[0]
 
 
-def _report(match: _Match, state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+def _report(match: _Match, state: State, wanted: State) -> None:
     found = set(match.names.values())
     fresh = sorted({_stage(key) for key in wanted if key not in found and _PYRAMID_ONLY.search(key)})
     logger.info(

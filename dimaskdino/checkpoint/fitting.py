@@ -201,9 +201,7 @@ _CAUSES: tuple[Callable[[Misfit], str], ...] = (
 )
 
 
-def fit_channels(
-    state: Mapping[str, Tensor], model_state: Mapping[str, Tensor], names: Mapping[str, str] | None = None
-) -> dict[str, Tensor]:
+def fit_channels(state: State, model_state: State, names: Mapping[str, str] | None = None) -> dict[str, Tensor]:
     """Give filters on three channels the number of channels of the model's images.
 
     The first three of more channels get the file's filters, the others zeros: where these are the colors, or the others
@@ -236,14 +234,13 @@ def _filters(given: Tensor, channels: int) -> Tensor:
     return torch.cat((given, more), dim=1)
 
 
-def frozen_names(model: nn.Module) -> list[str]:
-    """The parameters that are not trained."""
+def _frozen_names(model: nn.Module) -> list[str]:
     return [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
 
 
 def without_frozen(model: nn.Module, state: Mapping[str, Tensor], base: str) -> dict[str, Any]:
     """Entries of a checkpoint that leaves out the frozen parameters, which are from the file ``base``."""
-    frozen = set(frozen_names(model))
+    frozen = set(_frozen_names(model))
     kept = {name: value for name, value in state.items() if name not in frozen}
     return {"model": kept, BASE: base, DIGEST: digest({name: state[name] for name in sorted(frozen)})}
 
@@ -263,7 +260,7 @@ def fill_frozen(model: nn.Module, state: Mapping[str, Tensor], about: Mapping[st
     Raises:
         CheckpointError: the model has others than the run that wrote the file.
     """
-    missing = [name for name in frozen_names(model) if name not in state]
+    missing = [name for name in _frozen_names(model) if name not in state]
     own = gathered(model.state_dict(), keep=True)
     filled = {**state, **{name: own[name] for name in missing}}
     if digest({name: own[name] for name in missing}) != about[DIGEST]:

@@ -1,20 +1,17 @@
 """Labels of a large picture, cut to a tile of it."""
 
-from typing import Any
-
 import numpy as np
 from pycocotools import mask as mask_util
 
+from dimaskdino.data.coco_file import Json
 from dimaskdino.data.validation.rules import Shape, has_mask, read_mask
 from dimaskdino.structures.rle_masks import Rle, Size, crop_of
 
-Json = dict[str, Any]
+Window = tuple[int, int, int, int]  # top, left, bottom, right, in pixels
 
 
-def cut_annotation(
-    annotation: Json, size: Size, window: tuple[int, int, int, int], least_share: float = 0.0
-) -> Json | None:
-    """An annotation in the frame of a tile (top, left, bottom, right, px); None with too small a share inside.
+def cut_annotation(annotation: Json, size: Size, window: Window, least_share: float = 0.0) -> Json | None:
+    """An annotation in the frame of a tile; None with too small a share inside.
 
     It has polygons where the whole object is inside, else an RLE; with a box alone, a box. Box and area are those of
     what is inside. Raises ValueError for a mask that cannot be used.
@@ -31,13 +28,13 @@ def cut_annotation(
         return {**annotation, "segmentation": moved, "bbox": [x0 - left, y0 - top, x1 - x0, y1 - y0]}
     rle = _cut_mask(mask, window)
     area = int(mask_util.area(rle))
-    if not area or area < least_share * _area(mask, size):
+    if not area or area < least_share * mask_util.area(mask.rasterized(size)):
         return None
     segmentation = {"size": rle["size"], "counts": rle["counts"].decode()}
     return {**annotation, "segmentation": segmentation, "bbox": mask_util.toBbox(rle).tolist(), "area": area}
 
 
-def _cut_mask(mask: Shape, window: tuple[int, int, int, int]) -> Rle:
+def _cut_mask(mask: Shape, window: Window) -> Rle:
     """The part of a mask in a tile, in the tile's frame."""
     top, left, bottom, right = window
     if mask.rle is None:  # the rasterizer leaves out what lies outside
@@ -52,11 +49,7 @@ def _cut_mask(mask: Shape, window: tuple[int, int, int, int]) -> Rle:
     return mask_util.encode(tile)
 
 
-def _area(mask: Shape, size: Size) -> float:
-    return float(mask_util.area(mask.rasterized(size)))
-
-
-def _cut_box(annotation: Json, window: tuple[int, int, int, int], least_share: float) -> Json | None:
+def _cut_box(annotation: Json, window: Window, least_share: float) -> Json | None:
     top, left, bottom, right = window
     x, y, width, height = annotation["bbox"]
     x0, y0, x1, y1 = max(x, left), max(y, top), min(x + width, right), min(y + height, bottom)

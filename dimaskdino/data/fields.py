@@ -2,11 +2,11 @@
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
+from dimaskdino.data.coco_file import Json
 from dimaskdino.errors import ConfigError, DatasetError
 
 # Names that the package gives a meaning of its own.
@@ -20,7 +20,7 @@ def check_field_names(names: Sequence[str]) -> None:
         raise ConfigError(f"INPUT.ANNOTATION_FIELDS names {taken[0]!r}, which is taken or no name; rename the field.")
 
 
-def read_field(annotation: Mapping[str, Any], name: str) -> list[float] | float | None:
+def read_field(annotation: Json, name: str) -> list[float] | float | None:
     """The value of a field: a number, a list of numbers, or None where the annotation does not have it.
 
     Raises:
@@ -34,7 +34,7 @@ def read_field(annotation: Mapping[str, Any], name: str) -> list[float] | float 
     raise ValueError(f"{name} is {value!r:.60}, but a field is a number or a list of numbers")
 
 
-def check_fields(annotations: Sequence[Mapping[str, Any]], names: Sequence[str], dataset: str) -> None:
+def check_fields(annotations: Sequence[Json], names: Sequence[str], dataset: str) -> None:
     """Look at the fields of a whole dataset before it is trained on.
 
     Raises:
@@ -54,7 +54,7 @@ def check_fields(annotations: Sequence[Mapping[str, Any]], names: Sequence[str],
             raise DatasetError(f"No annotation of dataset {dataset} has {name!r} (INPUT.ANNOTATION_FIELDS); {hint}")
 
 
-def fields_of(annotations: Sequence[Mapping[str, Any]], names: Sequence[str], where: str) -> dict[str, torch.Tensor]:
+def fields_of(annotations: Sequence[Json], names: Sequence[str], where: str) -> dict[str, torch.Tensor]:
     """Fields of the n objects of an image.
 
     Returns:
@@ -73,16 +73,13 @@ def fields_of(annotations: Sequence[Mapping[str, Any]], names: Sequence[str], wh
         if len(lengths) > 1:
             raise DatasetError(f"Annotations of {where}: {name} has {sorted(lengths)} numbers; give all the same.")
         length = lengths.pop() if lengths else 0
-        missing = [math.nan] * length if length else math.nan
-        shape = (len(values), length) if length else (len(values),)
-        rows = [missing if value is None else value for value in values]
-        found[f"gt_{name}"] = torch.tensor(rows, dtype=torch.float32).reshape(shape)
+        missing = [math.nan] * length or math.nan
+        rows = torch.tensor([missing if value is None else value for value in values], dtype=torch.float32)
+        found[f"gt_{name}"] = rows.reshape(len(values), length) if length else rows
     return found
 
 
-def unlabeled_classes(
-    entry: Mapping[str, Any], annotations: Sequence[Mapping[str, Any]], num_classes: int
-) -> list[int]:
+def unlabeled_classes(entry: Json, annotations: Sequence[Json], num_classes: int) -> list[int]:
     """The classes of which an image may show objects without labels; predicting them is no mistake there.
 
     With "neg_category_ids" of an entry, these are all classes but those that it lists and those with an object; they

@@ -120,14 +120,10 @@ def size_problem(header: Header, listed: Size, *, apply_exif: bool) -> str:
     found = f"{size[1]}x{size[0]} (width x height), listed as {listed[1]}x{listed[0]}"
     if header.size(apply_exif=not apply_exif) != tuple(listed):
         return f"{found}; correct the size in the annotations or replace the image"
-    if apply_exif:
-        return (
-            f"{found}, its size before EXIF (orientation {header.orientation}) turns the photo; set INPUT.APPLY_EXIF "
-            "False if the labels were drawn on the pixels as stored"
-        )
+    when, turns, drawn = ("before", "turns", "pixels as stored") if apply_exif else ("after", "turned", "upright photo")
     return (
-        f"{found}, its size after EXIF (orientation {header.orientation}) has turned the photo; set INPUT.APPLY_EXIF "
-        "True if the labels were drawn on the upright photo"
+        f"{found}, its size {when} EXIF (orientation {header.orientation}) {turns} the photo; set INPUT.APPLY_EXIF "
+        f"{not apply_exif} if the labels were drawn on the {drawn}"
     )
 
 

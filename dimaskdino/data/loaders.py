@@ -30,7 +30,7 @@ from dimaskdino.data.orders import (
 )
 from dimaskdino.data.readers import image_reader
 from dimaskdino.data.shared import PackedEntries, once_a_machine
-from dimaskdino.errors import ConfigError
+from dimaskdino.errors import ConfigError, check_range
 
 logger = logging.getLogger(__name__)
 
@@ -188,25 +188,14 @@ def test_entries(cfg: CfgNode, dataset_name: str) -> list[dict[str, Any]]:
     return _entries(cfg, [dataset_name], train=False)
 
 
-def max_images(cfg: CfgNode) -> int:
-    """DATASETS.MAX_IMAGES: how many images of a list of datasets are used; 0 means all.
-
-    Raises:
-        ConfigError: if it is negative.
-    """
-    number = cfg.DATASETS.MAX_IMAGES
-    if number < 0:
-        raise ConfigError(f"DATASETS.MAX_IMAGES is {number}; give a number of images, or 0 for all.")
-    return number
-
-
 def _entries(cfg: CfgNode, names: Sequence[str], *, train: bool) -> list[dict[str, Any]]:
     """Images of the named datasets in detectron2's format; the first DATASETS.MAX_IMAGES of them unless that is 0.
 
     detectron2's own function wants annotations of every image if the first has them; here an image without them is
     background.
     """
-    number = max_images(cfg)
+    number = cfg.DATASETS.MAX_IMAGES
+    check_range("DATASETS.MAX_IMAGES", number, 0, meaning="0 for all")
     check_folds(cfg)
     fields, keys = cfg.INPUT.ANNOTATION_FIELDS, image_keys(cfg)
     loaded = [

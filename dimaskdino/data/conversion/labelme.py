@@ -14,8 +14,9 @@ from PIL import Image
 
 from dimaskdino.data.coco_file import Json
 from dimaskdino.data.conversion.labels import Images, LabeledObject, Labels, Problems, box_around, of_classes, read_text
-from dimaskdino.data.conversion.xml_files import ellipse, grouped
+from dimaskdino.data.conversion.xml_files import Part, ellipse, grouped
 from dimaskdino.errors import DatasetError
+from dimaskdino.structures.rle_masks import Size
 
 
 def read_labelme(source: Path, images: Images, classes: Sequence[str], problems: Problems) -> Labels:
@@ -49,10 +50,7 @@ def _find(images: Images, content: Json, file: Path) -> Path:
         return images.find(file.stem)
 
 
-def _parts(
-    shapes: list[Any], file: Path, text: str, size: tuple[int, int], problems: Problems
-) -> Iterator[tuple[LabeledObject, Any]]:
-    """Each shape, and the group that it belongs to."""
+def _parts(shapes: list[Any], file: Path, text: str, size: Size, problems: Problems) -> Iterator[Part]:
     starts = [match.start() for match in re.finditer(r'"label"\s*:', text)]
     for number, shape in enumerate(shapes):
         line = text.count("\n", 0, starts[number]) + 1 if len(starts) == len(shapes) else None

@@ -58,23 +58,21 @@ def write_labelme(images: Iterator[tuple[Json, list[Json]]], output: Path) -> in
     """A JSON file for each image: masks pixel by pixel, else rectangles; with the score as description."""
     count, written = 0, set[Path]()
     for image, objects in images:
-        shapes = [_shape(each, (image["height"], image["width"])) for each in objects]
         content = {
             "version": "5.5.0",
             "flags": {},
-            "shapes": shapes,
+            "shapes": [_shape(each, (image["height"], image["width"])) for each in objects],
             "imagePath": image["file_name"],
             "imageData": None,
             "imageHeight": image["height"],
             "imageWidth": image["width"],
         }
         _write(output, image["file_name"], ".json", json.dumps(content, ensure_ascii=False, indent=1), written)
-        count += len(shapes)
+        count += len(objects)
     return count
 
 
 def _write(folder: Path, file_name: str, ending: str, text: str, written: set[Path]) -> None:
-    """Write the labels of an image below a folder."""
     path = (folder / below(file_name)).with_suffix(ending)
     if path in written:
         raise DatasetError(f"{path} would hold the labels of two images, one of them {file_name}; rename it.")

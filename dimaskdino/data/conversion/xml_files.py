@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from xml.parsers import expat
@@ -10,10 +10,12 @@ from xml.parsers import expat
 import numpy as np
 from pycocotools import mask as mask_util
 
-from dimaskdino.data.conversion.labels import Images, LabeledImage, LabeledObject, Labels, Problems, of_classes
+from dimaskdino.data.conversion.labels import Images, LabeledObject, Labels, Problems, of_classes
 from dimaskdino.data.label_maps import read_label_map
 from dimaskdino.errors import DatasetError
+from dimaskdino.structures.rle_masks import Size
 
+Part = tuple[LabeledObject, Any]  # a shape, and the group that it belongs to
 _DEEPEST = 50  # elements within elements
 _CIRCLE_POINTS = 64
 
@@ -30,16 +32,13 @@ class Node:
 
     def child(self, tag: str) -> "Node":
         """The first child of a name; raises ValueError without one."""
-        for each in self.children:
-            if each.tag == tag:
-                return each
+        for each in self.all(tag):
+            return each
         raise ValueError(f"<{self.tag}> has no <{tag}>")
 
     def value(self, tag: str, default: str | None = None) -> str:
         """The text of the first child of a name."""
-        if default is not None and all(each.tag != tag for each in self.children):
-            return default
-        return self.child(tag).text.strip()
+        return self.child(tag).text.strip() if default is None or any(self.all(tag)) else default
 
     def attribute(self, name: str) -> str:
         """An attribute; raises ValueError without it."""
@@ -94,7 +93,7 @@ def read_voc(
     files = sorted(folder.glob("*.xml"))
     if not files:
         raise DatasetError(f"{folder} has no .xml file.")
-    found: list[LabeledImage] = []
+    found = []
     for file in files:
         try:
             root = parse_xml(file)
@@ -110,7 +109,7 @@ def read_voc(
             problems.add(str(file), str(error))
         else:
             if image:
-                found += problems.filled(image, _voc_objects(root, file, one_based, masks, problems))
+                found.extend(problems.filled(image, _voc_objects(root, file, one_based, masks, problems)))
     return of_classes(found, classes, problems)
 
 
@@ -145,13 +144,14 @@ def read_cvat(source: Path, images: Images, classes: Sequence[str], problems: Pr
     nodes = list(root.all("image"))
     if not nodes:
         raise DatasetError(f"{file} lists no <image>; export the task in the format CVAT for images 1.1.")
-    found: list[LabeledImage] = []
+    found = []
     for node in nodes:
         where = f"{file}, line {node.line}"
         with problems.at(where):
             image = images.read(images.find(node.attribute("name")), problems, where)
             if image:
-                found += problems.filled(image, grouped(_cvat_parts(node, file, image.size, problems), image.size))
+                parts = _cvat_parts(node, file, image.size, problems)
+                found.extend(problems.filled(image, grouped(parts, image.size)))
     return of_classes(found, classes or listed, problems)
 
 
@@ -162,10 +162,7 @@ def _below(node: Node, tag: str) -> Iterator[Node]:
         yield from _below(each, tag)
 
 
-def _cvat_parts(
-    image: Node, file: Path, size: tuple[int, int], problems: Problems
-) -> Iterator[tuple[LabeledObject, Any]]:
-    """Each shape, and the group that it belongs to."""
+def _cvat_parts(image: Node, file: Path, size: Size, problems: Problems) -> Iterator[Part]:
     for node in image.children:
         where, group = f"{file}, line {node.line}", node.attributes.get("group_id", "0")
         if node.tag not in ("box", "polygon", "ellipse", "mask"):
@@ -175,7 +172,7 @@ def _cvat_parts(
             yield _cvat_object(node, where, size), None if node.tag == "box" or group == "0" else group
 
 
-def _cvat_object(node: Node, where: str, size: tuple[int, int]) -> LabeledObject:
+def _cvat_object(node: Node, where: str, size: Size) -> LabeledObject:
     label = node.attribute("label")
     extra = {"occluded": 1} if node.attributes.get("occluded") == "1" else {}
     turn = to_number(node.attributes.get("rotation", "0"))
@@ -222,25 +219,24 @@ def turned(points: np.ndarray, degrees: float) -> list[float]:
     return ((points - middle) @ turn + middle).ravel().tolist()
 
 
-def grouped(parts: Iterable[tuple[LabeledObject, Any]], size: tuple[int, int]) -> list[LabeledObject]:
+def grouped(parts: Iterable[Part], size: Size) -> list[LabeledObject]:
     """Objects of parts with their groups; those of one label and group are joined, and None is no group."""
     objects: dict[Any, LabeledObject] = {}
     for number, (part, group) in enumerate(parts):
         key = number if group is None else (part.label, group)
-        objects[key] = joined(objects[key], part, size) if key in objects else part
+        objects[key] = _joined(objects[key], part, size) if key in objects else part
     return list(objects.values())
 
 
-def joined(first: LabeledObject, second: LabeledObject, size: tuple[int, int]) -> LabeledObject:
+def _joined(first: LabeledObject, second: LabeledObject, size: Size) -> LabeledObject:
     """Two parts of an object: their polygons or boxes, or where one is a mask, what both cover."""
     extra = {**first.extra, **second.extra}
-    outlines = [
-        each.polygons or ([corners(*each.box).ravel().tolist()] if each.box else ()) for each in (first, second)
-    ]
+    parts = (first, second)
+    outlines = [each.polygons or ([corners(*each.box).ravel().tolist()] if each.box else ()) for each in parts]
     if first.mask is None and second.mask is None:
-        return LabeledObject(first.label, first.where, None, [*outlines[0], *outlines[1]], extra=extra)
+        return replace(first, box=None, polygons=[*outlines[0], *outlines[1]], extra=extra)
     covered = np.zeros(size, dtype=bool)
-    for part, polygons in zip((first, second), outlines, strict=True):
+    for part, polygons in zip(parts, outlines, strict=True):
         if part.mask is not None:
             covered |= part.mask
         else:

@@ -121,9 +121,7 @@ class Rules:
     def class_name(self, annotation: Json, found: list[Problem]) -> str:
         """The class of an annotation, or "" if its category is unknown; problems are added to ``found``."""
         label = annotation.get("category_id")
-        if type(label) is int and label in self.categories:
-            return self.categories[label] or str(label)
-        is_id = isinstance(label, _IDS) and not isinstance(label, bool)
+        is_id = type(label) is int or (isinstance(label, _IDS) and not isinstance(label, bool))
         if is_id and label in self.categories:
             return self.categories[label] or str(label)
         twin = next((key for key in self.categories if str(key) == str(label)), None)
