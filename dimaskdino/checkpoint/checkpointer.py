@@ -126,14 +126,9 @@ class Checkpointer(DetectionCheckpointer):
         self._last = Path(self.save_dir, last_filename_basename)
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
-        """Load weights, and the state of ``checkpointables`` (None: of all).
+        """Load weights, and the state of ``checkpointables`` (None: of all), from a file or an address; "" is nothing.
 
-        Args:
-            path: a file or an address; "" loads nothing.
-            checkpointables: names that were given to the constructor.
-
-        Returns:
-            What else the file holds, such as "iteration".
+        Returns what else the file holds, such as "iteration".
 
         Raises:
             CheckpointError: the file is missing, unreadable, would run code, does not fit the model or its classes, or

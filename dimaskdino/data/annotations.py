@@ -64,8 +64,7 @@ def annotations_to_instances(
 
         - gt_masks: BitMasks (n, H, W), if ``with_masks``; empty for an object that has only a box.
         - gt_mask_supervised: (n,) bool, if some object has only a box: False for those.
-        - gt_box_supervised: (n,) bool, if some annotation has the key ``box_supervised``: its value, by default True.
-        - gt_box_weight: (n,) float32, if some annotation has the key ``box_weight``: its value, by default 1.
+        - gt_box_supervised (n,) bool, gt_box_weight (n,) float32: if some annotation has that key; by default True, 1.
         - gt_<name>: see :func:`dimaskdino.data.fields.fields_of`.
 
     Raises:

@@ -142,11 +142,9 @@ class _Lists(msgspec.Struct):
 class Annotations(Sequence[Json]):
     """Annotations as the text of their file, decoded when they are looked at: decoded, they need six times the memory.
 
-    Args:
-        columns: of all annotations of a file: text, id, image_id, category_id, iscrowd (bool), bbox (n, 4), area and
-            segmentation (text); of those with any value of an unusual type, the last three are nan, nan and null.
-        path: of the file, for errors.
-        which: the positions of these annotations among them.
+    ``columns`` are those of all annotations of the file at ``path``: text, id, image_id, category_id, iscrowd (bool),
+    bbox (n, 4), area and segmentation (text); of one with a value of an unusual type, the last three are nan, nan and
+    null. These annotations are at the positions ``which`` among them.
     """
 
     __slots__ = ("_columns", "_path", "_which")

@@ -15,14 +15,10 @@ VOID = 0  # the id of pixels without a segment, as COCO defines it
 
 
 def read_label_map(path: str, size: tuple[int, int] | None = None) -> np.ndarray:
-    """Read a map of classes, (H, W) int32.
-
-    Args:
-        path: an image with one channel of 8 or 16 bits, or with a palette, whose indices are then the labels.
-        size: (height, width) that it must have.
+    """Read a map of classes, (H, W) int32: an image with one channel of 8 or 16 bits, or the indices of a palette.
 
     Raises:
-        DatasetError: if it is missing, cannot be read, has several channels, or another size.
+        DatasetError: if it is missing, cannot be read, has several channels, or another size than (height, width).
     """
     return _read(path, size, ("1", "L", "P", "I", "I;16", "I;16B"), "one channel with the class number of each pixel")
 
@@ -83,19 +79,10 @@ def check_segments(ids: np.ndarray, segments: Sequence[Json], path: str) -> None
 
 
 def read_semantic(entry: Json, *, num_classes: int, ignore: int, size: tuple[int, int] | None = None) -> np.ndarray:
-    """The class of each pixel of an image, from its map of classes or from its panoptic PNG.
+    """The class of each pixel of an image, (H, W) int32 in [0, num_classes) or ``ignore``; ``size`` is (height, width).
 
-    Args:
-        entry: of a dataset, with ``sem_seg_file_name``, or ``pan_seg_file_name`` and ``segments_info``.
-        num_classes: K.
-        ignore: the label of pixels without a class, and, from a panoptic PNG, of crowd regions.
-        size: (height, width) that the map must have.
-
-    Returns:
-        (H, W) int32 in [0, K), or ``ignore``.
-
-    Raises:
-        DatasetError: for a map that cannot be used.
+    It is from the map of classes (``sem_seg_file_name``), or from the panoptic PNG (``pan_seg_file_name`` and
+    ``segments_info``), of which crowd regions are ignored as well. Raises DatasetError for a map that cannot be used.
     """
     if "sem_seg_file_name" in entry:
         labels = read_label_map(entry["sem_seg_file_name"], size)

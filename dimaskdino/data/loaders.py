@@ -149,11 +149,7 @@ def _checked_batch(batch: list[dict[str, Any]], mapper_name: str, needs_instance
 
 
 def images_in_a_group(cfg: CfgNode) -> int:
-    """Images that DATALOADER.ASPECT_RATIO_GROUPING brings together.
-
-    Raises:
-        ConfigError: DATALOADER.ASPECT_RATIO_GROUP_SIZE does not divide the batch.
-    """
+    """Images that DATALOADER.ASPECT_RATIO_GROUPING brings together; ConfigError if that does not divide the batch."""
     size = cfg.DATALOADER.ASPECT_RATIO_GROUP_SIZE
     if size < 0 or (size and cfg.SOLVER.IMS_PER_BATCH % size):
         raise ConfigError(
@@ -191,8 +187,7 @@ def test_entries(cfg: CfgNode, dataset_name: str) -> list[dict[str, Any]]:
 def _entries(cfg: CfgNode, names: Sequence[str], *, train: bool) -> list[dict[str, Any]]:
     """Images of the named datasets in detectron2's format; the first DATASETS.MAX_IMAGES of them unless that is 0.
 
-    detectron2's own function wants annotations of every image if the first has them; here an image without them is
-    background.
+    An image without annotations is background, other than in detectron2's own function, if the first image has some.
     """
     number = cfg.DATASETS.MAX_IMAGES
     check_range("DATASETS.MAX_IMAGES", number, 0, meaning="0 for all")

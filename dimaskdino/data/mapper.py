@@ -33,19 +33,11 @@ without masks.
 class InstanceMapper:
     """Reads an image, augments it and turns its annotations into targets in the augmented image's frame.
 
-    Args:
-        augmentations: applied in order; they must move coordinates linearly.
-        image_format: channel order, as in INPUT.FORMAT.
-        num_classes: category ids must lie in [0, num_classes).
-        with_instances: whether the annotations become "instances"; they are dropped otherwise.
-        with_masks: whether the targets have masks.
-        apply_exif: as in INPUT.APPLY_EXIF.
-        fields: as in INPUT.ANNOTATION_FIELDS.
-        reader: reads the images; None means PIL, by ``image_format`` and ``apply_exif``.
-        annotated_boxes: as in INPUT.BOXES_OF_ANNOTATIONS.
-        partial_labels: give the classes that were not labeled, as in INPUT.PARTIAL_LABELS.
-        crowd: give the crowd regions.
-        copy_paste: puts objects of another image, mapped likewise, over an image; the loader draws that image.
+    The augmentations are applied in order and must move coordinates linearly; category ids must lie in [0,
+    num_classes). Annotations are dropped unless ``with_instances``, and their masks unless ``with_masks``. Without a
+    reader, images are PIL's, by ``image_format`` and ``apply_exif``. ``crowd`` gives the crowd regions. ``copy_paste``
+    puts objects of another image, which the loader draws and maps likewise, over an image. All else is as the keys of
+    INPUT of these names.
     """
 
     def __init__(
@@ -78,8 +70,8 @@ class InstanceMapper:
         Returns:
             The entry without "annotations", with "image" (C, H, W), uint8 or float32, as augmented, "height" and
             "width" of the file, and, if wanted, "instances" (see :func:`annotations_to_instances`); an entry without
-            annotations is background. With partial labels, "unlabeled_classes", the classes that are no false
-            positives; with ``crowd``, "crowd_regions" (see :func:`crowd_regions`).
+            annotations is background. Also, if wanted, "unlabeled_classes", the classes that are no false positives,
+            and "crowd_regions" (see :func:`crowd_regions`).
 
         Raises:
             DatasetError: for an image or annotation that cannot be used, or an image of another size than the entry

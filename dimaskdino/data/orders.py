@@ -91,17 +91,11 @@ def _group(entry: dict[str, Any], key: str) -> str:
 
 
 class BatchSampler(Sampler[list[Draw]]):
-    """The batches of one process: its share of the batches of all processes.
+    """The batches of one process: its share of those of all processes, of which ``first`` were drawn before.
 
-    Args:
-        order: indices of images for all processes together.
-        batch_size: images of a batch of all processes, a multiple of ``num_processes``.
-        group_of: for each image, the group that it shares a batch with; empty for no groups.
-        group_size: images that come together from one group. Where it is the share of a process, as detectron2 groups
-            them, no process has images of two groups in a batch.
-        first: batches of all processes that were drawn before.
-        rank: of this process.
-        num_processes: processes of the job.
+    ``order`` gives indices of images for all processes together, and ``batch_size``, a multiple of ``num_processes``,
+    is that of their batches. ``group_size`` images come together from one of the groups, which ``group_of`` gives for
+    each image. Where that is the share of a process, as detectron2 groups them, no process has two groups in a batch.
     """
 
     def __init__(

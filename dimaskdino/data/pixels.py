@@ -27,13 +27,7 @@ def augment(
     boxes: np.ndarray | None = None,
     sem_seg: np.ndarray | None = None,
 ) -> tuple[T.TransformList, Tensor]:
-    """Draw and apply augmentations.
-
-    Args:
-        augmentations: applied in order.
-        image: (H, W, C).
-        boxes: (n, 4) xyxy px, for augmentations that look at them.
-        sem_seg: (H, W), likewise.
+    """Draw and apply augmentations, which may look at boxes (n, 4) xyxy px and at labels (H, W), to an image (H, W, C).
 
     Returns:
         The transforms, and the image (C, H, W) in its own memory.

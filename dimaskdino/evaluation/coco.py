@@ -47,14 +47,9 @@ _SHAPE_KEYS = {"bbox": "bbox", "segm": "segmentation"}
 class CocoEvaluator(DatasetEvaluator):
     """Collects predictions and computes AP as COCO defines it, of boxes, and of masks where there are any.
 
-    Masks are scored if the model predicts them and every annotation has one. Crowd regions are ignored.
-
-    Args:
-        dataset_name: a registered instance dataset; its truth is its COCO file, or what its function lists.
-        output_dir: where ``coco_instances_results.json`` goes.
-        seen_only: evaluate on the images that were predicted instead of on the whole dataset.
-        max_detections: detections that the model reports for an image.
-        options: further numbers to report.
+    Masks are scored if the model predicts them and every annotation has one. Crowd regions are ignored. The truth is
+    the dataset's COCO file, or what its function lists. ``seen_only`` evaluates on the images that were predicted
+    instead of on the whole dataset, and ``max_detections`` are those that the model reports for an image.
     """
 
     def __init__(
@@ -154,8 +149,8 @@ class CocoEvaluator(DatasetEvaluator):
             dataset has no such object. On other processes an empty dict.
 
         Raises:
-            DatasetError: a prediction is of an image or class that the dataset does not have, or nothing was measured
-                although there are objects.
+            DatasetError: a prediction is of an unknown image or class, or nothing was measured although there are
+                objects.
         """
         gathered = comm.gather((self._results, self._image_ids, self._predicts_masks))
         if not comm.is_main_process():
@@ -297,14 +292,9 @@ def coco_curves(
 ) -> Curves:
     """Precision and recall as COCO defines them.
 
-    Args:
-        truth: images, categories, and annotations, with ids from 1.
-        results: detections in COCO's format with the same ids, possibly none, with a box or a mask alone: with both,
-            the box's area would decide whether a mask is small or large.
-        task: ``"bbox"`` or ``"segm"``.
-        limits: how many detections of a class in an image count, in increasing order.
-        image_ids: images to evaluate on; None for all.
-        areas: least and largest area in px^2 of each range.
+    Truth and results, possibly none, have ids from 1. A result has a box or a mask alone: with both, the box's area
+    would decide whether a mask is small or large. ``limits`` say, in increasing order, how many detections of a class
+    in an image count, and ``areas`` the least and largest area in px^2 of each range.
     """
     evaluation = hotcoco.COCOeval(truth, truth.load_res(results), task)
     evaluation.params.max_dets = list(limits)

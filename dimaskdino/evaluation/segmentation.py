@@ -144,12 +144,9 @@ def _percent(value: float) -> float:
 
 
 class SemanticEvaluator(DatasetEvaluator):
-    """Counts pixels by true and predicted class and computes intersection over union and accuracy.
+    """Counts pixels by true and predicted class, but those of the label ``ignore``; computes IoU and accuracy.
 
-    Args:
-        dataset_name: a registered semantic or panoptic dataset.
-        output_dir: predictions go to ``sem_seg/`` below it, label maps of the images' names; None writes none.
-        ignore: the label of pixels that do not count.
+    Predictions go to ``sem_seg/`` below ``output_dir``, label maps of the images' names; None writes none.
     """
 
     def __init__(self, *, dataset_name: str, output_dir: str | None, ignore: int) -> None:

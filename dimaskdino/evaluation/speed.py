@@ -118,15 +118,11 @@ def _cpu_name() -> str:
 
 
 class BackgroundEvaluator(DatasetEvaluator):
-    """Runs another evaluator's ``process`` in a thread, one batch after the other.
+    """Runs another evaluator's ``process`` in a thread, one batch after the other; the ``first`` ones in place.
 
     A batch waits until the one before is done, so no more results are in memory than without the thread. What goes
-    wrong in the thread is raised by the next call here.
-
-    Args:
-        evaluator: what scores.
-        context: entered around its ``process``; gradients are off there in any case, and autocast is not inherited.
-        first: batch from which the thread is used; those before are scored in place, and leave the model alone.
+    wrong in the thread is raised by the next call here. ``context`` is entered around ``process``; gradients are off
+    there in any case, and autocast is not inherited.
     """
 
     def __init__(

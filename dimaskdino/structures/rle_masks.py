@@ -131,16 +131,10 @@ def run_lengths(counts: bytes) -> np.ndarray:
 
 
 def checked_rle(segmentation: Rle, size: Size) -> Rle:
-    """Return the compressed form of an RLE that fits an image.
+    """The compressed form, with ``counts`` in bytes, of an RLE that fits an image; ValueError says what is wrong.
 
     pycocotools fills whatever the run lengths leave open with uninitialized memory, so broken ones must not reach it.
-
-    Args:
-        segmentation: ``size`` (height, width) and ``counts``: compressed text or bytes, or a list of run lengths.
-        size: size that it must have.
-
-    Raises:
-        ValueError: saying what is wrong with it.
+    ``counts`` are compressed text or bytes, or a list of run lengths.
     """
     try:
         given, counts = tuple(segmentation["size"]), segmentation["counts"]
@@ -192,16 +186,10 @@ def place_crop(crop: np.ndarray, top: int, left: int, size: Size) -> Rle:
 def instances_to_coco(
     instances: Instances, image_id: Any, category_ids: Sequence[int] | None = None
 ) -> list[dict[str, Any]]:
-    """Detections as COCO's results hold them.
+    """Detections, on the CPU, as COCO's results hold them, with category ids by class index, else the indices.
 
-    Args:
-        instances: scores, pred_classes, pred_boxes, and where there are masks pred_masks, on the CPU.
-        image_id: of the image.
-        category_ids: by class index; None gives the class index itself.
-
-    Returns:
-        For each image_id, category_id, bbox (xywh px), score, and where there are masks segmentation (RLE with text
-        counts).
+    Each has image_id, category_id, bbox (xywh px), score, and where there are masks segmentation (RLE with text
+    counts).
     """
     boxes = instances.pred_boxes.tensor.clone()
     boxes[:, 2:] -= boxes[:, :2]

@@ -57,12 +57,7 @@ def convert_split(
 
 
 def convert_image(task: Task) -> Json:
-    """Convert one image.
-
-    Returns:
-        ``key``, ``file_name``, ``problems`` (kinds, one for each time) and, unless the image is left out, ``size``
-        (height, width) and ``annotations``.
-    """
+    """``key``, ``file_name``, ``problems``, and, unless it is left out, ``size`` and ``annotations`` of an image."""
     record: Json = {"key": task.key, "file_name": Path(task.image).name}
     try:
         size = _image_size(task.image)

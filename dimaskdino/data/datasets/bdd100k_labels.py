@@ -105,11 +105,7 @@ def labels_of_bitmask(bitmask: np.ndarray) -> ImageLabels:
 
 
 def labels_of_frame(frame: Json, size: Size) -> ImageLabels:
-    """One annotation per usable label of a Scalabel frame, in its order.
-
-    Each label has a ``category``, and ``rle`` or ``poly2d``; the polygons of a label cover those of the labels before
-    it.
-    """
+    """One annotation per usable label of a Scalabel frame, in its order; polygons cover those of the labels before."""
     labels = ImageLabels()
     drawn = _draw_polygons(frame.get("labels") or (), size, labels.problems)
     for index, label in enumerate(frame.get("labels") or ()):
