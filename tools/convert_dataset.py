@@ -8,6 +8,7 @@ Exits with 2 if something cannot be used, naming file and line; --skip-bad leave
 """
 
 import argparse
+import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,12 +58,10 @@ from dimaskdino.data.conversion.labels import (
     Images,
     LabeledImage,
     Problems,
-    by_class,
     check_names,
     checked,
     stratified,
     to_coco,
-    write_json,
 )
 
 SPLIT_NAMES = ("train", "val", "test")
@@ -89,7 +88,8 @@ def main() -> None:
     names = SPLIT_NAMES if parts else ("annotations",)
     for name, part in zip(names, folders, strict=False):
         path = args.output / f"{name}.json"
-        write_json(to_coco(part, classes), path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(to_coco(part, classes), ensure_ascii=False), encoding="utf-8")
         print(f"{path}: {len(part)} images, {sum(len(image.objects) for image in part)} objects")
     report(images, folders, problems)
 
@@ -121,9 +121,11 @@ def report(images: Sequence[LabeledImage], parts: Sequence[Sequence[LabeledImage
     """Print the objects by class and part, what was put right, and what was left out."""
     counts = [Counter(each.label for image in part for each in image.objects) for part in parts]
     columns = [f"of them in {name}" for name, _ in zip(SPLIT_NAMES, parts, strict=False)] if len(parts) > 1 else []
+    objects = Counter(each.label for image in images for each in image.objects)
+    having = Counter(label for image in images for label in {each.label for each in image.objects})
     rows = [
-        [label, objects, having, *(count[label] for count in counts if columns)]
-        for label, objects, having in by_class(images)
+        [label, objects[label], having[label], *(each[label] for each in counts if columns)]
+        for label in sorted(objects)
     ]
     print(f"\n{tabulate(rows, ['class', 'objects', 'images', *columns], tablefmt='github')}\n")
     for note, count in problems.notes.items():

@@ -3,7 +3,6 @@
 import logging
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -74,14 +73,6 @@ _SCHEMES: dict[str, Callable[[str], str]] = {
 }
 
 
-@dataclass(frozen=True)
-class _Match:
-    """Whose names a file uses, and its keys to those of the model's backbone (without ``backbone.``)."""
-
-    scheme: str
-    names: dict[str, str]
-
-
 def match_backbone(state: State, model_state: State, *, author: str | None = None) -> dict[str, Tensor]:
     """The backbone's weights, under our keys, of a file that holds a backbone, a classifier, or a detector.
 
@@ -91,17 +82,18 @@ def match_backbone(state: State, model_state: State, *, author: str | None = Non
         CheckpointError: the backbone of the file is not that of the model.
     """
     wanted = {key.removeprefix(BACKBONE): value for key, value in model_state.items() if key.startswith(BACKBONE)}
-    match = _best_match(state, wanted)
-    state = fit_channels(state, wanted, match.names)
-    if problem := _misfit(match, state, wanted, author):
+    scheme, names = _best_match(state, wanted)
+    state = fit_channels(state, wanted, names)
+    if problem := _misfit(names, state, wanted, author):
         raise CheckpointError(problem)
-    _report(match, state, wanted)
+    _report(scheme, names, state, wanted)
     if author == "Caffe2":
         logger.warning("Caffe2's weights need INPUT.FORMAT BGR, MODEL.RESNETS.STRIDE_IN_1X1 True, and its PIXEL_STD.")
-    return {BACKBONE + ours: state[theirs] for theirs, ours in match.names.items()}
+    return {BACKBONE + ours: state[theirs] for theirs, ours in names.items()}
 
 
-def _best_match(state: State, wanted: State) -> _Match:
+def _best_match(state: State, wanted: State) -> tuple[str, dict[str, str]]:
+    """Whose names a file uses, and its keys to those of the model's backbone (without ``backbone.``)."""
     # timm joins the first two parts of a name by _ when it cuts a model into stages, so dots are compared as _.
     # peft puts the layers that it adapts into others.
     plain = {key.replace(".base_layer.", ".").replace(".", "_"): key for key in wanted}
@@ -112,16 +104,16 @@ def _best_match(state: State, wanted: State) -> _Match:
         for inner in _INNER:
             prefix = inner.replace(".", "_")
             names = {theirs: plain.get(prefix + ours) for theirs, ours in renamed.items()}
-            matches.append(_Match(scheme, {theirs: ours for theirs, ours in names.items() if ours is not None}))
-    return max(matches, key=lambda match: len(match.names))
+            matches.append((scheme, {theirs: ours for theirs, ours in names.items() if ours is not None}))
+    return max(matches, key=lambda match: len(match[1]))
 
 
-def _misfit(match: _Match, state: State, wanted: State, author: str | None) -> str:
+def _misfit(names: dict[str, str], state: State, wanted: State, author: str | None) -> str:
     """Say how the file differs from the model's backbone; "" if the backbone can be loaded."""
-    found = {ours: state[theirs] for theirs, ours in match.names.items()}
-    stages = {_stage(key) for key in match.names}
+    found = {ours: state[theirs] for theirs, ours in names.items()}
+    stages = {_stage(key) for key in names}
     missing = [key for key in wanted if key not in found and not _may_be_missing(key, author)]
-    extra = [key for key in _left_out(match, state) if _stage(key) in stages]
+    extra = [key for key in _left_out(names, state) if _stage(key) in stages]
     reshaped = [key for key in found if found[key].shape != wanted[key].shape]
     if not (missing or extra or reshaped):
         return ""
@@ -131,7 +123,7 @@ def _misfit(match: _Match, state: State, wanted: State, author: str | None) -> s
     elif missing:
         parts.append(f"missing in the file: {group(missing, found)}")
     if extra:
-        parts.append(f"not in the model: {group(extra, match.names)}")
+        parts.append(f"not in the model: {group(extra, names)}")
     if reshaped:
         shapes = [tuple(of[reshaped[0]].shape) for of in (found, wanted)]
         in_both = f"({shapes[0]} in the file, {shapes[1]} in the model)"
@@ -139,8 +131,8 @@ def _misfit(match: _Match, state: State, wanted: State, author: str | None) -> s
     return f"{'; '.join(parts)}. Likely cause: the file is of another backbone (MODEL.BACKBONE, MODEL.RESNETS.DEPTH)."
 
 
-def _left_out(match: _Match, state: State) -> list[str]:
-    return [key for key in state if key not in match.names and not _DERIVED.search(key)]
+def _left_out(names: dict[str, str], state: State) -> list[str]:
+    return [key for key in state if key not in names and not _DERIVED.search(key)]
 
 
 def _may_be_missing(key: str, author: str | None) -> bool:
@@ -155,13 +147,13 @@ def _stage(key: str) -> str:
     return match[0] if match else key.split(".")[0]
 
 
-def _report(match: _Match, state: State, wanted: State) -> None:
-    found = set(match.names.values())
+def _report(scheme: str, names: dict[str, str], state: State, wanted: State) -> None:
+    found = set(names.values())
     fresh = sorted({_stage(key) for key in wanted if key not in found and _PYRAMID_ONLY.search(key)})
     logger.info(
         "Loaded the backbone's %d tensors (names of %s). The heads%s keep their initial values. Not used: %s.",
         len(found),
-        match.scheme,
+        scheme,
         f" and the backbone's {', '.join(fresh)}" if fresh else "",
-        ", ".join(sorted({_stage(key) for key in _left_out(match, state)})) or "nothing",
+        ", ".join(sorted({_stage(key) for key in _left_out(names, state)})) or "nothing",
     )

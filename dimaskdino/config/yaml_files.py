@@ -52,15 +52,6 @@ _MAX_DIGITS = 100
 _MAX_FILES = 100
 
 
-def scaled_sizes(expression: str) -> list[int]:
-    """The sizes (px) of ``[int(x * 0.1 * 640) for x in range(5, 21)]``, with any numbers; else raise ValueError."""
-    match = _SCALED_SIZES.fullmatch(expression)
-    if match is None:
-        raise ValueError(f"only [int(x * 0.1 * SIZE) for x in range(FIRST, END)] is evaluated, not {expression:.80}")
-    size, first, end = map(int, match.groups())
-    return [int(x * 0.1 * size) for x in range(first, end)]
-
-
 def read_yaml(path: str) -> dict[str, Any]:
     """Read a YAML file on top of the files that its ``_BASE_`` names.
 
@@ -185,15 +176,18 @@ def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that also knows the releases' ``!!python/object/apply:eval``; see :func:`scaled_sizes`."""
+    """Safe YAML that also knows the releases' ``!!python/object/apply:eval``."""
 
 
 def _construct_sizes(loader: yaml.SafeLoader, node: yaml.Node) -> list[int]:
-    try:
-        (expression,) = loader.construct_sequence(node)
-        return scaled_sizes(str(expression))
-    except ValueError as error:
-        raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from error
+    """The sizes (px) of ``[int(x * 0.1 * 640) for x in range(5, 21)]``, with any numbers."""
+    expression = ", ".join(map(str, loader.construct_sequence(node)))
+    match = _SCALED_SIZES.fullmatch(expression)
+    if match is None:
+        known = f"only [int(x * 0.1 * SIZE) for x in range(FIRST, END)] is evaluated, not {expression:.80}"
+        raise yaml.constructor.ConstructorError(None, None, known, node.start_mark)
+    size, first, end = map(int, match.groups())
+    return [int(x * 0.1 * size) for x in range(first, end)]
 
 
 _Loader.add_constructor(_EVAL_TAG, _construct_sizes)

@@ -38,8 +38,6 @@ class CopyPaste:
     def __call__(self, mapped: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
         """Paste at random into a copy; both images as the mapper gives them, aligned at the upper left corner."""
         pasted = self._chosen(other["instances"])
-        if not len(pasted):
-            return mapped
         size = mapped["instances"].image_size
         pasted_masks = _fit(pasted.gt_masks.tensor, size)
         inside = pasted_masks.flatten(1).any(1)
@@ -55,10 +53,8 @@ class CopyPaste:
     def _chosen(self, instances: Instances) -> Instances:
         """Objects to paste, each with a mask."""
         usable = np.flatnonzero(instances.gt_masks.tensor.flatten(1).any(1).numpy())
-        if not len(usable):
-            return instances[torch.zeros(0, dtype=torch.int64)]
         chosen = usable[np.random.random(len(usable)) < self.share]
-        if not len(chosen):
+        if len(usable) and not len(chosen):
             chosen = np.random.choice(usable, 1)
         return instances[torch.from_numpy(np.sort(np.random.permutation(chosen)[: self.most]))]
 

@@ -1,6 +1,5 @@
 """Labels of other formats as objects of images, and splits that keep the classes in proportion."""
 
-import json
 import logging
 import os
 from collections import Counter
@@ -265,12 +264,6 @@ def below(file_name: str) -> Path:
     return Path(*(part for part in image.parts if part not in ("..", image.anchor)))
 
 
-def write_json(content: Json, path: Path) -> None:
-    """Write a COCO file; the same content gives the same bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-
-
 def read_text(path: Path) -> str:
     """The text of a label file, in UTF-8 with or without a byte order mark; raises ValueError if it cannot be read."""
     try:
@@ -279,13 +272,6 @@ def read_text(path: Path) -> str:
         raise ValueError("is not valid UTF-8") from error
     except OSError as error:
         raise ValueError(f"cannot be read ({error.strerror})") from error
-
-
-def by_class(images: Sequence[LabeledImage]) -> Iterator[tuple[str, int, int]]:
-    """Name, number of objects, and number of images of each class that occurs."""
-    objects = Counter(each.label for image in images for each in image.objects)
-    having = Counter(label for image in images for label in {each.label for each in image.objects})
-    yield from ((label, count, having[label]) for label, count in sorted(objects.items()))
 
 
 def stratified(images: Sequence[LabeledImage], shares: Sequence[float], seed: int) -> list[list[LabeledImage]]:

@@ -14,6 +14,7 @@ CLASSES = ("pedestrian", "rider", "car", "truck", "bus", "train", "motorcycle", 
 SOURCES = ("bitmasks", "rles", "polygons")
 IMAGE_SUFFIXES = (".jpg", ".png")
 Frame = dict[str, Any]
+Finding = tuple[str, str]  # what kind of thing was left out or strange, and where
 
 
 def annotation_file(folder: Path, split: str) -> Path:
@@ -51,13 +52,6 @@ def _check_prepared(name: str, json_file: Path, root: Path) -> None:
         )
 
 
-class Finding(NamedTuple):
-    """Something left out or strange: what kind of thing, and where."""
-
-    kind: str
-    where: str
-
-
 class Task(NamedTuple):
     """One image to convert."""
 
@@ -78,9 +72,9 @@ def find_tasks(folder: Path, split: str, source: str) -> tuple[list[Task], list[
     image_of = _images(images, problems)
     labels_of = _bitmasks(folder, split) if source == "bitmasks" else _frames(folder, split, source, problems)
     for stem in sorted(image_of.keys() - labels_of.keys()):
-        problems.append(Finding(f"image left out: it has no labels in {source}", image_of[stem].name))
+        problems.append((f"image left out: it has no labels in {source}", image_of[stem].name))
     for stem in sorted(labels_of.keys() - image_of.keys()):
-        problems.append(Finding("labels left out: there is no such image", stem))
+        problems.append(("labels left out: there is no such image", stem))
     stems = sorted(image_of.keys() & labels_of.keys())
     return [_task(image_of[stem], labels_of[stem]) for stem in stems], problems
 
@@ -100,7 +94,7 @@ def _images(folder: Path, problems: list[Finding]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in IMAGE_SUFFIXES and found.setdefault(path.stem, path) is not path:
-            problems.append(Finding("image left out: another one differs only in the suffix", path.name))
+            problems.append(("image left out: another one differs only in the suffix", path.name))
     return found
 
 
@@ -119,7 +113,7 @@ def _frames(folder: Path, split: str, source: str, problems: list[Finding]) -> d
         for frame in content["frames"] if isinstance(content, dict) else content:
             _check_labels(frame)
             if frames.setdefault(Path(frame["name"]).stem, frame) is not frame:
-                problems.append(Finding("labels left out: their image is listed again", frame["name"]))
+                problems.append(("labels left out: their image is listed again", frame["name"]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DatasetError(
             f"Label file {path} is not in Scalabel's format ({type(error).__name__}: {error}); it needs frames with a "

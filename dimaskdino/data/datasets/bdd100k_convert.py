@@ -46,10 +46,10 @@ def convert_split(
         for record in progress(parallel_map(convert_image, to_do, num_workers=num_workers), total=len(to_do)):
             journal.add(record)
     records = [journal.records[task.key] for task in tasks]
-    problems += [Finding(kind, record["file_name"]) for record in records for kind in record["problems"]]
+    problems += [(kind, record["file_name"]) for record in records for kind in record["problems"]]
     coco = _assemble(records, split, source)
     if not coco["images"]:
-        kinds = ", ".join(dict.fromkeys(problem.kind for problem in problems)) or "the folders are empty"
+        kinds = ", ".join(dict.fromkeys(kind for kind, _ in problems)) or "the folders are empty"
         raise DatasetError(f"No image of {split} in {folder} could be converted from {source}: {kinds}.")
     _write_whole(output, json.dumps(coco, separators=(",", ":")))
     journal.path.unlink()

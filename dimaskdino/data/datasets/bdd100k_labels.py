@@ -6,6 +6,7 @@ as the official bitmasks are.
 Source: the label format on doc.bdd100k.com and the official toolkit (PyPI: bdd100k 1.0.1, scalabel 0.3.1).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,27 +29,25 @@ OTHER_NAMES = {"bike": "bicycle", "caravan": "car", "motor": "motorcycle", "pers
 IGNORED_NAMES = {"other person": "pedestrian", "other vehicle": "car", "trailer": "truck"}
 
 
-class PolygonPainter:
-    """Paints polygons one after the other and returns the pixels that each covers.
+def painter(size: Size) -> Callable[[list[Path]], np.ndarray]:
+    """What gives the pixels (H, W) bool that any of some outlines covers.
 
     As in the official bitmasks, corners are rounded to whole pixels and a pixel belongs to a polygon that touches it.
     """
+    height, width = size
+    renderer, upright = RendererAgg(width, height, DOTS_PER_INCH), Affine2D().scale(1, -1).translate(0, height)
+    look = renderer.new_gc()
+    look.set_antialiased(False)
+    look.set_snap(True)
+    look.set_linewidth(0)
 
-    def __init__(self, size: Size) -> None:
-        height, width = size
-        self._renderer = RendererAgg(width, height, DOTS_PER_INCH)
-        self._upright = Affine2D().scale(1, -1).translate(0, height)
-        self._look = self._renderer.new_gc()
-        self._look.set_antialiased(False)
-        self._look.set_snap(True)
-        self._look.set_linewidth(0)
+    def paint(outlines: list[Path]) -> np.ndarray:
+        renderer.clear()
+        for each in outlines:
+            renderer.draw_path(look, each, upright, (1.0, 1.0, 1.0))
+        return np.asarray(renderer.buffer_rgba())[..., 3] > 0
 
-    def paint(self, outlines: list[Path]) -> np.ndarray:
-        """Pixels (H, W) bool that any of the outlines covers."""
-        self._renderer.clear()
-        for outline in outlines:
-            self._renderer.draw_path(self._look, outline, self._upright, (1.0, 1.0, 1.0))
-        return np.asarray(self._renderer.buffer_rgba())[..., 3] > 0
+    return paint
 
 
 def outline(part: dict[str, Any]) -> Path:
@@ -149,7 +148,7 @@ def _class_and_attributes(label: Json) -> tuple[int | None, dict[str, bool]]:
 def _draw_polygons(labels: Any, size: Size, problems: list[str]) -> np.ndarray:
     """Index (H, W) int64 of the label that each pixel belongs to, or -1."""
     owner = np.full(size, -1)
-    painter: PolygonPainter | None = None
+    paint: Callable[[list[Path]], np.ndarray] | None = None
     for index, label in enumerate(labels):
         outlines = []
         if _class_and_attributes(label)[0] is None:
@@ -160,8 +159,8 @@ def _draw_polygons(labels: Any, size: Size, problems: list[str]) -> np.ndarray:
             except ValueError as error:
                 problems.append(f"polygon left out: {error}")
         if outlines:
-            painter = painter or PolygonPainter(size)
-            owner[painter.paint(outlines)] = index
+            paint = paint or painter(size)
+            owner[paint(outlines)] = index
     return owner
 
 
