@@ -139,15 +139,15 @@ def report(images: Sequence[LabeledImage], parts: Sequence[Sequence[LabeledImage
 
 def write_back(args: argparse.Namespace) -> None:
     """Write the objects of a COCO file, or predictions for its images, as label files."""
-    images = writing.read_objects(args.source, args.predictions, args.score)
+    images = list(writing.read_objects(args.source, args.predictions, args.score))
     if args.target_format == "labelme":
-        count = writing.write_labelme(images, args.output)
+        writing.write_labelme(images, args.output)
     elif args.target_format == "csv":
-        count = writing.write_csv(images, args.output)
+        writing.write_csv(images, args.output)
     else:
         names = [category["name"] for category in writing.read_coco(str(args.source))["categories"]]
-        count = writing.write_yolo(images, args.output, names)
-    print(f"{args.output}: {count} objects")
+        writing.write_yolo(images, args.output, names)
+    print(f"{args.output}: {sum(len(objects) for _, objects in images)} objects")
 
 
 if __name__ == "__main__":

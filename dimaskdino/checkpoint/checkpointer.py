@@ -138,9 +138,18 @@ class Checkpointer(DetectionCheckpointer):
         self._path, self.base = path, path
         # Not detectron2's `load`: it resolves addresses once more, each version in its own way.
         content = FvcoreCheckpointer.load(self, _local_file(path) if path else path, [])
-        if path:
-            for name in self.checkpointables if checkpointables is None else checkpointables:
-                self._load_state(name, content)
+        wanted = self.checkpointables if checkpointables is None else checkpointables
+        for name in wanted if path else ():
+            if name not in content:
+                raise CheckpointError(
+                    f"{path} holds no training state ({name}), so training cannot continue from it; start a new run "
+                    "with MODEL.WEIGHTS set to that file."
+                )
+            self.logger.info("Loading the state of %s.", name)
+            try:
+                self.checkpointables[name].load_state_dict(content.pop(name))
+            except CheckpointError as error:
+                raise CheckpointError(f"{path}: {error}") from error
         return content
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
@@ -176,19 +185,6 @@ class Checkpointer(DetectionCheckpointer):
         if self._last is None and self.save_dir:
             self._last = newest_good(Path(self.save_dir), self.run_id)
         return self._last
-
-    def _load_state(self, name: str, content: dict[str, Any]) -> None:
-        """Give a checkpointable its state, and remove that from ``content``."""
-        if name not in content:
-            raise CheckpointError(
-                f"{self._path} holds no training state ({name}), so training cannot continue from it; start a new run "
-                "with MODEL.WEIGHTS set to that file."
-            )
-        self.logger.info("Loading the state of %s.", name)
-        try:
-            self.checkpointables[name].load_state_dict(content.pop(name))
-        except CheckpointError as error:
-            raise CheckpointError(f"{self._path}: {error}") from error
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         return read_weights(filename, trust=self.trust)

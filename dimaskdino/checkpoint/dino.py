@@ -95,13 +95,7 @@ def source_of(keys: Iterable[str]) -> Source | None:
 
 
 def from_dino(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a state dict of DINO's release or of detrex to our names.
-
-    The row of the label embedding that the release never uses is left out.
-
-    Raises:
-        CheckpointError: two names of what is one tensor there hold different values.
-    """
+    """Rename weights of DINO's release or of detrex, without the row of labels that the release never uses."""
     ours = to_ours(state, _table_of_file(state))
     if _LABELS in ours:
         ours[_LABELS] = ours[_LABELS][: len(ours[DECODER + "heads.0.class_embed.weight"])]

@@ -137,13 +137,12 @@ def _architecture(misfit: Misfit) -> str:
         file, model = ("of DINO", "of another model") if is_dino(misfit.state) else ("of another model", "of DINO")
         return f"the file is {file}, the configuration {model} (MODEL.META_ARCHITECTURE)"
     parts = {"De-Imbalance": DECODER + "de_imbalance.", "BATO": DECODER + "bato."}
-    in_file = [name for name, prefix in parts.items() if any(key.startswith(prefix) for key in misfit.unexpected)]
-    in_model = [name for name, prefix in parts.items() if any(key.startswith(prefix) for key in misfit.missing)]
-    texts = []
-    if in_file:
-        texts.append(f"the file is of DI-MaskDINO ({' and '.join(in_file)}), the configuration is of a model without")
-    if in_model:
-        texts.append(f"the configuration is of DI-MaskDINO ({' and '.join(in_model)}), the file of a model without")
+    in_file, in_model = (
+        " and ".join(name for name, prefix in parts.items() if any(key.startswith(prefix) for key in keys))
+        for keys in (misfit.unexpected, misfit.missing)
+    )
+    texts = [f"the file is of DI-MaskDINO ({in_file}), the configuration is of a model without"] if in_file else []
+    texts += [f"the configuration is of DI-MaskDINO ({in_model}), the file of a model without"] if in_model else []
     key = "MODEL.MaskDINO.TRANSFORMER_DECODER_NAME, MODEL.MaskDINO.DI.ENABLED, MODEL.MaskDINO.BATO.ENABLED"
     return f"{'; '.join(texts)} ({key})" if texts else ""
 
@@ -255,11 +254,7 @@ def digest(weights: Mapping[str, Tensor]) -> str:
 
 
 def fill_frozen(model: nn.Module, state: Mapping[str, Tensor], about: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The weights of a file, with the frozen ones that it left out as the model has them.
-
-    Raises:
-        CheckpointError: the model has others than the run that wrote the file.
-    """
+    """The weights with the frozen ones that a file left out as the model has them; CheckpointError if it has others."""
     missing = [name for name in _frozen_names(model) if name not in state]
     own = gathered(model.state_dict(), keep=True)
     filled = {**state, **{name: own[name] for name in missing}}

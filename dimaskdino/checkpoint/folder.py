@@ -38,11 +38,7 @@ def damage(path: Path) -> str:
 
 
 def tagged(folder: Path) -> str:
-    """The name of the last checkpoint in last_checkpoint, "" if there is no such file.
-
-    Raises:
-        CheckpointError: last_checkpoint does not name a file of the folder.
-    """
+    """The name in last_checkpoint, "" if there is no such file; raises CheckpointError if it names no file here."""
     tag = folder / TAG_FILE
     try:
         name = tag.read_text(encoding="utf-8").strip()

@@ -107,11 +107,7 @@ def _rows_by_theirs(table: Table) -> list[tuple[re.Pattern[str], str, bool]]:
 
 
 def to_ours(state: Mapping[str, Tensor], table: Table = _OF_ALL) -> dict[str, Tensor]:
-    """Rename a release's state dict to our names; names of ours stay.
-
-    Raises:
-        CheckpointError: two names of what is one tensor in the release hold different values.
-    """
+    """Rename a release's state dict to our names; CheckpointError if names of one tensor hold different values."""
     ours: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
     for key, value in state.items():

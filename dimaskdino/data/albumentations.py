@@ -14,11 +14,7 @@ from dimaskdino.errors import ConfigError
 
 
 def find(name: str, unknown: str) -> Callable[..., T.Augmentation]:
-    """A builder ``(cfg, **arguments)`` of Albumentations' transform ``name``; ``unknown`` begins the error for another.
-
-    Raises:
-        ConfigError: Albumentations is not installed, or has no such transform.
-    """
+    """A builder ``(cfg, **arguments)`` of a transform of Albumentations; ``unknown`` begins the error for another."""
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # Importing it would ask the network for its version.
     try:
         import albumentations
@@ -68,22 +64,11 @@ class _FromAlbumentations(T.Augmentation):
                 f"{image.shape} and type {image.dtype} ({reason:.300})."
             ) from error
         if not self.moves:
-            return _Repainted(result["image"])
+            return T.ColorTransform(lambda _: result["image"])
         return _Replayed(result["replay"], result["image"], image.shape)
 
     def __repr__(self) -> str:
         return repr(self.transform)
-
-
-class _Repainted(T.NoOpTransform):
-    """Another image with the objects where they were."""
-
-    def __init__(self, image: np.ndarray) -> None:
-        super().__init__()
-        self.image = image
-
-    def apply_image(self, img: np.ndarray) -> np.ndarray:
-        return self.image
 
 
 class _Replayed(T.Transform):

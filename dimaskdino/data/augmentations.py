@@ -52,11 +52,7 @@ def own_augmentations(cfg: CfgNode) -> list[Any]:
 
 
 def copy_paste(cfg: CfgNode, *, with_masks: bool = True) -> CopyPaste | None:
-    """The copy-paste that INPUT.AUGMENTATIONS lists.
-
-    Raises:
-        ConfigError: its arguments are wrong, or there are no masks to paste.
-    """
+    """The copy-paste that INPUT.AUGMENTATIONS lists; ConfigError if its arguments are wrong, or there are no masks."""
     found = [arguments for name, arguments in _entries(cfg) if name == PASTE]
     if not found:
         return None

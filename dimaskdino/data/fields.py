@@ -21,11 +21,7 @@ def check_field_names(names: Sequence[str]) -> None:
 
 
 def read_field(annotation: Json, name: str) -> list[float] | float | None:
-    """The value of a field: a number, a list of numbers, or None where the annotation does not have it.
-
-    Raises:
-        ValueError: it is something else; says what.
-    """
+    """The value of a field: a number, a list of numbers, or None without it; raises ValueError for anything else."""
     value = annotation.get(name)
     if isinstance(value, int | float | None):
         return value

@@ -45,20 +45,14 @@ def build_train_loader(
     first_batch: int = 0,
     group_size: int = 0,
 ) -> Batches:
-    """Endless batches of SOLVER.IMS_PER_BATCH / processes mapped images of DATASETS.TRAIN.
+    """Endless batches of SOLVER.IMS_PER_BATCH / processes mapped training images, after ``first_batch`` of them.
 
     Images without objects, or with only crowd regions, are left out if DATALOADER.FILTER_EMPTY_ANNOTATIONS says so, and
     counted in the log. Crowd regions, and with them BDD100K's ignored regions, are never trained on.
 
     Batches and augmentations follow from SEED (see :mod:`dimaskdino.data.orders`); a negative one draws a seed.
-
-    Args:
-        cfg: the configuration.
-        make_sampler: number of images -> the order to draw them in, for all processes together; None means
-            DATALOADER.SAMPLER_TRAIN.
-        with_masks: whether the model needs masks.
-        first_batch: number of batches to skip.
-        group_size: with DATALOADER.ASPECT_RATIO_GROUPING, images that come together; 0 means as the configuration says.
+    ``make_sampler`` gives, for a number of images, the order to draw them in for all processes together, in place of
+    DATALOADER.SAMPLER_TRAIN; ``group_size`` is in place of DATALOADER.ASPECT_RATIO_GROUP_SIZE where it is not 0.
 
     Raises:
         ConfigError: if DATALOADER.SAMPLER_TRAIN is not the name of a sampler.

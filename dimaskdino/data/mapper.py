@@ -116,10 +116,7 @@ class InstanceMapper:
 
 
 class PanopticMapper(InstanceMapper):
-    """Reads an image and its panoptic PNG; every segment that is no crowd region is an object.
-
-    The box of an object encloses its mask, for stuff as for things.
-    """
+    """Reads an image and its panoptic PNG; every segment but crowd regions is an object, enclosed by its box."""
 
     def read_labels(self, entry: dict[str, Any], size: tuple[int, int]) -> tuple[list[Annotation], None]:
         """The segments of an image."""
@@ -129,10 +126,7 @@ class PanopticMapper(InstanceMapper):
 
 
 class SemanticMapper(InstanceMapper):
-    """Reads an image and its label map; what a class covers in the image is one object.
-
-    Pixels without a class have the label ``ignore``.
-    """
+    """Reads an image and its label map; what a class covers in the image, but the label ``ignore``, is one object."""
 
     def __init__(self, *, ignore: int, **arguments: Any) -> None:
         super().__init__(**arguments)

@@ -134,10 +134,7 @@ class BatchSampler(Sampler[list[Draw]]):
 
 
 class Samples(Dataset):
-    """Mapped images by :data:`Draw`; the place of a draw alone decides on the mapper's random numbers.
-
-    Where the mapper returns None, another image is drawn.
-    """
+    """Mapped images by :data:`Draw`, whose place alone decides on the random numbers; None draws another image."""
 
     def __init__(self, entries: Sequence[Any], mapper: Callable[[dict[str, Any]], Any], seed: int) -> None:
         self._entries = entries if isinstance(entries, PackedEntries) else PackedEntries(entries)

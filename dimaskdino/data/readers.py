@@ -117,11 +117,7 @@ class _OwnReader(Reader):
 
 
 class _ByExtension(Reader):
-    """Takes the reader of a path's extension, and PIL for others.
-
-    ``makers``, by extension such as ".npy", make a reader when the first such path is met, so that packages of formats
-    that no image has may be missing.
-    """
+    """Takes the reader of a path's extension, made when the first such path is met, and PIL for others."""
 
     def __init__(self, makers: Mapping[str, Callable[[], Reader]], other: Reader) -> None:
         self.makers, self.other = makers, other

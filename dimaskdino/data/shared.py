@@ -5,7 +5,7 @@ import mmap
 import os
 import pickle
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
@@ -88,9 +88,6 @@ class PackedEntries(Sequence[Any]):
             return [self[each] for each in range(*index.indices(len(self)))]
         place = range(len(self))[index]
         return pickle.loads(self._bytes[self._ends[place] : self._ends[place + 1]])
-
-    def __iter__(self) -> Iterator[Any]:
-        return map(self.__getitem__, range(len(self)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For loader workers that are not forked."""

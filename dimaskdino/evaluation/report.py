@@ -24,7 +24,6 @@ TASK_NAMES = {"bbox": "box", "segm": "mask"}
 # The metric of the table by stage for the other tasks.
 _SEGMENTATION = {"panoptic_seg": "PQ", "sem_seg": "mIoU"}
 _GAP = "gap"
-_GAP_HEAD = "box - mask"
 
 
 def coco_table(results: Results) -> str:
@@ -83,7 +82,7 @@ def layer_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """AP (percent) of boxes and masks by stage, and box minus mask where both were scored; PQ and mIoU likewise."""
     columns = stage_columns(rows)
     cells = [[row["stage"], Stage.from_name(row["stage"]).title, *map(row.get, columns)] for row in rows]
-    heads = ["stage", "after", *(_GAP_HEAD if column == _GAP else column.replace("_", " ") for column in columns)]
+    heads = ["stage", "after", *("box - mask" if column == _GAP else column.replace("_", " ") for column in columns)]
     formats = ("", "", *("+.1f" if column == _GAP else ".1f" for column in columns))
     return _table(cells, heads, formats)
 

@@ -284,11 +284,7 @@ class EvaluatorGroup(DatasetEvaluator):
             part.process(inputs, outputs)
 
     def evaluate(self) -> dict[str, Scores]:
-        """Score the predictions of all processes and log the tables.
-
-        Raises:
-            ConfigError: two evaluators give a result of the same name, or one gives something else than numbers.
-        """
+        """The joined scores, logged; raises ConfigError for a name given twice, or for other than numbers."""
         results: dict[str, Scores] = {}
         for part in self._parts:
             scores = _checked_scores(type(part), part.evaluate() or {})

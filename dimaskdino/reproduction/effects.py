@@ -24,7 +24,6 @@ logger = logging.getLogger(__name__)
 
 Interval = tuple[float, float]
 _TASKS = {"bbox/AP": "bbox", "segm/AP": "segm"}
-_PREDICTIONS = "coco_instances_results.json"
 CONFIDENCE = 0.95
 NOT_THERE = "–"
 
@@ -34,7 +33,7 @@ def ap_interval(first: Run, other: Run, metric: str) -> Interval | None:
 
     None for another metric than box or mask AP, or where predictions or the dataset are not on this machine.
     """
-    files = [run.folder / "inference" / _PREDICTIONS for run in (first, other)]
+    files = [run.folder / "inference" / "coco_instances_results.json" for run in (first, other)]
     if metric not in _TASKS or not all(file.is_file() for file in files):
         return None
     try:

@@ -59,10 +59,7 @@ class Run:
     def open(
         cls, experiment: Experiment, output: Path, options: Sequence[str] = (), *, seed: int | None = None
     ) -> "Run":
-        """Open the run of ``experiment`` under ``output``; each ``seed`` of several has a folder of its own.
-
-        Raises ConfigError if the folder holds a run of another configuration.
-        """
+        """Open the run of an experiment, or of one ``seed``, under ``output``; ConfigError if it is of another one."""
         name = experiment.name
         if seed is not None:
             name, options = f"{name}_seed{seed}", (*options, "SEED", str(seed))
@@ -130,10 +127,7 @@ class Run:
         return tuple(scores.get(group, {}).get(name) for group, name in pairs)
 
     def speed(self) -> dict[str, Any]:
-        """``images_per_second`` and ``device`` of the finished run; empty if they were not measured.
-
-        Speed does not depend on the weights, so any evaluation of this configuration may have measured it.
-        """
+        """``images_per_second``, which no weights change, and ``device`` of the finished run; empty if not measured."""
         path = self.folder / "inference" / SPEED_FILE
         if not (self.is_finished and path.is_file()):
             return {}

@@ -68,17 +68,11 @@ class StagePrediction:
 
 def group_by_mask_features(predictions: Sequence[StagePrediction]) -> list[list[int]]:
     """Indices of the predictions with masks, grouped by the mask features (the same tensor) that they share."""
-    groups: list[tuple[Tensor, list[int]]] = []
+    groups: dict[int, list[int]] = {}
     for index, prediction in enumerate(predictions):
-        if prediction.masks is None:
-            continue
-        features = prediction.masks.features
-        members = next((members for shared, members in groups if shared is features), None)
-        if members is None:
-            groups.append((features, [index]))
-        else:
-            members.append(index)
-    return [members for _, members in groups]
+        if prediction.masks is not None:
+            groups.setdefault(id(prediction.masks.features), []).append(index)
+    return list(groups.values())
 
 
 @dataclass(frozen=True)

@@ -477,13 +477,13 @@ def test_predictions_become_labels_and_back(root: Path, convert) -> None:
 @pytest.mark.parametrize("name", ["/data/a/1.png", "../../a/1.png", "a/1.png"])
 def test_labels_stay_below_the_output(name: str, tmp_path: Path) -> None:
     entry = {"id": 1, "file_name": name, "height": HEIGHT, "width": WIDTH}
-    assert write_labelme(iter([(entry, [{"label": "cat", "bbox": [1, 1, 5, 5]}])]), tmp_path / "out") == 1
-    assert write_yolo(iter([(entry, [])]), tmp_path / "out", ["cat"]) == 0
+    write_labelme([(entry, [{"label": "cat", "bbox": [1, 1, 5, 5]}])], tmp_path / "out")
+    write_yolo([(entry, [])], tmp_path / "out", ["cat"])
     found = [path.relative_to(tmp_path) for path in tmp_path.rglob("1.*")]
     assert sorted(path.suffix for path in found) == [".json", ".txt"]
     assert all(path.parts[0] == "out" for path in found)
     with pytest.raises(DatasetError, match=r"a/1\.json .*two images.*1\.png"):
-        write_labelme(iter([(entry, [])] * 2), tmp_path / "out")
+        write_labelme([(entry, [])] * 2, tmp_path / "out")
 
 
 def test_outline_encloses_the_mask() -> None:

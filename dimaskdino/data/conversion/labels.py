@@ -106,11 +106,7 @@ class Images:
                 self._by_name.setdefault(name, []).append(path)
 
     def find(self, name: str) -> Path:
-        """The image that a label file calls ``name``: a path or a file name, with or without its ending.
-
-        Raises:
-            ValueError: there is none, or several.
-        """
+        """The image that a label file calls ``name``, a path or file name; raises ValueError for none or several."""
         plain = name.replace("\\", "/")
         for candidate in (plain, plain.rpartition("/")[2], Path(plain).stem):
             found = self._by_name.get(candidate, [])
@@ -121,10 +117,7 @@ class Images:
         raise ValueError(f"image {name} is not below {self.root}")
 
     def read(self, path: Path, problems: Problems, where: str = "") -> LabeledImage | None:
-        """An image of the file's size, without objects yet.
-
-        None and a problem where it cannot be read, or was read before, for other labels than those at ``where``.
-        """
+        """An image of the file's size, without objects; None and a problem if it cannot be, or was already, read."""
         if path in self._labels_of:
             problems.add(where, f"image {path} has labels in {self._labels_of[path]} already; join them")
             return None
@@ -138,11 +131,7 @@ class Images:
 
 
 def check_inside(points: np.ndarray, size: tuple[int, int], problems: Problems) -> np.ndarray:
-    """Points (n, 2) px, cut to the image where they lie a hair outside.
-
-    Raises:
-        ValueError: one lies farther outside, or is no number.
-    """
+    """Points (n, 2) px, cut to the image where they lie a hair outside; raises ValueError for other points outside."""
     limits = np.array([size[1], size[0]], dtype=float)
     if not np.isfinite(points).all():
         raise ValueError("a coordinate is not a finite number")

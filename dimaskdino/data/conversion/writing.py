@@ -5,7 +5,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,9 @@ def _problem(item: Any, sizes: Mapping[Any, tuple[int, int]], names: Mapping[Any
     return why_refused(item, sizes[key], names)
 
 
-def write_labelme(images: Iterator[tuple[Json, list[Json]]], output: Path) -> int:
+def write_labelme(images: Iterable[tuple[Json, list[Json]]], output: Path) -> None:
     """A JSON file for each image: masks pixel by pixel, else rectangles; with the score as description."""
-    count, written = 0, set[Path]()
+    written = set[Path]()
     for image, objects in images:
         content = {
             "version": "5.5.0",
@@ -68,8 +68,6 @@ def write_labelme(images: Iterator[tuple[Json, list[Json]]], output: Path) -> in
             "imageWidth": image["width"],
         }
         _write(output, image["file_name"], ".json", json.dumps(content, ensure_ascii=False, indent=1), written)
-        count += len(objects)
-    return count
 
 
 def _write(folder: Path, file_name: str, ending: str, text: str, written: set[Path]) -> None:
@@ -96,7 +94,7 @@ def _shape(item: Json, size: tuple[int, int]) -> Json:
     return {**shape, "points": [[left, top], [right, bottom]], "shape_type": "mask", "mask": encoded}
 
 
-def write_yolo(images: Iterator[tuple[Json, list[Json]]], output: Path, names: Sequence[str]) -> int:
+def write_yolo(images: Iterable[tuple[Json, list[Json]]], output: Path, names: Sequence[str]) -> None:
     """A text file for each image and a data.yaml: polygons where there are masks, else boxes.
 
     A polygon joins the parts of a mask and the edges of its holes by lines of no width, as YOLO has one for an object.
@@ -104,13 +102,11 @@ def write_yolo(images: Iterator[tuple[Json, list[Json]]], output: Path, names: S
     (output / "labels").mkdir(parents=True, exist_ok=True)
     lines = [f"  {number}: {json.dumps(name, ensure_ascii=False)}" for number, name in enumerate(names)]
     (output / "data.yaml").write_text("\n".join(["names:", *lines, ""]), encoding="utf-8")
-    count, written = 0, set[Path]()
+    written = set[Path]()
     for image, objects in images:
         size = image["height"], image["width"]
         rows = [f"{names.index(each['label'])} {' '.join(f'{x:.6f}' for x in _yolo(each, size))}" for each in objects]
         _write(output / "labels", image["file_name"], ".txt", "".join(f"{row}\n" for row in rows), written)
-        count += len(rows)
-    return count
 
 
 def _yolo(item: Json, size: tuple[int, int]) -> list[float]:
@@ -134,10 +130,9 @@ def outline(mask: np.ndarray) -> np.ndarray:
     return np.concatenate((path, *(part[:1] for part in parts[-2::-1]))) if len(parts) > 1 else path
 
 
-def write_csv(images: Iterator[tuple[Json, list[Json]]], output: Path) -> int:
+def write_csv(images: Iterable[tuple[Json, list[Json]]], output: Path) -> None:
     """A row for each box, with its score."""
     output.mkdir(parents=True, exist_ok=True)
-    count = 0
     with (output / "objects.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["image", "class", "xmin", "ymin", "xmax", "ymax", "score"])
@@ -146,8 +141,6 @@ def write_csv(images: Iterator[tuple[Json, list[Json]]], output: Path) -> int:
                 left, top, width, height = each["bbox"]
                 box = [round(value, 3) for value in (left, top, left + width, top + height)]
                 writer.writerow([image["file_name"], each["label"], *box, each.get("score", "")])
-                count += 1
-    return count
 
 
 def mask_of(item: Json, size: tuple[int, int]) -> np.ndarray | None:

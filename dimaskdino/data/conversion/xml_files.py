@@ -119,25 +119,19 @@ def _voc_objects(
     for number, node in enumerate(root.all("object"), start=1):
         where = f"{file}, line {node.line}"
         with problems.at(where):
-            yield _voc_object(node, where, one_based, None if masks is None else masks == number)
-
-
-def _voc_object(node: Node, where: str, one_based: bool, mask: np.ndarray | None) -> LabeledObject:
-    label, box = node.value("name"), node.child("bndbox")
-    left, top, right, bottom = (to_number(box.value(name)) for name in ("xmin", "ymin", "xmax", "ymax"))
-    if one_based:
-        left, top = left - 1, top - 1
-    extra = {"difficult": 1} if node.value("difficult", "0") == "1" else {}
-    if mask is not None and mask.any():
-        return LabeledObject(label, where, mask=mask, extra=extra)
-    return LabeledObject(label, where, (left, top, right, bottom), extra=extra)
+            label, box = node.value("name"), node.child("bndbox")
+            left, top, right, bottom = (to_number(box.value(name)) for name in ("xmin", "ymin", "xmax", "ymax"))
+            if one_based:
+                left, top = left - 1, top - 1
+            extra = {"difficult": 1} if node.value("difficult", "0") == "1" else {}
+            if masks is not None and (masks == number).any():
+                yield LabeledObject(label, where, mask=masks == number, extra=extra)
+            else:
+                yield LabeledObject(label, where, (left, top, right, bottom), extra=extra)
 
 
 def read_cvat(source: Path, images: Images, classes: Sequence[str], problems: Problems) -> Labels:
-    """The images of a file of "CVAT for images 1.1": boxes, polygons, ellipses, masks.
-
-    A group of any of them but upright boxes is one object of many parts.
-    """
+    """The images of a file of "CVAT for images 1.1"; a group of shapes but upright boxes is one object."""
     file = source / "annotations.xml" if source.is_dir() else source
     root = parse_xml(file)
     listed = [node.value("name") for node in _below(root, "label") if any(node.all("name"))]

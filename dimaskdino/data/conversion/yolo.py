@@ -11,11 +11,7 @@ from dimaskdino.errors import DatasetError
 
 
 def class_names(source: Path) -> list[str]:
-    """The names in data.yaml or classes.txt, by class number.
-
-    Raises:
-        DatasetError: there is neither, or its names are no list.
-    """
+    """The names in data.yaml or classes.txt, by class number; raises DatasetError if neither has a list of them."""
     for path in sorted([*source.glob("*.yaml"), *source.glob("*.yml")]):
         try:
             content = yaml.safe_load(read_text(path))
@@ -91,7 +87,7 @@ def _object(words: list[str], where: str, size: tuple[int, int], names: list[str
         raise ValueError(f"{' '.join(words):.60} is not a row of numbers") from None
     if not index.is_integer() or not 0 <= index < len(names):
         raise ValueError(f"class {words[0]} is unknown; there are {len(names)}, 0 to {len(names) - 1}")
-    scale = np.array([size[1], size[0]], dtype=float)
+    scale = np.array(size[::-1], dtype=float)
     if len(numbers) == 5:
         problems.notes["scores after a box, left out"] += 1
         numbers = numbers[:4]
@@ -99,9 +95,7 @@ def _object(words: list[str], where: str, size: tuple[int, int], names: list[str
         center, extent = numbers[:2] * scale, numbers[2:] * scale
         if (extent < 0).any():
             raise ValueError("its width or height is negative")
-        box = box_around(np.stack((center - extent / 2, center + extent / 2)))
-        return LabeledObject(names[int(index)], where, box)
+        return LabeledObject(names[int(index)], where, box_around(np.stack((center - extent / 2, center + extent / 2))))
     if len(numbers) < 6 or len(numbers) % 2:
         raise ValueError(f"{len(numbers)} numbers after the class; a box has 4, a polygon at least 3 pairs")
-    polygon = (numbers.reshape(-1, 2) * scale).ravel().tolist()
-    return LabeledObject(names[int(index)], where, None, [polygon])
+    return LabeledObject(names[int(index)], where, polygons=[(numbers.reshape(-1, 2) * scale).ravel().tolist()])

@@ -24,13 +24,10 @@ UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 def convert_split(
     folder: Path, split: str, source: str, *, num_workers: int = 0, progress: Progress = no_progress
 ) -> tuple[Json, list[Finding]]:
-    """Convert a split and write its annotation file, whose bytes do not depend on ``num_workers``.
+    """Convert a split, and write its annotation file; returns that, and everything that was left out or strange.
 
     Converted images are kept in a journal beside the annotation file until that is written, so that an interrupted run
-    resumes; an image whose files have changed since is converted again.
-
-    Returns:
-        What was written, and everything that was left out or strange.
+    resumes; an image whose files have changed since is converted again. The bytes do not depend on ``num_workers``.
 
     Raises:
         DatasetError: if files or folders are missing, a JSON is malformed, or no image is left.

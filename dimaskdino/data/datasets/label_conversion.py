@@ -98,11 +98,7 @@ def label_files(folder: Path, ending: str) -> list[Path]:
 
 
 def shift_ade20k(path: Path) -> np.ndarray:
-    """Labels 0 to 149, and 255 for no class, from ADE20K's 1 to 150 and 0.
-
-    Raises:
-        DatasetError: the map has another label, or cannot be read.
-    """
+    """Labels 0 to 149, and 255 for no class, from ADE20K's 1 to 150 and 0; raises DatasetError for others."""
     labels = read_label_map(str(path))
     if labels.max() > NUM_ADE20K:
         raise DatasetError(f"Label map {path} has the label {labels.max()}; ADE20K's end at {NUM_ADE20K}.")

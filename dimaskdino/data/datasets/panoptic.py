@@ -32,12 +32,7 @@ def register_coco_panoptic(root: Path) -> None:
 
 
 def register_own_panoptic(cfg: CfgNode) -> None:
-    """Register panoptic_train and panoptic_val where DATASETS.PANOPTIC names their files.
-
-    Raises:
-        ConfigError: some of the files of a split are named, but not all.
-        DatasetError: a JSON file cannot be used.
-    """
+    """Register panoptic_train and panoptic_val where DATASETS.PANOPTIC names all of their files."""
     for split in SPLITS:
         paths = own_paths(cfg.DATASETS.PANOPTIC, "DATASETS.PANOPTIC", split, ("JSON", "LABELS", "IMAGES"))
         if not paths:
@@ -63,13 +58,8 @@ def register_panoptic(
 ) -> None:
     """Register a panoptic dataset in COCO's form, in place of one of the same name.
 
-    Args:
-        name: for DATASETS.TRAIN and DATASETS.TEST.
-        json_file: images, annotations with segments_info, and categories with isthing.
-        panoptic_root: folder of the PNGs.
-        image_root: folder of the images.
-        metadata: what :func:`categories_metadata` gives; also ``make``, called before the files are first read.
-        instances_json: instance annotations of the same images, by which instances are scored if the file exists.
+    ``metadata`` is what :func:`categories_metadata` gives; also ``make``, called before the files are first read. By
+    ``instances_json``, instance annotations of the same images, instances are scored if the file exists.
     """
     source = {**metadata, "make": None, "roots": (str(json_file), str(panoptic_root), str(image_root))}
     if MetadataCatalog.get(name).get("source") == source:
@@ -89,10 +79,7 @@ def register_panoptic(
 
 
 def categories_metadata(json_file: str) -> Json:
-    """Class names and ids of a panoptic JSON file, classes in the order of their ids.
-
-    Things and stuff are numbered together; both lists of names hold all of them, as detectron2's pictures want it.
-    """
+    """Names, in the order of the ids, of things and stuff together, as detectron2's pictures want it, and their ids."""
     categories = sorted(read_panoptic_json(json_file)["categories"], key=lambda category: category["id"])
     names = [category["name"] for category in categories]
     by_kind: dict[bool, dict[Any, int]] = {True: {}, False: {}}

@@ -36,11 +36,7 @@ CATEGORY_LISTS = ("neg_category_ids", "not_exhaustive_category_ids")
 
 
 def own_paths(node: CfgNode, name: str, split: str, kinds: Sequence[str]) -> dict[str, Path]:
-    """What the keys SPLIT_KIND of the node ``name`` give, by key; empty if they give nothing.
-
-    Raises:
-        ConfigError: only some of them are given.
-    """
+    """What the keys SPLIT_KIND of the node ``name`` give, by key; raises ConfigError if they give only some."""
     given = {f"{name}.{split.upper()}_{kind}": node[f"{split.upper()}_{kind}"] for kind in kinds}
     if not any(given.values()):
         return {}
@@ -162,10 +158,7 @@ def _load_coco(
 
 
 class PackedAnnotations(Annotations):
-    """Annotations of an image on their way to memory that processes share; unpickled they are a list of entries.
-
-    ``arguments`` are those of :func:`_entry`, after the annotation.
-    """
+    """Annotations on their way to memory that processes share; unpickled, they are a list of :func:`_entry` of each."""
 
     __slots__ = ("_arguments",)
 

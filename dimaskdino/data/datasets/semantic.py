@@ -52,11 +52,7 @@ def register_cityscapes(root: Path) -> None:
 
 
 def register_own_semantic(cfg: CfgNode) -> None:
-    """Register semantic_train and semantic_val where DATASETS.SEMANTIC names their folders.
-
-    Raises:
-        ConfigError: a folder is named without the other, or there are no class names.
-    """
+    """Register semantic_train and semantic_val where DATASETS.SEMANTIC names both folders, and the classes."""
     node = cfg.DATASETS.SEMANTIC
     for split in SPLITS:
         paths = own_paths(node, "DATASETS.SEMANTIC", split, ("IMAGES", "LABELS"))
@@ -88,19 +84,12 @@ def register_semantic(
 ) -> None:
     """Register a folder of images with a folder of label maps, in place of a dataset of the same name.
 
-    Args:
-        name: for DATASETS.TRAIN and DATASETS.TEST.
-        image_root: folder of the images, subfolders included.
-        label_root: folder of the label maps, which have the names of their images but for the endings.
-        classes: names by label, from 0 on.
-        hint: what to do where label maps are missing.
-        image_hint: what to do where there are no images.
-        endings: of "images" and of "labels" that are left out of a name; by default those of image files and .png.
-        make: called before the files are first read; makes them where they are missing.
+    Subfolders are included, and label maps have the names of their images but for the ``endings`` of "images" and
+    "labels", by default those of image files and .png. ``classes`` are named by label, from 0 on. ``make`` is called
+    before the files are first read. The hints say what to do where label maps, or images, are missing.
     """
-    found = MetadataCatalog.get(name)
     source = (str(image_root), str(label_root), tuple(classes))
-    if found.get("source") == source:
+    if MetadataCatalog.get(name).get("source") == source:
         return
     metadata = {
         **{"truth": "semantic", "evaluator_type": "sem_seg", "ignore_label": 255, "stuff_classes": classes},

@@ -50,11 +50,7 @@ _STUFF_SEED = 7  # tells the generator of the stuff from that of the shapes
 
 @dataclass(frozen=True, kw_only=True)
 class ShapesSpec:
-    """What decides every byte of the dataset: pictures per split, side of the square pictures in pixels, seed.
-
-    Raises:
-        ConfigError: for a number out of range.
-    """
+    """What decides every byte of the dataset: pictures per split, side of the square pictures in pixels, seed."""
 
     num_train: int = 2000
     num_val: int = 200
@@ -199,13 +195,11 @@ def register_shapes_with_stuff(root: Path, spec: ShapesSpec) -> None:
     """Register the four datasets for one spec under ``root``; nothing is drawn before they are first used."""
     folder = stuff_folder(root, spec)
     make = partial(make_shapes_with_stuff, root, spec)
-    numbers = {index + 1: index for index in range(len(CLASSES))}
-    is_thing = {number: index < len(SHAPES) for number, index in numbers.items()}
     metadata = {
         "thing_classes": list(CLASSES),
         "stuff_classes": list(CLASSES),
-        "thing_dataset_id_to_contiguous_id": {key: index for key, index in numbers.items() if is_thing[key]},
-        "stuff_dataset_id_to_contiguous_id": {key: index for key, index in numbers.items() if not is_thing[key]},
+        "thing_dataset_id_to_contiguous_id": {index + 1: index for index in range(len(SHAPES))},
+        "stuff_dataset_id_to_contiguous_id": {index + 1: index for index in range(len(SHAPES), len(CLASSES))},
         "make": make,
     }
     for split in SPLITS:

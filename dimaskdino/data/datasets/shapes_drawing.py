@@ -30,14 +30,14 @@ def contrasting_color(rng: np.random.Generator, behind: np.ndarray, hue: float) 
     """A color (3,) in [0, 255], around ``hue`` (in [0, 1)) or now and then any, far enough from ``behind``."""
     is_typical = rng.random() < TYPICAL_SHARE
     for _ in range(COLOR_TRIES):
-        color = _color_around(rng, hue) if is_typical else random_color(rng, max_saturation=0.95)
+        color = _color_around(rng, hue, (0.5, 1), (0.4, 1)) if is_typical else random_color(rng, max_saturation=0.95)
         if np.abs(color - behind).mean() >= MIN_CONTRAST:
             break
     return color
 
 
-def _color_around(rng: np.random.Generator, hue: float) -> np.ndarray:
-    saturation, value = rng.uniform(0.5, 1), rng.uniform(0.4, 1)
+def _color_around(rng: np.random.Generator, hue: float, *ranges: tuple[float, float]) -> np.ndarray:
+    saturation, value = (rng.uniform(*each) for each in ranges)
     return 255 * np.array(colorsys.hsv_to_rgb((hue + rng.normal(0, HUE_SPREAD)) % 1, saturation, value))
 
 
@@ -101,8 +101,7 @@ STUFF = {"meadow": (_clouds, 0.3), "water": (_stripes, 0.55), "tiles": (_checks,
 def colored_texture(rng: np.random.Generator, label: int, size: int) -> np.ndarray:
     """The texture of a class of stuff in two muted colors around its hue: (S, S, 3) float32 in [0, 255]."""
     make, hue = list(STUFF.values())[label]
-    saturation, value = rng.uniform(0.15, 0.45), rng.uniform(0.35, 0.9)
-    color = 255 * np.array(colorsys.hsv_to_rgb((hue + rng.normal(0, HUE_SPREAD)) % 1, saturation, value))
+    color = _color_around(rng, hue, (0.15, 0.45), (0.35, 0.9))
     shade = (make(rng, size, size)[..., None] - 0.5) * rng.uniform(40, 90)
     return (color + shade).astype(np.float32)
 

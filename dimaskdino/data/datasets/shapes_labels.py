@@ -42,7 +42,9 @@ def trace_outlines(mask: np.ndarray) -> list[list[Corner]]:
         corner, direction = start, steps[start][0]
         while True:
             choices = steps[corner]
-            step = _sharpest_turn(direction, choices)
+            # The right turn where two pixels touch in a corner: it stays with the pixel that the walk came along.
+            right = (-direction[1], direction[0])
+            step = right if right in choices else choices[0]
             choices.remove(step)
             if not choices:
                 del steps[corner]
@@ -72,12 +74,6 @@ def _border_steps(mask: np.ndarray) -> dict[Corner, list[Corner]]:
         for y, x in np.argwhere(edges == sign).tolist():
             steps.setdefault((x + offset[0], y + offset[1]), []).append(step)
     return steps
-
-
-def _sharpest_turn(direction: Corner, choices: list[Corner]) -> Corner:
-    """The right turn where two pixels touch in a corner: it stays with the pixel that the walk came along."""
-    right = (-direction[1], direction[0])
-    return right if right in choices else choices[0]
 
 
 def _signed_area(outline: list[Corner]) -> float:

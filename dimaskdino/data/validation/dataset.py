@@ -168,18 +168,14 @@ def find_dataset(name: str) -> Metadata:
         missing = "" if image_root.is_dir() else f"image folder {image_root}"
         missing = missing if json_file.is_file() else f"annotation file {json_file}"
         if missing:
-            raise DatasetError(f"Dataset {name}: {missing} does not exist; {_layout_hint(json_file, image_root)}")
+            root, hint = data_root(), "correct the paths that the dataset is registered with."
+            if json_file.is_relative_to(root) and image_root.is_relative_to(root):
+                hint = (
+                    f"set DETECTRON2_DATASETS (now {root}) to the folder that holds {json_file.relative_to(root)} and "
+                    f"{image_root.relative_to(root)}/ (layouts: datasets/README.md)."
+                )
+            raise DatasetError(f"Dataset {name}: {missing} does not exist; {hint}")
     return metadata
-
-
-def _layout_hint(json_file: Path, image_root: Path) -> str:
-    root = data_root()
-    if not (json_file.is_relative_to(root) and image_root.is_relative_to(root)):
-        return "correct the paths that the dataset is registered with."
-    return (
-        f"set DETECTRON2_DATASETS (now {root}) to the folder that holds {json_file.relative_to(root)} and "
-        f"{image_root.relative_to(root)}/ (layouts: datasets/README.md)."
-    )
 
 
 def _check_entry(entry: Json, where: str) -> None:

@@ -99,10 +99,7 @@ class Rules:
     in_file: bool = False  # whether they come from a COCO file: boxes are x, y, width, height, with an area beside them
 
     def problems(self, annotation: Json, size: Size | None) -> list[Problem]:
-        """Everything that is wrong with an annotation in COCO's format, or in detectron2's with a category index.
-
-        Without the size of its image, checks against that are left out.
-        """
+        """Everything that is wrong with an annotation of an image of ``size``, or without checks against that."""
         found: list[Problem] = []
         self.class_name(annotation, found)
         _check_flags(annotation, found)

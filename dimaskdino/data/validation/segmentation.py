@@ -131,10 +131,7 @@ def _check_things(cfg: CfgNode, name: str) -> None:
 
 
 def check_class_count(cfg: CfgNode, name: str, number: int, fitting: str) -> None:
-    """Refuse another number of classes than the model's, with a DatasetError that names the key and the dataset.
-
-    ``fitting`` is a dataset with that many, "" for none yet.
-    """
+    """Refuse another number of classes than the model's; ``fitting`` is a dataset with that many, "" for none yet."""
     wanted = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
     if number != wanted:
         remedy = f"give it the {wanted} of dataset {fitting}, in their order" if fitting else f"set it to {number}"
@@ -192,11 +189,7 @@ def label_file(entry: Json) -> str:
 
 
 def check_labels_of(entry: Json, *, num_classes: int, ignore: int, apply_exif: bool, reader: Reader) -> np.ndarray:
-    """Read the label map of an image; returns its segment ids, or its labels.
-
-    Raises:
-        DatasetError: if it cannot be used, or the image cannot be read.
-    """
+    """The segment ids, or labels, of an image's label map; raises DatasetError if it or the image cannot be used."""
     header = reader.header(entry["file_name"])
     size, other = header.size(apply_exif=apply_exif), header.size(apply_exif=not apply_exif)
     listed = entry.get("height", size[0]), entry.get("width", size[1])
