@@ -12,7 +12,7 @@ from dimaskdino.data.datasets.label_conversion import (
     label_files,
     parse_args,
 )
-from dimaskdino.data.datasets.panoptic import SPLITS
+from dimaskdino.data.datasets.registration import SPLITS
 from dimaskdino.errors import run_cli
 
 

@@ -14,7 +14,7 @@ from detectron2.data import MetadataCatalog
 from dimaskdino.data.coco_file import read_json
 from dimaskdino.data.datasets import data_root, register_all
 from dimaskdino.data.datasets.label_conversion import Conversion, classes_of_segments, convert_and_report, parse_args
-from dimaskdino.data.datasets.panoptic import SPLITS
+from dimaskdino.data.datasets.registration import SPLITS
 from dimaskdino.errors import DatasetError, run_cli
 
 

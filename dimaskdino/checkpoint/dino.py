@@ -105,10 +105,8 @@ def from_dino(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def to_dino(state: Mapping[str, Tensor], source: Source = "dino") -> dict[str, Tensor]:
     """Rename the state dict of one of our DINO models to the names of the release or of detrex, with their aliases.
 
-    The release's 91 outputs are made of COCO's 80 classes, and its label embedding gets its unused row.
-
-    Raises:
-        CheckpointError: detrex has no shared heads.
+    The release's 91 outputs are made of COCO's 80 classes, and its label embedding gets its unused row. Raises
+    CheckpointError for shared heads, which detrex does not have.
     """
     layers, heads = count_modules(state, DECODER + "layers."), count_modules(state, DECODER + "heads.")
     if source == "detrex":

@@ -31,11 +31,7 @@ def read_field(annotation: Json, name: str) -> list[float] | float | None:
 
 
 def check_fields(annotations: Sequence[Json], names: Sequence[str], dataset: str) -> None:
-    """Look at the fields of a whole dataset before it is trained on.
-
-    Raises:
-        DatasetError: a value is no number or list of numbers, or no annotation has a field; names the closest.
-    """
+    """Raise DatasetError if a dataset has a field of other than numbers, or in no annotation; names the closest."""
     for name in names:
         for annotation in annotations:
             try:

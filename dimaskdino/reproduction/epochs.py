@@ -146,10 +146,7 @@ class Curve:
 
 
 def score_curve(folder: Path, label: str, metric: str, epoch_images: int | None = None) -> Curve:
-    """Read a score (``bbox/AP``, ``panoptic_seg/PQ``, as in metrics.json) of every evaluation during a training.
-
-    Raises UserError if the folder holds no run, or no such score, or the images of an epoch are not known.
-    """
+    """A score, as metrics.json names it, of every evaluation in a training; UserError if there is none."""
     path = folder / METRICS_FILE
     if not path.is_file():
         raise UserError(f"{folder} is not the folder of a training: it has no metrics.json.")

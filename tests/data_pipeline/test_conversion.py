@@ -236,6 +236,8 @@ def test_bad_labelme_shape_names_its_line(root: Path, convert) -> None:
     ):
         write(root, {"labels/a b.json": content})
         assert said in convert("labelme", source=root / "labels")
+    write(root, {"labels/a b.json": json.dumps({"shapes": shapes[1:]})})
+    assert convert("labelme", "--skip-bad", source=root / "labels")["images"] == []
 
 
 CVAT = """<annotations>

@@ -39,7 +39,7 @@ def read_labelme(source: Path, images: Images, classes: Sequence[str], problems:
         else:
             if image:
                 parts = _parts(content["shapes"], file, text, image.size, problems)
-                found.extend(problems.filled(image, grouped(parts, image.size)))
+                found.extend(problems.filled(image, grouped(parts, image.size), str(file)))
     return of_classes(found, classes, problems)
 
 

@@ -145,7 +145,7 @@ def read_cvat(source: Path, images: Images, classes: Sequence[str], problems: Pr
             image = images.read(images.find(node.attribute("name")), problems, where)
             if image:
                 parts = _cvat_parts(node, file, image.size, problems)
-                found.extend(problems.filled(image, grouped(parts, image.size)))
+                found.extend(problems.filled(image, grouped(parts, image.size), where))
     return of_classes(found, classes or listed, problems)
 
 
@@ -213,13 +213,13 @@ def turned(points: np.ndarray, degrees: float) -> list[float]:
     return ((points - middle) @ turn + middle).ravel().tolist()
 
 
-def grouped(parts: Iterable[Part], size: Size) -> list[LabeledObject]:
+def grouped(parts: Iterable[Part], size: Size) -> Iterator[LabeledObject]:
     """Objects of parts with their groups; those of one label and group are joined, and None is no group."""
     objects: dict[Any, LabeledObject] = {}
     for number, (part, group) in enumerate(parts):
         key = number if group is None else (part.label, group)
         objects[key] = _joined(objects[key], part, size) if key in objects else part
-    return list(objects.values())
+    yield from objects.values()
 
 
 def _joined(first: LabeledObject, second: LabeledObject, size: Size) -> LabeledObject:

@@ -52,7 +52,7 @@ def read_own(cfg: CfgNode, split: str) -> Json | None:
         ConfigError: the file or the folder of images is named without the other, or is not there.
         DatasetError: the file is not in COCO's format.
     """
-    paths = own_paths(cfg.DATASETS, "DATASETS", split, _KINDS)
+    paths = own_paths(cfg, [f"DATASETS.{split.upper()}_{kind}" for kind in _KINDS])
     if not paths:
         return None
     (json_key, json_file), (images_key, images) = paths.items()

@@ -12,8 +12,13 @@ from detectron2.data.datasets.builtin import _PREDEFINED_SPLITS_COCO_PANOPTIC
 from detectron2.data.datasets.builtin_meta import _get_builtin_metadata
 
 from dimaskdino.data.coco_file import Json, check_entries, read_json
-from dimaskdino.data.datasets.registration import SPLITS, made_metadata, own_paths, register
+from dimaskdino.data.datasets.registration import made_metadata, own_paths, register
 from dimaskdino.errors import DatasetError
+
+_OWN = {
+    "train": ("DATASETS.PANOPTIC.TRAIN_JSON", "DATASETS.PANOPTIC.TRAIN_LABELS", "DATASETS.PANOPTIC.TRAIN_IMAGES"),
+    "val": ("DATASETS.PANOPTIC.VAL_JSON", "DATASETS.PANOPTIC.VAL_LABELS", "DATASETS.PANOPTIC.VAL_IMAGES"),
+}
 
 
 def register_coco_panoptic(root: Path) -> None:
@@ -33,8 +38,8 @@ def register_coco_panoptic(root: Path) -> None:
 
 def register_own_panoptic(cfg: CfgNode) -> None:
     """Register panoptic_train and panoptic_val where DATASETS.PANOPTIC names all of their files."""
-    for split in SPLITS:
-        paths = own_paths(cfg.DATASETS.PANOPTIC, "DATASETS.PANOPTIC", split, ("JSON", "LABELS", "IMAGES"))
+    for split, names in _OWN.items():
+        paths = own_paths(cfg, names)
         if not paths:
             continue
         (json_key, json_file), (labels_key, labels), (images_key, images) = paths.items()
@@ -94,11 +99,7 @@ def categories_metadata(json_file: str) -> Json:
 
 
 def read_panoptic_json(path: str) -> Json:
-    """Read a panoptic JSON file; the last ones stay in memory until :func:`forget_panoptic_files`.
-
-    Raises:
-        DatasetError: naming the first entry that cannot be used.
-    """
+    """Read a panoptic JSON file, once until :func:`forget_panoptic_files`; DatasetError names an entry of no use."""
     return _read_panoptic_json(path, os.stat(path).st_mtime_ns)
 
 

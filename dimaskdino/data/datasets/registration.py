@@ -1,6 +1,7 @@
 """Registers COCO-format datasets with detectron2, and loads what is registered."""
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -35,9 +36,9 @@ KEPT_KEYS = (
 CATEGORY_LISTS = ("neg_category_ids", "not_exhaustive_category_ids")
 
 
-def own_paths(node: CfgNode, name: str, split: str, kinds: Sequence[str]) -> dict[str, Path]:
-    """What the keys SPLIT_KIND of the node ``name`` give, by key; raises ConfigError if they give only some."""
-    given = {f"{name}.{split.upper()}_{kind}": node[f"{split.upper()}_{kind}"] for kind in kinds}
+def own_paths(cfg: CfgNode, keys: Sequence[str]) -> dict[str, Path]:
+    """The paths that keys name, none if all are empty; raises ConfigError if only some are."""
+    given = {key: functools.reduce(getattr, key.split("."), cfg) for key in keys}
     if not any(given.values()):
         return {}
     for key, path in given.items():

@@ -21,6 +21,10 @@ CITYSCAPES_ENDINGS: dict[str, tuple[str, ...]] = {
     "images": ("_leftImg8bit.png",),
     "labels": ("_gtFine_labelTrainIds.png",),
 }
+_OWN = {
+    "train": ("DATASETS.SEMANTIC.TRAIN_IMAGES", "DATASETS.SEMANTIC.TRAIN_LABELS"),
+    "val": ("DATASETS.SEMANTIC.VAL_IMAGES", "DATASETS.SEMANTIC.VAL_LABELS"),
+}
 ADE20K_FOLDER = "ADEChallengeData2016"
 ADE20K_SPLITS = {"train": "training", "val": "validation"}
 
@@ -53,19 +57,18 @@ def register_cityscapes(root: Path) -> None:
 
 def register_own_semantic(cfg: CfgNode) -> None:
     """Register semantic_train and semantic_val where DATASETS.SEMANTIC names both folders, and the classes."""
-    node = cfg.DATASETS.SEMANTIC
-    for split in SPLITS:
-        paths = own_paths(node, "DATASETS.SEMANTIC", split, ("IMAGES", "LABELS"))
+    for split, keys in _OWN.items():
+        paths = own_paths(cfg, keys)
         if not paths:
             continue
-        if not node.CLASSES:
+        if not cfg.DATASETS.SEMANTIC.CLASSES:
             raise ConfigError("DATASETS.SEMANTIC.CLASSES is empty; list the class names, first that of label 0.")
         (images_key, images), (labels_key, labels) = paths.items()
         register_semantic(
             f"semantic_{split}",
             image_root=images,
             label_root=labels,
-            classes=[str(name) for name in node.CLASSES],
+            classes=[str(name) for name in cfg.DATASETS.SEMANTIC.CLASSES],
             hint=f"correct {labels_key}",
             image_hint=f"correct {images_key}",
         )
