@@ -184,7 +184,7 @@ def _entries(cfg: CfgNode, names: Sequence[str], *, train: bool) -> list[dict[st
     An image without annotations is background, other than in detectron2's own function, if the first image has some.
     """
     number = cfg.DATASETS.MAX_IMAGES
-    check_range("DATASETS.MAX_IMAGES", number, 0, meaning="0 for all")
+    check_range("DATASETS.MAX_IMAGES", number, 0, meaning="a number of images, or 0 for all")
     check_folds(cfg)
     fields, keys = cfg.INPUT.ANNOTATION_FIELDS, image_keys(cfg)
     loaded = [
