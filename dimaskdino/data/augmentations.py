@@ -242,12 +242,8 @@ class Blur(T.Augmentation):
 class Crop(T.Augmentation):
     """Crop at random, and again until enough objects are inside; the whole image where none of the crops has them.
 
-    Args:
-        kind: as INPUT.CROP.TYPE, such as ``relative_range`` or ``absolute``.
-        size: as INPUT.CROP.SIZE.
-        least_objects: that must be inside. An image with fewer may lose none.
-        least_share: of an object's box that must be inside.
-        tries: crops that are drawn.
+    ``kind`` and ``size`` are as INPUT.CROP.TYPE and INPUT.CROP.SIZE. A share of each box of ``least_share`` must be
+    inside, of at least ``least_objects``; an image with fewer may lose none. ``tries`` crops are drawn.
     """
 
     needs_boxes = True

@@ -1,14 +1,8 @@
 """Reading a COCO file, and the form that its lists need for anything else to be said of them."""
 
-import codecs
-import contextlib
 import functools
-import gc
-import json
 import math
-import mmap
 import os
-import shutil
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
@@ -17,13 +11,11 @@ from typing import Annotated, Any, Literal
 import msgspec
 import numpy as np
 
+from dimaskdino.data.json_file import Json, decode_json, read_json
 from dimaskdino.errors import DatasetError
-
-Json = dict[str, Any]
 
 MOST_PIXELS = 2**16  # of a side
 MOST_WEIGHT = 1e6
-BLOCK = 2**20  # bytes of a file that are copied at once
 BATCH = 2**13  # annotations that are decoded at once
 
 # Keys that every entry needs, and their types.
@@ -34,74 +26,6 @@ _NEEDED: dict[str, dict[str, tuple[type, ...]]] = {
 }
 
 _TYPE_NAMES = {int: "a whole number", str: "text", float: "a number", bool: "true or false", list: "a list"}
-
-
-@contextlib.contextmanager
-def without_collecting() -> Iterator[None]:
-    """Pause Python's search for cycles: among millions of objects without any, it takes longer than the work."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
-
-
-@without_collecting()
-def read_json(path: str | os.PathLike[str], form: Any = Any) -> Any:
-    """Read a JSON file in UTF-8, UTF-16 or UTF-32, as the type ``form`` of msgspec where it has that form.
-
-    Raises:
-        DatasetError: if it cannot be read, is not valid JSON, or is nested too deep.
-    """
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise DatasetError(f"Annotation file {path} is not a regular file; give the path of a JSON file.")
-    try:
-        return _decoded(_in_utf8(_contents(path)), form)
-    except RecursionError:
-        raise DatasetError(f"Annotation file {path} is nested too deep to be a COCO file; export it again.") from None
-    except OSError as error:
-        raise DatasetError(f"Annotation file {path} cannot be read ({error.strerror}); check the path.") from error
-    except ValueError as error:
-        raise _not_valid(path, error) from error
-
-
-def _not_valid(path: str | os.PathLike[str], error: ValueError) -> DatasetError:
-    return DatasetError(f"Annotation file {path} is not valid JSON ({error}); export it again.")
-
-
-def _contents(path: str | os.PathLike[str]) -> Any:
-    """The bytes of a file as it is now; on Linux in pages of the system, which this process cannot keep."""
-    with open(path, "rb") as file:
-        try:
-            copy = os.fdopen(os.memfd_create("dimaskdino"), "w+b")
-            with copy:
-                shutil.copyfileobj(file, copy, BLOCK)
-                copy.flush()
-                return mmap.mmap(copy.fileno(), 0, access=mmap.ACCESS_READ)
-        except (AttributeError, OSError, ValueError):  # another system, a limit, an empty file
-            file.seek(0)
-            return file.read()
-
-
-def _in_utf8(content: Any) -> Any:
-    encoding = json.detect_encoding(content[:4])
-    if not encoding.startswith("utf-8"):
-        return str(content, encoding).encode()
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    for start in range(0, len(content), BLOCK):  # msgspec does not look at text that it leaves out
-        decoder.decode(content[start : start + BLOCK])
-    decoder.decode(b"", final=True)
-    return content if encoding == "utf-8" else memoryview(content)[len(codecs.BOM_UTF8) :]
-
-
-def _decoded(content: Any, form: Any = Any) -> Any:
-    """What JSON in UTF-8 holds; Python's own reader says what is wrong with it, or allows it (NaN)."""
-    try:
-        return msgspec.json.decode(content, type=form)
-    except (ValueError, RecursionError):
-        return json.loads(str(content, "utf-8"))
 
 
 class _Keys(msgspec.Struct, gc=False):
@@ -177,10 +101,10 @@ class Annotations(Sequence[Json]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return list(self)[index]
-        return decode_annotations(self._columns["text"][self._which[index]], self._path)
+        return decode_json(self._columns["text"][self._which[index]], self._path)
 
     def __iter__(self) -> Iterator[Json]:
-        return iter(decode_annotations(self.text(), self._path))
+        return iter(decode_json(self.text(), self._path))
 
     def take(self, which: np.ndarray) -> "Annotations":
         """Those at some positions in the file."""
@@ -225,14 +149,6 @@ def _compact(values: list[Any]) -> np.ndarray:
         return np.array(array("q", values))
     except (TypeError, OverflowError):
         return np.array(values, dtype=object)
-
-
-def decode_annotations(text: bytes | msgspec.Raw, path: str) -> Any:
-    """What :meth:`Annotations.text` holds, or the text of one; ``path`` is that of the file."""
-    try:
-        return _decoded(text)
-    except ValueError as error:
-        raise _not_valid(path, error) from error
 
 
 def column(entries: Sequence[Json], key: str) -> np.ndarray:
@@ -289,7 +205,7 @@ def _with_annotations(lists: _Lists, path: str) -> Json:
         try:
             coco["annotations"] = Annotations.of_texts(coco["annotations"], path)
         except ValueError:  # which _check_structure names
-            coco["annotations"] = decode_annotations(b"[" + b",".join(coco["annotations"]) + b"]", path)
+            coco["annotations"] = decode_json(b"[" + b",".join(coco["annotations"]) + b"]", path)
     return coco
 
 

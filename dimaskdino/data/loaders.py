@@ -13,10 +13,11 @@ from detectron2.utils import comm
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dimaskdino.data.coco_file import forget_files, has_objects, without_collecting
+from dimaskdino.data.coco_file import forget_files, has_objects
 from dimaskdino.data.datasets import register_all
 from dimaskdino.data.datasets.panoptic import forget_panoptic_files
 from dimaskdino.data.datasets.registration import CATEGORY_LISTS, is_coco_file, load_dataset, share_classes
+from dimaskdino.data.json_file import without_collecting
 from dimaskdino.data.mapper import build_mapper
 from dimaskdino.data.orders import (
     BatchSampler,

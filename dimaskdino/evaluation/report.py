@@ -144,12 +144,9 @@ class LayerwiseEvaluator(DatasetEvaluator):
                 self._stage(name).process([image], [results])
 
     def evaluate(self) -> dict[str, dict[str, float]]:
-        """Score every stage.
+        """The final stage's scores by task, and ``layers``: those of every stage in percent; empty on other processes.
 
-        Returns:
-            On the main process the final stage's scores by task, and ``layers``: ``<stage>/box_AP``,
-            ``<stage>/mask_AP``, and ``<stage>/gap`` (box minus mask) in percent, the last two where masks are scored;
-            ``<stage>/PQ`` and ``<stage>/mIoU`` where they are scored. On other processes an empty dict.
+        These are ``<stage>/box_AP``, ``mask_AP`` and ``gap`` (box minus mask), ``PQ``, and ``mIoU``, as far as scored.
         """
         results = self._final.evaluate()
         # In the model's order; a process that got no image knows none of them.

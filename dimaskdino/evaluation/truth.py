@@ -12,8 +12,8 @@ from typing import Any
 import hotcoco
 from detectron2.structures import BoxMode
 
-from dimaskdino.data.coco_file import Json, read_json
 from dimaskdino.data.datasets.registration import CATEGORY_LISTS
+from dimaskdino.data.json_file import Json, read_json
 from dimaskdino.data.validation.rules import Level, Rules, has_mask, read_mask
 from dimaskdino.errors import DatasetError
 

@@ -46,12 +46,7 @@ def own_name(split: str) -> str:
 
 
 def read_own(cfg: CfgNode, split: str) -> Json | None:
-    """What the COCO file of a split holds; None if the keys name none.
-
-    Raises:
-        ConfigError: the file or the folder of images is named without the other, or is not there.
-        DatasetError: the file is not in COCO's format.
-    """
+    """What the COCO file of a split holds, None if its keys are empty; the error for a path of no use names its key."""
     paths = own_paths(cfg, [f"DATASETS.{split.upper()}_{kind}" for kind in _KINDS])
     if not paths:
         return None

@@ -18,10 +18,9 @@ from dimaskdino.data.coco_file import (
     Json,
     annotations_by_image,
     category_names,
-    decode_annotations,
     read_coco,
-    without_collecting,
 )
+from dimaskdino.data.json_file import decode_json, without_collecting
 from dimaskdino.data.shared import once_a_machine
 from dimaskdino.errors import ConfigError, DatasetError
 from dimaskdino.structures.rle_masks import checked_rle
@@ -178,7 +177,7 @@ class PackedAnnotations(Annotations):
 
 
 def _unpacked(text: bytes, path: str, *arguments: Any) -> list[Json]:
-    return [_entry(annotation, *arguments) for annotation in decode_annotations(text, path)]
+    return [_entry(annotation, *arguments) for annotation in decode_json(text, path)]
 
 
 def _annotations(

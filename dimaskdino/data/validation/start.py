@@ -9,11 +9,12 @@ from collections.abc import Collection, Iterable, Sequence
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
-from dimaskdino.data.coco_file import has_objects, without_collecting
+from dimaskdino.data.coco_file import has_objects
 from dimaskdino.data.datasets import register_all
 from dimaskdino.data.datasets.registration import load_dataset
 from dimaskdino.data.fields import check_fields
 from dimaskdino.data.images import Header, size_problem
+from dimaskdino.data.json_file import without_collecting
 from dimaskdino.data.orders import image_keys, nothing_to_train_on, take_fold
 from dimaskdino.data.readers import image_reader
 from dimaskdino.data.transforms import check_color_distortion
