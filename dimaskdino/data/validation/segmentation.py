@@ -141,10 +141,7 @@ def check_class_count(cfg: CfgNode, name: str, number: int, fitting: str) -> Non
 
 
 def check_segmentation(cfg: CfgNode, name: str, *, trained: bool, fitting: str = "") -> tuple[list[Json], list[str]]:
-    """Check the classes and the label maps of a panoptic or semantic dataset, as far as it takes seconds.
-
-    Returns:
-        Its images in detectron2's format, and its class names.
+    """Check the label maps of a dataset, as far as it takes seconds; returns its images and its class names.
 
     Raises:
         DatasetError: another number of classes than the model's, files that are missing, or a label map of another size
