@@ -115,7 +115,7 @@ def run_job(job: Job, launcher: Launcher, run_command: Execute = execute) -> Non
 
 def run_jobs(jobs: Sequence[Job], launcher: Launcher, run_command: Execute = execute) -> list[str]:
     """Do what is missing of every job, also after one fails, and return the failures."""
-    return _failures(functools.partial(run_job, job, launcher, run_command) for job in jobs)
+    return _failures(partial(run_job, job, launcher, run_command) for job in jobs)
 
 
 def measure(run: Run, folder: Path, launcher: Launcher, iterations: int, run_command: Execute = execute) -> None:
@@ -133,7 +133,7 @@ def measure_all(
 ) -> list[str]:
     """:func:`measure` each run into its folder, also after one fails, and return the failures."""
     options = launcher, iterations, run_command
-    return _failures(functools.partial(measure, run, folder, *options) for folder, run in folders.items())
+    return _failures(partial(measure, run, folder, *options) for folder, run in folders.items())
 
 
 def _failures(steps: Iterable[Callable[[], None]]) -> list[str]:

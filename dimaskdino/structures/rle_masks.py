@@ -82,21 +82,6 @@ class RleMasks:
         return Boxes(torch.from_numpy(boxes))
 
 
-def run_edges(mask: np.ndarray, top: int, left: int, height: int) -> np.ndarray:
-    """Where the runs of a mask (h, w) bool, which lies at (top, left) of a canvas, begin and end in its RLE.
-
-    Returns:
-        (2 R,) int64: begin and end (exclusive) of each run, in increasing order. A run that goes on in the next
-        column ends and begins there; :func:`rle_from_edges` joins it.
-    """
-    rows, columns = mask.shape
-    padded = np.zeros((columns, rows + 1), dtype=bool)  # a gap after each column ends its last run
-    padded[:, :-1] = mask.T
-    flat = np.concatenate(([False], padded.ravel()))
-    column, row = np.divmod(np.flatnonzero(flat[1:] != flat[:-1]), rows + 1)
-    return (left + column) * height + top + row
-
-
 def _encode(mask: np.ndarray) -> Rle:
     """The RLE of a mask (H, W) bool; only its bounding box is encoded."""
     rows = np.flatnonzero(mask.any(1))
