@@ -177,11 +177,12 @@ def explained(*outcomes: Outcome, label: int = 0, area: float = 100.0) -> Explai
 
 def test_sums_by_stage_class_and_size() -> None:
     low, found = Outcome.LOW_SCORE, Outcome.FOUND
-    each = [explained(low, found), explained(low, low, label=1, area=2000.0), explained(found, found, area=1024.0)]
+    each = [explained(low, found), explained(low, low, label=1, area=96.0**2 - 1), explained(found, found, area=1024.0)]
     assert by_stage(each) == {"decoder layer 0": {low: 2, found: 1}, "decoder layer 1": {found: 2, low: 1}}
     assert by_class(each, ["a", "b", "c"]) == {"a": {found: 2}, "b": {low: 1}}
     sizes = by_size(each)
     assert (sizes["small"], sizes["medium"], sizes["large"]) == ({found: 1}, {found: 1, low: 1}, {})
+    assert by_size([explained(found, area=96.0**2)])["large"] == {found: 1}
     assert outcome_table(sizes, "size")[0][1] == ["medium", 2, 1, 0, 0, 0, 0, 0, 1, 0]
 
 
