@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 from detectron2.structures import Instances
 from PIL import Image
+from pycocotools import mask as mask_util
 
 from dimaskdino.errors import UserError, require
 from dimaskdino.prediction.canvases import LARGEST_COPY_PX, Canvas
@@ -125,7 +126,11 @@ class Prediction(dict):
         boxes = found.pred_boxes.tensor.numpy()
         masks: Any = None
         if found.has("pred_masks"):
-            masks = found.pred_masks.numpy() if size is None else _Reduced(RleMasks.of(found.pred_masks), size)
+            masks = found.pred_masks
+            if size is None and not isinstance(masks, RleMasks):
+                masks = masks.numpy()
+            else:
+                masks = _DrawnMasks(RleMasks.of(masks), size or self.size[::-1])
         return Objects(
             classes=found.pred_classes.tolist(),
             names=names,
@@ -193,8 +198,8 @@ def _drawn_size(size: tuple[int, ...], width: int | None) -> tuple[int, int] | N
     return None if scale >= 1 else (max(1, round(full_width * scale)), max(1, round(height * scale)))
 
 
-class _Reduced(Sequence[np.ndarray]):
-    """Masks at the size (width, height) of a small picture, each made when it is asked for."""
+class _DrawnMasks(Sequence[np.ndarray]):
+    """Masks at their own size (width, height) or that of a smaller picture, each made when it is asked for."""
 
     def __init__(self, masks: RleMasks, size: tuple[int, int]) -> None:
         self._masks, self._size = masks, size
@@ -204,6 +209,8 @@ class _Reduced(Sequence[np.ndarray]):
 
     def __getitem__(self, index: Any) -> Any:
         """A mask (H, W) bool; a thin object keeps a pixel."""
+        if self._size == self._masks.size[::-1]:
+            return mask_util.decode(self._masks.rles[index]).view(bool)
         crop, top, left = crop_of(self._masks.rles[index])
         scale = self._size[0] / self._masks.size[1]
         x, y = int(left * scale), int(top * scale)
