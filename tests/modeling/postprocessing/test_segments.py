@@ -45,6 +45,10 @@ def test_pixels_go_to_the_largest_score_times_probability():
     assert segments == [(1, 0, True), (2, 1, True)]
 
 
+def test_a_pixel_of_probability_one_half_is_in_the_mask():
+    assert panoptic([(0, 0.9)], [[0.9, 0.5, 0.49]], overlap=0.0)[0] == [1, 1, 0]
+
+
 def test_segments_are_numbered_by_query_not_by_score():
     pixels, segments = panoptic([(1, 0.5), (0, 0.9)], [[0.9, 0.1], [0.1, 0.9]])
     assert (pixels, segments) == ([1, 2], [(1, 1, True), (2, 0, True)])
