@@ -96,26 +96,12 @@ class Predictor:
             self.cfg.merge_from_list(list(TILE_OPTIONS))
         self.cfg.merge_from_list(list(options))
         _prepare(self.cfg, device, self.refine)
-        check_augmentation(self.cfg)
-        if layers and self.cfg.TEST.AUG.ENABLED:
-            raise ConfigError("TEST.AUG.ENABLED joins the final results alone; set it to False, or leave layers out.")
+        _check_together(self.cfg, tiled=self.tiling is not None, staged=bool(layers))
         named = [layers] if isinstance(layers, str) else list(layers)
         self.cfg.TEST.EVAL_LAYERS = named if self.tiling is None else []
         self.exif = self.cfg.INPUT.APPLY_EXIF if exif is None else exif
-        test = self.cfg.MODEL.MaskDINO.TEST
-        if test.QUERY_FEATURES and self.cfg.MODEL.META_ARCHITECTURE == "DINO":
-            raise ConfigError(
-                "MODEL.MaskDINO.TEST.QUERY_FEATURES (--query-features) needs MaskDINO or DI-MaskDINO, not DINO "
-                "(MODEL.META_ARCHITECTURE); leave it out."
-            )
-        if self.tiling and not test.INSTANCE_ON:
-            raise ConfigError("Pictures are predicted in tiles by models of objects (MODEL.MaskDINO.TEST.INSTANCE_ON).")
-        if self.tiling and (maps := [key for key in ("PANOPTIC_ON", "SEMANTIC_ON") if test[key]]):
-            logger.warning("Tiles give objects alone; what MODEL.MaskDINO.TEST.%s asks for is left out.", maps[0])
         reader = image_reader(self.cfg)
         self.reader = reader if self.cfg.INPUT.READER else None
-        if self.tiling and self.reader:
-            raise ConfigError("Images that INPUT.READER reads are predicted whole; leave tile out.")
         register_all(cfg=self.cfg)  # A panoptic model asks its datasets which classes are things.
         self.model = build_model(self.cfg).eval()
         about = Checkpointer(self.model).load(str(self.weights))
@@ -275,6 +261,25 @@ def _prepare(cfg: Config, device: str | None, refinement: Refinement) -> None:
     if not cfg.TEST.AUG.ENABLED:  # What one view finds with a low score, another one may find with a high one.
         node.MIN_SCORE = max(node.MIN_SCORE, refinement.least_score)
     cfg.TEST.DETECTIONS_PER_IMAGE = max(cfg.TEST.DETECTIONS_PER_IMAGE, refinement.max_detections or 0)
+
+
+def _check_together(cfg: Config, *, tiled: bool, staged: bool) -> None:
+    """Check keys that do not go together, or not with tiles or the results of stages; raises ConfigError."""
+    check_augmentation(cfg)
+    test = cfg.MODEL.MaskDINO.TEST
+    if staged and cfg.TEST.AUG.ENABLED:
+        raise ConfigError("TEST.AUG.ENABLED joins the final results alone; set it to False, or leave layers out.")
+    if test.QUERY_FEATURES and cfg.MODEL.META_ARCHITECTURE == "DINO":
+        raise ConfigError(
+            "MODEL.MaskDINO.TEST.QUERY_FEATURES (--query-features) needs MaskDINO or DI-MaskDINO, not DINO "
+            "(MODEL.META_ARCHITECTURE); leave it out."
+        )
+    if tiled and not test.INSTANCE_ON:
+        raise ConfigError("Pictures are predicted in tiles by models of objects (MODEL.MaskDINO.TEST.INSTANCE_ON).")
+    if tiled and cfg.INPUT.READER:
+        raise ConfigError("Images that INPUT.READER reads are predicted whole; leave tile out.")
+    if tiled and (maps := [key for key in ("PANOPTIC_ON", "SEMANTIC_ON") if test[key]]):
+        logger.warning("Tiles give objects alone; what MODEL.MaskDINO.TEST.%s asks for is left out.", maps[0])
 
 
 def classes_of(cfg: Config, trained: Sequence[str] | None = None) -> Classes:
