@@ -1,8 +1,7 @@
 """From the command line to a frozen configuration, a run folder, loggers and seeds."""
 
 import contextlib
-import functools
-import itertools
+import fnmatch
 import logging
 import math
 import sys
@@ -21,7 +20,7 @@ from detectron2.utils.env import seed_all_rng
 
 from dimaskdino.checkpoint import check_weights
 from dimaskdino.command_line import import_modules
-from dimaskdino.config import Config, get_cfg, report_unused_keys
+from dimaskdino.config import Config, flatten, get_cfg, report_unused_keys
 from dimaskdino.cpu import keep_freed_memory
 from dimaskdino.data import register_all
 from dimaskdino.data.augmentations import copy_paste, own_augmentations
@@ -56,7 +55,7 @@ logger = logging.getLogger(__name__)
 
 # Workers beyond the cores only cost memory, but a configuration made on a large machine still runs on a small one.
 MOST_WORKERS = max(64, 8 * num_cores())
-# The smallest and the largest value of numbers that nothing else checks. A negative SEED draws one.
+# The smallest and the largest value of numbers that nothing else checks, by pattern. A negative SEED draws one.
 RANGES: dict[str, tuple[float, float]] = {
     "SEED": (-math.inf, 2**31 - 1),
     "DATALOADER.NUM_WORKERS": (0, MOST_WORKERS),
@@ -68,21 +67,14 @@ RANGES: dict[str, tuple[float, float]] = {
     "TEST.DETECTIONS_PER_IMAGE": (1, math.inf),
     "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": (0.0, math.inf),
     "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS": (0, math.inf),
-    **{f"MODEL.{node}.FOCAL_ALPHA": (0.0, 1.0) for node in ("MaskDINO", "DINO")},
-    **{f"MODEL.{node}.FOCAL_GAMMA": (0.0, math.inf) for node in ("MaskDINO", "DINO")},
+    "MODEL.*DINO.FOCAL_ALPHA": (0.0, 1.0),
+    "MODEL.*DINO.FOCAL_GAMMA": (0.0, math.inf),
+    "MODEL.*DINO.NHEADS": (1, math.inf),
+    "MODEL.*DINO.DROPOUT": (0.0, 1.0),
+    "MODEL.*DINO.*_WEIGHT": (0.0, math.inf),
     "MODEL.VIT.OUT_CHANNELS": (1, math.inf),
     "MODEL.VIT.LORA.ALPHA": (0.0, math.inf),
     **{f"MODEL.{node}.DROP_PATH_RATE": (0.0, 1.0) for node in ("VIT", "TIMM", "SWIN")},
-    **{f"MODEL.{node}.NHEADS": (1, math.inf) for node in ("MaskDINO", "DINO")},
-    **{f"MODEL.{node}.DROPOUT": (0.0, 1.0) for node in ("MaskDINO", "DINO")},
-    **{
-        f"MODEL.{node}.{of}{term}_WEIGHT": (0.0, math.inf)
-        for node, terms in {
-            "MaskDINO": ("CLASS", "DICE", "MASK", "BOX", "GIOU"),
-            "DINO": ("CLASS", "BOX", "GIOU"),
-        }.items()
-        for of, term in itertools.product(("", "COST_"), terms)
-    },
 }
 EVALUATIONS = 5  # and checkpoints, of an automatic schedule
 LONGEST_WARMUP = 0.1  # share of an automatic schedule
@@ -158,8 +150,10 @@ def _check(cfg: Config, *, train: bool) -> None:
         raise ConfigError("OUTPUT_DIR is empty; name a folder for the run, such as output/run (. is the current one).")
     if cfg.SOLVER.PROCESS_TIMEOUT <= 0:
         raise ConfigError(f"SOLVER.PROCESS_TIMEOUT is {cfg.SOLVER.PROCESS_TIMEOUT}; it must be above 0 (seconds).")
-    for key, (least, most) in RANGES.items():
-        check_range(key, functools.reduce(getattr, key.split("."), cfg), least, most)
+    values = dict(flatten(cfg))
+    for pattern, (least, most) in RANGES.items():
+        for key in fnmatch.filter(values, pattern):
+            check_range(key, values[key], least, most)
     check_precision(cfg)
     if not train:
         evaluation_dtype(cfg.MODEL.MaskDINO.TEST.PRECISION, torch.device(cfg.MODEL.DEVICE))
