@@ -9,7 +9,6 @@ import re
 import signal
 import sys
 import tempfile
-import time
 import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -207,17 +206,16 @@ def _with_silent_processes(error: BaseException) -> BaseException:
         return error
     if not dist.is_initialized():
         return error
-    others = set(range(dist.get_world_size())) - {dist.get_rank()}
+    keys = [f"gave up waiting {rank}" for rank in range(dist.get_world_size())]
     try:
         store = dist.distributed_c10d._get_default_store()
-        store.set(f"gave up waiting {dist.get_rank()}", "")
-        deadline = time.monotonic() + WAIT_FOR_OTHERS_S
-        while time.monotonic() < deadline and others:
-            others = {rank for rank in others if not store.check([f"gave up waiting {rank}"])}
-            time.sleep(0.1)
+        store.set(keys[dist.get_rank()], "")
+        with contextlib.suppress(RuntimeError):  # after the time
+            store.wait(keys, timedelta(seconds=WAIT_FOR_OTHERS_S))
+        silent = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
     except RuntimeError:  # The process that keeps the store has ended.
         return error
-    who = f"process {', '.join(map(str, sorted(others)))}" if others else "each other, in different places"
+    who = f"process {', '.join(silent)}" if silent else "each other, in different places"
     return UserError(
         f"Process {dist.get_rank()} waited for {who} and got no answer in time. Look at what that process does, and at "
         f"its log (log.txt.rankN in OUTPUT_DIR); SOLVER.PROCESS_TIMEOUT sets the seconds. ({one_line(error):.200})"
