@@ -158,8 +158,8 @@ def _worker(local_rank: int, main: Main, args: Namespace, num_local: int, job: d
 
 def _exit_after_crash(codes: list[int], otherwise: str) -> NoReturn:
     """Name the processes that were killed or aborted, which could not print anything; the launcher sends SIGTERM."""
-    killed = [f"process {rank} was ended by signal {-code}" for rank, code in enumerate(codes) if code < 0]
-    crashed = [line for line in killed if not line.endswith(f" {signal.SIGTERM:d}")]
+    killed = {rank: -code for rank, code in enumerate(codes) if code < 0 and code != -signal.SIGTERM}
+    crashed = [f"process {rank} was ended by signal {number}" for rank, number in killed.items()]
     hint = " (Linux sends signal 9 when memory runs out)" if -signal.SIGKILL in codes else ""
     sys.stderr.write(f"error: {'; '.join(crashed) or otherwise}{hint}\n")
     sys.exit(1)
