@@ -269,7 +269,7 @@ def _check_together(cfg: Config, *, tiled: bool, staged: bool) -> None:
     test = cfg.MODEL.MaskDINO.TEST
     if staged and cfg.TEST.AUG.ENABLED:
         raise ConfigError("TEST.AUG.ENABLED joins the final results alone; set it to False, or leave layers out.")
-    if test.QUERY_FEATURES and cfg.MODEL.META_ARCHITECTURE == "DINO":
+    if test.QUERY_FEATURES and test.INSTANCE_ON and cfg.MODEL.META_ARCHITECTURE == "DINO":
         raise ConfigError(
             "MODEL.MaskDINO.TEST.QUERY_FEATURES (--query-features) needs MaskDINO or DI-MaskDINO, not DINO "
             "(MODEL.META_ARCHITECTURE); leave it out."
