@@ -11,7 +11,7 @@ import sys
 import tempfile
 import traceback
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from types import FrameType
 from typing import Any, NoReturn
@@ -22,7 +22,7 @@ import torch.multiprocessing as mp
 from detectron2.utils import comm
 
 from dimaskdino.compat import create_local_process_group, leave_process_group, process_groups, silence_gathering
-from dimaskdino.engine.run_folder import INTERRUPTED_STATUS, REQUEUE_STATUS
+from dimaskdino.engine.run_folder import INTERRUPTED_STATUS, REQUEUE_STATUS, handling
 from dimaskdino.errors import USER_ERROR_STATUS, UserError
 
 Main = Callable[[Namespace], object]
@@ -127,8 +127,7 @@ def _spawn(main: Main, args: Namespace, num_local: int) -> None:
             _exit_after_crash(codes, str(error))
 
 
-@contextlib.contextmanager
-def _passing_on_signals(pids: list[int]) -> Iterator[None]:
+def _passing_on_signals(pids: list[int]) -> contextlib.AbstractContextManager[None]:
     """Forward signals that end a run to the processes; a terminal sends Ctrl-C to them itself."""
 
     def pass_on(number: int, frame: FrameType | None) -> None:
@@ -139,13 +138,7 @@ def _passing_on_signals(pids: list[int]) -> Iterator[None]:
     def only_once(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    handlers = {signal.SIGTERM: pass_on, signal.SIGUSR1: pass_on, signal.SIGINT: only_once}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return handling({signal.SIGTERM: pass_on, signal.SIGUSR1: pass_on, signal.SIGINT: only_once})
 
 
 def _worker(local_rank: int, main: Main, args: Namespace, num_local: int, job: dict[str, Any]) -> None:

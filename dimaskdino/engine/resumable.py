@@ -124,7 +124,8 @@ class ResumableTrainer(TrainerBase):
         with contextlib.ExitStack() as stack:
             if comm.is_main_process():
                 self._claim_folder(folder, stack)
-            signals = stack.enter_context(run_folder.StopSignals())
+            signals = run_folder.StopSignals()
+            stack.enter_context(signals.caught())
             self.step.wants_to_stop = lambda: bool(signals.received)
             try:
                 super().train(self.start_iter, self.max_iter)

@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 
@@ -39,7 +39,6 @@ LOCK_FILE = "run.lock"
 REQUEUE_STATUS = 75
 INTERRUPTED_STATUS = 128 + signal.SIGINT
 _STDERR = 2  # Logging is not safe in a signal handler.
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class _Console(logging.StreamHandler):
@@ -204,26 +203,31 @@ def _is_no_space(error: BaseException | None) -> bool:
     return False
 
 
-class StopSignals:
-    """While it is entered, SIGTERM, SIGUSR1 and the first Ctrl-C only ask for the end of the run.
+@contextlib.contextmanager
+def handling(handlers: Mapping[int, Callable[[int, FrameType | None], None]]) -> Iterator[None]:
+    """Handle signals otherwise inside the block; only the main thread of a process receives any."""
+    here = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()} if here else {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
-    The second Ctrl-C ends the process at once. Only the main thread of a process can receive signals; elsewhere this
-    does nothing.
+
+class StopSignals:
+    """Inside :meth:`caught`, SIGTERM, SIGUSR1 and the first Ctrl-C only ask for the end of the run.
+
+    The second Ctrl-C ends the process at once.
     """
 
     def __init__(self) -> None:
         self.received: int = 0
         self._pid = os.getpid()
-        self._before: dict[int, object] = {}
 
-    def __enter__(self) -> "StopSignals":
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler or signal.SIG_DFL)  # type: ignore[arg-type]
+    def caught(self) -> contextlib.AbstractContextManager[None]:
+        """Catch the signals inside the block."""
+        return handling(dict.fromkeys((signal.SIGTERM, signal.SIGUSR1, signal.SIGINT), self._handle))
 
     @property
     def exit_status(self) -> int:
