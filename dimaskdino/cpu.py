@@ -7,6 +7,8 @@ import sys
 import threading
 from pathlib import Path
 
+from dimaskdino.after_import import after_import
+
 logger = logging.getLogger(__name__)
 
 # Parameters of mallopt, from glibc's malloc.h.
@@ -24,8 +26,9 @@ def keep_freed_memory() -> bool:
 
     glibc asks the system for every block of more than 32 MiB, such as feature maps, and returns it when it is freed, so
     the system clears the same pages for every layer of every image. With this setting, the process holds on to the most
-    memory that it has needed. Environment variables that the user has set (``MALLOC_MMAP_MAX_``, ``GLIBC_TUNABLES``,
-    ...) win.
+    memory that it has needed. For that to be little more than what is in use, tensors then come from the compiled op's
+    allocator (``csrc/cpu/allocator.cpp``). Environment variables that the user has set (``MALLOC_MMAP_MAX_``,
+    ``GLIBC_TUNABLES``, ...) win.
 
     Returns:
         Whether the setting was made: not if the user chose otherwise, and not without glibc.
@@ -39,7 +42,16 @@ def keep_freed_memory() -> bool:
     library = ctypes.CDLL(None)
     if not hasattr(library, "gnu_get_libc_version"):
         return False
-    return bool(library.mallopt(MMAP_MAX, 0) and library.mallopt(TRIM_THRESHOLD, -1))
+    kept = bool(library.mallopt(MMAP_MAX, 0) and library.mallopt(TRIM_THRESHOLD, -1))
+    if kept:
+        after_import("dimaskdino._C", _use_whole_blocks)
+    return kept
+
+
+def _use_whole_blocks() -> None:
+    ops = sys.modules["torch"].ops.dimaskdino
+    if hasattr(ops, "use_whole_blocks"):  # not in a library that was built before it was added
+        ops.use_whole_blocks()
 
 
 def set_up_libraries() -> None:

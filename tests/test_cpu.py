@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import dimaskdino.layers.ms_deform_attn_ops  # noqa: F401  (the compiled op)
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the C library is not glibc")
 
@@ -22,6 +25,21 @@ print(min(faults() for _ in range(5)))
 """
 # Without the package, whose import takes seconds.
 KEEP = f"import runpy; print(runpy.run_path({str(CPU)!r})['keep_freed_memory']())\n"
+
+
+# Page faults of tensors of 16 MiB (4,096 pages) that are made again and again, among small objects that stay.
+TENSORS = """
+import resource, torch
+import dimaskdino._C
+tensors, small = [torch.zeros(2**22) for _ in range(8)], []
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for turn in range(24):
+    tensors[turn % 8] = None
+    small += [torch.zeros(1) for _ in range(20)]
+    tensors[turn % 8] = torch.zeros(2**22)
+assert all(tensor.data_ptr() % 64 == 0 for tensor in tensors + small)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
 
 
 # CPU time of 40 short parallel sections with pauses between them, in which threads wait.
@@ -52,6 +70,14 @@ def test_freed_block_is_reused_without_page_faults() -> None:
     assert int(faults) * 10 < int(by_default)
 
 
+def test_freed_tensor_leaves_room_for_one_of_its_size() -> None:
+    if not hasattr(torch.ops.dimaskdino, "use_whole_blocks"):
+        pytest.skip("the compiled op is missing, or older")
+    kept, faults = printed(KEEP + TENSORS)
+    assert kept == "True"
+    assert int(faults) < 2 * 4096  # without: all eight
+
+
 @pytest.mark.parametrize(
     ("choice", "kept"),
     [
@@ -66,8 +92,8 @@ def test_settings_of_the_user_win(choice: dict[str, str], kept: str) -> None:
 
 
 def test_threads_sleep_although_openmp_was_loaded_before() -> None:
-    torch = Path(importlib.util.find_spec("torch").origin).parent
-    libraries = [*torch.glob("lib/libgomp*"), *torch.parent.glob("torch.libs/libgomp*")]
+    folder = Path(importlib.util.find_spec("torch").origin).parent
+    libraries = [*folder.glob("lib/libgomp*"), *folder.parent.glob("torch.libs/libgomp*")]
     if not libraries or os.cpu_count() == 1:
         pytest.skip("torch does not bring GNU's OpenMP, or there is one core")
     spinning, sleeping = (

@@ -4,6 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dimaskdino.layers.exporting import is_watched
+
+_WIDE_VALUES = 8 * 2**20  # of the wide tensor of a feed-forward block that is there at once in evaluation
+
 
 class MLP(nn.Module):
     """Linear layers with ReLU between them.
@@ -91,6 +95,13 @@ class FeedForward(nn.Module):
 
     def feed_forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         """Map (B, N, C) to (B, N, C)."""
+        if torch.is_grad_enabled() or x.device.type != "cpu" or is_watched():
+            return self._feed_forward(x, norm)
+        # Where nothing is kept for a backward pass, the wide tensor is made for some of the tokens at a time.
+        step = max(1, _WIDE_VALUES // (len(x) * self.linear1.out_features))
+        return torch.cat([self._feed_forward(piece, norm) for piece in x.split(step, dim=1)], dim=1)
+
+    def _feed_forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         hidden = self.drop(relu(self.linear1(x)))
         return norm(x + self.drop(self.linear2(hidden)))
 

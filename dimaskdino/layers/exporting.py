@@ -15,6 +15,11 @@ def export_form() -> str | None:
     return _form
 
 
+def is_watched() -> bool:
+    """Whether torch compiles, traces, or exports what runs: it would write down loops and choices of this moment."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or export_form() is not None
+
+
 @contextmanager
 def exporting(form: str) -> Iterator[None]:
     """Write deformable attention as ``form`` says (``dimaskdino.export.choices.FORMS``) inside the block."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dimaskdino.layers import winograd
-from dimaskdino.layers.exporting import export_form
+from dimaskdino.layers.exporting import is_watched
 from dimaskdino.layers.precision import is_under_autocast
 
 # Winograd's algorithm pays off with this many channels; with more, transforming the weights takes too long.
@@ -240,8 +240,7 @@ def _map(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _applies(x: Tensor, weight: Tensor) -> bool:
     """Whether the fast code may run: not while torch compiles, traces, or transforms the layer, nor under autocast."""
-    watched = torch.compiler.is_compiling() or torch.jit.is_tracing() or export_form()
-    watched = watched or torch._C._are_functorch_transforms_active()
+    watched = is_watched() or torch._C._are_functorch_transforms_active()
     return not watched and x.dtype == weight.dtype and x.numel() > 0 and not is_under_autocast(x.device)
 
 

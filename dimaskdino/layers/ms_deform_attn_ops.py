@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from dimaskdino.layers.exporting import export_form
+from dimaskdino.layers.exporting import export_form, is_watched
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +79,7 @@ def use_compiled(device: torch.device) -> bool:
 
 def use_loops(tensor: Tensor) -> bool:
     """Whether the compiled loops over points and masks work on a tensor; not while torch traces."""
-    watched = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return LOOPS_COMPILED and tensor.device.type == "cpu" and tensor.dtype == torch.float32 and not watched
+    return LOOPS_COMPILED and tensor.device.type == "cpu" and tensor.dtype == torch.float32 and not is_watched()
 
 
 def _tell(device: str, compiled: bool) -> None:

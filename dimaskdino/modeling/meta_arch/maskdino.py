@@ -215,15 +215,17 @@ class DIMaskDINO(nn.Module):
         """
         self.check_supported()
         images = self._preprocess(batched_inputs)
+        (height, width), image_sizes = images.tensor.shape[-2:], images.image_sizes
         features = self.backbone(images.tensor)
-        height, width = images.tensor.shape[-2:]
-        batch = PaddedBatch(images.image_sizes, (height, width)) if self.ignores_padding else None
+        del images
+        batch = PaddedBatch(image_sizes, (height, width)) if self.ignores_padding else None
         frames = batch.image_sizes if batch else [(height, width)] * len(batched_inputs)
         padding = {} if batch is None else {"batch": batch}
         if not self.training:
             output = self.sem_seg_head(features, **padding)
+            del features
             return [
-                self._results(output, index, frames[index], images.image_sizes[index], given)
+                self._results(output, index, frames[index], image_sizes[index], given)
                 for index, given in enumerate(batched_inputs)
             ]
         targets = [

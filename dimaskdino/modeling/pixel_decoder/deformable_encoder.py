@@ -157,10 +157,9 @@ class DeformableEncoder(nn.Module):
             levels, positioned = self.order_levels(*self._project(features))
             tokens, spatial_shapes = flatten_levels(levels)
             valid = None if batch is None else batch.valid_cells(spatial_shapes, device)
-            position = self._embed_positions([(level.shape[-2], level.shape[-1]) for level in positioned], valid).to(
-                tokens.dtype
-            )
-            levels = self._attend(tokens, position, spatial_shapes, valid)
+            shapes = [(level.shape[-2], level.shape[-1]) for level in positioned]
+            del levels, positioned  # the tokens are a copy
+            levels = self._attend(tokens, self._embed_positions(shapes, valid), spatial_shapes, valid)
             return EncoderOutput(levels, self.make_mask_features(features, levels), valid)
 
     def order_levels(self, maps: list[Tensor], extra: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -213,6 +212,7 @@ class DeformableEncoder(nn.Module):
         self, tokens: Tensor, position: Tensor, spatial_shapes: SpatialShapes, valid: ValidCells | None
     ) -> list[Tensor]:
         """Run the transformer over all levels, which come back as maps."""
+        position = position.to(tokens.dtype)
         reference = torch.cat(level_centers(spatial_shapes, tokens.device, valid), dim=1)
         if not self.layers:  # a zero gradient for the level embedding, as data-parallel training needs
             tokens = tokens + 0.0 * self.level_embed.sum()

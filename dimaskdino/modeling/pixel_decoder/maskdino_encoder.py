@@ -10,6 +10,7 @@ from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from fvcore.nn import weight_init
 from torch import Tensor, nn
 
+from dimaskdino.layers.attention import relu
 from dimaskdino.modeling.pixel_decoder.deformable_encoder import DeformableEncoder
 from dimaskdino.modeling.registry import PIXEL_DECODER_REGISTRY
 
@@ -54,7 +55,7 @@ class MaskDINOEncoder(DeformableEncoder):
             for name in self.fpn_features
         )
         self.output_convs = nn.ModuleList(
-            Conv2d(conv_dim, conv_dim, 3, padding=1, bias=norm == "", norm=get_norm(norm, conv_dim), activation=F.relu)
+            Conv2d(conv_dim, conv_dim, 3, padding=1, bias=norm == "", norm=get_norm(norm, conv_dim), activation=relu)
             for _ in self.fpn_features
         )
         self.mask_features = Conv2d(conv_dim, mask_dim, 1)
@@ -74,5 +75,5 @@ class MaskDINOEncoder(DeformableEncoder):
         for index in reversed(range(len(self.fpn_features))):
             lateral = self.lateral_convs[index](features[self.fpn_features[index]])
             upsampled = F.interpolate(fused, size=lateral.shape[-2:], mode="bilinear", align_corners=False)
-            fused = self.output_convs[index](lateral + upsampled)
+            fused = self.output_convs[index](upsampled.add_(lateral))
         return self.mask_features(fused)

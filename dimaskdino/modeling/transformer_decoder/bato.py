@@ -9,7 +9,7 @@ from fvcore.nn import weight_init
 from torch import Tensor, nn
 
 from dimaskdino.layers import MLP, AttentionLayer
-from dimaskdino.layers.attention import xavier_init
+from dimaskdino.layers.attention import relu, xavier_init
 from dimaskdino.layers.precision import float32_block
 from dimaskdino.modeling.registry import BATO_REGISTRY
 from dimaskdino.modeling.transformer_decoder.checks import layer_sizes
@@ -55,7 +55,7 @@ class BalanceAwareTokensOptimization(nn.Module):
         self.attention = AttentionLayer(
             dim=dim, hidden_dim=hidden_dim, num_heads=num_heads, attention_name="multihead_attn"
         )
-        self.mask_conv = Conv2d(dim, dim, 3, padding=1, bias=False, norm=get_norm("GN", dim), activation=F.relu)
+        self.mask_conv = Conv2d(dim, dim, 3, padding=1, bias=False, norm=get_norm("GN", dim), activation=relu)
         xavier_init(self.attention)
         weight_init.c2_xavier_fill(self.mask_conv)
 
@@ -121,4 +121,4 @@ class BalanceAwareTokensOptimization(nn.Module):
             (B, C, h, w).
         """
         upsampled = F.interpolate(finest_level, size=mask_features.shape[-2:], mode="bilinear", align_corners=False)
-        return self.mask_conv(mask_features + upsampled)
+        return self.mask_conv(upsampled.add_(mask_features))
