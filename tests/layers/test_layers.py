@@ -77,6 +77,16 @@ def test_feed_forward_is_post_norm_with_a_residual():
     torch.testing.assert_close(block(x), expected)
 
 
+def test_feed_forward_widens_a_part_of_the_tokens_at_a_time_in_evaluation(monkeypatch):
+    block, x, widened = Block(0.0), torch.randn(2, 5, 4), []
+    expected = block(x)
+    block.linear1.register_forward_hook(lambda _, args, out: widened.append(tuple(out.shape)))
+    monkeypatch.setattr("dimaskdino.layers.attention._WIDE_VALUES", 24)
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), expected)
+    assert widened == [(2, 2, 6), (2, 2, 6), (2, 1, 6)]
+
+
 def test_feed_forward_drops_the_hidden_values_and_the_output():
     block, x, seen = Block(0.5), torch.randn(2, 3, 4), []
     drop = block.drop

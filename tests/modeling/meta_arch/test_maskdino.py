@@ -1,6 +1,7 @@
 """The whole model at tiny size: batches, padding, training, results."""
 
 import io
+import weakref
 
 import pytest
 import torch
@@ -67,6 +68,20 @@ def test_results_are_instances_of_the_asked_size(model):
     assert result.pred_masks.dtype == torch.bool
     assert ((result.scores >= 0) & (result.scores <= 1)).all()
     assert ((result.pred_classes >= 0) & (result.pred_classes < NUM_CLASSES)).all()
+
+
+def test_feature_maps_are_gone_when_results_are_made(model):
+    maps, alive = [], []
+    hooks = [
+        model.backbone.register_forward_hook(
+            lambda _, args, out: maps.extend(map(weakref.ref, [*args, *out.values()]))
+        ),
+        model.post_processor.register_forward_hook(lambda *_: alive.extend(each() is not None for each in maps)),
+    ]
+    predict(model, image(50, 60))
+    for hook in hooks:
+        hook.remove()
+    assert alive == [False] * 5  # the images, and four levels
 
 
 def test_without_an_asked_size_results_have_that_of_the_image(model):
