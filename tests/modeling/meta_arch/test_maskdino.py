@@ -7,6 +7,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
+from dimaskdino.data import register_all
 from dimaskdino.errors import ConfigError, DatasetError
 from dimaskdino.modeling.meta_arch import DIMaskDINO, needs_masks
 from tests.tiny_model import (
@@ -327,6 +328,7 @@ def test_panoptic_models_ask_the_datasets_which_classes_are_things():
     model = build_model(tiny_cfg(tiny, TEST__PANOPTIC_ON=True))
     assert model.post_processor.is_thing.nonzero().flatten().tolist() == list(range(80))
     # To a set of objects alone, all that it lists are things.
+    register_all()
     mixed = {"DATASETS.TRAIN": ["coco_2017_train"], "DATASETS.TEST": ["shapes_panoptic_val"]}
     model = build_model(tiny_cfg({**mixed, "MODEL.SEM_SEG_HEAD.NUM_CLASSES": 10}, TEST__PANOPTIC_ON=True))
     assert model.post_processor.is_thing.nonzero().flatten().tolist() == list(range(6))
