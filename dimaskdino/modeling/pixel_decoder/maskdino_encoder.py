@@ -75,5 +75,6 @@ class MaskDINOEncoder(DeformableEncoder):
         for index in reversed(range(len(self.fpn_features))):
             lateral = self.lateral_convs[index](features[self.fpn_features[index]])
             upsampled = F.interpolate(fused, size=lateral.shape[-2:], mode="bilinear", align_corners=False)
-            fused = self.output_convs[index](upsampled.add_(lateral))
+            summed = lateral + upsampled if lateral.requires_grad else lateral.add_(upsampled)
+            fused = self.output_convs[index](summed)
         return self.mask_features(fused)

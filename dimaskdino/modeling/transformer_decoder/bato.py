@@ -121,4 +121,4 @@ class BalanceAwareTokensOptimization(nn.Module):
             (B, C, h, w).
         """
         upsampled = F.interpolate(finest_level, size=mask_features.shape[-2:], mode="bilinear", align_corners=False)
-        return self.mask_conv(upsampled.add_(mask_features))
+        return self.mask_conv(mask_features + upsampled)
