@@ -66,7 +66,7 @@ def require(package: str, who: str, extra: str, kind: type[UserError] = UserErro
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise kind(f"{who} needs the package {package}: pip install 'dimaskdino[{extra}]'.") from error
+        raise kind(f"{who} needs the package {package.split('.')[0]}: pip install 'dimaskdino[{extra}]'.") from error
 
 
 def where_raised(error: BaseException) -> str:

@@ -1,7 +1,6 @@
 """Weights by address: ``hf://owner/name[@revision][/file]`` on the Hugging Face Hub, and what detectron2 fetches."""
 
 import contextlib
-import importlib
 import logging
 import re
 from collections.abc import Iterator
@@ -90,9 +89,8 @@ def fetch(address: str, *, force: bool = False) -> Path:
             reached and the file is not in the cache.
     """
     repository, revision, file = HubAddress.parse(address)
-    hub = require("huggingface_hub", address, "hub", CheckpointError)
-    for submodule in ("constants", "errors"):
-        importlib.import_module(f"huggingface_hub.{submodule}")
+    for submodule in (".constants", ".errors", ""):  # which versions before the extra's lack
+        hub = require(f"huggingface_hub{submodule}", address, "hub", CheckpointError)
     try:
         with _quiet():
             files, online = _files(hub, repository, revision, file)

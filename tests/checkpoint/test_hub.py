@@ -134,9 +134,10 @@ def test_one_quiet_question_tells_whether_there_is_a_network(cache: Path, monkey
     assert logs == [False, False]
 
 
-def test_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(CheckpointError, match=r"hf://owner/model needs .*huggingface_hub.*dimaskdino\[hub\]"):
+@pytest.mark.parametrize("missing", ["huggingface_hub", "huggingface_hub.errors"])
+def test_missing_or_old_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(CheckpointError, match=r"hf://owner/model needs .*huggingface_hub: .*dimaskdino\[hub\]"):
         local_path("hf://owner/model")
 
 
