@@ -142,7 +142,7 @@ class CrowdRegions:
 
 
 def _class_mask(classes: Sequence[int], num_classes: int) -> Tensor:
-    return torch.isin(torch.arange(num_classes), torch.tensor(list(classes)))
+    return F.one_hot(torch.tensor(list(classes)), num_classes).any(0)  # refuses what is no class, as a mapper may give
 
 
 # Fields of instances that targets have attributes for.

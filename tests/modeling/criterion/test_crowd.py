@@ -203,6 +203,8 @@ def test_unlabeled_classes_are_neither_rewarded_nor_punished() -> None:
     expected[:, 3] = 0
     expected[1:, 0] = 0  # an object that is there still counts
     assert class_loss(target(unlabeled=[0, 3])) == pytest.approx(float(expected.sum()), rel=1e-5)
+    with pytest.raises(RuntimeError, match="Class values"):
+        target(unlabeled=[NUM_CLASSES])
 
 
 def test_predictions_in_a_crowd_are_not_judged() -> None:
