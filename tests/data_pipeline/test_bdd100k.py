@@ -254,6 +254,13 @@ def test_damaged_lines_of_an_interrupted_run_are_redone(folder, monkeypatch, cap
     assert output(folder) == expected
 
 
+def test_a_journal_cut_in_its_first_line_has_no_damage(tmp_path: Path, caplog) -> None:
+    path = tmp_path / "annotations.json.part"
+    path.write_text('"rles"')
+    assert bdd100k_convert._Journal(path, "rles").records == {}
+    assert not caplog.text
+
+
 def break_off(items: Any, *, total: int) -> Any:
     """Progress that ends after five images."""
     yield from list(items)[:5]

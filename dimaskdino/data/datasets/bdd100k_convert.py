@@ -107,7 +107,7 @@ class _Journal:
             return []
         # After the last end of a line comes nothing, or what an interrupted run was writing.
         records = [record for line in lines[:-1] if (record := _record(line)) is not None]
-        if damaged := len(lines) - 1 - len(records):
+        if damaged := len(lines[:-1]) - len(records):
             logger.warning("%s: %d lines are damaged; their images are converted again", self.path, damaged)
         return records
 
