@@ -20,7 +20,7 @@ from detectron2.utils.env import seed_all_rng
 
 from dimaskdino.checkpoint import check_weights
 from dimaskdino.command_line import import_modules
-from dimaskdino.config import Config, flatten, get_cfg, report_unused_keys
+from dimaskdino.config import Config, flatten, get_cfg, own_keys, report_unused_keys
 from dimaskdino.cpu import keep_freed_memory
 from dimaskdino.data import register_all
 from dimaskdino.data.augmentations import copy_paste, own_augmentations
@@ -150,7 +150,7 @@ def _check(cfg: Config, *, train: bool) -> None:
         raise ConfigError("OUTPUT_DIR is empty; name a folder for the run, such as output/run (. is the current one).")
     if cfg.SOLVER.PROCESS_TIMEOUT <= 0:
         raise ConfigError(f"SOLVER.PROCESS_TIMEOUT is {cfg.SOLVER.PROCESS_TIMEOUT}; it must be above 0 (seconds).")
-    values = dict(flatten(cfg))
+    values = {key: value for key, value in flatten(cfg) if key not in own_keys()}
     for pattern, (least, most) in RANGES.items():
         for key in fnmatch.filter(values, pattern):
             check_range(key, values[key], least, most)

@@ -97,6 +97,14 @@ def test_unknown_policy_for_nonfinite_steps_is_refused(monkeypatch: pytest.Monke
         set_up(monkeypatch, "SOLVER.NONFINITE", "ignore")
 
 
+def test_own_keys_may_have_any_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = {"MODEL.MaskDINO.OWN_WEIGHT": ("auto", "mine"), "MODEL.MyDINO.SHIFT_WEIGHT": (-1.0, "mine")}
+    monkeypatch.setattr("dimaskdino.config.reader._REGISTERED", own)
+    assert set_up(monkeypatch, "--eval-only").MODEL.MyDINO.SHIFT_WEIGHT == -1.0
+    with pytest.raises(ConfigError, match=r"MODEL\.DINO\.COST_BOX_WEIGHT is -1\.0; it must be at least 0"):
+        set_up(monkeypatch, "--eval-only", "MODEL.DINO.COST_BOX_WEIGHT", "-1.0")
+
+
 @pytest.fixture
 def precision() -> Iterator[Callable[[], str]]:
     """The precision of float32 matrix products; restored after the test."""
