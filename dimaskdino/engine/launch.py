@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from argparse import Namespace
 from collections.abc import Callable
@@ -203,8 +204,9 @@ def _with_silent_processes(error: BaseException) -> BaseException:
     try:
         store = dist.distributed_c10d._get_default_store()
         store.set(keys[dist.get_rank()], "")
-        with contextlib.suppress(RuntimeError):  # after the time
-            store.wait(keys, timedelta(seconds=WAIT_FOR_OTHERS_S))
+        deadline = time.monotonic() + WAIT_FOR_OTHERS_S
+        while not store.check(keys) and time.monotonic() < deadline:  # store.wait would print warnings of its own
+            time.sleep(0.1)
         silent = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
     except RuntimeError:  # The process that keeps the store has ended.
         return error

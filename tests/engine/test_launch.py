@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
@@ -158,6 +159,17 @@ def test_silent_process_is_named_after_the_timeout(tmp_path: Path, monkeypatch, 
         launch(wait_for_a_silent_process, arguments(num_gpus=0, folder=tmp_path), cpu_processes=2)
     assert stopped.value.code == 2
     assert re.search(r"^error: Process 0 waited for process 1 .*PROCESS_TIMEOUT", capfd.readouterr().err, re.MULTILINE)
+
+
+def test_store_of_several_machines_prints_nothing_of_the_silent(monkeypatch, capfd) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for name, value in {"is_initialized": True, "get_world_size": 2, "get_rank": 0}.items():
+        monkeypatch.setattr(dist, name, lambda value=value: value)
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    module = sys.modules[launch.__module__]
+    monkeypatch.setattr(module, "WAIT_FOR_OTHERS_S", 0.2)
+    assert "Process 0 waited for process 1 " in str(module._with_silent_processes(RuntimeError("timed out")))
+    assert not capfd.readouterr().err  # such as torch's warnings
 
 
 def run_until_killed(args: argparse.Namespace) -> None:
