@@ -76,7 +76,7 @@ class Model:
         """An image as (H, W, 3) uint8 RGB."""
         if isinstance(image, Array):
             return image
-        if not isinstance(image, Image.Image) and Path(image).is_dir():
+        if isinstance(image, str | Path) and Path(image).is_dir():
             raise ValueError(f"a folder; name the images in it, such as {image}/*.jpg")
         opened = image if isinstance(image, Image.Image) else Image.open(image)
         if opened.mode.startswith(("I", "F")):
