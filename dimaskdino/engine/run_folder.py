@@ -205,7 +205,7 @@ def _is_no_space(error: BaseException | None) -> bool:
 
 @contextlib.contextmanager
 def handling(handlers: Mapping[int, Callable[[int, FrameType | None], None]]) -> Iterator[None]:
-    """Handle signals otherwise inside the block; only the main thread of a process receives any."""
+    """Handle signals with these handlers inside the block; only the main thread of a process receives signals."""
     here = threading.current_thread() is threading.main_thread()
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()} if here else {}
     try:

@@ -150,7 +150,8 @@ def _check(cfg: Config, *, train: bool) -> None:
         raise ConfigError("OUTPUT_DIR is empty; name a folder for the run, such as output/run (. is the current one).")
     if cfg.SOLVER.PROCESS_TIMEOUT <= 0:
         raise ConfigError(f"SOLVER.PROCESS_TIMEOUT is {cfg.SOLVER.PROCESS_TIMEOUT}; it must be above 0 (seconds).")
-    values = {key: value for key, value in flatten(cfg) if key not in own_keys()}
+    of_users = own_keys()
+    values = {key: value for key, value in flatten(cfg) if key not in of_users}
     for pattern, (least, most) in RANGES.items():
         for key in fnmatch.filter(values, pattern):
             check_range(key, values[key], least, most)

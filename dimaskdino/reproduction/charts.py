@@ -31,7 +31,7 @@ NOT_MEASURED = "n/a"  # in place of a bar
 
 
 def picture_path(path: Path, name: str) -> Path:
-    """The picture that --output asks for, by default a PNG; UserError for a folder, or another format."""
+    """The picture that --output asks for, by default a PNG; raises UserError for a folder or another format."""
     if not (path.suffix or path.is_dir()):
         path = path.with_name(f"{path.name}.png")
     if path.is_dir():

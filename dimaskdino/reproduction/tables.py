@@ -158,7 +158,7 @@ def find_experiment(configs: Path, dataset: str, row: str) -> Experiment | None:
 def choose_tables(names: Sequence[str], datasets: Sequence[str]) -> dict[str, list[Table]]:
     """Choose the tables to make on each dataset, in the paper's order; without any, on those that the paper measured.
 
-    UserError names a table that cannot be made on a dataset named here.
+    Raises UserError for a table that cannot be made on a dataset named here.
     """
     tables = [table for table in paper_tables().values() if "all" in names or table.name in names]
     if not datasets:

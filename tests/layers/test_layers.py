@@ -77,7 +77,7 @@ def test_feed_forward_is_post_norm_with_a_residual():
     torch.testing.assert_close(block(x), expected)
 
 
-def test_feed_forward_widens_a_part_of_the_tokens_at_a_time_in_evaluation(monkeypatch):
+def test_feed_forward_takes_tokens_in_parts_in_evaluation(monkeypatch):
     block, x, widened = Block(0.0), torch.randn(2, 5, 4), []
     expected = block(x)
     block.linear1.register_forward_hook(lambda _, args, out: widened.append(tuple(out.shape)))

@@ -64,7 +64,7 @@ class Problems:
 
     @contextmanager
     def at(self, where: str) -> Iterator[None]:
-        """Remember what a ValueError in the block says, and go on behind it."""
+        """Record the message of a ValueError in the block, and go on after it."""
         try:
             yield
         except ValueError as error:

@@ -131,7 +131,7 @@ def _voc_objects(
 
 
 def read_cvat(source: Path, images: Images, classes: Sequence[str], problems: Problems) -> Labels:
-    """The images of a file of "CVAT for images 1.1"; a group of shapes but upright boxes is one object."""
+    """The images of a file of "CVAT for images 1.1"; a group of shapes, except upright boxes, is one object."""
     file = source / "annotations.xml" if source.is_dir() else source
     root = parse_xml(file)
     listed = [node.value("name") for node in _below(root, "label") if any(node.all("name"))]

@@ -1,8 +1,8 @@
-// Memory of tensors on the CPU in blocks that fit again for a tensor of the same size.
+// Allocates CPU tensors in blocks that can be reused for a tensor of the same size once they are freed.
 //
-// torch asks for aligned memory, for which glibc (before 2.38) takes a larger block, and gives the rest back in crumbs.
-// Small objects settle there, so that a freed block is too small for the same tensor, by the crumbs: memory that is kept
-// for the next image grows by a third. Here blocks are whole, and aligned inside. Used by dimaskdino/cpu.py.
+// torch asks for aligned memory. glibc before 2.38 takes a larger block for it and frees the leftovers, which small objects
+// then occupy, so a freed block is slightly too small for the same tensor: the memory that is kept for the next image
+// grows by a third. Here blocks stay whole and are aligned inside. Used by dimaskdino/cpu.py.
 #include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
 
