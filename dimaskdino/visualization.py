@@ -218,7 +218,9 @@ class _Canvas:
             x, y, patch = self.patches[index]
             if patch.size:
                 region = picture[y : y + patch.shape[0], x : x + patch.shape[1]]
-                cv2.copyTo(cv2.LUT(region, _tints(self.colors[index])), patch, region)
+                red, green, blue = (MASK_OPACITY * value for value in self.colors[index])
+                dimmed = cv2.convertScaleAbs(region, alpha=1 - MASK_OPACITY)
+                cv2.copyTo(cv2.add(dimmed, (red, green, blue, 0)), patch, region)
 
     def outline(self, picture: np.ndarray) -> None:
         """Draw the rims of masks and boxes into the picture, each over a wider dark line.
@@ -307,13 +309,6 @@ def _smooth_rim(rim: np.ndarray) -> np.ndarray:
     ring = cv2.copyMakeBorder(rim, reach, reach, 0, 0, cv2.BORDER_WRAP)
     smooth = cv2.blur(ring, (1, 2 * reach + 1))[reach : reach + len(rim)]
     return (cv2.approxPolyDP(smooth, _RIM_TOLERANCE_PX, True) * 2**_RIM_BITS).round().astype(np.int32)
-
-
-@functools.lru_cache(maxsize=256)
-def _tints(color: Color) -> np.ndarray:
-    """Lookup table (1, 256, 3) uint8 that blends the color of a mask into a picture."""
-    blended = (1 - MASK_OPACITY) * np.arange(256)[:, None] + MASK_OPACITY * np.array(color)
-    return blended.round().astype(np.uint8)[None]
 
 
 @functools.lru_cache(maxsize=1024)
