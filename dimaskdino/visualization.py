@@ -23,7 +23,7 @@ Color = tuple[int, int, int]
 Box = tuple[float, float, float, float]
 Patch = tuple[int, int, np.ndarray]  # left and top in px of a picture, and what is there of a mask, (h, w) uint8
 
-SHORTEST_SIDE_PX, LONGEST_SIDE_PX = 600, 2400  # smaller pictures are enlarged up to these
+SHORTEST_SIDE_PX, LONGEST_SIDE_PX = 512, 2400  # smaller pictures are enlarged up to these
 MASK_OPACITY = 0.4
 HALO: Color = (16, 16, 16)
 _GOLDEN_RATIO = (5**0.5 - 1) / 2  # turning a hue by this keeps it far from the hues before it

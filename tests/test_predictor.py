@@ -276,7 +276,7 @@ def test_a_model_without_masks_predicts_boxes(tmp_path, pixels, options) -> None
     assert not found.instances.has("pred_masks")
     assert "segmentation" not in found.to_coco()[0]
     assert "mask" not in found.to_dict()["objects"][0]
-    assert found.draw().size == (600, 600)
+    assert found.draw().size == (512, 512)
 
 
 def test_rle_masks_give_the_same_forms(run, pixels) -> None:

@@ -75,7 +75,7 @@ def test_the_largest_object_is_drawn_first() -> None:
 def test_small_pictures_are_enlarged_and_long_ones_limited() -> None:
     nothing = Objects(classes=[], names=[])
     for size, drawn in (
-        ((60, 80), (600, 800)),
+        ((60, 80), (512, 683)),
         ((700, 800), (700, 800)),
         ((10, 3000), (10, 3000)),
         ((1, 600), (4, 2400)),

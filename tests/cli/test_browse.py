@@ -92,7 +92,7 @@ def test_the_page_compares_two_runs_over_http(page, pixels, tmp_path) -> None:
     image = handle_file(str(tmp_path / "in.png"))
     client = Client(page, verbose=False, download_files=str(tmp_path / "files"))
     left, right, files = client.predict(image, "a", browse.NO_RUN, browse.LAST, "objects", 0.0, api_name="/look")
-    assert Image.open(left["value"]).width == 600  # enlarged, so that labels can be read
+    assert Image.open(left["value"]).width == 512  # enlarged, so that labels can be read
     assert not right["visible"]
     assert [Path(file).name for file in files] == ["a.png", "a.json"]
     objects = json.loads(Path(files[1]).read_text())["objects"]
