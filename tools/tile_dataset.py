@@ -34,8 +34,7 @@ if __name__ == "__main__":
 from PIL import Image
 from tqdm import tqdm
 
-from dimaskdino.data.coco_file import Json, annotations_by_image, read_coco
-from dimaskdino.data.conversion.labels import below
+from dimaskdino.data.coco_file import Json, annotations_by_image, below, read_coco
 from dimaskdino.data.cutting import cut_annotation
 from dimaskdino.data.validation.rules import why_refused
 from dimaskdino.prediction.canvases import Canvas, open_canvas

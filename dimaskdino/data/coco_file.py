@@ -6,6 +6,7 @@ import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -275,6 +276,12 @@ def coco_content(images: Iterable[tuple[Json, Iterable[Json]]], classes: Sequenc
             annotations.append({"id": len(annotations) + 1, "image_id": len(listed), **each})
     categories = [{"id": number, "name": name} for number, name in enumerate(classes, start=1)]
     return {**about, "images": listed, "annotations": annotations, "categories": categories}
+
+
+def below(name: str) -> Path:
+    """The path, relative to an output folder, of what a dataset names, even if it is absolute or contains ".."."""
+    given = Path(name.replace("\\", "/"))
+    return Path(*(part for part in given.parts if part not in ("..", given.anchor)))
 
 
 def category_names(coco: Json) -> dict[Any, str]:

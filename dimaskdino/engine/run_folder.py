@@ -20,6 +20,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from dimaskdino.checkpoint import Checkpointer
+from dimaskdino.data.coco_file import below
 from dimaskdino.engine.writers import METRICS_FILE
 from dimaskdino.errors import CheckpointError, UserError
 
@@ -124,8 +125,7 @@ def write_config(cfg: CfgNode, folder: Path, run_id: str = "") -> None:
 
 def inference_folder(cfg: CfgNode, dataset_name: str) -> str:
     """The folder of the results on a dataset: its own one if there are several datasets."""
-    folder = os.path.join(cfg.OUTPUT_DIR, "inference")
-    return os.path.join(folder, dataset_name) if len(cfg.DATASETS.TEST) > 1 else folder
+    return os.path.join(cfg.OUTPUT_DIR, "inference", *([below(dataset_name)] if len(cfg.DATASETS.TEST) > 1 else []))
 
 
 def in_subfolder(cfg: CfgNode, name: str) -> CfgNode:

@@ -3,7 +3,9 @@
 import logging
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from hotcoco import panoptic, semantic
 from PIL import Image
 from pycocotools import mask as mask_util
 
-from dimaskdino.data.coco_file import Json
+from dimaskdino.data.coco_file import Json, below
 from dimaskdino.data.datasets.registration import load_dataset
 from dimaskdino.data.label_maps import panoptic_annotations, read_segments, read_semantic
 from dimaskdino.data.validation.report import saying_how_to_list_all
@@ -64,8 +66,10 @@ class PanopticEvaluator(DatasetEvaluator):
             if self._check:
                 with saying_how_to_list_all(self._name):
                     read_segments(image, (pixels.shape[0], pixels.shape[1]))
-            name = f"{str(image['image_id']).replace('%', '%25').replace(os.sep, '%2F')}.png"  # of this image alone
-            _write_ids(pixels.cpu().numpy(), os.path.join(self._folder, name))
+            name = re.sub(r"[%/\\]", lambda sign: f"%{ord(sign[0]):02X}", f"{image['image_id']}.png")
+            ids = pixels.cpu().numpy()
+            channels = np.stack((ids % 256, ids // 256 % 256, ids // 256**2 % 256), axis=-1)
+            Image.fromarray(channels.astype(np.uint8)).save(os.path.join(self._folder, name))
             predicted = [{"id": each["id"], "category_id": each["category_id"] + 1} for each in segments]
             self._predictions.append({"image_id": image["image_id"], "file_name": name, "segments_info": predicted})
             true = [
@@ -126,12 +130,6 @@ class PanopticEvaluator(DatasetEvaluator):
         return scores
 
 
-def _write_ids(ids: np.ndarray, path: str) -> None:
-    """Write segment ids (H, W) as COCO's panoptic PNGs hold them."""
-    channels = np.stack((ids % 256, ids // 256 % 256, ids // 256**2 % 256), axis=-1)
-    Image.fromarray(channels.astype(np.uint8)).save(path)
-
-
 def _numbered(annotations: Any) -> list[Json]:
     """The annotations in the order of their image ids, of any kind, with numbers in place of the ids."""
     ordered = sorted(annotations, key=lambda annotation: str(annotation["image_id"]))
@@ -173,8 +171,8 @@ class SemanticEvaluator(DatasetEvaluator):
             self._counts.update(truth, predicted)
             if self._output_dir is not None:
                 name = image.get("image_id", os.path.splitext(os.path.basename(image["file_name"]))[0])
-                path = os.path.join(self._output_dir, "sem_seg", f"{name}.png")
-                os.makedirs(os.path.dirname(path), exist_ok=True)
+                path = Path(self._output_dir, "sem_seg", below(f"{name}.png"))
+                path.parent.mkdir(parents=True, exist_ok=True)
                 kind = np.uint8 if len(self._names) <= 256 else np.uint16
                 Image.fromarray(predicted.astype(kind)).save(path)
 

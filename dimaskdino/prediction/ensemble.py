@@ -10,7 +10,7 @@ import torch
 from detectron2.structures import Boxes, Instances
 from pycocotools import mask as mask_util
 
-from dimaskdino.data.coco_file import read_json
+from dimaskdino.data.coco_file import below, read_json
 from dimaskdino.errors import DatasetError, UserError
 from dimaskdino.prediction.fusion import Fusion
 from dimaskdino.structures.rle_masks import RleMasks, checked_rle, instances_to_coco
@@ -30,7 +30,7 @@ def find_results(path: Path, dataset: str | None) -> Path:
     """The results file of a run, or the file itself; raises UserError if the run has none."""
     if not path.is_dir():
         return path
-    places = [path / place.format(dataset=dataset) for place in _PLACES if dataset or "{" not in place]
+    places = [path / place.format(dataset=below(dataset or "")) for place in _PLACES if dataset or "{" not in place]
     found = next((place for place in places if place.is_file()), None)
     if found is None:
         several = sorted(each.parent.name for each in path.glob(f"inference/*/{RESULTS_FILE}"))

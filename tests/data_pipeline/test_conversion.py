@@ -476,7 +476,7 @@ def test_predictions_become_labels_and_back(root: Path, convert) -> None:
     assert "coco" in convert("coco", source=truth)
 
 
-@pytest.mark.parametrize("name", ["/data/a/1.png", "../../a/1.png", "a/1.png"])
+@pytest.mark.parametrize("name", ["/data/a/1.png", "../../a/1.png", "..\\a\\1.png", "a/1.png"])
 def test_labels_stay_below_the_output(name: str, tmp_path: Path) -> None:
     entry = {"id": 1, "file_name": name, "height": HEIGHT, "width": WIDTH}
     write_labelme([(entry, [{"label": "cat", "bbox": [1, 1, 5, 5]}])], tmp_path / "out")

@@ -92,9 +92,15 @@ def test_perfect_panoptic_results_score_100(panoptic, tmp_path):
 
 def test_images_with_text_ids_have_files_of_their_own(panoptic, tmp_path):
     evaluator = PanopticEvaluator(dataset_name="panoptic_val", output_dir=str(tmp_path / "out"))
-    for entry, key in zip(load_dataset("panoptic_val"), ("a/1", "a_1"), strict=True):
-        evaluator.process([{**entry, "image_id": key}], [perfect(entry)])
+    before = {*tmp_path.rglob("*.png")}
+    labels = SemanticEvaluator(dataset_name="panoptic_val", output_dir=str(tmp_path / "out"), ignore=255)
+    for entry, key in zip(load_dataset("panoptic_val"), ("../a\\1", "..%2Fa%5C1"), strict=True):
+        for each in (evaluator, labels):
+            each.process([{**entry, "image_id": key}], [perfect(entry)])
     assert evaluator.evaluate()["panoptic_seg"]["PQ"] == pytest.approx(100.0)
+    written = [path.relative_to(tmp_path).as_posix() for path in {*tmp_path.rglob("*.png")} - before]
+    assert all(name.startswith("out/") and "\\" not in name for name in written)
+    assert len(written) == 4
 
 
 @pytest.mark.parametrize("kind", ["panoptic", "semantic"])

@@ -247,12 +247,6 @@ def _rounded(value: float) -> float:
     return round(float(value), 3)
 
 
-def below(file_name: str) -> Path:
-    """The path of an image's files relative to an output folder, even if its name is absolute or contains ".."."""
-    image = Path(file_name)
-    return Path(*(part for part in image.parts if part not in ("..", image.anchor)))
-
-
 def read_text(path: Path) -> str:
     """The text of a label file, in UTF-8 with or without a byte order mark; raises ValueError if it cannot be read."""
     try:

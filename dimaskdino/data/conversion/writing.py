@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as mask_util
 
-from dimaskdino.data.coco_file import read_coco, read_json
-from dimaskdino.data.conversion.labels import Json, below, check_names
+from dimaskdino.data.coco_file import Json, below, read_coco, read_json
+from dimaskdino.data.conversion.labels import check_names
 from dimaskdino.data.validation.rules import has_mask, read_mask, why_refused
 from dimaskdino.errors import DatasetError
 
