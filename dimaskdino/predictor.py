@@ -162,6 +162,8 @@ class Predictor:
             for each in (result, *result.get("layers", {}).values()):
                 if "instances" in each:
                     each["instances"] = self.refine(each["instances"], self.classes.things)
+                if "panoptic_seg" in each:
+                    each["panoptic_seg"] = self.refine.of_segments(each["panoptic_seg"], self.classes.segments)
         return [
             Prediction(result, image=image, canvas=canvas, classes=self.classes, source=source)
             for result, (image, canvas), source in zip(results, copies, sources, strict=True)

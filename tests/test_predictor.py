@@ -22,6 +22,8 @@ from pycocotools import mask as mask_util
 
 from dimaskdino import Predictor
 from dimaskdino.errors import UserError
+from dimaskdino.prediction.outputs import mask_map
+from dimaskdino.prediction.refinement import Refinement
 from dimaskdino.prediction.results import Classes, Prediction
 from dimaskdino.predictor import classes_of
 from tests.checkpoint.test_hub import put
@@ -247,6 +249,12 @@ def test_a_panoptic_model_does_without_its_data(tmp_path, pixels, things) -> Non
         catalog.remove("panoptic_val")
     again = Predictor(saved, device="cpu", score=0)
     assert again(pixels)["panoptic_seg"][1] == expected
+    for label, name in enumerate(again.classes.things):
+        again.refine = Refinement(score=0, classes=name)
+        chosen = again(pixels)
+        of_class = [each["id"] for each in expected if each["category_id"] == label]
+        assert {each["class"] for each in chosen.to_dict()["segments"]} <= {name}
+        assert {0, *of_class} == {0, *np.unique(mask_map(chosen)).tolist()}
     assert again.model.post_processor.is_thing.nonzero().flatten().tolist() == things
     assert again.classes.things == ["cell", "bug", "grass"]
     with pytest.raises(UserError, match=r"panoptic_val is not registered.*THING_CLASSES"):

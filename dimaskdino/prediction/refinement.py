@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import cv2
 import numpy as np
@@ -13,6 +14,8 @@ from dimaskdino.errors import ConfigError, check_range
 from dimaskdino.prediction.fusion import by_class, overlaps, suppressed
 from dimaskdino.structures import RleMasks
 
+SegmentMap = tuple[Tensor, list[dict[str, Any]]]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Refinement:
@@ -21,7 +24,8 @@ class Refinement:
     Attributes:
         score: least score of a detection, in [0, 1].
         class_scores: least score of some classes by name, in place of ``score``.
-        classes: names of the classes to keep, or one name; None keeps all.
+        classes: names of the classes to keep, or one name; None keeps all. Panoptic maps, too, follow these and
+            ``class_scores``.
         keep_largest: keep the largest connected part of each mask.
         min_area: remove connected parts of fewer pixels; holes are never filled.
         boxes_from_masks: replace each box by the smallest one around its mask.
@@ -65,20 +69,25 @@ class Refinement:
 
     def __call__(self, found: Instances, class_names: Sequence[str]) -> Instances:
         """Refine the detections of one image, which are in descending order of their scores."""
-        found = found[self._wanted(found, class_names)]
+        found = found[found.scores >= found.scores.new_tensor(self._least(class_names, self.score))[found.pred_classes]]
         if found.has("pred_masks"):
             found = self._cleaned(found)
         if self.mask_nms is not None:
             found = found[_suppress(found, self.mask_nms)]
         return found if self.max_detections is None else found[: self.max_detections]
 
-    def _wanted(self, found: Instances, class_names: Sequence[str]) -> Tensor:
+    def of_segments(self, found: SegmentMap, class_names: Sequence[str]) -> SegmentMap:
+        """A panoptic map (H, W), 0 for no segment, with the segments that ``classes`` and ``class_scores`` keep."""
+        ids, segments = found
+        least = self._least(class_names, 0.0)
+        kept = [each for each in segments if each.get("score", 1.0) >= least[each["category_id"]]]
+        return ids * torch.isin(ids, ids.new_tensor([each["id"] for each in kept])), kept
+
+    def _least(self, class_names: Sequence[str], score: float) -> list[float]:
+        """The least score by class index; infinite for a class that is not kept."""
         never = float("inf")
-        least = [
-            self.class_scores.get(name, self.score) if self.classes is None or name in self.classes else never
-            for name in class_names
-        ]
-        return found.scores >= found.scores.new_tensor(least)[found.pred_classes]
+        kept = class_names if self.classes is None else self.classes
+        return [self.class_scores.get(name, score) if name in kept else never for name in class_names]
 
     def _cleaned(self, found: Instances) -> Instances:
         if self.keep_largest or self.min_area > 1:

@@ -114,6 +114,15 @@ def test_only_named_classes_stay() -> None:
     assert classes(Refinement(max_detections=1)) == [0]
 
 
+def test_segments_follow_the_classes_and_their_own_scores() -> None:
+    ids = torch.tensor([[0, 1, 2, 3]], dtype=torch.int32)
+    segments = [{"id": label + 1, "category_id": label, "score": 0.2} for label in range(3)]
+    refinement = Refinement(score=0.9, class_scores={"car": 0.3, "bus": 0.1}, classes=["car", "bus"])
+    kept, left = refinement.of_segments((ids, segments), NAMES)
+    assert (kept.tolist(), kept.dtype, left) == ([[0, 0, 2, 0]], torch.int32, segments[1:2])
+    assert torch.equal(Refinement(score=0.9).of_segments((ids, segments), NAMES)[0], ids)
+
+
 @pytest.mark.parametrize("options", [{"classes": ["taxi"]}, {"class_scores": {"taxi": 0.5}}])
 def test_unknown_classes_are_named_with_the_known_ones(options) -> None:
     with pytest.raises(ConfigError, match="taxi.*car, bus, van"):

@@ -89,8 +89,9 @@ def panoptic_of_image(
         memory_mb: masks are made in chunks of about this many MiB.
 
     Returns:
-        (H, W) int32 with 0 for no segment, and for each segment its ``id``, ``category_id`` and ``isthing``, numbered
-        from 1 in the order of the queries. Segments of one stuff class are one.
+        (H, W) int32 with 0 for no segment, and for each segment its ``id``, ``category_id``, ``isthing``, and
+        ``score`` (sigmoid), numbered from 1 in the order of the queries. Segments of one stuff class are one, which has
+        the best score.
 
     Source: MaskFormer (Cheng et al., 2021), section 3.4; Mask DINO's released code.
     """
@@ -99,15 +100,16 @@ def panoptic_of_image(
     (kept,) = (scores > object_threshold).nonzero(as_tuple=True)
     if len(kept) == 0:
         return torch.zeros(frame.output, dtype=torch.int32, device=scores.device), []
+    ranks = scores
     if temperature is not None:
         transformed = class_probabilities(prediction.logits[image], temperature=temperature, no_object_class=False)
-        scores, classes = transformed.max(-1)
-    winner, inside, own = _contest(prediction.masks, image, kept, scores[kept], frame, memory_mb)
+        ranks, classes = transformed.max(-1)
+    winner, inside, own = _contest(prediction.masks, image, kept, ranks[kept], frame, memory_mb)
     won = torch.bincount(winner.flatten(), minlength=len(kept))
     left = torch.bincount(winner[inside], minlength=len(kept))
     areas = torch.stack((won, own, left), dim=1).tolist()
     becomes_segment = [left > 0 and won / own >= overlap_threshold for won, own, left in areas]
-    ids, segments = _number(classes[kept].tolist(), becomes_segment, is_thing.tolist())
+    ids, segments = _number(classes[kept].tolist(), scores[kept].tolist(), becomes_segment, is_thing.tolist())
     return torch.tensor(ids, dtype=torch.int32, device=winner.device)[winner] * inside, segments
 
 
@@ -133,18 +135,20 @@ def _contest(
 
 
 def _number(
-    classes: list[int], becomes_segment: list[bool], is_thing: list[bool]
+    classes: list[int], scores: list[float], becomes_segment: list[bool], is_thing: list[bool]
 ) -> tuple[list[int], list[SegmentInfo]]:
     """The segment id of each query, 0 for none, and the segments."""
     segments: list[SegmentInfo] = []
     stuff: dict[int, int] = {}
     ids = []
-    for label, wanted in zip(classes, becomes_segment, strict=True):
+    for label, score, wanted in zip(classes, scores, becomes_segment, strict=True):
         known = stuff.get(label, 0) if wanted else 0
         if wanted and not known:
             known = len(segments) + 1
-            segments.append({"id": known, "isthing": is_thing[label], "category_id": label})
+            segments.append({"id": known, "isthing": is_thing[label], "category_id": label, "score": score})
             if not is_thing[label]:
                 stuff[label] = known
+        elif wanted:
+            segments[known - 1]["score"] = max(segments[known - 1]["score"], score)
         ids.append(known)
     return ids, segments

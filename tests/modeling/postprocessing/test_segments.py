@@ -24,7 +24,10 @@ def prediction(scores: list[tuple[int, float]], rows: list[list[float]]) -> Stag
     return StagePrediction(Stage("layer"), logits[None], boxes, MaskLogits(torch.eye(len(scores))[None], masks[None]))
 
 
-def panoptic(scores, rows, *, objects=0.25, overlap=0.8, temperature=None, is_thing=IS_THING):
+KEYS = ("id", "category_id", "isthing")
+
+
+def panoptic(scores, rows, *, objects=0.25, overlap=0.8, temperature=None, is_thing=IS_THING, keys=KEYS):
     size = (1, len(rows[0]))
     pixels, segments = panoptic_of_image(
         prediction(scores, rows),
@@ -35,7 +38,7 @@ def panoptic(scores, rows, *, objects=0.25, overlap=0.8, temperature=None, is_th
         overlap_threshold=overlap,
         temperature=temperature,
     )
-    return pixels[0].tolist(), [(each["id"], each["category_id"], each["isthing"]) for each in segments]
+    return pixels[0].tolist(), [tuple(each[key] for key in keys) for each in segments]
 
 
 def test_pixels_go_to_the_largest_score_times_probability():
@@ -59,6 +62,8 @@ def test_queries_of_a_stuff_class_merge_and_things_do_not():
     pixels, segments = panoptic([(2, 0.9), (0, 0.9), (2, 0.9), (0, 0.9)], rows)
     assert pixels == [1, 2, 1, 3]
     assert segments == [(1, 2, False), (2, 0, True), (3, 0, True)]
+    _, segments = panoptic([(2, 0.6), (0, 0.7), (2, 0.9), (2, 0.8)], rows, temperature=0.5, keys=("score",))
+    assert segments == [(pytest.approx(0.9),), (pytest.approx(0.7),)]
 
 
 @pytest.mark.parametrize(("overlap", "kept"), [(0.5, True), (0.51, False)])
