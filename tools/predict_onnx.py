@@ -416,8 +416,9 @@ def main() -> int:
     contents, bad = [], 0
     stems = Counter(path.stem for path in args.inputs)
     for number, path in enumerate(args.inputs):
-        # Images of one name, such as a.jpg and b/a.png, keep their own pictures.
-        name = path.stem if stems[path.stem] == 1 else f"{path.stem}_{number}"
+        name = path.stem
+        while stems[name] + (name != path.stem) > 1:  # images of one name, such as a.jpg and b/a.png
+            name = f"{name}_{number}"
         try:
             picture = model.read(path)
             (result,) = model([picture])

@@ -2,6 +2,7 @@
 
 import glob
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -38,14 +39,15 @@ def find_sources(
     """
     written = ("pictures", "masks") if output and (output / "settings.json").exists() else ()
     own = tuple(os.path.join(os.path.abspath(output or ""), folder, "") for folder in written)
-    paths = list(dict.fromkeys(path for each in _expand_lists(given, stdin) for path in _find_files(each, own)))
-    names = _output_names(paths)
+    found = [path for each in _expand_lists(given, stdin) for path in _find_files(each, own)]
+    paths = list({os.path.abspath(path): path for path in found}.values())
+    cameras = [] if camera is None else [f"camera_{camera}"]
+    names = _output_names(paths, cameras)
     sources = [
         Source(path, "video" if Path(path).suffix.lower() in VIDEO_SUFFIXES else "image", name, number)
         for number, (path, name) in enumerate(zip(paths, names, strict=True))
     ]
-    if camera is not None:
-        sources.append(Source(str(camera), "camera", f"camera_{camera}", len(sources)))
+    sources += [Source(str(camera), "camera", name, len(sources)) for name in cameras]
     if not sources:
         raise UserError("There is nothing to predict: name images, videos, folders, globs, or a camera.")
     return sources
@@ -87,11 +89,15 @@ def _is_known(path: str) -> bool:
     return (suffix in VIDEO_SUFFIXES or suffix in Image.registered_extensions()) and os.path.isfile(path)
 
 
-def _output_names(paths: Sequence[str]) -> list[str]:
-    """A name for the outputs of each file: its path below the shared folder, with its suffix where names are equal."""
-    full = [os.path.abspath(path) for path in paths]
-    root = os.path.commonpath([os.path.dirname(path) for path in full] or ["."])
-    below = [os.path.relpath(path, root) for path in full]
+def _output_names(paths: Sequence[str], taken: Sequence[str]) -> list[str]:
+    """A name for the outputs of each file: its path below the shared folder, with its suffix where names are equal.
+
+    Files of several drives share no folder; each drive is one.
+    """
+    split = [Path(os.path.abspath(path)).parts for path in paths]
+    full = [(re.sub(r"\W+", "_", drive).strip("_"), *parts) for drive, *parts in split]
+    shared = len(os.path.commonprefix([parts[:-1] for parts in full]))
+    below = ["/".join(parts[shared:]) for parts in full]
     stems = [os.path.splitext(path)[0] for path in below]
-    count = Counter(stems) + Counter({path for path, stem in zip(below, stems, strict=True) if path != stem})
+    count = Counter(stems) + Counter({*taken, *(path for path, stem in zip(below, stems, strict=True) if path != stem)})
     return [stem if count[stem] == 1 else path for stem, path in zip(stems, below, strict=True)]

@@ -129,7 +129,7 @@ def test_runner_equals_predictor_without_torch(tmp_path, monkeypatch, pictures):
     )
     (lone / "predict_onnx.py").write_text((TOOLS / "predict_onnx.py").read_text())
     (lone / "use_onnx.py").write_text(example("docs/export.md", "use_onnx"))
-    twins = [lone / "image.jpg", tmp_path / "image.jpg"]
+    twins = [lone / "image.jpg", tmp_path / "image.jpg", lone / "image_4.jpg"]
     for twin in twins:
         Image.open(pictures[0]).save(twin)
     (tmp_path / "bad.png").write_text("not an image")
@@ -147,7 +147,7 @@ def test_runner_equals_predictor_without_torch(tmp_path, monkeypatch, pictures):
     assert (content["height"], content["width"], len(content["objects"])) == (50, 90, 6)
     assert content["objects"][0]["class"].startswith("class ")
     assert Image.open(tmp_path / "out" / "a.png").size == (90, 50)
-    assert {path.name for path in (tmp_path / "out").glob("i*")} == {"image_4.png", "image_5.png"}
+    assert {path.name for path in (tmp_path / "out").glob("i*")} == {"image_4_4.png", "image_5.png", "image_4.png"}
 
 
 def test_a_file_that_finds_something_else_is_not_kept(tmp_path, monkeypatch, pictures, capsys):

@@ -3,11 +3,14 @@
 import csv
 import io
 import json
-from pathlib import Path
+import ntpath
+from pathlib import Path, PureWindowsPath
+from types import SimpleNamespace
 
 import pytest
 
 from dimaskdino.errors import UserError
+from dimaskdino.prediction import inputs
 from dimaskdino.prediction.inputs import find_sources
 from dimaskdino.prediction.records import Records, Share, write_coco, write_csv
 from dimaskdino.prediction.results import Classes
@@ -55,6 +58,17 @@ def test_a_file_named_like_a_glob_is_that_file(folder) -> None:
 def test_each_file_has_outputs_of_its_own(folder) -> None:
     (folder / "a.png.gif").touch()
     assert names(folder) == ["a.jpg", "a.png", "a.png.gif", "b", "deep/c", "deep/d"]
+    assert names(folder / "b.JPG", folder / "deep" / ".." / "b.JPG") == ["b"]
+    (folder / "camera_1.mp4").touch()
+    assert names(folder / "camera_1.mp4", camera=1) == ["camera_1.mp4", "camera_1"]
+
+
+def test_drives_are_folders_of_the_outputs(monkeypatch) -> None:
+    monkeypatch.setattr(inputs, "os", SimpleNamespace(path=ntpath))
+    monkeypatch.setattr(inputs, "Path", PureWindowsPath)
+    paths = [r"C:\a\1.png", r"D:\a\1.png", r"\\host\share\1.png"]
+    assert inputs._output_names(paths, ()) == ["C/a/1", "D/a/1", "host_share/1"]
+    assert inputs._output_names(paths[:1] * 2, ()) == ["1.png"] * 2
 
 
 def test_results_below_a_given_folder_are_no_inputs(folder) -> None:
