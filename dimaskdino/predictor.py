@@ -271,11 +271,6 @@ def _check_together(cfg: Config, *, tiled: bool, staged: bool) -> None:
     test = cfg.MODEL.MaskDINO.TEST
     if staged and cfg.TEST.AUG.ENABLED:
         raise ConfigError("TEST.AUG.ENABLED joins the final results alone; set it to False, or leave layers out.")
-    if test.QUERY_FEATURES and test.INSTANCE_ON and cfg.MODEL.META_ARCHITECTURE == "DINO":
-        raise ConfigError(
-            "MODEL.MaskDINO.TEST.QUERY_FEATURES (--query-features) needs MaskDINO or DI-MaskDINO, not DINO "
-            "(MODEL.META_ARCHITECTURE); leave it out."
-        )
     if tiled and not test.INSTANCE_ON:
         raise ConfigError("Pictures are predicted in tiles by models of objects (MODEL.MaskDINO.TEST.INSTANCE_ON).")
     if tiled and cfg.INPUT.READER:

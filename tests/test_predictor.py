@@ -26,6 +26,7 @@ from dimaskdino.prediction.outputs import mask_map
 from dimaskdino.prediction.refinement import Refinement
 from dimaskdino.prediction.results import Classes, Prediction
 from dimaskdino.predictor import classes_of
+from dimaskdino.structures import FeatureTokens
 from tests.checkpoint.test_hub import put
 from tests.data_pipeline.conftest import registrations  # noqa: F401  (a fixture)
 from tests.data_pipeline.label_maps import write_panoptic
@@ -294,18 +295,26 @@ def test_rle_masks_give_the_same_forms(run, pixels) -> None:
     assert np.array_equal(np.asarray(found.draw()), np.asarray(expected.draw()))
 
 
-def test_query_features_give_the_class_scores(run, pixels) -> None:
-    predictor = Predictor(run, device="cpu", score=0, options=["MODEL.MaskDINO.TEST.QUERY_FEATURES", "True"])
+@pytest.mark.parametrize("options", [{}, TINY_DINO | {"INPUT.MAX_SIZE_TEST": 128}], ids=["DI-MaskDINO", "DINO"])
+def test_query_features_give_the_class_scores(tmp_path, pixels, options) -> None:
+    run = make_run(tmp_path / "run", {**options, "MODEL.MaskDINO.TEST.QUERY_FEATURES": True})
+    predictor = Predictor(run, device="cpu", score=0, batch_size=2)
     found = predictor(pixels)
-    instances = found.instances
-    head = predictor.model.sem_seg_head.predictor.heads.class_embed
+    instances, heads = found.instances, predictor.model.sem_seg_head.predictor.heads
+    head = heads[-1].class_embed if options else heads.class_embed
     scores = head(instances.query_features).sigmoid()[torch.arange(len(instances)), instances.pred_classes]
     torch.testing.assert_close(scores, instances.class_scores, atol=1e-6, rtol=0)
     assert (instances.scores <= instances.class_scores).all()
     assert found["image_feature"].shape == (64,)
-    options = ["MODEL.MaskDINO.TEST.QUERY_FEATURES", "True", "MODEL.META_ARCHITECTURE", "DINO"]
-    with pytest.raises(UserError, match=r"QUERY_FEATURES.*not DINO"):
-        Predictor(run, device="cpu", options=options)
+    if options:  # beside an image of twice its width, half of the tokens are padding
+        seen: list[FeatureTokens] = []
+        decoder = predictor.model.sem_seg_head.predictor
+        with decoder.register_forward_hook(lambda _, given, output: seen.append(output.t_i)):
+            beside = predictor([pixels, np.zeros((64, 128, 3), np.uint8)])[0]
+        levels = seen[0].tokens[0].split([h * w for h, w in seen[0].spatial_shapes])
+        sides = zip(levels, seen[0].spatial_shapes, strict=True)
+        inside = torch.cat([level.view(h, w, -1)[:, : w // 2].flatten(0, 1) for level, (h, w) in sides])
+        torch.testing.assert_close(beside["image_feature"], inside.mean(0))
 
 
 def test_json_and_coco_hold_what_was_found(run, pixels) -> None:

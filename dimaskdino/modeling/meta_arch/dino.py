@@ -45,7 +45,11 @@ class DINO(DIMaskDINO):
             "backbone": backbone,
             "sem_seg_head": MaskDINOHead(pixel_decoder=encoder(cfg, backbone.output_shape()), predictor=predictor),
             "criterion": _criterion(cfg),
-            "post_processor": PostProcessor(num_classes=num_classes, max_detections=cfg.TEST.DETECTIONS_PER_IMAGE),
+            "post_processor": PostProcessor(
+                num_classes=num_classes,
+                max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
+                with_queries=cfg.MODEL.MaskDINO.TEST.QUERY_FEATURES,
+            ),
             "num_classes": num_classes,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,

@@ -225,7 +225,7 @@ class DIMaskDINO(nn.Module):
             output = self.sem_seg_head(features, **padding)
             del features
             return [
-                self._results(output, index, frames[index], image_sizes[index], given)
+                self._results(output, index, (height, width), frames[index], image_sizes[index], given)
                 for index, given in enumerate(batched_inputs)
             ]
         targets = [
@@ -280,6 +280,7 @@ class DIMaskDINO(nn.Module):
         self,
         output: DecoderOutput,
         index: int,
+        canvas: tuple[int, int],
         frame: tuple[int, int],
         image_size: tuple[int, int],
         given: dict[str, Any],
@@ -295,7 +296,7 @@ class DIMaskDINO(nn.Module):
         }
         extra: dict[str, Any] = {"layers": layers} if layers else {}
         if self.post_processor.with_queries and output.t_i is not None:
-            extra["image_feature"] = mean_feature(output.t_i, index, frame, image_size)
+            extra["image_feature"] = mean_feature(output.t_i, index, canvas, image_size)
         return {**result, **extra}
 
 
