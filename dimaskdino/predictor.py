@@ -15,8 +15,9 @@ from detectron2.structures import Instances
 from dimaskdino.checkpoint import Checkpointer, class_names_of, local_path, read_weights
 from dimaskdino.checkpoint.reading import replacing
 from dimaskdino.config import Config, config_of_dump, read_config
-from dimaskdino.data.coco_file import category_names, read_json
+from dimaskdino.config.reader import config_of_run
 from dimaskdino.data.datasets import register_all
+from dimaskdino.data.datasets.registration import known_classes
 from dimaskdino.data.readers import image_reader
 from dimaskdino.data.transforms import test_resize
 from dimaskdino.devices import usable_device
@@ -28,8 +29,9 @@ from dimaskdino.prediction.augmented import AugmentedModel, check_augmentation, 
 from dimaskdino.prediction.canvases import Canvas, open_canvas
 from dimaskdino.prediction.images import CHANNEL_ORDERS, of_own_kind, to_model_input, to_rgb
 from dimaskdino.prediction.refinement import Refinement
-from dimaskdino.prediction.results import Classes, Prediction, on_cpu
+from dimaskdino.prediction.results import Classes, Prediction
 from dimaskdino.prediction.tiles import Tiling, predict_tiles
+from dimaskdino.structures import on_cpu
 from dimaskdino.visualization import to_picture
 
 logger = logging.getLogger(__name__)
@@ -204,10 +206,7 @@ class Predictor:
 def _read_run(run: Path, weights: Path | None) -> tuple[Config, Path, Classes | None]:
     """The configuration and weight file of a run, and its classes where the file knows them."""
     if run.is_dir():
-        config = run / "config.yaml"
-        if not config.is_file():
-            raise UserError(f"{run} is not the folder of a run: it has no config.yaml.")
-        return read_config(config), weights or _last_weights(run), None
+        return config_of_run(run), weights or _last_weights(run), None
     if not run.is_file():
         raise UserError(f"{run} does not exist; give a run's folder, a configuration with weights, or a saved model.")
     if run.suffix in (".yaml", ".yml"):
@@ -284,24 +283,13 @@ def classes_of(cfg: Config, trained: Sequence[str] | None = None) -> Classes:
     register_all(cfg=cfg)
     count = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
     datasets = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
-    for metadata in (MetadataCatalog.get(name) for name in datasets if name in MetadataCatalog.list()):
-        # A semantic dataset has names of stuff alone.
-        things = metadata.get("thing_classes") or metadata.get("stuff_classes")
-        ids: list[int] = []
-        if not things and Path(metadata.get("json_file", "")).is_file():
-            # register_coco_instances learns the classes when it loads the file.
-            by_id = category_names(read_json(metadata.json_file))
-            ids, things = list(by_id), list(by_id.values())
-        if things and len(things) <= count:
-            # Panoptic datasets number things and stuff together; detectron2's "separated" ones do not.
-            maps = [metadata.get(f"{kind}_dataset_id_to_contiguous_id") or {} for kind in ("stuff", "thing")]
-            id_of = {index: key for to_index in maps for key, index in to_index.items()}
-            known = all(index in id_of for index in range(len(things)))
-            ids = ids or [id_of[index] if known else index + 1 for index in range(len(things))]
-            more = range(len(things), count)  # a model may have more classes than its dataset
-            names = [*things, *(f"class {index}" for index in more)]
+    for name in datasets:
+        names, ids = known_classes(name)
+        if names and len(names) <= count:
+            more = range(len(names), count)  # a model may have more classes than its dataset
+            names += [f"class {index}" for index in more]
             ids += [max(ids) + 1 + index for index in more]
-            return Classes(names, ids, list(metadata.get("stuff_classes", [])))
+            return Classes(names, ids, list(MetadataCatalog.get(name).get("stuff_classes", [])))
     if trained and len(trained) == count:
         return Classes(list(trained), list(range(1, count + 1)))
     logger.warning(

@@ -51,7 +51,7 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from dimaskdino.engine import Trainer, argument_parser, evaluate, launch, setup
+from dimaskdino.engine import argument_parser, launch, train_or_evaluate
 from dimaskdino.engine.launch import cpu_processes
 from dimaskdino.engine.pictures import rows_of_checkpoint, save_pictures
 from dimaskdino.engine.setup import load_config
@@ -101,7 +101,7 @@ def show_one(demo: argparse.Namespace) -> None:
     args = run_arguments(demo, demo.config_file, run)
     what = f"Evaluating {MODEL.name}" if demo.quick else "Training and evaluating"
     print(f"1. {what} on the CPU; all details are in {run}/log.txt", flush=True)
-    launch(work, args, cpu_processes=cpu_processes())
+    launch(train_or_evaluate, args, cpu_processes=cpu_processes())
     print(f"\n{report(run)}\n")
     print("2. Drawing what the model finds", flush=True)
     picture = demo.output / "predictions.png"
@@ -118,7 +118,7 @@ def show_all(demo: argparse.Namespace) -> None:
         run = demo.output / task.config / "run"
         args = run_arguments(demo, str(CONFIGS / f"{task.config}.yaml"), run, resume=True)
         print(f"{number} of {len(TASKS)}. Training and evaluating {task.config}; details: {run}/log.txt", flush=True)
-        launch(work, args, cpu_processes=cpu_processes())
+        launch(train_or_evaluate, args, cpu_processes=cpu_processes())
         print(f"\n{report(run)}\n", flush=True)
         if task.column:
             rows = rows_of_checkpoint(load_config(args), run / "model_final.pth", demo.pictures)
@@ -153,18 +153,6 @@ def run_arguments(demo: argparse.Namespace, config_file: str, run: Path, *, resu
         arguments.append("--eval-only")
         options += [*QUICK, "MODEL.WEIGHTS", str(MODEL)]
     return argument_parser().parse_args([*arguments, *options, *(SMOKE if demo.smoke else [])])
-
-
-def work(args: argparse.Namespace) -> None:
-    """Do what every process does."""
-    cfg = setup(args)
-    if args.eval_only:
-        evaluate(cfg)
-        return
-    trainer = Trainer(cfg)
-    if args.resume:
-        trainer.resume_or_load(resume=True)
-    trainer.train()
 
 
 def report(run: Path) -> str:

@@ -40,7 +40,7 @@ def parse_args() -> argparse.Namespace:
 if __name__ == "__main__":
     parse_args()  # --help and mistakes end here, before the imports that take seconds
 
-from dimaskdino.engine import Trainer, argument_parser, launch, setup
+from dimaskdino.engine import argument_parser, launch, train_or_evaluate
 from dimaskdino.engine.launch import cpu_processes
 from dimaskdino.engine.pictures import save_pictures
 from dimaskdino.engine.setup import load_config
@@ -53,7 +53,7 @@ def main() -> None:
     check_paths(own)
     started = time.perf_counter()
     args = run_arguments(own)
-    launch(work, args, cpu_processes=cpu_processes())
+    launch(train_or_evaluate, args, cpu_processes=cpu_processes())
     results = own.output / "inference" / "results.json"
     print(f"\nAP in percent, on {own.val_json or own.json}\n\n{coco_table(json.loads(results.read_text()))}\n")
     weights, picture = own.output / "model_final.pth", own.output / "predictions.png"
@@ -89,13 +89,6 @@ def run_arguments(own: argparse.Namespace) -> argparse.Namespace:
     flags = ["--config-file", own.config_file, *(["--resume"] if own.resume else [])]
     flags += [] if own.num_gpus is None else ["--num-gpus", str(own.num_gpus)]
     return argument_parser().parse_args([*flags, *(item for pair in keys.items() for item in pair), *own.opts])
-
-
-def work(args: argparse.Namespace) -> None:
-    """Do what every process does."""
-    trainer = Trainer(setup(args))
-    trainer.resume_or_load(resume=args.resume)
-    trainer.train()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.data import MetadataCatalog
+from detectron2.structures import BoxMode
 from pycocotools import mask as mask_util
 from torch import nn
 
@@ -81,9 +82,8 @@ def compare_stages(output: DecoderOutput, frame: Frame, truth: TrueObjects, mode
 def _compare(
     predicted: StagePrediction, frame: Frame, truth: TrueObjects, rendering: MaskRendering, score_by_mask: bool
 ) -> SeenStage:
-    boxes = scale_boxes(predicted.boxes[0].float(), frame).cpu().numpy()
-    boxes = boxes.astype(np.float64)
-    box_iou = overlaps(np.concatenate((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]), axis=1), truth.boxes)
+    boxes = scale_boxes(predicted.boxes[0].float(), frame).cpu().double().numpy()
+    box_iou = overlaps(BoxMode.convert(boxes, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS), truth.boxes)
     quality, mask_iou, rles = np.ones(len(boxes)), None, {}
     if predicted.masks is not None and truth.rles is not None:
         near = np.flatnonzero((box_iou >= _RENDERED_IOU).any(1))

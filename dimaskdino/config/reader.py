@@ -16,7 +16,7 @@ from detectron2.config import get_cfg as get_detectron2_cfg
 from dimaskdino.compat import NEWER_KEYS
 from dimaskdino.config.keys import KEYS, MAY_BE_NO, add_dimaskdino_config, add_keys
 from dimaskdino.config.yaml_files import IGNORED_KEYS, read_yaml
-from dimaskdino.errors import ConfigError
+from dimaskdino.errors import ConfigError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -195,6 +195,14 @@ def read_config(path: str | Path) -> Config:
     cfg = get_cfg()
     cfg.merge_from_file(str(path))
     return cfg
+
+
+def config_of_run(folder: Path) -> Config:
+    """The configuration of a run, unfrozen; raises UserError for a folder without one."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{folder} is not the folder of a run: it has no config.yaml.")
+    return read_config(path)
 
 
 def config_of_dump(text: str) -> Config:

@@ -5,7 +5,7 @@ from pycocotools import mask as mask_util
 
 from dimaskdino.data.coco_file import Json
 from dimaskdino.data.validation.rules import Shape, has_mask, read_mask
-from dimaskdino.structures.rle_masks import Rle, Size, crop_of
+from dimaskdino.structures.rle_masks import Rle, Size, coco_shape, crop_of
 
 Window = tuple[int, int, int, int]  # top, left, bottom, right, in pixels
 
@@ -27,11 +27,10 @@ def cut_annotation(annotation: Json, size: Size, window: Window, least_share: fl
         moved = [np.subtract(np.reshape(each, (-1, 2)), (left, top)).ravel().tolist() for each in mask.polygons]
         return {**annotation, "segmentation": moved, "bbox": [x0 - left, y0 - top, x1 - x0, y1 - y0]}
     rle = _cut_mask(mask, window)
-    area = int(mask_util.area(rle))
+    area = mask_util.area(rle)
     if not area or area < least_share * mask_util.area(mask.rasterized(size)):
         return None
-    segmentation = {"size": rle["size"], "counts": rle["counts"].decode()}
-    return {**annotation, "segmentation": segmentation, "bbox": mask_util.toBbox(rle).tolist(), "area": area}
+    return {**annotation, **coco_shape(rle)}
 
 
 def _cut_mask(mask: Shape, window: Window) -> Rle:

@@ -1,7 +1,7 @@
 """Loaders from the configuration."""
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -41,7 +41,6 @@ Batches = Iterable[list[dict[str, Any]]]
 def build_train_loader(
     cfg: CfgNode,
     *,
-    make_sampler: Callable[[int], Iterable[int]] | None = None,
     with_masks: bool = True,
     first_batch: int = 0,
     group_size: int = 0,
@@ -52,8 +51,7 @@ def build_train_loader(
     counted in the log. Crowd regions, and with them BDD100K's ignored regions, are never trained on.
 
     Batches and augmentations follow from SEED (see :mod:`dimaskdino.data.orders`); a negative one draws a seed.
-    ``make_sampler`` gives, for a number of images, the order to draw them in for all processes together, in place of
-    DATALOADER.SAMPLER_TRAIN; ``group_size`` is in place of DATALOADER.ASPECT_RATIO_GROUP_SIZE where it is not 0.
+    ``group_size`` is in place of DATALOADER.ASPECT_RATIO_GROUP_SIZE where it is not 0.
 
     Raises:
         ConfigError: if DATALOADER.SAMPLER_TRAIN is not the name of a sampler.
@@ -66,7 +64,7 @@ def build_train_loader(
     logger.info("Augmentations: %s", getattr(mapper, "augmentations", mapper))
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     batches = BatchSampler(
-        make_sampler(len(entries)) if make_sampler else endless_order(cfg, entries, seed),
+        endless_order(cfg, entries, seed),
         batch_size=cfg.SOLVER.IMS_PER_BATCH,
         group_of=group_of,
         group_size=group_size or images_in_a_group(cfg),

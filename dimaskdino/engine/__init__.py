@@ -6,7 +6,7 @@ from dimaskdino.engine.hooks import HOOK_REGISTRY
 from dimaskdino.engine.launch import launch
 from dimaskdino.engine.setup import setup
 from dimaskdino.engine.train_step import TrainStep
-from dimaskdino.engine.trainer import Trainer, evaluate
+from dimaskdino.engine.trainer import Trainer, evaluate, train_or_evaluate
 from dimaskdino.solver import GradientClipper, build_lr_scheduler, build_optimizer
 
 __all__ = [
@@ -21,4 +21,5 @@ __all__ = [
     "keep_freed_memory",
     "launch",
     "setup",
+    "train_or_evaluate",
 ]

@@ -247,7 +247,7 @@ def _exit_status(error: BaseException) -> int:
         return USER_ERROR_STATUS
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
-    return 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+    return INTERRUPTED_STATUS if isinstance(error, KeyboardInterrupt) else 1
 
 
 def _end_process(status: int) -> NoReturn:

@@ -14,13 +14,14 @@ from torch import nn
 
 from dimaskdino.checkpoint import Checkpointer
 from dimaskdino.data import build_mapper, register_all
-from dimaskdino.data.datasets.registration import load_dataset
+from dimaskdino.data.datasets.registration import class_names, load_dataset
 from dimaskdino.data.validation.segmentation import mapping_truth_of
 from dimaskdino.engine.devices import whole_weights
 from dimaskdino.engine.hooks import EvaluateWhenTrained
 from dimaskdino.engine.nonfinite import unwrapped
 from dimaskdino.modeling.meta_arch import build_model
-from dimaskdino.prediction.results import Classes, Prediction, on_cpu
+from dimaskdino.prediction.results import Classes, Prediction
+from dimaskdino.structures import on_cpu
 from dimaskdino.visualization import Objects, draw_objects, save_grid, to_picture
 
 logger = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ def picture_rows(
 ) -> Iterator[list[np.ndarray]]:
     """Draw images of :func:`picture_inputs`: a row of :data:`COLUMNS` each, (H, W, 3) uint8 RGB of :data:`WIDTH_PX`."""
     metadata = MetadataCatalog.get(dataset_name)
-    names = metadata.get("thing_classes") or metadata.get("stuff_classes")
+    names = class_names(dataset_name)
     classes = Classes(names, range(len(names)), metadata.get("stuff_classes", ()))
     was_training = model.training
     model.eval()

@@ -1,5 +1,6 @@
 """What a training is made of: model, optimizer, hooks, data and evaluation, each by a method to override."""
 
+import argparse
 import contextlib
 import logging
 import math
@@ -31,6 +32,7 @@ from dimaskdino.engine.ema import AveragedWeights
 from dimaskdino.engine.nonfinite import unwrapped
 from dimaskdino.engine.pictures import DrawPredictions
 from dimaskdino.engine.resumable import ResumableTrainer
+from dimaskdino.engine.setup import setup
 from dimaskdino.engine.train_step import TrainStep
 from dimaskdino.engine.writers import build_writers
 from dimaskdino.errors import UserError
@@ -218,6 +220,17 @@ class Trainer(ResumableTrainer):
             return evaluator
         speed = evaluation.SpeedEvaluator(timer, run_folder.inference_folder(cfg, dataset_name))
         return DatasetEvaluators([evaluator, speed])
+
+
+def train_or_evaluate(args: argparse.Namespace) -> None:
+    """What every process of a job does, by the command line of train_net.py."""
+    cfg = setup(args)
+    if args.eval_only:
+        evaluate(cfg, resume=args.resume)
+        return
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    trainer.train()
 
 
 def evaluate(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:

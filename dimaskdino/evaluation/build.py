@@ -5,7 +5,6 @@ import inspect
 import io
 import logging
 import math
-import os
 from collections import defaultdict
 from collections.abc import Mapping
 from itertools import chain
@@ -13,7 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.data.transforms import NoOpTransform, TransformList
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.structures import Instances
@@ -21,8 +20,7 @@ from detectron2.utils import comm
 from detectron2.utils.registry import Registry
 
 from dimaskdino.data.annotations import annotations_to_instances
-from dimaskdino.data.coco_file import category_names, read_json
-from dimaskdino.data.datasets.registration import load_dataset
+from dimaskdino.data.datasets.registration import class_names, load_dataset
 from dimaskdino.data.label_maps import labeled_objects
 from dimaskdino.data.validation.segmentation import truth_of
 from dimaskdino.errors import ConfigError, DatasetError, check_choice, make_part
@@ -37,6 +35,7 @@ from dimaskdino.evaluation.segmentation import (
     numbers_of,
     register_things,
 )
+from dimaskdino.structures import on_cpu
 
 logger = logging.getLogger(__name__)
 
@@ -102,8 +101,8 @@ class ImageEvaluator(DatasetEvaluator):
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
         """Measure a batch."""
         for image, output in zip(inputs, outputs, strict=True):
-            on_cpu = {key: value.to("cpu") if hasattr(value, "to") else value for key, value in output.items()}
-            self._measured.append(numbers_of("measure", type(self), self.measure(image, on_cpu, self.truth(image))))
+            measured = self.measure(image, on_cpu(output), self.truth(image))
+            self._measured.append(numbers_of("measure", type(self), measured))
 
     def truth(self, image: dict[str, Any]) -> Instances:
         """The objects of an image at its own size."""
@@ -259,18 +258,6 @@ def check_classes(cfg: CfgNode) -> None:
             theirs = class_names(trained)
             if ours and theirs != ours and len(theirs) == cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES:
                 raise DatasetError(_difference(trained, theirs, tested, ours))
-
-
-def class_names(dataset_name: str) -> list[str]:
-    """The class names of a registered dataset by class index; empty if they are not known on this machine."""
-    if dataset_name not in DatasetCatalog.list():
-        return []
-    metadata = MetadataCatalog.get(dataset_name)
-    names, file = metadata.get("thing_classes") or metadata.get("stuff_classes"), metadata.get("json_file")
-    if names is None and file and os.path.isfile(file):
-        # register_coco_instances learns the classes when it loads the file.
-        names = category_names(read_json(file)).values()
-    return list(names or [])
 
 
 def _difference(trained: str, theirs: list[str], tested: str, ours: list[str]) -> str:

@@ -58,13 +58,13 @@ def truth_of_entries(entries: list[Json], name: str, class_names: Sequence[str],
         dataset["annotations"] = [
             {
                 "image_id": entry["image_id"],
-                "category_id": category_ids[annotation["category_id"]],
-                "bbox": _box_xywh_px(annotation),
-                "iscrowd": int(annotation.get("iscrowd", 0)),
-                **({"segmentation": _plain(annotation["segmentation"])} if has_mask(annotation) else {}),
+                "category_id": category_ids[each["category_id"]],
+                "bbox": [*map(float, BoxMode.convert([*each["bbox"]], BoxMode(each["bbox_mode"]), BoxMode.XYWH_ABS))],
+                "iscrowd": int(each.get("iscrowd", 0)),
+                **({"segmentation": _plain(each["segmentation"])} if has_mask(each) else {}),
             }
             for entry in entries
-            for annotation in entry.get("annotations", ())
+            for each in entry.get("annotations", ())
         ]
     return make_truth(dataset, name)
 
@@ -176,11 +176,6 @@ def _area_px2(coco: hotcoco.COCO, annotation: Json) -> float:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _box_xywh_px(annotation: Json) -> list[float]:
-    mode = BoxMode(annotation["bbox_mode"])  # a mode may be its number
-    return [float(x) for x in BoxMode.convert(list(annotation["bbox"]), mode, BoxMode.XYWH_ABS)]
 
 
 def _plain(segmentation: Any) -> Any:

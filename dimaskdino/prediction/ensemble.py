@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, BoxMode, Instances
 from pycocotools import mask as mask_util
 
 from dimaskdino.data.coco_file import below, read_json
@@ -135,8 +135,7 @@ def join_results(sources: Sequence[Sequence[Result]], fusion: Fusion) -> list[Re
 def _instances(results: Sequence[Result], index_of: dict[Any, int], size: Any, *, with_masks: bool) -> Instances:
     """Detections of one image of ``size`` (height, width), which boxes alone do not need."""
     boxes = torch.tensor([result["bbox"] for result in results], dtype=torch.float32).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    found = Instances(size, pred_boxes=Boxes(boxes))
+    found = Instances(size, pred_boxes=Boxes(BoxMode.convert(boxes, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)))
     found.scores = torch.tensor([float(result["score"]) for result in results])
     found.pred_classes = torch.tensor([index_of[result["category_id"]] for result in results], dtype=torch.int64)
     if with_masks:

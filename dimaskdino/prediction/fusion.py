@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, BoxMode, Instances
 from pycocotools import mask as mask_util
 
 from dimaskdino.structures import RleMasks
@@ -102,8 +102,8 @@ def by_class(found: Instances) -> Iterator[tuple[np.ndarray, Any]]:
     if found.has("pred_masks"):
         shapes: Any = RleMasks.of(found.pred_masks).rles
     else:
-        shapes = found.pred_boxes.tensor.cpu().double().numpy().copy()
-        shapes[:, 2:] -= shapes[:, :2]
+        boxes = found.pred_boxes.tensor.cpu().double()
+        shapes = BoxMode.convert(boxes, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS).numpy()
     for label in np.unique(classes):
         members = np.flatnonzero(classes == label)
         yield members, chosen(shapes, members)

@@ -220,17 +220,3 @@ class _DrawnMasks(Sequence[np.ndarray]):
             area = cv2.resize(crop.astype(np.float32), room.shape[::-1], interpolation=cv2.INTER_AREA)
             room[:] = area >= min(0.5, float(area.max()))
         return mask
-
-
-def on_cpu(result: dict[str, Any]) -> dict[str, Any]:
-    """A model's result with every tensor on the CPU."""
-    return {
-        name: (value[0].cpu(), value[1])
-        if name == "panoptic_seg"
-        else {stage: on_cpu(each) for stage, each in value.items()}
-        if name == "layers"
-        else value.to("cpu")
-        if hasattr(value, "to")
-        else value
-        for name, value in result.items()
-    }

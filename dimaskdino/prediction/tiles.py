@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, BoxMode, Instances
 from pycocotools import mask as mask_util
 
 from dimaskdino.errors import ConfigError
@@ -177,7 +177,7 @@ class _Merge:
     def _iou_inside(self, pair: list[int], region: Region) -> float:
         """IoU of two detections' masks, or boxes, of their parts inside a region."""
         boxes = np.clip(self._extents[pair], 2 * region[:2], 2 * region[2:])
-        shapes: Any = np.hstack((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]))
+        shapes: Any = BoxMode.convert(boxes, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)
         if self._rles is not None:
             shapes = [self._rles[index] for index in pair]
             if (boxes != self._extents[pair]).any():

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from dimaskdino.checkpoint import Checkpointer
-from dimaskdino.config import read_config
+from dimaskdino.config.reader import config_of_run
 from dimaskdino.data import build_mapper
 from dimaskdino.data.datasets import register_all
 from dimaskdino.data.datasets.registration import load_dataset
@@ -111,21 +111,15 @@ def measure_run(folder: Path, progress: Progress = no_progress) -> Distances:
         images = progress((mapper(dict(entry)) for entry in entries), total=len(entries))
         distances = list(object_distances(model, images))
         every, small = (torch.cat([each[index] for each in distances]) for index in (0, 1))
-        found[path.stem] = {"all": _decreasing(every), "small": _decreasing(every[small])}
+        kinds = {"all": every, "small": every[small]}
+        found[path.stem] = {kind: sorted(values.tolist(), reverse=True) for kind, values in kinds.items()}
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(found))
     return found
 
 
-def _decreasing(distances: Tensor) -> list[float]:
-    return distances.sort(descending=True).values.tolist()
-
-
 def _config_of(folder: Path) -> CfgNode:
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"{folder} is not the folder of a run: it has no config.yaml.")
-    cfg = read_config(path)
+    cfg = config_of_run(folder)
     if cfg.MODEL.META_ARCHITECTURE != "DINO":
         raise UserError(
             f"{folder} holds a run of {cfg.MODEL.META_ARCHITECTURE}; the average top-k distance is measured of DINO "
@@ -178,7 +172,7 @@ def distance_curves(
 
 
 def _iterations_of_epoch(folder: Path, epoch_images: int | None) -> float:
-    cfg = read_config(folder / "config.yaml")
+    cfg = config_of_run(folder)
     if epoch_images is None:
         name = cfg.DATASETS.TRAIN[0] if cfg.DATASETS.TRAIN else ""
         known = EPOCH_IMAGES | {"shapes": cfg.DATASETS.SHAPES.NUM_TRAIN}

@@ -8,6 +8,7 @@ from dimaskdino.structures.predictions import (
     StagePrediction,
     group_by_mask_features,
     mask_logits,
+    on_cpu,
 )
 from dimaskdino.structures.rle_masks import RleMasks, instances_to_coco
 from dimaskdino.structures.stages import Stage, decoder_stages, is_final_loss
@@ -34,5 +35,6 @@ __all__ = [
     "instances_to_coco",
     "is_final_loss",
     "mask_logits",
+    "on_cpu",
     "take",
 ]

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -117,3 +118,12 @@ class DecoderOutput:
     denoising_stages: list[StagePrediction]
     denoising: DenoisingQueries | None  #: the denoising queries that those belong to
     t_i: FeatureTokens | None = None  #: the encoder's tokens
+
+
+def on_cpu(result: Any) -> Any:
+    """A model's result, a dictionary, with every tensor on the CPU."""
+    if isinstance(result, dict):
+        return {name: on_cpu(value) for name, value in result.items()}
+    if isinstance(result, tuple):  # a panoptic map and its segments
+        return tuple(map(on_cpu, result))
+    return result.to("cpu") if hasattr(result, "to") else result

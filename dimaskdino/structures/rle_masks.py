@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, BoxMode, Instances
 from pycocotools import mask as mask_util
 from torch import Tensor
 
@@ -78,8 +78,7 @@ class RleMasks:
     def get_bounding_boxes(self) -> Boxes:
         """Smallest boxes around the masks, xyxy px with exclusive right and lower edges; zeros for an empty mask."""
         boxes = np.array([mask_util.toBbox(rle) for rle in self.rles], dtype=np.float32).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        return Boxes(torch.from_numpy(boxes))
+        return Boxes(BoxMode.convert(torch.from_numpy(boxes), BoxMode.XYWH_ABS, BoxMode.XYXY_ABS))
 
 
 def _encode(mask: np.ndarray) -> Rle:
@@ -168,6 +167,16 @@ def place_crop(crop: np.ndarray, top: int, left: int, size: Size) -> Rle:
     return mask_util.frPyObjects({"size": list(size), "counts": counts.tolist()}, *size)
 
 
+def as_text(rle: Rle) -> Rle:
+    """A compressed RLE as JSON holds it."""
+    return {"size": list(rle["size"]), "counts": rle["counts"].decode()}
+
+
+def coco_shape(rle: Rle) -> dict[str, Any]:
+    """What an annotation of a COCO file says of a mask: bbox (xywh px), area (px^2), segmentation (RLE as text)."""
+    return {"bbox": mask_util.toBbox(rle).tolist(), "area": int(mask_util.area(rle)), "segmentation": as_text(rle)}
+
+
 def instances_to_coco(
     instances: Instances, image_id: Any, category_ids: Sequence[int] | None = None
 ) -> list[dict[str, Any]]:
@@ -176,8 +185,7 @@ def instances_to_coco(
     Each has image_id, category_id, bbox (xywh px), score, and where there are masks segmentation (RLE with text
     counts).
     """
-    boxes = instances.pred_boxes.tensor.clone()
-    boxes[:, 2:] -= boxes[:, :2]
+    boxes = BoxMode.convert(instances.pred_boxes.tensor, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)
     classes = instances.pred_classes.tolist()
     found = [
         {"image_id": image_id, "category_id": label if category_ids is None else category_ids[label]}
@@ -186,5 +194,5 @@ def instances_to_coco(
     ]
     if instances.has("pred_masks"):
         for result, rle in zip(found, RleMasks.of(instances.pred_masks).rles, strict=True):
-            result["segmentation"] = {"size": list(rle["size"]), "counts": rle["counts"].decode()}
+            result["segmentation"] = as_text(rle)
     return found

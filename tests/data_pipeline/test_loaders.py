@@ -2,12 +2,12 @@
 
 import logging
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
-from torch.utils.data import SequentialSampler
 
 from dimaskdino.config import Config
 from dimaskdino.data import build_test_loader, build_train_loader
@@ -31,8 +31,8 @@ def mine(cfg: Config, coco: Json, write_coco: Callable[[Json], tuple[Path, Path]
 
 def drawn_objects(cfg: Config) -> dict[int, int]:
     """Image id -> number of its targets, of every image that training draws from."""
-    loader = build_train_loader(cfg, make_sampler=lambda size: SequentialSampler(range(size)))
-    return {image["image_id"]: len(image["instances"]) for batch in loader for image in batch}
+    loader = build_train_loader(cfg)
+    return {image["image_id"]: len(image["instances"]) for batch in islice(loader, 3) for image in batch}
 
 
 def test_images_without_an_object_are_left_out(mine: Config, caplog: pytest.LogCaptureFixture) -> None:

@@ -14,6 +14,7 @@ from pycocotools import mask as mask_util
 from dimaskdino.data.coco_file import Json, coco_content
 from dimaskdino.data.images import read_header
 from dimaskdino.errors import DatasetError
+from dimaskdino.structures.rle_masks import coco_shape
 
 logger = logging.getLogger(__name__)
 
@@ -223,9 +224,7 @@ def to_coco(images: Sequence[LabeledImage], classes: Sequence[str]) -> Json:
 
 def _shape(item: LabeledObject, size: tuple[int, int]) -> Json:
     if item.mask is not None:
-        rle = mask_util.encode(np.asfortranarray(item.mask, dtype=np.uint8))
-        segmentation = {"size": list(size), "counts": rle["counts"].decode()}
-        return {"bbox": mask_util.toBbox(rle).tolist(), "area": int(mask_util.area(rle)), "segmentation": segmentation}
+        return coco_shape(mask_util.encode(np.asfortranarray(item.mask, dtype=np.uint8)))
     box = item.box or box_around(np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in item.polygons]))
     left, top, right, bottom = box
     shape: Json = {"bbox": [_rounded(v) for v in (left, top, right - left, bottom - top)]}

@@ -173,9 +173,7 @@ def _annotation(category_id: int, attributes: dict[str, bool], rle: Rle, source_
     return {
         "category_id": category_id,
         "iscrowd": int(attributes["crowd"] or attributes["ignored"]),
-        "bbox": mask_util.toBbox(rle).tolist(),
-        "area": int(mask_util.area(rle)),
-        "segmentation": {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")},
+        **coco_shape(rle),
         **{name: int(attributes[name]) for name in ATTRIBUTE_BITS},
         "source_id": source_id,
     }

@@ -20,7 +20,7 @@ from dimaskdino.data.coco_file import (
     category_names,
     read_coco,
 )
-from dimaskdino.data.json_file import decode_json, without_collecting
+from dimaskdino.data.json_file import decode_json, read_json, without_collecting
 from dimaskdino.data.shared import once_a_machine
 from dimaskdino.errors import ConfigError, DatasetError
 from dimaskdino.structures.rle_masks import checked_rle
@@ -197,6 +197,30 @@ def set_classes(name: str, names: dict[Any, str]) -> dict[Any, int]:
     metadata.thing_classes = list(names.values())
     metadata.thing_dataset_id_to_contiguous_id = {key: index for index, key in enumerate(names)}
     return metadata.thing_dataset_id_to_contiguous_id
+
+
+def known_classes(name: str) -> tuple[list[str], list[Any]]:
+    """Names and category ids by class index of a registered dataset; empty if they are not known on this machine."""
+    if name not in MetadataCatalog.list():
+        return [], []
+    metadata = MetadataCatalog.get(name)
+    # A semantic dataset has names of stuff alone.
+    names, file = metadata.get("thing_classes") or metadata.get("stuff_classes"), metadata.get("json_file")
+    if not names and file and os.path.isfile(file):
+        # register_coco_instances learns the classes when it loads the file.
+        by_id = category_names(read_json(file))
+        return list(by_id.values()), list(by_id)
+    names = list(names or [])
+    # Panoptic datasets number things and stuff together; detectron2's "separated" ones do not.
+    maps = [metadata.get(f"{kind}_dataset_id_to_contiguous_id") or {} for kind in ("stuff", "thing")]
+    id_of = {index: key for to_index in maps for key, index in to_index.items()}
+    known = all(index in id_of for index in range(len(names)))
+    return names, [id_of[index] if known else index + 1 for index in range(len(names))]
+
+
+def class_names(name: str) -> list[str]:
+    """The class names of a registered dataset by class index; empty if they are not known on this machine."""
+    return known_classes(name)[0]
 
 
 def share_classes(names: Iterable[str]) -> None:

@@ -5,6 +5,8 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as mask_util
 
+from dimaskdino.structures.rle_masks import as_text
+
 Corner = tuple[int, int]  # (x, y), a corner between pixels
 
 
@@ -17,7 +19,7 @@ def visible_object(mask: np.ndarray) -> dict[str, Any]:
     left, top, width, height = (int(value) for value in mask_util.toBbox(rle))
     outlines = trace_outlines(mask[top : top + height, left : left + width])
     if any(_signed_area(outline) < 0 for outline in outlines):
-        segmentation: Any = {"size": list(mask.shape), "counts": rle["counts"].decode("ascii")}
+        segmentation: Any = as_text(rle)
     else:
         segmentation = [[float(c) for x, y in outline for c in (left + x, top + y)] for outline in outlines]
     return {
