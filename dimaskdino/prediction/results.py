@@ -11,6 +11,7 @@ from detectron2.structures import Instances
 from PIL import Image
 from pycocotools import mask as mask_util
 
+from dimaskdino.data.label_maps import labels_present
 from dimaskdino.errors import UserError, require
 from dimaskdino.prediction.canvases import LARGEST_COPY_PX, Canvas
 from dimaskdino.structures import RleMasks, instances_to_coco
@@ -146,7 +147,7 @@ class Prediction(dict):
 
     def _semantic_objects(self) -> Objects:
         ids = self["sem_seg"].argmax(0).numpy()
-        return Objects.from_segments(ids, {int(label): int(label) for label in np.unique(ids)}, self.classes.segments)
+        return Objects.from_segments(ids, {label: label for label in labels_present(ids)}, self.classes.segments)
 
     def to_coco(self, image_id: Any = 0) -> list[dict[str, Any]]:
         """Detections in COCO's results format, with the category ids of the dataset that the model was trained on."""

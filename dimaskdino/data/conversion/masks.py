@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 
 from dimaskdino.data.conversion.labels import Images, LabeledImage, LabeledObject, Labels, Problems
-from dimaskdino.data.label_maps import read_label_map
+from dimaskdino.data.label_maps import labels_present, read_label_map
 from dimaskdino.errors import DatasetError
 
 
@@ -51,7 +51,7 @@ def read_masks(
 
 def _objects(file: Path, size: tuple[int, int], names: list[str], *, instances: bool) -> Iterator[LabeledObject]:
     values = read_label_map(str(file), size)
-    for value in np.unique(values).tolist():
+    for value in labels_present(values):
         if value == 0 or (value == 255 and not instances):
             continue
         number = (1 if len(names) == 1 else value // 1000) if instances else value

@@ -17,7 +17,8 @@ from matplotlib.transforms import Affine2D
 from pycocotools import mask as mask_util
 
 from dimaskdino.data.datasets.bdd100k import CLASSES
-from dimaskdino.structures.rle_masks import Rle, Size, checked_rle
+from dimaskdino.data.label_maps import labels_present
+from dimaskdino.structures.rle_masks import Rle, Size, checked_rle, coco_shape
 
 PATH_CODES = {"L": Path.LINETO, "C": Path.CURVE4}
 DOTS_PER_INCH = 72  # any: only widths of lines depend on it, and none are drawn
@@ -85,7 +86,7 @@ def labels_of_bitmask(bitmask: np.ndarray) -> ImageLabels:
     """
     labels = ImageLabels()
     codes = np.ascontiguousarray(bitmask).view(">u4")[..., 0].astype(np.uint32)
-    found = [(code & 0xFFFF, code >> 24, (code >> 16) & 0xFF, code) for code in np.unique(codes).tolist()]
+    found = [(code & 0xFFFF, code >> 24, (code >> 16) & 0xFF, code) for code in labels_present(codes)]
     seen: set[int] = set()
     for instance_id, category_id, bits, code in sorted(found):
         if category_id == 0 and instance_id == 0:

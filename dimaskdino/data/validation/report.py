@@ -70,8 +70,9 @@ class Counts:
     def add_kept(self, classes: np.ndarray, images: np.ndarray, kept: np.ndarray) -> None:
         """Count those objects that are kept, and all of their images, by the numbers (n,) of classes and images."""
         keys = [*self.classes]
-        _, one_each = np.unique(images * len(keys) + classes, return_index=True)
-        numbers, having = (np.bincount(each, minlength=len(keys)) for each in (classes[kept], classes[one_each]))
+        pairs = np.sort(images * len(keys) + classes)
+        one_each = pairs[np.diff(pairs, prepend=-1) > 0] % len(keys)
+        numbers, having = (np.bincount(each, minlength=len(keys)) for each in (classes[kept], one_each))
         self.objects += Counter({(key, KEPT): number for key, number in zip(keys, numbers.tolist(), strict=True)})
         self.images += Counter(dict(zip(keys, having.tolist(), strict=True)))
         self.images_with_any += len(np.flatnonzero(np.bincount(images)))

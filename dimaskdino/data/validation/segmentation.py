@@ -13,7 +13,7 @@ from detectron2.data import MetadataCatalog
 from dimaskdino.data.coco_file import Json
 from dimaskdino.data.datasets.registration import is_coco_file, load_dataset
 from dimaskdino.data.images import size_problem
-from dimaskdino.data.label_maps import VOID, labels_present, read_segments, read_semantic
+from dimaskdino.data.label_maps import VOID, read_segments, read_semantic
 from dimaskdino.data.parallel import Progress, no_progress, parallel_map
 from dimaskdino.data.readers import Reader, image_reader
 from dimaskdino.data.validation.files import check_files_exist, spread_first
@@ -231,9 +231,9 @@ def _inspect(entry: Json, *, ignore: int, **options: Any) -> tuple[list[Finding]
         labels = check_labels_of(entry, ignore=ignore, **options)
     except DatasetError as error:
         return [Finding("label map cannot be used", str(error))], {}
-    if "segments_info" not in entry:
-        return [], {k: (int((labels == k).sum()), 1) for k in labels_present(labels) if k != ignore}
     pixels = dict(zip(*(each.tolist() for each in np.unique(labels, return_counts=True)), strict=True))
+    if "segments_info" not in entry:
+        return [], {label: (number, 1) for label, number in pixels.items() if label != ignore}
     present: dict[int, tuple[int, int]] = {}
     for segment in entry["segments_info"]:
         area, number = present.get(segment["category_id"], (0, 0))
