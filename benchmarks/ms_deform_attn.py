@@ -19,6 +19,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from benchmarks.measure import Work, copy_bandwidth, load_bandwidth, peak_bytes, side_by_side
+from dimaskdino.devices import default_device
 from dimaskdino.layers import ms_deform_attn, ms_deform_attn_fused, ms_deform_attn_ops
 from dimaskdino.layers.ms_deform_attn_reference import (
     SpatialShapes,
@@ -326,7 +327,7 @@ def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=default_device())
     cases = ["encoder 1", "encoder 2", "decoder 300", "decoder 900"]
     parser.add_argument("--cases", nargs="+", default=cases, help="'encoder BATCH' or 'decoder QUERIES'")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "float16"])

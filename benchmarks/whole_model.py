@@ -22,6 +22,7 @@ from torch import nn
 from benchmarks.against import ROWS, print_table
 from benchmarks.measure import Work, side_by_side
 from dimaskdino.config import get_cfg
+from dimaskdino.devices import default_device
 from dimaskdino.engine import keep_freed_memory
 from dimaskdino.errors import UserError
 from dimaskdino.layers import ms_deform_attn_ops
@@ -79,7 +80,7 @@ def row(model: nn.Module, size: int, *, train: bool, rounds: int) -> dict[str, A
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", default=str(CONFIG))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=default_device())
     parser.add_argument("--sizes", nargs="*", type=int, default=[512, 1024], help="of the image, in inference")
     parser.add_argument("--train-sizes", nargs="*", type=int, default=[512], help="of the image, in training")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each form, of which the median counts")

@@ -21,8 +21,8 @@ TUNABLES = ("glibc.malloc.trim_threshold", "glibc.malloc.mmap_max", "glibc.mallo
 SPINS = "10000"
 
 
-def keep_freed_memory() -> bool:
-    """Make this process keep the memory that it frees, for the next image.
+def keep_freed_memory(device: str = "cpu") -> bool:
+    """Make this process keep the memory that it frees, for the next image, where its model is on the CPU.
 
     glibc asks the system for every block of more than 32 MiB, such as feature maps, and returns it when it is freed, so
     the system clears the same pages for every layer of every image. With this setting, the process holds on to the most
@@ -31,13 +31,13 @@ def keep_freed_memory() -> bool:
     ``GLIBC_TUNABLES``, ...) win.
 
     Returns:
-        Whether the setting was made: not if the user chose otherwise, and not without glibc.
+        Whether the setting was made: not for another device, if the user chose otherwise, and without glibc.
 
     Source: mallopt(3). benchmarks/RESULTS.md has the measurements.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     chosen = any(name in os.environ for name in ENVIRONMENT) or any(name in tunables for name in TUNABLES)
-    if chosen or sys.platform != "linux":
+    if device != "cpu" or chosen or sys.platform != "linux":
         return False
     library = ctypes.CDLL(None)
     if not hasattr(library, "gnu_get_libc_version"):

@@ -65,6 +65,7 @@ def printed(code: str, **environment: str) -> list[str]:
 
 def test_freed_block_is_reused_without_page_faults() -> None:
     (by_default,) = printed(FAULTS)
+    assert printed(KEEP.replace("()", "('cuda')")) == ["False"]
     kept, faults = printed(KEEP + FAULTS)
     assert kept == "True"
     assert int(faults) * 10 < int(by_default)

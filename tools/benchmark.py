@@ -67,8 +67,7 @@ def main() -> None:
     model = build_model(cfg).eval()
     if args.weights:
         Checkpointer(model).load(str(args.weights))
-    if model.device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(model.device.type)
     images = inputs(args, cfg)
     count = {"warmup": args.warmup, "runs": args.runs}
     forms = {"PyTorch": time_model(model, images, **count)}

@@ -161,8 +161,7 @@ def open_runs(args: argparse.Namespace) -> dict[str, Predictor]:
         name = run.resolve().stem
         name = name if name not in predictors else f"{name} {len(predictors) + 1}"
         predictors[name] = Predictor(run, weights, options=args.opts, device=args.device, layers=["all"], score=0.0)
-    if next(iter(predictors.values())).model.device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(next(iter(predictors.values())).model.device.type)
     return predictors
 
 

@@ -54,8 +54,7 @@ def main() -> None:
     check_picture(args.output)
     common = {"options": args.opts, "device": args.device, "layers": ["all"], "score": args.score}
     predictors = [Predictor(run, **common) for run in args.runs]
-    if predictors[0].model.device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(predictors[0].model.device.type)
     labels = args.labels or [run.resolve().stem for run in args.runs]
     rows, bad = [], 0
     for path, truth in pictures(args, predictors[0]):

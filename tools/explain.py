@@ -67,8 +67,7 @@ def main() -> None:
     model, cfg = predictor.model.float(), predictor.cfg
     if not getattr(model.post_processor, "instances", False):
         raise UserError(f"{args.run} is a model without objects (MODEL.MaskDINO.TEST.INSTANCE_ON); nothing is missed.")
-    if model.device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(model.device.type)
     name = args.dataset or cfg.DATASETS.TEST[0]
     names, entries, truth = read_dataset(cfg, name, args.max_images)
     limits = Limits(score=args.score, fit=args.fit, near=args.near, max_detections=cfg.TEST.DETECTIONS_PER_IMAGE)

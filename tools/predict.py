@@ -179,8 +179,7 @@ def build_predictor(args: argparse.Namespace) -> Predictor:
         min_area=args.min_area,
         mask_nms=args.mask_nms,
     )
-    if predictor.model.device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(predictor.model.device.type)
     return predictor
 
 

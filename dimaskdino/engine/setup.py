@@ -109,8 +109,7 @@ def setup(args: Namespace) -> Config:
         for record in held.buffer:
             logging.getLogger(record.name).handle(record)
         seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
-        if cfg.MODEL.DEVICE == "cpu":
-            keep_freed_memory()
+        keep_freed_memory(cfg.MODEL.DEVICE)
         if not args.eval_only:
             torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
         if not args.resume:
