@@ -1,4 +1,4 @@
-"""Where records go: writers by key, pictures of each evaluation, losses of the validation, curves."""
+"""Where records go: writers by key, pictures of each evaluation, losses of the validation."""
 
 import importlib.machinery
 import json
@@ -11,11 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from dimaskdino.analysis.curves import default_metrics, draw_curves, read_groups
 from dimaskdino.config import Config, get_cfg
 from dimaskdino.data import build_mapper, register_all
 from dimaskdino.data.datasets.registration import load_dataset
@@ -23,7 +21,7 @@ from dimaskdino.engine.hooks import ProgressLog, peak_memory, progress_line
 from dimaskdino.engine.pictures import picture_inputs, picture_rows
 from dimaskdino.engine.trainer import validation_losses
 from dimaskdino.engine.writers import WRITER_REGISTRY, check_writers
-from dimaskdino.errors import ConfigError, UserError
+from dimaskdino.errors import ConfigError
 from dimaskdino.modeling.meta_arch import build_model
 from tests.cli.conftest import TINY
 from tests.documentation import REPOSITORY, example
@@ -247,44 +245,3 @@ def test_console_shows_rate_and_memory(cfg: Config) -> None:
     assert f"max_mem {peak_memory() / 2**20:.0f}M" in with_rate
     assert peak_memory() > 50 * 2**20
     assert any(isinstance(hook, ProgressLog) for hook in trainer._hooks)
-
-
-def write_run(folder: Path, seed: int, losses: list[float], lr: float = 0.1) -> Path:
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(f"SEED: {seed}\nOUTPUT_DIR: {folder}\nSOLVER:\n  BASE_LR: {lr}\n")
-    lines = [
-        {"iteration": 20 * i + 19, "total_loss": x, "loss_ce": x / 2, "loss_ce_0": 1} for i, x in enumerate(losses)
-    ]
-    lines[0]["loss_ce_0"] = 1.0
-    lines[-1]["bbox/AP"] = 10.0 + seed
-    (folder / "metrics.json").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    return folder
-
-
-def test_runs_of_several_seeds_are_one_curve(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path / "a_seed1", 1, [4.0, 2.0]), write_run(tmp_path / "a_seed2", 2, [6.0, 3.0, 1.0])]
-    runs.append(write_run(tmp_path / "b", 1, [5.0, 4.0], lr=0.2))
-    first, second = read_groups(runs)
-    assert (first.name, second.name) == ("a_seed (2 runs)", "b")
-    # Iterations that both seeds have: mean, lowest, highest.
-    assert first.curve("total_loss").tolist() == [[19, 5, 4, 6], [39, 2.5, 2, 3]]
-    assert default_metrics([first, second]) == ["total_loss", "loss_ce", "bbox/AP"]
-    draw_curves([first, second], ["total_loss", "loss_ce", "bbox/AP"], tmp_path / "curves.png")
-    with Image.open(tmp_path / "curves.png") as picture:
-        assert min(picture.size) > 300
-        colors = {color for _, color in picture.convert("RGB").getcolors(2**24)}
-    assert (0x00, 0x72, 0xB2) in colors
-    assert (0xE6, 0x9F, 0x00) in colors
-
-
-def test_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path / "a" / "run", 1, [4.0]), write_run(tmp_path / "b" / "run", 1, [5.0], lr=0.2)]
-    assert [group.name for group in read_groups(runs)] == ["a/run", "b/run"]
-
-
-def test_missing_records_and_metrics_are_named(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "a", 1, [1.0])
-    with pytest.raises(UserError, match=r"segm/AP.*bbox/AP"):
-        draw_curves(read_groups([run]), ["segm/AP"], tmp_path / "x.png")
-    with pytest.raises(UserError, match="nothing"):
-        read_groups([tmp_path / "nothing"])
