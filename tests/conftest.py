@@ -1,8 +1,11 @@
-"""What every test starts from: fixed seeds, one thread, no network."""
+"""What every test starts from: fixed seeds, one thread, no network; and commands run inside the test process."""
 
+import logging
 import os
 import random
 import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import numpy as np
 import pytest
 import torch
+
+from tests.data_pipeline.scripts import REPO, run_script
 
 
 @pytest.fixture(autouse=True)
@@ -46,3 +51,38 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", connect_locally)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Exit status and what was written."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def fresh_loggers() -> Iterator[None]:
+    """Remove the handlers that a command adds: they write to this test's streams and folders."""
+    yield
+    for name in ("fvcore", "detectron2", "dimaskdino"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+        logger.setLevel(logging.NOTSET)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, fresh_loggers: None) -> Callable[..., Finished]:
+    """``run("train_net.py", "--flag", ...)`` runs a script of the repository from its root."""
+    monkeypatch.chdir(REPO)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run_in_root(script: str, *arguments: object) -> Finished:
+        status = run_script(monkeypatch, script, *arguments)
+        captured = capfd.readouterr()
+        return Finished(status, captured.out, captured.err)
+
+    return run_in_root

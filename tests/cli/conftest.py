@@ -1,14 +1,9 @@
-"""Running the commands inside the test process, as a shell would."""
+"""What the tests of commands train."""
 
-import logging
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
-from tests.data_pipeline.scripts import REPO, run_script
 
 # A model and pictures that train in milliseconds a step.
 TINY = [
@@ -20,41 +15,6 @@ TINY = [
     *("SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "3", "SOLVER.STEPS", "(2,)", "SOLVER.CHECKPOINT_PERIOD", "2"),
     *("DATALOADER.NUM_WORKERS", "0", "LOG.PICTURES", "1"),
 ]
-
-
-@dataclass(frozen=True)
-class Finished:
-    """Exit status and what was written."""
-
-    status: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def fresh_loggers() -> Iterator[None]:
-    """Remove the handlers that a command adds: they write to this test's streams and folders."""
-    yield
-    for name in ("fvcore", "detectron2", "dimaskdino"):
-        logger = logging.getLogger(name)
-        logger.handlers.clear()
-        logger.propagate = True
-        logger.setLevel(logging.NOTSET)
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, fresh_loggers: None) -> Callable[..., Finished]:
-    """``run("train_net.py", "--flag", ...)`` runs a script of the repository from its root."""
-    monkeypatch.chdir(REPO)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-
-    def run_in_root(script: str, *arguments: object) -> Finished:
-        status = run_script(monkeypatch, script, *arguments)
-        captured = capfd.readouterr()
-        return Finished(status, captured.out, captured.err)
-
-    return run_in_root
 
 
 @pytest.fixture

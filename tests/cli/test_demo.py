@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from dimaskdino.config import get_cfg
-from tests.cli.conftest import REPO, TINY
+from tests.cli.conftest import TINY
+from tests.data_pipeline.scripts import REPO
 
 SCRIPT = "tools/demo.py"
 

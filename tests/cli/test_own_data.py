@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from dimaskdino.data.datasets.shapes import ShapesSpec, annotation_file, make_shapes
-from tests.cli.conftest import REPO
+from tests.data_pipeline.scripts import REPO
 
 SCRIPT = "tools/own_data.py"
 

@@ -13,7 +13,8 @@ from PIL import Image
 
 from dimaskdino.reproduction import jobs
 from dimaskdino.reproduction.tables import DATASETS, paper_tables
-from tests.cli.conftest import REPO, TINY
+from tests.cli.conftest import TINY
+from tests.data_pipeline.scripts import REPO
 from tests.reproduction.fakes import write_run
 
 SCRIPT = "tools/reproduce.py"

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from dimaskdino.config.reader import _REGISTERED
-from tests.cli.conftest import REPO
+from tests.data_pipeline.scripts import REPO
 
 SCRIPT = "train_net.py"
 OWN_BATO = """

@@ -1,4 +1,4 @@
-"""tools/ensemble.py and tools/compare_runs.py."""
+"""tools/ensemble.py: the results of several runs, joined."""
 
 import json
 import re
@@ -8,17 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
-from PIL import Image
 from pycocotools import mask as mask_util
 
-from dimaskdino import Predictor
 from dimaskdino.config import get_cfg
-from dimaskdino.errors import UserError
-from tests.cli.test_predict import SIZES
-from tests.tiny_model import tiny_cfg, tiny_model
 
 SIZE = [40, 60]
 BOXES = {1: [[5, 5, 20, 20], [30, 10, 20, 20]], 2: [[10, 4, 30, 30]]}  # by image
@@ -188,76 +182,3 @@ def test_what_does_not_fit_is_named_in_one_line(run, farm: Path, flags: list[str
     assert done.status == 2
     assert len(done.err.strip().splitlines()) == 1
     assert re.search(named, done.err), done.err
-
-
-@pytest.fixture
-def runs(tmp_path):
-    for seed, name in enumerate(("one", "two")):
-        folder = tmp_path / name
-        folder.mkdir()
-        (folder / "config.yaml").write_text(tiny_cfg(SIZES).dump())
-        torch.save({"model": tiny_model(SIZES, seed=seed).state_dict()}, folder / "model_final.pth")
-    return [tmp_path / "one", tmp_path / "two"]
-
-
-@pytest.fixture
-def pixels() -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-
-
-def test_sheet_has_rows_of_images_and_columns_of_layers(run, runs, pixels, tmp_path) -> None:
-    for name in ("a.png", "b.png", "cut.png"):
-        Image.fromarray(pixels).save(tmp_path / name)
-    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:5000])
-    images = ["--images", *(tmp_path / name for name in ("a.png", "cut.png", "b.png"))]
-    given = [
-        *runs,
-        *images,
-        "--width",
-        "100",
-        "--score",
-        "0",
-        "--device",
-        "cpu",
-        "--output",
-        tmp_path / "out/sheet.png",
-    ]
-    finished = run("tools/compare_runs.py", *given)
-    assert finished.status == 3, finished.err
-    assert [line.count("cut.png") for line in finished.err.strip().splitlines()] == [1, 0]
-    sheet = Image.open(tmp_path / "out/sheet.png")
-    assert sheet.width == 5 * 108 + 8
-    assert sheet.height > 2 * 100
-    given[given.index("--output") + 1] = tmp_path / "none.png"
-    assert run("tools/compare_runs.py", *given[:2], "--images", tmp_path / "cut.png", *given[6:]).status == 3
-    assert not (tmp_path / "none.png").exists()
-
-
-def test_images_of_a_dataset_stand_beside_their_truth(run, runs, tmp_path) -> None:
-    shapes = ["DATASETS.SHAPES.ROOT", tmp_path / "shapes", "DATASETS.SHAPES.NUM_TRAIN", 1, "DATASETS.SHAPES.NUM_VAL", 3]
-    given = ["--dataset", "shapes_val", "--number", "1", "--device", "cpu", "--output", tmp_path / "sheet.png"]
-    finished = run("tools/compare_runs.py", *runs, *given, "--opts", *shapes)
-    assert finished.status == 0, finished.err
-    assert (tmp_path / "sheet.png").is_file()
-
-
-def test_images_or_a_dataset_must_be_named(run, runs) -> None:
-    finished = run("tools/compare_runs.py", *runs)
-    assert finished.status == 2
-    assert "--dataset" in finished.err
-    finished = run("tools/compare_runs.py", *runs, "--images", "a.png", "--output", "sheet.pgn")
-    assert finished.status == 2
-    assert "sheet.pgn" in finished.err
-
-
-def test_results_of_a_layer_are_those_of_the_model(runs, pixels) -> None:
-    predictor = Predictor(runs[0], device="cpu", score=0.0, layers=["layer.0"])
-    found = predictor(pixels)
-    earlier = found.at("layer.0")
-    assert earlier.class_names
-    assert not torch.equal(earlier.instances.scores, found.instances.scores)
-    threshold = float(earlier.instances.scores.median())
-    kept = Predictor(runs[0], device="cpu", score=threshold, layers="layer.0")(pixels).at("layer.0")
-    assert 0 < len(kept.instances) < len(earlier.instances)
-    with pytest.raises(UserError, match=r"layer\.1"):
-        found.at("layer.1")
