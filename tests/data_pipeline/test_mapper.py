@@ -1,18 +1,23 @@
 """The mappers by name: sizes, random ranges, background images, test time, images that cannot be read."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
+from pycocotools import mask as mask_util
 
 from dimaskdino.config import Config
-from dimaskdino.data import build_mapper
+from dimaskdino.data import build_mapper, build_train_loader
+from dimaskdino.data.datasets.registration import register_coco_format
 from dimaskdino.data.fields import unlabeled_classes
 from dimaskdino.errors import ConfigError, DatasetError
+from tests.tiny_model import NUM_CLASSES, tiny_cfg
 
 GRAY = 128
 Entry = dict[str, Any]
@@ -205,4 +210,63 @@ def test_unknown_name_is_answered_with_the_known_ones(cfg: Config, key: str, val
 def test_classes_that_nobody_looked_for_are_unlabeled() -> None:
     entry = {"neg_category_ids": [0], "not_exhaustive_category_ids": [1]}
     assert unlabeled_classes(entry, [{"category_id": 1}, {"category_id": 2}], 5) == [1, 3, 4]
+    assert unlabeled_classes({"not_exhaustive_category_ids": [2]}, [{"category_id": 2}], 5) == [2]
     assert unlabeled_classes({}, [{"category_id": 2}], 5) == []
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Iterator[Callable[..., dict]]:
+    """``data(image, *annotations)`` registers an image of 48 x 32 pixels and gives its training sample."""
+
+    def sample(image: dict, annotations: list[dict], **options: Any) -> dict:
+        Image.fromarray(np.zeros((32, 48, 3), dtype=np.uint8)).save(tmp_path / "1.png")
+        names = [f"class {number}" for number in range(NUM_CLASSES)]
+        content = {
+            "images": [{"id": 1, "file_name": "1.png", "height": 32, "width": 48, **image}],
+            "annotations": [{"id": n, "image_id": 1, "iscrowd": 0, **each} for n, each in enumerate(annotations)],
+            "categories": [{"id": 10 * number, "name": name} for number, name in enumerate(names)],
+        }
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
+        path.write_text(json.dumps(content))
+        register_coco_format("partly", path, tmp_path, names)
+        options = {"DATASETS.TRAIN": ("partly",), "SOLVER.IMS_PER_BATCH": 1, "INPUT.MIN_SIZE_TRAIN": (32,)} | options
+        options |= {"DATALOADER.NUM_WORKERS": 0, "INPUT.DATASET_MAPPER_NAME": "coco_instance_detr"}
+        options |= {"INPUT.RANDOM_FLIP": "none"}
+        return next(iter(build_train_loader(tiny_cfg(options))))[0]
+
+    yield sample
+    DatasetCatalog.remove("partly")
+    MetadataCatalog.remove("partly")
+
+
+TRIANGLE = {"category_id": 10, "bbox": [2, 3, 30, 20], "segmentation": [[4, 4, 14, 4, 14, 10]], "area": 30}
+
+
+def test_lists_and_regions_reach_the_model(data) -> None:
+    pixels = np.zeros((32, 48), dtype=np.uint8)
+    pixels[20:30, 20:40] = 1
+    rle = mask_util.encode(np.asfortranarray(pixels))
+    crowd = {"category_id": 20, "bbox": [20, 20, 20, 10], "area": 200, "iscrowd": 1}
+    crowd["segmentation"] = {"size": [32, 48], "counts": rle["counts"].decode()}
+    box = {"category_id": 20, "bbox": [0, 20, 8, 8], "area": 64, "iscrowd": 1, "ignored": True}
+    lists = {"neg_category_ids": [40], "not_exhaustive_category_ids": [10]}
+    options = {"INPUT.PARTIAL_LABELS": True, "MODEL.IGNORE_CROWD_SHARE": 0.5}
+    sample = data(lists, [TRIANGLE, crowd, box], **options)
+    assert sample["unlabeled_classes"] == [0, 1, 3]
+    regions = sample["crowd_regions"]
+    assert np.array_equal(regions.gt_masks.tensor[0], pixels)
+    assert regions.gt_masks.tensor[1].sum() == 64
+    assert regions.gt_any_class.tolist() == [False, True]
+    assert len(sample["instances"]) == 1
+    assert "crowd_regions" not in data(lists, [TRIANGLE, crowd])
+    with pytest.raises(DatasetError, match="neg_category_ids of 1.png has 41"):
+        data({"neg_category_ids": [41]}, [TRIANGLE])
+
+
+def test_annotated_boxes_and_weights_reach_the_model(data) -> None:
+    assert data({}, [TRIANGLE])["instances"].gt_boxes.tensor.tolist() == [[4, 4, 14, 10]]
+    found = data({}, [TRIANGLE | {"box_weight": 0.5}, TRIANGLE], **{"INPUT.BOXES_OF_ANNOTATIONS": True})["instances"]
+    assert found.gt_boxes.tensor.tolist() == [[2, 3, 32, 23]] * 2
+    assert found.gt_box_weight.tolist() == [0.5, 1.0]
+    with pytest.raises(DatasetError, match=r"1\.png.*box_weight.*-1"):
+        data({}, [TRIANGLE | {"box_weight": -1}])

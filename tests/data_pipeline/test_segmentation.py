@@ -102,9 +102,11 @@ def test_segments_are_objects_with_the_boxes_of_their_masks(panoptic):
 
 
 def test_crowd_segments_are_regions_by_key(panoptic):
+    entries = load_dataset("panoptic_train")
+    assert not any("crowd_regions" in each for each in map(build_mapper(panoptic, is_train=True), entries))
     panoptic.MODEL.IGNORE_CROWD_SHARE = 0.5
     mapper = build_mapper(panoptic, is_train=False, with_instances=True)
-    first, second = (mapper(entry)["crowd_regions"] for entry in load_dataset("panoptic_train"))
+    first, second = (mapper(entry)["crowd_regions"] for entry in entries)
     assert len(first) == 0
     assert second.gt_classes.tolist() == [0]
     assert second.gt_masks.tensor[0, 10:16, :6].all()

@@ -395,7 +395,10 @@ def test_cocos_limit_stands_alone_where_it_is_enough(dataset: str, tmp_path: Pat
     evaluator = CocoEvaluator(dataset_name=dataset, output_dir=str(tmp_path), max_detections=100)
     with caplog.at_level("INFO"):
         assert not [key for key in scores_of(evaluator, perfect())["bbox"] if "@" in key]
-    assert "@" not in caplog.text
+        assert "@" not in caplog.text
+        CocoEvaluator(dataset_name=dataset, output_dir=str(tmp_path), max_detections=300)
+    assert "AP@300 counts 300" in caplog.text
+    assert "cannot count" not in caplog.text
 
 
 class CountsImages(DatasetEvaluator):

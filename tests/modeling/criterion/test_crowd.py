@@ -1,23 +1,15 @@
 """Crowd regions, and classes that were not labeled."""
 
-import json
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BitMasks, Boxes, Instances
-from PIL import Image
-from pycocotools import mask as mask_util
 
-from dimaskdino.data import build_train_loader
-from dimaskdino.data.datasets.registration import register_coco_format
-from dimaskdino.data.fields import unlabeled_classes
-from dimaskdino.errors import ConfigError, DatasetError
+from dimaskdino.errors import ConfigError
+from dimaskdino.modeling.criterion import Criterion
 from dimaskdino.modeling.criterion.losses import focal_loss, mask_losses
 from dimaskdino.modeling.criterion.matcher import HungarianMatcher, MaskCost
 from dimaskdino.modeling.criterion.terms import (
@@ -28,7 +20,7 @@ from dimaskdino.modeling.criterion.terms import (
     SupervisedStages,
     Supervision,
 )
-from dimaskdino.structures import Stage, StagePrediction, Targets
+from dimaskdino.structures import DecoderOutput, Stage, StagePrediction, Targets
 from dimaskdino.structures.targets import CrowdRegions
 from tests.modeling.criterion.stages import SIDE, GridSampler, box_mask, logits_of, make_stage, make_targets
 from tests.tiny_model import NUM_CLASSES, TINY_DINO, instances, tiny_cfg, tiny_model, train_batch
@@ -81,6 +73,15 @@ def test_a_mask_may_reach_into_a_crowd_of_its_class() -> None:
     # Not into one of another class, nor without the key.
     assert of_mask_loss(with_crowd(target, (RIGHT, 2)), mask, ignore_crowd=True) == pytest.approx(plain)
     assert of_mask_loss(with_crowd(target, (RIGHT, 1)), mask) == pytest.approx(plain)
+
+
+@pytest.mark.parametrize(("share", "loss"), [(0.0, 50.0), (0.1, 0.0)])
+def test_the_criterion_ignores_crowds_by_key(share: float, loss: float) -> None:
+    whole = logits_of(torch.ones(1, SIDE, SIDE, dtype=torch.bool))
+    output = DecoderOutput([make_stage([[0.0] * NUM_CLASSES], [WHOLE], whole)], [], None)
+    criterion = Criterion(tiny_cfg({"MODEL.IGNORE_CROWD_SHARE": share}, DN="no"), sampler=GridSampler())
+    losses = criterion(output, [with_crowd(make_targets([1], [LEFT]), (RIGHT, 1))])
+    assert losses["loss_mask"].item() == pytest.approx(loss, rel=1e-4, abs=1e-4)
 
 
 def test_an_objects_own_pixels_in_a_crowd_are_learned() -> None:
@@ -253,14 +254,6 @@ def test_box_losses_are_weighed_by_object() -> None:
         assert losses[1][name] == pytest.approx(2.5 * losses[0][name])
 
 
-def test_partial_labels_follow_lvis() -> None:
-    objects = [{"category_id": 1}, {"category_id": 2}]
-    assert unlabeled_classes({}, objects, 5) == []
-    assert unlabeled_classes({"not_exhaustive_category_ids": [2]}, objects, 5) == [2]
-    entry = {"neg_category_ids": [4], "not_exhaustive_category_ids": [2]}
-    assert unlabeled_classes(entry, objects, 5) == [0, 2, 3]
-
-
 @pytest.mark.parametrize("model", [{}, TINY_DINO], ids=["DI-MaskDINO", "DINO"])
 def test_models_train_with_every_key(model: dict) -> None:
     options = {"MODEL.IGNORE_CROWD_SHARE": 0.5, "MODEL.CLASS_WEIGHTS": [1.0, 2.0, 1.0, 1.0, 0.5]}
@@ -270,61 +263,3 @@ def test_models_train_with_every_key(model: dict) -> None:
     losses = net(batch)
     sum(losses.values()).backward()
     assert all(value.isfinite() for value in losses.values())
-
-
-@pytest.fixture
-def data(tmp_path: Path):
-    """``data(image, *annotations)`` registers an image of 48 x 32 pixels and gives its training sample."""
-
-    def sample(image: dict, annotations: list[dict], **options: Any) -> dict:
-        Image.fromarray(np.zeros((32, 48, 3), dtype=np.uint8)).save(tmp_path / "1.png")
-        names = [f"class {number}" for number in range(NUM_CLASSES)]
-        content = {
-            "images": [{"id": 1, "file_name": "1.png", "height": 32, "width": 48, **image}],
-            "annotations": [{"id": n, "image_id": 1, "iscrowd": 0, **each} for n, each in enumerate(annotations)],
-            "categories": [{"id": 10 * number, "name": name} for number, name in enumerate(names)],
-        }
-        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
-        path.write_text(json.dumps(content))
-        register_coco_format("partly", path, tmp_path, names)
-        options = {"DATASETS.TRAIN": ("partly",), "SOLVER.IMS_PER_BATCH": 1, "INPUT.MIN_SIZE_TRAIN": (32,)} | options
-        options |= {"DATALOADER.NUM_WORKERS": 0, "INPUT.DATASET_MAPPER_NAME": "coco_instance_detr"}
-        options |= {"INPUT.RANDOM_FLIP": "none"}
-        return next(iter(build_train_loader(tiny_cfg(options))))[0]
-
-    yield sample
-    DatasetCatalog.remove("partly")
-    MetadataCatalog.remove("partly")
-
-
-TRIANGLE = {"category_id": 10, "bbox": [2, 3, 30, 20], "segmentation": [[4, 4, 14, 4, 14, 10]], "area": 30}
-
-
-def test_lists_and_regions_reach_the_model(data) -> None:
-    pixels = np.zeros((32, 48), dtype=np.uint8)
-    pixels[20:30, 20:40] = 1
-    rle = mask_util.encode(np.asfortranarray(pixels))
-    crowd = {"category_id": 20, "bbox": [20, 20, 20, 10], "area": 200, "iscrowd": 1}
-    crowd["segmentation"] = {"size": [32, 48], "counts": rle["counts"].decode()}
-    box = {"category_id": 20, "bbox": [0, 20, 8, 8], "area": 64, "iscrowd": 1, "ignored": True}
-    lists = {"neg_category_ids": [40], "not_exhaustive_category_ids": [10]}
-    options = {"INPUT.PARTIAL_LABELS": True, "MODEL.IGNORE_CROWD_SHARE": 0.5}
-    sample = data(lists, [TRIANGLE, crowd, box], **options)
-    assert sample["unlabeled_classes"] == [0, 1, 3]
-    regions = sample["crowd_regions"]
-    assert np.array_equal(regions.gt_masks.tensor[0], pixels)
-    assert regions.gt_masks.tensor[1].sum() == 64
-    assert regions.gt_any_class.tolist() == [False, True]
-    assert len(sample["instances"]) == 1
-    assert "crowd_regions" not in data(lists, [TRIANGLE, crowd])
-    with pytest.raises(DatasetError, match="neg_category_ids of 1.png has 41"):
-        data({"neg_category_ids": [41]}, [TRIANGLE])
-
-
-def test_annotated_boxes_and_weights_reach_the_model(data) -> None:
-    assert data({}, [TRIANGLE])["instances"].gt_boxes.tensor.tolist() == [[4, 4, 14, 10]]
-    found = data({}, [TRIANGLE | {"box_weight": 0.5}, TRIANGLE], **{"INPUT.BOXES_OF_ANNOTATIONS": True})["instances"]
-    assert found.gt_boxes.tensor.tolist() == [[2, 3, 32, 23]] * 2
-    assert found.gt_box_weight.tolist() == [0.5, 1.0]
-    with pytest.raises(DatasetError, match=r"1\.png.*box_weight.*-1"):
-        data({}, [TRIANGLE | {"box_weight": -1}])
