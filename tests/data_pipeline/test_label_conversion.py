@@ -77,12 +77,18 @@ def test_earlier_map_that_does_not_fit_is_made_again(run, labels, tmp_path):
 
 
 def test_cityscapes_keeps_its_19_classes(run, tmp_path):
-    source = write(
-        tmp_path / "cityscapes/gtFine/val/ulm/ulm_0_gtFine_labelIds.png", [[7, 8, 33], [0, 4, 34], [1, 26, 18]]
-    )
+    ids = np.arange(35).reshape(5, 7).tolist()
+    source = write(tmp_path / "cityscapes/gtFine/val/ulm/ulm_0_gtFine_labelIds.png", ids)
     run("prepare_cityscapes_sem_seg.py", tmp_path, "--splits", "val")
     made = source.with_name("ulm_0_gtFine_labelTrainIds.png")
-    assert read_label_map(str(made)).tolist() == [[0, 1, 18], [255, 255, 255], [255, 13, 255]]
+    # trainId by id, as cityscapesScripts lists them.
+    assert read_label_map(str(made)).tolist() == [
+        [255, 255, 255, 255, 255, 255, 255],
+        [0, 1, 255, 255, 2, 3, 4],
+        [255, 255, 255, 5, 255, 6, 7],
+        [8, 9, 10, 11, 12, 13, 14],
+        [15, 255, 255, 16, 17, 18, 255],
+    ]
 
 
 @pytest.mark.usefixtures("registrations")

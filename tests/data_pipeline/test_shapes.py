@@ -262,6 +262,7 @@ def test_stuff_leaves_the_pictures_of_shapes_as_they_are(tmp_path: Path) -> None
     folder = make_shapes(tmp_path, spec)
     sums = [int(np.array(Image.open(folder / "train" / f"{n:06d}.png")).sum()) for n in (1, 2, 3)]
     assert sums == pytest.approx([1108007, 1642192, 2073736], rel=1e-4)
+    assert folder.name == "64px-3-1-seed0-v3"  # other pictures are another version
     before = contents(folder)
     assert make_shapes_with_stuff(tmp_path, spec) != folder
     assert contents(folder) == before

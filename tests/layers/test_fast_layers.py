@@ -62,6 +62,12 @@ def test_winograd_convolves(size, strip_bytes, monkeypatch):
     torch.testing.assert_close(without, expected - bias[:, None, None], rtol=1e-4, atol=1e-4)
 
 
+def test_winograd_takes_as_many_rows_of_tiles_as_fit(monkeypatch):
+    # Two images, 3 tiles of 6 x 6 numbers of 4 bytes in a row of 9 pixels, 5 channels: 4,320 bytes a row of tiles.
+    monkeypatch.setattr(winograd, "_STRIP_BYTES", 3 * 4320)
+    assert list(winograd._strips(torch.zeros(2, 5, 13, 9))) == [(0, 3, 3), (12, 1, 3)]
+
+
 def test_wide_convolutions_use_winograd_and_stay_near():
     plain = conv(128, 128, 3, padding=1)
     x = torch.randn(1, 128, 10, 14)

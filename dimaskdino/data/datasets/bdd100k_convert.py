@@ -34,7 +34,7 @@ def convert_split(
     """
     tasks, problems = find_tasks(folder, split, source)
     output = annotation_file(folder, split)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    output.parent.mkdir(exist_ok=True)
     journal = _Journal(output.with_name(f"{output.name}.part"), f"version {CONVERSION_VERSION} of {source}")
     to_do = [task for task in tasks if task.key not in journal.records]
     if len(to_do) < len(tasks):

@@ -19,6 +19,7 @@ from dimaskdino.data.datasets.bdd100k import CLASSES
 from dimaskdino.data.datasets.bdd100k_convert import convert_split
 from dimaskdino.evaluation import CocoEvaluator
 from tests.data_pipeline.bdd100k import bitmask_of, is_region, record, write_bitmask, write_frames, write_images
+from tests.data_pipeline.conftest import registrations  # noqa: F401  (a fixture)
 
 pytestmark = pytest.mark.usefixtures("registrations")
 
