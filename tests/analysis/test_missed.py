@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dimaskdino.analysis.explanation import Explained, by_class, by_size, by_stage, outcome_table
+from dimaskdino.analysis.explanation import Explained, by_class, by_size, by_stage, explain_image, outcome_table
 from dimaskdino.analysis.figures import score_results
 from dimaskdino.analysis.missed import Limits, Outcome, StageView, Verdict, judge
 from dimaskdino.analysis.report import _SIDE_PX, _cut, _region
@@ -156,6 +156,10 @@ def test_stages_are_compared_in_the_frame_of_the_result() -> None:
         assert last.view.mask_iou[query, index] == 1
         score = last.view.scores[query, truth.classes[index]] * last.view.quality[query]
         assert score == pytest.approx(float(found.scores[place]), rel=1e-4)
+    limits = Limits(score=0.0, fit=0.9, near=0.3, max_detections=len(found))
+    for each, place in zip(explain_image(stages, truth, limits), kept, strict=True):
+        assert each.area == found.pred_masks[place].sum()
+        assert each.nearest == pytest.approx((float(found.scores[place]), 1, 1), rel=1e-4)
 
 
 def test_selections_of_a_model_leave_out_tokens() -> None:

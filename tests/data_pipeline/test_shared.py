@@ -81,12 +81,18 @@ def test_files_read_as_by_python(tmp_path: Path, text: str, encoding: str) -> No
 def test_annotations_stay_text_until_they_are_looked_at(tmp_path: Path) -> None:
     usual = [{"id": 5, "image_id": 2, "category_id": 1, "note": "é"}, {"id": 7, "image_id": 1, "category_id": 3.0}]
     odd = '{"id": "a", "image_id": 2, "category_id": 1, "iscrowd": 1, "area": 1e999}'
-    lists = {"images": [{"id": number, "file_name": "x", "height": 1, "width": 1} for number in (2, 1)]}
+    # A file of LVIS names an image by its address.
+    names = {
+        2: {"coco_url": "http://x/val2017/2.jpg"},
+        1: {"file_name": "1.jpg", "coco_url": "http://x/train2017/1.jpg"},
+    }
+    lists = {"images": [{"id": number, "height": 1, "width": 1, **names[number]} for number in names]}
     text = json.dumps({**lists, "categories": [], "annotations": usual}, ensure_ascii=False)[:-2] + f", {odd}]}}"
     for encoding in ("utf-8", "utf-8-sig", "utf-16"):
         file = tmp_path / f"{encoding}.json"
         file.write_text(text, encoding=encoding)
-        (_, first), (_, second) = annotations_by_image(read_coco(str(file)))
+        (one, first), (two, second) = annotations_by_image(read_coco(str(file)))
+        assert (one["file_name"], two["file_name"]) == ("1.jpg", "val2017/2.jpg")
         assert isinstance(first, Annotations)
         assert [*first] == usual[1:]
         assert [*second] == second[:] == [second[0], second[-1]] == [usual[0], json.loads(odd)]
