@@ -99,8 +99,12 @@ CONVOLUTIONS = {
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_gradients_of_convolutions_are_those_of_the_plain_form(name):
+def test_gradients_of_convolutions_are_those_of_the_plain_form(name, monkeypatch):
     arguments, options = CONVOLUTIONS[name]
+    as_linear, of_linear = [], fast_layers._linear_gradients
+    monkeypatch.setattr(
+        fast_layers, "_linear_gradients", lambda *given, **wanted: as_linear.append(1) or of_linear(*given, **wanted)
+    )
     plain = conv(*arguments, **options).train()
     short = in_form(plain)
     x, factors = torch.randn(2, arguments[0], 9, 6), torch.rand(arguments[1], 1, 1)
@@ -113,6 +117,7 @@ def test_gradients_of_convolutions_are_those_of_the_plain_form(name):
     assert len(found) == 3 + options.get("bias", True)
     for one, other in zip(found, expected, strict=True):
         assert (one - other).abs().max() < 3e-5 * other.abs().max()
+    assert bool(as_linear) == (name == "1x1")
 
 
 def test_frozen_weights_get_no_gradient():

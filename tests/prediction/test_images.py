@@ -27,7 +27,8 @@ def test_every_form_of_an_image_is_the_same_array(tmp_path: Path) -> None:
         assert np.array_equal(to_rgb(form), PIXELS)
     for form in (PIXELS[..., ::-1], tensor.flip(0)):
         assert np.array_equal(to_rgb(form, channels="BGR"), PIXELS)
-    assert (to_rgb(torch.ones(3, 4, 6, dtype=torch.bfloat16)) == 255).all()
+    for value in (0, 1):
+        assert (to_rgb(torch.full((3, 4, 6), value, dtype=torch.bfloat16)) == 255 * value).all()
 
 
 def test_gray_is_repeated() -> None:

@@ -1,4 +1,4 @@
-"""Stages, targets, and masks as RLE."""
+"""Tokens, stages, targets, and masks as RLE."""
 
 import numpy as np
 import pytest
@@ -11,16 +11,34 @@ from pycocotools import mask as mask_util
 
 from dimaskdino.errors import DatasetError
 from dimaskdino.structures import (
+    FeatureTokens,
     JoinedTargets,
     RleMasks,
     Stage,
     Targets,
+    Tokens,
     decoder_stages,
     instances_to_coco,
     is_final_loss,
 )
 from dimaskdino.structures.rle_masks import crop_of, place_crop
+from dimaskdino.structures.tokens import flatten_levels, highest_scores
 from tests.tiny_model import instances
+
+
+def test_tokens_are_chosen_and_prepended_with_their_boxes():
+    tokens = Tokens(torch.arange(6.0).view(1, 3, 2), torch.arange(12.0).view(1, 3, 4))
+    best = highest_scores(torch.tensor([[[0.0, 0.2], [0.1, -1.0], [0.3, 0.9]]]), 2)
+    both = tokens.prepend(tokens.gather(best))
+    assert both.content[0].tolist() == [[4, 5], [0, 1], [0, 1], [2, 3], [4, 5]]
+    assert both.boxes[0, :, 0].tolist() == [8, 0, 0, 4, 8]
+
+
+def test_the_finest_of_flattened_levels_is_found():
+    levels = [torch.randn(2, 3, *size) for size in ((1, 2), (4, 3), (2, 2))]
+    tokens, shapes = flatten_levels(levels)
+    assert shapes == [(1, 2), (4, 3), (2, 2)]
+    assert torch.equal(FeatureTokens(tokens, None, shapes).finest_level, levels[1])
 
 
 def test_names_losses_and_titles():
