@@ -199,7 +199,7 @@ def test_synthetic_dataset_is_sound_and_drawn_with_its_objects(shapes: Config, t
         drawn = np.asarray(Image.open(path).convert("RGB")).astype(int)
         original = Image.open(source).resize(drawn.shape[1::-1], Image.Resampling.NEAREST)
         changed = np.abs(drawn - np.asarray(original).astype(int)).max(axis=2) > 20
-        assert min(drawn.shape[:2]) == 600
+        assert min(drawn.shape[:2]) == 512
         assert 0.05 < changed.mean() < 0.95
 
 
@@ -229,7 +229,7 @@ def test_images_of_one_stem_get_files_of_their_own(coco: Json, write_coco: Write
     paths = draw_samples(inspect_dataset("mine").dataset, 9, tmp_path / "drawn")
     assert [path.name for path in paths] == ["0.png", "0_2.png", "0_3.png", "0_2_2.png"]
     # The corner that no object covers tells which image a picture shows.
-    corners = [Image.open(path).convert("RGB").getpixel((599, 599))[0] for path in paths]
+    corners = [Image.open(path).convert("RGB").getpixel((511, 511))[0] for path in paths]
     assert corners == pytest.approx([0, 60, 120, 180], abs=5)
 
 
