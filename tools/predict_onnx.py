@@ -61,7 +61,7 @@ class Model:
         Returns:
             For each image a dict with "size" (height, width) and, as the model gives them: "scores" (N,), "labels"
             (N,), "boxes" (N, 4) xyxy px and "masks" (N, H, W) bool, best first; "panoptic" (H, W) int32 with 0 for no
-            segment and "segments", each with id, category_id and isthing; "semantic" (K, H, W) float32.
+            segment and "segments", each with id, category_id, isthing, and score; "semantic" (K, H, W) float32.
         """
         pictures = [self.read(image) for image in images]
         inputs, image_sizes = self.prepare(pictures)
@@ -187,6 +187,7 @@ class Model:
         (queries,) = np.nonzero(scores.max(1) > told["object_threshold"])
         if len(queries) == 0:
             return np.zeros(frame.size, np.int32), []
+        reported = scores[queries].max(1)
         if told["temperature"] is not None:
             scores = softmax(scores / told["temperature"])
         labels, scores = scores[queries].argmax(1), scores[queries].max(1)
@@ -201,21 +202,23 @@ class Model:
         won = np.bincount(winner.ravel(), minlength=len(queries))
         left = np.bincount(winner[inside], minlength=len(queries))
         wanted = (left > 0) & (won / np.maximum(own, 1) >= told["overlap_threshold"])
-        ids, segments = self._number(labels.tolist(), wanted.tolist())
+        ids, segments = self._number(labels.tolist(), reported.tolist(), wanted.tolist())
         return np.array(ids, np.int32)[winner] * inside, segments
 
-    def _number(self, labels: list[int], wanted: list[bool]) -> tuple[list[int], list[Result]]:
-        """The segment of each query, 0 for none, and the segments; those of one stuff class are one."""
+    def _number(self, labels: list[int], scores: list[float], wanted: list[bool]) -> tuple[list[int], list[Result]]:
+        """Segments of the queries, 0 for none, and their list; those of a stuff class are one, with its best score."""
         segments: list[Result] = []
         stuff: dict[int, int] = {}
         ids = []
-        for label, becomes_segment in zip(labels, wanted, strict=True):
+        for label, score, becomes_segment in zip(labels, scores, wanted, strict=True):
             number = stuff.get(label, 0) if becomes_segment else 0
             if becomes_segment and not number:
-                number = len(segments) + 1
-                segments.append({"id": number, "category_id": label, "isthing": self.description["is_thing"][label]})
-                if not self.description["is_thing"][label]:
+                number, is_thing = len(segments) + 1, self.description["is_thing"][label]
+                segments.append({"id": number, "category_id": label, "isthing": is_thing, "score": score})
+                if not is_thing:
                     stuff[label] = number
+            elif becomes_segment:
+                segments[number - 1]["score"] = max(segments[number - 1]["score"], score)
             ids.append(number)
         return ids, segments
 
