@@ -1,5 +1,6 @@
 """Augmentations by key: labels follow the pixels, wrong entries are named, copy-paste."""
 
+import inspect
 import itertools
 from typing import Any
 
@@ -259,3 +260,23 @@ def test_mapper_and_samples_use_the_key(tmp_path) -> None:
         assert {samples[place, 0]["image"].unique().numel() > 1 for place in range(8)} == {True, False}
         assert torch.equal(samples[0, 0]["image"], mapped["image"])
     assert build_mapper(cfg, is_train=False)(entries[0])["image"].shape[1] == 800
+
+
+def test_defaults_of_entries_stay() -> None:
+    parts = {name: part for name, part in AUGMENTATION_REGISTRY if part.__module__.startswith("dimaskdino.")}
+    parameters = {name: inspect.signature(part).parameters for name, part in (parts | {"CopyPaste": CopyPaste}).items()}
+    defaults = {
+        name: {each.name: each.default for each in of_part.values() if each.default is not each.empty}
+        for name, of_part in parameters.items()
+    }
+    assert defaults == {
+        "Flip": {"direction": "horizontal", "prob": 0.5},
+        "LargeScaleJitter": {"min_scale": 0.1, "max_scale": 2.0, "size": 1024},
+        "MultiScaleResize": {"max_size": 1333},
+        "Rotate": {"angle": (-15, 15), "expand": True, "prob": 1.0},
+        "Rotate90": {"prob": 1.0},
+        "Color": dict.fromkeys(("brightness", "contrast", "saturation"), (0.8, 1.2)),
+        "Blur": {"sigma": (0.1, 2.0), "prob": 0.5},
+        "Crop": {"kind": "relative_range", "size": (0.5, 0.5), "least_objects": 1, "least_share": 0.5, "tries": 10},
+        "CopyPaste": {"prob": 0.5, "share": 0.5, "most": 100, "blend": 1.0, "least_left": 0.05},
+    }
