@@ -12,6 +12,7 @@ from dimaskdino.errors import ConfigError
 from dimaskdino.modeling.criterion import Criterion
 from dimaskdino.modeling.criterion.losses import focal_loss, mask_losses
 from dimaskdino.modeling.criterion.matcher import HungarianMatcher, MaskCost
+from dimaskdino.modeling.criterion.points import judged_points
 from dimaskdino.modeling.criterion.terms import (
     BoxLoss,
     ClassOptions,
@@ -82,6 +83,13 @@ def test_the_criterion_ignores_crowds_by_key(share: float, loss: float) -> None:
     criterion = Criterion(tiny_cfg({"MODEL.IGNORE_CROWD_SHARE": share}, DN="no"), sampler=GridSampler())
     losses = criterion(output, [with_crowd(make_targets([1], [LEFT]), (RIGHT, 1))])
     assert losses["loss_mask"].item() == pytest.approx(loss, rel=1e-4, abs=1e-4)
+
+
+def test_a_point_on_the_edge_of_a_region_is_in_it() -> None:
+    edge = torch.tensor([[[0.5, 0.5]]])  # between a pixel of the region and one beside it
+    for label, judged in ((0.0, 0.0), (0.5, 1.0)):
+        region, index = torch.tensor([[[True, False]]]), torch.tensor([0])
+        assert judged_points(region, index, edge, torch.tensor([[label]])).item() == judged
 
 
 def test_an_objects_own_pixels_in_a_crowd_are_learned() -> None:
