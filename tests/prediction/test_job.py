@@ -158,7 +158,8 @@ def test_a_limit_ends_a_video_early(tmp_path) -> None:
     assert (len(list(frames)), frames.count, Frames(source).count) == (3, 3, 9)
 
 
-def test_camera_without_rate_and_length_gets_the_usual_rate(monkeypatch) -> None:
+@pytest.mark.parametrize("length", [-1.0, 0.0])
+def test_camera_without_rate_and_length_gets_the_usual_rate(monkeypatch, length: float) -> None:
     class Camera:
         def __init__(self, index: int) -> None:
             pass
@@ -167,7 +168,7 @@ def test_camera_without_rate_and_length_gets_the_usual_rate(monkeypatch) -> None
             return True, np.zeros((2, 3, 3), np.uint8)
 
         def get(self, what: int) -> float:
-            return 0.0 if what == cv2.CAP_PROP_FPS else -1.0
+            return 0.0 if what == cv2.CAP_PROP_FPS else length
 
         def release(self) -> None:
             pass
