@@ -271,6 +271,11 @@ def shape(**other: object) -> str:
     return json.dumps({"imagePath": "a b.png", "shapes": [polygon | other]})
 
 
+def masked(corner: list[int]) -> str:
+    mask = base64.b64encode(png(np.ones((9, 27), dtype=bool))).decode()
+    return shape(shape_type="mask", points=[corner, [39, 11]], mask=mask)
+
+
 @pytest.mark.parametrize(
     ("kind", "files", "said"),
     [
@@ -310,6 +315,7 @@ def shape(**other: object) -> str:
         ),
         ("labelme", {"l/a.json": shape(group_id=[1])}, r"group_id \[1\]"),
         ("labelme", {"l/a.json": "[" * 100_000}, r"a\.json"),
+        ("labelme", {"l/a.json": masked([14, 2])}, "lies outside the image of 40x20 px"),
         ("labelme", {"l/a.json": shape(points=[[90, 90], [99, 90]], shape_type="circle")}, "on a line"),
         ("labelme", {"l/a.json": shape(), "l/b.json": shape()}, r"b\.json: .*a b\.png.*a\.json"),
         ("csv", {"l.csv": "image,class,x,width\na b.png,cat,1,5\n"}, "line 2: '' is not a number"),
