@@ -11,6 +11,7 @@ from detectron2.data.datasets import register_coco_instances
 
 from dimaskdino.config import Config
 from dimaskdino.data import build_test_loader, build_train_loader
+from dimaskdino.data.datasets.registration import known_classes
 from dimaskdino.data.mapper import MAPPER_REGISTRY
 from dimaskdino.errors import ConfigError, DatasetError
 from tests.data_pipeline.conftest import Json
@@ -135,3 +136,14 @@ def test_mapper_that_gives_something_else_is_named(mine: Config, change: Callabl
             next(iter(build_train_loader(mine)))
     finally:
         del MAPPER_REGISTRY._obj_map["own_mapper"]
+
+
+def test_known_classes_have_the_ids_of_their_dataset(mine: Config, coco: Json) -> None:
+    names, ids = known_classes("mine")  # of the file, which nothing has loaded
+    assert sorted(ids) == sorted(category["id"] for category in coco["categories"])
+    metadata = MetadataCatalog.get("mine")
+    metadata.thing_classes = names
+    assert known_classes("mine") == (names, [*range(1, len(names) + 1)])
+    metadata.thing_dataset_id_to_contiguous_id = {7 * number: index for index, number in enumerate(ids)}
+    assert known_classes("mine") == (names, [7 * number for number in ids])
+    assert known_classes("unknown") == ([], [])
