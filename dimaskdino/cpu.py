@@ -31,7 +31,7 @@ def keep_freed_memory(device: str = "cpu") -> bool:
     ``GLIBC_TUNABLES``, ...) win.
 
     Returns:
-        Whether the setting was made: not for another device, if the user chose otherwise, and without glibc.
+        Whether the setting was made. It is not for another device, without glibc, or where the user chose otherwise.
 
     Source: mallopt(3). benchmarks/RESULTS.md has the measurements.
     """

@@ -99,9 +99,9 @@ from dimaskdino.prediction.job import Job
 from dimaskdino.prediction.outputs import Outputs, check_writable
 from dimaskdino.prediction.records import Records, Share, write_coco, write_csv
 
-# Flags that say nothing about semantic maps.
-OF_OBJECTS = ("track", "query_features", "classes", "score_class", "max_detections", "mask_nms")
-OF_OBJECTS += ("boxes_from_masks", "keep_largest", "min_area")
+# Flags that say nothing about semantic maps; those of OF_OBJECTS say nothing about panoptic maps either.
+OF_SEGMENTS = ("classes", "score_class")
+OF_OBJECTS = ("track", "query_features", "max_detections", "mask_nms", "boxes_from_masks", "keep_largest", "min_area")
 # These do not decide the results; a folder takes those of one choice of all others.
 NO_SETTINGS = ("inputs", "output", "batch_size", "device", "overwrite")
 
@@ -208,8 +208,9 @@ def check_model(args: argparse.Namespace, cfg: Config) -> None:
     Raises:
         UserError: naming the flag.
     """
-    of_objects = [name for name in OF_OBJECTS if getattr(args, name)]
-    if of_objects and not cfg.MODEL.MaskDINO.TEST.INSTANCE_ON:
+    test = cfg.MODEL.MaskDINO.TEST
+    of_objects = [name for name in (*OF_OBJECTS, *(() if test.PANOPTIC_ON else OF_SEGMENTS)) if getattr(args, name)]
+    if of_objects and not test.INSTANCE_ON:
         flag = f"--{of_objects[0].replace('_', '-')}"
         raise UserError(f"{flag} needs a model of objects (MODEL.MaskDINO.TEST.INSTANCE_ON); leave it out.")
     of_masks = sorted({"masks", "geojson"} & {*args.save})

@@ -155,6 +155,18 @@ def test_a_model_of_boxes_alone_saves_no_masks(run, job, tmp_path) -> None:
         assert done.err.splitlines()[-1].startswith(f"error: {flag[0]} needs a model of objects")
 
 
+def test_segments_follow_the_classes_of_the_command_line(run, job, tmp_path) -> None:
+    on = {"INSTANCE_ON": "False", "PANOPTIC_ON": "True", "OBJECT_MASK_THRESHOLD": "0.0", "OVERLAP_THRESHOLD": "0.0"}
+    keys = [each for name, value in on.items() for each in (f"MODEL.MaskDINO.TEST.{name}", value)]
+    job += ["--opts", *keys, "MODEL.MaskDINO.THING_CLASSES", "[0, 1]", "--overwrite", "--save", "masks"]
+    assert run("tools/predict.py", *job, "--max-detections", "3").status == 2
+    counts = []
+    for wanted in ([], ["--classes", "star", "--score-class", "star=1"]):
+        assert run("tools/predict.py", *job, *wanted).status == 3  # one picture cannot be read
+        counts.append(max(np.asarray(Image.open(path)).max() for path in (tmp_path / "out" / "masks").iterdir()))
+    assert counts[0] > 0 == counts[1]
+
+
 def test_the_demo_model_is_used_unless_another_is_named(run, job, tmp_path, monkeypatch) -> None:
     del job[1:3]
     monkeypatch.chdir(tmp_path)
