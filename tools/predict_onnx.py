@@ -206,7 +206,7 @@ class Model:
         return np.array(ids, np.int32)[winner] * inside, segments
 
     def _number(self, labels: list[int], scores: list[float], wanted: list[bool]) -> tuple[list[int], list[Result]]:
-        """Segments of the queries, 0 for none, and their list; those of a stuff class are one, with its best score."""
+        """The segment id of each query, 0 for none, and the segments; those of a stuff class become one."""
         segments: list[Result] = []
         stuff: dict[int, int] = {}
         ids = []

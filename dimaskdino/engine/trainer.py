@@ -223,7 +223,7 @@ class Trainer(ResumableTrainer):
 
 
 def train_or_evaluate(args: argparse.Namespace) -> None:
-    """What every process of a job does, by the command line of train_net.py."""
+    """Train or evaluate as the command line of train_net.py asks; every process of a job calls this."""
     cfg = setup(args)
     if args.eval_only:
         evaluate(cfg, resume=args.resume)

@@ -92,7 +92,7 @@ def _is_known(path: str) -> bool:
 def _output_names(paths: Sequence[str], taken: Sequence[str]) -> list[str]:
     """A name for the outputs of each file: its path below the shared folder, with its suffix where names are equal.
 
-    Files of several drives share no folder; each drive is one.
+    Files on different drives share no folder, so each drive becomes one.
     """
     split = [Path(os.path.abspath(path)).parts for path in paths]
     full = [(re.sub(r"\W+", "_", drive).strip("_"), *parts) for drive, *parts in split]

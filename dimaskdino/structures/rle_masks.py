@@ -168,12 +168,12 @@ def place_crop(crop: np.ndarray, top: int, left: int, size: Size) -> Rle:
 
 
 def as_text(rle: Rle) -> Rle:
-    """A compressed RLE as JSON holds it."""
+    """A compressed RLE with its counts as text, as JSON needs it."""
     return {"size": list(rle["size"]), "counts": rle["counts"].decode()}
 
 
 def coco_shape(rle: Rle) -> dict[str, Any]:
-    """What an annotation of a COCO file says of a mask: bbox (xywh px), area (px^2), segmentation (RLE as text)."""
+    """The fields of a COCO annotation that describe a mask: bbox (xywh px), area (px^2), segmentation (RLE as text)."""
     return {"bbox": mask_util.toBbox(rle).tolist(), "area": int(mask_util.area(rle)), "segmentation": as_text(rle)}
 
 

@@ -90,8 +90,8 @@ def panoptic_of_image(
 
     Returns:
         (H, W) int32 with 0 for no segment, and for each segment its ``id``, ``category_id``, ``isthing``, and
-        ``score`` (sigmoid), numbered from 1 in the order of the queries. Segments of one stuff class are one, which has
-        the best score.
+        ``score`` (sigmoid), numbered from 1 in the order of the queries. Segments of one stuff class become one, with
+        the best of their scores.
 
     Source: MaskFormer (Cheng et al., 2021), section 3.4; Mask DINO's released code.
     """
