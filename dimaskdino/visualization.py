@@ -23,7 +23,7 @@ Color = tuple[int, int, int]
 Box = tuple[float, float, float, float]
 Patch = tuple[int, int, np.ndarray]  # left and top in px of a picture, and what is there of a mask, (h, w) uint8
 
-SHORTEST_SIDE_PX, LONGEST_SIDE_PX = 512, 2400  # smaller pictures are enlarged up to these
+SHORTEST_SIDE_PX, LONGEST_SIDE_PX = 512, 2400  # smaller pictures are enlarged to about these
 MASK_OPACITY = 0.4
 HALO: Color = (16, 16, 16)
 _GOLDEN_RATIO = (5**0.5 - 1) / 2  # turning a hue by this keeps it far from the hues before it
@@ -31,7 +31,7 @@ _TONES = ((0.85, 1.0), (0.6, 1.0), (0.9, 0.8))  # saturation and value, in turn
 _LONGEST_LABEL = 28
 _SMOOTHING = 0.6  # standard deviation in px of the mask, of the blur before a mask is enlarged and cut at one half
 _BLUR_REACH_PX = 3
-_RIM_TOLERANCE_PX = 0.3  # how far a rim may be from its smooth course: fewer corners are drawn sooner
+_RIM_TOLERANCE_PX = 0.5  # how far a rim may be from its smooth course: fewer corners are drawn sooner
 _RIM_SMOOTHING = 3  # neighbors on both sides with which each pixel of a rim is averaged
 _RIM_BITS = 4  # fractional ones of the coordinates of rims
 _GRID_MARGIN_PX, _GRID_BACKGROUND = 8, (255, 255, 255)
@@ -132,9 +132,9 @@ def draw_objects(
     return picture
 
 
-def _enlargement(height: int, width: int) -> float:
-    """How much a picture is enlarged, so that labels can be read; long pictures are limited by their longest side."""
-    return max(1.0, min(SHORTEST_SIDE_PX / min(height, width), LONGEST_SIDE_PX / max(height, width)))
+def _enlargement(height: int, width: int) -> int:
+    """How many times a picture is enlarged, so that labels can be read; its longest side limits a long one."""
+    return max(1, min(round(SHORTEST_SIDE_PX / min(height, width)), LONGEST_SIDE_PX // max(height, width)))
 
 
 def save_grid(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], path: str | Path) -> None:
@@ -282,14 +282,20 @@ def _patch(mask: np.ndarray, size: tuple[int, int]) -> Patch:
     smooth = 255 * mask[y0 : y + height + _BLUR_REACH_PX, x0 : x + width + _BLUR_REACH_PX]
     if min(scales) > 1:  # the steps of enlarged pixels
         smooth = cv2.GaussianBlur(smooth, (0, 0), _SMOOTHING, borderType=cv2.BORDER_REPLICATE)
-    # From the centers of pixels to the centers of pixels.
-    shifts = [
-        (first + 0.5) * scale - 0.5 - start for first, scale, start in zip((x0, y0), scales, (left, top), strict=True)
-    ]
-    matrix = np.array([[scales[0], 0, shifts[0]], [0, scales[1], shifts[1]]])
-    smooth = cv2.warpAffine(
-        smooth, matrix, (right - left, bottom - top), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
-    )
+    if all(scale.is_integer() for scale in scales):
+        smooth = cv2.resize(smooth, None, fx=scales[0], fy=scales[1], interpolation=cv2.INTER_LINEAR)
+        above, before = round(y0 * scales[1]), round(x0 * scales[0])
+        smooth = smooth[top - above : bottom - above, left - before : right - before]
+    else:
+        # From the centers of pixels to the centers of pixels.
+        shifts = [
+            (first + 0.5) * scale - 0.5 - start
+            for first, scale, start in zip((x0, y0), scales, (left, top), strict=True)
+        ]
+        matrix = np.array([[scales[0], 0, shifts[0]], [0, scales[1], shifts[1]]])
+        smooth = cv2.warpAffine(
+            smooth, matrix, (right - left, bottom - top), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
+        )
     # A single pixel stays, however smooth.
     return left, top, cv2.threshold(smooth, min(127, int(smooth.max()) // 2), 1, cv2.THRESH_BINARY)[1]
 
