@@ -204,7 +204,7 @@ def test_bad_voc_file_is_named(root: Path, convert) -> None:
 
 
 def test_labelme_parts_masks_and_shapes(root: Path, convert) -> None:
-    encoded = base64.b64encode(png(ring()[2:12, 3:30])).decode()
+    encoded = base64.encodebytes(png(ring()[2:12, 3:30])).decode()
     shapes = [
         {"label": "cat", "points": [[1, 1], [5, 1], [5, 5]], "group_id": 3, "shape_type": "polygon"},
         {"label": "dog", "points": [[30, 10], [20, 5]], "shape_type": "rectangle"},

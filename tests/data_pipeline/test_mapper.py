@@ -15,7 +15,7 @@ from pycocotools import mask as mask_util
 from dimaskdino.config import Config
 from dimaskdino.data import build_mapper, build_train_loader
 from dimaskdino.data.datasets.registration import register_coco_format
-from dimaskdino.data.fields import unlabeled_classes
+from dimaskdino.data.fields import check_fields, fields_of, unlabeled_classes
 from dimaskdino.errors import ConfigError, DatasetError
 from tests.tiny_model import NUM_CLASSES, tiny_cfg
 
@@ -270,3 +270,23 @@ def test_annotated_boxes_and_weights_reach_the_model(data) -> None:
     assert found.gt_box_weight.tolist() == [0.5, 1.0]
     with pytest.raises(DatasetError, match=r"1\.png.*box_weight.*-1"):
         data({}, [TRIANGLE | {"box_weight": -1}])
+
+
+def test_missing_field_gives_the_closest_name() -> None:
+    annotations = [{"id": 7, "occluded": 1}, {"id": 8}]
+    check_fields(annotations, ["occluded"], "mine")
+    with pytest.raises(DatasetError, match="mine has 'ocluded'.*occluded"):
+        check_fields(annotations, ["ocluded"], "mine")
+    with pytest.raises(DatasetError, match="annotation 7 of dataset mine: occluded is 'yes'"):
+        check_fields([{"id": 7, "occluded": "yes"}], ["occluded"], "mine")
+
+
+def test_fields_are_numbers_or_lists_of_one_length() -> None:
+    found = fields_of([{"age": 3}, {}, {"age": True}], ["age"], "a.png")["gt_age"]
+    assert found[[0, 2]].tolist() == [3.0, 1.0]
+    assert found[1].isnan()
+    assert fields_of([{"at": [1, 2]}, {}], ["at"], "a.png")["gt_at"].shape == (2, 2)
+    assert fields_of([], ["at"], "a.png")["gt_at"].shape == (0,)
+    for broken in ([{"at": "x"}], [{"at": [1, 2]}, {"at": [1]}], [{"at": [[1]]}], [{"at": [1]}, {"at": 1}]):
+        with pytest.raises(DatasetError, match=r"a\.png.*at"):
+            fields_of(broken, ["at"], "a.png")

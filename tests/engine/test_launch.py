@@ -20,7 +20,7 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
 from dimaskdino.engine import argument_parser, launch
-from dimaskdino.engine.launch import _dist_url, one_line, set_process_timeout
+from dimaskdino.engine.launch import _dist_url, _num_gpus_under_torchrun, one_line, set_process_timeout
 from dimaskdino.errors import DatasetError, UserError
 
 
@@ -224,6 +224,15 @@ def test_user_error_under_torchrun_is_one_line_and_status_two(torchrun, capfd) -
     process.join(60)
     assert process.exitcode == 2
     assert capfd.readouterr().err.splitlines()[-1] == "error: Cannot read a/b.jpg: not an image."
+
+
+def test_each_process_of_torchrun_has_a_gpu_of_its_own(gpus) -> None:
+    for available, asked, used in ((0, None, 0), (2, 0, 0), (2, None, 2)):
+        gpus(available)
+        assert _num_gpus_under_torchrun(asked, 2) == used
+    gpus(1)
+    with pytest.raises(UserError, match="nproc_per_node 1"):
+        _num_gpus_under_torchrun(None, 2)
 
 
 def test_automatic_address_needs_a_single_machine(capsys: pytest.CaptureFixture) -> None:

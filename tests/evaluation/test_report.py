@@ -2,7 +2,7 @@
 
 import math
 
-from dimaskdino.evaluation.report import class_table, coco_table, layer_table, stage_row
+from dimaskdino.evaluation.report import class_table, coco_table, layer_table, run_table, stage_row
 
 SCORES = {"AP": 1.0, "AP50": 2.0, "AP-cat": 1.0}
 
@@ -27,3 +27,6 @@ def test_tables_show_only_the_tasks_that_were_scored() -> None:
 
 def test_a_dash_stands_for_what_cannot_be_measured() -> None:
     assert cells(coco_table({"bbox": {"AP": 1.0, "APl": math.nan, "APs": None}}), 2) == ["box", "1.0", "–", "–"]
+    runs = run_table({"first": {"bbox": {"AP": 1.0, "AP50": 2.0, "AP75": 0.5}}, "second": {}})
+    assert cells(runs, 0) == ["", "box AP", "box AP50", "box AP75"]
+    assert cells(runs, 3) == ["second", "–", "–", "–"]

@@ -1,5 +1,6 @@
 """Exported files find what the model finds; what cannot be exported is refused."""
 
+import contextlib
 import json
 import re
 import subprocess
@@ -92,8 +93,18 @@ def test_onnx_of_any_size_finds_what_the_predictor_finds(tmp_path, monkeypatch, 
     run, output = make_run(tmp_path / "run", SMALL | options), tmp_path / "model.onnx"
     run_tool(monkeypatch, run, "onnx", output, pictures, *more)
     assert_finds_the_same(Model(output), run, pictures)
-    nodes = {node.op_type for node in formats.require("onnx").load(output).graph.node}
-    assert ("GridSample" in nodes) == (not more)
+    written = formats.require("onnx").load(output)
+    assert ("GridSample" in {node.op_type for node in written.graph.node}) == (not more)
+    assert written.opset_import[0].version == 17
+
+
+def test_opsets_go_from_16_to_20(monkeypatch):
+    known = []
+    for opset in range(14, 23):
+        monkeypatch.setattr(sys, "argv", ["export.py", "--format", "onnx", "--output", "a.onnx", "--opset", str(opset)])
+        with contextlib.suppress(SystemExit):
+            known.append(export.parse_args().opset)
+    assert known == [16, 17, 18, 19, 20]
 
 
 @pytest.mark.parametrize("kind", ["torchscript", "torch-export", "openvino"])

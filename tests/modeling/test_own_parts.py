@@ -18,10 +18,9 @@ from dimaskdino.config import Config
 from dimaskdino.config.reader import _REGISTERED
 from dimaskdino.data import build_train_loader
 from dimaskdino.data.datasets.registration import register_coco_format
-from dimaskdino.data.fields import check_fields, fields_of
 from dimaskdino.engine import Trainer
 from dimaskdino.engine.setup import _check_model
-from dimaskdino.errors import ConfigError, DatasetError
+from dimaskdino.errors import ConfigError
 from dimaskdino.evaluation import EVALUATOR_REGISTRY, ImageEvaluator, check_evaluators
 from dimaskdino.evaluation.segmentation import EvaluatorGroup
 from dimaskdino.modeling.registry import COST_REGISTRY, HEAD_REGISTRY, LOSS_REGISTRY
@@ -244,26 +243,6 @@ def test_parts_of_wrong_shapes_are_named() -> None:
         tiny_model({"MODEL.EXTRA_HEADS": ["Oclusion"]})
     with pytest.raises(ConfigError, match=r"occluded.*INPUT\.ANNOTATION_FIELDS"):
         tiny_model({key: value for key, value in OWN.items() if "EXTRA" in key}).train()(batch)
-
-
-def test_missing_field_gives_the_closest_name() -> None:
-    annotations = [{"id": 7, "occluded": 1}, {"id": 8}]
-    check_fields(annotations, ["occluded"], "mine")
-    with pytest.raises(DatasetError, match="mine has 'ocluded'.*occluded"):
-        check_fields(annotations, ["ocluded"], "mine")
-    with pytest.raises(DatasetError, match="annotation 7 of dataset mine: occluded is 'yes'"):
-        check_fields([{"id": 7, "occluded": "yes"}], ["occluded"], "mine")
-
-
-def test_fields_are_numbers_or_lists_of_one_length() -> None:
-    found = fields_of([{"age": 3}, {}, {"age": True}], ["age"], "a.png")["gt_age"]
-    assert found[[0, 2]].tolist() == [3.0, 1.0]
-    assert found[1].isnan()
-    assert fields_of([{"at": [1, 2]}, {}], ["at"], "a.png")["gt_at"].shape == (2, 2)
-    assert fields_of([], ["at"], "a.png")["gt_at"].shape == (0,)
-    for broken in ([{"at": "x"}], [{"at": [1, 2]}, {"at": [1]}], [{"at": [[1]]}], [{"at": [1]}, {"at": 1}]):
-        with pytest.raises(DatasetError, match=r"a\.png.*at"):
-            fields_of(broken, ["at"], "a.png")
 
 
 def test_evaluators_of_another_form_are_named(data: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,7 +93,8 @@ def test_the_first_runs_evaluation_describes_the_dataset(run, farm: Path) -> Non
 
 
 def test_weights_and_limit_of_results_files(run, tmp_path: Path) -> None:
-    one = write(tmp_path / "one.json", detection(5, [0, 0, 20, 20], 0.5), detection(5, [30, 10, 9, 9], 0.4))
+    thin = detection(5, [30, 10, 9, 9], 0.4) | {"bbox": [30, 10, 0, 0.5]}
+    one = write(tmp_path / "one.json", detection(5, [0, 0, 20, 20], 0.5), thin)
     box_of_mask = {key: value for key, value in detection(5, [4, 0, 20, 20], 0.5).items() if key != "bbox"}
     other = write(tmp_path / "other.json", box_of_mask)
     done = run("tools/ensemble.py", one, other, "--weights", 3, 1, "--max-detections", 1, "--output", tmp_path / "out")

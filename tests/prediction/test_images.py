@@ -159,6 +159,7 @@ def test_cleaning_keeps_parts_and_drops_empty_objects(form) -> None:
     given.pred_masks[0, 30, 30] = True
     given.pred_masks[2] = False
     given.pred_masks[2, 30, 30] = True
+    assert Refinement()(given, NAMES).pred_masks[0, 30, 30]
     given.pred_masks = form(given.pred_masks)
     result = Refinement(min_area=2, boxes_from_masks=True)(given, NAMES)
     assert result.pred_classes.tolist() == [0, 0, 2]

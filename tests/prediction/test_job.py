@@ -235,3 +235,6 @@ def test_a_mask_map_shows_better_objects_on_top() -> None:
     found.pred_boxes, found.pred_masks = Boxes(torch.zeros(2, 4)), masks
     prediction = Prediction({"instances": found}, image=np.zeros((4, 4, 3), np.uint8), classes=CLASSES)
     assert np.asarray(mask_map(prediction)).tolist() == [[1] * 4, [1] * 4, [2] * 4, [0] * 4]
+    logits = torch.eye(2)[:, None]
+    semantic = Prediction({"sem_seg": logits}, image=np.zeros((1, 2, 3), np.uint8), classes=CLASSES)
+    assert np.asarray(mask_map(semantic)).tolist() == [[1, 2]]

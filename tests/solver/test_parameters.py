@@ -136,6 +136,9 @@ def test_frozen_norm_keeps_its_statistics() -> None:
     model.backbone(torch.randn(2, 3, 4, 4))
     assert not model.backbone[1].running_mean.any()
     assert (model.backbone[1].running_var == 1).all()
+    both = nn.Sequential(*(Parts() for _ in range(2)))
+    freeze_parameters(cfg_with(*rules({"pattern": "0.backbone.1", "frozen": True})), both)
+    assert [each.backbone[1].momentum for each in both] == [0.0, 0.1]
 
 
 def test_learning_rate_follows_the_batch_and_is_told(caplog: pytest.LogCaptureFixture) -> None:

@@ -22,6 +22,7 @@ from dimaskdino.structures import (
     is_final_loss,
 )
 from dimaskdino.structures.rle_masks import crop_of, place_crop
+from dimaskdino.structures.targets import CrowdRegions
 from dimaskdino.structures.tokens import flatten_levels, highest_scores
 from tests.tiny_model import instances
 
@@ -209,6 +210,18 @@ def test_joined_targets_number_objects_and_masks_of_a_batch():
 def test_masks_larger_than_the_canvas_are_an_error():
     with pytest.raises(DatasetError, match=r"\(40, 40\) px do not fit on a canvas of \(32, 64\) px"):
         Targets.from_instances(instances(40, 40, [[2, 4, 10, 12]]), 32, 64, num_classes=5)
+
+
+def test_share_of_a_box_in_a_region_of_crowd():
+    masks = torch.zeros(1, 64, 64, dtype=torch.bool)
+    masks[:, :16, :32] = True
+    region = Instances((64, 64), gt_classes=torch.zeros(1), gt_any_class=torch.ones(1, dtype=torch.bool))
+    region.gt_masks = BitMasks(masks)
+    crowd = CrowdRegions.from_instances(region, 64, 64, torch.device("cpu"))
+    boxes = torch.tensor([[0.25, 0.25, 0.5, 0.5], [0.1, 0.1, 0.1, 0.1], [0.9, 0.9, 0.1, 0.1], [0.5, 0.5, 0.0, 0.0]])
+    assert crowd.share(boxes)[:, 0].tolist() == [0.5, 1.0, 0.0, 0.0]
+    pixel, above, beside = [0.5 / 64] * 2 + [1 / 64] * 2, [0.25, 0.0, 0.5, 0.0], [0.0, 0.1, 0.0, 0.2]
+    assert crowd.share(torch.tensor([pixel, above, beside]))[:, 0].tolist() == [1.0, 0.0, 0.0]
 
 
 BITMAPS = arrays(bool, array_shapes(min_dims=2, max_dims=2, max_side=9))

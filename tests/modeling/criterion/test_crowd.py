@@ -230,12 +230,6 @@ def test_predictions_in_a_crowd_are_not_judged() -> None:
     assert class_loss(of_any, crowd_share=0.5) == pytest.approx(float(expected.sum()), rel=1e-5)
 
 
-def test_share_of_a_box_in_a_region() -> None:
-    crowd = CrowdRegions.from_instances(region(0, 0, 32, 16), 64, 64, torch.device("cpu"))
-    boxes = torch.tensor([[0.25, 0.25, 0.5, 0.5], [0.1, 0.1, 0.1, 0.1], [0.9, 0.9, 0.1, 0.1], [0.5, 0.5, 0.0, 0.0]])
-    assert crowd.share(boxes)[:, 0].tolist() == [0.5, 1.0, 0.0, 0.0]
-
-
 def test_classes_are_weighed() -> None:
     weights = [1.0, 2.0, 0.0, 0.5, 1.0]
     expected = (parts() * torch.tensor(weights)).sum()
