@@ -18,6 +18,7 @@ from dimaskdino.data.augmentations import AUGMENTATION_REGISTRY, Turn, copy_past
 from dimaskdino.data.copy_paste import CopyPaste
 from dimaskdino.data.mapper import InstanceMapper, build_mapper
 from dimaskdino.data.orders import Samples
+from dimaskdino.data.transforms import shortest_edge
 from dimaskdino.errors import ConfigError
 
 SIZE = (20, 30)
@@ -104,6 +105,19 @@ def test_every_augmentation_of_ours(entry: Any, shape: tuple[int, int]) -> None:
     assert given.image.shape == (*shape, 3)
     assert given.image.dtype == np.uint8
     assert "Flip" in str(entry) or not np.array_equal(given.image, before)
+
+
+def test_half_of_the_images_are_resized_and_cropped_as_by_detr() -> None:
+    cfg = get_cfg()
+    cfg.merge_from_list(["INPUT.CROP.ENABLED", True, "INPUT.CROP.TYPE", "relative", "INPUT.CROP.SIZE", [0.5, 0.5]])
+    *before, _ = shortest_edge(cfg)
+    sides = []
+    for _ in range(60):
+        image = T.AugInput(np.zeros((40, 40, 3), np.uint8))
+        T.AugmentationList(before)(image)
+        sides.append(image.image.shape[0])
+    assert {*sides} == {40, 200, 250, 300}
+    assert 20 < sides.count(40) < 40
 
 
 def test_crop_is_drawn_again_until_an_object_is_inside() -> None:

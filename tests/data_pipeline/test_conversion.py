@@ -112,7 +112,7 @@ def test_yolo_boxes_polygons_and_background(root: Path, convert) -> None:
         ("7 0.5 0.5 0.1 0.1", "class 7 is unknown; there are 2"),
         ("0 0.5 0.5 0.1", "3 numbers after the class"),
         ("0 0.5 0.5 0.1 x", "not a row of numbers"),
-        ("0 0.9 0.5 0.5 0.1", "lies outside the image of 40x20"),
+        ("0 0.78 0.5 0.5 0.1", "lies outside the image of 40x20"),
         ("0 0.5 0.5 0 0.1", "covers nothing"),
         ("0 nan 0.5 0.2 0.1", "not a finite number"),
         ("0 0.5 0.5 -0.2 0.1", "negative"),

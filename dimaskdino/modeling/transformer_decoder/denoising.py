@@ -47,7 +47,7 @@ class Denoising(nn.Module):
         Deviation: the releases drop denoising for the whole batch when an image has more objects than ``num_queries``;
         here such an image denoises a random choice of that many objects, in one group.
         """
-        largest = max((len(target) for target in targets), default=0)
+        largest = max(map(len, targets))
         if self.num_queries == 0 or (largest == 0 and not self.fixed_size):
             return None
         room = self._room(largest)
