@@ -13,7 +13,7 @@ from torch import nn
 from dimaskdino.checkpoint import Checkpointer, checkpointer, class_names_of, from_release, read_weights, to_release
 from dimaskdino.checkpoint.names import CLASS_KEYS
 from dimaskdino.errors import CheckpointError
-from tests.checkpoint.models import Counter, assert_loaded, randomised, save, small_model
+from tests.checkpoint.models import Counter, RunsCode, assert_loaded, randomised, save, small_model
 
 MASKDINO = {"MODEL.MaskDINO.TRANSFORMER_DECODER_NAME": "MaskDINODecoder"}
 ONE_STAGE = {**MASKDINO, "MODEL.MaskDINO.TWO_STAGE": False, "MODEL.MaskDINO.INITIALIZE_BOX_TYPE": "no"}
@@ -39,6 +39,8 @@ def test_our_files_fill_the_model_and_return_the_rest(tmp_path: Path) -> None:
     rest = Checkpointer(model).load(save({"model": expected, "iteration": 41}, tmp_path / "ours.pth"))
     assert rest == {"iteration": 41}
     assert_loaded(model, expected)
+    with pytest.raises(CheckpointError, match="could run code"):
+        Checkpointer(model).load(save({"model": expected, "trap": RunsCode(tmp_path / "made")}, tmp_path / "trap.pth"))
 
 
 def test_names_of_one_tensor_must_hold_equal_values(tmp_path: Path) -> None:

@@ -166,6 +166,7 @@ def test_crop_is_drawn_again_until_an_object_is_inside() -> None:
         ({"Crop": {"least_share": "x"}}, "Crop.*least_share"),
         ({"CopyPaste": {"prob": 2}}, "CopyPaste needs prob"),
         ({"CopyPaste": {"most": 1.5}}, "CopyPaste needs .*most"),
+        ({"CopyPaste": {"most": 0}}, "CopyPaste needs .*most"),
     ],
 )
 def test_wrong_entry_is_named(entry: Any, said: str) -> None:
@@ -253,7 +254,7 @@ def test_pasting_keeps_fields_of_either_image() -> None:
     below, above = instances((0, 0, 3, 3)), instances((6, 6, 9, 9))
     below.gt_mask_supervised, above.gt_age = torch.tensor([True]), torch.tensor([4.0])
     images = [{"image": torch.zeros(3, 10, 12), "instances": each} for each in (below, above)]
-    found = CopyPaste(share=1.0)(*images)["instances"]
+    found = CopyPaste(share=1.0, most=1)(*images)["instances"]
     assert found.gt_mask_supervised.tolist() == [True, True]
     assert found.gt_age.isnan().tolist() == [False, False] or found.gt_age.isnan().tolist() == [True, False]
 

@@ -19,6 +19,7 @@ from dimaskdino.engine.replay import replay
 from dimaskdino.engine.setup import load_config
 from dimaskdino.errors import CheckpointError, UserError
 from dimaskdino.seeds import seed_from
+from tests.checkpoint.models import RunsCode
 from tests.documentation import REPOSITORY, command
 from tests.engine.toy import RandomToyDetector, train
 from tests.tiny_model import tiny_model, train_batch
@@ -122,9 +123,11 @@ def test_replay_file_of_another_model_is_one_line(cfg: Config, tmp_path: Path) -
         replay(files(cfg)[0], ["MODEL.META_ARCHITECTURE", "ToyDetector"])
     (tmp_path / "torn.pth").write_bytes(files(cfg)[0].read_bytes()[:-200])
     torch.save({"model": {}}, tmp_path / "weights.pth")
-    for name in ("torn.pth", "weights.pth", "absent.pth"):
+    torch.save(RunsCode(tmp_path / "made"), tmp_path / "code.pth")
+    for name in ("torn.pth", "weights.pth", "absent.pth", "code.pth"):
         with pytest.raises(UserError, match=name):
             replay(tmp_path / name)
+    assert not (tmp_path / "made").exists()
 
 
 def test_tool_prints_both_times(cfg: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

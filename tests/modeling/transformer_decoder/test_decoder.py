@@ -66,9 +66,13 @@ def test_stages_have_the_shapes_of_their_queries():
             {"INITIAL_PRED": False, **NO_INITIAL_BOX},
             ["interm", "di.0", "di.1", "selection.2", "layer.0", "layer.1", "layer.2"],
         ),
+        (
+            {"LEARN_TGT": True, "TI_LAYERS": 1, "DEC_LAYERS": 2},
+            ["interm", "di.0", "selection.2", "initial", "layer.0", "layer.1"],
+        ),
         (ONE_STAGE, ["initial", "layer.0", "layer.1", "layer.2"]),
     ],
-    ids=["one layer", "one interaction", "no DI", "no initial prediction", "one stage"],
+    ids=["one layer", "one interaction", "no DI", "no initial prediction", "learned content", "one stage"],
 )
 def test_settings_decide_which_stages_there_are(node, names):
     assert [stage.name for stage in build(**node)(encoded()).stages] == names
