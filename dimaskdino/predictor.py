@@ -97,6 +97,7 @@ class Predictor:
         if self.tiling:
             self.cfg.merge_from_list(list(TILE_OPTIONS))
         self.cfg.merge_from_list(list(options))
+        self._given = self.cfg.clone()
         _prepare(self.cfg, device, self.refine)
         _check_together(self.cfg, tiled=self.tiling is not None, staged=bool(layers))
         named = [layers] if isinstance(layers, str) else list(layers)
@@ -188,7 +189,8 @@ class Predictor:
             CheckpointError: the file cannot be written; what was there before stays.
         """
         path = Path(path)
-        cfg, node = self.cfg.clone(), self.cfg.MODEL.MaskDINO
+        cfg, node = self._given.clone(), self.cfg.MODEL.MaskDINO
+        _prepare(cfg, self.cfg.MODEL.DEVICE, Refinement(score=0))  # Who loads the file says what is kept.
         if node.TEST.PANOPTIC_ON or node.PANO_BOX_LOSS:  # The data that says it need not be where the file goes.
             things = thing_classes(self.cfg, "MODEL.MaskDINO.TEST.PANOPTIC_ON")
             cfg.MODEL.MaskDINO.THING_CLASSES = things or NO_THINGS
