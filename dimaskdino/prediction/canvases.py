@@ -78,6 +78,8 @@ def _of_pil(image: Image.Image, exif: bool, name: str) -> Canvas:
     check_depth(image, name)
     image = upright(image) if exif else image
     image.load()
+    if image.mode in ("1", "P"):  # which PIL cannot reduce
+        image = image.convert("RGB")
 
     def read(top: int, left: int, height: int, width: int) -> np.ndarray:
         return np.asarray(image.crop((left, top, left + width, top + height)).convert("RGB"))
