@@ -183,6 +183,6 @@ def _frames(folder: Path, record: Record) -> Iterator[tuple[int | str, list[Reco
 def _whole(path: Path) -> Iterator[TextIO]:
     """Write a file as a whole or not at all; two processes that write it at once do not mix."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
-    with part.open("w", encoding="utf-8", newline="") as file:
+    with part.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:  # as files are named
         yield file
     os.replace(part, path)
