@@ -13,6 +13,7 @@ from detectron2.utils.events import EventStorage
 from dimaskdino.config import Config
 from dimaskdino.engine import Trainer, evaluate
 from dimaskdino.engine.hooks import progress_line
+from dimaskdino.engine.run_folder import full_disk_in_one_line
 from dimaskdino.errors import UserError
 from tests.engine.toy import train
 
@@ -228,6 +229,8 @@ def test_full_disk_is_a_user_error(toy_cfg: Config, full: str, caplog: pytest.Lo
             trainer.train()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with pytest.raises(RuntimeError, match="a bug"), full_disk_in_one_line(Path(toy_cfg.OUTPUT_DIR)):
+        raise RuntimeError("a bug")
 
 
 def test_run_that_fails_at_once_leaves_no_record(toy_cfg: Config) -> None:

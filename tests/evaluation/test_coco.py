@@ -19,7 +19,7 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
 from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+from pycocotools.cocoeval import COCOeval, Params
 
 from dimaskdino.config import get_cfg
 from dimaskdino.data.datasets.registration import load_dataset, register_coco_format
@@ -27,7 +27,7 @@ from dimaskdino.data.validation.start import check_datasets
 from dimaskdino.errors import ConfigError, DatasetError, UserError
 from dimaskdino.evaluation import EVALUATOR_REGISTRY, CocoEvaluator, LayerwiseEvaluator, build_evaluator, check_classes
 from dimaskdino.evaluation.coco import coco_curves
-from dimaskdino.evaluation.coco_options import CocoOptions
+from dimaskdino.evaluation.coco_options import AREA_RANGES, CocoOptions
 from dimaskdino.evaluation.truth import make_truth
 
 CASES = Path(__file__).parents[1] / "data" / "cases"
@@ -176,6 +176,10 @@ def remove_areas(coco: dict[str, Any]) -> None:
     for number, found in enumerate(coco["annotations"]):
         found.update([{"area": None}, {"area": "324"}, {"area": float("nan")}][number % 3])
     del coco["annotations"][0]["area"]
+
+
+def test_small_medium_and_large_are_as_coco_has_them() -> None:
+    assert [bounds for _, *bounds in AREA_RANGES] == Params("bbox").areaRng
 
 
 @pytest.mark.parametrize("has_mask", [True, False])

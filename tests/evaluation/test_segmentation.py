@@ -40,13 +40,13 @@ def semantic(tmp_path: Path) -> Config:
 
 
 def perfect(entry: dict) -> dict:
-    """What a perfect panoptic model gives for an image of the small dataset; a crowd is no object."""
+    """What a perfect panoptic model gives for an image, with ids of three bytes; a crowd is no object."""
     kept = [each for each in entry["segments_info"] if not each["iscrowd"]]
     ids = read_segment_ids(entry["pan_seg_file_name"])
-    pixels = relabel(ids, {each["id"]: number for number, each in enumerate(kept, start=1)}, 0)
+    pixels = relabel(ids, {each["id"]: number for number, each in enumerate(kept, start=70_001)}, 0)
     segments = [
         {"id": number, "category_id": each["category_id"], "isthing": each["isthing"]}
-        for number, each in enumerate(kept, start=1)
+        for number, each in enumerate(kept, start=70_001)
     ]
     masks = torch.stack([torch.from_numpy(ids == each["id"]) for each in kept])
     found = Instances(
@@ -87,7 +87,7 @@ def test_perfect_panoptic_results_score_100(panoptic, tmp_path):
         }
     )
     assert (tmp_path / "out" / "layers.csv").read_text().startswith("stage,box_AP,mask_AP,gap,PQ,mIoU")
-    assert read_segment_ids(str(tmp_path / "out" / "panoptic" / "1.png")).max() == 3
+    assert read_segment_ids(str(tmp_path / "out" / "panoptic" / "1.png")).max() == 70_003
 
 
 def test_images_with_text_ids_have_files_of_their_own(panoptic, tmp_path):

@@ -69,7 +69,7 @@ def test_pipes_and_addresses_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [PIXELS * 1.0, PIXELS.astype(np.int32), np.full((4, 6, 3), np.nan), PIXELS[None], np.zeros((0, 6, 3), np.uint8), 7],
+    [PIXELS / 200, PIXELS.astype(np.int32), np.full((4, 6, 3), np.nan), PIXELS[None], np.zeros((0, 6, 3), np.uint8), 7],
 )
 def test_values_that_are_no_image_are_refused(value) -> None:
     with pytest.raises(UserError):
