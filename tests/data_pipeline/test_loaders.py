@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
+from PIL import Image
 
 from dimaskdino.config import Config
 from dimaskdino.data import build_test_loader, build_train_loader
 from dimaskdino.data.datasets.registration import known_classes
 from dimaskdino.data.mapper import MAPPER_REGISTRY
 from dimaskdino.errors import ConfigError, DatasetError
-from tests.data_pipeline.conftest import Json
+from tests.data_pipeline.conftest import HEIGHT, WIDTH, Json
 
 pytestmark = pytest.mark.usefixtures("registrations")
 
@@ -68,6 +69,21 @@ def test_images_without_annotations_are_background(mine: Config, without: list[i
 def test_training_repeats_without_end_by_default(mine: Config) -> None:
     batches = iter(build_train_loader(mine))
     assert [next(batches)[0]["image_id"] for _ in range(3)] == [1, 1, 1]
+
+
+def test_images_of_a_batch_are_all_wide_or_all_tall(mine: Config) -> None:
+    wide, tall, _ = DatasetCatalog.get("mine")
+    with Image.open(tall["file_name"]) as image:
+        image.rotate(90, expand=True).save(tall["file_name"])
+    tall |= {"height": WIDTH, "width": HEIGHT}
+    DatasetCatalog.register("function", lambda: [wide, tall])
+    MetadataCatalog.get("function").thing_classes = ["ball", "box"]
+    mine.merge_from_list(["DATASETS.TRAIN", ("function",), "DATALOADER.FILTER_EMPTY_ANNOTATIONS", False])
+    mine.merge_from_list(["DATALOADER.ASPECT_RATIO_GROUPING", True, "SOLVER.IMS_PER_BATCH", 4])
+    batches = [{image["image_id"] for image in batch} for batch in islice(build_train_loader(mine), 8)]
+    assert {1} in batches
+    assert {2} in batches
+    assert {1, 2} not in batches
 
 
 def test_seed_0_is_a_seed_like_any_other(mine: Config, monkeypatch: pytest.MonkeyPatch) -> None:
