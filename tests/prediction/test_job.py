@@ -16,7 +16,7 @@ from dimaskdino.errors import UserError
 from dimaskdino.prediction.images import to_rgb
 from dimaskdino.prediction.inputs import Source, find_sources
 from dimaskdino.prediction.job import Job, quick_turns
-from dimaskdino.prediction.outputs import Outputs, mask_map
+from dimaskdino.prediction.outputs import Outputs, check_writable, mask_map
 from dimaskdino.prediction.records import Records, Share, write_csv
 from dimaskdino.prediction.results import Classes, Prediction
 from dimaskdino.prediction.video import FALLBACK_RATE, Frames, Tracker
@@ -238,3 +238,9 @@ def test_a_mask_map_shows_better_objects_on_top() -> None:
     logits = torch.eye(2)[:, None]
     semantic = Prediction({"sem_seg": logits}, image=np.zeros((1, 2, 3), np.uint8), classes=CLASSES)
     assert np.asarray(mask_map(semantic)).tolist() == [[1, 2]]
+
+
+def test_an_output_folder_is_made_with_its_parents_and_left_empty(tmp_path) -> None:
+    for _ in range(2):
+        check_writable(tmp_path / "a" / "b")
+    assert not [*(tmp_path / "a" / "b").iterdir()]
