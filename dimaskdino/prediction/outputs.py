@@ -51,7 +51,7 @@ class Outputs:
         if "geojson" in self._kinds:
             path = self.path("geojson", source.name, ".geojson")
             path.write_text(json.dumps(geojson(found)), encoding="utf-8")
-        height, width = found.image.shape[:2]
+        height, width = found.size
         record = {"number": source.number, "id": image_id, "file": source.path, "height": height, "width": width}
         return record | results_of(found, image_id)
 
@@ -121,4 +121,4 @@ def check_writable(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / f".writable.{os.getpid()}"
     probe.touch()
-    probe.unlink()
+    probe.unlink(missing_ok=True)  # processes of other machines may have this number, too

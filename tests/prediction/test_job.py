@@ -13,6 +13,7 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 
 from dimaskdino.errors import UserError
+from dimaskdino.prediction.canvases import open_canvas
 from dimaskdino.prediction.images import to_rgb
 from dimaskdino.prediction.inputs import Source, find_sources
 from dimaskdino.prediction.job import Job, quick_turns
@@ -53,6 +54,13 @@ def test_turns_are_quick_while_a_job_runs() -> None:
     with quick_turns():
         assert sys.getswitchinterval() <= before / 10
     assert sys.getswitchinterval() == before
+
+
+def test_the_size_of_a_huge_picture_is_not_that_of_its_copy(tmp_path: Path) -> None:
+    canvas = open_canvas(np.zeros((10, 4800, 3), dtype=np.uint8))
+    found = Prediction({}, image=canvas.copy(), canvas=canvas, classes=CLASSES)
+    record = Outputs(tmp_path, ()).write(Source("a.png", "image", "a", 0), found, 1)
+    assert (record["height"], record["width"]) == (10, 4800)
 
 
 @pytest.fixture
