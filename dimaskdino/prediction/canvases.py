@@ -12,7 +12,7 @@ from PIL import Image
 
 from dimaskdino.data.images import upright
 from dimaskdino.errors import UserError
-from dimaskdino.prediction.images import check_depth, errors_of_file, local_path, to_rgb
+from dimaskdino.prediction.images import check_depth, errors_of_decoding, errors_of_file, local_path, to_rgb
 
 LARGEST_COPY_PX = 2400  # longest side of the copy that is drawn on
 GEO_SUFFIXES = frozenset((".tif", ".tiff"))
@@ -51,7 +51,8 @@ def open_canvas(source: Any, *, channels: str = "RGB", exif: bool = True) -> Can
                 return canvas
             return _of_pil(_decode(path), exif, str(path))
     if isinstance(source, Image.Image):
-        return _of_pil(source, exif, "The PIL image")
+        with errors_of_decoding("The PIL image"):
+            return _of_pil(source, exif, "The PIL image")
     array = to_rgb(source, channels=channels)
     return Canvas(
         size=array.shape[:2],

@@ -39,7 +39,7 @@ def to_rgb(source: Any, *, channels: str = "RGB", exif: bool = True) -> np.ndarr
         with errors_of_file(path), Image.open(path) as image:
             return _from_pil(image, exif, str(path))
     if isinstance(source, Image.Image):
-        with _errors_of_decoding("The PIL image"):  # PIL decodes late
+        with errors_of_decoding("The PIL image"):  # PIL decodes late
             return _from_pil(source, exif, "The PIL image")
     if isinstance(source, Tensor | np.ndarray):
         return _from_array(_channels_last(source), channels)
@@ -56,7 +56,7 @@ def local_path(source: str | os.PathLike[str]) -> Path:
 @contextmanager
 def errors_of_file(path: Path) -> Iterator[None]:
     """Turn what PIL raises for a file into a :class:`UserError`; refuse pipes and devices, which may never end."""
-    with _errors_of_decoding(str(path)):
+    with errors_of_decoding(str(path)):
         if path.exists() and not path.is_file():  # raises OSError for a name that is too long
             raise UserError(f"{path} is not a regular file; give the path of an image.")
         try:
@@ -66,7 +66,8 @@ def errors_of_file(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _errors_of_decoding(name: str) -> Iterator[None]:
+def errors_of_decoding(name: str) -> Iterator[None]:
+    """Turn what PIL raises for an image into a :class:`UserError` with its name."""
     try:
         yield
     except Image.DecompressionBombError as error:

@@ -54,8 +54,9 @@ def test_files_that_are_no_images_are_named(tmp_path: Path) -> None:
     for name in (*content, "deep.png", "missing.png", "x" * 300):
         with pytest.raises(UserError, match=name):
             to_rgb(tmp_path / name)
-    with pytest.raises(UserError, match="PIL image"):
-        to_rgb(Image.open(tmp_path / "cut.png"))
+    for read in (to_rgb, open_canvas):
+        with pytest.raises(UserError, match="PIL image"):
+            read(Image.open(tmp_path / "cut.png"))
 
 
 def test_pipes_and_addresses_are_refused(tmp_path: Path) -> None:
