@@ -92,7 +92,10 @@ class Predictor:
         self.input_format, self.batch_size = channels, batch_size
         self.refine = Refinement(**refinement)
         self.tiling = None if tile is None else Tiling(tile, overlap)
-        weights = weights or dict(zip(options[::2], options[1::2], strict=False)).get("MODEL.WEIGHTS")
+        named = dict(zip(options[::2], options[1::2], strict=False)).get("MODEL.WEIGHTS")
+        if weights and named and str(weights) != str(named):
+            raise ConfigError(f"{weights} and {named} (MODEL.WEIGHTS) are two files of weights; name one, and its run.")
+        weights = weights or named
         self.cfg, self.weights, classes = _read_run(local_path(run), local_path(weights) if weights else None)
         if self.tiling:
             self.cfg.merge_from_list(list(TILE_OPTIONS))

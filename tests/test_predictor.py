@@ -172,6 +172,8 @@ def test_what_is_no_model_is_named(run, tmp_path) -> None:
             Predictor(path, device="cpu")
     with pytest.raises(UserError, match="configuration"):
         Predictor(run / "model_final.pth", device="cpu")
+    with pytest.raises(UserError, match=r"other\.pth"):
+        Predictor(run / "config.yaml", run / "model_final.pth", options=["MODEL.WEIGHTS", "other.pth"], device="cpu")
     (run / "model_final.pth").unlink()
     with pytest.raises(UserError, match="no weights"):
         Predictor(run, device="cpu")
