@@ -55,15 +55,16 @@ def find_sources(
 
 def _expand_lists(given: Iterable[str], stdin: TextIO) -> Iterator[str]:
     for each in given:
-        if each == "-":
-            yield from filter(None, (line.rstrip("\r\n") for line in stdin))
-        elif each.startswith("@") and not os.path.exists(each):
-            try:
-                yield from filter(None, Path(each[1:]).read_text(encoding="utf-8").splitlines())
-            except (OSError, UnicodeDecodeError) as error:
-                raise UserError(f"The list {each[1:]} cannot be read ({error}); it holds one path a line.") from error
-        else:
+        listed = each.startswith("@") and not os.path.exists(each)
+        if each != "-" and not listed:
             yield each
+            continue
+        try:
+            text = Path(each[1:]).read_text(encoding="utf-8-sig") if listed else stdin.read()
+        except (OSError, UnicodeDecodeError) as error:
+            name = each[1:] or "on stdin"
+            raise UserError(f"The list {name} cannot be read ({error}); it holds one path a line.") from error
+        yield from filter(None, text.split("\n"))
 
 
 def _find_files(given: str, own: tuple[str, ...]) -> list[str]:

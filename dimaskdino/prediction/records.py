@@ -17,6 +17,7 @@ from dimaskdino.errors import UserError
 from dimaskdino.prediction.results import Classes
 
 Record = dict[str, Any]
+MERGED_FILES = RESULTS_FILE, IMAGES_FILE, CSV_FILE = "coco_results.json", "coco_images.json", "detections.csv"
 CSV_COLUMNS = ("file", "frame", "class", "class_index", "score", "x0", "y0", "x1", "y1", "area", "track")
 
 
@@ -56,8 +57,8 @@ class Records:
         if overwrite:
             if share.count > 1:
                 raise UserError("--overwrite and several processes do not go together; remove the folder instead.")
-            for path in (*self._parts.iterdir(), *folder.glob("settings.json")):
-                path.unlink()
+            for path in (*self._parts.iterdir(), *(folder / name for name in ("settings.json", *MERGED_FILES))):
+                path.unlink(missing_ok=True)
         self._check_settings(settings)
         self._file: TextIO | None = None
 
@@ -132,7 +133,7 @@ def write_coco(records: Records, classes: Classes) -> None:
     categories = [
         {"id": number, "name": name} for number, name in zip(classes.category_ids, classes.things, strict=True)
     ]
-    with _whole(folder / "coco_results.json") as results, _whole(folder / "coco_images.json") as images:
+    with _whole(folder / RESULTS_FILE) as results, _whole(folder / IMAGES_FILE) as images:
         results.write("[")
         images.write(f'{{"categories": {json.dumps(categories)}, "images": [')
         first_image = first_result = ""
@@ -153,7 +154,7 @@ def write_coco(records: Records, classes: Classes) -> None:
 def write_csv(records: Records, classes: Classes) -> None:
     """Write ``detections.csv``: a row for each object of each image and frame."""
     index_of = {number: index for index, number in enumerate(classes.category_ids)}
-    with _whole(records.folder / "detections.csv") as file:
+    with _whole(records.folder / CSV_FILE) as file:
         rows = csv.writer(file)
         rows.writerow(CSV_COLUMNS)
         for record in records.merged():

@@ -46,8 +46,11 @@ def test_globs_and_lists_name_files(folder) -> None:
     assert names(folder / "*.png") == ["a"]
     assert names(folder / "**" / "*.png") == ["a", "deep/c"]
     assert names("-", stdin=f"{folder / 'b.JPG'}\n\n{folder / 'deep' / 'c.png'}\n") == ["b", "deep/c"]
-    (folder / "list").write_text(f"{folder / 'b.JPG'}\n{folder / 'b.JPG'}\n")
-    assert names(f"@{folder / 'list'}") == ["b"]
+    for encoding in ("utf-8", "utf-8-sig"):
+        (folder / "list").write_text(f"{folder / 'b.JPG'}\n{folder / 'b.JPG'}\n", encoding=encoding)
+        assert names(f"@{folder / 'list'}") == ["b"]
+    with pytest.raises(UserError, match="list on stdin cannot be read"):
+        find_sources(["-"], io.TextIOWrapper(io.BytesIO(b"\xe9.png"), encoding="utf-8"))
 
 
 def test_a_file_named_like_a_glob_is_that_file(folder) -> None:
@@ -180,4 +183,6 @@ def test_a_folder_takes_the_results_of_one_job(tmp_path: Path) -> None:
         Records(tmp_path, {"score": 0.6}, Share())
     with pytest.raises(UserError, match="--overwrite"):
         Records(tmp_path, {"score": 0.6}, Share(0, 2), overwrite=True)
+    (tmp_path / "detections.csv").touch()
     assert Records(tmp_path, {"score": 0.6}, Share(), overwrite=True).state() == {}
+    assert not (tmp_path / "detections.csv").exists()
