@@ -95,14 +95,14 @@ from dimaskdino.devices import device_of_process
 from dimaskdino.modeling.meta_arch import needs_masks
 from dimaskdino.prediction.canvases import Canvas
 from dimaskdino.prediction.inputs import Source, find_sources
-from dimaskdino.prediction.job import Job
+from dimaskdino.prediction.job import Job, known_id
 from dimaskdino.prediction.outputs import Outputs, check_writable
 from dimaskdino.prediction.records import Records, Share, write_coco, write_csv
 
 # Flags that say nothing about semantic maps; those of OF_OBJECTS say nothing about panoptic maps either.
 OF_SEGMENTS = ("classes", "score_class")
 OF_OBJECTS = ("track", "query_features", "max_detections", "mask_nms", "boxes_from_masks", "keep_largest", "min_area")
-# These do not decide the results; a folder takes those of one choice of all others.
+# A folder takes the results of one choice of all flags but these.
 NO_SETTINGS = ("inputs", "output", "batch_size", "device", "overwrite")
 
 
@@ -118,6 +118,8 @@ def main() -> None:
     check_together(args)
     sources = find_sources(args.inputs, sys.stdin, camera=args.camera, output=args.output)
     ids = image_ids(args.annotations)  # before the folder takes the settings of a job that may not begin
+    if args.annotations:
+        check_ids(sources, ids, args.annotations)
     check_writable(args.output)
     predictor = build_predictor(args)
     check_model(args, predictor.cfg)
@@ -250,10 +252,29 @@ def image_ids(path: Path | None) -> dict[str, Any]:
     try:
         images = json.loads(path.read_text(encoding="utf-8-sig"))["images"]
         ids = {image["file_name"].replace("\\", "/"): image["id"] for image in images}
+        set(ids.values())  # TypeError for lists and the like
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a COCO file with images ({type(error).__name__}: {error}).") from error
     count = Counter(Path(name).name for name in ids)
     return ids | {Path(name).name: number for name, number in ids.items() if count[Path(name).name] == 1}
+
+
+def check_ids(sources: list[Source], ids: dict[str, Any], annotations: Path) -> None:
+    """Say how many images the annotations do not know.
+
+    Raises:
+        UserError: two images would take one id, or none is known.
+    """
+    paths = [source.path for source in sources if source.kind == "image"]
+    known = {path: number for path in paths if (number := known_id(path, ids)) is not None}
+    taken: dict[Any, str] = {}
+    for path, number in known.items():
+        if (other := taken.setdefault(number, path)) != path:
+            raise UserError(f"{other} and {path} both take the image id {number} of {annotations}; leave one out.")
+    if paths and not known:
+        raise UserError(f"{annotations} has none of the images, such as {paths[0]}; check its file names.")
+    if len(known) < len(paths):
+        print(f"{len(paths) - len(known)} of {len(paths)} images are not in {annotations} and take larger ids")
 
 
 def merge(args: argparse.Namespace, predictor: Predictor, records: Records, count: int) -> None:

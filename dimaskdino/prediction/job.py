@@ -91,10 +91,9 @@ class Job:
             return self.outputs.write(source, found, self._image_id(source))
 
     def _image_id(self, source: Source) -> Any:
-        """The id of the longest end of a path that has one; others must not take an id of another image."""
-        parts = source.path.replace("\\", "/").split("/")
-        ends = ("/".join(parts[start:]) for start in range(len(parts)))
-        return next((self.image_ids[end] for end in ends if end in self.image_ids), self._largest + source.number + 1)
+        """The id that is known; others must not take an id of another image."""
+        known = known_id(source.path, self.image_ids)
+        return self._largest + source.number + 1 if known is None else known
 
     @cached_property
     def _largest(self) -> int:
@@ -133,6 +132,13 @@ class Job:
         except KeyboardInterrupt:
             if source.kind != "camera":  # this is how one ends a camera
                 raise
+
+
+def known_id(path: str, ids: Mapping[str, Any]) -> Any:
+    """The id of the longest end of a path that has one; None if none has."""
+    parts = path.replace("\\", "/").split("/")
+    ends = ("/".join(parts[start:]) for start in range(len(parts)))
+    return next((ids[end] for end in ends if end in ids), None)
 
 
 @contextmanager

@@ -52,7 +52,8 @@ def test_a_folder_is_predicted_and_the_bad_file_named(run, job, tmp_path) -> Non
     assert "2.png" in done.err
     assert {result["image_id"] for result in read(tmp_path)} == {1, 2, 4}
     for kind, suffix in (("pictures", "jpg"), ("masks", "png"), ("features", "safetensors")):
-        assert sorted(path.name for path in (tmp_path / "out" / kind).iterdir()) == [f"{i}.{suffix}" for i in (0, 1, stem)]
+        names = sorted(path.name for path in (tmp_path / "out" / kind).iterdir())
+        assert names == [f"{i}.{suffix}" for i in (0, 1, stem)]
     assert load_file(tmp_path / "out" / "features" / "0.safetensors")["query_features"].shape == (6, 64)
     assert len((tmp_path / "out" / "detections.csv").read_bytes().splitlines()) == 1 + len(read(tmp_path))
 
@@ -93,8 +94,15 @@ def test_a_second_run_does_what_is_left(run, job, tmp_path) -> None:
 def test_annotations_give_ids_to_the_images_that_they_mean(run, job, tmp_path) -> None:
     images = [{"file_name": f"{name}.png", "id": number} for number, name in enumerate(("in/0", "b/0", "b/3"))]
     (tmp_path / "a.json").write_text(json.dumps({"images": images}))
-    run("tools/predict.py", *job, "--annotations", str(tmp_path / "a.json"))
+    done = run("tools/predict.py", *job, "--annotations", str(tmp_path / "a.json"))
+    assert "2 of 4 images are not in" in done.out
     assert {result["image_id"] for result in read(tmp_path)} == {0, 4, 2}
+    for given, named in (({"0.png": 1, "1.png": 1}, "in/1.png"), ({"z.png": 1}, "in/0.png"), ({"0.png": []}, "a.json")):
+        images = [{"file_name": name, "id": number} for name, number in given.items()]
+        (tmp_path / "a.json").write_text(json.dumps({"images": images}))
+        done = run("tools/predict.py", *job, "--annotations", str(tmp_path / "a.json"))
+        assert done.status == 2
+        assert named in done.err
 
 
 def test_augment_joins_several_views(run, job, tmp_path) -> None:
