@@ -204,21 +204,22 @@ def test_bad_voc_file_is_named(root: Path, convert) -> None:
 
 
 def test_labelme_parts_masks_and_shapes(root: Path, convert) -> None:
-    encoded = base64.encodebytes(png(ring()[2:12, 3:30])).decode()
+    encoded, upper = (base64.encodebytes(png(each)).decode() for each in (ring()[2:, :30], ring()[:12, 3:]))
     shapes = [
         {"label": "cat", "points": [[1, 1], [5, 1], [5, 5]], "group_id": 3, "shape_type": "polygon"},
         {"label": "dog", "points": [[30, 10], [20, 5]], "shape_type": "rectangle"},
         {"label": "cat", "points": [[10, 1], [15, 1], [15, 5]], "group_id": 3},
         {"label": "cat", "points": [[16, 2], [18, 4]], "group_id": 3, "shape_type": "rectangle"},
-        {"label": "cat", "points": [[3, 2], [29, 11]], "shape_type": "mask", "mask": encoded},
+        {"label": "cat", "points": [[0, 2], [29, 19]], "shape_type": "mask", "mask": encoded},
+        {"label": "cat", "points": [[3, 0], [39, 11]], "shape_type": "mask", "mask": upper},
         {"label": "dog", "points": [[10, 10], [10, 14]], "shape_type": "circle"},
     ]
     write(root, {"labels/a b.json": json.dumps({"imagePath": "..\\images\\a b.png", "shapes": shapes}, indent=1)})
     coco = convert("labelme", source=root / "labels")
-    parts, rectangle, masked, circle = objects_of(coco, "a b.png")
+    parts, rectangle, *masked, circle = objects_of(coco, "a b.png")
     assert parts["segmentation"] == [[1, 1, 5, 1, 5, 5], [10, 1, 15, 1, 15, 5], [16, 2, 18, 2, 18, 4, 16, 4]]
     assert rectangle["bbox"] == [20, 5, 10, 5]
-    assert np.array_equal(mask(masked), ring())
+    assert np.array_equal([*map(mask, masked)], [ring()] * 2)
     assert circle["area"] == pytest.approx(np.pi * 16, rel=0.1)
 
 
@@ -407,6 +408,9 @@ def test_masks_of_classes_and_of_objects(root: Path, convert) -> None:
     assert [int(mask(each).sum()) for each in whole] == [9, int(ring().sum()), 1]
     assert "value 2 is of class 2, which is unknown" in convert("masks", "--classes", "cat", source=root / "maps")
     assert "--classes" in convert("masks", source=root / "maps")
+    Image.fromarray(ring().astype(np.uint16) * 2000).save(root / "maps" / "a b.png")
+    numbered = convert("masks", "--classes", "cat", "dog", "--instances", source=root / "maps")
+    assert [each["class"] for each in objects_of(numbered, "a b.png")] == ["dog"]
 
 
 @pytest.mark.parametrize(

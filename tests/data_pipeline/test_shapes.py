@@ -12,7 +12,7 @@ from PIL import Image
 from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 
-from dimaskdino.config import Config
+from dimaskdino.config import Config, get_cfg
 from dimaskdino.data import build_mapper, register_all
 from dimaskdino.data.datasets import shapes
 from dimaskdino.data.datasets.registration import load_dataset
@@ -190,6 +190,7 @@ def test_numbers_out_of_range_are_named_by_their_key(cfg: Config, key: str, valu
     cfg.DATASETS.SHAPES[key] = value
     with pytest.raises(ConfigError, match=f"DATASETS.SHAPES.{key} is {value}; it must be at least"):
         ShapesSpec.from_config(cfg)
+    assert ShapesSpec() == ShapesSpec.from_config(get_cfg())
 
 
 @pytest.mark.usefixtures("registrations")
