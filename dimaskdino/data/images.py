@@ -58,7 +58,8 @@ def read_header(file_name: str, *, any_depth: bool = False) -> Header:
     with _opened(file_name, any_depth=any_depth) as image:
         # PIL decodes all pixels of a PNG to look for EXIF behind them.
         plain = image.format == "PNG" and _PNG_METADATA.isdisjoint(_png_chunks(image.fp))
-        return Header((image.height, image.width), 1 if plain else _orientation(image))
+        orientation = 1 if plain else _orientation(image)
+        return Header((image.height, image.width), orientation)
 
 
 def _png_chunks(file: Any) -> set[bytes]:
@@ -99,7 +100,7 @@ def _opened(file_name: str, *, any_depth: bool = False) -> Iterator[ImageFile.Im
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """An image turned as its EXIF orientation says; itself where it says nothing."""
+    """An image turned as its EXIF orientation says; itself where it says nothing, or where PIL turns it (TIFF)."""
     method = _UPRIGHT.get(_orientation(image))
     return image if method is None else image.transpose(method)
 
@@ -107,6 +108,9 @@ def upright(image: Image.Image) -> Image.Image:
 def _orientation(image: Image.Image) -> int:
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG)
+        if image.format == "TIFF" and orientation in _UPRIGHT:
+            image.load()  # newer versions of Pillow turn a TIFF here, and then take the tag away
+            orientation = image.getexif().get(_ORIENTATION_TAG)
     except Exception:  # noqa: BLE001 - PIL raises errors of many kinds for malformed EXIF
         return 1
     return orientation if orientation in _UPRIGHT else 1

@@ -93,7 +93,7 @@ def _of_pil(image: Image.Image, exif: bool, name: str) -> Canvas:
 
 
 def _open_raster(path: Path) -> Canvas | None:
-    """A GeoTIFF by rasterio; None where that is not installed or does not know the file."""
+    """A GeoTIFF by rasterio; None where that is not installed, or does not know the file or its colors."""
     try:
         import rasterio
     except ImportError:
@@ -104,6 +104,8 @@ def _open_raster(path: Path) -> Canvas | None:
         return None
     if any(kind != "uint8" for kind in file.dtypes):
         raise UserError(f"{path} has bands of {', '.join(sorted(set(file.dtypes)))}; convert them to 8 bits.")
+    if file.colorinterp[0].name == "palette" or (file.photometric and file.photometric.name == "cielab"):
+        return None  # rasterio gives what is stored, not its colors
     bands = [1, 2, 3] if file.count >= 3 else [1, 1, 1]
     lock = threading.Lock()
 

@@ -231,3 +231,7 @@ def test_geotiff_is_read_with_its_place(tmp_path: Path) -> None:
         file.write(bands[:1].astype(np.uint16))
     with pytest.raises(UserError, match="uint16"):
         open_canvas(tmp_path / "a.tif")
+    few = Image.fromarray(image).quantize(4)
+    for colors in (few, few.convert("LAB"), few.convert("1")):  # of which rasterio gives what is stored
+        colors.save(tmp_path / "a.tif")
+        assert np.array_equal(pieces(open_canvas(tmp_path / "a.tif")), np.asarray(colors.convert("RGB")))
