@@ -69,6 +69,7 @@ class PanopticEvaluator(DatasetEvaluator):
             name = re.sub(r"[%/\\]", lambda sign: f"%{ord(sign[0]):02X}", f"{image['image_id']}.png")
             ids = pixels.cpu().numpy()
             channels = np.stack((ids, ids // 256, ids // 256**2), axis=-1)
+            # The conversion keeps the lowest byte of each.
             Image.fromarray(channels.astype(np.uint8)).save(os.path.join(self._folder, name))
             predicted = [{"id": each["id"], "category_id": each["category_id"] + 1} for each in segments]
             self._predictions.append({"image_id": image["image_id"], "file_name": name, "segments_info": predicted})
