@@ -103,10 +103,13 @@ def make_part(key: str, make: Callable[..., Any], *arguments: Any, **options: An
 
 @contextlib.contextmanager
 def file_errors_in_one_line() -> Iterator[None]:
-    """Turn an OSError that names a file into a :class:`UserError`; the user cannot fix one that does not."""
+    """Turn an OSError that names a file, or a full disk, into a :class:`UserError`; the user cannot fix others."""
     try:
         yield
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            name = f"{error.filename}: " if error.filename else ""
+            raise UserError(f"{name}{error.strerror}; free some space, or write elsewhere.") from error
         if error.filename is None:
             raise
         needs_folder = error.errno in (errno.EEXIST, errno.ENOTDIR)

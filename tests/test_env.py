@@ -45,6 +45,9 @@ def test_file_errors_are_one_line_and_status_2(capsys: pytest.CaptureFixture) ->
         run_cli(raising(PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/root/x")))
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "error: /root/x: Permission denied; check the path and its permissions.\n"
+    with pytest.raises(SystemExit):
+        run_cli(raising(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))  # writing to an open file names none
+    assert capsys.readouterr().err == "error: No space left on device; free some space, or write elsewhere.\n"
 
 
 @pytest.mark.parametrize("error", [ConnectionError("closed by peer"), BrokenPipeError(), KeyError("x")])

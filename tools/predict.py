@@ -15,6 +15,7 @@ import time
 import warnings
 import zlib
 from collections import Counter
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,7 @@ if __name__ == "__main__":
     parse_args()  # --help and mistakes end here, before the imports that take seconds
 
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 from dimaskdino import Predictor
@@ -101,7 +103,8 @@ from dimaskdino.prediction.records import Records, Share, write_coco, write_csv
 
 # Flags that say nothing about semantic maps; those of OF_OBJECTS say nothing about panoptic maps either.
 OF_SEGMENTS = ("classes", "score_class")
-OF_OBJECTS = ("track", "query_features", "max_detections", "mask_nms", "boxes_from_masks", "keep_largest", "min_area")
+OF_MASKS = ("boxes_from_masks", "keep_largest", "min_area")
+OF_OBJECTS = ("track", "query_features", "max_detections", "mask_nms", *OF_MASKS)
 # A folder takes the results of one choice of all flags but these.
 NO_SETTINGS = ("inputs", "output", "batch_size", "device", "overwrite")
 
@@ -117,6 +120,7 @@ def main() -> None:
         raise UserError("Several processes cannot share a list on stdin; write it to a file and give @FILE.")
     check_together(args)
     sources = find_sources(args.inputs, sys.stdin, camera=args.camera, output=args.output)
+    check_kinds(args, sources)
     ids = image_ids(args.annotations)  # before the folder takes the settings of a job that may not begin
     if args.annotations:
         check_ids(sources, ids, args.annotations)
@@ -133,6 +137,7 @@ def main() -> None:
     job.run(own)
     seconds = time.perf_counter() - started
     merge(args, predictor, records, len(sources))
+    wait_for_others()
     count = len(own) - len(job.failed)
     print(f"{count} inputs in {seconds:.1f} s ({count / seconds:.2f} per second): {args.output}")
     if job.failed:
@@ -154,6 +159,24 @@ def check_together(args: argparse.Namespace) -> None:
         raise UserError("--overlap is a share of tiles; give --tile as well.")
     if "geojson" in args.save and not args.tile:
         raise UserError("--save geojson takes GeoTIFF in tiles; give --tile as well.")
+
+
+def check_kinds(args: argparse.Namespace, sources: list[Source]) -> None:
+    """Check flags that are about images alone, or about videos alone.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    videos = [source.name for source in sources if source.kind != "image"]
+    of_images = [f"--save {kind}" for kind in ("geojson", "masks") if kind in args.save]
+    of_images += ["--query-features"] * args.query_features
+    if videos and of_images:
+        raise UserError(
+            f"{of_images[0]} is about images, and the inputs have videos ({videos[0]}); predict those by themselves. "
+            "The masks of a video are in videos/NAME.jsonl."
+        )
+    if args.track and not videos:
+        raise UserError("--track numbers the objects of videos, and the inputs have none; leave it out.")
 
 
 def build_predictor(args: argparse.Namespace) -> Predictor:
@@ -200,7 +223,10 @@ def settings(args: argparse.Namespace, sources: list[Source], predictor: Predict
     weights = 0  # a run that was trained again has other weights under the same name
     for tensor in predictor.model.state_dict().values():
         weights = zlib.crc32(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), weights)
-    known = {"number": len(sources), "sha256": listed, "crc32_of_weights": weights}
+    cfg = predictor.cfg.clone()  # of a file that may have changed, too
+    cfg.MODEL.DEVICE = ""
+    model = zlib.crc32(f"{cfg.MODEL}{cfg.INPUT}{cfg.TEST}{predictor.classes}".encode())
+    known = {"number": len(sources), "sha256": listed, "crc32_of_weights": weights, "crc32_of_model": model}
     return known | json.loads(json.dumps(chosen, default=str))
 
 
@@ -215,9 +241,10 @@ def check_model(args: argparse.Namespace, cfg: Config) -> None:
     if of_objects and not test.INSTANCE_ON:
         flag = f"--{of_objects[0].replace('_', '-')}"
         raise UserError(f"{flag} needs a model of objects (MODEL.MaskDINO.TEST.INSTANCE_ON); leave it out.")
-    of_masks = sorted({"masks", "geojson"} & {*args.save})
+    of_masks = [f"--save {kind}" for kind in ("geojson", "masks") if kind in args.save]
+    of_masks += [f"--{name.replace('_', '-')}" for name in OF_MASKS if getattr(args, name)]
     if of_masks and not needs_masks(cfg):
-        raise UserError(f"--save {of_masks[0]} needs a model with masks; this one finds boxes alone, so leave it out.")
+        raise UserError(f"{of_masks[0]} needs a model with masks; this one finds boxes alone, so leave it out.")
 
 
 def build_job(args: argparse.Namespace, predictor: Predictor, records: Records, ids: dict[str, Any]) -> Job:
@@ -282,10 +309,22 @@ def merge(args: argparse.Namespace, predictor: Predictor, records: Records, coun
     if len(records.state()) < count:
         print("Other inputs are not done yet; the process that does the last one merges the results")
         return
-    if "coco" in args.save:
-        write_coco(records, predictor.classes)
-    if "csv" in args.save:
-        write_csv(records, predictor.classes)
+    merged = None
+    while merged != (known := records.sizes()):  # another process may succeed where an earlier run failed
+        merged = known
+        if "coco" in args.save:
+            write_coco(records, predictor.classes)
+        if "csv" in args.save:
+            write_csv(records, predictor.classes)
+
+
+def wait_for_others() -> None:
+    """Wait for the other processes of torchrun, which ends all of them once one has another status than 0."""
+    if dist.is_torchelastic_launched():
+        store, _, count = next(dist.rendezvous("env://", timeout=timedelta(days=365)))
+        if store.add("done", 1) == count:
+            store.set("all done", "")
+        store.wait(["all done"])
 
 
 if __name__ == "__main__":

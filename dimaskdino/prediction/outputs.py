@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from dimaskdino.prediction.inputs import Source
 from dimaskdino.prediction.results import Prediction
@@ -47,7 +47,7 @@ class Outputs:
         if "masks" in self._kinds:
             mask_map(found).save(self.path("masks", source.name, ".png"))
         if "features" in self._kinds:
-            save_file(query_features(found), self.path("features", source.name, ".safetensors"))
+            self.path("features", source.name, ".safetensors").write_bytes(save(query_features(found)))
         if "geojson" in self._kinds:
             path = self.path("geojson", source.name, ".geojson")
             path.write_text(json.dumps(geojson(found)), encoding="utf-8")

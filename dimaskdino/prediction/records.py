@@ -30,13 +30,20 @@ class Share:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> "Share":
-        """Read what torchrun and Slurm's job arrays say, together or alone."""
+        """Read what torchrun and Slurm's job arrays say, together or alone.
+
+        Raises:
+            UserError: the numbers of the array leave it open which inputs a task takes.
+        """
         rank, world = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
         if "SLURM_ARRAY_TASK_ID" not in environment:
             return cls(rank, world)
         first, step = (int(environment.get(f"SLURM_ARRAY_TASK_{name}", i)) for i, name in enumerate(("MIN", "STEP")))
-        task = (int(environment["SLURM_ARRAY_TASK_ID"]) - first) // step
-        return cls(task * world + rank, int(environment.get("SLURM_ARRAY_TASK_COUNT", task + 1)) * world)
+        task, between = divmod(int(environment["SLURM_ARRAY_TASK_ID"]) - first, step)
+        tasks = int(environment.get("SLURM_ARRAY_TASK_COUNT", task + 1))
+        if between or task >= tasks:
+            raise UserError("The numbers of the job array are not evenly spaced; give a range, such as --array 0-31.")
+        return cls(task * world + rank, tasks * world)
 
 
 class Records:
@@ -115,6 +122,10 @@ class Records:
         ordered = heapq.merge(*parts, key=lambda record: record["number"])
         for _, same in itertools.groupby(ordered, key=lambda record: record["number"]):
             yield min(same, key=lambda record: "error" in record)
+
+    def sizes(self) -> list[tuple[Path, int]]:
+        """The files of records with their sizes, which grow with every record."""
+        return [(part, part.stat().st_size) for part in self._part_files()]
 
     def _part_files(self) -> list[Path]:
         return sorted(self._parts.glob("*.jsonl"))

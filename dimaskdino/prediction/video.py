@@ -106,7 +106,9 @@ class VideoWriter:
     """Writes an MP4 file and, beside it, a line of JSON for each frame; both have their names once they are whole."""
 
     def __init__(self, outputs: Outputs, source: Source, rate: float, *, pictures: bool) -> None:
-        self._rate, self._pictures = rate, pictures
+        # OpenCV writes it times a power of ten, up to thousandths, and MPEG-4 takes no more than 65535 there.
+        self._rate = round(rate, 3 - (rate > 65) - (rate > 655))
+        self._pictures, self._drawn = pictures, 0
         self.video = outputs.path("pictures", source.name, ".mp4") if pictures else None
         self.frames = outputs.path("videos", source.name, ".jsonl")
         self._part = self.frames.with_name(f".{self.frames.name}.{os.getpid()}")
@@ -134,6 +136,7 @@ class VideoWriter:
             if not self._writer.isOpened():
                 raise UserError(f"{self.video} cannot be written; check the path and its permissions.")
         self._writer.write(np.ascontiguousarray(picture[:height, :width, ::-1]))
+        self._drawn += 1
 
     @property
     def _video_part(self) -> Path:
@@ -142,14 +145,21 @@ class VideoWriter:
 
     def __exit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
         """Give the files their names; after an error, or half-way, remove them."""
-        self._file.close()
-        if self._writer is not None:
-            self._writer.release()
-        if kind is None:
-            os.replace(self._part, self.frames)
-            if self._writer is not None and self.video is not None:
-                os.replace(self._video_part, self.video)
-        else:
-            self._part.unlink()
+        try:
+            self._file.close()
+            if self._writer is not None:
+                self._writer.release()
+            if kind is None:
+                self._finish()
+        finally:
+            self._part.unlink(missing_ok=True)
             if self._writer is not None:
                 self._video_part.unlink(missing_ok=True)
+
+    def _finish(self) -> None:
+        if self._writer is not None and self.video is not None:
+            # OpenCV does not say when it cannot write.
+            if cv2.VideoCapture(str(self._video_part)).get(cv2.CAP_PROP_FRAME_COUNT) != self._drawn:
+                raise UserError(f"{self.video} could not be written to its end; free some space, or write elsewhere.")
+            os.replace(self._video_part, self.video)
+        os.replace(self._part, self.frames)

@@ -2,17 +2,21 @@ import json
 import os
 import re
 import sys
+import threading
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 from safetensors.torch import load_file
 
 from dimaskdino import Predictor
 from dimaskdino.errors import UserError
+from dimaskdino.prediction import records
 from tests.data_pipeline.scripts import REPO
 from tests.tiny_model import TINY_DINO, tiny_cfg, tiny_model
 
@@ -89,6 +93,45 @@ def test_a_second_run_does_what_is_left(run, job, tmp_path) -> None:
     done = run("tools/predict.py", *job)  # the run was trained again
     assert done.status == 2
     assert "--overwrite" in done.err
+    torch.save({"model": tiny_model(SIZES).state_dict()}, tmp_path / "run" / "model_final.pth")
+    assert run("tools/predict.py", *job).status == 0
+    (tmp_path / "run" / "config.yaml").write_text(tiny_cfg(SIZES | {"INPUT.MIN_SIZE_TEST": 32}).dump())
+    assert run("tools/predict.py", *job).status == 2
+
+
+def test_results_that_change_while_they_are_merged_are_merged_again(run, job, tmp_path, monkeypatch) -> None:
+    write_coco, merged = records.write_coco, []
+
+    def another_succeeds(of_job, classes) -> None:
+        write_coco(of_job, classes)
+        merged.append(len(read(tmp_path)))
+        found = {"image_id": 9, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 1}
+        number_2 = {"number": 2, "id": 9, "file": "2.png", "height": 1, "width": 1, "results": [found]}
+        (tmp_path / "out" / "parts" / "other.jsonl").write_text(json.dumps(number_2) + "\n")
+
+    monkeypatch.setattr(records, "write_coco", another_succeeds)
+    run("tools/predict.py", *job)
+    assert len(merged) == 2
+    assert merged[1] == merged[0] + 1
+
+
+def test_under_torchrun_a_process_waits_for_the_others(run, job, tmp_path, monkeypatch) -> None:
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    torchrun = {"TORCHELASTIC_RUN_ID": 1, "TORCHELASTIC_USE_AGENT_STORE": True, "MASTER_ADDR": "localhost"}
+    for name, value in (torchrun | {"MASTER_PORT": store.port, "WORLD_SIZE": 2, "RANK": 0}).items():
+        monkeypatch.setenv(name, str(value))
+    others = []
+
+    def other() -> None:
+        store.wait(["done"], timedelta(seconds=60))
+        others.append(store.add("done", 1))
+        store.set("all done", "")
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    done = run("tools/predict.py", *job)
+    assert (done.status, others) == (3, [2])
+    thread.join()
 
 
 def test_annotations_give_ids_to_the_images_that_they_mean(run, job, tmp_path) -> None:
@@ -138,11 +181,16 @@ def test_options_choose_what_is_reported(run, job, tmp_path) -> None:
         (["--overlap", "0.3"], "--tile"),
         (["--save", "geojson"], "--tile"),
         (["--track"], "dimaskdino[track]"),
+        (["--query-features"], "--query-features is about images"),
+        (["--save", "coco", "masks"], "--save masks is about images"),
+        (["--track"], "--track numbers the objects of videos"),
     ],
 )
 def test_what_the_user_can_fix_is_one_line(run, job, tmp_path, monkeypatch, change, named) -> None:
-    monkeypatch.setitem(sys.modules, "trackers", None)
+    monkeypatch.setitem(sys.modules, "trackers", None if "[track]" in named else sys)
     (tmp_path / "file").touch()
+    if "images" in named:
+        (tmp_path / "in" / "v.mp4").touch()
     done = run("tools/predict.py", *job, *(each.format(file=tmp_path / "file") for each in change))
     assert done.status == 2
     assert named in done.err
@@ -154,9 +202,10 @@ def test_a_model_of_boxes_alone_saves_no_masks(run, job, tmp_path) -> None:
     options = SIZES | TINY_DINO
     (tmp_path / "run" / "config.yaml").write_text(tiny_cfg(options).dump())
     torch.save({"model": tiny_model(options).state_dict()}, tmp_path / "run" / "model_final.pth")
-    done = run("tools/predict.py", *job, "--save", "masks")
-    assert done.status == 2
-    assert done.err.splitlines()[-1].startswith("error: --save masks needs a model with masks")
+    for flag in (["--save", "masks"], ["--keep-largest"], ["--min-area", "2"], ["--boxes-from-masks"]):
+        done = run("tools/predict.py", *job, *flag)
+        assert done.status == 2
+        assert f"{flag[-1]} needs a model with masks" in done.err or f"{flag[0]} needs a model with masks" in done.err
     segments = ["MODEL.MaskDINO.TEST.INSTANCE_ON", "False", "MODEL.MaskDINO.TEST.SEMANTIC_ON", "True"]
     assert run("tools/predict.py", *job, "--query-features").status == 3  # one picture cannot be read
     assert load_file(tmp_path / "out" / "features" / "0.safetensors")["query_features"].shape[1] == 64

@@ -130,6 +130,13 @@ def test_the_share_is_read_from_the_environment(environment, expected) -> None:
     assert (share.index, share.count) == expected
 
 
+@pytest.mark.parametrize(("task", "step"), [(5, 1), (3, 2)])  # of --array 0,1,5 and 0,2,3
+def test_a_job_array_with_gaps_is_refused(task, step) -> None:
+    array = {"SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_STEP": str(step)}
+    with pytest.raises(UserError, match="--array 0-31"):
+        Share.from_environment(array | {"SLURM_ARRAY_TASK_ID": str(task)})
+
+
 def test_a_job_array_of_several_processes_each_shares_all() -> None:
     array = {"SLURM_ARRAY_TASK_COUNT": "3", "WORLD_SIZE": "2"}
     shares = [

@@ -137,17 +137,19 @@ def test_an_output_that_cannot_be_written_ends_the_job(folder, tmp_path) -> None
         work.run(sources(folder))
 
 
-def test_a_video_keeps_its_rate_and_length(tmp_path) -> None:
+# Rates that MPEG-4 has no exact time for are rounded.
+@pytest.mark.parametrize(("rate", "kept"), [(12.5, 12.5), (83.333, 83.33)])
+def test_a_video_keeps_its_rate_and_length(tmp_path, rate: float, kept: float) -> None:
     work = job(tmp_path / "out", batch_size=4)
-    work.run(sources(video(tmp_path / "v.mp4")))
+    work.run(sources(video(tmp_path / "v.avi", rate=rate, codec="MJPG")))
     drawn = cv2.VideoCapture(str(tmp_path / "out" / "pictures" / "v.mp4"))
-    assert (drawn.get(cv2.CAP_PROP_FPS), drawn.get(cv2.CAP_PROP_FRAME_COUNT)) == (12.5, 9)
+    assert (drawn.get(cv2.CAP_PROP_FPS), drawn.get(cv2.CAP_PROP_FRAME_COUNT)) == (kept, 9)
     lines = [json.loads(line) for line in (tmp_path / "out" / "videos" / "v.jsonl").read_text().splitlines()]
     assert [line["frame"] for line in lines] == list(range(9))
     x = [line["results"][0]["bbox"][0] for line in lines]
     assert x == pytest.approx([3 * frame for frame in range(9)], abs=1)
     (record,) = work.records.merged()
-    assert (record["count"], record["rate"]) == (9, 12.5)
+    assert (record["count"], record["rate"]) == (9, pytest.approx(rate))
 
 
 def test_a_video_of_a_panoptic_model_has_segments(tmp_path) -> None:
@@ -192,6 +194,14 @@ def test_half_a_video_leaves_no_file(tmp_path) -> None:
 
     with pytest.raises(MemoryError):
         job(tmp_path / "out", stop).run(sources(video(tmp_path / "v.mp4")))
+    assert [path for path in (tmp_path / "out").rglob("*v*") if path.is_file()] == []
+
+
+def test_a_video_that_is_not_written_to_its_end_is_an_error(tmp_path, monkeypatch) -> None:
+    source = sources(video(tmp_path / "v.mp4"))
+    monkeypatch.setattr(cv2.VideoWriter, "write", lambda *_: None)  # as on a full disk, where OpenCV says nothing
+    with pytest.raises(UserError, match=r"v\.mp4 .*free some space"):
+        job(tmp_path / "out").run(source)
     assert [path for path in (tmp_path / "out").rglob("*v*") if path.is_file()] == []
 
 
