@@ -114,6 +114,7 @@ def main() -> None:
     args = parse_args()
     logging.getLogger("dimaskdino").addHandler(logging.StreamHandler())  # warnings, and the names of bad files
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # photos of 90 megapixels are no attack
+    warnings.filterwarnings("ignore", "Dataset has no geotransform")  # of a TIFF in tiles, which need not have one
     import_modules(args.modules)
     share = Share.from_environment(os.environ)
     if share.count > 1 and "-" in args.inputs:

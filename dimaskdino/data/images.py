@@ -14,7 +14,7 @@ from dimaskdino.errors import DatasetError
 
 Size = tuple[int, int]  # (height, width) in pixels
 
-_ORIENTATION_TAG = 0x0112  # of EXIF
+ORIENTATION_TAG = 0x0112  # of EXIF
 _PNG_METADATA = {b"eXIf", b"tEXt", b"zTXt", b"iTXt"}  # chunks in which a PNG may have EXIF
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -107,10 +107,10 @@ def upright(image: Image.Image) -> Image.Image:
 
 def _orientation(image: Image.Image) -> int:
     try:
-        orientation = image.getexif().get(_ORIENTATION_TAG)
+        orientation = image.getexif().get(ORIENTATION_TAG)
         if image.format == "TIFF" and orientation in _UPRIGHT:
             image.load()  # newer versions of Pillow turn a TIFF here, and then take the tag away
-            orientation = image.getexif().get(_ORIENTATION_TAG)
+            orientation = image.getexif().get(ORIENTATION_TAG)
     except Exception:  # noqa: BLE001 - PIL raises errors of many kinds for malformed EXIF
         return 1
     return orientation if orientation in _UPRIGHT else 1

@@ -1,7 +1,8 @@
 """Pictures that are predicted in tiles: each is read piece by piece, and only a reduced copy is kept."""
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from dimaskdino.data.images import upright
+from dimaskdino.data.images import ORIENTATION_TAG, upright
 from dimaskdino.errors import UserError
 from dimaskdino.prediction.images import check_depth, errors_of_decoding, errors_of_file, local_path, to_rgb
 
@@ -47,9 +48,10 @@ def open_canvas(source: Any, *, channels: str = "RGB", exif: bool = True) -> Can
     if isinstance(source, str | Path):
         path = local_path(source)
         with errors_of_file(path):
-            if path.suffix.lower() in GEO_SUFFIXES and (canvas := _open_raster(path)):
+            if path.suffix.lower() in GEO_SUFFIXES and (canvas := _open_raster(path, exif)):
                 return canvas
-            return _of_pil(_decode(path), exif, str(path))
+            with _opened(path) as image:
+                return _of_pil(image, exif, str(path))
     if isinstance(source, Image.Image):
         with errors_of_decoding("The PIL image"):
             return _of_pil(source, exif, "The PIL image")
@@ -63,16 +65,26 @@ def open_canvas(source: Any, *, channels: str = "RGB", exif: bool = True) -> Can
     )
 
 
-def _decode(path: Path) -> Image.Image:
-    """Decode a file of any number of pixels; PIL's limit is one of the whole process."""
-    with _LIMIT_LOCK:
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-        try:
-            image = Image.open(path)
-        finally:
-            Image.MAX_IMAGE_PIXELS = limit
-    image.load()
-    return image
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """Open a file of any number of pixels; PIL's limit is one of the whole process."""
+    with path.open("rb") as file:
+        with _LIMIT_LOCK:
+            limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            try:
+                image = Image.open(file)
+            finally:
+                Image.MAX_IMAGE_PIXELS = limit
+        yield image
+
+
+def _is_turned(path: Path) -> bool:
+    """Whether PIL knows the file, and its EXIF data turns it."""
+    try:
+        with _opened(path) as image:
+            return image.getexif().get(ORIENTATION_TAG, 1) != 1
+    except (OSError, SyntaxError, ValueError):
+        return False
 
 
 def _of_pil(image: Image.Image, exif: bool, name: str) -> Canvas:
@@ -92,8 +104,8 @@ def _of_pil(image: Image.Image, exif: bool, name: str) -> Canvas:
     return Canvas(size=(image.height, image.width), read=read, reduce=reduce)
 
 
-def _open_raster(path: Path) -> Canvas | None:
-    """A GeoTIFF by rasterio; None where that is not installed, or does not know the file or its colors."""
+def _open_raster(path: Path, exif: bool) -> Canvas | None:
+    """A GeoTIFF by rasterio; None where that is not installed, or does not know the file, its colors, or its top."""
     try:
         import rasterio
     except ImportError:
@@ -106,6 +118,8 @@ def _open_raster(path: Path) -> Canvas | None:
         raise UserError(f"{path} has bands of {', '.join(sorted(set(file.dtypes)))}; convert them to 8 bits.")
     if file.colorinterp[0].name == "palette" or (file.photometric and file.photometric.name == "cielab"):
         return None  # rasterio gives what is stored, not its colors
+    if exif and not file.crs and _is_turned(path):
+        return None
     bands = [1, 2, 3] if file.count >= 3 else [1, 1, 1]
     lock = threading.Lock()
 

@@ -36,7 +36,8 @@ def to_rgb(source: Any, *, channels: str = "RGB", exif: bool = True) -> np.ndarr
     """
     if isinstance(source, str | os.PathLike):
         path = local_path(source)
-        with errors_of_file(path), Image.open(path) as image:
+        # PIL 13 garbles some TIFF files that it opens by name.
+        with errors_of_file(path), path.open("rb") as file, Image.open(file) as image:
             return _from_pil(image, exif, str(path))
     if isinstance(source, Image.Image):
         with errors_of_decoding("The PIL image"):  # PIL decodes late

@@ -43,6 +43,9 @@ def test_exif_is_followed_as_asked(tmp_path: Path) -> None:
     Image.fromarray(PIXELS).save(tmp_path / "a.png", exif=exif)
     assert np.array_equal(to_rgb(tmp_path / "a.png"), np.rot90(PIXELS, -1))
     assert np.array_equal(to_rgb(tmp_path / "a.png", exif=False), PIXELS)
+    Image.fromarray(PIXELS[..., 0]).save(tmp_path / "a.tif", exif=exif)  # which PIL opens otherwise by name
+    for pixels in (to_rgb(tmp_path / "a.tif"), open_canvas(tmp_path / "a.tif").copy()):
+        assert np.array_equal(pixels[..., 0], np.rot90(PIXELS[..., 0], -1))
 
 
 def test_files_that_are_no_images_are_named(tmp_path: Path) -> None:
