@@ -36,6 +36,7 @@ def find_sources(
 
     Raises:
         UserError: a folder or glob that holds no image or video, a list that cannot be read, or nothing is given.
+        OSError: a folder that cannot be read.
     """
     written = ("pictures", "masks") if output and (output / "settings.json").exists() else ()
     own = tuple(os.path.join(os.path.abspath(output or ""), folder, "") for folder in written)
@@ -73,7 +74,7 @@ def _find_files(given: str, own: tuple[str, ...]) -> list[str]:
     What the job itself has written, below the folders ``own``, counts only if a folder in there is given.
     """
     if os.path.isdir(given):
-        found = [path for path in glob.glob(os.path.join(glob.escape(given), "**"), recursive=True) if _is_known(path)]
+        found = [path for path in _walk(given) if _is_known(path)]
     elif not os.path.exists(given) and glob.has_magic(given):
         found = [path for path in glob.glob(given, recursive=True) if os.path.isfile(path)]
     else:
@@ -83,6 +84,20 @@ def _find_files(given: str, own: tuple[str, ...]) -> list[str]:
     if not found:
         raise UserError(f"{given} holds no image or video; check the path.")
     return sorted(found)
+
+
+def _walk(folder: str) -> Iterator[str]:
+    """The files of a folder and its subfolders, once each where links lead in a circle; hidden ones are left out."""
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    seen = set()
+    for parent, folders, files in os.walk(folder, onerror=stop, followlinks=True):
+        real = os.path.realpath(parent)
+        folders[:] = sorted(each for each in folders if not each.startswith(".") and real not in seen)
+        yield from (os.path.join(parent, each) for each in files if not each.startswith(".") and real not in seen)
+        seen.add(real)
 
 
 def _is_known(path: str) -> bool:

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import ntpath
+import os
 from pathlib import Path, PureWindowsPath
 from types import SimpleNamespace
 
@@ -40,6 +41,23 @@ def test_a_folder_is_searched_to_its_depth_in_one_order(folder) -> None:
         ("deep/d", "video"),
     ]
     assert [source.number for source in sources] == list(range(5))
+    (folder / "deep" / "circle").symlink_to(folder)
+    (folder / ".hidden").mkdir()
+    (folder / ".hidden" / "e.png").touch()
+    assert find_sources([str(folder)], NOTHING) == sources
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(folder, monkeypatch) -> None:
+    scandir = os.scandir
+
+    def read(path):
+        if str(path).endswith("deep"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", read)
+    with pytest.raises(PermissionError, match="deep"):
+        find_sources([str(folder)], NOTHING)
 
 
 def test_globs_and_lists_name_files(folder) -> None:
