@@ -21,8 +21,12 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("config_file", type=Path, metavar="CONFIG", help="configuration of the model")
     add("--weights", type=Path, help="weight file (default: random weights, which are as fast)")
-    add("--images", type=Path, nargs="+", help="files to use in turn, resized as in evaluation (default: noise)")
-    add("--size", type=at_least(32), nargs=2, default=(800, 1216), metavar=("H", "W"), help="of noise, px")
+    what = parser.add_mutually_exclusive_group()
+    images = "files to use in turn, resized as in evaluation (default: noise)"
+    what.add_argument("--images", type=Path, nargs="+", help=images)
+    what.add_argument(
+        "--size", type=at_least(32), nargs=2, default=(800, 1216), metavar=("H", "W"), help="of noise, px"
+    )
     add("--compile", action="store_true", help="also with torch.compile")
     add("--exported", type=Path, nargs="+", default=[], metavar="FILE", help="also .onnx or OpenVINO's .xml files")
     add("--threads", type=at_least(1), help="of the CPU (default: torch's choice)")
@@ -75,9 +79,12 @@ def main() -> None:
     if args.compile:
         with compiled(model):
             forms["torch.compile"] = time_model(model, images, **count)
-    size = tuple(images[0]["image"].shape[-2:])
+    step, sizes = model.size_divisibility, [tuple(each["image"].shape[-2:]) for each in images]
+    size, padded = sizes[0], [tuple(-(-side // step) * step for side in each) for each in sizes]
     for path in args.exported:
-        forms[path.name] = time_exported(path, size, threads=torch.get_num_threads(), **count)
+        seconds, fixed = time_exported(path, padded, threads=torch.get_num_threads(), **count)
+        name = path.name if [each.name for each in args.exported].count(path.name) == 1 else str(path)
+        forms[name if fixed[-2:] in ((), *padded) else f"{name}, {' x '.join(map(str, fixed))}"] = seconds
     print(f"{args.config_file}: {len(images)} image(s), the first of {size[0]} x {size[1]} px, one at a time")
     print(f"{device_name(model.device)}; torch {torch.__version__}; {args.warmup} runs before {args.runs} that count\n")
     print(table("form", forms))

@@ -23,6 +23,7 @@ PARTS = {
     "results": "post_processor",
 }
 REST = "preparation"
+Inputs = list[tuple[Sequence[Any], Any]]  # the shape, with anything but numbers for what is open, and type of each
 
 
 def time_model(model: nn.Module, images: Sequence[dict[str, Any]], *, warmup: int, runs: int) -> np.ndarray:
@@ -67,28 +68,36 @@ def compiled(model: nn.Module) -> Iterator[nn.Module]:
             del part.forward
 
 
-def time_exported(path: Path, size: tuple[int, int], *, threads: int, warmup: int, runs: int) -> np.ndarray:
+def time_exported(
+    path: Path, sizes: Sequence[tuple[int, int]], *, threads: int, warmup: int, runs: int
+) -> tuple[np.ndarray, tuple[int, ...]]:
     """The seconds (``runs``,) of one session of an ONNX file, or of OpenVINO's .xml, on the CPU, from input to output.
 
-    ``size`` is the (height, width) of the image where the file leaves it open. Raises UserError if the file is missing
-    or of another kind, does not run, or lacks the package that runs it.
+    ``sizes`` are the (height, width) of the images that take turns where the file leaves them open. Also returns the
+    shape of a fixed input, () of an open one. Raises UserError if the file is missing or of another kind, takes several
+    images at a time, does not run, or lacks the package that runs it.
     """
     check_exported(path)
     seconds = []
     try:
-        run = _SESSIONS[path.suffix](path, size, threads)
-        for _ in range(warmup + runs):
+        given, run = _SESSIONS[path.suffix](path, threads)
+        made = {size: [example_input(shape, kind, size) for shape, kind in given] for size in sizes}
+        images = max((shape for shape, _ in given), key=len)
+        fixed = tuple(images) if all(isinstance(side, int) for side in images) else ()
+        if len(images) > 3 and isinstance(images[0], int) and images[0] > 1:
+            raise UserError(f"{path} takes {images[0]} images at a time; one is timed, so export it with --batch 1.")
+        for size in itertools.islice(itertools.cycle(sizes), warmup + runs):
             started = time.perf_counter()
-            run()
+            run(made[size])
             seconds.append(time.perf_counter() - started)
     except UserError:
         raise
     except Exception as error:  # runtimes raise errors of many types
         raise UserError(
-            f"{path} does not run on {size[0]} x {size[1]} px ({error}); write it anew with tools/export.py, or give "
-            "larger images."
+            f"{path} does not run on {sizes[0][0]} x {sizes[0][1]} px ({error}); write it anew with tools/export.py, "
+            "or give larger images."
         ) from error
-    return np.array(seconds[warmup:])
+    return np.array(seconds[warmup:]), fixed
 
 
 def check_exported(path: Path) -> None:
@@ -99,28 +108,23 @@ def check_exported(path: Path) -> None:
         raise UserError(f"{path} does not exist; write it with tools/export.py.")
 
 
-def _onnx_session(path: Path, size: tuple[int, int], threads: int) -> Callable[[], Any]:
+def _onnx_session(path: Path, threads: int) -> tuple[Inputs, Callable[[list[np.ndarray]], Any]]:
     onnxruntime = require("onnxruntime", f"Timing {path}", "export")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     kinds = {"tensor(uint8)": np.uint8, "tensor(int64)": np.int64, "tensor(float)": np.float32}
-    inputs = {each.name: example_input(each.shape, kinds[each.type], size) for each in session.get_inputs()}
-    return lambda: session.run(None, inputs)
+    names = [each.name for each in session.get_inputs()]
+    given = [(each.shape, kinds[each.type]) for each in session.get_inputs()]
+    return given, lambda inputs: session.run(None, dict(zip(names, inputs, strict=True)))
 
 
-def _openvino_session(path: Path, size: tuple[int, int], threads: int) -> Callable[[], Any]:
+def _openvino_session(path: Path, threads: int) -> tuple[Inputs, Callable[[list[np.ndarray]], Any]]:
     openvino = require("openvino", f"Timing {path}", "export")
-    model = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_NUM_THREADS": threads})
-    inputs = [
-        example_input(
-            [side.get_length() if side.is_static else None for side in each.partial_shape],
-            each.element_type.to_dtype(),
-            size,
-        )
-        for each in model.inputs
-    ]
-    return lambda: model(inputs)
+    options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}  # as the file was checked
+    model = openvino.Core().compile_model(str(path), "CPU", options)
+    shapes = [[side.get_length() if side.is_static else None for side in each.partial_shape] for each in model.inputs]
+    return [(shape, each.element_type.to_dtype()) for shape, each in zip(shapes, model.inputs, strict=True)], model
 
 
 _SESSIONS = {".onnx": _onnx_session, ".xml": _openvino_session}

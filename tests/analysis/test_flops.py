@@ -8,8 +8,10 @@ import benchmark
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
+from dimaskdino.analysis import timing
 from dimaskdino.analysis.flops import _attention, count_flops, parts_of
 from dimaskdino.analysis.timing import (
     PARTS,
@@ -188,7 +190,52 @@ def test_a_file_that_cannot_be_timed_is_named(tmp_path) -> None:
     (tmp_path / "broken.onnx").write_text("not a model")  # without onnxruntime, the package is named beside it
     for name in ("model.pt", "missing.onnx", "broken.onnx"):
         with pytest.raises(UserError, match=name):
-            time_exported(tmp_path / name, (64, 64), threads=1, warmup=0, runs=1)
+            time_exported(tmp_path / name, [(64, 64)], threads=1, warmup=0, runs=1)
+
+
+def exported(monkeypatch, *shape) -> list[tuple[int, ...]]:
+    """Let .onnx files have an input of this shape; returns those that they are given."""
+    seen: list[tuple[int, ...]] = []
+    opened = [(shape, np.float32)], lambda inputs: seen.append(inputs[0].shape)
+    monkeypatch.setitem(timing._SESSIONS, ".onnx", lambda *_: opened)
+    return seen
+
+
+def test_a_file_for_several_images_at_a_time_is_refused(tmp_path, monkeypatch) -> None:
+    exported(monkeypatch, 4, 3, 64, 96)
+    (tmp_path / "four.onnx").touch()
+    with pytest.raises(UserError, match=r"four\.onnx takes 4 images"):
+        time_exported(tmp_path / "four.onnx", [(64, 96)], threads=1, warmup=0, runs=1)
+
+
+@pytest.mark.parametrize(
+    ("sides", "given", "label"),
+    [(("height", "width"), {(64, 96), (96, 64)}, ""), ((128, 128), {(128, 128)}, ", 1 x 3 x 128 x 128")],
+)
+def test_files_see_the_padded_images_in_turn_and_say_if_they_see_others(
+    tmp_path, monkeypatch, capsys, sides, given, label
+) -> None:
+    seen = exported(monkeypatch, 1, 3, *sides)
+    files = [tmp_path / folder / "model.onnx" for folder in "ab"]
+    for name, size, file in zip("ab", ((60, 90), (90, 60)), files, strict=True):
+        file.parent.mkdir()
+        file.touch()
+        Image.new("RGB", size).save(tmp_path / f"{name}.png")
+    (tmp_path / "tiny.yaml").write_text(tiny_cfg({"INPUT.MIN_SIZE_TEST": 0}).dump())
+    arguments = [tmp_path / "tiny.yaml", "--images", tmp_path / "a.png", tmp_path / "b.png", "--exported", *files]
+    arguments += ["--warmup", 0, "--runs", 2, "--device", "cpu", "--threads", 1]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, arguments)])
+    benchmark.main()
+    assert {shape[2:] for shape in seen} == given
+    printed = capsys.readouterr().out
+    assert all(f"\n{file}{label}  " in printed for file in files)  # they have one name
+
+
+def test_noise_has_a_size_and_images_have_their_own(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "a.yaml", "--size", "64", "64", "--images", "a.png"])
+    with pytest.raises(SystemExit, match="2"):
+        benchmark.parse_args()
+    assert "--size" in capsys.readouterr().err
 
 
 def test_exported_files_are_checked_before_the_model_is_timed(monkeypatch) -> None:
