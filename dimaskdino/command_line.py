@@ -5,6 +5,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from dimaskdino.errors import ConfigError, where_raised
@@ -67,6 +68,15 @@ def add_model_flags(parser: argparse.ArgumentParser, *, device: bool = True) -> 
     parser.add_argument(
         "--opts", nargs="+", default=[], metavar=metavar, help="keys of the configuration, after all else"
     )
+
+
+def names_of_runs(runs: Sequence[Path]) -> list[str]:
+    """What runs are called: by their folder, or their file without its suffix; another of one name is numbered."""
+    names: list[str] = []
+    for path in (run.resolve() for run in runs):
+        name = path.name if path.is_dir() else path.stem  # folders such as lr_0.01 have no suffix
+        names.append(name if name not in names else f"{name} {len(names) + 1}")
+    return names
 
 
 class CommandLine(argparse.ArgumentParser):

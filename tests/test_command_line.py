@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dimaskdino.command_line import add_import_flag, at_least, import_modules
+from dimaskdino.command_line import add_import_flag, at_least, import_modules, names_of_runs
 from dimaskdino.errors import ConfigError
 from dimaskdino.modeling.registry import BATO_REGISTRY
 
@@ -22,6 +22,13 @@ def test_bad_number_names_its_flag(text: str, said: str, capsys: pytest.CaptureF
     error = capsys.readouterr().err
     assert "argument --workers: " in error
     assert said in error
+
+
+def test_runs_are_told_apart_by_name(tmp_path: Path) -> None:
+    for folder in ("lr_0.1", "lr_0.01", "a/run", "b/run"):
+        (tmp_path / folder).mkdir(parents=True)
+    runs = [tmp_path / name for name in ("lr_0.1", "lr_0.01", "a/run", "b/run", "small.safetensors")]
+    assert names_of_runs(runs) == ["lr_0.1", "lr_0.01", "run", "run 4", "small"]
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from dimaskdino.command_line import add_model_flags, at_least, fraction, import_modules
+from dimaskdino.command_line import add_model_flags, at_least, fraction, import_modules, names_of_runs
 from dimaskdino.cpu import keep_freed_memory
 from dimaskdino.errors import UserError, require, run_cli
 
@@ -155,12 +155,12 @@ def save(found: dict[str, Prediction], folder: str) -> list[str]:
 
 
 def open_runs(args: argparse.Namespace) -> dict[str, Predictor]:
-    """The predictors by the name of their folder or file; several of one name are numbered."""
-    predictors: dict[str, Predictor] = {}
-    for run, weights in [(run, None) for run in args.runs] or [demo_model()]:
-        name = run.resolve().stem
-        name = name if name not in predictors else f"{name} {len(predictors) + 1}"
-        predictors[name] = Predictor(run, weights, options=args.opts, device=args.device, layers=["all"], score=0.0)
+    """The predictors by the name of their run."""
+    given = [(run, None) for run in args.runs] or [demo_model()]
+    predictors = {
+        name: Predictor(run, weights, options=args.opts, device=args.device, layers=["all"], score=0.0)
+        for name, (run, weights) in zip(names_of_runs([run for run, _ in given]), given, strict=True)
+    }
     keep_freed_memory(next(iter(predictors.values())).model.device.type)
     return predictors
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from dimaskdino.command_line import add_model_flags, at_least, fraction, import_modules
+from dimaskdino.command_line import add_model_flags, at_least, fraction, import_modules, names_of_runs
 from dimaskdino.cpu import keep_freed_memory
 from dimaskdino.errors import BAD_INPUT_STATUS, UserError, run_cli
 
@@ -55,7 +55,7 @@ def main() -> None:
     common = {"options": args.opts, "device": args.device, "layers": ["all"], "score": args.score}
     predictors = [Predictor(run, **common) for run in args.runs]
     keep_freed_memory(predictors[0].model.device.type)
-    labels = args.labels or [run.resolve().stem for run in args.runs]
+    labels = args.labels or names_of_runs(args.runs)
     rows, bad = [], 0
     for path, truth in pictures(args, predictors[0]):
         try:
