@@ -47,7 +47,9 @@ def main() -> None:
     if args.json:
         check_writable(args.json.parent)
     cfg = read_config(args.config_file)
-    cfg.merge_from_list([*args.opts, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.TIMM.PRETRAINED", False])
+    # Layers that torch.compile has changed cannot be traced.
+    fixed = ("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.TIMM.PRETRAINED", False, "MODEL.COMPILE", [])
+    cfg.merge_from_list([*args.opts, *fixed])
     register_all(cfg=cfg)
     model = build_model(cfg)
     check_size(args.size, model.size_divisibility)

@@ -71,6 +71,7 @@ def main() -> None:
     model = build_model(cfg).eval()
     if args.weights:
         Checkpointer(model).load(str(args.weights))
+    model.set_precision(cfg.MODEL.MaskDINO.TEST.PRECISION)
     keep_freed_memory(model.device.type)
     images = inputs(args, cfg)
     count = {"warmup": args.warmup, "runs": args.runs}

@@ -81,7 +81,7 @@ def test_parts_add_up(model) -> None:
 
 def test_the_tool_names_a_size_that_needs_padding(tmp_path, monkeypatch, capsys) -> None:
     config = tmp_path / "tiny.yaml"
-    config.write_text(tiny_cfg().dump())
+    config.write_text(tiny_cfg({"MODEL.COMPILE": ["encoder"]}).dump())  # which cannot be traced
     for size, expected in (("128", "GFLOPs"), ("100", "--size 100 96")):
         monkeypatch.setattr(sys, "argv", ["analyze_model.py", str(config), "--size", size, "96"])
         if size == "128":
@@ -255,3 +255,6 @@ def test_the_tool_prints_forms_and_parts(tmp_path, monkeypatch, capsys) -> None:
     assert "64 x 96" in printed
     assert all(name in printed for name in ("PyTorch", *PARTS, REST))
     assert (tmp_path / "a" / "times.json").is_file()
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments, "--opts", "MODEL.MaskDINO.TEST.PRECISION", "half"])
+    with pytest.raises(UserError, match=r"TEST\.PRECISION"):
+        benchmark.main()
