@@ -109,8 +109,8 @@ def _compare_segments(found: Result, expected: Result) -> list[str]:
 
 
 def _iou(one: np.ndarray, other: np.ndarray) -> float:
-    """1 where a single pixel differs: rounding may turn one, which in a small mask is more than is allowed."""
-    return float((one & other).sum() / (one | other).sum()) if (one ^ other).sum() > 1 else 1.0
+    """1 where both are empty."""
+    return float((one & other).sum() / (one | other).sum()) if (one | other).any() else 1.0
 
 
 def dataset_entries(cfg: Config) -> list[dict[str, Any]]:
