@@ -1,6 +1,7 @@
 """Exported files find what the model finds; what cannot be exported is refused."""
 
 import contextlib
+import io
 import json
 import re
 import subprocess
@@ -21,6 +22,7 @@ from dimaskdino.export import formats
 from dimaskdino.export.check import differences, to_detectron2
 from dimaskdino.layers import ms_deform_attn_fused
 from dimaskdino.layers.exporting import exporting
+from dimaskdino.modeling.backbone.timm import TimmBackbone
 from dimaskdino.modeling.postprocessing import Frame as TorchFrame
 from dimaskdino.modeling.postprocessing import MaskRendering
 from dimaskdino.structures import MaskLogits
@@ -96,6 +98,24 @@ def test_onnx_of_any_size_finds_what_the_predictor_finds(tmp_path, monkeypatch, 
     written = formats.require("onnx").load(output)
     assert ("GridSample" in {node.op_type for node in written.graph.node}) == (not more)
     assert written.opset_import[0].version == 17
+
+
+class OneMap(TimmBackbone):
+    def forward(self, images):
+        return super().forward(images)["res3"]
+
+
+def test_backbones_of_timm_give_the_same_sizes_in_onnx():
+    onnxruntime = pytest.importorskip("onnxruntime")
+    backbone = OneMap(name="regnetx_002", out_features=["res3"]).eval()
+    buffer, axes = io.BytesIO(), {"images": {2: "height", 3: "width"}}
+    given = {"dynamo": False, "opset_version": 17, "input_names": ["images"], "dynamic_axes": axes}
+    torch.onnx.export(backbone, (torch.rand(1, 3, 64, 96),), buffer, **given)
+    session = onnxruntime.InferenceSession(buffer.getvalue())
+    for size in ((64, 64), (50, 90), (33, 31)):
+        images = torch.rand(1, 3, *size)
+        (found,) = session.run(None, {"images": images.numpy()})
+        np.testing.assert_allclose(found, backbone(images).detach().numpy(), atol=1e-4)
 
 
 def test_opsets_go_from_16_to_20(monkeypatch):

@@ -107,7 +107,9 @@ class TimmBackbone(Backbone):
             feature, stride = features[self._index[key]], self._out_feature_strides[key]
             if self._channels_last:
                 feature = feature.permute(0, 3, 1, 2)
-            outputs[key] = feature[:, :, : -(-height // stride), : -(-width // stride)].contiguous()
+            # Of positive numbers: ONNX divides whole numbers toward 0, not down.
+            rows, columns = (height + stride - 1) // stride, (width + stride - 1) // stride
+            outputs[key] = feature[:, :, :rows, :columns].contiguous()
         return outputs
 
 
