@@ -76,8 +76,8 @@ class Model:
         """An image as (H, W, 3) uint8 RGB."""
         if isinstance(image, Array):
             return image
-        if isinstance(image, str | Path) and Path(image).is_dir():
-            raise ValueError(f"a folder; name the images in it, such as {image}/*.jpg")
+        if isinstance(image, str | Path) and Path(image).exists() and not Path(image).is_file():
+            raise ValueError(f"not a file; name images, such as those of a folder: {image}/*.jpg")
         opened = image if isinstance(image, Image.Image) else Image.open(image)
         if opened.mode.startswith(("I", "F")):
             raise ValueError(f"the image has more than 8 bits a channel (mode {opened.mode}); convert it to 8 bits")
@@ -425,14 +425,14 @@ def main() -> int:
         try:
             picture = model.read(path)
             (result,) = model([picture])
+            result = above(result, args.score)
+            draw(picture, result, model.description).save(args.output / f"{name}.png")
+            save_maps(result, args.output / name)
         except Exception as error:  # noqa: BLE001  (Pillow raises errors of many types, and the rest is to be done)
             print(f"{path}: {' '.join(str(error).split())}", file=sys.stderr)
             bad += 1
             continue
-        result = above(result, args.score)
         contents.append(to_json(result, model.description, str(path)))
-        draw(picture, result, model.description).save(args.output / f"{name}.png")
-        save_maps(result, args.output / name)
         print(f"{path}: {len(result.get('scores', result.get('segments', [])))} found")
     (args.output / "results.json").write_text(json.dumps(contents))
     return BAD_INPUT_STATUS if bad else 0

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -165,14 +166,20 @@ def test_runner_equals_predictor_without_torch(tmp_path, monkeypatch, pictures):
         Image.open(pictures[0]).save(twin)
     (tmp_path / "bad.png").write_text("not an image")
     Image.new("RGB", (3000, 4)).save(tmp_path / "long.png")  # 32 x 96 px on the canvas: 48 + 12 + 3 + 2 tokens
+    pipe, taken = tmp_path / "pipe", tmp_path / "taken.jpg"  # of these, one never ends, and one's picture has no place
+    os.mkfifo(pipe)
+    Image.open(pictures[0]).save(taken)
+    (tmp_path / "out" / "taken.png").mkdir(parents=True)
     unusable = [tmp_path / "bad.png", tmp_path / "long.png", lone]
-    arguments = [output, pictures[0], *unusable, *twins, "--output", tmp_path / "out", "--score", "0"]
+    arguments = [output, pictures[0], *unusable, *twins, pipe, taken, "--output", tmp_path / "out", "--score", "0"]
     done = subprocess.run(
-        [sys.executable, "-c", program, *map(str, arguments)], cwd=lone, capture_output=True, text=True
+        [sys.executable, "-c", program, *map(str, arguments)], cwd=lone, capture_output=True, text=True, timeout=100
     )
     assert done.returncode == 0, done.stderr
     assert "bad.png" in done.stderr
-    assert f"{lone}: a folder; name the images in it" in done.stderr
+    assert f"{lone}: not a file; name images" in done.stderr
+    assert f"{pipe}: not a file" in done.stderr
+    assert re.search(r"Is a directory: .*taken\.png", done.stderr), done.stderr
     assert re.search(r"long\.png: .* 65 tokens, .* 66; cut it", done.stderr), done.stderr
     content, *_ = json.loads((tmp_path / "out" / "results.json").read_text())
     assert (content["height"], content["width"], len(content["objects"])) == (50, 90, 6)
