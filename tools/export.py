@@ -202,16 +202,26 @@ def open_file(kind: str, path: Path, export: Export) -> Model:
 def check(model: Model, predictor: Predictor, images: list[Any]) -> list[str]:
     """How the file's results differ from the model's: a line for each difference beyond the bars.
 
-    Images go through the model one by one and, if it takes several, together.
+    Images go through the model one by one and, if it takes several, together. If it takes any size, so does a part of
+    the first one, as those of a dataset may all have one size.
     """
-    batches = [[image] for image in images] + ([images] if model.description["batch"] != 1 else [])
+    read = [(str(image), predictor.read(image)) for image in images]
+    batches = [[each] for each in read] + ([read] if model.description["batch"] != 1 else [])
+    if model.description["canvas"] is None:
+        name, picture = read[0]
+        batches.append([(f"{name}, its upper part", picture[: -(-4 * len(picture) // 5)])])
     messages = []
     for batch in batches:
-        pictures = [predictor.read(image) for image in batch]
-        inputs, inner = model.prepare(pictures)
+        names, pictures = zip(*batch, strict=True)
+        try:
+            inputs, inner = model.prepare(pictures)
+        except ValueError as error:
+            raise UserError(
+                f"The file cannot be checked with {' and '.join(names)}: {error}; name others by --images."
+            ) from error
         expected = reference_results(predictor.model, inputs, inner, [picture.shape[:2] for picture in pictures])
-        for image, found, wanted in zip(batch, model(pictures), expected, strict=True):
-            messages += [f"{image}: {message}" for message in differences(found, wanted)]
+        for name, found, wanted in zip(names, model(pictures), expected, strict=True):
+            messages += [f"{name}: {message}" for message in differences(found, wanted)]
     return messages
 
 

@@ -207,6 +207,30 @@ def test_a_file_that_finds_something_else_is_not_kept(tmp_path, monkeypatch, pic
     assert list(tmp_path.glob("*.pt")) == []
 
 
+def test_a_file_of_any_size_is_checked_on_another_shape(tmp_path, monkeypatch, capsys):
+    def open_wrong(path: Path, threads: int) -> tuple:
+        description, right = formats.open_torchscript(path, threads)
+        return description, lambda images, sizes: (
+            right(images, sizes)[0] + (images.shape[2] != images.shape[3]),
+            *right(images, sizes)[1:],
+        )
+
+    monkeypatch.setitem(formats.FORMATS, "torchscript", formats.Format(".pt", formats.write_torchscript, open_wrong))
+    square = tmp_path / "square.png"
+    Image.fromarray(image(96, 96, 0).permute(1, 2, 0).numpy().astype(np.uint8)).save(square)
+    run = make_run(tmp_path / "run", DINO | {"INPUT.MAX_SIZE_TEST": 96})
+    with pytest.raises(SystemExit):
+        run_tool(monkeypatch, run, "torchscript", tmp_path / "model.pt", [square, square])
+    assert "square.png, its upper part" in capsys.readouterr().err
+
+
+def test_an_image_that_the_file_cannot_take_is_named(tmp_path, monkeypatch, pictures):
+    Image.new("RGB", (3000, 4)).save(tmp_path / "long.png")
+    run = make_run(tmp_path / "run", SMALL | {"MODEL.MaskDINO.FIRST_SELECTED_QUERIES": 66})
+    with pytest.raises(export.UserError, match=r"^The file cannot be checked with .*long\.png"):
+        run_tool(monkeypatch, run, "torchscript", tmp_path / "model.pt", [pictures[0], tmp_path / "long.png"])
+
+
 @pytest.mark.parametrize(
     ("kind", "name", "more", "options", "named"),
     [
