@@ -113,6 +113,8 @@ def check_output(args: argparse.Namespace, predictor: Predictor) -> list[Path]:
         raise UserError(f"--size {args.size[0]} {args.size[1]}: both sides must be multiples of {step}.")
     if args.batch > 1 and args.size is None:
         raise UserError("--batch goes with --size; without it the file takes any number of images.")
+    if args.opset != OPSET and "onnx" not in kind.packages:
+        raise UserError(f"--opset is of ONNX, and --format {args.format} has none; leave it out.")
     if args.evaluate:
         dataset_entries(predictor.cfg)
     check_writable(args.output.parent)

@@ -239,6 +239,7 @@ def test_an_image_that_the_file_cannot_take_is_named(tmp_path, monkeypatch, pict
         ("torchscript", "model.pt", ["--size", "96", "90"], {}, "multiples"),
         ("torchscript", "model.pt", ["--size", "32", "32"], {"MODEL.MaskDINO.FIRST_SELECTED_QUERIES": 80}, "too small"),
         ("torchscript", "model.pt", ["--batch", "2"], {}, "--batch"),
+        ("torchscript", "model.pt", ["--opset", "16"], {}, "--opset"),
         ("torchscript", "model.pt", ["--evaluate"], {"DATASETS.TEST": ("absent_val",)}, "DATASETS.TEST.*absent_val"),
         ("torchscript", "model.pt", [], {"MODEL.MaskDINO.DI.RANDOM_POSITION": True}, "RANDOM_POSITION"),
         ("torchscript", "model.pt", [], {"INPUT.READER": "auto"}, "INPUT.READER"),
