@@ -79,7 +79,11 @@ def parse_args() -> argparse.Namespace:
     add("--batch-size", type=at_least(1), default=1, help="images that go through the model together (default: 1)")
     add("--max-frames", type=at_least(1), help="of each video and of the camera")
     add("--no-exif", action="store_true", help="leave images as stored, whatever their EXIF data says")
-    add("--overwrite", action="store_true", help="begin anew in a folder that holds results")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="begin anew in a folder of results; pictures that are not made again stay",
+    )
     add_model_flags(parser)
     return parser.parse_args()
 

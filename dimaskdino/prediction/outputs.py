@@ -77,7 +77,7 @@ def mask_map(found: Prediction) -> Image.Image:
             ids[top : top + crop.shape[0], left : left + crop.shape[1]][crop] = number
     else:
         ids = found["sem_seg"].argmax(0).numpy() + 1
-    return Image.fromarray(ids.astype(np.uint16))
+    return Image.fromarray(ids.astype(np.uint16, copy=False))
 
 
 def query_features(found: Prediction) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@ import io
 import json
 import re
 import sys
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -253,6 +254,13 @@ def test_a_mask_map_shows_better_objects_on_top() -> None:
     found.pred_boxes, found.pred_masks = Boxes(torch.zeros(2, 4)), masks
     prediction = Prediction({"instances": found}, image=np.zeros((4, 4, 3), np.uint8), classes=CLASSES)
     assert np.asarray(mask_map(prediction)).tolist() == [[1] * 4, [1] * 4, [2] * 4, [0] * 4]
+    prediction.size = (2000, 2000)  # two bytes a pixel, once
+    prediction["instances"] = found[:0]
+    tracemalloc.start()
+    mask_map(prediction)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.5 * 2 * 2000 * 2000
     logits = torch.eye(2)[:, None]
     semantic = Prediction({"sem_seg": logits}, image=np.zeros((1, 2, 3), np.uint8), classes=CLASSES)
     assert np.asarray(mask_map(semantic)).tolist() == [[1, 2]]
