@@ -223,7 +223,7 @@ def demo_model() -> tuple[Path, Path | None]:
 
 def settings(args: argparse.Namespace, sources: list[Source], predictor: Predictor) -> dict[str, Any]:
     """What a folder of results was made from."""
-    listed = hashlib.sha256(os.fsencode("\n".join(source.path for source in sources))).hexdigest()
+    listed = hashlib.sha256(os.fsencode("\n".join(os.path.abspath(source.path) for source in sources))).hexdigest()
     chosen = {name: value for name, value in vars(args).items() if name not in NO_SETTINGS}
     weights = 0  # a run that was trained again has other weights under the same name
     for tensor in predictor.model.state_dict().values():

@@ -99,6 +99,16 @@ def test_a_second_run_does_what_is_left(run, job, tmp_path) -> None:
     assert run("tools/predict.py", *job).status == 2
 
 
+def test_files_of_another_folder_are_no_part_of_the_job(run, job, tmp_path, monkeypatch) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "in").symlink_to(tmp_path / "in")
+    statuses = []
+    for folder in (tmp_path, tmp_path / "other"):
+        monkeypatch.chdir(folder)
+        statuses.append(run("tools/predict.py", "in", *job[1:]).status)
+    assert statuses == [3, 2]
+
+
 def test_results_that_change_while_they_are_merged_are_merged_again(run, job, tmp_path, monkeypatch) -> None:
     write_coco, merged = records.write_coco, []
 
