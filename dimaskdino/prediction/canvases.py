@@ -121,15 +121,17 @@ def _open_raster(path: Path, exif: bool) -> Canvas | None:
     if exif and not file.crs and _is_turned(path):
         return None
     bands = [1, 2, 3] if file.count >= 3 else [1, 1, 1]
+    inverted = np.uint8(255 * ("MINISWHITE" in file.tags(ns="IMAGE_STRUCTURE")))
     lock = threading.Lock()
 
     def read(top: int, left: int, height: int, width: int) -> np.ndarray:
         with lock:
-            return np.moveaxis(file.read(bands, window=((top, top + height), (left, left + width))), 0, -1)
+            stored = file.read(bands, window=((top, top + height), (left, left + width)))
+        return np.moveaxis(stored ^ inverted, 0, -1)
 
     def reduce(size: tuple[int, int]) -> np.ndarray:
         with lock:
-            return np.moveaxis(file.read(bands, out_shape=(3, size[1], size[0])), 0, -1)
+            return np.moveaxis(file.read(bands, out_shape=(3, size[1], size[0])) ^ inverted, 0, -1)
 
     to_map = {"transform": file.transform, "crs": file.crs} if file.crs else None
     return Canvas(size=(file.height, file.width), read=read, reduce=reduce, to_map=to_map)

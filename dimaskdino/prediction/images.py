@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.data.detection_utils import convert_PIL_to_numpy
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from dimaskdino.data.images import upright
@@ -74,7 +74,8 @@ def errors_of_decoding(name: str) -> Iterator[None]:
     except Image.DecompressionBombError as error:
         raise UserError(f"{name} has too many pixels to be predicted whole; predict it in tiles (--tile).") from error
     except (OSError, SyntaxError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        unknown = isinstance(error, UnidentifiedImageError)  # PIL names its file object there
+        reason = "of no format that PIL knows" if unknown else " ".join(str(error).split())
         raise UserError(f"{name} cannot be read as an image ({reason}); replace or remove the file.") from error
 
 

@@ -227,6 +227,10 @@ def test_geotiff_is_read_with_its_place(tmp_path: Path) -> None:
     corner = rasterio.warp.transform("EPSG:32633", "OGC:CRS84", [400010], [4999980])
     assert min(abs(x - corner[0][0]) + abs(y - corner[1][0]) for x, y in ring) < 1e-7
     assert feature["properties"] == {"class": "roof", "score": 1.0}
+    with rasterio.open(tmp_path / "a.tif", "w", count=1, photometric="MINISWHITE", **options) as file:
+        file.write(bands[:1])
+    for pixels in (pieces(open_canvas(tmp_path / "a.tif")), open_canvas(tmp_path / "a.tif").copy()):
+        assert np.array_equal(pixels[..., 0], 255 - image[..., 0])
     with rasterio.open(tmp_path / "a.tif", "w", count=1, **(options | {"dtype": "uint16"})) as file:
         file.write(bands[:1].astype(np.uint16))
     with pytest.raises(UserError, match="uint16"):
