@@ -433,9 +433,15 @@ def main() -> int:
             bad += 1
             continue
         contents.append(to_json(result, model.description, str(path)))
-        print(f"{path}: {len(result.get('scores', result.get('segments', [])))} found")
+        print(f"{path}: {number_found(result)} found")
     (args.output / "results.json").write_text(json.dumps(contents))
     return BAD_INPUT_STATUS if bad else 0
+
+
+def number_found(result: Result) -> int:
+    """How many segments a result has; without segments, objects; of a semantic map alone, classes."""
+    found = result.get("segments", result.get("scores"))
+    return len(np.unique(result["semantic"].argmax(0)) if found is None else found)
 
 
 def above(result: Result, score: float) -> Result:

@@ -406,6 +406,13 @@ def test_images_are_padded_with_the_mean_in_model_order():
     assert images[0, :, 31, 0].tolist() == images[0, :, 0, 31].tolist() == [1, 2, 3]
 
 
+def test_what_is_shown_is_counted():
+    maps, scores = np.eye(4).reshape(4, 2, 2)[:3], np.ones(5)
+    assert predict_onnx.number_found({"semantic": maps}) == 3
+    assert predict_onnx.number_found({"scores": scores, "semantic": maps}) == 5
+    assert predict_onnx.number_found({"segments": [{}, {}], "scores": scores, "semantic": maps}) == 2
+
+
 @pytest.mark.parametrize("first", [False, True])
 def test_run_lengths_are_those_of_coco(first):
     mask = np.random.default_rng(0).random((5, 7)) > 0.5
