@@ -69,7 +69,7 @@ setup(
         "msgspec>=0.18",
         "numpy>=1.23",
         "opencv-python-headless>=4.6",  # detectron2 imports it without requiring it
-        "Pillow>=9.1",
+        "Pillow>=10.1",
         "pycocotools>=2.0.6",
         "PyYAML>=6.0",
         "safetensors>=0.4",

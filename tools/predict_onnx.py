@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 KEY = "dimaskdino"  # of the description in a model's metadata
 VERSION = 1
@@ -357,18 +357,19 @@ def draw(picture: Array, result: Result, description: dict[str, Any]) -> Image.I
             mask = result["masks"][index]
             blended[mask] = 0.5 * blended[mask] + 0.5 * palette[label]
     image = Image.fromarray(blended.astype(np.uint8))
+    line, font = max(2, min(image.size) // 350), ImageFont.load_default(max(10, min(image.size) // 42))
     corners = result["boxes"].reshape(-1, 2, 2)
     pen, boxes = ImageDraw.Draw(image), np.hstack((corners.min(1), corners.max(1))).tolist()
     for label, (x0, y0, x1, y1) in zip(result["labels"], boxes, strict=True):
-        pen.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline=HALO, width=4)
-        pen.rectangle((x0, y0, x1, y1), outline=class_color(label), width=2)
+        pen.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline=HALO, width=line + 2)
+        pen.rectangle((x0, y0, x1, y1), outline=class_color(label), width=line)
     taken: list[tuple[float, ...]] = []
     for label, score, box in zip(result["labels"], result["scores"], boxes, strict=True):
         text = f"{description['classes'][label]} {score:.2f}"
-        spot = free_spot(box, pen.textbbox((0, 0), text, stroke_width=1)[2:], image.size, taken)
+        spot = free_spot(box, pen.textbbox((0, 0), text, font, stroke_width=1)[2:], image.size, taken)
         if spot is not None:
             taken.append(spot)
-            pen.text(spot[:2], text, fill="white", stroke_width=1, stroke_fill="black")
+            pen.text(spot[:2], text, "white", font, stroke_width=1, stroke_fill="black")
     return image
 
 

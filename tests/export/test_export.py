@@ -425,6 +425,19 @@ def test_colors_are_those_of_the_other_tools():
     assert [predict_onnx.class_color(index) for index in range(200)] == [class_color(index) for index in range(200)]
 
 
+def test_labels_and_lines_grow_with_the_picture():
+    description = {"classes": ["square"], "segment_classes": ["square"]}
+    shown = []
+    for side in (420, 1680):
+        found = {"boxes": np.array([[0.3, 0.3, 0.7, 0.7]]) * side, "labels": np.array([0]), "scores": np.array([0.9])}
+        drawn = np.asarray(predict_onnx.draw(np.full((side, side, 3), 90, np.uint8), found, description))
+        letters, line = drawn.min(2) > 200, (drawn[side // 2] == class_color(0)).all(1)
+        shown.append((np.ptp(np.flatnonzero(letters.any(1))), line.sum()))
+    (height, width), (taller, wider) = shown
+    assert taller > 3.5 * height
+    assert (width, wider) == (4, 8)
+
+
 def test_labels_cover_no_other_one():
     box, text, picture, taken = (20, 30, 40, 50), (10, 8), (100, 100), []
     for expected in ((20, 22), (20, 30), (20, 50), (30, 22), (30, 50)):
