@@ -13,7 +13,7 @@ import torch
 from dimaskdino.analysis.explanation import Explained, by_class, by_size, by_stage, explain_image, outcome_table
 from dimaskdino.analysis.figures import score_results
 from dimaskdino.analysis.missed import Limits, Outcome, StageView, Verdict, judge
-from dimaskdino.analysis.report import _SIDE_PX, _cut, _region
+from dimaskdino.analysis.report import _SIDE_PX, Examples, _cut, _region
 from dimaskdino.analysis.stages import TrueObjects, compare_stages, selections_of, watched
 from dimaskdino.errors import DatasetError
 from dimaskdino.evaluation.truth import make_truth
@@ -169,9 +169,18 @@ def test_selections_of_a_model_leave_out_tokens() -> None:
     assert [each.stage.name for each in selections_of(stages_of(maskdino, truth)[0])] == ["interm"]
 
 
-def test_a_model_of_boxes_is_compared_by_boxes() -> None:
-    stages, _ = stages_of(tiny_dino(), rectangles((0, 0, 50, 50)))
+def test_a_model_of_boxes_is_compared_and_drawn_by_boxes() -> None:
+    truth = rectangles((5, 5, 30, 30), masks=False)
+    stages, _ = stages_of(tiny_dino(), truth)
     assert all(each.view.mask_iou is None and not each.rles for each in stages)
+    sure = Limits(score=1.0, fit=0.5, near=0.3, max_detections=10)  # finds nothing
+    examples = Examples(names=[f"class {index}" for index in range(stages[-1].view.scores.shape[1])])
+    examples.add(np.zeros((60, 80, 3), np.uint8), truth, stages[-1], explain_image(stages, truth, sure))
+    ((true, _),) = [pair for pairs in examples.pictures.values() for pair in pairs]
+    left, top, right, bottom = _region((5, 5, 35, 35), (60, 80))
+    inside = true[(20 - top) * len(true) // (bottom - top), (20 - left) * len(true) // (right - left)]
+    assert true.any()
+    assert not inside.any()
 
 
 def explained(*outcomes: Outcome, label: int = 0, area: float = 100.0) -> Explained:
