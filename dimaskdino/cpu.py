@@ -19,6 +19,8 @@ TUNABLES = ("glibc.malloc.trim_threshold", "glibc.malloc.mmap_max", "glibc.mallo
 
 # How often a waiting thread of GNU's OpenMP looks for work before it sleeps: about a tenth of a millisecond.
 SPINS = "10000"
+# For how many cycles, as a power of two, threads of NumPy's products do so: if unset, for about a tenth of a second.
+NUMPY_SPINS = "16"
 
 
 def keep_freed_memory(device: str = "cpu") -> bool:
@@ -55,10 +57,11 @@ def _use_whole_blocks() -> None:
 
 
 def set_up_libraries() -> None:
-    """Set up OpenMP and oneDNN for this package; importing it calls this. What the user has set stays."""
+    """Set up OpenMP, oneDNN, and OpenBLAS for this package; importing it calls this. What the user has set stays."""
     # oneDNN keeps the last 1,024 convolutions and products that it compiled, each for one size, with their buffers:
     # gigabytes if images have many sizes. A training step with images of one size compiles fewer than 256.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", NUMPY_SPINS)
     if "OMP_WAIT_POLICY" not in os.environ and "GOMP_SPINCOUNT" not in os.environ:
         _wait_passively()
 

@@ -107,13 +107,13 @@ def test_threads_sleep_although_openmp_was_loaded_before() -> None:
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({}, ["PASSIVE", "10000", "256"]),
-        ({"OMP_WAIT_POLICY": "ACTIVE"}, ["ACTIVE", "None", "256"]),
-        ({"GOMP_SPINCOUNT": "100", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "512"}, ["None", "100", "512"]),
+        ({}, ["PASSIVE", "10000", "256", "16"]),
+        ({"OMP_WAIT_POLICY": "ACTIVE", "OPENBLAS_THREAD_TIMEOUT": "20"}, ["ACTIVE", "None", "256", "20"]),
+        ({"GOMP_SPINCOUNT": "100", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "512"}, ["None", "100", "512", "16"]),
     ],
     ids=str,
 )
 def test_import_sets_up_libraries_before_torch(environment: dict[str, str], expected: list[str]) -> None:
-    names = "'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'ONEDNN_PRIMITIVE_CACHE_CAPACITY'"
+    names = "'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'ONEDNN_PRIMITIVE_CACHE_CAPACITY', 'OPENBLAS_THREAD_TIMEOUT'"
     show = f"import os; [print(os.environ.get(name)) for name in ({names})]"
     assert printed(f"{SET_UP}; {show}; print('torch' in sys.modules)", **environment) == [*expected, "False"]

@@ -8,12 +8,16 @@ alone as well: copy it, run it, or import Model from it.
 import argparse
 import json
 import math
+import os
 import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+# NumPy's threads spin after each product, in the way of the model's: here for 2^16 cycles.
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "16")
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
