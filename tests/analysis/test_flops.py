@@ -212,9 +212,7 @@ def test_a_file_for_several_images_at_a_time_is_refused(tmp_path, monkeypatch) -
     ("sides", "given", "label"),
     [(("height", "width"), {(64, 96), (96, 64)}, ""), ((128, 128), {(128, 128)}, ", 1 x 3 x 128 x 128")],
 )
-def test_files_see_the_padded_images_in_turn_and_say_if_they_see_others(
-    tmp_path, monkeypatch, capsys, sides, given, label
-) -> None:
+def test_files_see_the_padded_images_or_say_otherwise(tmp_path, monkeypatch, capsys, sides, given, label) -> None:
     seen = exported(monkeypatch, 1, 3, *sides)
     files = [tmp_path / folder / "model.onnx" for folder in "ab"]
     for name, size, file in zip("ab", ((60, 90), (90, 60)), files, strict=True):
