@@ -69,7 +69,10 @@ def job_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def of_two_processes(shapes_root: Path, job_folder: Path) -> Callable[[str], list[Any]]:
-    """Results of one function of :mod:`tests.engine.job`, from each of two processes on the CPU."""
+    """Results of one function of :mod:`tests.engine.job`, from each of two processes on the CPU.
+
+    For test_job.py alone: `make test` shares out whole files, and the process of another one would run the job again.
+    """
     cfg = make_toy_cfg(shapes_root, job_folder / "run")
     check_datasets(cfg)  # Makes the images, which only one process should do.
     job.write_modules(job_folder)

@@ -1,7 +1,9 @@
 """Two processes on the CPU, as the launcher starts them: what each knows, evaluates, saves, and refuses."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,9 +11,13 @@ from torch import nn
 
 from dimaskdino.config import Config, get_cfg
 from dimaskdino.data.datasets.registration import load_dataset
+from dimaskdino.engine import GradientClipper
 from dimaskdino.engine.hooks import average_running_statistics
 from tests.engine.conftest import make_toy_cfg
 from tests.engine.job import EVAL_PERIOD, MAX_ITER, Buffers, buffers_of, dice_of, evaluate_together, segmentation_scores
+from tests.engine.sharded import CLIPPERS, GRADIENTS, KINDS
+
+Results = Callable[[str], list[Any]]
 
 
 def test_processes_know_each_other(of_two_processes) -> None:
@@ -138,3 +144,69 @@ def test_segmentation_scores_of_two_processes_equal_those_of_one(of_two_processe
     assert {*of_main, *of_main["layers"]} >= {"panoptic_seg", "sem_seg", "bbox", "segm", "layer.0/PQ", "layer.1/mIoU"}
     for task, metric in (("panoptic_seg", "PQ"), ("sem_seg", "mIoU"), ("segm", "AP")):
         assert 1 < alone[task][metric] < 99
+
+
+# The norm of all gradients is a sum in another order: clipping scales all of them by a factor that is off by rounding.
+ROUNDING = {"rtol": 1e-4, "atol": 1e-7}
+
+
+@pytest.fixture
+def saved(of_two_processes: Results, job_folder: Path) -> Callable[[str], dict[str, Any]]:
+    """Reads the final checkpoint of one of the trainings."""
+    of_two_processes("shard")
+    return lambda name: torch.load(job_folder / name / "model_final.pth")
+
+
+def state_of(content: dict[str, Any]) -> dict[str, Any]:
+    """Weights, their average, and the optimizer's state with its settings."""
+    return {name: content[name] for name in ("model", "model_ema")} | content["trainer"]["step"]["optimizer"]
+
+
+def test_sharding_trains_and_saves_as_without(saved: Callable[[str], dict[str, Any]]) -> None:
+    plain, optimizer, full = (saved(f"shared_{kind}") for kind in KINDS)
+    torch.testing.assert_close(state_of(optimizer), state_of(plain), rtol=0, atol=0)
+    torch.testing.assert_close(state_of(full), state_of(plain), **ROUNDING)
+    assert plain.keys() == optimizer.keys() == full.keys()
+    assert list(plain["model"]) == list(optimizer["model"]) == list(full["model"])
+
+
+def test_parts_of_a_batch_in_bfloat16_add_up(saved: Callable[[str], dict[str, Any]]) -> None:
+    torch.testing.assert_close(state_of(saved("parts_full")), state_of(saved("parts_")), **ROUNDING)
+
+
+def test_run_goes_on_with_another_sharding(saved: Callable[[str], dict[str, Any]]) -> None:
+    plain = state_of(saved("longer"))
+    torch.testing.assert_close(state_of(saved("resumed_optimizer")), plain, rtol=0, atol=0)
+    torch.testing.assert_close(state_of(saved("resumed_full")), plain, **ROUNDING)
+
+
+def test_each_process_has_half_of_the_moments(of_two_processes: Results) -> None:
+    found = of_two_processes("shard")
+    whole = found[0][""]["moments"]
+    for kind in ("optimizer", "full"):
+        shares = [each[kind]["moments"] for each in found]
+        assert sum(shares) == whole
+        assert max(shares) < 0.6 * whole
+
+
+def test_processes_evaluate_other_numbers_of_images(of_two_processes: Results) -> None:
+    results = of_two_processes("shard")[0]["full"]["results"]
+    assert {"bbox", "segm", "ema"} <= set(results)
+
+
+def test_one_process_can_use_the_whole_weights_alone(of_two_processes: Results) -> None:
+    found, expected = of_two_processes("shard")[0]["full"]["scores"]
+    assert len(found) == 6
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_gradients_in_parts_are_clipped_as_whole_ones(of_two_processes: Results) -> None:
+    for found in of_two_processes("clip_sharded"):
+        given = iter(found)
+        for kind, limit in CLIPPERS:
+            for norm_type in (2.0, torch.inf):
+                parameters = [nn.Parameter(torch.tensor(each)) for each in GRADIENTS]
+                for parameter in parameters:
+                    parameter.grad = parameter.detach().clone()
+                norm = GradientClipper(clip_type=kind, limit=limit, norm_type=norm_type)(parameters)
+                torch.testing.assert_close(next(given), (norm, [parameter.grad for parameter in parameters]))
