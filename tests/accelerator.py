@@ -5,8 +5,10 @@ operation on tensors of both sides is an error; copies from one side to the othe
 device to tell the host a number or a size, are recorded.
 """
 
+import os
+import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +18,6 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICE = torch.device("meta")
 PACKAGE = Path(__file__).parents[1] / "dimaskdino"
@@ -77,18 +78,19 @@ class _Accelerator(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = dict(kwargs or {})
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        tensors: list[Tensor] = []
+        _map(lambda x: tensors.append(x) if isinstance(x, Tensor) else None, (args, kwargs))
         remote = {id(x.data_here): x for x in tensors if isinstance(x, RemoteTensor)}
         there = self._check(func, args, kwargs, tensors, bool(remote))
         if kwargs.get("device") is not None:
             kwargs["device"] = torch.device("cpu")
         with _disable_current_modes():
-            args, kwargs = tree_map(lambda x: x.data_here if isinstance(x, RemoteTensor) else x, (args, kwargs))
+            args, kwargs = _map(lambda x: x.data_here if isinstance(x, RemoteTensor) else x, (args, kwargs))
             result = func(*args, **kwargs)
             if not there:
                 return result
             # An operation in place gives back what it was given.
-            return tree_map(lambda x: remote[id(x)] if id(x) in remote else _send(x), result)
+            return _map(lambda x: remote[id(x)] if id(x) in remote else _send(x), result)
 
     def _check(self, func: Any, args: tuple, kwargs: dict[str, Any], tensors: list[Tensor], remote: bool) -> bool:
         """Whether the result is on the device; refuses what a GPU would refuse, and records the traffic."""
@@ -113,16 +115,22 @@ class _Accelerator(TorchDispatchMode):
         return there
 
 
+def _map(function: Callable[[Any], Any], tree: Any) -> Any:
+    """The function of each leaf of arguments or results; torch's tree_map takes longer than most operations."""
+    if isinstance(tree, tuple | list):
+        return type(tree)([_map(function, each) for each in tree])
+    return {key: _map(function, each) for key, each in tree.items()} if isinstance(tree, dict) else function(tree)
+
+
 def _send(data: Any) -> Any:
     return RemoteTensor(data) if isinstance(data, Tensor) else data
 
 
 def _place() -> str:
     """The innermost line of the package that is being run, or of whatever else."""
-    frames = traceback.extract_stack()
-    ours = [frame for frame in frames if PACKAGE in Path(frame.filename).parents]
-    frame = (ours or frames)[-1]
-    return f"{Path(frame.filename).name}:{frame.lineno}"
+    frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_stack(sys._getframe())]
+    name, line = next((each for each in frames if each[0].startswith(f"{PACKAGE}{os.sep}")), frames[0])
+    return f"{Path(name).name}:{line}"
 
 
 class _Autocast(torch.autocast):
