@@ -1,5 +1,6 @@
 """Keys, their defaults, and what is said about a key or value that cannot be used."""
 
+import json
 import logging
 import os
 import re
@@ -31,8 +32,8 @@ def load(folder: Path, text: str) -> Config:
 
 
 def plain(cfg: CfgNode) -> dict:
-    """The values as YAML holds them: it has no tuples."""
-    return yaml.safe_load(cfg.dump())
+    """The values with lists for tuples, which YAML does not have."""
+    return json.loads(json.dumps(cfg))
 
 
 def nested(values: dict[str, Any]) -> CfgNode:
