@@ -7,10 +7,12 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 Work = Callable[[], object]
+Name = TypeVar("Name")
 
 
 def synchronize(device: torch.device) -> None:
@@ -35,7 +37,7 @@ def seconds_of(work: Work, device: torch.device) -> float:
     return start_event.elapsed_time(end_event) / 1e3
 
 
-def side_by_side(works: dict[str, Work], device: torch.device, *, rounds: int) -> dict[str, float]:
+def side_by_side(works: dict[Name, Work], device: torch.device, *, rounds: int) -> dict[Name, float]:
     """Median seconds of each work; every round runs each of them once, so that what disturbs one disturbs all.
 
     Running in turn also leaves little of one's data in the caches for the next run of it.
@@ -49,7 +51,7 @@ def side_by_side(works: dict[str, Work], device: torch.device, *, rounds: int) -
         synchronize(device)
         if time.perf_counter() - start >= warm_up:
             break
-    times: dict[str, list[float]] = {name: [] for name in works}
+    times: dict[Name, list[float]] = {name: [] for name in works}
     for _ in range(rounds):
         for name, work in works.items():
             times[name].append(seconds_of(work, device))

@@ -134,9 +134,10 @@ def main() -> None:
     check_model(args, predictor.cfg)
     records = Records(args.output, settings(args, sources, predictor), share, overwrite=args.overwrite)
     done = {number for number, succeeded in records.state().items() if succeeded}
-    own = [source for source in sources[share.index :: share.count] if source.number not in done]
-    if done:
-        print(f"{len(done)} of {len(sources)} inputs were done before; {len(own)} are left for this process")
+    mine = sources[share.index :: share.count]  # what other processes do now was not done before
+    own = [source for source in mine if source.number not in done]
+    if len(own) < len(mine):
+        print(f"{len(mine) - len(own)} of {len(mine)} inputs were done before; {len(own)} are left for this process")
     job = build_job(args, predictor, records, ids)
     started = time.perf_counter()
     job.run(own)

@@ -77,7 +77,7 @@ def test_processes_share_the_inputs_and_the_last_merges(run, job, tmp_path, monk
     for rank in range(2):
         monkeypatch.setenv("RANK", str(rank))
         assert not (tmp_path / "shared" / "coco_results.json").exists()
-        run("tools/predict.py", *job)
+        assert "done before" not in run("tools/predict.py", *job).out
     assert json.loads((tmp_path / "shared" / "coco_results.json").read_text()) == whole
     assert len(list((tmp_path / "shared" / "parts").iterdir())) == 2
 
