@@ -10,6 +10,7 @@ from detectron2.data import transforms as T
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
+from dimaskdino.data.pixels import pixels_after
 from dimaskdino.data.transforms import KeepAPixel
 from dimaskdino.errors import ConfigError
 from dimaskdino.prediction.fusion import Fusion
@@ -98,9 +99,8 @@ def whole_images(cfg: CfgNode) -> CfgNode:
 
 def view(pixels: np.ndarray, resize: T.Augmentation, flipped: bool) -> torch.Tensor:
     """A view (C, h, w) of an image (H, W, C), uint8 or float32."""
-    resized = resize.get_transform(pixels).apply_image(np.ascontiguousarray(pixels))
-    # A copy: of a view one pixel wide, a mirrored array counts as contiguous.
-    return torch.from_numpy(np.array((resized[:, ::-1] if flipped else resized).transpose(2, 0, 1), order="C"))
+    resized = pixels_after(np.ascontiguousarray(pixels), [resize.get_transform(pixels)])
+    return resized.flip(2) if flipped else resized
 
 
 def _on_host(found: Instances, flipped: bool) -> Instances:

@@ -13,6 +13,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from dimaskdino.data.images import upright
+from dimaskdino.data.pixels import pixels_after
 from dimaskdino.data.readers import Reader
 from dimaskdino.errors import UserError, check_choice
 
@@ -139,6 +140,5 @@ def to_model_input(image: np.ndarray, resize: Any, image_format: str) -> dict[st
     """
     height, width = image.shape[:2]
     converted = convert_PIL_to_numpy(Image.fromarray(image), image_format) if image_format else image
-    resized = resize.get_transform(converted).apply_image(np.ascontiguousarray(converted))
-    tensor = torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
+    tensor = pixels_after(np.ascontiguousarray(converted), [resize.get_transform(converted)])
     return {"image": tensor, "height": height, "width": width}

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import transforms as T
+from fvcore.transforms.transform import CropTransform, PadTransform
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngImageFile
 
 from dimaskdino.config import Config
+from dimaskdino.data import pixels as quick_pixels
 from dimaskdino.data.images import read_header, read_image
-from dimaskdino.data.pixels import augment
+from dimaskdino.data.pixels import augment, pixels_after
 from dimaskdino.data.transforms import large_scale_jitter, shortest_edge
 from dimaskdino.data.validation.files import check_files_exist
 from dimaskdino.errors import DatasetError
@@ -128,10 +130,14 @@ def slowly(augmentations: T.AugmentationList, image: np.ndarray) -> tuple[Any, t
 
 @pytest.mark.parametrize("flip", ["none", "horizontal", "vertical"])
 @pytest.mark.parametrize("default", [large_scale_jitter, shortest_edge])
-@pytest.mark.parametrize("kind", ["uint8", "one channel", "float32"])
-def test_pixels_and_transforms_are_those_of_detectron2(cfg: Config, default: Any, flip: str, kind: str) -> None:
-    cfg.merge_from_list(["INPUT.RANDOM_FLIP", flip, "INPUT.IMAGE_SIZE", 48, "INPUT.CROP.ENABLED", True])
-    cfg.merge_from_list(["INPUT.MIN_SIZE_TRAIN", (24, 70), "INPUT.MIN_SCALE", 0.2, "INPUT.CROP.SIZE", [20, 30]])
+@pytest.mark.parametrize("kind", ["uint8", "uint8 without the op", "one channel", "float32"])
+def test_pixels_and_transforms_are_those_of_detectron2(
+    cfg: Config, monkeypatch: pytest.MonkeyPatch, default: Any, flip: str, kind: str
+) -> None:
+    if kind == "uint8 without the op":
+        monkeypatch.setattr(quick_pixels, "COMPILED", False)
+    cfg.merge_from_list(["INPUT.RANDOM_FLIP", flip, "INPUT.IMAGE_SIZE", 80, "INPUT.CROP.ENABLED", True])
+    cfg.merge_from_list(["INPUT.MIN_SIZE_TRAIN", (24, 150), "INPUT.MIN_SCALE", 0.2, "INPUT.CROP.SIZE", [20, 30]])
     cfg.INPUT.CROP.TYPE = "absolute_range"
     augmentations = T.AugmentationList(default(cfg))
     generator = np.random.default_rng(0)
@@ -150,6 +156,33 @@ def test_pixels_and_transforms_are_those_of_detectron2(cfg: Config, default: Any
         np.testing.assert_array_equal(ours.apply_coords(points.copy()), transforms.apply_coords(points.copy()))
         sides.add(expected.shape[1:])
     assert len(sides) == 1 if default is large_scale_jitter else len(sides) > 3
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_windows_of_resized_images_are_those_of_detectron2(monkeypatch: pytest.MonkeyPatch, compiled: bool) -> None:
+    if not compiled:
+        monkeypatch.setattr(quick_pixels, "COMPILED", False)
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        # Pillow 13 resizes rows first where the height shrinks more than twice as much as the width.
+        height, width, new_height, new_width = generator.integers(2, 300, 4)
+        y, x = generator.integers(0, (new_height, new_width))
+        image = generator.choice((0, 1, 128, 254, 255), (height, width, 3)).astype(np.uint8)
+        image.flags.writeable = False
+        window = [
+            T.ResizeTransform(height, width, new_height, new_width),
+            CropTransform(x, y, *generator.integers(1, 150, 2)),
+            PadTransform(1, 2, 3, 4, pad_value=128),
+        ]
+        expected = T.TransformList(window).apply_image(image)
+        np.testing.assert_array_equal(pixels_after(image, window), expected.transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize(("corner", "kind"), [((-1, 0), torch.uint8), ((0, 3), torch.uint8), ((0, 0), torch.float32)])
+def test_a_window_lies_in_the_resized_image(corner: tuple[int, int], kind: torch.dtype) -> None:
+    image, canvas = torch.zeros(4, 4, 3, dtype=kind), torch.zeros(3, 6, 6, dtype=torch.uint8)
+    with pytest.raises((ValueError, TypeError), match="resize_window"):
+        torch.ops.dimaskdino.resize_window(image, (8, 8), corner, False, False, canvas)
 
 
 def test_an_augmentation_that_looks_at_pixels_gets_them(cfg: Config) -> None:
