@@ -18,7 +18,7 @@ NAMES = {"locations": "ms_deform_attn", "fused": "ms_deform_attn_fused"}
 
 @pytest.fixture(scope="module")
 def ops(tmp_path_factory):
-    flags = os.environ.get("EMULATION_FLAGS", "-O1").split()  # sanitizers, say
+    flags = os.environ.get("EMULATION_FLAGS", "-Og").split()  # sanitizers, say
     folder = tmp_path_factory.mktemp("binding")
     kernels = build(folder, COMPILER, [*flags, "-D__CUDA_ARCH__=900"])
     torch.ops.load_library(build_binding(folder, COMPILER, flags, kernels))

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="the emulation is compi
 
 
 def build_for(architecture, folder):
-    flags = os.environ.get("EMULATION_FLAGS", "-O1").split()  # sanitizers, say
+    flags = os.environ.get("EMULATION_FLAGS", "-Og").split()  # sanitizers, say
     return build(folder, COMPILER, [*flags, f"-D__CUDA_ARCH__={architecture}"], extra=[classical.SOURCE])
 
 

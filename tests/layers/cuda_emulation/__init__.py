@@ -27,7 +27,7 @@ _UNCHECKED = {"-fsanitize=thread": "-DFOR_THREAD_SANITIZER"}
 Shapes = Sequence[tuple[int, int]]
 
 
-def build(folder: Path, compiler: str, flags: Sequence[str] = ("-O1",), extra: Sequence[Path] = ()) -> Path:
+def build(folder: Path, compiler: str, flags: Sequence[str] = ("-Og",), extra: Sequence[Path] = ()) -> Path:
     """Compile every kernel file, and ``extra`` ones, as C++ with the headers here in the toolkit's place; link them.
 
     Raises:
