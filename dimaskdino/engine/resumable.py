@@ -126,6 +126,7 @@ class ResumableTrainer(TrainerBase):
                 self._claim_folder(folder, stack)
             signals = run_folder.StopSignals()
             stack.enter_context(signals.caught())
+            stack.callback(self.step.end)
             self.step.wants_to_stop = lambda: bool(signals.received)
             try:
                 super().train(self.start_iter, self.max_iter)

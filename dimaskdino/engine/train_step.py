@@ -99,6 +99,10 @@ class TrainStep:
         self._scaler.step(self.optimizer)
         self._scaler.update()
 
+    def end(self) -> None:
+        """Let the processes of the loader end; the garbage collector would wait five seconds for each of them."""
+        self._batches = None
+
     @property
     def stops(self) -> bool:
         """Whether the job was asked to stop, the same in all processes."""

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import multiprocessing
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,7 @@ def test_accumulation_and_another_number_of_workers_change_nothing(cfg: Config, 
     killed = elsewhere(cfg, "killed", "DATALOADER.NUM_WORKERS", 2)
     train(killed, kill_at=6)
     assert_same_run(killed, train(killed, resume=True), cfg, whole)
+    assert multiprocessing.active_children() == []
 
 
 def test_drawn_seed_is_kept(cfg: Config) -> None:
