@@ -73,9 +73,11 @@ def add_model_flags(parser: argparse.ArgumentParser, *, device: bool = True) -> 
 def names_of_runs(runs: Sequence[Path]) -> list[str]:
     """What runs are called: by their folder, or their file without its suffix; another of one name is numbered."""
     names: list[str] = []
-    for path in (run.resolve() for run in runs):
-        name = path.name if path.is_dir() else path.stem  # folders such as lr_0.01 have no suffix
-        names.append(name if name not in names else f"{name} {len(names) + 1}")
+    for number, path in enumerate((run.resolve() for run in runs), start=1):
+        name = own = path.name if path.is_dir() else path.stem  # folders such as lr_0.01 have no suffix
+        while name in names:
+            name, number = f"{own} {number}", number + 1
+        names.append(name)
     return names
 
 

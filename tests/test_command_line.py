@@ -25,10 +25,10 @@ def test_bad_number_names_its_flag(text: str, said: str, capsys: pytest.CaptureF
 
 
 def test_runs_are_told_apart_by_name(tmp_path: Path) -> None:
-    for folder in ("lr_0.1", "lr_0.01", "a/run", "b/run"):
+    for folder in ("lr_0.1", "run 5", "a/run", "b/run", "c/run", "lr_0.01"):
         (tmp_path / folder).mkdir(parents=True)
-    runs = [tmp_path / name for name in ("lr_0.1", "lr_0.01", "a/run", "b/run", "small.safetensors")]
-    assert names_of_runs(runs) == ["lr_0.1", "lr_0.01", "run", "run 4", "small"]
+    runs = [tmp_path / name for name in ("lr_0.1", "run 5", "a/run", "b/run", "c/run", "lr_0.01", "small.safetensors")]
+    assert names_of_runs(runs) == ["lr_0.1", "run 5", "run", "run 4", "run 6", "lr_0.01", "small"]
 
 
 @pytest.fixture

@@ -33,14 +33,21 @@ class Share:
         """Read what torchrun and Slurm's job arrays say, together or alone.
 
         Raises:
-            UserError: the numbers of the array leave it open which inputs a task takes.
+            UserError: a variable is no number, or the numbers of the array leave it open which inputs a task takes.
         """
-        rank, world = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
+
+        def number(name: str, default: int) -> int:
+            try:
+                return int(environment.get(name, default))
+            except ValueError:
+                raise UserError(f"{name} is {environment[name]!r}, which is no whole number; unset it.") from None
+
+        rank, world = number("RANK", 0), number("WORLD_SIZE", 1)
         if "SLURM_ARRAY_TASK_ID" not in environment:
             return cls(rank, world)
-        first, step = (int(environment.get(f"SLURM_ARRAY_TASK_{name}", i)) for i, name in enumerate(("MIN", "STEP")))
-        task, between = divmod(int(environment["SLURM_ARRAY_TASK_ID"]) - first, step)
-        tasks = int(environment.get("SLURM_ARRAY_TASK_COUNT", task + 1))
+        first, step = number("SLURM_ARRAY_TASK_MIN", 0), number("SLURM_ARRAY_TASK_STEP", 1)
+        task, between = divmod(number("SLURM_ARRAY_TASK_ID", 0) - first, step)
+        tasks = number("SLURM_ARRAY_TASK_COUNT", task + 1)
         if between or task >= tasks:
             raise UserError("The numbers of the job array are not evenly spaced; give a range, such as --array 0-31.")
         return cls(task * world + rank, tasks * world)

@@ -155,6 +155,12 @@ def test_a_job_array_with_gaps_is_refused(task, step) -> None:
         Share.from_environment(array | {"SLURM_ARRAY_TASK_ID": str(task)})
 
 
+@pytest.mark.parametrize("name", ["SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "WORLD_SIZE"])
+def test_a_variable_that_is_no_number_is_named(name) -> None:
+    with pytest.raises(UserError, match=f"^{name} is 'x'"):
+        Share.from_environment({"SLURM_ARRAY_TASK_ID": "1", name: "x"})
+
+
 def test_a_job_array_of_several_processes_each_shares_all() -> None:
     array = {"SLURM_ARRAY_TASK_COUNT": "3", "WORLD_SIZE": "2"}
     shares = [
