@@ -49,7 +49,7 @@ from dimaskdino.analysis.explanation import (
 )
 from dimaskdino.analysis.figures import draw_outcomes, png, score_results
 from dimaskdino.analysis.missed import Limits
-from dimaskdino.analysis.report import Examples, write_report
+from dimaskdino.analysis.report import BOXES_ALONE, Examples, write_report
 from dimaskdino.analysis.stages import compare_stages, read_dataset, true_objects, watched
 from dimaskdino.data import build_mapper
 from dimaskdino.evaluation.truth import Truth
@@ -102,6 +102,8 @@ def write(
     tasks = [*(["box"] if results else []), *(["mask"] if results and with_masks else [])]
     scores = [score_results(truth.coco, results, task, limits.score) for task in tasks]
     stages = by_stage(explained)
+    if not with_masks:
+        print(f"{BOXES_ALONE}\n")
     print(tabulate(*outcome_table(stages, "stage"), tablefmt="github"))
     counts = {stage: {outcome.value: count for outcome, count in each.items()} for stage, each in stages.items()}
     content = {"limits": vars(limits), "stages": counts, "tide": {each.task: each.tide for each in scores}}
@@ -117,6 +119,7 @@ def write(
         scores=scores,
         examples=examples,
         limits=limits,
+        with_masks=with_masks,
     )
     print(f"\n{report}, missed.png, missed.json, objects.csv")
 

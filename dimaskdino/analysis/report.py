@@ -32,6 +32,7 @@ from dimaskdino.analysis.stages import SeenStage, TrueObjects
 from dimaskdino.structures.rle_masks import Rle
 from dimaskdino.visualization import Objects, draw_objects
 
+BOXES_ALONE = "Boxes alone decide, as the model or some object of the dataset has no mask."
 _SIDE_PX = 220  # of a picture
 _AROUND = 2.2  # side of what is shown, in sides of the object
 # The module's own text, without the marks of its markup.
@@ -131,21 +132,23 @@ def write_report(
     scores: Sequence[TaskScores],
     examples: Examples,
     limits: Limits,
+    with_masks: bool,
 ) -> None:
-    """Write the report as HTML; ``scores`` are of boxes, and of masks where there are any."""
+    """Write the report as HTML; ``scores`` are of boxes and, ``with_masks``, of masks."""
     stages, pictures = by_stage(explained), examples.pictures
     found = sum(each.last.outcome is Outcome.FOUND for each in explained)
     parts = [
         f"<h1>{html.escape(title)}</h1>",
         f"<p>{found} of {len(explained)} objects are found by detections that score at least {limits.score:g}, with an "
-        f"IoU of at least {limits.fit:g} of box and mask. What became of the others, had each stage been the last:</p>",
+        f"IoU of at least {limits.fit:g} of {'box and mask. ' if with_masks else f'box. {BOXES_ALONE} '}"
+        "What became of the others, had each stage been the last:</p>",
         _figure(draw_outcomes(stages)),
         _table(*outcome_table(stages, "stage")),
         "<h2>Examples</h2><p class=note>Left the object, right the query that came nearest to it in the last layer, "
         "with its highest score; empty where none came near.</p>",
         *(_example_row(each.value, pictures[each]) for each in Outcome if each in pictures),
-        "<h2>By class and size</h2><p class=note>In the end. Small objects have up to 32 x 32 px, large ones more than "
-        "96 x 96.</p>",
+        "<h2>By class and size</h2><p class=note>In the end. Small objects have fewer than 32 x 32 px, large ones at "
+        "least 96 x 96.</p>",
         _table(*outcome_table(by_class(explained, names), "class")),
         "<br>",
         _table(*outcome_table(by_size(explained), "size")),

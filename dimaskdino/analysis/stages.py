@@ -85,14 +85,15 @@ def _compare(
     boxes = scale_boxes(predicted.boxes[0].float(), frame).cpu().double().numpy()
     box_iou = overlaps(BoxMode.convert(boxes, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS), truth.boxes)
     quality, mask_iou, rles = np.ones(len(boxes)), None, {}
-    if predicted.masks is not None and truth.rles is not None:
+    if predicted.masks is not None and (score_by_mask or truth.rles is not None):
         near = np.flatnonzero((box_iou >= _RENDERED_IOU).any(1))
         masks, rendered = rendering(predicted.masks, 0, torch.from_numpy(near).to(predicted.boxes.device), frame)
-        rles = dict(zip(near.tolist(), masks.rles, strict=True))  # type: ignore[union-attr]
-        mask_iou = np.zeros_like(box_iou)
-        mask_iou[near] = overlaps(list(rles.values()), list(truth.rles))
-        if score_by_mask:
+        if score_by_mask:  # of a dataset without masks, too
             quality[near] = rendered.cpu().numpy()
+        if truth.rles is not None:
+            rles = dict(zip(near.tolist(), masks.rles, strict=True))  # type: ignore[union-attr]
+            mask_iou = np.zeros_like(box_iou)
+            mask_iou[near] = overlaps(list(rles.values()), list(truth.rles))
     scores = predicted.logits[0].float().sigmoid().cpu().numpy()
     view = StageView(scores=scores, quality=quality, box_iou=box_iou, mask_iou=mask_iou)
     return SeenStage(predicted.stage, view, boxes, rles)
@@ -121,7 +122,8 @@ def read_dataset(cfg: Config, name: str, count: int) -> tuple[list[str], list[di
     if (labels := truth_of(name)) != "instance":
         raise DatasetError(f"{name} has {labels} labels, of which no objects are read; choose a --dataset of objects.")
     names = list(MetadataCatalog.get(name).get("thing_classes") or [])
-    if not names or not any(entry.get("annotations") for entry in entries):
+    objects = (each for entry in entries for each in entry.get("annotations", ()))
+    if not names or all(each.get("iscrowd") for each in objects):
         raise DatasetError(f"{name} has no objects in its first {count} images; choose another --dataset.")
     if len(names) != cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES:
         raise DatasetError(

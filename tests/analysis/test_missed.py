@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import explain
@@ -156,6 +157,9 @@ def test_stages_are_compared_in_the_frame_of_the_result() -> None:
         assert last.view.mask_iou[query, index] == 1
         score = last.view.scores[query, truth.classes[index]] * last.view.quality[query]
         assert score == pytest.approx(float(found.scores[place]), rel=1e-4)
+    without_masks = stages_of(tiny_model(), replace(truth, rles=None))[0][-1].view
+    assert without_masks.mask_iou is None
+    assert without_masks.quality.tolist() == last.view.quality.tolist()
     limits = Limits(score=0.0, fit=0.9, near=0.3, max_detections=len(found))
     for each, place in zip(explain_image(stages, truth, limits), kept, strict=True):
         assert each.area == found.pred_masks[place].sum()
@@ -245,8 +249,11 @@ def run_tool(monkeypatch, tmp_path, *arguments) -> None:
     explain.main()
 
 
-def test_the_tool_explains_every_object_of_the_demo_model(tmp_path, monkeypatch, capsys) -> None:
-    run_tool(monkeypatch, tmp_path, "--dataset", "shapes_val", "--examples", "1")
+@pytest.mark.parametrize("masks", [True, False])
+def test_the_tool_explains_every_object_of_the_demo_model(tmp_path, monkeypatch, capsys, masks) -> None:
+    monkeypatch.setattr(explain.Truth, "has_masks", masks)
+    fewer = [] if masks else ["--max-images", "2"]
+    run_tool(monkeypatch, tmp_path, "--dataset", "shapes_val", "--examples", "1", *fewer)
     with (tmp_path / "out/objects.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     stages = json.loads((tmp_path / "out/missed.json").read_text())["stages"]
@@ -256,11 +263,18 @@ def test_the_tool_explains_every_object_of_the_demo_model(tmp_path, monkeypatch,
     found = [row for row in rows if row["outcome"] == "found"]
     assert len(found) == stages["decoder layer 3"]["found"] > len(rows) / 3
     limits = Limits()
-    assert all(float(row["score"]) >= limits.score and float(row["mask_iou"]) >= limits.fit for row in found)
+    shape = "mask_iou" if masks else "box_iou"
+    assert all(float(row["score"]) >= limits.score and float(row[shape]) >= limits.fit for row in found)
     report = (tmp_path / "out/report.html").read_text()
     assert all(text in report for text in ("below the threshold", "TIDE", "Calibration", "data:image/png"))
     assert "http" not in report
-    assert "decoder layer 3" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "decoder layer 3" in said
+    assert ("of box and mask" in report, "Boxes alone" in report, "Boxes alone" in said) == (
+        masks,
+        not masks,
+        not masks,
+    )
 
 
 def test_a_dataset_without_objects_is_refused(tmp_path, monkeypatch) -> None:
@@ -268,3 +282,7 @@ def test_a_dataset_without_objects_is_refused(tmp_path, monkeypatch) -> None:
         run_tool(monkeypatch, tmp_path, "--dataset", "shapes_semantic_val")
     with pytest.raises(DatasetError, match=r"shapes_vall .*shapes_val\?"):
         run_tool(monkeypatch, tmp_path, "--dataset", "shapes_vall")
+    crowds = [{"file_name": "a.png", "image_id": 1, "annotations": [{"iscrowd": 1}]}]
+    monkeypatch.setattr("dimaskdino.analysis.stages.load_dataset", lambda _: crowds)
+    with pytest.raises(DatasetError, match="shapes_val has no objects"):
+        run_tool(monkeypatch, tmp_path, "--dataset", "shapes_val")
