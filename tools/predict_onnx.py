@@ -26,6 +26,7 @@ KEY = "dimaskdino"  # of the description in a model's metadata
 VERSION = 1
 USER_ERROR_STATUS, BAD_INPUT_STATUS = 2, 3
 MASK_BYTES = 2**28  # about what the masks of all queries may need at once, for panoptic and semantic maps
+MAPS = {"panoptic", "semantic"}  # results that have a file of their own
 HALO = (16, 16, 16)
 TONES = ((0.85, 1.0), (0.6, 1.0), (0.9, 0.8))  # saturation and value of the colors, in turn
 Array = np.ndarray
@@ -80,12 +81,14 @@ class Model:
         """An image as (H, W, 3) uint8 RGB."""
         if isinstance(image, Array):
             return image
-        if isinstance(image, str | Path) and Path(image).exists() and not Path(image).is_file():
-            raise ValueError(f"not a file; name images, such as those of a folder: {image}/*.jpg")
-        opened = image if isinstance(image, Image.Image) else Image.open(image)
-        if opened.mode.startswith(("I", "F")):
-            raise ValueError(f"the image has more than 8 bits a channel (mode {opened.mode}); convert it to 8 bits")
-        return np.asarray((ImageOps.exif_transpose(opened) if self.description["exif"] else opened).convert("RGB"))
+        if isinstance(image, str | Path):
+            if Path(image).exists() and not Path(image).is_file():
+                raise ValueError(f"not a file; name images, such as those of a folder: {image}/*.jpg")
+            with Path(image).open("rb") as file:  # Pillow 13 garbles some TIFF files that it opens by name
+                return self.read(Image.open(file))
+        if image.mode.startswith(("I", "F")):
+            raise ValueError(f"the image has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits")
+        return np.asarray((ImageOps.exif_transpose(image) if self.description["exif"] else image).convert("RGB"))
 
     def prepare(self, pictures: Sequence[Array]) -> tuple[dict[str, Array], list[tuple[int, int]]]:
         """The graph's inputs, and the (height, width) of each image on the canvas."""
@@ -422,10 +425,12 @@ def main() -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return USER_ERROR_STATUS
     contents, bad = [], 0
-    stems = Counter(path.stem for path in args.inputs)
+    endings = ["", *(f"_{kind}" for kind in MAPS & set(model.description["results"]))]
+    taken = Counter(path.stem + ending for path in args.inputs for ending in endings)
     for number, path in enumerate(args.inputs):
         name = path.stem
-        while stems[name] + (name != path.stem) > 1:  # images of one name, such as a.jpg and b/a.png
+        # images of one name, such as a.jpg and b/a.png, or of the name of another's map, such as a_panoptic.png
+        while any(taken[name + ending] + (name != path.stem) > 1 for ending in endings):
             name = f"{name}_{number}"
         try:
             picture = model.read(path)
@@ -459,7 +464,7 @@ def above(result: Result, score: float) -> Result:
 
 def save_maps(result: Result, path: Path) -> None:
     """Panoptic and semantic maps as PNG of 16 bits: ids of segments, and classes."""
-    for name in {"panoptic", "semantic"} & result.keys():
+    for name in MAPS & result.keys():
         values = result[name].argmax(0) if name == "semantic" else result[name]
         Image.fromarray(values.astype(np.uint16)).save(f"{path}_{name}.png")
 
