@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Export a trained model to ONNX, TorchScript, torch.export or OpenVINO, and check that the file finds the same.
 
-tools/predict_onnx.py runs an ONNX file without this package. If the check fails, the file is removed.
+tools/predict_onnx.py runs an ONNX file without this package. If the check fails, the file is removed, and so is an
+earlier one of that name.
 """
 
 import argparse
@@ -24,7 +25,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--format", choices=SUFFIXES, required=True, help="of the file")
-    add("--weights", type=Path, help="run folder, saved model, or weight file (default: the demo's model)")
+    default = "output/demo/run, else the repository's demo model"
+    add("--weights", type=Path, help=f"run folder, saved model, or weight file (default: {default})")
     add("--config-file", type=Path, help="configuration of a weight file")
     add("--output", type=Path, required=True, help=f"file; {', '.join(SUFFIXES.values())}")
     add("--size", type=at_least(1), nargs=2, metavar=("H", "W"), help="fixed canvas in px (default: any size)")
@@ -42,7 +44,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from predict import DEMO_CONFIG, DEMO_WEIGHTS
+from predict import demo_model
 from predict_onnx import Model, open_onnx
 
 from dimaskdino import Predictor
@@ -65,6 +67,8 @@ def main() -> None:
     images = args.images or example_images(predictor)
     temporary = args.output.with_name(f"unchecked_{args.output.name}")
     export = build_export(args, predictor)
+    for file in files:
+        file.unlink(missing_ok=True)
     try:
         messages = write_and_check(args.format, export, temporary, predictor, images)
         if messages:
@@ -84,9 +88,10 @@ def main() -> None:
 
 def build_predictor(args: argparse.Namespace) -> Predictor:
     """The model, on the CPU."""
-    run, weights = args.weights or DEMO_CONFIG, None if args.weights else DEMO_WEIGHTS
     if args.config_file:
         run, weights = args.config_file, args.weights
+    else:
+        run, weights = (args.weights, None) if args.weights else demo_model()
     # The weights are exported as they are, and layers that torch.compile has changed cannot be traced.
     options = ["MODEL.MaskDINO.TEST.PRECISION", "float32", "MODEL.COMPILE", [], *args.opts]
     return Predictor(run, weights, options=options, device="cpu", score=0)
@@ -113,6 +118,8 @@ def check_output(args: argparse.Namespace, predictor: Predictor) -> list[Path]:
         raise UserError(f"--size {args.size[0]} {args.size[1]}: both sides must be multiples of {step}.")
     if args.batch > 1 and args.size is None:
         raise UserError("--batch goes with --size; without it the file takes any number of images.")
+    if args.output.is_dir():
+        raise UserError(f"--output {args.output} is a folder; name a file in it.")
     if args.opset != OPSET and "onnx" not in kind.packages:
         raise UserError(f"--opset is of ONNX, and --format {args.format} has none; leave it out.")
     if args.evaluate:

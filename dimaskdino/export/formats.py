@@ -103,7 +103,8 @@ def open_torchscript(path: Path, _: int) -> tuple[dict[str, Any], Callable[..., 
 def open_torch_export(path: Path, _: int) -> tuple[dict[str, Any], Callable[..., Any]]:
     """The description and the graph of a file of torch.export."""
     extra: dict[str, Any] = {_EXTRA_FILE: ""}
-    program = torch.export.load(path, extra_files=extra)
+    with _quiet():
+        program = torch.export.load(path, extra_files=extra)
     return json.loads(extra[_EXTRA_FILE]), program.module()
 
 

@@ -200,6 +200,7 @@ def test_a_file_that_finds_something_else_is_not_kept(tmp_path, monkeypatch, pic
     wrong = formats.Format(".pt", write_wrong, formats.open_torchscript)
     monkeypatch.setitem(formats.FORMATS, "torchscript", wrong)
     run, output = make_run(tmp_path / "run", SMALL), tmp_path / "model.pt"
+    output.touch()  # of an earlier export, which nobody must take for this one
     with pytest.raises(SystemExit) as end:
         run_tool(monkeypatch, run, "torchscript", output, pictures)
     assert end.value.code == export.CHECK_FAILED_STATUS
@@ -236,6 +237,7 @@ def test_an_image_that_the_file_cannot_take_is_named(tmp_path, monkeypatch, pict
     [
         ("torchscript", "model.onnx", [], {}, ".pt"),
         ("torch-export", "model.pt2", [], {}, "--size"),
+        ("torchscript", "folder.pt", [], {}, r"folder\.pt is a folder"),
         ("torchscript", "model.pt", ["--size", "96", "90"], {}, "multiples"),
         ("torchscript", "model.pt", ["--size", "32", "32"], {"MODEL.MaskDINO.FIRST_SELECTED_QUERIES": 80}, "too small"),
         ("torchscript", "model.pt", ["--batch", "2"], {}, "--batch"),
@@ -248,9 +250,10 @@ def test_an_image_that_the_file_cannot_take_is_named(tmp_path, monkeypatch, pict
 )
 def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch, pictures, kind, name, more, options, named):
     run = make_run(tmp_path / "run", options)
+    (tmp_path / "folder.pt").mkdir()
     with pytest.raises(export.UserError, match=named):
         run_tool(monkeypatch, run, kind, tmp_path / name, pictures, *more)
-    assert not (tmp_path / name).exists()
+    assert not (tmp_path / name).is_file()
 
 
 def test_a_missing_package_is_named_with_the_extra(tmp_path, monkeypatch, pictures):
@@ -260,9 +263,9 @@ def test_a_missing_package_is_named_with_the_extra(tmp_path, monkeypatch, pictur
 
 
 def test_images_must_be_given_where_there_are_none(tmp_path, monkeypatch):
-    run = make_run(tmp_path / "run")
-    arguments = ["export.py", "--format", "torchscript", "--weights", str(run), "--output", str(tmp_path / "model.pt")]
-    monkeypatch.setattr(sys, "argv", arguments)
+    make_run(tmp_path / "output/demo/run")  # which is exported if no other is named
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["export.py", "--format", "torchscript", "--output", "model.pt"])
     with pytest.raises(export.UserError, match="--images"):
         export.main()
 
@@ -411,6 +414,30 @@ def test_what_is_shown_is_counted():
     assert predict_onnx.number_found({"semantic": maps}) == 3
     assert predict_onnx.number_found({"scores": scores, "semantic": maps}) == 5
     assert predict_onnx.number_found({"segments": [{}, {}], "scores": scores, "semantic": maps}) == 2
+
+
+def test_no_image_takes_the_name_of_another_ones_map(tmp_path, monkeypatch):
+    paths = [tmp_path / name for name in ("a.png", "a_panoptic.png", "b.png")]
+    for path in paths:
+        Image.new("RGB", (6, 4)).save(path)
+    empty = {"size": (4, 6), "panoptic": np.zeros((4, 6), np.int32), "segments": []}
+    told = {"results": ["panoptic"], "segment_classes": ["sky"], "exif": True}
+    runner = model(**told)
+    monkeypatch.setattr(Model, "__call__", lambda *_: [empty])
+    monkeypatch.setattr(predict_onnx, "Model", lambda *_, **__: runner)
+    arguments = ["predict_onnx.py", "a.onnx", *map(str, paths), "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert predict_onnx.main() == 0
+    names = ("a_0", "a_panoptic_1", "b")
+    written = {f"{name}{ending}.png" for name in names for ending in ("", "_panoptic")}
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == written
+
+
+def test_gray_tiff_is_read_as_by_the_predictor(tmp_path):
+    gray = np.random.default_rng(0).integers(0, 256, (30, 50), np.uint8)
+    Image.fromarray(gray).save(tmp_path / "a.tif", tiffinfo={274: 6})
+    found = model(exif=True).read(tmp_path / "a.tif")
+    np.testing.assert_array_equal(found, np.repeat(np.rot90(gray, -1)[..., None], 3, axis=2))
 
 
 @pytest.mark.parametrize("first", [False, True])
