@@ -37,6 +37,7 @@ from predict import demo_model
 from dimaskdino import Predictor
 from dimaskdino.prediction.refinement import Refinement
 from dimaskdino.prediction.results import Prediction
+from dimaskdino.structures.stages import Stage
 
 TASKS = {"objects": "instances", "panoptic": "panoptic_seg", "semantic": "sem_seg"}
 LAST = "last"
@@ -82,6 +83,9 @@ class Browser:
         Raises:
             UserError: the run has no such stage, or no results of the task.
         """
+        known = {stage.name: stage.title for stage in self.predictors[run].model.stages}
+        if layer not in (LAST, *known):  # the other run may have it
+            raise UserError(f"{run} has no {Stage.from_name(layer).title}, but {', '.join(known.values())}.")
         found = self._found(run, image.shape, image.tobytes())
         found = found if layer == LAST else found.at(layer)
         if TASKS[task] not in found:

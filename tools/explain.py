@@ -113,7 +113,7 @@ def write(
     report = args.output / "report.html"
     write_report(
         report,
-        title=f"What {args.run} misses in {name}",
+        title=f"What {args.weights or args.run} misses in {name}",
         explained=explained,
         names=names,
         scores=scores,
