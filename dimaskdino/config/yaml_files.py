@@ -48,6 +48,7 @@ _EVAL_TAG = "tag:yaml.org,2002:python/object/apply:eval"
 _MAX_BYTES = 10**6
 _MAX_VALUES = 10**5
 _MAX_DEPTH = 20
+_TOO_DEEP = f"values are nested more than {_MAX_DEPTH} levels deep"
 _MAX_DIGITS = 100
 _MAX_FILES = 100
 
@@ -94,10 +95,9 @@ def _read(path: str) -> dict[str, Any]:
         if len(content) > _MAX_BYTES:
             raise ValueError(f"a configuration has at most {_MAX_BYTES:,} bytes")
         own = _parse(content, path)
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        # PyYAML raises ValueError for a date that does not exist.
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
-        raise ConfigError(f"Cannot read the configuration {path}: {reason}.") from error
+    except (OSError, ValueError, IndexError, yaml.YAMLError) as error:
+        # PyYAML raises ValueError for a date that does not exist, and IndexError for a !!int without digits.
+        raise ConfigError(f"Cannot read the configuration {path}: {' '.join(str(error).split())}.") from error
     own = {} if own is None else own
     if not isinstance(own, dict):
         raise ConfigError(f"{path}: a configuration is a mapping of keys, not a {type(own).__name__}.")
@@ -106,6 +106,11 @@ def _read(path: str) -> dict[str, Any]:
 
 
 def _parse(content: bytes, path: str) -> Any:
+    depth = 0
+    for event in yaml.parse(content, _Loader):  # without recursion, which must not exhaust the stack below
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MAX_DEPTH:
+            raise ValueError(_TOO_DEEP)
     loader = _Loader(content)
     try:
         node = loader.get_single_node()
@@ -125,7 +130,7 @@ def _check_size(root: yaml.Node) -> None:
         node, depth = pending.pop()
         count += 1
         if depth > _MAX_DEPTH:
-            raise ValueError(f"values are nested more than {_MAX_DEPTH} levels deep")
+            raise ValueError(_TOO_DEEP)
         if count > _MAX_VALUES:
             raise ValueError(f"it expands to more than {_MAX_VALUES:,} values")
         if isinstance(node, yaml.MappingNode):
@@ -175,8 +180,8 @@ def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
             into[key] = copy.deepcopy(value)  # An alias would tie two keys together.
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that also knows the releases' ``!!python/object/apply:eval``."""
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """Safe YAML that also knows the releases' ``!!python/object/apply:eval``; read in C, in a quarter of the time."""
 
 
 def _construct_sizes(loader: yaml.SafeLoader, node: yaml.Node) -> list[int]:

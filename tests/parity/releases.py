@@ -44,9 +44,8 @@ class Release:
     def cfg(self) -> Config:
         """Our configuration with its settings, on the CPU and without weights."""
         cfg = get_cfg()
-        for key, value in self.config_values.items():
-            cfg.merge_from_list([key, value])
-        cfg.merge_from_list(["MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu"])
+        values = self.config_values | {"MODEL.WEIGHTS": "", "MODEL.DEVICE": "cpu"}
+        cfg.merge_from_list([item for pair in values.items() for item in pair])
         return cfg
 
 
