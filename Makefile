@@ -127,7 +127,8 @@ sanitize-memory: $(STAMP)
 	    --build-temp build/sanitize/objects --build-lib $(SANITIZED)
 	cd $(SANITIZED) && $(PRELOAD) "$(CURDIR)/$(BIN)/python" -c 'import torch, dimaskdino._C'
 	cd $(SANITIZED) && $(PRELOAD) EMULATION_FLAGS="$(SANITIZER_FLAGS)" "$(CURDIR)/$(BIN)/python" -m pytest -q -s \
-	    tests/layers/test_ms_deform_attn*.py tests/layers/test_points.py tests/modeling/postprocessing/test_resized.py
+	    tests/layers/test_ms_deform_attn*.py tests/layers/test_points.py tests/modeling/postprocessing/test_resized.py \
+	    tests/data_pipeline/test_images.py::test_windows_of_resized_images_are_those_of_detectron2
 
 sanitize-threads: $(STAMP)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libtsan.so)" OMP_NUM_THREADS=1 TSAN_OPTIONS=halt_on_error=1:history_size=4 \
