@@ -78,10 +78,10 @@ def time_exported(
     images at a time, does not run, or lacks the package that runs it.
     """
     check_exported(path)
-    seconds = []
+    seconds, size = [], sizes[0]
     try:
         given, run = _SESSIONS[path.suffix](path, threads)
-        made = {size: [example_input(shape, kind, size) for shape, kind in given] for size in sizes}
+        made = {each: [example_input(shape, kind, each) for shape, kind in given] for each in sizes}
         images = max((shape for shape, _ in given), key=len)
         fixed = tuple(images) if all(isinstance(side, int) for side in images) else ()
         if len(images) > 3 and isinstance(images[0], int) and images[0] > 1:
@@ -94,7 +94,7 @@ def time_exported(
         raise
     except Exception as error:  # runtimes raise errors of many types
         raise UserError(
-            f"{path} does not run on {sizes[0][0]} x {sizes[0][1]} px ({error}); write it anew with tools/export.py, "
+            f"{path} does not run on {size[0]} x {size[1]} px ({error}); write it anew with tools/export.py, "
             "or give larger images."
         ) from error
     return np.array(seconds[warmup:]), fixed

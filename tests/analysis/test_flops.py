@@ -193,6 +193,14 @@ def test_a_file_that_cannot_be_timed_is_named(tmp_path) -> None:
             time_exported(tmp_path / name, [(64, 64)], threads=1, warmup=0, runs=1)
 
 
+def test_the_image_that_a_file_does_not_run_on_is_named(tmp_path, monkeypatch) -> None:
+    opened = [((1, 3, "height", "width"), np.float32)], lambda inputs: 1 / (inputs[0].shape[2] > 4)
+    monkeypatch.setitem(timing._SESSIONS, ".onnx", lambda *_: opened)
+    (tmp_path / "a.onnx").touch()
+    with pytest.raises(UserError, match=r"a\.onnx does not run on 4 x 128 px"):
+        time_exported(tmp_path / "a.onnx", [(64, 64), (4, 128)], threads=1, warmup=0, runs=2)
+
+
 def exported(monkeypatch, *shape) -> list[tuple[int, ...]]:
     """Let .onnx files have an input of this shape; returns those that they are given."""
     seen: list[tuple[int, ...]] = []
