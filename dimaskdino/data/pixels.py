@@ -71,8 +71,7 @@ def pixels_after(image: np.ndarray, transforms: Sequence[T.Transform]) -> Tensor
         # A copy: the pixels may be PIL's, which cannot be written to.
         return torch.from_numpy(np.array(moved.transpose(2, 0, 1), order="C"))
     resize, crop, pad = rest if len(rest) == 3 else (*rest, *_NOTHING)
-    right, bottom = (min(*each) for each in ((crop.x0 + crop.w, resize.new_w), (crop.y0 + crop.h, resize.new_h)))
-    width, height = right - crop.x0, bottom - crop.y0
+    width, height = min(crop.w, resize.new_w - crop.x0), min(crop.h, resize.new_h - crop.y0)
     canvas = np.full((3, pad.y0 + height + pad.y1, pad.x0 + width + pad.x1), pad.pad_value, dtype=np.uint8)
     inner = canvas[:, pad.y0 : pad.y0 + height, pad.x0 : pad.x0 + width]
     flipped = [sum(type(flip) is kind for flip in flips) % 2 == 1 for kind in _FLIPS]
@@ -84,24 +83,25 @@ def pixels_after(image: np.ndarray, transforms: Sequence[T.Transform]) -> Tensor
         picture = Image.fromarray(image)
         for flip in itertools.compress(_FLIPS.values(), flipped):
             picture = picture.transpose(flip)
-        for plane, band in zip(inner, _resized_window(picture, resize, crop).split(), strict=True):
+        window = _resized_window(picture, resize, (crop.x0, crop.y0, crop.x0 + width, crop.y0 + height))
+        for plane, band in zip(inner, window.split(), strict=True):
             plane[:] = np.asarray(band)
     return torch.from_numpy(canvas)
 
 
 def _may_resize_rows_first(resize: T.ResizeTransform) -> bool:
-    """Whether PIL resizes rows before columns, and so rounds other numbers; Pillow does since version 13."""
+    """Whether PIL may change the height before the width, and so round other numbers, as Pillow 13 does here."""
     return resize.h - resize.new_h > max(2 * (resize.w - resize.new_w), 0)
 
 
-def _resized_window(picture: Image.Image, resize: T.ResizeTransform, crop: CropTransform) -> Image.Image:
-    """What a crop leaves of a resized image, without computing most of the rest.
+def _resized_window(picture: Image.Image, resize: T.ResizeTransform, window: tuple[int, int, int, int]) -> Image.Image:
+    """A window (xyxy px) of a resized image, without computing most of the rest.
 
-    PIL resizes rows first, rounds, then columns, so that either can be cut in between without changing a pixel.
+    PIL changes the width first, rounds, then the height, so that either can be cut in between without changing a pixel.
     """
-    right, bottom = min(crop.x0 + crop.w, resize.new_w), min(crop.y0 + crop.h, resize.new_h)
-    if right - crop.x0 < resize.new_w:
+    left, top, right, bottom = window
+    if right - left < resize.new_w:
         picture = picture.resize((resize.new_w, picture.height), resize.interp)
-        picture = picture.crop((crop.x0, 0, right, picture.height))
-    picture = picture.resize((right - crop.x0, resize.new_h), resize.interp)
-    return picture.crop((0, crop.y0, picture.width, bottom))
+        picture = picture.crop((left, 0, right, picture.height))
+    picture = picture.resize((right - left, resize.new_h), resize.interp)
+    return picture.crop((0, top, picture.width, bottom))

@@ -1,7 +1,7 @@
 // Resizes images bilinearly as PIL does, to the last bit, but only the part that is wanted, and into the planes of a
 // tensor. Used by dimaskdino/data/pixels.py.
 //
-// PIL resizes columns first and rounds them to bytes, then rows. Weights have 22 bits after the point, and cover as many
+// PIL changes the width first and rounds to bytes, then the height. Weights have 22 bits after the point, and cover as many
 // pixels as an image shrinks. Source: Pillow, src/libImaging/Resample.c.
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
